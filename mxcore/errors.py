@@ -7,6 +7,9 @@
     ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors_errors)
     ├── StorageError          MX_STORAGE              reading a file failed
     │   └── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
+    ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
+    ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while somebody still looks at its memory
+    ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -16,6 +19,9 @@
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
+        │   └── NotOneSided   MX_NOT_ONE_SIDED        a READ took another way than the one-sided one
+        ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
+        ├── LeaseEnded        MX_LEASE_ENDED          no such lease, or not any more
         └── SourceUnreachable MX_SOURCE_UNREACHABLE   no answer from the holder
 """
 
@@ -31,15 +37,44 @@ class NotBuilt(MxError, ImportError):
 
 
 class StorageError(MxError):
-    """Reading a file failed; the message names the file, the offset and the cause."""
+    """Reading a file failed; the message names the file, the offset and the cause.
+
+    `file` is its name, `offset` (bytes in the file) where the range begins, `wanted` its bytes, and `got`
+    how many bytes into the range the failure lies; 0 where the file could not even be opened.
+    """
 
     code = "MX_STORAGE"
+
+    def __init__(self, message: str, *, file: str = "", offset: int = 0, wanted: int = 0, got: int = 0) -> None:
+        super().__init__(message)
+        self.file = file
+        self.offset = offset
+        self.wanted = wanted
+        self.got = got
 
 
 class TruncatedRead(StorageError):
     """The file ended before the range that was asked for."""
 
     code = "MX_TRUNCATED_READ"
+
+
+class HostMemoryError(MxError, MemoryError):
+    """The machine gives no memory of that size; the message says how much was asked for."""
+
+    code = "MX_HOST_MEMORY"
+
+
+class HostBufferBusy(MxError, BufferError):
+    """A host buffer was to be closed while views or tensors of its memory are out."""
+
+    code = "MX_HOST_BUFFER_BUSY"
+
+
+class HostBufferClosed(MxError, BufferError):
+    """A host buffer was used after it was closed."""
+
+    code = "MX_HOST_BUFFER_CLOSED"
 
 
 class TransferError(MxError):
@@ -94,6 +129,24 @@ class SourceRefused(TransferError):
     """The holder answered and refused (draining, another source id, an ended lease)."""
 
     code = "MX_SOURCE_REFUSED"
+
+
+class NotOneSided(SourceRefused):
+    """A READ that should go by cross-memory attach took another way; the holder can still WRITE."""
+
+    code = "MX_NOT_ONE_SIDED"
+
+
+class HolderDraining(TransferError):
+    """This holder is about to leave and takes no new readers."""
+
+    code = "MX_HOLDER_DRAINING"
+
+
+class LeaseEnded(TransferError):
+    """No such lease: it has ended, by release or for want of a sign of its receiver, or never was."""
+
+    code = "MX_LEASE_ENDED"
 
 
 class SourceUnreachable(TransferError):

@@ -47,10 +47,12 @@ def main() -> None:
     for stub in WIRE.glob("*_pb2.py"):
         text = stub.read_text()
         text, count = re.subn(
-            r"_descriptor_pool\.Default\(\)", "_wire_pool.POOL", text.replace(
+            r"_descriptor_pool\.Default\(\)",
+            "_wire_pool.POOL",
+            text.replace(
                 "from google.protobuf import descriptor_pool as _descriptor_pool\n",
                 "from mxserver.wire import descriptor_pool as _wire_pool\n",
-            )
+            ),
         )
         if count != 1:
             sys.exit(f"{stub}: expected one use of the default descriptor pool, found {count}")

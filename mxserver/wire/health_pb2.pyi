@@ -27,18 +27,22 @@ class HealthResponse(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     UPTIME_FIELD_NUMBER: builtins.int
+    NOW_UNIX_MS_FIELD_NUMBER: builtins.int
     version: builtins.str
     status: builtins.str
     """"ok" """
     uptime: builtins.int
     """seconds"""
+    now_unix_ms: builtins.int
+    """ours: the server's clock, so that a worker can tell how far its own is off; 0: not told"""
     def __init__(
         self,
         *,
         version: builtins.str = ...,
         status: builtins.str = ...,
         uptime: builtins.int = ...,
+        now_unix_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["status", b"status", "uptime", b"uptime", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["now_unix_ms", b"now_unix_ms", "status", b"status", "uptime", b"uptime", "version", b"version"]) -> None: ...
 
 global___HealthResponse = HealthResponse

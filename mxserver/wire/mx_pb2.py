@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x16mxserver/wire/mx.proto\x12\x10model_express.mx\"d\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06\x65xtent\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"W\n\x06Layout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.model_express.mx.Tensor\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x03(\x04\"%\n\x06Scalar\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"P\n\x10GetLayoutRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x8a\x02\n\x11GetLayoutResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.model_express.mx.Layout\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64igest_kind\x18\x04 \x01(\t\x12\x0f\n\x07\x64igests\x18\x05 \x01(\x0c\x12)\n\x07scalars\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Scalar\x12\x16\n\x0escalars_digest\x18\x07 \x01(\t\x12\x38\n\x0fsame_host_probe\x18\x08 \x01(\x0b\x32\x1f.model_express.mx.SameHostProbe\"d\n\rSameHostProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\",\n\x06\x45xtent\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x11\n\tdevice_id\x18\x02 \x01(\r\"\xee\x01\n\x13OpenTransferRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x15\n\rnixl_metadata\x18\x05 \x01(\x0c\x12)\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x07 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x15\n\rdevice_memory\x18\x08 \x01(\x08\"\xc5\x01\n\x14OpenTransferResponse\x12\x15\n\rnixl_metadata\x18\x01 \x01(\x0c\x12\x12\n\nagent_name\x18\x02 \x01(\t\x12)\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x04 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x15\n\rdevice_memory\x18\x06 \x01(\x08\"5\n\x11PushChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\"<\n\x0b\x43hunkResult\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07written\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12RenewLeaseResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04*O\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eOPERATION_READ\x10\x01\x12\x13\n\x0fOPERATION_WRITE\x10\x02\x32\xf3\x02\n\x0fTransferService\x12T\n\tGetLayout\x12\".model_express.mx.GetLayoutRequest\x1a#.model_express.mx.GetLayoutResponse\x12]\n\x0cOpenTransfer\x12%.model_express.mx.OpenTransferRequest\x1a&.model_express.mx.OpenTransferResponse\x12R\n\nPushChunks\x12#.model_express.mx.PushChunksRequest\x1a\x1d.model_express.mx.ChunkResult0\x01\x12W\n\nRenewLease\x12#.model_express.mx.RenewLeaseRequest\x1a$.model_express.mx.RenewLeaseResponseb\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x16mxserver/wire/mx.proto\x12\x10model_express.mx\"d\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06\x65xtent\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"W\n\x06Layout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.model_express.mx.Tensor\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x03(\x04\"%\n\x06Scalar\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"P\n\x10GetLayoutRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x85\x02\n\x11GetLayoutResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.model_express.mx.Layout\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64igest_kind\x18\x04 \x01(\t\x12\x0f\n\x07\x64igests\x18\x05 \x01(\x0c\x12)\n\x07scalars\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Scalar\x12\x16\n\x0escalars_digest\x18\x07 \x01(\t\x12\x33\n\ttransport\x18\x08 \x01(\x0b\x32 .model_express.mx.TransportOffer\"\x80\x01\n\x0eTransportOffer\x12\x16\n\x0esame_host_read\x18\x01 \x01(\x08\x12\x11\n\trdma_only\x18\x02 \x01(\x08\x12\x13\n\x0brdma_device\x18\x03 \x01(\x08\x12.\n\x05probe\x18\x04 \x01(\x0b\x32\x1f.model_express.mx.SameHostProbe\"d\n\rSameHostProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\",\n\x06\x45xtent\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x11\n\tdevice_id\x18\x02 \x01(\r\"\xee\x01\n\x13OpenTransferRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x15\n\rnixl_metadata\x18\x05 \x01(\x0c\x12)\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x07 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x15\n\rdevice_memory\x18\x08 \x01(\x08\"\xc5\x01\n\x14OpenTransferResponse\x12\x15\n\rnixl_metadata\x18\x01 \x01(\x0c\x12\x12\n\nagent_name\x18\x02 \x01(\t\x12)\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x04 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x15\n\rdevice_memory\x18\x06 \x01(\x08\"5\n\x11PushChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\"<\n\x0b\x43hunkResult\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07written\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12RenewLeaseResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04*O\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eOPERATION_READ\x10\x01\x12\x13\n\x0fOPERATION_WRITE\x10\x02\x32\xf3\x02\n\x0fTransferService\x12T\n\tGetLayout\x12\".model_express.mx.GetLayoutRequest\x1a#.model_express.mx.GetLayoutResponse\x12]\n\x0cOpenTransfer\x12%.model_express.mx.OpenTransferRequest\x1a&.model_express.mx.OpenTransferResponse\x12R\n\nPushChunks\x12#.model_express.mx.PushChunksRequest\x1a\x1d.model_express.mx.ChunkResult0\x01\x12W\n\nRenewLease\x12#.model_express.mx.RenewLeaseRequest\x1a$.model_express.mx.RenewLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mxserver.wire.mx_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPERATION']._serialized_start=1410
-  _globals['_OPERATION']._serialized_end=1489
+  _globals['_OPERATION']._serialized_start=1536
+  _globals['_OPERATION']._serialized_end=1615
   _globals['_TENSOR']._serialized_start=44
   _globals['_TENSOR']._serialized_end=144
   _globals['_LAYOUT']._serialized_start=146
@@ -42,23 +42,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLAYOUTREQUEST']._serialized_start=274
   _globals['_GETLAYOUTREQUEST']._serialized_end=354
   _globals['_GETLAYOUTRESPONSE']._serialized_start=357
-  _globals['_GETLAYOUTRESPONSE']._serialized_end=623
-  _globals['_SAMEHOSTPROBE']._serialized_start=625
-  _globals['_SAMEHOSTPROBE']._serialized_end=725
-  _globals['_EXTENT']._serialized_start=727
-  _globals['_EXTENT']._serialized_end=771
-  _globals['_OPENTRANSFERREQUEST']._serialized_start=774
-  _globals['_OPENTRANSFERREQUEST']._serialized_end=1012
-  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1015
-  _globals['_OPENTRANSFERRESPONSE']._serialized_end=1212
-  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1214
-  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1267
-  _globals['_CHUNKRESULT']._serialized_start=1269
-  _globals['_CHUNKRESULT']._serialized_end=1329
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1331
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1368
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1370
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1408
-  _globals['_TRANSFERSERVICE']._serialized_start=1492
-  _globals['_TRANSFERSERVICE']._serialized_end=1863
+  _globals['_GETLAYOUTRESPONSE']._serialized_end=618
+  _globals['_TRANSPORTOFFER']._serialized_start=621
+  _globals['_TRANSPORTOFFER']._serialized_end=749
+  _globals['_SAMEHOSTPROBE']._serialized_start=751
+  _globals['_SAMEHOSTPROBE']._serialized_end=851
+  _globals['_EXTENT']._serialized_start=853
+  _globals['_EXTENT']._serialized_end=897
+  _globals['_OPENTRANSFERREQUEST']._serialized_start=900
+  _globals['_OPENTRANSFERREQUEST']._serialized_end=1138
+  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1141
+  _globals['_OPENTRANSFERRESPONSE']._serialized_end=1338
+  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1340
+  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1393
+  _globals['_CHUNKRESULT']._serialized_start=1395
+  _globals['_CHUNKRESULT']._serialized_end=1455
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1457
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1494
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1496
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1534
+  _globals['_TRANSFERSERVICE']._serialized_start=1618
+  _globals['_TRANSFERSERVICE']._serialized_end=1989
 # @@protoc_insertion_point(module_scope)

@@ -62,7 +62,7 @@ class Tensor(google.protobuf.message.Message):
     dtype: builtins.str
     """as str(tensor.dtype)"""
     extent: builtins.int
-    """index into Layout.extent_bytes"""
+    """index into Layout.extent_bytes; 0 and without meaning where the shape has a 0"""
     offset: builtins.int
     """bytes from the extent's start to the tensor's first element"""
     @property
@@ -166,7 +166,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     DIGESTS_FIELD_NUMBER: builtins.int
     SCALARS_FIELD_NUMBER: builtins.int
     SCALARS_DIGEST_FIELD_NUMBER: builtins.int
-    SAME_HOST_PROBE_FIELD_NUMBER: builtins.int
+    TRANSPORT_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
@@ -174,7 +174,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     digests: builtins.bytes
     """8 bytes little-endian a chunk"""
     scalars_digest: builtins.str
-    """lower hex of the digest of the canonical form of `scalars`"""
+    """lower hex of the SHA-256 of the canonical form of `scalars`"""
     @property
     def layout(self) -> global___Layout:
         """only where the fingerprints differ"""
@@ -182,7 +182,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     @property
     def scalars(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Scalar]: ...
     @property
-    def same_host_probe(self) -> global___SameHostProbe: ...
+    def transport(self) -> global___TransportOffer: ...
     def __init__(
         self,
         *,
@@ -193,12 +193,43 @@ class GetLayoutResponse(google.protobuf.message.Message):
         digests: builtins.bytes = ...,
         scalars: collections.abc.Iterable[global___Scalar] | None = ...,
         scalars_digest: builtins.str = ...,
-        same_host_probe: global___SameHostProbe | None = ...,
+        transport: global___TransportOffer | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["layout", b"layout", "same_host_probe", b"same_host_probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "same_host_probe", b"same_host_probe", "scalars", b"scalars", "scalars_digest", b"scalars_digest"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["layout", b"layout", "transport", b"transport"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
 
 global___GetLayoutResponse = GetLayoutResponse
+
+@typing.final
+class TransportOffer(google.protobuf.message.Message):
+    """The ways into a holder's memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAME_HOST_READ_FIELD_NUMBER: builtins.int
+    RDMA_ONLY_FIELD_NUMBER: builtins.int
+    RDMA_DEVICE_FIELD_NUMBER: builtins.int
+    PROBE_FIELD_NUMBER: builtins.int
+    same_host_read: builtins.bool
+    """cross-memory attach is allowed here, if the probe can be read"""
+    rdma_only: builtins.bool
+    """no TCP: a READ is one-sided if the receiver has none either"""
+    rdma_device: builtins.bool
+    """there is one, and UCX may use it"""
+    @property
+    def probe(self) -> global___SameHostProbe: ...
+    def __init__(
+        self,
+        *,
+        same_host_read: builtins.bool = ...,
+        rdma_only: builtins.bool = ...,
+        rdma_device: builtins.bool = ...,
+        probe: global___SameHostProbe | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["probe", b"probe"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+
+global___TransportOffer = TransportOffer
 
 @typing.final
 class SameHostProbe(google.protobuf.message.Message):

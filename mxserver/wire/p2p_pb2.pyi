@@ -12,6 +12,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import mxserver.wire.load_pb2
 import sys
 import typing
 
@@ -782,6 +783,7 @@ class PublishMetadataRequest(google.protobuf.message.Message):
     POD_UID_FIELD_NUMBER: builtins.int
     POD_NAMESPACE_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    LOAD_REPORT_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     pod_name: builtins.str
     pod_uid: builtins.str
@@ -794,6 +796,10 @@ class PublishMetadataRequest(google.protobuf.message.Message):
     def identity(self) -> global___SourceIdentity: ...
     @property
     def worker(self) -> global___WorkerMetadata: ...
+    @property
+    def load_report(self) -> mxserver.wire.load_pb2.LoadReport:
+        """ours"""
+
     def __init__(
         self,
         *,
@@ -804,9 +810,10 @@ class PublishMetadataRequest(google.protobuf.message.Message):
         pod_uid: builtins.str = ...,
         pod_namespace: builtins.str = ...,
         epoch: builtins.int = ...,
+        load_report: mxserver.wire.load_pb2.LoadReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["identity", b"identity", "worker", b"worker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "identity", b"identity", "pod_name", b"pod_name", "pod_namespace", b"pod_namespace", "pod_uid", b"pod_uid", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["identity", b"identity", "load_report", b"load_report", "worker", b"worker"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "identity", b"identity", "load_report", b"load_report", "pod_name", b"pod_name", "pod_namespace", b"pod_namespace", "pod_uid", b"pod_uid", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
 
 global___PublishMetadataRequest = PublishMetadataRequest
 
@@ -1033,6 +1040,8 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     SOURCE_LOAD_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    LOAD_PROGRESS_FIELD_NUMBER: builtins.int
+    LOAD_REPORT_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     status: global___SourceStatus.ValueType
@@ -1040,6 +1049,14 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     source_load: builtins.float
     epoch: builtins.int
     """ours: 0 (absent) is not checked; an epoch older than the record's is refused"""
+    @property
+    def load_progress(self) -> mxserver.wire.load_pb2.LoadProgress:
+        """ours"""
+
+    @property
+    def load_report(self) -> mxserver.wire.load_pb2.LoadReport:
+        """ours"""
+
     def __init__(
         self,
         *,
@@ -1049,9 +1066,11 @@ class UpdateStatusRequest(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         source_load: builtins.float | None = ...,
         epoch: builtins.int = ...,
+        load_progress: mxserver.wire.load_pb2.LoadProgress | None = ...,
+        load_report: mxserver.wire.load_pb2.LoadReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_source_load", b"_source_load", "source_load", b"source_load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_source_load", b"_source_load", "load_progress", b"load_progress", "load_report", b"load_report", "source_load", b"source_load"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "load_progress", b"load_progress", "load_report", b"load_report", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_source_load", b"_source_load"]) -> typing.Literal["source_load"] | None: ...
 
 global___UpdateStatusRequest = UpdateStatusRequest

@@ -1,0 +1,161 @@
+"""The main job, shown: worker A loads from storage, worker B takes its weights from A, the answers are compared.
+
+For each model three real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while
+the checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights.
+Exit code 0 only if A's and B's answers equal those of vLLM's default loader in every bit, and B's path was p2p.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.demo import models
+from bench.demo.processes import DemoError, bring_back, cancelled, files_away
+from bench.demo.workers import Server, Worker
+
+FOLDER = Path(__file__).parents[2] / ".demo"
+COLUMNS = ("model", "worker", "path", "tensors", "bytes", "seconds", "GB/s", "verified chunks", "equal")
+
+
+class Case(NamedTuple):
+    """One model of the demo."""
+
+    name: str
+    make: Callable[[Path], Path]
+    pooling: bool
+
+
+CASES = (
+    Case("all-MiniLM-L6-v2", models.minilm, pooling=True),
+    Case("qwen3-generated", models.qwen3, pooling=False),
+)
+
+
+class Progress:
+    """Lines on stderr with the time since the start; from any thread."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def __call__(self, text: str) -> None:
+        with self._lock:
+            print(f"[{self.seconds:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def run_case(case: Case, server: str, say: Progress) -> dict[str, Any]:
+    """All three workers of one model; the result is what --json prints for it. Raises DemoError."""
+    bring_back(FOLDER / "models" / case.name)
+    model = case.make(FOLDER / "models" / case.name)
+
+    def start(stack: ExitStack, worker: str, load_format: str) -> Worker:
+        say(f"{case.name}: {worker} starts (--load-format {load_format})")
+        name = f"{case.name}-{worker.replace(' ', '-')}"
+        url = server if load_format == "mx" else None
+        started = Worker(name, model, FOLDER, load_format=load_format, pooling=case.pooling, server=url)
+        stack.callback(started.child.stop)
+        started.start()
+        path = started.report().get("path", "storage")
+        say(f"{case.name}: {worker} is ready, its weights came by {path}")
+        return started
+
+    with ExitStack() as stack:
+        reference = start(stack, "default loader", "auto")
+        expected = reference.answers()
+        reference.child.stop()
+        worker_a = start(stack, "worker A", "mx")
+        answers_a = worker_a.answers()
+        with files_away(models.weight_files(model)):
+            worker_b = start(stack, "worker B", "mx")
+            answers_b = worker_b.answers()
+        workers = [
+            {"worker": "A", "equal": answers_a == expected, **worker_a.report()},
+            {"worker": "B", "equal": answers_b == expected, **worker_b.report()},
+        ]
+    equal = all(worker["equal"] for worker in workers)
+    say(f"{case.name}: answers {'equal' if equal else 'DIFFER FROM'} those of vLLM's default loader")
+    return {"name": case.name, "equal": equal, "path": workers[1].get("path", "storage"), "workers": workers}
+
+
+def run(say: Progress) -> dict[str, Any]:
+    """The whole demo. Raises DemoError."""
+    with ExitStack() as stack:
+        server = Server(FOLDER)
+        stack.callback(server.child.stop)
+        address = server.start()
+        say(f"mxserver listens on {address}")
+        pool = stack.enter_context(ThreadPoolExecutor(len(CASES)))
+        stack.callback(cancelled.set)  # before the pool waits for its threads
+        results = list(pool.map(lambda case: run_case(case, address, say), CASES))
+    return {
+        "equal": all(result["equal"] for result in results),
+        "path": "p2p" if all(result["path"] == "p2p" for result in results) else "storage",
+        "seconds": round(say.seconds, 1),
+        "models": results,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    rows = [
+        (
+            model["name"],
+            worker["worker"],
+            worker.get("path", "?"),
+            str(worker.get("tensors", 0)),
+            f"{worker.get('bytes', 0):,}",
+            f"{worker.get('seconds', 0):.3f}",
+            f"{worker.get('gigabytes_per_second', 0):.2f}",
+            str(worker.get("chunks_verified", 0)),
+            "yes" if worker["equal"] else "NO",
+        )
+        for model in result["models"]
+        for worker in model["workers"]
+    ]
+    widths = [max(len(row[column]) for row in (COLUMNS, *rows)) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (COLUMNS, *rows)]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended and files moved back
+    say = Progress()
+    try:
+        result = run(say)
+    except (DemoError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"equal": False, "path": "", "error": str(error), "models": []}, indent=2))
+        return 1
+    passed = result["equal"] and result["path"] == "p2p"
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(table(result))
+        verdict = "B's weights came from A and every answer is equal" if passed else "NOT as it should be"
+        print(f"{verdict} ({result['seconds']} s; logs in {FOLDER / 'logs'})")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

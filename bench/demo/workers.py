@@ -1,0 +1,111 @@
+"""The demo's processes: the server, and `vllm serve` with a given load format; and what is asked of a worker."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.demo.processes import ENGINE_ENVIRONMENT, Child, DemoError, free_port
+
+SERVER_READY_SECONDS = 60.0
+WORKER_READY_SECONDS = 420.0
+REQUEST_SECONDS = 120.0
+TOKENS = 16
+PROMPTS = (
+    "A worker that starts",
+    "The server knows who has what",
+    "Every byte is checked",
+    "The quick brown fox",
+)
+
+
+class Server:
+    """A real `mxserver` on a free port of the loopback interface."""
+
+    def __init__(self, folder: Path) -> None:
+        self.child = Child(
+            "mxserver",
+            ["-m", "mxserver", "--host", "127.0.0.1", "--port", "0", "--store-path", str(folder / "server.sqlite3")],
+            {},
+            folder / "logs" / "mxserver.log",
+        )
+        self.address = ""
+
+    def start(self) -> str:
+        """Waits until the server listens; returns its address. Raises DemoError."""
+        self.child.wait_until(self._listening, SERVER_READY_SECONDS)
+        return self.address
+
+    def _listening(self) -> bool:
+        found = re.search(r"listening on (127\.0\.0\.1:\d+)", self.child.log.read_text(errors="replace"))
+        self.address = found[1] if found else ""
+        return bool(found)
+
+
+class Worker:
+    """One `vllm serve`."""
+
+    def __init__(
+        self, name: str, model: Path, folder: Path, *, load_format: str, pooling: bool, server: str | None = None
+    ) -> None:
+        self.pooling = pooling
+        self.report_path = folder / "reports" / f"{name}.json"
+        self.report_path.parent.mkdir(parents=True, exist_ok=True)
+        self.report_path.unlink(missing_ok=True)
+        self.port = free_port()
+        command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--load-format", load_format]
+        command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4", "--seed", "0"]
+        command += ["--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
+        command += ["--runner", "pooling"] if pooling else []
+        environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache")}
+        if server is not None:
+            command += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]
+            environment |= {"MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": "127.0.0.1"}
+        self.child = Child(name, command, environment, folder / "logs" / f"{name}.log")
+
+    def start(self) -> None:
+        """Waits until the worker answers. Raises DemoError."""
+        self.child.wait_until(self._healthy, WORKER_READY_SECONDS)
+
+    def answers(self) -> list[Any]:
+        """For each prompt: the embedding, or the greedy token ids with their log probabilities. One at a time."""
+        return [self._embedding(prompt) if self.pooling else self._completion(prompt) for prompt in PROMPTS]
+
+    def report(self) -> dict[str, Any]:
+        """What the loader wrote (vllm_plugin.report); empty with vLLM's own loaders."""
+        loaded: dict[str, Any] = json.loads(self.report_path.read_text()) if self.report_path.exists() else {}
+        return loaded
+
+    def _healthy(self) -> bool:
+        try:
+            return self._request("GET", "/health")[0] == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _embedding(self, prompt: str) -> Any:
+        return self._post("/v1/embeddings", {"input": prompt})["data"][0]["embedding"]
+
+    def _completion(self, prompt: str) -> Any:
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+        choice = self._post("/v1/completions", body)["choices"][0]
+        return {"token_ids": choice["token_ids"], "log_probabilities": choice["logprobs"]["token_logprobs"]}
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        status, answer = self._request("POST", path, json.dumps({"model": "demo", **body}))
+        if status != http.client.OK:
+            raise DemoError(f"{self.child.name} answered {path} with {status}: {answer[:500]!r}")
+        return json.loads(answer)
+
+    def _request(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()

@@ -1,0 +1,61 @@
+"""`mx`: the group that finds its subcommands by name.
+
+A new subcommand is one line in `COMMANDS`: its name, where its click command is, and its help line (kept here so
+that `mx --help` imports nothing).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+import click
+
+from mxserver.wire.errors import MxError
+
+
+class Subcommand(NamedTuple):
+    target: str  # "module:attribute" of the click command
+    help: str
+
+
+COMMANDS: dict[str, Subcommand] = {
+    "bench": Subcommand("mxcore.cli.bench:bench", "Measure, from a source checkout (JSON with --json)."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands come from a table and are imported at their first use."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].target.split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name].help) for name in sorted(COMMANDS)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mx-modelexpress", prog_name="mx")
+def mx() -> None:
+    """Model weights for fleets of LLM servers.
+
+    The server is `mxserver`; workers are started with `vllm serve MODEL --load-format mx`.
+    """
+
+
+def main() -> None:
+    """Runs `mx`; an expected error is one line on stderr and exit code 1 (click's usage errors: 2)."""
+    try:
+        mx(prog_name="mx")
+    except MxError as error:
+        click.echo(f"mx: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,279 @@
+"""Aligned, reusable host memory with the buffer protocol and DLPack. Types and documentation: host_buffer.pyi."""
+
+cimport cython
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from posix.unistd cimport _SC_PAGESIZE, sysconf
+
+from mxcore.host_buffer cimport DLManagedTensor, DLManagedTensorVersioned, DLTensor, HostBuffer
+
+import os
+import sys
+import warnings
+
+from mxcore.errors import HostBufferBusy, HostBufferClosed, HostMemoryError
+
+cdef extern from "<sys/mman.h>" nogil:
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MADV_HUGEPAGE
+    void* MAP_FAILED
+    void* mmap(void* address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void* address, size_t length)
+    int madvise(void* address, size_t length, int advice)
+
+cdef enum:
+    HUGE_PAGE_BYTES = 2 * 1024 * 1024
+    DL_CPU = 1
+    DL_UINT = 1
+
+MAX_BYTES = 1 << 46  # beyond what a process can map: keeps the sums below within 64 bits
+
+cdef char* UNSIGNED_BYTES = b"B"
+cdef size_t live_count = 0  # both these change under the GIL only
+cdef size_t live_bytes = 0
+
+
+cdef struct Legacy:
+    DLManagedTensor managed  # first: the capsule's pointer is that of the whole
+    int64_t shape
+    int64_t stride
+
+cdef struct Versioned:
+    DLManagedTensorVersioned managed
+    int64_t shape
+    int64_t stride
+
+
+cdef void fill_tensor(DLTensor* tensor, HostBuffer owner, int64_t* shape, int64_t* stride) noexcept:
+    shape[0] = <int64_t>owner.length
+    stride[0] = 1
+    tensor.data = owner.base
+    tensor.device.device_type = DL_CPU
+    tensor.device.device_id = 0
+    tensor.ndim = 1
+    tensor.dtype.code = DL_UINT
+    tensor.dtype.bits = 8
+    tensor.dtype.lanes = 1
+    tensor.shape = shape
+    tensor.strides = stride
+    tensor.byte_offset = 0
+
+
+cdef void end_export(void* context) noexcept:
+    """Gives back the reference that an export holds; that may free the buffer."""
+    cdef HostBuffer owner = <HostBuffer>context
+    owner.export_count -= 1
+    Py_DECREF(owner)
+
+
+cdef void delete_legacy(DLManagedTensor* managed) noexcept with gil:
+    end_export(managed.manager_ctx)
+    PyMem_Free(managed)
+
+
+cdef void delete_versioned(DLManagedTensorVersioned* managed) noexcept with gil:
+    end_export(managed.manager_ctx)
+    PyMem_Free(managed)
+
+
+cdef void drop_legacy(object capsule) noexcept:
+    """A capsule that nobody consumed (a consumer renames it) deletes what it holds."""
+    cdef DLManagedTensor* managed
+    if PyCapsule_IsValid(capsule, "dltensor"):
+        managed = <DLManagedTensor*>PyCapsule_GetPointer(capsule, "dltensor")
+        managed.deleter(managed)
+
+
+cdef void drop_versioned(object capsule) noexcept:
+    cdef DLManagedTensorVersioned* managed
+    if PyCapsule_IsValid(capsule, "dltensor_versioned"):
+        managed = <DLManagedTensorVersioned*>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        managed.deleter(managed)
+
+
+cdef object export_legacy(HostBuffer owner):
+    cdef Legacy* export = <Legacy*>PyMem_Malloc(sizeof(Legacy))
+    if export == NULL:
+        raise MemoryError
+    fill_tensor(&export.managed.dl_tensor, owner, &export.shape, &export.stride)
+    export.managed.manager_ctx = <void*>owner
+    export.managed.deleter = delete_legacy
+    try:
+        capsule = PyCapsule_New(export, "dltensor", <void (*)(object) noexcept>drop_legacy)
+    except BaseException:
+        PyMem_Free(export)
+        raise
+    Py_INCREF(owner)
+    owner.export_count += 1
+    return capsule
+
+
+cdef object export_versioned(HostBuffer owner):
+    cdef Versioned* export = <Versioned*>PyMem_Malloc(sizeof(Versioned))
+    if export == NULL:
+        raise MemoryError
+    fill_tensor(&export.managed.dl_tensor, owner, &export.shape, &export.stride)
+    export.managed.major = 1
+    export.managed.minor = 0
+    export.managed.flags = 0  # writable, no copy
+    export.managed.manager_ctx = <void*>owner
+    export.managed.deleter = delete_versioned
+    try:
+        capsule = PyCapsule_New(export, "dltensor_versioned", <void (*)(object) noexcept>drop_versioned)
+    except BaseException:
+        PyMem_Free(export)
+        raise
+    Py_INCREF(owner)
+    owner.export_count += 1
+    return capsule
+
+
+cdef void unmap(HostBuffer buffer) noexcept:
+    global live_count, live_bytes
+    live_count -= 1
+    live_bytes -= buffer.length
+    with nogil:  # giving back gigabytes takes a while
+        munmap(buffer.base, buffer.mapped)
+    buffer.base = NULL
+
+
+cdef void warn_unclosed(HostBuffer buffer) noexcept:
+    """Where warnings are errors this is printed as "ignored", like everything that goes wrong in a destructor."""
+    if warnings is None:  # the interpreter is going down and has cleared this module
+        return
+    warnings.warn(f"HostBuffer of {buffer.length} bytes made at {buffer.origin} was never closed", ResourceWarning)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class HostBuffer:
+    def __cinit__(self, size_bytes, *, alignment_bytes=4096, huge_pages=True):
+        global live_count, live_bytes
+        cdef size_t page = <size_t>sysconf(_SC_PAGESIZE)
+        cdef size_t head, total
+        cdef void* mapping
+        if not 1 <= size_bytes <= MAX_BYTES:
+            raise ValueError(f"size_bytes is {size_bytes}, has to be 1 to {MAX_BYTES}")
+        if not 1 <= alignment_bytes <= MAX_BYTES or alignment_bytes & (alignment_bytes - 1):
+            raise ValueError(f"alignment_bytes is {alignment_bytes}, has to be a power of two up to {MAX_BYTES}")
+        self.length = size_bytes
+        self.huge = bool(huge_pages) and self.length >= HUGE_PAGE_BYTES
+        self.alignment = max(<size_t>alignment_bytes, page, <size_t>HUGE_PAGE_BYTES if self.huge else 0)
+        self.mapped = (self.length + page - 1) // page * page
+        total = self.mapped + self.alignment - page
+        mapping = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if mapping == MAP_FAILED:
+            raise HostMemoryError(f"{size_bytes} bytes of host memory cannot be had: {os.strerror(errno)}")
+        head = -<uintptr_t>mapping % self.alignment
+        if head:
+            munmap(mapping, head)
+        self.base = <uint8_t*>mapping + head
+        if total - head > self.mapped:
+            munmap(self.base + self.mapped, total - head - self.mapped)
+        live_count += 1
+        live_bytes += self.length
+        if self.huge:
+            self.huge = madvise(self.base, self.mapped, MADV_HUGEPAGE) == 0
+        frame = sys._getframe()  # the caller's: compiled functions have none
+        self.origin = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            warn_unclosed(self)
+            unmap(self)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        self.require_open()
+        view.buf = self.base
+        view.obj = self
+        view.len = <Py_ssize_t>self.length
+        view.readonly = 0
+        view.itemsize = 1
+        view.format = UNSIGNED_BYTES if flags & PyBUF_FORMAT else NULL
+        view.ndim = 1
+        view.shape = &view.len if flags & PyBUF_ND else NULL
+        view.strides = &view.itemsize if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
+        view.suboffsets = NULL
+        view.internal = NULL
+        self.export_count += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.export_count -= 1
+
+    cdef int require_open(self) except -1:
+        if self.base == NULL:
+            raise HostBufferClosed(f"the HostBuffer of {self.length} bytes made at {self.origin} is closed")
+        return 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        self.require_open()
+        if stream is not None:
+            raise BufferError(f"stream is {stream!r}: memory of the CPU has no streams")
+        if dl_device is not None and tuple(dl_device) != (DL_CPU, 0):
+            raise BufferError(f"dl_device is {dl_device!r}: this memory is on the CPU, (1, 0)")
+        if copy:
+            raise BufferError("copy=True: a HostBuffer is exported in place only")
+        if max_version is not None and max_version[0] >= 1:
+            return export_versioned(self)
+        return export_legacy(self)
+
+    def __dlpack_device__(self):
+        return (DL_CPU, 0)
+
+    def __len__(self):
+        return self.length
+
+    @property
+    def address(self):
+        self.require_open()
+        return <uintptr_t>self.base
+
+    @property
+    def size_bytes(self):
+        return self.length
+
+    @property
+    def alignment_bytes(self):
+        return self.alignment
+
+    @property
+    def huge_pages(self):
+        return bool(self.huge)
+
+    @property
+    def exports(self):
+        return self.export_count
+
+    @property
+    def closed(self):
+        return self.base == NULL
+
+    def close(self):
+        if self.base == NULL:
+            return
+        if self.export_count:
+            raise HostBufferBusy(f"the HostBuffer of {self.length} bytes made at {self.origin} has "
+                                 f"{self.export_count} exports (views, tensors): delete them first")
+        unmap(self)
+
+    def __enter__(self):
+        self.require_open()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.close()
+
+    def __repr__(self):
+        state = "closed" if self.base == NULL else f"at {<uintptr_t>self.base:#x}, {self.export_count} exports"
+        return f"<HostBuffer of {self.length} bytes, {state}>"
+
+
+def live_host_buffers():
+    return live_count
+
+
+def live_host_bytes():
+    return live_bytes

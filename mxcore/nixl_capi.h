@@ -1,0 +1,128 @@
+/* NIXL's C interface as a table of functions that is filled at run time from the wheel's libnixl_capi.so.
+ *
+ * Declarations by hand, from the public interface (nixl 1.4 to 1.5); nothing is linked, so that one build works
+ * with and without NIXL on the machine. Handles are opaque pointers. Every function returns a status: 0 success,
+ * 1 in progress, below 0 an error.
+ */
+#ifndef MX_NIXL_CAPI_H
+#define MX_NIXL_CAPI_H
+
+#include <dlfcn.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MX_NIXL_SUCCESS = 0, MX_NIXL_IN_PROGRESS = 1 };
+
+/* What nixl_capi_create_configured_agent reads. The layout changed between releases: `listen_port` was an int at
+ * offset 4, followed by `thread_sync` at 8 and `num_workers` at 12, and became a uint16 at offset 2, which moved
+ * `thread_sync` to 4 and `num_workers` to 8. Both are right at once when offsets 4 and 8 both hold the thread
+ * sync mode: the port is not used while the listener is off, and a number of workers of 2 does no harm.
+ */
+typedef struct {
+    bool enable_progress_thread;
+    bool enable_listen_thread;
+    uint16_t listen_port_new;
+    uint32_t thread_sync_new; /* the old layout's listen_port */
+    uint32_t thread_sync_old; /* the new layout's num_workers */
+    uint32_t num_workers_old; /* padding in the new layout */
+    uint64_t progress_delay_us;
+    uint64_t listen_delay_us;
+    bool capture_telemetry;
+    uint8_t reserved[31]; /* zero, for fields that a later release may add */
+} mx_nixl_agent_config;
+
+enum { MX_NIXL_THREAD_SYNC_RW = 2 };
+
+#define MX_NIXL_FUNCTIONS(F)                                                                                    \
+    F(create_configured_agent, (const char *name, const mx_nixl_agent_config *config, void **agent))            \
+    F(destroy_agent, (void *agent))                                                                             \
+    F(get_plugin_params, (void *agent, const char *plugin, void **memory_kinds, void **params))                 \
+    F(params_add, (void *params, const char *key, const char *value))                                           \
+    F(destroy_params, (void *params))                                                                           \
+    F(destroy_mem_list, (void *memory_kinds))                                                                   \
+    F(create_backend, (void *agent, const char *plugin, void *params, void **backend))                          \
+    F(destroy_backend, (void *backend))                                                                         \
+    F(create_opt_args, (void **options))                                                                        \
+    F(opt_args_add_backend, (void *options, void *backend))                                                     \
+    F(destroy_opt_args, (void *options))                                                                        \
+    F(create_reg_dlist, (int memory_kind, void **list, bool sorted))                                            \
+    F(reg_dlist_add_desc, (void *list, uintptr_t address, size_t length, uint64_t device, const void *metadata, \
+                           size_t metadata_length))                                                             \
+    F(destroy_reg_dlist, (void *list))                                                                          \
+    F(register_mem, (void *agent, void *list, void *options))                                                   \
+    F(deregister_mem, (void *agent, void *list, void *options))                                                 \
+    F(get_local_md, (void *agent, void **data, size_t *length))                                                 \
+    F(load_remote_md, (void *agent, const void *data, size_t length, char **name))                              \
+    F(invalidate_remote_md, (void *agent, const char *name))                                                    \
+    F(create_xfer_dlist, (int memory_kind, void **list, bool sorted))                                           \
+    F(xfer_dlist_add_desc, (void *list, uintptr_t address, size_t length, uint64_t device))                     \
+    F(destroy_xfer_dlist, (void *list))                                                                         \
+    F(create_xfer_req, (void *agent, int operation, void *local, void *remote, const char *remote_agent,        \
+                        void **request, void *options))                                                         \
+    F(post_xfer_req, (void *agent, void *request, void *options))                                               \
+    F(get_xfer_status, (void *agent, void *request))                                                            \
+    F(release_xfer_req, (void *agent, void *request))                                                           \
+    F(destroy_xfer_req, (void *request))
+
+typedef struct {
+#define MX_NIXL_MEMBER(name, arguments) int(*name) arguments;
+    MX_NIXL_FUNCTIONS(MX_NIXL_MEMBER)
+#undef MX_NIXL_MEMBER
+    void (*mem_free)(void *memory); /* only in newer releases: older ones hand out malloc'd memory */
+} mx_nixl_table;
+
+/* Fills `table` from the library at `path`. Returns 0, or -1 with the reason in `reason`. The library stays
+ * loaded: it has threads and thread-local state that do not survive dlclose. */
+static inline int mx_nixl_open(const char *path, mx_nixl_table *table, char *reason, size_t reason_bytes)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL) {
+        const char *error = dlerror();
+        snprintf(reason, reason_bytes, "%s", error != NULL ? error : "dlopen failed");
+        return -1;
+    }
+#define MX_NIXL_RESOLVE(name, arguments)                                                     \
+    *(void **)&table->name = dlsym(library, "nixl_capi_" #name);                             \
+    if (table->name == NULL) {                                                               \
+        snprintf(reason, reason_bytes, "%s has no function nixl_capi_%s", path, #name);      \
+        return -1;                                                                           \
+    }
+    MX_NIXL_FUNCTIONS(MX_NIXL_RESOLVE)
+#undef MX_NIXL_RESOLVE
+    *(void **)&table->mem_free = dlsym(library, "nixl_capi_mem_free");
+    return 0;
+}
+
+/* Descriptor lists out of arrays; on failure `list` may exist all the same and is the caller's to destroy. */
+static inline int mx_nixl_transfer_list(const mx_nixl_table *table, int memory_kind, const uint64_t *addresses,
+                                        const uint64_t *lengths, ptrdiff_t count, uint64_t device, void **list)
+{
+    int status = table->create_xfer_dlist(memory_kind, list, false);
+    for (ptrdiff_t i = 0; i < count && status == MX_NIXL_SUCCESS; i++)
+        status = table->xfer_dlist_add_desc(*list, (uintptr_t)addresses[i], (size_t)lengths[i], device);
+    return status;
+}
+
+static inline int mx_nixl_region_list(const mx_nixl_table *table, int memory_kind, const uint64_t *addresses,
+                                      const uint64_t *lengths, ptrdiff_t count, uint64_t device, void **list)
+{
+    int status = table->create_reg_dlist(memory_kind, list, false);
+    for (ptrdiff_t i = 0; i < count && status == MX_NIXL_SUCCESS; i++)
+        status = table->reg_dlist_add_desc(*list, (uintptr_t)addresses[i], (size_t)lengths[i], device, NULL, 0);
+    return status;
+}
+
+/* Frees what NIXL handed out. */
+static inline void mx_nixl_free(const mx_nixl_table *table, void *memory)
+{
+    if (table->mem_free != NULL)
+        table->mem_free(memory);
+    else
+        free(memory);
+}
+
+#endif

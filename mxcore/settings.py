@@ -1,0 +1,141 @@
+"""The worker's settings: environment names, defaults, rules.
+
+A worker never refuses to start because of a setting: a bad value warns (setting, value, rule) and its default is
+taken, a misspelt name warns with the nearest right one, and what Kubernetes injects for services is no setting.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mxserver.wire import environment
+from mxserver.wire.address import parse_server_address
+from mxserver.wire.errors import SettingError
+
+__all__ = ["WorkerSettings", "load_settings"]
+
+logger = logging.getLogger(__name__)
+
+_URL = "MODEL_EXPRESS_URL"
+_LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+
+
+class WorkerSettings(BaseModel):
+    """What a worker can be told; `load_settings` makes one out of the environment. Immutable.
+
+    Each field's alias is its environment name; mxserver.wire.environment has the meanings in one table. Times are
+    in seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    server_address: str | None = Field(None, alias="MX_SERVER_ADDRESS")
+    server_timeout_seconds: float = Field(5.0, alias="MX_SERVER_TIMEOUT_SECS", gt=0, le=3600)
+    worker_host: str | None = Field(None, alias="MX_WORKER_HOST", min_length=1)
+    worker_grpc_port: int = Field(6555, alias="MX_WORKER_GRPC_PORT", ge=0, le=65535)
+    heartbeat_interval_seconds: float = Field(30.0, alias="MX_HEARTBEAT_INTERVAL_SECS", gt=0, le=3600)
+    transfer_timeout_seconds: float = Field(600.0, alias="MX_TRANSFER_TIMEOUT", gt=0)
+    stall_timeout_seconds: float = Field(5.0, alias="MX_STALL_TIMEOUT_SECS", gt=0, le=3600)
+    drain_timeout_seconds: float = Field(30.0, alias="MX_DRAIN_TIMEOUT_SECS", ge=0, le=3600)
+    transport: Literal["auto", "same-host", "tcp", "rdma"] = Field("auto", alias="MX_TRANSPORT")
+    layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
+    nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
+    model_revision: str = Field("", alias="MX_MODEL_REVISION")
+
+    @field_validator("server_address")
+    @classmethod
+    def _parsed_address(cls, value: str | None) -> str | None:
+        try:
+            return parse_server_address(value) if value is not None else None
+        except SettingError as error:
+            raise ValueError(str(error)) from error
+
+    def advertised_host(self) -> str:
+        """What other workers reach this one by: MX_WORKER_HOST, or this host's address towards the server."""
+        return self.worker_host or _address_towards(self.server_address)
+
+    @property
+    def shares_only_this_host(self) -> bool:
+        """Whether nothing beyond the loopback interface needs to reach this worker."""
+        host = self.advertised_host()
+        return host in _LOOPBACK_NAMES or host.startswith("127.") or host == "::1"
+
+
+def load_settings(
+    overrides: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None
+) -> WorkerSettings:
+    """The settings of this worker; never raises for a value.
+
+    `overrides` come from the engine, by environment name (MX_LAYOUT) or field name (layout), and win over `environ`
+    (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either.
+    """
+    variables = os.environ if environ is None else environ
+    for line in environment.warnings_for(variables, "worker"):
+        logger.warning("%s", line)
+    values: dict[str, object] = {}
+    for name, field in WorkerSettings.model_fields.items():
+        text = environment.setting(variables, field.alias or name)
+        if text is not None:
+            values[name] = text
+    if url := environment.setting(variables, _URL):
+        values["server_address"] = url
+    values.update(_with_field_names(overrides or {}))
+    return _validated(values)
+
+
+def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
+    names = {alias: name for name, field in WorkerSettings.model_fields.items() for alias in (field.alias, name)}
+    known: dict[str, object] = {}
+    for key, value in overrides.items():
+        if key in names:
+            known.setdefault(names[key], value)
+        elif key == _URL:
+            known["server_address"] = value
+        else:
+            logger.warning("%s is no setting of the worker; known are %s", key, ", ".join(_known_names()))
+    return known
+
+
+def _known_names() -> list[str]:
+    return sorted(field.alias or name for name, field in WorkerSettings.model_fields.items())
+
+
+def _validated(values: dict[str, object]) -> WorkerSettings:
+    try:
+        return WorkerSettings.model_validate(values)
+    except ValidationError as error:
+        fields = WorkerSettings.model_fields
+        aliases = {field.alias: name for name, field in fields.items()}
+        good = dict(values)
+        for problem in error.errors():
+            location = str(problem["loc"][0])
+            name = aliases.get(location, location)
+            good.pop(name, None)
+            logger.warning(
+                "%s=%r is refused: %s; the default %r is used",
+                fields[name].alias,
+                values.get(name),
+                problem["msg"],
+                fields[name].default,
+            )
+        return WorkerSettings.model_validate(good)
+
+
+def _address_towards(server_address: str | None) -> str:
+    """The local address of packets to the server; loopback without one. Sends nothing (a connected UDP socket)."""
+    host, _, port = (server_address or "127.0.0.1:1").rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        logger.warning("no way to %s (%s): this worker advertises 127.0.0.1; set MX_WORKER_HOST", host, error)
+        return "127.0.0.1"

@@ -1,0 +1,3 @@
+"""Weights from local files."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tensors from other workers: layouts, chunks, NIXL sessions, holders, receivers, membership in a fleet."""

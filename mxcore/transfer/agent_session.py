@@ -1,0 +1,170 @@
+"""One NIXL agent with our policy on it: a deadline on progress, polling that sleeps, a fence."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from mxcore.errors import LayoutUnsupported, NixlError, TransferStalled
+from mxcore.nixl_agent import NixlAgent, Transfer
+from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.regions import merge_regions
+from mxcore.transfer.transports import Operation, ucx_environment
+
+__all__ = ["AgentSession", "Move", "require_host_memory"]
+
+logger = logging.getLogger(__name__)
+
+_FIRST_POLL_SECONDS = 0.0001
+_LONGEST_POLL_SECONDS = 0.002
+
+
+class Move(NamedTuple):
+    """One transfer of the bytes of one chunk: arrays of uint64, of equal length."""
+
+    chunk: int
+    local_addresses: array[int]
+    remote_addresses: array[int]
+    lengths: array[int]
+
+
+def require_host_memory(placement: Placement) -> None:
+    """The one check of what kind of memory can be moved.
+
+    Raises:
+        LayoutUnsupported: device memory, whose bytes cannot be checked against digests yet.
+    """
+    if placement.device_type != "cpu":
+        raise LayoutUnsupported(
+            f"all {len(placement.addresses)} extents are in {placement.device_type} memory: digests of device memory "
+            "are not made in this version, and nothing is moved unchecked. Load from storage"
+        )
+
+
+class AgentSession:
+    """An agent of this process whose memory is `placement`; thread-safe.
+
+    Its name is new every time: a peer that knew an earlier agent never takes this one for it. `fence` destroys it,
+    and only that makes sure that no byte lands any more; leaving the context does the same.
+    """
+
+    def __init__(self, worker_id: str, *, tls: str, backend: str = "UCX", stall_timeout_seconds: float = 5.0) -> None:
+        """Raises NixlMissing, NixlError."""
+        self.stall_timeout_seconds = stall_timeout_seconds
+        self.late_moves = 0  # moves that were not complete when they were posted
+        with ucx_environment(tls):
+            self._agent = NixlAgent(f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend)
+
+    @property
+    def name(self) -> str:
+        """The agent's name."""
+        return self._agent.name
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the agent is gone."""
+        return self._agent.destroyed
+
+    def register(self, layout: Layout, placement: Placement) -> int:
+        """Registers all extents, neighbours as one region; returns the number of regions.
+
+        Raises NixlError; LayoutUnsupported for device memory.
+        """
+        require_host_memory(placement)
+        count = 0
+        for regions in merge_regions(placement, layout.extent_bytes):
+            self._agent.register(regions.addresses, regions.lengths)
+            count += len(regions.addresses)
+        return count
+
+    def metadata(self) -> bytes:
+        """What the other side needs to reach the registered memory."""
+        return self._agent.metadata()
+
+    def connect(self, metadata: bytes) -> str:
+        """Makes the other side known; returns its agent's name. Raises NixlError."""
+        return self._agent.load_remote(metadata)
+
+    def disconnect(self, peer: str) -> None:
+        """Forgets the other side; in silence when it is not known or the agent is gone."""
+        if not self._agent.destroyed:
+            self._agent.forget_remote(peer)
+
+    def post(self, operation: Operation, move: Move, peer: str) -> tuple[Transfer, bool]:
+        """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost."""
+        transfer = self._agent.transfer(operation, move.local_addresses, move.remote_addresses, move.lengths, peer)
+        try:
+            return transfer, transfer.post()
+        except NixlError:
+            transfer.release()
+            del transfer  # the error's traceback would keep it
+            raise
+
+    def run(
+        self,
+        operation: Operation,
+        moves: Iterable[Move],
+        peer: str,
+        *,
+        in_flight_limit: int,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[int]:
+        """Runs moves, at most `in_flight_limit` at a time; yields each chunk once its bytes are there.
+
+        Ends early once `cancelled` says so; what is in flight is then released, not stopped.
+
+        Raises:
+            PeerLost: the other side is gone.
+            TransferStalled: no chunk was completed for the stall time-out.
+        """
+        waiting = iter(moves)
+        in_flight: dict[int, Transfer] = {}
+        pause = _FIRST_POLL_SECONDS
+        deadline = time.monotonic() + self.stall_timeout_seconds
+        try:
+            while not cancelled():
+                completed = [chunk for chunk, transfer in in_flight.items() if transfer.done()]
+                for chunk in completed:
+                    in_flight.pop(chunk).release()
+                while not completed and len(in_flight) < in_flight_limit and (move := next(waiting, None)) is not None:
+                    in_flight[move.chunk], complete = self.post(operation, move, peer)
+                    if complete:
+                        in_flight.pop(move.chunk).release()
+                        completed.append(move.chunk)
+                    else:
+                        self.late_moves += 1
+                if completed:
+                    yield from completed
+                    pause = _FIRST_POLL_SECONDS
+                    deadline = time.monotonic() + self.stall_timeout_seconds
+                elif not in_flight:
+                    return
+                elif time.monotonic() > deadline:
+                    raise TransferStalled(
+                        f"{operation} with {peer}: chunks {sorted(in_flight)} made no progress for "
+                        f"{self.stall_timeout_seconds:g} s"
+                    )
+                else:
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+        finally:
+            for transfer in in_flight.values():
+                transfer.release()
+            in_flight.clear()
+
+    def fence(self) -> None:
+        """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent."""
+        self._agent.destroy()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.fence()

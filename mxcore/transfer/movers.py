@@ -1,0 +1,222 @@
+"""The two ways in which asked-for chunks come: the receiver READs them, or the holder WRITEs them.
+
+A mover is asked for chunks and says which have arrived. Arrived is not verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import grpc
+
+from mxcore.errors import NotOneSided, SourceRefused, TransferError, TransferStalled
+from mxcore.transfer.agent_session import AgentSession, Move
+from mxcore.transfer.chunks import Chunks
+from mxcore.transfer.source_client import SourceClient
+
+__all__ = ["PullByRead", "PullByWrite"]
+
+_Results: TypeAlias = "queue.SimpleQueue[int | TransferError | None]"
+
+_READS_IN_FLIGHT = 4
+_LATE_READS = 1  # the first one also waits until the two agents are connected
+_PUSH_BATCH = 16  # chunks of one PushChunks call; a stream's start costs about a millisecond
+_CALL_SECONDS = 24 * 3600.0  # a deadline for gRPC; ours is the stall time-out
+
+
+class LeaseKeeper:
+    """Renews a lease at a third of its time, from a thread of its own, while the context lasts."""
+
+    def __init__(self, client: SourceClient, lease_id: str) -> None:
+        self._client = client
+        self._lease_id = lease_id
+        self._stop = threading.Event()
+        self._failure: TransferError | None = None
+        self._thread = threading.Thread(target=self._run, name="mx-lease", daemon=True)
+
+    def check(self) -> None:
+        """Raises what renewing raised: without a lease the holder may free what is being read."""
+        if self._failure is not None:
+            raise self._failure
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stop.wait(pause):
+            try:
+                pause = self._client.renew(self._lease_id) / 3
+            except TransferError as error:
+                self._failure = error
+                return
+
+
+class PullByRead:
+    """READs by this process' agent: for routes that are one-sided for certain.
+
+    On one host a READ by cross-memory attach is complete when it is posted (the first may have to wait for the
+    connection). One that is not shows that UCX took another way, which may be TCP: then it is waited for, and
+    nothing else is READ from this holder.
+    """
+
+    def __init__(
+        self,
+        client: SourceClient,
+        lease_id: str,
+        session: AgentSession,
+        peer: str,
+        chunks: Chunks,
+        local: array[int],
+        remote: array[int],
+        transport: str,
+    ) -> None:
+        self._lease = LeaseKeeper(client, lease_id)
+        self._session = session
+        self._peer = peer
+        self._chunks = chunks
+        self._local = local
+        self._remote = remote
+        self._must_be_immediate = transport == "same-host"
+        self._asked: deque[int] = deque()
+
+    def __enter__(self) -> Self:
+        self._lease.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lease.__exit__(kind, error, trace)
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was asked for has arrived."""
+        return not self._asked
+
+    def ask(self, chunks: Sequence[int]) -> None:
+        """Adds chunks to what is fetched."""
+        self._asked.extend(chunks)
+
+    def arrived(self) -> Iterator[int]:
+        """Fetches; yields chunks whose bytes are there. Raises PeerLost, TransferStalled, SourceRefused."""
+        self._lease.check()
+        if not self._must_be_immediate:
+            batch = [self._asked.popleft() for _ in range(len(self._asked))]
+            moves = (self._move(chunk) for chunk in batch)
+            yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
+        elif self._asked:
+            move = self._move(self._asked.popleft())
+            yield from self._session.run("read", iter([move]), self._peer, in_flight_limit=1)
+            if self._session.late_moves > _LATE_READS:
+                raise NotOneSided(
+                    f"a READ from {self._peer} did not go by cross-memory attach although its memory can be read"
+                )
+
+    def _move(self, chunk: int) -> Move:
+        local, remote, lengths = (
+            self._chunks.slice_of(values, chunk) for values in (self._local, self._remote, self._chunks.lengths)
+        )
+        return Move(chunk, local, remote, lengths)
+
+
+class PullByWrite:
+    """The holder WRITEs what PushChunks asks for; its answers say which chunks it has written."""
+
+    def __init__(self, client: SourceClient, lease_id: str, *, stall_timeout_seconds: float) -> None:
+        self._client = client
+        self._lease_id = lease_id
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._asked: deque[int] = deque()
+        self._expected: set[int] = set()
+        self._results: _Results = queue.SimpleQueue()
+        self._call: Any = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was asked for has arrived."""
+        return not self._asked and not self._expected
+
+    def ask(self, chunks: Sequence[int]) -> None:
+        """Adds chunks to what is fetched."""
+        self._asked.extend(chunks)
+
+    def arrived(self) -> Iterator[int]:
+        """Waits for the holder; yields chunks that it has written. Raises what the call raised, TransferStalled."""
+        if not self._expected and self._asked:
+            self._start()
+        while self._expected:
+            yield self._next()
+            with contextlib.suppress(queue.Empty):
+                while self._expected:
+                    yield self._taken(self._results.get_nowait())
+            return
+
+    def _start(self) -> None:
+        batch = [self._asked.popleft() for _ in range(min(_PUSH_BATCH, len(self._asked)))]
+        if self._thread is not None:
+            self._thread.join()  # all that its stream promised has arrived, so that it ends at once
+        self._expected = set(batch)
+        self._results = queue.SimpleQueue()
+        self._call = self._client.push_chunks(self._lease_id, batch, _CALL_SECONDS)
+        self._thread = threading.Thread(
+            target=self._pump, args=(self._call, self._results), name="mx-push-results", daemon=True
+        )
+        self._thread.start()
+
+    def _pump(self, call: Any, results: _Results) -> None:
+        try:
+            for result in call:
+                results.put(result.chunk if result.written else SourceRefused(result.error))
+        except grpc.RpcError as error:
+            results.put(self._client.as_error("PushChunks", error))
+        else:
+            results.put(None)
+
+    def _next(self) -> int:
+        started = time.monotonic()
+        try:
+            return self._taken(self._results.get(timeout=self._stall_timeout_seconds))
+        except queue.Empty:
+            raise TransferStalled(
+                f"worker {self._client.source.worker_id} wrote none of chunks {sorted(self._expected)[:5]} for "
+                f"{time.monotonic() - started:.1f} s"
+            ) from None
+
+    def _taken(self, result: int | TransferError | None) -> int:
+        if isinstance(result, TransferError):
+            raise result
+        if result is None or result not in self._expected:
+            raise SourceRefused(
+                f"worker {self._client.source.worker_id} ended its answer with chunks {sorted(self._expected)[:5]} "
+                f"missing, or wrote {result}, which was not asked for"
+            )
+        self._expected.remove(result)
+        return result

@@ -1,0 +1,84 @@
+"""Proof that one process may read another's memory on this host.
+
+UCX moves bytes between processes of one host by cross-memory attach (CMA, process_vm_readv) where the kernel allows
+it, and over TCP otherwise, without a word. A READ is one-sided only in the first case, so that nothing but a real
+read proves it: a holder publishes random bytes with their address, a receiver reads them there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+from pathlib import Path
+
+from mxserver.wire import mx_pb2
+
+__all__ = ["ProbeTarget", "can_read"]
+
+_NONCE_BYTES = 32
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
+
+
+class _IoVector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class ProbeTarget:
+    """Random bytes in this process that another one may try to read; they stay as long as this object does."""
+
+    def __init__(self) -> None:
+        self.nonce = secrets.token_bytes(_NONCE_BYTES)
+        self._memory = ctypes.create_string_buffer(self.nonce, _NONCE_BYTES)
+
+    def to_proto(self) -> mx_pb2.SameHostProbe:
+        """Where they are. Empty where /proc is not there to tell."""
+        try:
+            boot_id, namespace = _host_identity()
+        except OSError:
+            return mx_pb2.SameHostProbe()
+        return mx_pb2.SameHostProbe(
+            boot_id=boot_id,
+            pid_namespace=namespace,
+            pid=os.getpid(),
+            address=ctypes.addressof(self._memory),
+            nonce=self.nonce,
+        )
+
+
+def can_read(probe: mx_pb2.SameHostProbe) -> bool:
+    """Whether this process really reads the probe's bytes out of the other one's memory."""
+    if len(probe.nonce) != _NONCE_BYTES or probe.pid == 0:
+        return False
+    try:
+        if _host_identity() != (probe.boot_id, probe.pid_namespace):
+            return False
+        return _read_memory(probe.pid, probe.address, _NONCE_BYTES) == probe.nonce
+    except OSError:
+        return False
+
+
+def _host_identity() -> tuple[str, int]:
+    return _BOOT_ID.read_text(encoding="ascii").strip(), _PID_NAMESPACE.stat().st_ino
+
+
+def _read_memory(pid: int, address: int, length: int) -> bytes:
+    process_vm_readv = ctypes.CDLL(None, use_errno=True).process_vm_readv
+    process_vm_readv.restype = ctypes.c_ssize_t
+    process_vm_readv.argtypes = (
+        ctypes.c_int,
+        ctypes.POINTER(_IoVector),
+        ctypes.c_ulong,
+        ctypes.POINTER(_IoVector),
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    )
+    buffer = ctypes.create_string_buffer(length)
+    local = _IoVector(ctypes.addressof(buffer), length)
+    remote = _IoVector(address, length)
+    count = process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    if count < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return buffer.raw[:count]

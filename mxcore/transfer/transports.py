@@ -1,0 +1,147 @@
+"""How bytes move between two workers: UCX's settings, and who moves them (READ or WRITE).
+
+A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
+moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
+certain: on one host by cross-memory attach (proven by a real read, `mxcore.transfer.same_host`), or when both sides
+are in rdma mode, in which UCX has no TCP. Everywhere else the holder WRITEs what the receiver asks for.
+
+A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
+receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mxcore.transfer.same_host import can_read
+from mxserver.wire import mx_pb2
+
+__all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "has_rdma_device", "ucx_environment"]
+
+Transport = Literal["auto", "same-host", "tcp", "rdma"]
+Operation = Literal["read", "write"]
+
+UCX_DEFAULTS = {
+    # The default of 8 KiB halves the throughput of TCP.
+    "UCX_TCP_TX_SEG_SIZE": "256k",
+    "UCX_TCP_RX_SEG_SIZE": "256k",
+    # A cut link is an error after this long, instead of never.
+    "UCX_TCP_USER_TIMEOUT": "4s",
+    # A dead RDMA peer is an error after 0.3 s, instead of 47.
+    "UCX_RC_TIMEOUT": "50ms",
+    "UCX_RC_RETRY_COUNT": "3",
+    "UCX_RC_VERBS_TIMEOUT": "50ms",
+    "UCX_RC_VERBS_RETRY_COUNT": "3",
+    # UCX complains about the above on machines without RDMA.
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+}
+
+_TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp"}
+_ATTACHING = ("cma", "knem", "xpmem")  # they reach into another process without its help
+_ALL = "all"
+_environment_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class UcxPolicy:
+    """The effective UCX_TLS of this process: the user's own, or what MX_TRANSPORT stands for."""
+
+    transport: Transport
+    tls: str
+
+    @classmethod
+    def from_environment(cls, transport: Transport, environ: Mapping[str, str] | None = None) -> UcxPolicy:
+        """What holds for agents of this process; the user's UCX_TLS wins over `transport`."""
+        values = os.environ if environ is None else environ
+        return cls(transport, values.get("UCX_TLS") or _TLS_OF_TRANSPORT.get(transport, _ALL))
+
+    def allows(self, name: str) -> bool:
+        """Whether UCX may use the transport `name` (tcp, cma, rc)."""
+        names = [part.strip() for part in self.tls.lstrip("^").split(",")]
+        if self.tls.startswith("^"):
+            return name not in names
+        group = "ib" if name == "rc" else "sm" if name in _ATTACHING else name
+        return any(part in (_ALL, name, group) or part.startswith(f"{name}_") for part in names)
+
+    @property
+    def attaching(self) -> str:
+        """The UCX_TLS for READs on one host: nothing one-sided but what the probe has proven."""
+        return _TLS_OF_TRANSPORT["same-host"] if self.tls == _ALL else self.tls
+
+    @property
+    def rdma_only(self) -> bool:
+        """Whether a READ cannot be emulated over TCP: rdma mode, and UCX has no TCP."""
+        return self.transport == "rdma" and not self.allows("tcp")
+
+    @property
+    def fenceable(self) -> str:
+        """The UCX_TLS for an agent into whose memory only its own UCX may write."""
+        if self.tls.startswith("^"):
+            return ",".join([self.tls, *(name for name in _ATTACHING if self.allows(name))])
+        names = [part.strip() for part in self.tls.split(",")]
+        if _ALL in names:
+            return "^" + ",".join(_ATTACHING)
+        return ",".join(name for name in names if name not in (*_ATTACHING, "sm", "shm"))
+
+    def to_proto(self, probe: mx_pb2.SameHostProbe) -> mx_pb2.TransportOffer:
+        """What a holder tells receivers about the ways into its memory."""
+        attach = self.allows("cma") and self.transport in ("auto", "same-host")
+        return mx_pb2.TransportOffer(
+            same_host_read=attach,
+            rdma_only=self.rdma_only,
+            rdma_device=has_rdma_device() and self.allows("rc"),
+            probe=probe if attach else None,
+        )
+
+
+@contextmanager
+def ucx_environment(tls: str) -> Iterator[None]:
+    """UCX's environment while an agent is created; afterwards UCX_TLS is as it was.
+
+    The other names are set where the user has not set them, and stay. UCX reads UCX_TLS when a backend is created
+    and NIXL has no other way to set it, hence the lock: one agent at a time.
+    """
+    with _environment_lock:
+        for name, value in UCX_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        before = os.environ.get("UCX_TLS")
+        os.environ["UCX_TLS"] = tls
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["UCX_TLS"]
+            else:
+                os.environ["UCX_TLS"] = before
+
+
+@dataclass(frozen=True)
+class Route:
+    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent."""
+
+    operation: Operation
+    transport: Literal["same-host", "tcp", "rdma"]
+    tls: str
+
+
+def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer) -> Route:
+    """The way to a holder that offers `offer`; reads the holder's probe where it is on this host."""
+    attach = policy.allows("cma") and policy.transport in ("auto", "same-host")
+    if attach and offer.same_host_read and can_read(offer.probe):
+        return Route("read", "same-host", policy.attaching)
+    if policy.rdma_only and offer.rdma_only:
+        return Route("read", "rdma", policy.tls)
+    rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
+    return Route("write", "rdma" if rdma else "tcp", policy.fenceable)
+
+
+def has_rdma_device() -> bool:
+    """Whether the kernel knows an RDMA device."""
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())

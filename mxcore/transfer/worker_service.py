@@ -1,0 +1,268 @@
+"""The worker's gRPC services over a holder: WorkerService of the protocol, and our TransferService."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from typing import NoReturn
+
+import grpc
+
+from mxcore.errors import HolderDraining, LeaseEnded, TransferError
+from mxcore.transfer.chunks import DIGEST_KIND
+from mxcore.transfer.holder import Holder
+from mxcore.transfer.same_host import ProbeTarget
+from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
+from mxcore.transfer.transports import UcxPolicy
+from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.channels import channel_options
+from mxserver.wire.errors import SettingError
+
+__all__ = ["WorkerServer"]
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 16
+_PUSH_STREAMS = 8  # half of the threads: leases are renewed and released while all of them push
+_STOP_GRACE_SECONDS = 1.0
+
+
+class _Identity:
+    """Who this worker is, and the checks that every call begins with."""
+
+    def __init__(self, holder: Holder, source_id: str, worker_id: str, worker_rank: int, accelerator: str) -> None:
+        self.holder = holder
+        self.source_id = source_id
+        self.worker_id = worker_id
+        self.worker_rank = worker_rank
+        self.accelerator = accelerator
+
+    def check(self, context: grpc.ServicerContext, source_id: str, worker_id: str) -> None:
+        if source_id != self.source_id:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"mx_source_id {source_id!r} is not mine")
+        if worker_id and worker_id != self.worker_id:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"worker_id {worker_id!r} is not mine")
+
+    def manifest(self) -> p2p_pb2.GetTensorManifestResponse:
+        layout, placement = self.holder.layout, self.holder.placement
+        descriptors = []
+        for tensor in layout.tensors:
+            if tensor.extent is None:
+                continue
+            address = placement.addresses[tensor.extent] + tensor.offset_bytes
+            descriptors.append(
+                p2p_pb2.TensorDescriptor(
+                    name=tensor.name,
+                    addr=address,
+                    size=layout.extent_bytes[tensor.extent] - tensor.offset_bytes,
+                    device_id=placement.device_indices[tensor.extent],
+                    dtype=tensor.dtype,
+                )
+            )
+        return p2p_pb2.GetTensorManifestResponse(
+            tensors=descriptors,
+            mx_source_id=self.source_id,
+            agent_name=self.holder.session.name,
+            worker_rank=self.worker_rank,
+            accelerator=self.accelerator,
+            worker_id=self.worker_id,
+        )
+
+
+class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, identity: _Identity) -> None:
+        self._identity = identity
+        self._holder = identity.holder
+
+    def GetTensorManifest(  # noqa: N802 - the protocol's name, as all below
+        self, request: p2p_pb2.GetTensorManifestRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.GetTensorManifestResponse:
+        self._identity.check(context, request.mx_source_id, request.worker_id)
+        return self._identity.manifest()
+
+    def PrepareTensorRead(  # noqa: N802
+        self, request: p2p_pb2.PrepareTensorReadRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.PrepareTensorReadResponse:
+        self._identity.check(context, request.mx_source_id, request.worker_id)
+        with _as_status(context):
+            lease = self._holder.grant()
+        return p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id, manifest=self._identity.manifest())
+
+    def ReleaseTensorRead(  # noqa: N802
+        self, request: p2p_pb2.ReleaseTensorReadRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.ReleaseTensorReadResponse:
+        self._identity.check(context, request.mx_source_id, request.worker_id)
+        with _as_status(context):
+            self._holder.release(request.lease_id)
+        return p2p_pb2.ReleaseTensorReadResponse()
+
+    def GetArtifactManifestHeader(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return self._no_artifact(request, context)
+
+    def GetArtifactManifestChunks(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return self._no_artifact(request, context)
+
+    def PrepareArtifactChunk(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return self._no_artifact(request, context)
+
+    def ReleaseArtifactChunk(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return self._no_artifact(request, context)
+
+    def _no_artifact(self, request, context: grpc.ServicerContext) -> NoReturn:  # type: ignore[no-untyped-def]
+        self._identity.check(context, request.mx_source_id, "")
+        _refuse(
+            context, grpc.StatusCode.NOT_FOUND, f"artifact {request.artifact_id!r}: this worker serves weights only"
+        )
+
+
+class _TransferService(mx_pb2_grpc.TransferServiceServicer):
+    def __init__(self, identity: _Identity, policy: UcxPolicy) -> None:
+        self._identity = identity
+        self._holder = identity.holder
+        self._policy = policy
+        self._probe = ProbeTarget()
+        self._streams = threading.BoundedSemaphore(_PUSH_STREAMS)
+
+    def GetLayout(  # noqa: N802
+        self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.GetLayoutResponse:
+        self._identity.check(context, request.mx_source_id, request.worker_id)
+        holder = self._holder
+        if holder.draining:
+            _refuse(context, grpc.StatusCode.UNAVAILABLE, "this worker is leaving; ask another one")
+        same = request.fingerprint == holder.layout.fingerprint
+        return mx_pb2.GetLayoutResponse(
+            fingerprint=holder.layout.fingerprint,
+            layout=None if same else holder.layout.to_proto(),
+            chunk_bytes=holder.chunks.chunk_bytes,
+            digest_kind=DIGEST_KIND,
+            digests=holder.digests,
+            scalars=scalars_to_proto(holder.scalars),
+            scalars_digest=scalars_digest(holder.scalars),
+            transport=self._policy.to_proto(self._probe.to_proto()),
+        )
+
+    def OpenTransfer(  # noqa: N802
+        self, request: mx_pb2.OpenTransferRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.OpenTransferResponse:
+        self._identity.check(context, request.mx_source_id, request.worker_id)
+        holder = self._holder
+        if request.fingerprint != holder.layout.fingerprint:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
+        if request.device_memory:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "device memory cannot be written to in this version")
+        reads = request.operation == mx_pb2.OPERATION_READ
+        if reads and not (self._policy.allows("cma") or self._policy.rdma_only):
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
+        with _as_status(context):
+            if reads:
+                holder.renew(request.lease_id)
+            else:
+                addresses = [extent.address for extent in request.extents]
+                holder.open_transfer(request.lease_id, request.nixl_metadata, addresses)
+            metadata = holder.session.metadata()
+        placement = holder.placement
+        return mx_pb2.OpenTransferResponse(
+            nixl_metadata=metadata,
+            agent_name=holder.session.name,
+            extents=(
+                mx_pb2.Extent(address=address, device_id=device)
+                for address, device in zip(placement.addresses, placement.device_indices, strict=True)
+            ),
+            operation=request.operation,
+            lease_ms=int(holder.lease_seconds * 1000),
+        )
+
+    def PushChunks(  # noqa: N802
+        self, request: mx_pb2.PushChunksRequest, context: grpc.ServicerContext
+    ) -> Iterator[mx_pb2.ChunkResult]:
+        if not self._streams.acquire(blocking=False):
+            _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_PUSH_STREAMS} receivers are being served")
+        try:
+            with _as_status(context):
+                for chunk in self._holder.push(request.lease_id, request.chunks, lambda: not context.is_active()):
+                    yield mx_pb2.ChunkResult(chunk=chunk, written=True)
+        finally:
+            self._streams.release()
+
+    def RenewLease(  # noqa: N802
+        self, request: mx_pb2.RenewLeaseRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.RenewLeaseResponse:
+        with _as_status(context):
+            self._holder.renew(request.lease_id)
+        return mx_pb2.RenewLeaseResponse(lease_ms=int(self._holder.lease_seconds * 1000))
+
+
+class WorkerServer:
+    """A holder's gRPC server; listens as soon as it exists.
+
+    `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
+    (or 0) becomes a free one: `endpoint` has the real one. Raises SettingError when there is none.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        policy: UcxPolicy,
+        *,
+        source_id: str,
+        worker_id: str,
+        worker_rank: int,
+        accelerator: str,
+        host: str,
+        port: int,
+        loopback: bool = False,
+    ) -> None:
+        identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-worker-service"), options=channel_options()
+        )
+        p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
+        mx_pb2_grpc.add_TransferServiceServicer_to_server(_TransferService(identity, policy), self._server)
+        listen = _bracketed(host) if loopback else "[::]"
+        self.port = _bind(self._server, listen, port)
+        self.endpoint = f"{_bracketed(host)}:{self.port}"
+        self._server.start()
+
+    def stop(self) -> None:
+        """Ends all calls. Idempotent."""
+        self._server.stop(_STOP_GRACE_SECONDS).wait()
+
+
+def _bind(server: grpc.Server, listen: str, port: int) -> int:
+    for candidate in dict.fromkeys((port, 0)):
+        try:
+            bound = server.add_insecure_port(f"{listen}:{candidate}")
+        except RuntimeError:  # what grpcio raises for a port in use
+            bound = 0
+        if bound:
+            if bound != port and port:
+                logger.info("port %d is in use: this worker serves on %d and advertises that", port, bound)
+            return int(bound)
+    raise SettingError(f"no port to listen on at {listen}; check MX_WORKER_HOST")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+@contextlib.contextmanager
+def _as_status(context: grpc.ServicerContext) -> Iterator[None]:
+    try:
+        yield
+    except HolderDraining as error:
+        _refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
+    except LeaseEnded as error:
+        _refuse(context, grpc.StatusCode.NOT_FOUND, str(error))
+    except ValueError as error:
+        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except TransferError as error:
+        _refuse(context, grpc.StatusCode.ABORTED, str(error))
+
+
+def _refuse(context: grpc.ServicerContext, status: grpc.StatusCode, reason: str) -> NoReturn:
+    context.abort(status, reason)
+    raise AssertionError("abort raises")

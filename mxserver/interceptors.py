@@ -1,0 +1,100 @@
+"""What happens around every gRPC call: measuring, and tracing where it is wanted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import grpc
+
+from mxserver.events import Events
+from mxserver.metrics import UNKNOWN, Metrics
+
+Around = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
+"""Called with the method's full name; entered before the call is answered, left when the answer is complete."""
+
+_FAILURES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+
+
+class AroundCalls(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] # grpc has types only beside it
+    """Runs context managers around every call, the first one outermost."""
+
+    def __init__(self, arounds: list[Around], on_unknown_method: Callable[[], None]) -> None:
+        self._arounds = arounds
+        self._on_unknown_method = on_unknown_method
+        self._wrapped: dict[str, tuple[Any, Any]] = {}  # method -> (its handler, the handler around that)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            self._on_unknown_method()
+            return None
+        method: str = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = (handler, self._wrap(method, handler))
+        return known[1]
+
+    @contextmanager
+    def _around(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
+        with ExitStack() as stack:
+            for around in self._arounds:
+                stack.enter_context(around(method, context))
+            yield
+
+    def _wrap(self, method: str, handler: Any) -> Any:
+        """The server's methods take one request; those that answer in callbacks (health's Watch) stay as they are."""
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        if behaviour is None or getattr(behaviour, "experimental_non_blocking", False):
+            return handler
+
+        def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._around(method, context):
+                return behaviour(request, context)
+
+        def answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._around(method, context):
+                yield from behaviour(request, context)
+
+        make, wrapped = (
+            (grpc.unary_stream_rpc_method_handler, answers)
+            if handler.response_streaming
+            else (grpc.unary_unary_rpc_method_handler, answer)
+        )
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def call_metrics(metrics: Metrics, events: Events) -> tuple[Around, Callable[[], None]]:
+    """What measures calls: around each, and at one of a method that the server does not have."""
+    observers: dict[tuple[str, str], Callable[[float], None]] = {}
+
+    def observe(method: str, code: str, seconds: float) -> None:
+        observer = observers.get((method, code))
+        if observer is None:
+            observer = observers[method, code] = metrics.call_seconds.labels(method, code).observe
+        observer(seconds)
+
+    @contextmanager
+    def measured(method: str, context: grpc.ServicerContext) -> Iterator[None]:
+        started = time.perf_counter()
+        metrics.calls_in_progress.inc()
+        code = grpc.StatusCode.UNKNOWN
+        try:
+            yield
+            code = context.code() or grpc.StatusCode.OK
+        except BaseException:
+            code = context.code() or grpc.StatusCode.UNKNOWN
+            raise
+        finally:
+            metrics.calls_in_progress.dec()
+            observe(method.lstrip("/"), code.name, time.perf_counter() - started)
+            if code in _FAILURES:
+                events.add("call", f"{method.lstrip('/')} ended with {code.name}; the log has the reason")
+
+    return measured, lambda: observe(UNKNOWN, grpc.StatusCode.UNIMPLEMENTED.name, 0.0)

@@ -1,0 +1,188 @@
+"""The loads that workers report: those that run, with rate and time left, and the last that have ended.
+
+All of it is in memory and only shown: after a restart, or on another replica, the next report of a worker fills it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from mxserver.events import Events, bounded
+from mxserver.metrics import Metrics, path_label
+from mxserver.store.clock import Clock
+from mxserver.store.interface import RecordKey, Status
+from mxserver.wire import load_pb2, p2p_pb2
+
+RATE_WINDOW_SECONDS = 10.0
+KEPT_LOADS = 30
+REMEMBERED_LOAD_IDS = 100_000
+LONGEST_NAME = 200
+MAX_FALLBACKS = 8  # of one report
+
+_STALE = p2p_pb2.SOURCE_STATUS_STALE
+_READY = p2p_pb2.SOURCE_STATUS_READY
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLoad:
+    """A load at one moment; rate and time left are None until two reports tell them."""
+
+    key: RecordKey
+    path: str
+    bytes_done: int
+    bytes_total: int
+    from_worker_id: str
+    holders: int
+    bytes_per_second: float | None
+    eta_seconds: float | None
+    running_seconds: float
+    silent_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLoad:
+    """A load that has ended; `at_ms` is Unix time."""
+
+    key: RecordKey
+    model_name: str
+    at_ms: int
+    path: str
+    bytes: int
+    seconds: float
+    from_worker_id: str
+    chunks_verified: int
+    fallbacks: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Running:
+    load_id: str
+    started: float
+    progress: load_pb2.LoadProgress
+    heard: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=32))  # (monotonic s, bytes done)
+
+    def rate(self) -> float | None:
+        """Bytes a second over the window that ends with the last report."""
+        last_time, last_bytes = self.heard[-1]
+        first_time, first_bytes = next(h for h in self.heard if h[0] >= last_time - RATE_WINDOW_SECONDS)
+        if last_time <= first_time:
+            return None
+        return max(0.0, (last_bytes - first_bytes) / (last_time - first_time))
+
+
+class Loads:
+    """What workers report. Thread-safe; the caller makes sure that the records are known and their epochs right."""
+
+    def __init__(self, metrics: Metrics, events: Events, clock: Clock, *, forget_seconds: float) -> None:
+        """A load of which nothing was heard for `forget_seconds` is no longer shown."""
+        self._metrics = metrics
+        self._events = events
+        self._clock = clock
+        self._forget_seconds = forget_seconds
+        self._lock = threading.Lock()
+        self._running: dict[RecordKey, _Running] = {}
+        self._finished: deque[FinishedLoad] = deque(maxlen=KEPT_LOADS)
+        self._counted: OrderedDict[str, None] = OrderedDict()  # load ids, oldest first
+
+    def published(self, key: RecordKey, request: p2p_pb2.PublishMetadataRequest) -> None:
+        """A worker has published; what its request reports is taken."""
+        if request.HasField("load_report"):
+            self._finish(key, request.load_report, request.identity.model_name)
+
+    def updated(self, key: RecordKey, request: p2p_pb2.UpdateStatusRequest, model_name: str = "") -> None:
+        """A worker has updated its status; what its request reports is taken."""
+        status: Status = request.status
+        if request.HasField("load_report"):
+            self._finish(key, request.load_report, model_name)
+        if request.HasField("load_progress") and status != _STALE:
+            self._progress(key, request.load_progress)
+        elif status in (_READY, _STALE):
+            with self._lock:
+                self._running.pop(key, None)
+
+    def running(self) -> list[RunningLoad]:
+        """The loads that run, the longest first."""
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            self._forget_silent(now)
+            shown = [_shown(key, load, now) for key, load in self._running.items()]
+        return sorted(shown, key=lambda load: -load.running_seconds)
+
+    def running_count(self) -> int:
+        with self._lock:
+            self._forget_silent(self._clock.monotonic_seconds())
+            return len(self._running)
+
+    def finished(self) -> list[FinishedLoad]:
+        """The last loads, newest first."""
+        with self._lock:
+            return list(self._finished)
+
+    def _progress(self, key: RecordKey, progress: load_pb2.LoadProgress) -> None:
+        now = self._clock.monotonic_seconds()
+        with self._lock:
+            load = self._running.get(key)
+            if load is None or load.load_id != progress.load_id:
+                load = self._running[key] = _Running(progress.load_id, now, progress)
+            load.progress = progress
+            load.heard.append((now, progress.bytes_done))
+
+    def _finish(self, key: RecordKey, report: load_pb2.LoadReport, model_name: str) -> None:
+        with self._lock:
+            self._running.pop(key, None)
+            if report.load_id:
+                if report.load_id in self._counted:
+                    return  # a call that was repeated
+                self._counted[report.load_id] = None
+            while len(self._counted) > REMEMBERED_LOAD_IDS:
+                self._counted.popitem(last=False)
+            load = _finished(key, report, model_name, self._clock.unix_ms())
+            self._finished.appendleft(load)
+        self._metrics.loads.labels(load.path).inc()
+        self._metrics.load_bytes.labels(load.path).inc(load.bytes)
+        self._metrics.load_seconds.labels(load.path).observe(load.seconds)
+        self._metrics.chunks_verified.inc(load.chunks_verified)
+        for fallback, text in zip(report.fallbacks, load.fallbacks, strict=False):
+            self._metrics.load_fallbacks.labels(path_label(fallback.path)).inc()
+            self._events.add("fallback", f"worker {key.worker_id}, rank {key.worker_rank} left {text}")
+
+    def _forget_silent(self, now: float) -> None:
+        silent = [key for key, load in self._running.items() if now - load.heard[-1][0] > self._forget_seconds]
+        for key in silent:
+            del self._running[key]
+
+
+def _shown(key: RecordKey, load: _Running, now: float) -> RunningLoad:
+    progress = load.progress
+    rate = load.rate()
+    left = max(0, progress.bytes_total - progress.bytes_done)
+    return RunningLoad(
+        key=key,
+        path=path_label(progress.path),
+        bytes_done=progress.bytes_done,
+        bytes_total=progress.bytes_total,
+        from_worker_id=bounded(progress.from_worker_id, LONGEST_NAME),
+        holders=progress.holders,
+        bytes_per_second=rate,
+        eta_seconds=left / rate if rate else None,
+        running_seconds=now - load.started,
+        silent_seconds=now - load.heard[-1][0],
+    )
+
+
+def _finished(key: RecordKey, report: load_pb2.LoadReport, model_name: str, at_ms: int) -> FinishedLoad:
+    fallbacks = report.fallbacks[:MAX_FALLBACKS]
+    return FinishedLoad(
+        key=key,
+        model_name=model_name,
+        at_ms=at_ms,
+        path=path_label(report.path),
+        bytes=report.bytes,
+        seconds=report.seconds if math.isfinite(report.seconds) and report.seconds > 0 else 0.0,
+        from_worker_id=bounded(report.from_worker_id, LONGEST_NAME),
+        chunks_verified=report.chunks_verified,
+        fallbacks=tuple(f"{path_label(f.path)}: {bounded(f.reason, LONGEST_NAME)}" for f in fallbacks),
+    )

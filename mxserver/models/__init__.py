@@ -1,0 +1,1 @@
+"""The model cache: downloads, files, eviction. The gRPC side is mxserver.services.model."""

@@ -1,0 +1,248 @@
+"""Leases and use marks in a folder that replicas share, so that one downloads and none removes what another reads.
+
+Both are files that a living process keeps alive: it touches them (the file system's clock is the only one that is
+read) and holds a flock on them. A file is dead when it was not touched for the lease's time; or at once, when it was
+made under the same running kernel and nobody holds the flock. Locks are never trusted between machines, since some
+network file systems keep them to themselves.
+
+A lease is a chain of files KEY.1, KEY.2 … that only grows: making the next one is exclusive (link(2), which is also
+atomic over NFS), the highest one is the lease, its number is the fencing token.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mxserver.models.errors import LeaseLost
+
+_LOG = logging.getLogger(__name__)
+
+_RELEASED = b'{"released": true}'
+
+
+def kernel_id() -> str:
+    """What tells one running kernel from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class _LiveFile:
+    """A file that this process keeps alive. Valid until `let_go`."""
+
+    def __init__(self, folder: Path, name: str, kernel: str) -> None:
+        """Raises FileExistsError when there is one of that name."""
+        self.path = folder / name
+        made = folder / f".{uuid.uuid4().hex}"
+        self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self._handle, json.dumps({"kernel": kernel, "pid": os.getpid()}).encode())
+            os.link(made, self.path)
+        except BaseException:
+            os.close(self._handle)
+            raise
+        finally:
+            made.unlink()
+        self._lock = threading.Lock()
+        self._held = True
+
+    def touch(self) -> None:
+        with self._lock:
+            if self._held:
+                os.utime(self._handle)
+
+    def let_go(self, *, remove: bool) -> None:
+        """Idempotent."""
+        with self._lock:
+            if not self._held:
+                return
+            self._held = False
+            if remove:
+                self.path.unlink(missing_ok=True)
+            else:
+                os.pwrite(self._handle, _RELEASED, 0)
+                os.ftruncate(self._handle, len(_RELEASED))
+            os.close(self._handle)
+
+
+class Lease:
+    """The right to download or remove one thing, until `release` or until it is lost."""
+
+    def __init__(self, file: _LiveFile, folder: Path, key: str, generation: int) -> None:
+        self.key = key
+        self.generation = generation
+        self._file = file
+        self._folder = folder
+
+    @property
+    def token(self) -> str:
+        """A name that no other holder of this or another lease ever has."""
+        return f"{self.key}.{self.generation}"
+
+    def check(self) -> None:
+        """Raises LeaseLost when another replica has taken over."""
+        if (newest := _newest(self._folder, self.key)) != self.generation:
+            raise LeaseLost(f"lease {self.key} is at {newest}, this replica had {self.generation}")
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._file.let_go(remove=False)
+
+
+def _newest(folder: Path, key: str) -> int:
+    numbers = (path.name.rpartition(".") for path in folder.iterdir())
+    return max((int(number) for name, _, number in numbers if name == key and number.isdigit()), default=0)
+
+
+class LeaseFolder:
+    """All leases and use marks of one cache folder, as this process sees and keeps them. Thread-safe."""
+
+    def __init__(self, folder: Path, lease_seconds: float, *, kernel: str | None = None) -> None:
+        """`kernel` is another one only in tests of what happens between machines."""
+        self._leases = folder / "leases"
+        self._uses = folder / "uses"
+        for made in (self._leases, self._uses):
+            made.mkdir(parents=True, exist_ok=True)
+        self._lease_seconds = lease_seconds
+        self._kernel = kernel or kernel_id()
+        self._clock = self._uses / f".clock-{uuid.uuid4().hex}"
+        self._clock.touch()
+        self._lock = threading.Lock()
+        self._held: set[_LiveFile] = set()
+        self._marks: dict[str, tuple[_LiveFile, int]] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
+        self._thread.start()
+
+    def try_acquire(self, key: str) -> Lease | None:
+        """The lease, or None while somebody else has it."""
+        newest = _newest(self._leases, key)
+        if newest and self._is_alive(self._leases / f"{key}.{newest}"):
+            return None
+        try:
+            file = _LiveFile(self._leases, f"{key}.{newest + 1}", self._kernel)
+        except FileExistsError:
+            return None
+        with self._lock:
+            self._held.add(file)
+        for older in range(newest, 0, -1):
+            try:
+                (self._leases / f"{key}.{older}").unlink()
+            except FileNotFoundError:
+                break
+        return Lease(file, self._leases, key, newest + 1)
+
+    @contextmanager
+    def acquired(self, key: str, stopping: threading.Event) -> Iterator[Lease]:
+        """Waits for a lease that is held for moments only.
+
+        Raises:
+            LeaseLost: `stopping` was set meanwhile.
+        """
+        while (lease := self.try_acquire(key)) is None:
+            if stopping.wait(0.02):
+                raise LeaseLost(f"lease {key} was not waited for any longer: the server stops")
+        try:
+            yield lease
+        finally:
+            self.release(lease)
+
+    def release(self, lease: Lease) -> None:
+        lease.release()
+        self._forget(lease._file)
+
+    @contextmanager
+    def in_use(self, key: str) -> Iterator[None]:
+        """Marks a model as being read by this replica."""
+        with self._lock:
+            file, count = self._marks.get(key, (None, 0))
+            if file is None:
+                file = _LiveFile(self._uses, f"{key}.{uuid.uuid4().hex}", self._kernel)
+                self._held.add(file)
+            self._marks[key] = (file, count + 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                file, count = self._marks.pop(key)
+                if count > 1:
+                    self._marks[key] = (file, count - 1)
+                else:
+                    self._held.discard(file)
+                    file.let_go(remove=True)
+
+    def is_used(self, key: str) -> bool:
+        """Whether any replica reads the model."""
+        marks = [path for path in self._uses.iterdir() if path.name.rpartition(".")[0] == key]
+        alive = [self._is_alive(mark) for mark in marks]
+        for mark, lives in zip(marks, alive, strict=True):
+            if not lives:
+                mark.unlink(missing_ok=True)
+        return any(alive)
+
+    def is_leased(self, key: str) -> bool:
+        """Whether any replica holds the lease."""
+        newest = _newest(self._leases, key)
+        return newest > 0 and self._is_alive(self._leases / f"{key}.{newest}")
+
+    def close(self) -> None:
+        """Lets go of everything. Idempotent."""
+        self._stopping.set()
+        self._thread.join()
+        with self._lock:
+            held, self._held = self._held, set()
+            marks, self._marks = [file for file, _ in self._marks.values()], {}
+        for file in marks:
+            file.let_go(remove=True)
+        for file in held:
+            file.let_go(remove=False)
+        self._clock.unlink(missing_ok=True)
+
+    def _forget(self, file: _LiveFile) -> None:
+        with self._lock:
+            self._held.discard(file)
+
+    def _is_alive(self, path: Path) -> bool:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # opened, so that NFS does not answer from its cache
+        except FileNotFoundError:
+            return False
+        try:
+            return self._owner_lives(handle)
+        finally:
+            os.close(handle)
+
+    def _owner_lives(self, handle: int) -> bool:
+        text = os.pread(handle, 4096, 0)
+        if text == _RELEASED:
+            return False
+        if f'"{self._kernel}"'.encode() in text:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                return False
+        return self._now() - os.fstat(handle).st_mtime <= self._lease_seconds
+
+    def _now(self) -> float:
+        """The file system's time: what it stamps a file with that is touched now."""
+        os.utime(self._clock)
+        return self._clock.stat().st_mtime
+
+    def _keep_alive(self) -> None:
+        while not self._stopping.wait(self._lease_seconds / 3):
+            with self._lock:
+                held = list(self._held)
+            for file in held:
+                try:
+                    file.touch()
+                except OSError as error:
+                    _LOG.warning("cannot keep alive file=%s reason=%s", file.path.name, error)

@@ -1,0 +1,102 @@
+"""What the cache knows of a model: a JSON file beside the data, written in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mxserver.models.names import ModelKey, model_name
+from mxserver.wire import model_pb2
+from mxserver.wire.errors import MxError
+from mxserver.wire.relative_path import path_problem
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file: its name in the model, its bytes, its digest (`xxh3-64:HEX`), and where it lies in the cache folder."""
+
+    path: str
+    size: int
+    digest: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One revision of a model, as far as it was downloaded."""
+
+    key: ModelKey
+    files: tuple[FileRecord, ...]
+    has_weights: bool  # False: it was downloaded with ignore_weights only
+    created_ms: int
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "version": VERSION,
+                "provider": self.key.model.provider_name,
+                "name": self.key.model.name,
+                "revision": self.key.revision,
+                "has_weights": self.has_weights,
+                "created_ms": self.created_ms,
+                "files": [asdict(file) for file in self.files],
+            },
+            indent=1,
+        )
+
+
+class BadRecord(ValueError):
+    """A record that nobody here wrote; the message says what is wrong."""
+
+
+def record_from_json(text: str) -> ModelRecord:
+    """Raises BadRecord: a damaged record must not lead a stream or a removal astray."""
+    try:
+        fields = json.loads(text)
+        if fields["version"] != VERSION:
+            raise BadRecord(f"version {fields['version']!r} is not {VERSION}")
+        model = model_name(model_pb2.ModelProvider.Value(fields["provider"]), fields["name"])
+        files = tuple(FileRecord(**file) for file in fields["files"])
+        record = ModelRecord(
+            ModelKey(model, str(fields["revision"])), files, bool(fields["has_weights"]), int(fields["created_ms"])
+        )
+        problems = [problem for file in files for name in (file.path, file.place) if (problem := path_problem(name))]
+        problems += [f"size {file.size!r}" for file in files if type(file.size) is not int or file.size < 0]
+    except (KeyError, TypeError, ValueError, MxError) as error:
+        raise BadRecord(f"{type(error).__name__}: {error}") from error
+    if problems:
+        raise BadRecord(problems[0])
+    return record
+
+
+def write_in_one_step(path: Path, text: str, scratch: Path) -> None:
+    """Writes a file beside (in `scratch`, same file system) and renames it: never half there, also after power loss.
+
+    Raises OSError; FileNotFoundError too when `scratch` was taken away, which is how a fenced writer notices.
+    """
+    beside = scratch / f".{path.name}.{os.getpid()}.new"
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(handle, text.encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames into a folder last through a power loss."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

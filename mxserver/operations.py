@@ -1,0 +1,104 @@
+"""What those who run the server see of it, in one place: metrics, events, loads, traces, and the HTTP port."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any, Literal
+
+import grpc
+
+from mxserver.events import Events
+from mxserver.interceptors import AroundCalls, call_metrics
+from mxserver.loads import Loads
+from mxserver.metrics import Metrics
+from mxserver.store.clock import SystemClock
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.interface import SourceStore
+from mxserver.store.observed import ObservedStore
+from mxserver.web.http import HttpServer
+from mxserver.web.pages import all_pages
+from mxserver.web.status import StatusView
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+_LOG = logging.getLogger(__name__)
+
+Traces = Literal["off", "otlp"]
+
+
+class Operations:
+    """Made before the services, which report to it. Thread-safe.
+
+    The server is ready from `open` on, until `leave`, and while its store works.
+    """
+
+    def __init__(
+        self, store: SourceStore, *, lease_seconds: float, traces: Traces = "off", provider: TracerProvider | None = None
+    ) -> None:
+        """`provider` is where spans go if not where `traces` says.
+
+        Raises:
+            SettingError: traces are wanted and their packages are not installed.
+        """
+        clock = SystemClock()
+        self.metrics = Metrics()
+        self._events = Events(clock)
+        self.store = ObservedStore(store, self.metrics, self._events)
+        self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds)
+        self._clock = clock
+        self._provider = provider
+        around, on_unknown_method = call_metrics(self.metrics, self._events)
+        arounds = [around]
+        if traces == "otlp" or provider is not None:
+            from mxserver import tracing
+
+            self._provider = provider or tracing.otlp_provider()
+            arounds.append(tracing.call_spans(self._provider))
+        self.interceptors: tuple[grpc.ServerInterceptor, ...] = (AroundCalls(arounds, on_unknown_method),)
+        self._state_lock = threading.Lock()
+        self._state = "starting"
+        self._http: HttpServer | None = None
+
+    def listen(self, host: str, port: int, facts: dict[str, Any]) -> int:
+        """Answers HTTP from now on, not ready yet; returns the port. Raises OSError. Call once."""
+        view = StatusView(
+            self.store, self.loads, self._events, self._clock, not_ready=self.not_ready, facts=facts
+        )
+        self.metrics.scrape_from(view.observation)
+        self._http = HttpServer(host, port, all_pages(self.metrics.registry, view, self.not_ready))
+        self._http.start()
+        return self._http.port
+
+    def open(self) -> None:
+        """The server answers calls from now on."""
+        with self._state_lock:
+            if self._state == "starting":
+                self._state = "open"
+
+    def leave(self) -> None:
+        """The server is not ready any more, for good. Idempotent."""
+        with self._state_lock:
+            self._state = "draining"
+
+    def not_ready(self) -> str | None:
+        """Why the server is not ready; None when it is."""
+        with self._state_lock:
+            state = self._state
+        if state != "open":
+            return state
+        try:
+            self.store.check()
+        except StoreUnavailable as error:
+            return f"the store does not work: {error}"
+        return None
+
+    def close(self) -> None:
+        """Lets go of the port and sends what traces are left. Idempotent."""
+        self.leave()
+        if self._http is not None:
+            self._http.stop()
+        if self._provider is not None:
+            self._provider.shutdown()
+            self._provider = None

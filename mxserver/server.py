@@ -1,0 +1,183 @@
+"""The running server: services on a port, a ticker that sweeps the store, and a drain at the end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
+
+from mxserver.services.p2p import P2pService
+from mxserver.services.small import ApiService, HealthService
+from mxserver.services.standard_health import StandardHealth
+from mxserver.settings import ServerSettings
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.interface import Leases, SourceStore
+from mxserver.store.memory import MemoryStore
+from mxserver.store.sqlite import SqliteStore
+from mxserver.wire import api_pb2_grpc, health_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.channels import channel_options
+from mxserver.wire.errors import MxError
+
+_LOG = logging.getLogger("mxserver")
+
+# Most calls wait for the disk, not for a core: as many wait together as one commit may take along.
+HANDLER_THREADS = 64
+
+LONGEST_TICK_SECONDS = 1.0
+
+
+class PortUnavailable(MxError):
+    """The server cannot listen where it was told to."""
+
+    code = "MX_PORT_UNAVAILABLE"
+
+
+def open_store(settings: ServerSettings) -> SourceStore:
+    """The store that the settings ask for. Raises StoreUnusable."""
+    leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
+    return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)
+
+
+class Server:
+    """A server that listens, over a store that it owns.
+
+    The constructor returns once calls are answered; `close` must be called. Thread-safe.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Raises StoreUnusable and PortUnavailable."""
+        require_free_port(settings.host, settings.port)
+        self._drain_seconds = settings.drain_seconds
+        self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
+        self._health = StandardHealth()
+        self._store = open_store(settings)
+        try:
+            leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
+            self._grpc = self._serve(leases)
+            self.port = _bind(self._grpc, settings.host, settings.port)
+        except BaseException:
+            self._store.close()
+            raise
+        self._stopping = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
+        self._grpc.start()
+        self._ticker.start()
+
+    def _serve(self, leases: Leases) -> grpc.Server:
+        threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
+        server = grpc.server(threads, options=channel_options())
+        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases), server)
+        health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
+        api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
+        standard_health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+    def drain(self) -> threading.Event:
+        """Refuses new calls; the event is set when those that ran have ended, or were cut at the drain time-out."""
+        self._health.drain()
+        stopped: threading.Event = self._grpc.stop(self._drain_seconds)
+        return stopped
+
+    def close(self) -> None:
+        """Cuts the calls that still run, and lets go of port and store. Idempotent."""
+        self._health.drain()
+        self._grpc.stop(0).wait()
+        self._stopping.set()
+        self._ticker.join()
+        self._store.close()
+
+    def _tick(self) -> None:
+        """Sweeps, and watches the store; and gives workers back the time in which this process was stopped."""
+        expected = time.monotonic() + self._tick_seconds
+        while not self._stopping.wait(max(0.0, expected - time.monotonic())):
+            late_seconds = time.monotonic() - expected
+            try:
+                if late_seconds > self._tick_seconds:
+                    _LOG.warning("was stopped seconds=%.1f; leases are extended by it", late_seconds)
+                    self._store.extend_leases(late_seconds)
+                expired, deleted = self._store.sweep()
+                if expired or deleted:
+                    _LOG.info("swept stale=%d deleted=%d", expired, deleted)
+                self._store.check()
+            except StoreUnavailable as error:
+                self._show_store(error)
+            else:
+                self._show_store(None)
+            expected = time.monotonic() + self._tick_seconds
+
+    def _show_store(self, error: StoreUnavailable | None) -> None:
+        if self._health.show_store(works=error is None):
+            if error:
+                _LOG.error("the store does not work reason=%s", error)
+            else:
+                _LOG.info("the store works again")
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises PortUnavailable with the system's reason, which gRPC does not tell."""
+    try:
+        places = socket.getaddrinfo(_unbracketed(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, place in places:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                probe.listen(1)
+    except OSError as error:
+        raise PortUnavailable(
+            f"cannot listen on {address(host, port)} ({error.strerror}); stop what listens there, or choose with "
+            "--host and --port (port 0 takes a free one)"
+        ) from error
+
+
+def address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address."""
+    host = _unbracketed(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _unbracketed(host: str) -> str:
+    return host.removeprefix("[").removesuffix("]")
+
+
+def _bind(server: grpc.Server, host: str, port: int) -> int:
+    try:
+        return int(server.add_insecure_port(address(host, port)))
+    except RuntimeError as error:
+        raise PortUnavailable(
+            f"cannot listen on {address(host, port)}; choose with --host and --port (port 0 takes a free one)"
+        ) from error
+
+
+def run(settings: ServerSettings) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
+    signals: list[int] = []
+    signalled = threading.Event()
+
+    def note(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        signalled.set()
+
+    server = Server(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    place = settings.store_path if settings.store == "sqlite" else "memory"
+    _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
+    try:
+        signalled.wait()
+        _LOG.info("draining signal=%s seconds=%g", signal.Signals(signals[0]).name, settings.drain_seconds)
+        stopped = server.drain()
+        while not stopped.wait(0.05):
+            if len(signals) > 1:
+                _LOG.warning("cut signal=%s; calls that ran are lost", signal.Signals(signals[1]).name)
+                return 128 + signals[1]
+    finally:
+        server.close()
+    _LOG.info("stopped")
+    return 0

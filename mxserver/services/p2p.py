@@ -1,0 +1,197 @@
+"""P2pService: workers publish, list and fetch records.
+
+Existing clients expect status OK with `success`, `found` or an empty list for requests that make no sense; those
+are answers here, not errors. Errors are: a store that does not work (UNAVAILABLE, never an empty list), and an epoch
+of an earlier life (FAILED_PRECONDITION with the code in the trailing metadata), which only our own clients send.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import grpc
+
+from mxserver.store.errors import StoreUnavailable, UnknownRecord
+from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
+from mxserver.wire import p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.client import ERROR_CODE_METADATA
+from mxserver.wire.errors import MxError, StaleEpoch
+from mxserver.wire.source_id import source_id
+
+Service = TypeVar("Service")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+_LOG = logging.getLogger(__name__)
+
+_UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
+_STATUSES = (p2p_pb2.SOURCE_STATUS_INITIALIZING, p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE)
+
+
+def _abort(context: grpc.ServicerContext, status: grpc.StatusCode, error: MxError) -> NoReturn:
+    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
+    context.abort(status, str(error))
+    raise AssertionError("abort returned")
+
+
+def _with_error_status(
+    method: Callable[[Service, Request, grpc.ServicerContext], Response],
+) -> Callable[[Service, Request, grpc.ServicerContext], Response]:
+    """Turns the store's errors into gRPC statuses."""
+
+    @functools.wraps(method)
+    def answer(self: Service, request: Request, context: grpc.ServicerContext) -> Response:
+        try:
+            return method(self, request, context)
+        except StoreUnavailable as error:
+            _LOG.warning("call failed method=%s reason=%s", method.__name__, error)
+            _abort(context, grpc.StatusCode.UNAVAILABLE, error)
+        except StaleEpoch as error:
+            _LOG.info("call refused method=%s reason=%s", method.__name__, error)
+            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
+
+    return answer
+
+
+class P2pService(p2p_pb2_grpc.P2pServiceServicer):
+    """Thread-safe, as far as the store is."""
+
+    def __init__(self, store: SourceStore, leases: Leases) -> None:
+        self._store = store
+        self._lease_ms = round(leases.heartbeat_seconds * 1000)
+
+    @_with_error_status
+    def PublishMetadata(  # noqa: N802
+        self, request: p2p_pb2.PublishMetadataRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.PublishMetadataResponse:
+        if missing := _missing_to_publish(request):
+            return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
+        record = self._store.publish(_publication(request))
+        _LOG.info(
+            "published source=%s worker=%s rank=%d status=%s epoch=%d model=%r pod=%s/%s",
+            *record.key,
+            _name(record.status),
+            record.epoch,
+            record.model_name,
+            request.pod_namespace,
+            request.pod_name,
+        )
+        return p2p_pb2.PublishMetadataResponse(
+            success=True,
+            message="published",
+            mx_source_id=record.key.source_id,
+            worker_id=record.key.worker_id,
+            epoch=record.epoch,
+            lease_ms=self._lease_ms,
+        )
+
+    @_with_error_status
+    def ListSources(  # noqa: N802
+        self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.ListSourcesResponse:
+        if request.min_training_step > 0:
+            # No record carries a training step in this version, so none can be shown to have come that far.
+            self._store.check()
+            return p2p_pb2.ListSourcesResponse()
+        records = self._store.find(_query(request))
+        return p2p_pb2.ListSourcesResponse(instances=[_reference(record) for record in records])
+
+    @_with_error_status
+    def GetMetadata(  # noqa: N802
+        self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.GetMetadataResponse:
+        record = self._store.get(request.mx_source_id, request.worker_id)
+        if record is None:
+            return p2p_pb2.GetMetadataResponse(
+                found=False, mx_source_id=request.mx_source_id, worker_id=request.worker_id
+            )
+        worker = p2p_pb2.WorkerMetadata.FromString(record.worker)
+        worker.status = record.status
+        worker.updated_at = record.updated_at_ms
+        return p2p_pb2.GetMetadataResponse(
+            found=True,
+            worker=worker,
+            mx_source_id=record.key.source_id,
+            worker_id=record.key.worker_id,
+            identity=p2p_pb2.SourceIdentity.FromString(record.identity),
+            epoch=record.epoch,
+        )
+
+    @_with_error_status
+    def UpdateStatus(  # noqa: N802
+        self, request: p2p_pb2.UpdateStatusRequest, context: grpc.ServicerContext
+    ) -> p2p_pb2.UpdateStatusResponse:
+        if request.status not in _STATUSES:
+            return p2p_pb2.UpdateStatusResponse(
+                success=False, message=f"status {request.status} must be INITIALIZING (1), READY (2) or STALE (3)"
+            )
+        key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
+        load = request.source_load if request.HasField("source_load") and math.isfinite(request.source_load) else None
+        try:
+            self._store.update_status(key, request.status, epoch=request.epoch, source_load=load)
+        except UnknownRecord as error:
+            return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
+        _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
+        return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
+
+
+def _name(status: p2p_pb2.SourceStatus.ValueType) -> str:
+    return p2p_pb2.SourceStatus.Name(status).removeprefix("SOURCE_STATUS_")
+
+
+def _missing_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
+    if not request.HasField("identity"):
+        return "identity"
+    if not request.identity.model_name:
+        return "identity.model_name"
+    if not request.worker_id:
+        return "worker_id"
+    if not request.HasField("worker"):
+        return "worker"
+    return None
+
+
+def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
+    worker = request.worker
+    status = worker.status if worker.status in _STATUSES else _UNKNOWN
+    worker.ClearField("status")
+    worker.ClearField("updated_at")
+    return Publication(
+        key=RecordKey(source_id(request.identity), request.worker_id, worker.worker_rank),
+        identity=request.identity.SerializeToString(),
+        worker=worker.SerializeToString(),
+        model_name=request.identity.model_name,
+        accelerator=worker.accelerator,
+        topology=dict(worker.topology),
+        status=status,
+        epoch=request.epoch,
+    )
+
+
+def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
+    """The filters that are set; a filter with the value that says nothing (empty, UNKNOWN, limit 0) is none."""
+    return Query(
+        source_id=source_id(request.identity) if request.identity.model_name else None,
+        model_name=request.model_name_filter or None,
+        status=request.status_filter if request.status_filter != _UNKNOWN else None,
+        worker_rank=request.worker_rank_filter if request.HasField("worker_rank_filter") else None,
+        min_updated_at_ms=request.min_updated_at if request.HasField("min_updated_at") else None,
+        limit=request.limit or None,
+    )
+
+
+def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
+    return p2p_pb2.SourceInstanceRef(
+        mx_source_id=record.key.source_id,
+        worker_id=record.key.worker_id,
+        model_name=record.model_name,
+        worker_rank=record.key.worker_rank,
+        accelerator=record.accelerator,
+        updated_at=record.updated_at_ms,
+        topology=record.topology,
+        source_load=record.source_load,
+    )

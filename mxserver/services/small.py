@@ -1,0 +1,43 @@
+"""HealthService and ApiService of the existing protocol."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+
+import mxserver
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.interface import SourceStore
+from mxserver.wire import api_pb2, api_pb2_grpc, health_pb2, health_pb2_grpc
+
+
+class HealthService(health_pb2_grpc.HealthServiceServicer):
+    """Version, uptime, and "ok" while the store works; otherwise its reason."""
+
+    def __init__(self, store: SourceStore) -> None:
+        self._store = store
+        self._started_at = time.monotonic()
+
+    def GetHealth(  # noqa: N802
+        self, request: health_pb2.HealthRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthResponse:
+        status = "ok"
+        try:
+            self._store.check()
+        except StoreUnavailable as error:
+            status = str(error)
+        return health_pb2.HealthResponse(
+            version=mxserver.__version__, status=status, uptime=int(time.monotonic() - self._started_at)
+        )
+
+
+class ApiService(api_pb2_grpc.ApiServiceServicer):
+    """`ping`, with which existing clients see whether a server is there."""
+
+    def SendRequest(  # noqa: N802
+        self, request: api_pb2.ApiRequest, context: grpc.ServicerContext
+    ) -> api_pb2.ApiResponse:
+        if request.action == "ping":
+            return api_pb2.ApiResponse(success=True, data=b'{"message":"pong"}')
+        return api_pb2.ApiResponse(success=False, error=f"unknown action {request.action!r}; the only one is 'ping'")

@@ -1,0 +1,68 @@
+"""grpc.health.v1: the true state of each service, and of the whole server under "".
+
+Whole server and P2pService serve while the store works; all stop serving when the server drains.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+WITH_STORE = ("", "model_express.p2p.P2pService")
+WITHOUT_STORE = ("model_express.health.HealthService", "model_express.api.ApiService", health.SERVICE_NAME)
+
+Send = Callable[[health_pb2.HealthCheckResponse | None], None]
+
+
+class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health has no types
+    """The health service, which can end its watchers, so that they do not hold up a drain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watchers: set[Send] = set()
+        self._watchers_lock = threading.Lock()
+        for service in (*WITH_STORE, *WITHOUT_STORE):
+            self.set(service, _SERVING)
+        self._store_works = True
+
+    def show_store(self, *, works: bool) -> bool:
+        """Sets the state of what needs the store; returns whether it is another one than before.
+
+        Called by one thread. The state is not changed any more once the server drains.
+        """
+        if works is self._store_works:  # watchers are told changes only
+            return False
+        self._store_works = works
+        for service in WITH_STORE:
+            self.set(service, _SERVING if works else _NOT_SERVING)
+        return True
+
+    def drain(self) -> None:
+        """NOT_SERVING for all services, for good; tells watchers so and ends their calls."""
+        self.enter_graceful_shutdown()
+        with self._watchers_lock:
+            watchers = list(self._watchers)
+        for send in watchers:
+            send(None)
+
+    def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send: Send | None = None
+    ) -> Iterator[health_pb2.HealthCheckResponse] | None:
+        """`send` is what grpcio passes to methods that answer without holding a thread."""
+        if send is not None:
+            with self._watchers_lock:
+                self._watchers.add(send)
+            if not context.add_callback(lambda: self._forget(send)):
+                self._forget(send)
+        responses: Iterator[health_pb2.HealthCheckResponse] | None = super().Watch(request, context, send)
+        return responses
+
+    def _forget(self, send: Send) -> None:
+        with self._watchers_lock:
+            self._watchers.discard(send)

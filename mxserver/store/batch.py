@@ -1,0 +1,89 @@
+"""Changes to records that are kept together or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mxserver.store.clock import Clock
+from mxserver.store.index import STALE, RecordIndex, require_epoch, unknown
+from mxserver.store.interface import Publication, RecordKey, SourceRecord, Status
+from mxserver.wire import p2p_pb2
+
+UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
+INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
+
+
+class EpochCounter:
+    """The last epoch handed out. Used by one thread at a time."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def next(self) -> int:
+        self.last += 1
+        return self.last
+
+
+class Batch:
+    """Decides changes one after the other, each on top of those before it; the index sees none of them.
+
+    Whoever made the batch keeps `changes` and then gives them to `RecordIndex.apply`. An epoch that was given out in
+    a batch that could not be kept is not used again. Used by one thread at a time.
+    """
+
+    def __init__(self, index: RecordIndex, epochs: EpochCounter, clock: Clock) -> None:
+        self._index = index
+        self._epochs = epochs
+        self._clock = clock
+        self.changes: dict[RecordKey, SourceRecord | None] = {}
+        self.published: set[RecordKey] = set()  # those of `changes` with another identity or other metadata
+
+    def publish(self, publication: Publication) -> SourceRecord:
+        """Raises StaleEpoch."""
+        key = publication.key
+        current = self._current(key)
+        if current is not None:
+            require_epoch(current, publication.epoch)
+        status = publication.status
+        if status == UNKNOWN:
+            status = INITIALIZING if current is None or current.status == STALE else current.status
+        record = SourceRecord(
+            key=key,
+            status=status,
+            epoch=self._epochs.next(),
+            updated_at_ms=self._clock.unix_ms(),
+            identity=publication.identity,
+            worker=publication.worker,
+            model_name=publication.model_name,
+            accelerator=publication.accelerator,
+            topology=publication.topology,
+            source_load=current.source_load if current else None,
+        )
+        self.changes[key] = record
+        self.published.add(key)
+        return record
+
+    def update_status(self, key: RecordKey, status: Status, epoch: int, source_load: float | None) -> None:
+        """Raises UnknownRecord and StaleEpoch."""
+        current = self._current(key)
+        if current is None:
+            raise unknown(key)
+        require_epoch(current, epoch)
+        self.changes[key] = replace(
+            current,
+            status=status,
+            updated_at_ms=self._clock.unix_ms(),
+            source_load=current.source_load if source_load is None else source_load,
+        )
+
+    def sweep(self) -> tuple[int, int]:
+        """Makes changes of what time has done: how many records became STALE, and how many are gone."""
+        stale, gone = self._index.due()
+        expired = [record for record in stale if record.key not in self.changes]
+        deleted = [key for key in gone if key not in self.changes]
+        self.changes.update((record.key, record) for record in expired)
+        self.changes.update((key, None) for key in deleted)
+        return len(expired), len(deleted)
+
+    def _current(self, key: RecordKey) -> SourceRecord | None:
+        return self.changes[key] if key in self.changes else self._index.get(key)

@@ -1,0 +1,44 @@
+"""What a store raises; the root is `mxserver.wire.errors.MxError`.
+
+::
+
+    StoreError                MX_STORE
+    ├── StoreUnusable         MX_STORE_UNUSABLE     at start: the file cannot serve as a store
+    │   └── StoreTooNew       MX_STORE_TOO_NEW      a newer version of the server wrote the file
+    ├── StoreUnavailable      MX_STORE_UNAVAILABLE  while running: the store does not work at the moment
+    └── UnknownRecord         MX_UNKNOWN_RECORD     no such (source, worker, rank)
+"""
+
+from __future__ import annotations
+
+from mxserver.wire.errors import MxError
+
+
+class StoreError(MxError):
+    """Keeping or finding a record failed."""
+
+    code = "MX_STORE"
+
+
+class StoreUnusable(StoreError):
+    """The store cannot be opened; the message names the file, the reason and what to do."""
+
+    code = "MX_STORE_UNUSABLE"
+
+
+class StoreTooNew(StoreUnusable):
+    """A newer version of the server wrote the file; this one would not understand it."""
+
+    code = "MX_STORE_TOO_NEW"
+
+
+class StoreUnavailable(StoreError):
+    """The store does not work at the moment; nothing of the call was kept. Never to be taken for "no records"."""
+
+    code = "MX_STORE_UNAVAILABLE"
+
+
+class UnknownRecord(StoreError):
+    """There is no record of this (source, worker, rank); the worker has to publish (again)."""
+
+    code = "MX_UNKNOWN_RECORD"

@@ -1,0 +1,172 @@
+"""The records in memory: found by source id and by model name, judged by their leases.
+
+A record that is STALE by time is so for every reader at once; nothing has to be written for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from mxserver.store.clock import Clock
+from mxserver.store.errors import UnknownRecord
+from mxserver.store.interface import Leases, Query, RecordKey, SourceRecord, Status
+from mxserver.wire import p2p_pb2
+from mxserver.wire.errors import StaleEpoch
+
+STALE = p2p_pb2.SOURCE_STATUS_STALE
+
+
+def require_epoch(record: SourceRecord, epoch: int) -> None:
+    """Raises StaleEpoch when the epoch is older than the record's; 0 is none and fits."""
+    if 0 < epoch < record.epoch:
+        key = record.key
+        raise StaleEpoch(
+            f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank}: epoch {epoch} is older than "
+            f"{record.epoch}; a newer life of this worker has published, this one must stop acting for it"
+        )
+
+
+def unknown(key: RecordKey) -> UnknownRecord:
+    return UnknownRecord(
+        f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank} is not known; publish it first"
+    )
+
+
+@dataclass(slots=True)
+class _Entry:
+    record: SourceRecord
+    renewed_at: float  # monotonic seconds
+    stale_at: float | None  # since when its status is STALE; None while it is another one
+
+    def stale_since(self, leases: Leases) -> float:
+        """The moment, past or to come, from which the record counts as STALE."""
+        return self.stale_at if self.stale_at is not None else self.renewed_at + leases.heartbeat_seconds
+
+
+class RecordIndex:
+    """All records, with their leases. Thread-safe; every call takes the time by itself."""
+
+    def __init__(self, leases: Leases, clock: Clock) -> None:
+        self._leases = leases
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[RecordKey, _Entry] = {}
+        # Dictionaries as ordered sets: which key came first decides nothing, but runs stay repeatable.
+        self._by_source: dict[str, dict[RecordKey, None]] = {}
+        self._by_model: dict[str, dict[RecordKey, None]] = {}
+
+    def load(self, records: Iterable[SourceRecord]) -> None:
+        """Takes over the records of an earlier run; whoever was alive then gets a whole new lease."""
+        now_ms = self._clock.unix_ms()
+        self.apply({r.key: r if r.status == STALE else replace(r, updated_at_ms=now_ms) for r in records})
+
+    def get(self, key: RecordKey) -> SourceRecord | None:
+        """The record as it is now; None when there is none (any more)."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return self._view(entry, self._clock.monotonic_seconds()) if entry else None
+
+    def get_newest(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            keys = [key for key in self._by_source.get(source_id, ()) if key.worker_id == worker_id]
+            views = [view for key in keys if (view := self._view(self._entries[key], now))]
+        return max(views, key=_age_order, default=None)
+
+    def find(self, query: Query) -> list[SourceRecord]:
+        model_name = None if query.model_name is None else query.model_name.lower()
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            keys: Iterable[RecordKey] = self._entries
+            if query.source_id is not None:
+                keys = self._by_source.get(query.source_id, ())
+            elif model_name is not None:
+                keys = self._by_model.get(model_name, ())
+            views = [view for key in keys if (view := self._view(self._entries[key], now))]
+        fitting = [
+            record
+            for record in views
+            if (model_name is None or record.model_name.lower() == model_name)
+            and (query.status is None or record.status == query.status)
+            and (query.worker_rank is None or record.key.worker_rank == query.worker_rank)
+            and (query.min_updated_at_ms is None or record.updated_at_ms >= query.min_updated_at_ms)
+        ]
+        fitting.sort(key=_age_order, reverse=True)
+        return fitting if query.limit is None else fitting[: query.limit]
+
+    def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None) -> bool:
+        """A sign of life that changes no status; False (and nothing done) when it would change it.
+
+        Raises UnknownRecord and StaleEpoch.
+        """
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            entry = self._entries.get(key)
+            view = self._view(entry, now) if entry else None
+            if entry is None or view is None:
+                raise unknown(key)
+            require_epoch(view, epoch)
+            if view.status != status:
+                return False
+            if status != STALE:
+                load = entry.record.source_load if source_load is None else source_load
+                entry.record = replace(entry.record, updated_at_ms=self._clock.unix_ms(), source_load=load)
+                entry.renewed_at = now
+            return True
+
+    def apply(self, changes: Mapping[RecordKey, SourceRecord | None]) -> None:
+        """Puts in records (with a new lease, unless STALE) and takes out those that are None."""
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            for key, record in changes.items():
+                old = self._take_out(key)
+                if record is None:
+                    continue
+                stale_at = None
+                if record.status == STALE:
+                    stale_at = min(now, old.stale_since(self._leases)) if old else now
+                self._entries[key] = _Entry(record, now, stale_at)
+                self._by_source.setdefault(key.source_id, {})[key] = None
+                self._by_model.setdefault(record.model_name.lower(), {})[key] = None
+
+    def due(self) -> tuple[list[SourceRecord], list[RecordKey]]:
+        """What time has done and no change shows yet: records that became STALE, and keys that are gone."""
+        stale, gone = [], []
+        with self._lock:
+            now = self._clock.monotonic_seconds()
+            for key, entry in self._entries.items():
+                view = self._view(entry, now)
+                if view is None:
+                    gone.append(key)
+                elif view is not entry.record:
+                    stale.append(view)
+        return stale, gone
+
+    def extend(self, seconds: float) -> None:
+        with self._lock:
+            for entry in self._entries.values():
+                entry.renewed_at += seconds
+
+    def _view(self, entry: _Entry, now: float) -> SourceRecord | None:
+        stale_since = entry.stale_since(self._leases)
+        if now < stale_since:
+            return entry.record
+        if now >= stale_since + self._leases.collect_seconds:
+            return None
+        return entry.record if entry.record.status == STALE else replace(entry.record, status=STALE)
+
+    def _take_out(self, key: RecordKey) -> _Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        for index, name in ((self._by_source, key.source_id), (self._by_model, entry.record.model_name.lower())):
+            index[name].pop(key)
+            if not index[name]:
+                del index[name]
+        return entry
+
+
+def _age_order(record: SourceRecord) -> tuple[int, int]:
+    return record.updated_at_ms, record.epoch

@@ -1,0 +1,130 @@
+"""The interface of all stores, and the records that go in and out.
+
+Rules that every store holds (tests/server/store_contract.py runs them against each):
+
+- A publish makes or replaces the record of (source, worker, rank) and gets an epoch that is greater than all before
+  it, also across restarts. A publish or an update that carries an epoch older than the record's is refused; one
+  without (0) comes from a client that knows no epochs, and is taken.
+- A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
+- A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE
+  for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only makes them lasting.
+- What was answered is kept. A repeated status is a sign of life and nothing else: it is not written anywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from mxserver.wire import p2p_pb2
+
+Status: TypeAlias = p2p_pb2.SourceStatus.ValueType
+
+
+class RecordKey(NamedTuple):
+    """What a record is known by."""
+
+    source_id: str
+    worker_id: str
+    worker_rank: int
+
+
+class Leases(NamedTuple):
+    """How long records live without a sign of life."""
+
+    heartbeat_seconds: float = 90.0
+    collect_seconds: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """One worker's record at one moment."""
+
+    key: RecordKey
+    status: Status
+    epoch: int
+    updated_at_ms: int
+    identity: bytes  # SourceIdentity, serialised
+    worker: bytes  # WorkerMetadata, serialised, without status and updated_at
+    model_name: str
+    accelerator: str
+    topology: Mapping[str, str]
+    source_load: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What a worker publishes."""
+
+    key: RecordKey
+    identity: bytes
+    worker: bytes
+    model_name: str
+    accelerator: str
+    topology: Mapping[str, str]
+    status: Status = p2p_pb2.SOURCE_STATUS_UNKNOWN
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Filters of a search; all that are set must fit."""
+
+    source_id: str | None = None
+    model_name: str | None = None  # in any case, as in the source id
+    status: Status | None = None
+    worker_rank: int | None = None
+    min_updated_at_ms: int | None = None
+    limit: int | None = None
+
+
+class SourceStore(ABC):
+    """Keeps the records of workers. All methods are safe from any thread.
+
+    Every method but `close` raises StoreUnavailable when the store does not work; then nothing was changed.
+    """
+
+    @abstractmethod
+    def publish(self, publication: Publication) -> SourceRecord:
+        """Makes or replaces a record, and returns it with its new epoch once it is kept.
+
+        Raises:
+            StaleEpoch: the publication's epoch is older than the record's.
+        """
+
+    @abstractmethod
+    def update_status(
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+    ) -> None:
+        """Sets the status and renews the lease (STALE renews nothing: it is a goodbye).
+
+        Raises:
+            UnknownRecord: there is no such record.
+            StaleEpoch: the epoch is older than the record's.
+        """
+
+    @abstractmethod
+    def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        """The worker's record; of several ranks under one worker id, the one with the newest sign of life."""
+
+    @abstractmethod
+    def find(self, query: Query) -> list[SourceRecord]:
+        """The records that fit, newest sign of life first."""
+
+    @abstractmethod
+    def sweep(self) -> tuple[int, int]:
+        """Makes lasting what time has done; returns how many records it made STALE and how many it deleted."""
+
+    @abstractmethod
+    def extend_leases(self, seconds: float) -> None:
+        """Gives every worker that much more time: the server itself could hear nobody for so long."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises StoreUnavailable while the store does not work."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finishes what was begun and lets go of the store. Idempotent; calls after it raise StoreUnavailable."""

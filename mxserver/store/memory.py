@@ -1,0 +1,66 @@
+"""A store that forgets everything when the server ends: `--store memory`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from mxserver.store.batch import Batch, EpochCounter
+from mxserver.store.clock import Clock, SystemClock
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.index import RecordIndex
+from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+
+T = TypeVar("T")
+
+
+class MemoryStore(SourceStore):
+    """Records in this process alone. Epochs begin at the time in ms, so that they grow across restarts as well."""
+
+    def __init__(self, leases: Leases | None = None, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._index = RecordIndex(leases or Leases(), self._clock)
+        self._epochs = EpochCounter(self._clock.unix_ms())
+        self._changing = threading.Lock()
+        self._closed = False
+
+    def publish(self, publication: Publication) -> SourceRecord:
+        return self._change(lambda batch: batch.publish(publication))
+
+    def update_status(
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+    ) -> None:
+        self.check()
+        if not self._index.renew(key, status, epoch, source_load):
+            self._change(lambda batch: batch.update_status(key, status, epoch, source_load))
+
+    def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        self.check()
+        return self._index.get_newest(source_id, worker_id)
+
+    def find(self, query: Query) -> list[SourceRecord]:
+        self.check()
+        return self._index.find(query)
+
+    def sweep(self) -> tuple[int, int]:
+        return self._change(Batch.sweep)
+
+    def extend_leases(self, seconds: float) -> None:
+        self.check()
+        self._index.extend(seconds)
+
+    def check(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed: the server is shutting down")
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _change(self, decide: Callable[[Batch], T]) -> T:
+        with self._changing:
+            self.check()
+            batch = Batch(self._index, self._epochs, self._clock)
+            outcome = decide(batch)
+            self._index.apply(batch.changes)
+            return outcome

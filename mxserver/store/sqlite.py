@@ -1,0 +1,167 @@
+"""The default store: records in memory for reading, kept in one SQLite file.
+
+Changes of several callers that wait at the same moment are kept by one commit; each caller gets its answer after
+that commit. Repeated heartbeats stay in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from mxserver.store.batch import Batch, EpochCounter
+from mxserver.store.clock import Clock, SystemClock
+from mxserver.store.errors import StoreUnavailable, StoreUnusable
+from mxserver.store.index import RecordIndex
+from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store.sqlite_file import SqliteFile, unusable
+
+T = TypeVar("T")
+
+MAX_CHANGES_PER_COMMIT = 256
+ANSWER_SECONDS = 20.0  # less than the 30 s that clients wait, so that they are told the reason
+
+
+class _Change(NamedTuple):
+    decide: Callable[[Batch], Any]
+    answer: Future[Any]
+
+
+class SqliteStore(SourceStore):
+    """Records in one SQLite file, which this process locks.
+
+    A file that stops working (disk full, I/O error, removed) makes changes fail with StoreUnavailable; what was
+    kept before can still be read, and changes work again as soon as the file does.
+    """
+
+    def __init__(self, path: Path, leases: Leases | None = None, clock: Clock | None = None) -> None:
+        """Opens or makes the file. Raises StoreUnusable."""
+        self._clock = clock or SystemClock()
+        self._index = RecordIndex(leases or Leases(), self._clock)
+        self._changes: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
+        self._submitting = threading.Lock()
+        self._closed = False
+        self._failure: StoreUnavailable | None = None  # of the last commit
+        opened: Future[SqliteFile] = Future()
+        self._writer = threading.Thread(target=self._write, args=(path, opened), name="sqlite-writer", daemon=True)
+        self._writer.start()
+        try:
+            self._file = opened.result()
+        except StoreUnusable:
+            self._closed = True
+            self._writer.join()
+            raise
+
+    def publish(self, publication: Publication) -> SourceRecord:
+        return self._change(lambda batch: batch.publish(publication))
+
+    def update_status(
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+    ) -> None:
+        self._require_open()
+        if not self._index.renew(key, status, epoch, source_load):
+            self._change(lambda batch: batch.update_status(key, status, epoch, source_load))
+
+    def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        self._require_open()
+        return self._index.get_newest(source_id, worker_id)
+
+    def find(self, query: Query) -> list[SourceRecord]:
+        self._require_open()
+        return self._index.find(query)
+
+    def sweep(self) -> tuple[int, int]:
+        self._require_open()
+        return self._change(Batch.sweep) if any(self._index.due()) else (0, 0)
+
+    def extend_leases(self, seconds: float) -> None:
+        self._require_open()
+        self._index.extend(seconds)
+
+    def check(self) -> None:
+        self._require_open()
+        self._file.require_in_place()
+        if self._failure is not None:
+            self._change(lambda _: None)  # an empty commit, to see whether the file works again
+
+    def close(self) -> None:
+        with self._submitting:
+            if not self._closed:
+                self._closed = True
+                self._changes.put(None)
+        self._writer.join()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed: the server is shutting down")
+
+    def _change(self, decide: Callable[[Batch], T]) -> T:
+        answer: Future[T] = Future()
+        with self._submitting:
+            self._require_open()
+            self._changes.put(_Change(decide, answer))
+        try:
+            return answer.result(timeout=ANSWER_SECONDS)
+        except TimeoutError:
+            raise StoreUnavailable(f"the disk did not answer within {ANSWER_SECONDS:g} s") from None
+
+    def _write(self, path: Path, opened: Future[SqliteFile]) -> None:
+        """The writer thread: the only one that touches the file."""
+        try:
+            with contextlib.closing(SqliteFile(path)) as file:
+                try:
+                    # A new file begins at the time in ms: epochs grow even when an earlier file was thrown away.
+                    epochs = EpochCounter(file.last_epoch() or self._clock.unix_ms())
+                    self._index.load(file.records())
+                except (sqlite3.Error, DecodeError) as error:
+                    raise unusable(path, error) from error
+                opened.set_result(file)
+                while changes := self._next_changes():
+                    self._keep(file, epochs, changes)
+        except StoreUnusable as error:
+            opened.set_exception(error)  # raised by the constructor
+
+    def _next_changes(self) -> list[_Change]:
+        """Waits for a change, and takes those along that wait as well; none at all when the store closes."""
+        first = self._changes.get()
+        changes = [] if first is None else [first]
+        while changes and len(changes) < MAX_CHANGES_PER_COMMIT:
+            try:
+                following = self._changes.get_nowait()
+            except queue.Empty:
+                break
+            if following is None:
+                self._changes.put(None)  # for the next round; nothing comes after it
+                break
+            changes.append(following)
+        return changes
+
+    def _keep(self, file: SqliteFile, epochs: EpochCounter, changes: list[_Change]) -> None:
+        batch = Batch(self._index, epochs, self._clock)
+        decided: list[tuple[Future[Any], Any]] = []
+        for change in changes:
+            try:
+                decided.append((change.answer, change.decide(batch)))
+            except BaseException as error:  # noqa: BLE001 - raised in the thread of who asked
+                change.answer.set_exception(error)
+        if not decided:
+            return
+        try:
+            file.commit(batch, epochs.last)
+        except (StoreUnavailable, sqlite3.Error) as error:
+            self._failure = StoreUnavailable(*error.args)
+            for answer, _ in decided:
+                answer.set_exception(StoreUnavailable(*error.args))
+            return
+        self._failure = None
+        self._index.apply(batch.changes)
+        for answer, outcome in decided:
+            answer.set_result(outcome)

@@ -1,0 +1,203 @@
+"""What is going on, as plain data: the status page draws it, `/status` has it as JSON, scrapes count it.
+
+Nothing in it is secret: no tokens, no store's address with its password, no memory addresses of workers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mxserver import __version__
+from mxserver.events import Events
+from mxserver.loads import FinishedLoad, Loads, RunningLoad
+from mxserver.metrics import STATES, Observation
+from mxserver.store.clock import Clock
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.interface import Query, SourceRecord, SourceStore
+from mxserver.wire import p2p_pb2
+
+Json = dict[str, Any]
+
+DEFAULT_WORKERS = 50
+MOST_WORKERS = 10_000
+SHOWN_LOADS = 100
+
+# Probes, scrapes and any number of open pages share one look into the store in this time.
+LOOK_SECONDS = 1.0
+
+_IDENTITY_FIELDS = ("revision", "dtype", "quantization")
+_PARALLEL_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
+# What to look at first: what loads, then what serves, then what is gone.
+_STATE_ORDER = {state: order for order, state in enumerate(("initializing", "ready", "stale"))}
+
+
+@dataclass(frozen=True)
+class _Look:
+    taken_at: float
+    records: list[SourceRecord] | None
+    reason: str  # why there are none
+
+
+class StatusView:
+    """Reads store, loads and events together. Thread-safe."""
+
+    def __init__(
+        self,
+        store: SourceStore,
+        loads: Loads,
+        events: Events,
+        clock: Clock,
+        *,
+        not_ready: Callable[[], str | None],
+        facts: Json,
+    ) -> None:
+        """`not_ready` says why the server is not ready, or None; `facts` are shown about the server as they are."""
+        self._store = store
+        self._loads = loads
+        self._events = events
+        self._clock = clock
+        self._not_ready = not_ready
+        self._facts = facts
+        self._started = time.monotonic()
+        self._looking = threading.Lock()
+        self._look: _Look | None = None
+
+    def observation(self) -> Observation:
+        """For a scrape."""
+        look = self._current_look()
+        ready = self._not_ready() is None
+        if look.records is None:
+            return Observation(ready, None, None, self._loads.running_count())
+        sources = Counter(STATES[record.status] for record in look.records if record.status in STATES)
+        models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
+        return Observation(ready, sources, len(models), self._loads.running_count())
+
+    def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS) -> Json:
+        """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work."""
+        look = self._current_look()
+        reason = self._not_ready()
+        now_ms = self._clock.unix_ms()
+        records = look.records or []
+        running = self._loads.running()
+        model_of = {record.key: record.model_name for record in records}
+        states = Counter(STATES[record.status] for record in records if record.status in STATES)
+        return {
+            "server": {
+                "version": __version__,
+                "now_ms": now_ms,
+                "uptime_seconds": int(time.monotonic() - self._started),
+                "ready": reason is None,
+                "reason": reason or "",
+                **self._facts,
+            },
+            "totals": {
+                "models": len({record.model_name.lower() for record in records}),
+                "workers": len(records),
+                **{state: states.get(state, 0) for state in STATES.values()},
+                "loads_running": len(running),
+            },
+            "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet),
+            "loads": [_running(load, model_of.get(load.key, "")) for load in running[:SHOWN_LOADS]],
+            "finished_loads": [_finished(load, model_of.get(load.key, "")) for load in self._loads.finished()],
+            "errors": [
+                {"at_ms": event.at_ms, "kind": event.kind, "text": event.text, "count": event.count}
+                for event in self._events.newest()
+            ],
+        }
+
+    def _current_look(self) -> _Look:
+        with self._looking:
+            look = self._look
+            if look is None or time.monotonic() - look.taken_at > LOOK_SECONDS:
+                look = self._look = self._take_look()
+            return look
+
+    def _take_look(self) -> _Look:
+        try:
+            records = self._store.find(Query())
+        except StoreUnavailable as error:
+            return _Look(time.monotonic(), None, str(error))
+        return _Look(time.monotonic(), records, "")
+
+
+def _fleets(records: Iterable[SourceRecord], now_ms: int, workers_per_fleet: int) -> list[Json]:
+    """One entry a source id, by model name; of many workers, those that load come first."""
+    by_source: dict[str, list[SourceRecord]] = defaultdict(list)
+    for record in records:
+        by_source[record.key.source_id].append(record)
+    fleets = [_fleet(source, members, now_ms, workers_per_fleet) for source, members in by_source.items()]
+    return sorted(fleets, key=lambda fleet: (fleet["model_name"].lower(), fleet["source_id"]))
+
+
+def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per_fleet: int) -> Json:
+    identity = p2p_pb2.SourceIdentity.FromString(members[0].identity)
+    states = Counter(STATES[member.status] for member in members if member.status in STATES)
+    members = sorted(
+        members,
+        key=lambda m: (_STATE_ORDER.get(STATES.get(m.status, ""), 9), m.key.worker_rank, m.key.worker_id),
+    )
+    return {
+        "model_name": identity.model_name,
+        "source_id": source_id,
+        **{name: getattr(identity, name) for name in (*_IDENTITY_FIELDS, *_PARALLEL_FIELDS)},
+        "framework": p2p_pb2.BackendFramework.Name(identity.backend_framework).removeprefix("BACKEND_FRAMEWORK_").lower()
+        if identity.backend_framework in p2p_pb2.BackendFramework.values()
+        else "unknown",
+        "layout": identity.extra_parameters.get("layout", ""),
+        **{state: states.get(state, 0) for state in STATES.values()},
+        "workers_total": len(members),
+        "workers": [_worker(member, now_ms) for member in members[:workers_per_fleet]],
+    }
+
+
+def _worker(record: SourceRecord, now_ms: int) -> Json:
+    worker = p2p_pb2.WorkerMetadata.FromString(record.worker)
+    return {
+        "worker_id": record.key.worker_id,
+        "worker_rank": record.key.worker_rank,
+        "state": STATES.get(record.status, "unknown"),
+        "accelerator": record.accelerator,
+        "endpoint": worker.worker_grpc_endpoint,
+        "source_load": record.source_load,
+        "epoch": record.epoch,
+        "silent_seconds": max(0.0, (now_ms - record.updated_at_ms) / 1000),
+    }
+
+
+def _running(load: RunningLoad, model_name: str) -> Json:
+    return {
+        "model_name": model_name,
+        "source_id": load.key.source_id,
+        "worker_id": load.key.worker_id,
+        "worker_rank": load.key.worker_rank,
+        "path": load.path,
+        "bytes_done": load.bytes_done,
+        "bytes_total": load.bytes_total,
+        "bytes_per_second": load.bytes_per_second,
+        "eta_seconds": load.eta_seconds,
+        "from_worker_id": load.from_worker_id,
+        "holders": load.holders,
+        "running_seconds": load.running_seconds,
+        "silent_seconds": load.silent_seconds,
+    }
+
+
+def _finished(load: FinishedLoad, model_name: str) -> Json:
+    return {
+        "model_name": load.model_name or model_name,
+        "source_id": load.key.source_id,
+        "worker_id": load.key.worker_id,
+        "worker_rank": load.key.worker_rank,
+        "at_ms": load.at_ms,
+        "path": load.path,
+        "bytes": load.bytes,
+        "seconds": load.seconds,
+        "from_worker_id": load.from_worker_id,
+        "chunks_verified": load.chunks_verified,
+        "fallbacks": list(load.fallbacks),
+    }

@@ -1,0 +1,40 @@
+"""Addresses of servers, as users write them."""
+
+from __future__ import annotations
+
+import re
+
+from mxserver.wire.errors import SettingError
+
+DEFAULT_PORT = 8001
+
+_RULE = "must be host:port or http(s)://host:port, such as mx-server:8001 or http://[fd00::1]:8001"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]")
+_BARE_IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+
+
+def parse_server_address(text: str) -> str:
+    """`host:port` for gRPC out of `host`, `host:port` or `http(s)://host:port`; without a port: 8001.
+
+    An IPv6 address comes back in brackets. `https` is accepted because existing deployments write it; the scheme
+    is dropped, for calls are not encrypted in this version.
+
+    Raises:
+        SettingError: the text is no such address; the message says which part is wrong.
+    """
+    address = text.strip()
+    if scheme := _SCHEME.match(address):
+        if scheme[1].lower() not in ("http", "https"):
+            raise SettingError(f"server address {text!r}: the scheme {scheme[1]!r} is not known; it {_RULE}")
+        address = address[scheme.end() :].removesuffix("/")
+    if _BARE_IPV6.fullmatch(address):
+        return f"[{address}]:{DEFAULT_PORT}"
+    host, port = address, str(DEFAULT_PORT)
+    if not address.endswith("]") and ":" in address:
+        host, _, port = address.rpartition(":")
+    if not _HOST.fullmatch(host):
+        raise SettingError(f"server address {text!r}: {host!r} is no host; it {_RULE}")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
+        raise SettingError(f"server address {text!r}: {port!r} is no port from 1 to 65535; it {_RULE}")
+    return f"{host}:{int(port)}"

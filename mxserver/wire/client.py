@@ -1,0 +1,155 @@
+"""The worker's side of the server's services: calls with a deadline, errors as exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeVar, cast
+
+import grpc
+
+from mxserver.wire import health_pb2, health_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.channels import channel_options
+from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch, WireError
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+ERROR_CODE_METADATA = "mx-error-code"
+"""Trailing metadata of our server's errors: the stable code of the error (`StaleEpoch.code`)."""
+
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class ServerClient:
+    """Calls to one server over one channel, which connects at the first call and again after an outage.
+
+    Thread-safe. Create it after a fork, never before. Works against a server that knows only the protocol's
+    original fields: epochs are 0 there.
+
+    All calls raise ServerUnreachable when there is no answer within the deadline (also when the server says that
+    its store is down), and ServerRefused when the answer is no.
+    """
+
+    def __init__(self, address: str, *, timeout_seconds: float = 30.0) -> None:
+        """`address` is host:port, as `parse_server_address` returns it."""
+        self.address = address
+        self.timeout_seconds = timeout_seconds
+        self._channel = grpc.insecure_channel(address, options=channel_options())
+        self._p2p = p2p_pb2_grpc.P2pServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthServiceStub(self._channel)
+
+    def publish(
+        self,
+        identity: p2p_pb2.SourceIdentity,
+        worker: p2p_pb2.WorkerMetadata,
+        worker_id: str,
+        epoch: int = 0,
+    ) -> p2p_pb2.PublishMetadataResponse:
+        """Writes this worker's record, as often as wanted; the answer carries mx_source_id, epoch and lease_ms.
+
+        `epoch` is what an earlier publish of this process returned, 0 for the first one.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+        """
+        response = self._call(
+            "PublishMetadata",
+            self._p2p.PublishMetadata,
+            p2p_pb2.PublishMetadataRequest(identity=identity, worker=worker, worker_id=worker_id, epoch=epoch),
+        )
+        if not response.success:
+            raise self._refused("PublishMetadata", response.message)
+        return response
+
+    def list_sources(
+        self,
+        identity: p2p_pb2.SourceIdentity | None = None,
+        *,
+        status: p2p_pb2.SourceStatus.ValueType | None = None,
+        model_name: str | None = None,
+        worker_rank: int | None = None,
+        limit: int | None = None,
+    ) -> list[p2p_pb2.SourceInstanceRef]:
+        """The workers that fit all filters, newest sign of life first; None leaves a filter out."""
+        request = p2p_pb2.ListSourcesRequest(
+            identity=identity,
+            status_filter=status,
+            model_name_filter=model_name,
+            worker_rank_filter=worker_rank,
+            limit=limit,
+        )
+        return list(self._call("ListSources", self._p2p.ListSources, request).instances)
+
+    def get_metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse | None:
+        """One worker's record with its identity; None when the server does not know it."""
+        request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id, worker_id=worker_id)
+        response = self._call("GetMetadata", self._p2p.GetMetadata, request)
+        return response if response.found else None
+
+    def update_status(
+        self,
+        source_id: str,
+        worker_id: str,
+        worker_rank: int,
+        status: p2p_pb2.SourceStatus.ValueType,
+        *,
+        epoch: int = 0,
+        source_load: float | None = None,
+    ) -> None:
+        """Sets the status and renews the lease: the heartbeat.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+            ServerRefused: the server does not know the record (any more); publish again.
+        """
+        request = p2p_pb2.UpdateStatusRequest(
+            mx_source_id=source_id,
+            worker_rank=worker_rank,
+            status=status,
+            worker_id=worker_id,
+            source_load=source_load,
+            epoch=epoch,
+        )
+        response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
+        if not response.success:
+            raise self._refused("UpdateStatus", response.message)
+
+    def health(self) -> health_pb2.HealthResponse:
+        """The server's version, status and uptime in seconds."""
+        return self._call("GetHealth", self._health.GetHealth, health_pb2.HealthRequest())
+
+    def close(self) -> None:
+        """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, name: str, method: Callable[..., Response], request: Request) -> Response:
+        try:
+            return method(request, timeout=self.timeout_seconds)
+        except grpc.RpcError as error:
+            raise self._as_wire_error(name, error) from error
+        except ValueError as error:  # what grpcio raises for a call on a closed channel
+            raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
+
+    def _refused(self, name: str, message: str) -> ServerRefused:
+        return ServerRefused(f"{name} at {self.address} was refused: {message}")
+
+    def _as_wire_error(self, name: str, error: grpc.RpcError) -> WireError:
+        call = cast(grpc.Call, error)  # every RpcError of an invocation is one
+        status = call.code()
+        text = f"{name} at {self.address} failed with {status.name}: {call.details()}"
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
+        if status in _NO_ANSWER:
+            return ServerUnreachable(text)
+        if (ERROR_CODE_METADATA, StaleEpoch.code) in (tuple(item) for item in call.trailing_metadata() or ()):
+            return StaleEpoch(text)
+        return ServerRefused(text)

@@ -1,0 +1,124 @@
+"""All environment names of server and worker, and what to make of names that are none of them.
+
+The one table: settings read from it, docs/settings.md is made from it, and whoever starts warns about names that
+look like ours and are not. Nothing here reads the environment by itself; it works on the mapping that it is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Reader = Literal["server", "worker", "both", "build"]
+
+PREFIXES = ("MX_", "MODEL_EXPRESS_")
+
+
+class Variable(NamedTuple):
+    """One environment name."""
+
+    name: str
+    reader: Reader
+    meaning: str
+    has_effect: bool = True  # False: existing images set it, this version does not read it
+
+
+VARIABLES: tuple[Variable, ...] = (
+    # The server's.
+    Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
+    Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
+    Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
+    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite or memory"),
+    Variable("MX_STORE_PATH", "server", "the SQLite file"),
+    Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
+    Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat"),
+    Variable("MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted"),
+    # The worker's.
+    Variable(
+        "MODEL_EXPRESS_URL", "worker", "the server, host:port or http(s)://host:port; wins over MX_SERVER_ADDRESS"
+    ),
+    Variable("MX_SERVER_ADDRESS", "worker", "the server, host:port or http(s)://host:port"),
+    Variable("MX_SERVER_TIMEOUT_SECS", "worker", "deadline of a call to the server"),
+    Variable("MX_WORKER_HOST", "worker", "the host that this worker advertises to others"),
+    Variable("MX_WORKER_GRPC_PORT", "worker", "port of the worker's gRPC service, plus the device's index"),
+    Variable("MX_HEARTBEAT_INTERVAL_SECS", "worker", "time between two heartbeats"),
+    Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is given up on"),
+    Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
+    Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
+    Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
+    Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
+    Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
+    Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
+    # Names of the protocol that existing images set and that this version does not read.
+    Variable("MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of the metrics page", has_effect=False),
+    Variable("MODEL_EXPRESS_CACHE_DIRECTORY", "both", "where model files are cached", has_effect=False),
+    Variable("REDIS_URL", "server", "Redis as the server's store", has_effect=False),
+    Variable("MX_REDIS_HOST", "server", "Redis as the server's store", has_effect=False),
+    Variable("MX_REDIS_PORT", "server", "Redis as the server's store", has_effect=False),
+    Variable("MX_AUTH_TOKEN_PATH", "both", "file with the token that calls carry", has_effect=False),
+    Variable(
+        "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "model files come from the server over gRPC", has_effect=False
+    ),
+    Variable("MX_MODEL_URI", "worker", "where the first worker streams safetensors from", has_effect=False),
+    Variable("MX_METADATA_PORT", "worker", "port of NIXL's own metadata exchange", has_effect=False),
+    Variable("MODEL_NAME", "worker", "model of the split loaders", has_effect=False),
+    Variable("MX_EXPECTED_WORKERS", "worker", "workers that the split loaders wait for", has_effect=False),
+    Variable("MX_SYNC_PUBLISH", "worker", "split loaders: publish before serving", has_effect=False),
+    Variable("MX_SYNC_START", "worker", "split loaders: start together", has_effect=False),
+    Variable("MX_CONTIGUOUS_REG", "worker", "split loaders: register contiguous regions", has_effect=False),
+    # Read by setup.py.
+    Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),
+    Variable("MX_CFLAGS", "build", "more compiler and linker flags"),
+)
+
+BY_NAME: dict[str, Variable] = {variable.name: variable for variable in VARIABLES}
+
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+_KUBERNETES_NAME = re.compile(
+    r".+_SERVICE_HOST|.+_SERVICE_PORT(_[A-Z0-9_]+)?|.+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
+)
+
+
+def is_kubernetes_value(value: str) -> bool:
+    """Whether Kubernetes made this value for a service (`tcp://10.0.0.1:8001`): no setting, also under our names."""
+    return _KUBERNETES_VALUE.match(value.strip()) is not None
+
+
+def is_kubernetes_variable(name: str, value: str) -> bool:
+    """Whether Kubernetes injects such a variable for a service that happens to have a name like ours."""
+    return is_kubernetes_value(value) or _KUBERNETES_NAME.fullmatch(name) is not None
+
+
+def setting(environ: Mapping[str, str], name: str) -> str | None:
+    """The value of a name without surrounding blanks; None when it is unset, empty or made by Kubernetes."""
+    value = environ.get(name, "").strip()
+    return value if value and not is_kubernetes_value(value) else None
+
+
+def misspelt(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names that look like ours and are not, each with the nearest right one, sorted by name."""
+    unknown = [
+        name
+        for name, value in environ.items()
+        if name.startswith(PREFIXES) and name not in BY_NAME and not is_kubernetes_variable(name, value)
+    ]
+    return [(name, difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.0)[0]) for name in sorted(unknown)]
+
+
+def without_effect(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[Variable]:
+    """The names of the protocol that are set, would concern this reader, and have no effect in this version."""
+    return [
+        variable
+        for variable in VARIABLES
+        if not variable.has_effect and variable.reader in (reader, "both") and setting(environ, variable.name)
+    ]
+
+
+def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[str]:
+    """One line for every name that will not do what whoever set it expects."""
+    lines = [f"{name} is no setting; the nearest one is {nearest}" for name, nearest in misspelt(environ)]
+    lines += [f"{v.name} ({v.meaning}) has no effect in this version" for v in without_effect(environ, reader)]
+    return lines

@@ -1,0 +1,98 @@
+"""File names from the network: what may become a path below a folder, and opening it without being led out.
+
+Used on both sides: the server does not trust hubs and clients, a client does not trust servers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+MAX_PATH_BYTES = 1024
+MAX_NAME_BYTES = 255
+
+# Windows' rules count too: a cache folder may be shared with, or copied to, such a machine.
+_DRIVE = re.compile(r"[A-Za-z]:")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
+
+
+def path_problem(name: str) -> str | None:
+    """Why `name` is no path below a folder, with `/` between its parts; None when it is one.
+
+    Refused: empty names and parts, `.` and `..`, absolute paths, drives, backslashes, colons, control characters,
+    lone surrogates, names that Windows reserves or cuts short, and names that are too long.
+    """
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return "it is not valid Unicode"
+    if not name:
+        return "it is empty"
+    if len(encoded) > MAX_PATH_BYTES:
+        return f"it is longer than {MAX_PATH_BYTES} bytes"
+    if any(ord(char) < 32 or ord(char) == 127 for char in name):
+        return "it has control characters"
+    if "\\" in name:
+        return "it has a backslash"
+    if name.startswith("/") or _DRIVE.match(name):
+        return "it is absolute"
+    if ":" in name:
+        return "it has a colon"
+    return next((problem for part in name.split("/") if (problem := _part_problem(part))), None)
+
+
+def _part_problem(part: str) -> str | None:
+    if part in ("", ".", ".."):
+        return f"it has the part {part!r}"
+    if len(part.encode()) > MAX_NAME_BYTES:
+        return f"a part of it is longer than {MAX_NAME_BYTES} bytes"
+    if part.endswith((".", " ")) or _RESERVED.fullmatch(part):
+        return f"the part {part!r} has a meaning of its own on Windows"
+    return None
+
+
+def open_below(folder: Path, name: str, flags: int, *, mode: int = 0o644) -> int:
+    """Opens `name` (checked by `path_problem`) below `folder`, following no symbolic link; folders are made for
+    writing. Returns a file descriptor.
+
+    Raises:
+        OSError: as open does; ELOOP or ENOTDIR where a part of the path is a link.
+    """
+    *parents, last = name.split("/")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parents:
+            if flags & os.O_CREAT:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=at)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            os.close(at)
+            at = inner
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def open_regular_below(folder: Path, path: Path) -> int:
+    """Opens a file for reading whose real place, all links followed, must lie below `folder`.
+
+    A hub snapshot is made of links into ../../blobs: right as long as they stay in the repository's folder.
+
+    Raises:
+        OSError: as open does.
+        PermissionError: a link leads out, or it is no regular file.
+    """
+    root = os.path.realpath(folder)
+    real = os.path.realpath(path, strict=True)
+    if not real.startswith(root + os.sep):
+        raise PermissionError(f"{path} leads out of {folder}")
+    handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    # The folders on the way were looked at before the open: look again at what was opened.
+    opened = os.path.realpath(f"/proc/self/fd/{handle}")
+    if not stat.S_ISREG(os.fstat(handle).st_mode) or not opened.startswith(root + os.sep):
+        os.close(handle)
+        raise PermissionError(f"{path} is no regular file below {folder}")
+    return handle

@@ -1,0 +1,19 @@
+"""Every test of the core leaves nothing behind: no host memory, no exports, no open file."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from mxcore.host_buffer import live_host_buffers, live_host_bytes
+from mxcore.range_reader import live_file_descriptors
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    if live_host_buffers():
+        gc.collect()  # an exception's traceback may still hold a buffer in a cycle
+    assert (live_host_buffers(), live_host_bytes(), live_file_descriptors()) == (0, 0, 0)

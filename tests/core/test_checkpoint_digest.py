@@ -1,0 +1,158 @@
+"""What the checkpoint's digest sees, what it does not, and what it does not depend on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mxcore.errors import StorageError
+from mxcore.safetensors_errors import HeaderBeyondFile, RangeBeyondFile
+from mxcore.storage.checkpoint_digest import BLOCK_BYTES, BLOCKS_PER_FILE, checkpoint_digest
+from tests.core.headers import entry, file_of
+
+DATA_BYTES = 300_000
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def make_checkpoint(folder: Path) -> tuple[list[Path], Path]:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(SHARDS):
+        data = np.random.default_rng(number).integers(0, 256, DATA_BYTES, dtype=np.uint8).tobytes()
+        header = {"__metadata__": {"format": "pt"}, f"layer.{number}": entry("BF16", [DATA_BYTES // 2], 0, DATA_BYTES)}
+        (folder / name).write_bytes(file_of(header, data))
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    return [folder / name for name in SHARDS], index
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[list[Path], Path]:
+    return make_checkpoint(tmp_path / "a")
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def data_offset(path: Path) -> int:
+    return path.stat().st_size - DATA_BYTES
+
+
+def test_it_is_the_same_for_the_same_content(checkpoint: tuple[list[Path], Path], tmp_path: Path) -> None:
+    """Another folder, another order, links as the hub makes them, other times."""
+    files, index = checkpoint
+    digest = checkpoint_digest(files, index)
+    assert len(digest) == 16
+    assert digest == f"{int(digest, 16):016x}"
+    assert checkpoint_digest(files[::-1], index) == digest
+    copied, copied_index = make_checkpoint(tmp_path / "b" / "c")
+    assert checkpoint_digest(copied, copied_index) == digest
+    links = tmp_path / "links"
+    blobs = tmp_path / "blobs"
+    links.mkdir()
+    blobs.mkdir()
+    for number, path in enumerate([*files, index]):
+        shutil.copy(path, blobs / str(number))
+        (links / path.name).symlink_to(blobs / str(number))
+    assert checkpoint_digest([links / name for name in SHARDS], links / index.name) == digest
+
+
+def test_no_weight_files_have_no_digest(checkpoint: tuple[list[Path], Path]) -> None:
+    assert checkpoint_digest([], None) == ""
+    assert checkpoint_digest([], checkpoint[1]) == ""
+
+
+SEEN: dict[str, Callable[[list[Path], Path], object]] = {
+    "first byte of the data": lambda files, _: flip(files[0], data_offset(files[0])),
+    "last byte of the data": lambda files, _: flip(files[1], -1),
+    "first block's end": lambda files, _: flip(files[0], data_offset(files[0]) + BLOCK_BYTES - 1),
+    "last block's begin": lambda files, _: flip(files[0], -BLOCK_BYTES),
+    "a block in the middle": lambda files, _: flip(
+        files[0], data_offset(files[0]) + (DATA_BYTES - BLOCK_BYTES) * 7 // (BLOCKS_PER_FILE - 1) + 100
+    ),
+    "a letter in the header": lambda files, _: flip(files[0], 8 + 20),
+    "the index": lambda _, index: index.write_text('{"weight_map": {"a": "b"}}'),
+    "a file's name": lambda files, _: files[0].rename(files[0].with_name("model.safetensors")),
+}
+
+
+@pytest.mark.parametrize("change", SEEN)
+def test_it_sees(checkpoint: tuple[list[Path], Path], change: str) -> None:
+    files, index = checkpoint
+    before = checkpoint_digest(files, index)
+    SEEN[change](files, index)
+    assert checkpoint_digest(sorted(files[0].parent.glob("*.safetensors")), index) != before
+
+
+def test_it_sees_missing_parts(checkpoint: tuple[list[Path], Path]) -> None:
+    files, index = checkpoint
+    digests = {
+        checkpoint_digest(files, index),
+        checkpoint_digest(files, None),
+        checkpoint_digest(files[:1], index),
+        checkpoint_digest(files[1:], index),
+        checkpoint_digest(files[:1], None),
+    }
+    assert len(digests) == 5
+
+
+def test_it_does_not_see_between_the_blocks(checkpoint: tuple[list[Path], Path]) -> None:
+    """As documented: this is the price of not reading everything."""
+    files, index = checkpoint
+    before = checkpoint_digest(files, index)
+    flip(files[0], data_offset(files[0]) + BLOCK_BYTES + 10)
+    assert checkpoint_digest(files, index) == before
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES, BLOCK_BYTES * BLOCKS_PER_FILE - 1, BLOCK_BYTES * BLOCKS_PER_FILE])
+def test_small_data_is_seen_whole(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_of({"a": entry("U8", [size], 0, size)}, bytes(size)))
+    seen = {checkpoint_digest([path], None)}
+    for at in range(0, size, max(1, size // 9)):
+        flip(path, path.stat().st_size - size + at)
+        seen.add(checkpoint_digest([path], None))
+    assert len(seen) == 1 + len(range(0, size, max(1, size // 9)))
+
+
+def test_other_formats_have_size_and_blocks_only(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"")
+    empty = checkpoint_digest([path], None)
+    path.write_bytes(bytes(100_000))
+    full = checkpoint_digest([path], None)
+    flip(path, 0)
+    assert len({empty, full, checkpoint_digest([path], None)}) == 3
+
+
+def test_a_huge_file_costs_a_few_reads(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    size = 1 << 38
+    path.write_bytes(file_of({"a": entry("U8", [size], 0, size)}))
+    os.truncate(path, path.stat().st_size + size)
+    assert len(checkpoint_digest([path], None)) == 16
+
+
+def test_errors(checkpoint: tuple[list[Path], Path], tmp_path: Path) -> None:
+    files, index = checkpoint
+    with pytest.raises(StorageError, match=r"none\.safetensors: cannot be read: No such file"):
+        checkpoint_digest([*files, tmp_path / "none.safetensors"], index)
+    with pytest.raises(StorageError, match=r"none\.json: cannot be read"):
+        checkpoint_digest(files, tmp_path / "none.json")
+    with pytest.raises(ValueError, match="same name"):
+        checkpoint_digest([*files, tmp_path / "other" / SHARDS[0]], index)
+    os.truncate(files[0], files[0].stat().st_size - 1)
+    with pytest.raises(RangeBeyondFile):
+        checkpoint_digest(files, index)
+    os.truncate(files[0], 20)
+    with pytest.raises(HeaderBeyondFile):
+        checkpoint_digest(files, index)

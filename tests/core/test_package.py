@@ -1,0 +1,125 @@
+"""The package itself: what its import costs and says, what it says when it is not built, its version and its files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mxcore
+from mxcore import errors
+
+ROOT = Path(__file__).parents[2]
+COMPILED = sorted(path.stem for path in (ROOT / "mxcore").glob("*.pyx"))
+
+
+def run(script: str, *, path: Path = ROOT, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds our packages in `path`."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, *options, "-c", script],
+        env=environment,
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert mxcore.__version__ == project["version"]
+    assert mxcore.__version__ == importlib.metadata.version(project["name"])
+
+
+def test_importing_costs_nothing() -> None:
+    done = run(
+        "import sys; before = set(sys.modules); import mxcore; new = set(sys.modules) - before; "
+        "import json; print(json.dumps([*new]))"
+    )
+    assert done.stderr == ""
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {"torch", "numpy", "grpc", "ctypes", "google", "mxserver", "pydantic", "pathlib", "typing"}
+    assert not {name for name in json.loads(done.stdout) if name.startswith("mxcore.")}
+
+
+def test_compiled_modules_load_no_array_package() -> None:
+    script = (
+        f"import sys\nimport {', '.join(f'mxcore.{name}' for name in COMPILED)}\n"
+        "import mxcore.storage.checkpoint_digest\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', 'grpc', 'safetensors'}))"
+    )
+    done = run(script)
+    assert (done.stderr, done.stdout) == ("", "[]\n")
+
+
+def test_without_torch_one_line_says_what_is_missing() -> None:
+    done = run("import mxcore; print('imported')", options=("-S",))
+    assert done.stdout == "imported\n"
+    lines = [line for line in done.stderr.splitlines() if "mxcore" in line and "import mxcore" not in line]
+    assert len(lines) == 1
+    assert (
+        "RuntimeWarning: mxcore: torch is not installed; loading tensors into a model needs it: pip install torch"
+        in lines[0]
+    )
+
+
+def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:
+    for package in ("mxcore", "mxserver"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    bare = ("-S", "-W", "ignore")  # an editable install would find the binaries of this tree
+    for name in COMPILED:
+        done = run(f"import mxcore.{name}", path=tmp_path, options=bare)
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            f"mxcore.errors.NotBuilt: mxcore.{name} is not built for Python {version}: "
+            "run `make build`, or `pip install -e .` [MX_NOT_BUILT]"
+        )
+    script = (
+        "from mxcore.errors import NotBuilt\n"
+        "try:\n    from mxcore import digest\nexcept ImportError as error:\n"
+        "    print(type(error).__name__, error.name)\n"
+        "try:\n    import mxcore.nothing\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+        "try:\n    import mxcore.storage.nothing\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+    )
+    done = run(script, path=tmp_path, options=bare)
+    assert done.stdout.splitlines() == [
+        "NotBuilt mxcore.digest",
+        "No module named 'mxcore.nothing'",
+        "No module named 'mxcore.storage.nothing'",
+    ]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_modules_have_stubs_that_tell_the_truth(name: str) -> None:
+    """All public names of a stub are there, and all public functions and classes are in the stub."""
+    module = __import__(f"mxcore.{name}", fromlist=["_"])
+    stub = (ROOT / "mxcore" / f"{name}.pyi").read_text()
+    for public, value in vars(module).items():
+        if not public.startswith("_") and getattr(value, "__module__", None) == f"mxcore.{name}":
+            assert f"def {public}(" in stub or f"class {public}" in stub, public
+    for line in stub.splitlines():
+        declared = line.partition("(")[0].partition(":")[0]
+        if declared.startswith(("def ", "class ")) and "Protocol" not in line:
+            assert hasattr(module, declared.split()[1]), declared
+
+
+def test_error_codes_are_unique_and_drawn() -> None:
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
+    codes = [value.code for value in classes]
+    assert len(set(codes)) == len(codes)
+    for value in classes:
+        assert value.code in (errors.__doc__ or "")
+        assert value.__name__ in (errors.__doc__ or "")
+        assert str(value("what failed")) == f"what failed [{value.code}]"

@@ -1,0 +1,111 @@
+"""Servers over real sockets: in this process, or as a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mxserver.server import Server
+from mxserver.settings import load_settings
+from mxserver.wire.client import ServerClient
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTENING = re.compile(r"listening on \S*:(\d+)")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of whoever runs the tests counts."""
+    for name in [name for name in os.environ if name.startswith(("MX_", "MODEL_EXPRESS_", "REDIS_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    path = str(tmp_path / "state.sqlite3")
+    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store_path": path, "drain_seconds": "5"}))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[ServerClient]:
+    with ServerClient(f"127.0.0.1:{server.port}") as opened:
+        yield opened
+
+
+class ServerProcess:
+    """`python -m mxserver` with its log lines; the constructor waits until it listens."""
+
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+        self.lines: list[str] = []
+        self._more = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environ or {})},
+            cwd=ROOT,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.port = int(self.wait_for(LISTENING)[1])
+        self.address = f"127.0.0.1:{self.port}"
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._more:
+                self.lines.append(line.rstrip("\n"))
+                self._more.notify_all()
+
+    def wait_for(self, pattern: re.Pattern[str] | str, timeout_seconds: float = 30.0) -> re.Match[str]:
+        """The first match in any log line so far or to come."""
+        matches: list[re.Match[str]] = []
+
+        def seen() -> bool:
+            matches.extend(match for line in self.lines if (match := re.search(pattern, line)))
+            return bool(matches)
+
+        with self._more:
+            assert self._more.wait_for(seen, timeout_seconds), f"no {pattern!r} in {self.lines}"
+        return matches[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code; all log lines are there afterwards."""
+        code = self.process.wait(30)
+        self._reader.join()
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers on a free port over one file, and ends them after the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str, **environ: str) -> ServerProcess:
+        defaults = ("--port", "0", "--store-path", str(tmp_path / "state.sqlite3"))
+        started.append(ServerProcess(*defaults, *arguments, environ=environ))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()

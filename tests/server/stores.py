@@ -1,0 +1,84 @@
+"""What the tests of stores share: a clock that is turned by hand, and publications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxserver.store.clock import Clock
+from mxserver.store.interface import Leases, Publication, RecordKey, SourceStore
+from mxserver.store.memory import MemoryStore
+from mxserver.store.sqlite import SqliteStore
+from mxserver.wire import p2p_pb2
+
+INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
+READY = p2p_pb2.SOURCE_STATUS_READY
+STALE = p2p_pb2.SOURCE_STATUS_STALE
+
+HEARTBEAT_SECONDS = 90.0
+COLLECT_SECONDS = 3600.0
+LEASES = Leases(HEARTBEAT_SECONDS, COLLECT_SECONDS)
+
+
+class HandClock:
+    """Both clocks of a server, turned by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+        self.unix_start_ms = 1_700_000_000_000
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def monotonic_seconds(self) -> float:
+        return self.seconds
+
+    def unix_ms(self) -> int:
+        return self.unix_start_ms + round(self.seconds * 1000)
+
+
+@dataclass(frozen=True)
+class StoreKind:
+    """A store to run the contract against."""
+
+    name: str
+    lasting: bool
+    open: Callable[[Path, Clock], SourceStore]
+
+
+KINDS = (
+    StoreKind("memory", False, lambda folder, clock: MemoryStore(LEASES, clock)),
+    StoreKind("sqlite", True, lambda folder, clock: SqliteStore(folder / "state.sqlite3", LEASES, clock)),
+)
+
+
+def key(worker: str = "w0", rank: int = 0, source: str = "0123456789abcdef") -> RecordKey:
+    return RecordKey(source, worker, rank)
+
+
+def publication(
+    record_key: RecordKey | None = None,
+    *,
+    model_name: str = "Org/Model",
+    status: p2p_pb2.SourceStatus.ValueType = p2p_pb2.SOURCE_STATUS_UNKNOWN,
+    epoch: int = 0,
+    nixl_metadata: bytes = b"agent",
+) -> Publication:
+    record_key = record_key or key()
+    worker = p2p_pb2.WorkerMetadata(
+        worker_rank=record_key.worker_rank,
+        nixl_metadata=nixl_metadata,
+        accelerator="cuda",
+        topology={"zone": "a"},
+    )
+    return Publication(
+        key=record_key,
+        identity=p2p_pb2.SourceIdentity(model_name=model_name).SerializeToString(),
+        worker=worker.SerializeToString(),
+        model_name=model_name,
+        accelerator="cuda",
+        topology={"zone": "a"},
+        status=status,
+        epoch=epoch,
+    )

@@ -1,0 +1,146 @@
+"""Workers and servers as real processes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mxcore.nixl_agent import live_agents, live_transfers
+from mxcore.transfer.source_client import Source
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_SECONDS = 60.0
+
+
+class WorkerProcess:
+    """A `tests.transfer.worker`; `ask` sends one line and returns the answer."""
+
+    def __init__(self, task: dict[str, Any], environ: dict[str, str]) -> None:
+        names = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "MX_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.transfer.worker", json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**names, **environ},
+            text=True,
+            bufsize=1,
+        )
+
+    def send(self, **line: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE_SECONDS)
+        assert ready, "the worker gave no answer"
+        line = self.process.stdout.readline()
+        assert line, f"the worker ended with {self.process.wait()}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, **line: Any) -> dict[str, Any]:
+        self.send(**line)
+        return self.read()
+
+    def serve(self, **line: Any) -> Source:
+        answer = self.ask(do="serve", **line)
+        return Source(answer["source_id"], answer["worker_id"], 0, answer["endpoint"])
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def end(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+        self.process.kill()
+        self.process.wait()
+
+
+StartWorker = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start_worker() -> Iterator[StartWorker]:
+    """Starts workers; ended after the test. `transport` is MX_TRANSPORT of the process."""
+    workers: list[WorkerProcess] = []
+
+    def start(transport: str = "tcp", environ: dict[str, str] | None = None, **task: Any) -> WorkerProcess:
+        workers.append(WorkerProcess(task, {"MX_TRANSPORT": transport, **(environ or {})}))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.end()
+
+
+class ServerProcess:
+    """A real mxserver on a free port; `restart` keeps the port and the state."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.address = self._start("0")
+
+    def _start(self, port: str) -> str:
+        log = self._folder / "server.log"
+        arguments = ["--host", "127.0.0.1", "--port", port, "--store-path", str(self._folder / "state.sqlite3")]
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mxserver", *arguments], stderr=stderr, cwd=ROOT, env={**os.environ}
+            )
+        address: list[str] = wait_for(lambda: re.findall(r"listening on (\S+)", log.read_text()))
+        return address[0]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(20) == 0
+
+    def restart(self, *, lose_state: bool = False) -> None:
+        if lose_state:
+            for file in self._folder.glob("state.sqlite3*"):
+                file.unlink()
+        assert self._start(self.address.rpartition(":")[2]) == self.address
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    process = ServerProcess(tmp_path)
+    yield process
+    if process.process.poll() is None:
+        process.stop()
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """The condition's first true value; fails after a minute."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError("the condition did not become true")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Every agent and transfer that a test makes is gone after it."""
+    yield
+    gc.collect()  # tracebacks of errors hold frames in cycles
+    assert live_agents() == 0
+    assert live_transfers() == 0

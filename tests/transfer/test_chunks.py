@@ -1,0 +1,186 @@
+"""The cut into chunks, the plan of who gives which, and regions."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxcore.transfer.chunks import ChunkPlan, Chunks, Segment
+from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.regions import PAGE_BYTES, merge_regions
+
+
+def layout_of(*extent_bytes: int) -> Layout:
+    return Layout("raw", (), extent_bytes)
+
+
+def test_small_extents_share_a_chunk_and_large_ones_are_split() -> None:
+    chunks = Chunks(layout_of(3, 4, 10), 8)
+    assert len(chunks) == 3
+    assert chunks.segments(0) == [Segment(0, 0, 3), Segment(1, 0, 4), Segment(2, 0, 1)]
+    assert chunks.segments(1) == [Segment(2, 1, 8)]
+    assert chunks.segments(2) == [Segment(2, 9, 1)]
+    assert [chunks.bytes_of(i) for i in range(3)] == [8, 8, 1]
+    assert chunks.segment_starts == array("Q", [0, 3, 4, 5])
+
+
+def test_addresses_follow_the_extents() -> None:
+    chunks = Chunks(layout_of(3, 10), 8)
+    addresses = chunks.local_addresses(Placement((1000, 5000), (0, 0), "cpu"))
+    assert addresses == array("Q", [1000, 5000, 5005])
+    assert chunks.slice_of(addresses, 0) == array("Q", [1000, 5000])
+    assert chunks.slice_of(chunks.lengths, 1) == array("Q", [5])
+
+
+def test_a_layout_without_bytes_has_no_chunks() -> None:
+    assert len(Chunks(layout_of())) == 0
+    assert ChunkPlan(range(0), in_flight_limit=1).finished
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_limits_must_be_positive(bad: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Chunks(layout_of(1), bad)
+    with pytest.raises(ValueError, match="must be positive"):
+        ChunkPlan(range(1), in_flight_limit=bad)
+
+
+@given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 64))
+def test_chunks_are_the_layouts_bytes_in_order(extents: list[int], chunk_bytes: int) -> None:
+    chunks = Chunks(layout_of(*extents), chunk_bytes)
+    walked = [
+        (segment.extent, segment.offset + i)
+        for chunk in range(len(chunks))
+        for segment in chunks.segments(chunk)
+        for i in range(segment.length)
+    ]
+    assert walked == [(extent, i) for extent, size in enumerate(extents) for i in range(size)]
+    sizes = [sum(segment.length for segment in chunks.segments(chunk)) for chunk in range(len(chunks))]
+    assert sizes == [chunks.bytes_of(chunk) for chunk in range(len(chunks))]
+    assert all(size == chunk_bytes for size in sizes[:-1])
+    assert chunks.segment_starts[-1] == len(chunks.lengths)
+
+
+def test_a_holder_gets_at_most_its_limit() -> None:
+    plan = ChunkPlan(range(10), in_flight_limit=4)
+    plan.add_holder("a")
+    assert plan.take("a", 3) == [0, 1, 2]
+    assert plan.take("a") == [3]
+    assert plan.take("a") == []
+    plan.done("a", 1)
+    assert plan.take("a") == [4]
+    assert plan.in_flight("a") == {0, 2, 3, 4}
+    assert plan.completed == {1}
+
+
+def test_a_dropped_holder_gives_its_chunks_back_first() -> None:
+    plan = ChunkPlan(range(5), in_flight_limit=3)
+    plan.add_holder("a")
+    plan.take("a")
+    plan.done("a", 0)
+    assert plan.drop_holder("a") == [1, 2]
+    plan.add_holder("b")
+    assert plan.take("b") == [1, 2, 3]
+
+
+def test_a_failed_chunk_comes_last_and_a_reopened_one_again() -> None:
+    plan = ChunkPlan(range(3), in_flight_limit=3)
+    plan.add_holder("a")
+    plan.take("a", 1)
+    plan.give_back("a", 0)
+    assert plan.take("a") == [1, 2, 0]
+    for chunk in range(3):
+        plan.done("a", chunk)
+    assert plan.finished
+    plan.reopen([1])
+    assert not plan.finished
+    assert plan.missing == {1}
+
+
+def test_only_what_a_holder_offers_is_asked_of_it() -> None:
+    plan = ChunkPlan(range(6), in_flight_limit=6)
+    plan.add_holder("even", [0, 2, 4])
+    plan.add_holder("all")
+    assert plan.take("even") == [0, 2, 4]
+    assert plan.take("all") == [1, 3, 5]
+    plan.give_back("all", 1)
+    assert plan.take("even") == []
+    plan.add_holder("even", [1])
+    assert plan.take("even", 6) == [1]
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_every_plan_ends_with_every_chunk_once(count: int, limit: int, holders: int, chance: random.Random) -> None:
+    plan = ChunkPlan(range(count), in_flight_limit=limit)
+    alive = [f"h{i}" for i in range(holders)]
+    for holder in alive:
+        plan.add_holder(holder)
+    done: list[int] = []
+    steps = 0
+    while not plan.finished:
+        steps += 1
+        assert steps < 50 * (count + 10)
+        holder = chance.choice(alive)
+        if len(alive) > 1 and chance.random() < 0.02:
+            plan.drop_holder(holder)
+            alive.remove(holder)
+            continue
+        plan.take(holder)
+        assert len(plan.in_flight(holder)) <= limit
+        for chunk in plan.in_flight(holder):
+            if chance.random() < 0.8:
+                plan.done(holder, chunk)
+                done.append(chunk)
+            else:
+                plan.give_back(holder, chunk)
+    assert sorted(done) == list(range(count))
+    assert plan.completed == set(done)
+
+
+def test_neighbours_become_one_region() -> None:
+    placement = Placement((0x10000, 0x10100, 0x13000, 0x20000), (0, 0, 0, 0), "cpu")
+    [regions] = merge_regions(placement, (0x100, 0x1000, 0x10, 0x10))
+    assert regions.addresses == array("Q", [0x10000, 0x13000, 0x20000])
+    assert regions.lengths == array("Q", [0x1100, 0x10, 0x10])
+
+
+def test_a_gap_of_a_whole_page_separates() -> None:
+    assert len(merge_regions(Placement((0x1000, 0x2000), (0, 0), "cpu"), (1, 1))[0].addresses) == 1
+    assert len(merge_regions(Placement((0x1000, 0x3000), (0, 0), "cpu"), (1, 1))[0].addresses) == 2
+
+
+def test_devices_do_not_mix() -> None:
+    first, second = merge_regions(Placement((0x1000, 0x1010, 0x1020), (0, 1, 0), "cuda"), (16, 16, 16))
+    assert (first.device_index, list(first.addresses), list(first.lengths)) == (0, [0x1000], [48])
+    assert (second.device_index, list(second.addresses)) == (1, [0x1010])
+
+
+@given(st.lists(st.tuples(st.integers(0, 50_000), st.integers(1, 9000)), max_size=40))
+def test_regions_cover_all_extents_and_only_their_pages(steps: list[tuple[int, int]]) -> None:
+    addresses = []
+    end = PAGE_BYTES
+    for gap, length in steps:
+        addresses.append(end + gap)
+        end += gap + length
+    lengths = [length for _, length in steps]
+    placement = Placement(tuple(addresses), (0,) * len(steps), "cpu")
+    regions = [
+        range(begin, begin + length)
+        for merged in merge_regions(placement, lengths)
+        for begin, length in zip(merged.addresses, merged.lengths, strict=True)
+    ]
+    pages = {
+        page
+        for begin, length in zip(addresses, lengths, strict=True)
+        for page in range(begin // PAGE_BYTES, (begin + length - 1) // PAGE_BYTES + 1)
+    }
+    for begin, length in zip(addresses, lengths, strict=True):
+        assert sum(begin in region and begin + length - 1 in region for region in regions) == 1
+    for region in regions:
+        assert set(range(region.start // PAGE_BYTES, (region.stop - 1) // PAGE_BYTES + 1)) <= pages
+    for before, after in zip(regions, regions[1:], strict=False):
+        assert after.start // PAGE_BYTES - (before.stop - 1) // PAGE_BYTES > 1

@@ -1,0 +1,270 @@
+"""Real transfers between real processes: both operations, refusals, faults on either side."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from mxcore.errors import (
+    DigestMismatch,
+    LayoutMismatch,
+    SourceRefused,
+    SourceUnreachable,
+    TransferError,
+    TransferStalled,
+)
+from mxcore.nixl_agent import live_agents
+from mxcore.settings import WorkerSettings, load_settings
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.receiver import Receiver
+from mxcore.transfer.source_client import Source
+from tests.transfer.conftest import StartWorker
+from tests.transfer.memory import HostTensors, Spec, model_specs
+
+CHUNK_BYTES = 65536
+SEED = 7
+TRANSPORTS = [("tcp", "write", "tcp"), ("same-host", "read", "same-host"), ("auto", "read", "same-host")]
+
+
+def settings(transport: str, **changes: Any) -> WorkerSettings:
+    return load_settings({"MX_TRANSPORT": transport, "MX_STALL_TIMEOUT_SECS": 1, **changes}, {})
+
+
+class Target:
+    """The receiving side in this process."""
+
+    def __init__(self, transport: str, specs: list[Spec] | None = None, **changes: Any) -> None:
+        self.tensors = HostTensors(specs or model_specs(), None)
+        self.layout, self.placement = build_layout("raw", self.tensors.local_tensors())
+        self.settings = settings(transport, **changes)
+        self.seen: list[int] = []
+        self.at_first_chunk: list[Any] = []  # called once, when the first chunk is verified
+        self.scalar_names: list[str] = []
+
+    def receive(self, *sources: Source) -> Any:
+        def progress(done: int, total: int) -> None:
+            assert total == self.layout.total_bytes
+            self.seen.append(done)
+            while self.at_first_chunk:
+                self.at_first_chunk.pop()()
+
+        receiver = Receiver(
+            self.layout,
+            self.placement,
+            settings=self.settings,
+            worker_id="target",
+            scalar_names=self.scalar_names,
+            progress=progress,
+            chunk_bytes=CHUNK_BYTES,
+        )
+        return receiver.receive(sources)
+
+    def is_right(self, seed: int = SEED) -> bool:
+        return self.tensors.equal_bytes(HostTensors(self.tensors.specs, seed))
+
+
+@contextmanager
+def failing(error: type[TransferError], *said: str) -> Iterator[None]:
+    with pytest.raises(error) as raised:
+        yield
+    for text in said:
+        assert text in str(raised.value)
+    assert live_agents() == 0  # fenced
+
+
+@pytest.mark.parametrize(("transport", "operation", "named"), TRANSPORTS)
+def test_every_kind_of_tensor_arrives(
+    start_worker: StartWorker, transport: str, operation: str, named: str
+) -> None:
+    source = start_worker(transport, seed=SEED).serve(scalars={"k_scale": 0.5})
+    target = Target(transport)
+    target.scalar_names = ["k_scale"]
+    report = target.receive(source)
+    assert target.is_right()
+    assert (report.operation, report.transport) == (operation, named)
+    assert report.bytes == target.layout.total_bytes == target.seen[-1]
+    assert report.tensors == len(model_specs())
+    assert report.chunks_verified == len(report.digests) // 8 == -(-report.bytes // CHUNK_BYTES)
+    assert report.scalars == {"k_scale": 0.5}
+    assert report.source_worker_id == source.worker_id
+    assert report.gigabytes_per_second > 0
+    assert report.failures == ()
+
+
+def test_a_layout_without_bytes_is_received_at_once(start_worker: StartWorker) -> None:
+    target = Target("tcp")
+    source = start_worker("tcp", seed=SEED).serve()
+    with failing(LayoutMismatch):
+        Target("tcp", [Spec("nothing", "torch.int8", 1, (0,), "nothing")]).receive(source)
+    assert target.receive(source).chunks_verified > 0
+
+
+def test_a_receiver_on_another_transport_than_its_holder(start_worker: StartWorker) -> None:
+    source = start_worker("tcp", seed=SEED).serve()  # no CMA there: the probe is not even offered
+    target = Target("auto")
+    assert target.receive(source).operation == "write"
+    assert target.is_right()
+    source = start_worker("auto", seed=SEED).serve()
+    target = Target("tcp")
+    assert target.receive(source).operation == "write"
+    assert target.is_right()
+
+
+def test_another_layout_is_refused_with_names(start_worker: StartWorker) -> None:
+    source = start_worker("tcp", seed=SEED).serve()
+    specs = model_specs()
+    specs[0] = replace(specs[0], dtype="torch.float16")
+    specs[-1] = replace(specs[-1], name="two")
+    with failing(LayoutMismatch, "layers.0.weight: dtype torch.float16 here, torch.bfloat16 there", "one: only there"):
+        Target("tcp", specs).receive(source)
+    with failing(LayoutMismatch, "and 12 more"):
+        Target("tcp", [replace(spec, dtype="torch.int64", itemsize=8) for spec in model_specs()]).receive(source)
+
+
+def test_other_scalars_are_refused_with_names(start_worker: StartWorker) -> None:
+    source = start_worker("tcp", seed=SEED).serve(scalars={"theirs": 1.0})
+    target = Target("tcp")
+    target.scalar_names = ["ours"]
+    with failing(LayoutMismatch, "['ours']", "['theirs']"):
+        target.receive(source)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_a_flipped_bit_is_refused_and_another_source_serves(start_worker: StartWorker, transport: str) -> None:
+    bad_worker, good_worker = (start_worker(transport, seed=SEED) for _ in range(2))
+    bad, good = bad_worker.serve(), good_worker.serve()
+    bad_worker.ask(do="flip", storage="layer3", offset=123_456)
+    with failing(DigestMismatch, bad.worker_id):
+        Target(transport).receive(bad)
+    target = Target(transport)
+    report = target.receive(bad, good)
+    assert target.is_right()
+    assert report.source_worker_id == good.worker_id
+    assert "MX_DIGEST_MISMATCH" in report.failures[0]
+    assert target.seen == sorted(target.seen)  # what was verified stayed
+
+
+def test_other_bytes_under_the_same_layout_start_anew(start_worker: StartWorker) -> None:
+    first_worker = start_worker("tcp", seed=1)
+    first, second = first_worker.serve(), start_worker("tcp", seed=SEED).serve()
+    target = Target("tcp")
+    target.at_first_chunk.append(first_worker.kill)
+    report = target.receive(first, second)
+    assert target.is_right()
+    assert report.source_worker_id == second.worker_id
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_a_holder_killed_in_mid_transfer_is_an_error_and_no_crash(start_worker: StartWorker, transport: str) -> None:
+    worker = start_worker(transport, seed=SEED, megabytes=200)
+    target = Target(transport, model_specs(200))
+    source = worker.serve()
+    target.at_first_chunk.append(worker.kill)
+    with failing(TransferError):
+        target.receive(source)
+    again = start_worker(transport, seed=SEED, megabytes=200).serve()
+    target.receive(again)
+    assert target.is_right()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_a_transfer_goes_on_at_the_next_holder(start_worker: StartWorker, transport: str) -> None:
+    dying = start_worker(transport, seed=SEED, megabytes=50)
+    sources = [dying.serve(), start_worker(transport, seed=SEED, megabytes=50).serve()]
+    target = Target(transport, model_specs(50))
+    target.at_first_chunk.append(dying.kill)
+    report = target.receive(*sources)
+    assert target.is_right()
+    assert report.source_worker_id == sources[1].worker_id
+    assert target.seen == sorted(set(target.seen))  # no chunk was verified twice
+
+
+def test_a_stopped_holder_is_given_up_on(start_worker: StartWorker) -> None:
+    worker = start_worker("tcp", seed=SEED, megabytes=200)
+    source = worker.serve()
+    target = Target("tcp", model_specs(200), MX_SERVER_TIMEOUT_SECS=2)
+    target.at_first_chunk.append(lambda: worker.kill(signal.SIGSTOP))
+    with failing(TransferStalled, source.worker_id):
+        target.receive(source)
+    before = {name: storage.copy() for name, storage in target.tensors.storages.items()}
+    worker.kill(signal.SIGCONT)
+    assert worker.ask(do="cpu")["process_seconds"] > 0  # it runs again, and whatever it still sends is not let in
+    for name, storage in target.tensors.storages.items():
+        assert (storage == before[name]).all(), name
+
+
+def test_a_holder_that_is_stopped_before_the_transfer(start_worker: StartWorker) -> None:
+    worker = start_worker("tcp", seed=SEED)
+    source = worker.serve()
+    worker.kill(signal.SIGSTOP)
+    with failing(SourceUnreachable, "DEADLINE_EXCEEDED"):
+        Target("tcp", MX_SERVER_TIMEOUT_SECS=0.5).receive(source)
+
+
+def test_nobody_there(start_worker: StartWorker) -> None:
+    worker = start_worker("tcp", seed=SEED)
+    source = worker.serve()
+    worker.kill()
+    with failing(SourceUnreachable, source.endpoint):
+        Target("tcp").receive(source)
+    with failing(SourceUnreachable, "no worker"):
+        Target("tcp").receive()
+
+
+def test_a_worker_that_is_somebody_else(start_worker: StartWorker) -> None:
+    source = start_worker("tcp", seed=SEED).serve()
+    with failing(SourceRefused, "FAILED_PRECONDITION", "not mine"):
+        Target("tcp").receive(replace(source, source_id="0" * 16))
+    with failing(SourceRefused, "FAILED_PRECONDITION", "not mine"):
+        Target("tcp").receive(replace(source, worker_id="another"))
+
+
+def test_a_transfer_that_takes_too_long_is_given_up_on(start_worker: StartWorker) -> None:
+    source = start_worker("tcp", seed=SEED).serve()
+    with failing(TransferStalled, "MX_TRANSFER_TIMEOUT"):
+        Target("tcp", MX_TRANSFER_TIMEOUT=1e-9).receive(source)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_a_receiver_killed_in_mid_transfer_leaves_the_holder_well(start_worker: StartWorker, transport: str) -> None:
+    holder = start_worker(transport, seed=SEED, megabytes=200)
+    source = holder.serve()
+    for _ in range(3):
+        receiver = start_worker(transport, megabytes=200)
+        paused = receiver.ask(do="receive", sources=[asdict(source)], pause_after_bytes=1)
+        assert paused["paused_at"] < paused["total"]
+        receiver.kill()
+    assert holder.process.poll() is None
+    target = Target(transport, model_specs(200))
+    target.receive(source)
+    assert target.is_right()
+
+
+def test_a_stopped_receiver_does_not_stop_the_holder(start_worker: StartWorker) -> None:
+    holder = start_worker("tcp", seed=SEED, megabytes=200, settings={"MX_STALL_TIMEOUT_SECS": 1})
+    source = holder.serve()
+    receiver = start_worker("tcp", megabytes=200)
+    receiver.ask(do="receive", sources=[asdict(source)], pause_after_bytes=1)
+    receiver.kill(signal.SIGSTOP)
+    target = Target("tcp", model_specs(200))
+    target.receive(source)
+    assert target.is_right()
+    assert holder.ask(do="drain", timeout_seconds=30)["drained"]  # its push was given up on, its lease has ended
+    receiver.kill(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> None:
+    source = asdict(start_worker(transport, seed=SEED, megabytes=20).serve())
+    receivers = [start_worker(transport, megabytes=20) for _ in range(2)]
+    for receiver in receivers:
+        assert "paused_at" in receiver.ask(do="receive", sources=[source], pause_after_bytes=1)  # both are in it
+    for receiver in receivers:
+        receiver.send(do="go on")
+    for receiver in receivers:
+        assert receiver.read()["equal"]

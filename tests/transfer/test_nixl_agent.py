@@ -1,0 +1,252 @@
+"""The NIXL agent: two of them in this process, errors, lifetime, and what an idle one costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mxcore.errors import NixlError, NixlMissing, PeerLost
+from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
+from mxcore.nixl_library import library_candidates
+from mxcore.transfer.transports import ucx_environment
+from tests.transfer.conftest import ROOT, StartWorker, wait_for
+
+SIZE = 1 << 20
+
+
+def q(*values: int) -> array[int]:
+    return array("Q", values)
+
+
+class Pair:
+    """Two agents over TCP, each with one registered buffer; `a` knows `b`."""
+
+    def __init__(self) -> None:
+        with ucx_environment("tcp,self"):
+            self.a, self.b = NixlAgent("a"), NixlAgent("b")
+        self.a_memory = np.zeros(SIZE, np.uint8)
+        self.b_memory = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
+        self.a_address, self.b_address = self.a_memory.ctypes.data, self.b_memory.ctypes.data
+        self.a.register(q(self.a_address), q(SIZE))
+        self.b.register(q(self.b_address), q(SIZE))
+        assert self.a.load_remote(self.b.metadata()) == "b"
+
+    def transfer(self, operation: str = "read", offset: int = 0, length: int = SIZE) -> Transfer:
+        return self.a.transfer(operation, q(self.a_address + offset), q(self.b_address + offset), q(length), "b")
+
+    def close(self) -> None:
+        self.a.destroy()
+        self.b.destroy()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    agents = Pair()
+    yield agents
+    agents.close()
+
+
+def test_the_library_is_found_beside_the_wheel_without_importing_it() -> None:
+    code = (
+        "import sys; from mxcore.nixl_agent import load_library; path = load_library(); "
+        "assert 'mesonpy.libs' in path, path; "
+        "assert not any(name.partition('.')[0] in ('torch', 'nixl_cu12', 'nixl_cu13') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert load_library() in library_candidates()
+
+
+def test_a_missing_library_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
+        "from mxcore.nixl_agent import NixlAgent, live_agents; from mxcore.errors import NixlMissing\n"
+        "try: NixlAgent('x')\n"
+        "except NixlMissing as error: print(error, live_agents())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "nixl_cu12 and nixl_cu13" in result.stdout
+    assert "libnixl_capi.so: cannot open shared object file" in result.stdout
+    assert result.stdout.strip().endswith("[MX_NIXL_MISSING] 0")
+
+
+def test_a_library_without_the_functions_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "stub.c"
+    source.write_text("int nixl_capi_create_configured_agent(void) { return 0; }\n")
+    subprocess.run(["cc", "-shared", "-o", tmp_path / "libnixl_capi.so", source], check=True)
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
+        "from mxcore.nixl_agent import load_library; from mxcore.errors import NixlMissing\n"
+        "try: load_library()\n"
+        "except NixlMissing as error: print(error)\n"
+    )
+    environ = {"LD_LIBRARY_PATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True, env=environ
+    )
+    assert "has no function nixl_capi_destroy_agent" in result.stdout
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_bytes_move(pair: Pair, operation: str) -> None:
+    pair.a_memory[:] = 7
+    transfer = pair.transfer(operation)
+    assert (transfer.operation, transfer.remote_agent) == (operation, "b")
+    transfer.post()
+    wait_for(transfer.done)
+    assert (pair.a_memory == pair.b_memory).all()
+    assert (pair.a_memory[0] == 7) == (operation == "write")
+
+
+def test_many_descriptors(pair: Pair) -> None:
+    offsets = np.arange(0, SIZE, 1024, dtype=np.uint64)
+    lengths = np.full(len(offsets), 512, np.uint64)
+    transfer = pair.a.transfer("read", pair.a_address + offsets, pair.b_address + offsets, lengths, "b")
+    transfer.post()
+    wait_for(transfer.done)
+    rows = pair.a_memory.reshape(-1, 1024), pair.b_memory.reshape(-1, 1024)
+    assert (rows[0][:, :512] == rows[1][:, :512]).all()
+    assert not rows[0][:, 512:].any()
+
+
+def test_a_released_transfer_and_a_destroyed_agent_refuse(pair: Pair) -> None:
+    transfer = pair.transfer()
+    transfer.release()
+    transfer.release()
+    with pytest.raises(NixlError, match="released"):
+        transfer.post()
+    other = pair.transfer()
+    pair.a.destroy()
+    pair.a.destroy()
+    assert pair.a.destroyed
+    for call in (pair.a.metadata, other.post, other.done, pair.transfer):
+        with pytest.raises(NixlError, match="'a' is destroyed"):
+            call()
+    other.release()
+
+
+def test_addresses_outside_of_regions_and_unknown_peers_are_refused(pair: Pair) -> None:
+    with pytest.raises(NixlError, match="outside of the registered regions"):
+        pair.transfer(offset=SIZE)
+    with pytest.raises(NixlError, match="with 'nobody' failed"):
+        pair.a.transfer("read", q(pair.a_address), q(pair.b_address), q(1), "nobody")
+    with pytest.raises(ValueError, match="2 lengths"):
+        pair.a.transfer("read", q(1), q(1), q(1, 2), "b")
+    with pytest.raises(ValueError, match="'move'"):
+        pair.a.transfer("move", q(1), q(1), q(1), "b")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 addresses and 2 lengths"):
+        pair.a.register(q(1), q(1, 2))
+    with pytest.raises(ValueError, match="Buffer dtype mismatch"):
+        pair.a.register(array("i", [1]), array("i", [1]))
+
+
+@pytest.mark.parametrize("metadata", [b"", b"garbage", b"\0" * 300])
+def test_damaged_metadata_is_refused(pair: Pair, metadata: bytes) -> None:
+    with pytest.raises(NixlError, match=f"metadata of {len(metadata)} bytes"):
+        pair.a.load_remote(metadata)
+
+
+def test_a_peer_that_is_gone_is_an_error(pair: Pair) -> None:
+    transfer = pair.transfer()
+    pair.b.destroy()
+
+    def fails() -> bool:
+        try:
+            transfer.post()
+            transfer.done()
+        except PeerLost as error:
+            assert "the other side" in str(error)  # noqa: PT017
+            return True
+        return False
+
+    wait_for(fails)
+
+
+def test_registrations_and_peers_can_be_dropped(pair: Pair) -> None:
+    before = len(pair.a.metadata())
+    memory = np.zeros(4096, np.uint8)
+    number = pair.a.register(q(memory.ctypes.data), q(4096))
+    assert len(pair.a.metadata()) > before
+    pair.a.deregister(number)
+    pair.a.deregister(number)
+    assert len(pair.a.metadata()) == before
+    assert pair.a.forget_remote("b")
+    assert not pair.a.forget_remote("b")
+
+
+def test_an_agent_is_valid_or_does_not_exist() -> None:
+    with pytest.raises(NixlMissing, match="no usable plugin 'NOSUCH'"):
+        NixlAgent("x", backend="NOSUCH")
+    with ucx_environment("posix,self"), pytest.raises(NixlMissing, match="'UCX' does not start"):
+        NixlAgent("x")
+    with ucx_environment("tcp"), pytest.raises(NixlMissing, match="does not start"):
+        NixlAgent("x", backend_params={"ucx_error_handling_mode": "nonsense"})
+    assert live_agents() == 0
+    with pytest.raises(TypeError):
+        Transfer()  # type: ignore[call-arg]
+
+
+def test_a_dropped_agent_frees_itself_and_a_transfer_keeps_it() -> None:
+    pair = Pair()
+    transfer = pair.transfer()
+    pair.b.destroy()
+    del pair
+    assert live_agents() == 1
+    assert live_transfers() == 1
+    del transfer
+    assert live_agents() == 0
+    assert live_transfers() == 0
+
+
+def test_threads_may_use_it_while_it_is_destroyed(pair: Pair) -> None:
+    started = threading.Barrier(5)
+    ends: list[str] = []
+
+    def work() -> None:
+        started.wait()
+        try:
+            while True:
+                transfer = pair.transfer(length=4096)
+                transfer.post()
+                transfer.done()
+        except PeerLost as error:
+            ends.append(f"unexpected {error}")
+        except NixlError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    for _ in range(20):
+        pair.a.metadata()
+    pair.a.destroy()
+    for thread in threads:
+        thread.join(60)
+    assert len(ends) == 4
+    assert all("is destroyed" in end for end in ends), ends
+
+
+def test_an_idle_agent_costs_next_to_nothing(start_worker: StartWorker) -> None:
+    holder = start_worker("tcp", seed=1)
+    holder.serve()
+    before = holder.ask(do="cpu")
+
+    def after_three_seconds() -> dict[str, float] | None:
+        now = holder.ask(do="cpu")
+        return now if now["wall_seconds"] - before["wall_seconds"] >= 3 else None
+
+    # Asked for seldom, so that the questions cost nothing: counted is the process' CPU time, not how long it takes.
+    pause = threading.Event()
+    after = None
+    while after is None:
+        pause.wait(1.5)
+        after = after_three_seconds()
+    busy = (after["process_seconds"] - before["process_seconds"]) / (after["wall_seconds"] - before["wall_seconds"])
+    assert busy <= 0.03, f"an idle worker uses {busy:.1%} of a core"

@@ -1,0 +1,116 @@
+"""A worker in a process of its own, told what to do by lines of JSON on stdin; answers by lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from mxcore.errors import MxError
+from mxcore.nixl_agent import live_agents
+from mxcore.settings import load_settings
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.source_client import Source
+from mxserver.wire import p2p_pb2
+from tests.transfer.memory import HostTensors, model_specs
+
+
+def identity(checkpoint: str = "c0ffee", model: str = "test/model") -> p2p_pb2.SourceIdentity:
+    return p2p_pb2.SourceIdentity(
+        mx_version=PROTOCOL_VERSION,
+        model_name=model,
+        backend_framework=p2p_pb2.BACKEND_FRAMEWORK_VLLM,
+        tensor_parallel_size=1,
+        dtype="bfloat16",
+        extra_parameters={"layout": "raw", "checkpoint": checkpoint},
+    )
+
+
+# UCX and NIXL log to stdout: the answers have it for themselves, the logs go to stderr.
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
+def answer(**values: Any) -> None:
+    _answers.write(json.dumps(values) + "\n")
+    _answers.flush()
+
+
+class Worker:
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.tensors = HostTensors(model_specs(task.get("megabytes", 4), task.get("prefix", "")), task.get("seed"))
+        self.layout, self.placement = build_layout("raw", self.tensors.local_tensors())
+        self.membership = Membership(
+            load_settings({"MX_WORKER_GRPC_PORT": 0, **task.get("settings", {})}),
+            identity(task.get("checkpoint", "c0ffee")),
+            task.get("rank", 0),
+            "cpu",
+            chunk_bytes=task.get("chunk_bytes", 65536),
+            lease_seconds=task.get("lease_seconds", 15.0),
+        )
+
+    def serve(self, scalars: dict[str, float]) -> None:
+        self.membership.serve(self.layout, self.placement, scalars, keep_alive=self.tensors)
+        answer(
+            endpoint=self.membership.endpoint,
+            source_id=self.membership.source_id,
+            worker_id=self.membership.worker_id,
+        )
+
+    def receive(self, sources: list[dict[str, Any]], pause_after_bytes: int | None) -> None:
+        paused = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal paused
+            if pause_after_bytes is not None and done >= pause_after_bytes and not paused:
+                paused = True
+                answer(paused_at=done, total=total)
+                sys.stdin.readline()
+
+        try:
+            found = [Source(**source) for source in sources] or self.membership.find_sources()
+            report = self.membership.receive(self.layout, self.placement, {}, found, progress)
+        except MxError as error:
+            answer(error=type(error).__name__, message=str(error))
+            return
+        expected = HostTensors(self.tensors.specs, 7)
+        answer(
+            operation=report.operation,
+            transport=report.transport,
+            equal=self.tensors.equal_bytes(expected),
+            agents=live_agents(),
+        )
+
+    def run(self, line: dict[str, Any]) -> bool:
+        match line["do"]:
+            case "serve":
+                self.serve(line.get("scalars", {}))
+            case "receive":
+                self.receive(line.get("sources", []), line.get("pause_after_bytes"))
+            case "flip":
+                self.tensors.storages[line["storage"]][line["offset"]] ^= 1
+                answer(flipped=True)
+            case "cpu":
+                answer(process_seconds=time.process_time(), wall_seconds=time.monotonic())
+            case "drain":
+                answer(drained=self.membership.drain(line["timeout_seconds"]))
+            case "close":
+                self.membership.close()
+                answer(agents=live_agents())
+                return False
+        return True
+
+
+def main() -> None:
+    worker = Worker(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        if not worker.run(json.loads(line)):
+            return
+    worker.membership.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Server addresses as users write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxserver.wire.address import parse_server_address
+from mxserver.wire.errors import SettingError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mx-server", "mx-server:8001"),
+        ("mx-server:9", "mx-server:9"),
+        ("  mx-server.ns.svc.cluster.local:8001\n", "mx-server.ns.svc.cluster.local:8001"),
+        ("http://mx-server", "mx-server:8001"),
+        ("http://mx-server:80/", "mx-server:80"),
+        ("HTTPS://mx_server:443", "mx_server:443"),
+        ("10.0.0.1:08001", "10.0.0.1:8001"),
+        ("::1", "[::1]:8001"),
+        ("fd00::1", "[fd00::1]:8001"),
+        ("[::1]", "[::1]:8001"),
+        ("[fe80::1%eth0]:7", "[fe80::1%eth0]:7"),
+        ("http://[::ffff:10.0.0.1]:7", "[::ffff:10.0.0.1]:7"),
+    ],
+)
+def test_accepted(text: str, expected: str) -> None:
+    assert parse_server_address(text) == expected
+    assert parse_server_address(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "no host"),
+        ("  ", "no host"),
+        (":8001", "no host"),
+        ("http://", "no host"),
+        ("a b:1", "no host"),
+        ("user@host:1", "no host"),
+        ("host/path", "no host"),
+        ("[::1:8001", "no host"),
+        ("host:", "no port"),
+        ("host:0", "no port"),
+        ("host:65536", "no port"),
+        ("host:٣", "no port"),
+        ("host:-1", "no port"),
+        ("host:80/path", "no port"),
+        ("tcp://10.0.0.1:8001", "scheme 'tcp'"),
+        ("grpc://host:1", "scheme 'grpc'"),
+    ],
+)
+def test_refused_with_the_part_and_the_rule(text: str, named: str) -> None:
+    with pytest.raises(SettingError, match="must be host:port") as caught:
+        parse_server_address(text)
+    assert named in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+@given(st.text())
+def test_any_text_gives_an_address_or_a_setting_error(text: str) -> None:
+    try:
+        address = parse_server_address(text)
+    except SettingError:
+        return
+    host, _, port = address.rpartition(":")
+    assert host
+    assert 0 < int(port) < 65536

@@ -1,0 +1,314 @@
+"""A torch model → what a worker moves: tensors by name, and the numbers made from weights that live outside of tensors.
+
+Weights hide: beside parameters and buffers there are tensors in plain attributes of modules, in helper objects that
+are no modules (quantisation methods, attention implementations), in lists and dictionaries of those, on the parameters
+themselves, and Python floats such as `_k_scale_float`. A copy that lacks one of them gives plausible, wrong text. So
+everything reachable by value is walked, and what cannot be moved is refused by name, never left out in silence.
+
+Nothing of torch is patched, and nothing is written until `Collected.set_scalars`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import struct
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxcore.errors import LayoutMismatch, LayoutUnsupported
+from mxcore.transfer.layout import LocalTensor
+
+# Written while the engine runs, so never part of its weights: the KV cache, and kernels' scratch memory and locks.
+RUN_TIME_STATE = frozenset({"kv_cache", "workspace", "_workspace", "workspace_buffer", "_workspace_buffer"})
+# Objects of these modules describe the run or the machine; weights never live there, and they lead everywhere.
+NOT_WEIGHTS = (
+    "torch",
+    "transformers",
+    "triton",
+    "logging",
+    "threading",
+    "ctypes",
+    "vllm.config",
+    "vllm.distributed",
+    "vllm.compilation",
+    "vllm.platforms",
+    "vllm.forward_context",
+    "vllm.tokenizers",
+)
+MAXIMUM_DEPTH = 16  # below a module; what lies deeper is refused
+MAXIMUM_HOST_VALUES = 64  # elements of a host tensor beside an accelerator's weights that travel as scalars
+MAXIMUM_NAMES_SHOWN = 8
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
+_Setter = Callable[[float], None]
+
+
+@dataclass
+class Collected:
+    """What was found; single-threaded.
+
+    `tensors` in a stable order (modules in their order, attributes sorted), `scalars` by name, `kept` the tensors
+    themselves: who holds them holds the storages. `refused` says, by name, what cannot be moved and why.
+    """
+
+    tensors: list[LocalTensor] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    _setters: dict[str, _Setter] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all storages, each counted once."""
+        return sum({tensor.storage_address: tensor.storage_bytes for tensor in self.tensors}.values())
+
+    def require_movable(self) -> None:
+        """Raises LayoutUnsupported with the names and reasons if anything was refused."""
+        if self.refused:
+            raise LayoutUnsupported(f"{len(self.refused)} values cannot be moved: {shown(self.refused)}")
+
+    def set_scalars(self, values: Mapping[str, float]) -> None:
+        """Puts the source's numbers where ours came from.
+
+        Raises LayoutMismatch if the names differ, or if a number that cannot be replaced (in a tuple, in a frozen
+        object) differs; then some may have been set already and the model must not be used.
+        """
+        missing, extra = sorted(self.scalars.keys() - values.keys()), sorted(values.keys() - self.scalars.keys())
+        if missing or extra:
+            raise LayoutMismatch(
+                f"the source's scalars are not ours: {len(missing)} missing {missing[:MAXIMUM_NAMES_SHOWN]}, "
+                f"{len(extra)} extra {extra[:MAXIMUM_NAMES_SHOWN]}"
+            )
+        for name, value in values.items():
+            if not _same(value, self.scalars[name]):
+                self._setters[name](value)
+                self.scalars[name] = value
+
+
+def shown(reasons: Mapping[str, str]) -> str:
+    """`name (reason), name (reason), … and N more` for a message."""
+    parts = [f"{name} ({reason})" for name, reason in list(reasons.items())[:MAXIMUM_NAMES_SHOWN]]
+    more = len(reasons) - len(parts)
+    return ", ".join(parts) + (f" and {more} more" if more else "")
+
+
+def collect(model: nn.Module, device: torch.device) -> Collected:
+    """All weights of `model`, whose place is `device`. Refusals are recorded, not raised: `require_movable`."""
+    return _Walk(model, device).run()
+
+
+def emptied(before: Collected, after: Collected) -> dict[str, str]:
+    """Names that had elements before processing and have none after it: packed away where nobody can read them."""
+    reason = "emptied by processing: its values are packed away in an object that cannot be moved"
+    had = {tensor.name for tensor in before.tensors if 0 not in tensor.shape}
+    return {tensor.name: reason for tensor in after.tensors if 0 in tensor.shape and tensor.name in had}
+
+
+def _same(one: float, other: float) -> bool:
+    return struct.pack("<d", one) == struct.pack("<d", other)
+
+
+class _Walk:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.found = Collected()
+        self.model = model
+        self.device = device
+        self.seen: set[int] = set()
+        self.alive: list[Any] = []  # temporaries must outlive the walk: their ids are in `seen`
+        self.captured: list[tuple[str, str, int]] = []  # function, what it closes over, address of its storage
+
+    def run(self) -> Collected:
+        modules = list(self.model.named_modules())
+        self.seen.update(id(module) for _, module in modules)
+        for name, module in modules:
+            self.module(module, f"{name}." if name else "")
+        storages = {tensor.storage_address for tensor in self.found.tensors}
+        for name, part, address in self.captured:
+            if address not in storages:
+                self.found.refused[name] = f"a function that closes over {part}, which nothing else names"
+        return self.found
+
+    def module(self, module: nn.Module, prefix: str, depth: int = 0) -> None:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in RUN_TIME_STATE:
+                self.value(tensor, prefix + name, _fixed(prefix + name), depth)
+        self.attributes(module, prefix, depth)
+
+    def attributes(self, owner: Any, prefix: str, depth: int) -> None:
+        for name, value in _attributes(owner):
+            if name not in RUN_TIME_STATE:
+                self.value(value, prefix + name, _attribute_setter(owner, name, prefix + name), depth)
+
+    def value(self, value: Any, name: str, setter: _Setter, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value, name, depth)
+        if isinstance(value, float):  # bool is no float
+            return self.scalar(name, value, setter)
+        if isinstance(value, bool):
+            return self.scalar(name, float(value), lambda number: setter(bool(number)))
+        if not _may_hold(value) or id(value) in self.seen:
+            return None
+        self.seen.add(id(value))
+        self.alive.append(value)
+        if depth >= MAXIMUM_DEPTH:
+            self.found.refused[name] = f"nested deeper than {MAXIMUM_DEPTH} levels: cannot be examined"
+            return None
+        return self.holder(value, name, depth + 1)
+
+    def holder(self, value: Any, name: str, depth: int) -> None:
+        if type(value).__name__ == "PyCapsule" or isinstance(value, torch.ScriptObject):
+            self.found.refused[name] = f"an opaque {type(value).__name__}"
+        elif isinstance(value, nn.Module):
+            for path, module in value.named_modules():
+                self.seen.add(id(module))
+                self.module(module, f"{name}.{path}." if path else f"{name}.", depth)
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=repr):
+                self.value(value[key], f"{name}[{key!r}]", _item_setter(value, key, f"{name}[{key!r}]"), depth)
+        elif isinstance(value, Sequence):
+            for index, item in enumerate(value):
+                self.value(item, f"{name}[{index}]", _item_setter(value, index, f"{name}[{index}]"), depth)
+        elif isinstance(value, types.MethodType):
+            self.value(value.__self__, f"{name}.__self__", _fixed(name), depth)
+        elif isinstance(value, functools.partial | types.FunctionType):
+            self.function(value, name, depth)
+        elif hasattr(type(value), "__del__"):
+            self.found.refused[name] = f"a {type(value).__name__}, which owns memory that cannot be seen"
+        else:
+            self.attributes(value, f"{name}.", depth)
+
+    def function(self, value: Any, name: str, depth: int) -> None:
+        """What a function closes over may be weights in a form of its own: fine only where a name moves them too."""
+        inner = _Walk(self.model, self.device)
+        inner.seen, inner.alive, inner.captured = self.seen, self.alive, self.captured
+        for part, captured in _captured(value):
+            inner.value(captured, f"{name}.{part}", _fixed(name), depth)
+        self.captured += [(name, tensor.name, tensor.storage_address) for tensor in inner.found.tensors]
+        if inner.found.refused:
+            self.found.refused[name] = f"a function that closes over {shown(inner.found.refused)}"
+
+    def scalar(self, name: str, value: float, setter: _Setter) -> None:
+        self.found.scalars[name] = value
+        self.found._setters[name] = setter
+
+    def tensor(self, tensor: torch.Tensor, name: str, depth: int) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            inner, _context = tensor.__tensor_flatten__()
+            for part in inner:
+                self.value(getattr(tensor, part), f"{name}.{part}", _fixed(f"{name}.{part}"), depth + 1)
+            return
+        if vars(tensor) and id(tensor) not in self.seen:
+            self.seen.add(id(tensor))
+            self.attributes(tensor, f"{name}.", depth + 1)
+        reason = _unmovable(tensor, self.device)
+        if reason is None:
+            self.found.kept[name] = tensor.detach()
+            self.found.tensors.append(_local(name, tensor))
+        elif tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel() <= MAXIMUM_HOST_VALUES:
+            for index, number in enumerate(tensor.detach().reshape(-1).tolist()):
+                self.scalar(f"{name}[{index}]", float(number), _element_setter(tensor, index))
+        else:
+            self.found.refused[name] = reason
+
+
+def _unmovable(tensor: torch.Tensor, device: torch.device) -> str | None:
+    if tensor.is_meta:
+        return "on the meta device: it has no values yet"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"layout {tensor.layout}: its memory is opaque"
+    if tensor.device.type != device.type or (device.index is not None and tensor.device.index != device.index):
+        return f"on {tensor.device}, the weights are on {device}"
+    return None
+
+
+def _local(name: str, tensor: torch.Tensor) -> LocalTensor:
+    storage = tensor.untyped_storage()
+    return LocalTensor(
+        name=name,
+        dtype=str(tensor.dtype),
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        address=storage.data_ptr() + tensor.storage_offset() * tensor.element_size(),
+        itemsize_bytes=tensor.element_size(),
+        storage_address=storage.data_ptr(),
+        storage_bytes=storage.nbytes(),
+        device_type=tensor.device.type,
+        device_index=tensor.device.index or 0,
+    )
+
+
+def _may_hold(value: Any) -> bool:
+    if value is None or isinstance(value, int | str | bytes | complex | enum.Enum | type | torch.dtype | torch.device):
+        return False
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType | range | set | frozenset):
+        return False
+    if isinstance(value, nn.Module | torch.ScriptObject | types.FunctionType | types.MethodType | functools.partial):
+        return True
+    home = type(value).__module__
+    return not any(home == module or home.startswith(f"{module}.") for module in NOT_WEIGHTS)
+
+
+def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
+    values = dict(getattr(owner, "__dict__", {}))
+    for kind in type(owner).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(owner, name):
+                values[name] = getattr(owner, name)
+    skipped = _MODULE_INTERNALS if isinstance(owner, nn.Module) else ()
+    return iter(sorted((name, value) for name, value in values.items() if name not in skipped))
+
+
+def _captured(function: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(function, functools.partial):
+        yield "func", function.func
+        yield "args", function.args
+        yield "keywords", function.keywords
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a cell that was never filled
+            continue
+    yield "defaults", (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+
+
+def _attribute_setter(owner: Any, attribute: str, name: str) -> _Setter:
+    def put(value: float) -> None:
+        try:
+            setattr(owner, attribute, value)
+        except (AttributeError, TypeError) as error:
+            raise LayoutMismatch(f"{name} differs from the source's ({value}) and cannot be set: {error}") from error
+
+    return put
+
+
+def _item_setter(owner: Any, key: Any, name: str) -> _Setter:
+    def put(value: float) -> None:
+        try:
+            owner[key] = value
+        except TypeError as error:
+            raise LayoutMismatch(f"{name} differs from the source's ({value}) and cannot be set: {error}") from error
+
+    return put
+
+
+def _element_setter(tensor: torch.Tensor, index: int) -> _Setter:
+    def put(value: float) -> None:
+        with torch.no_grad():
+            tensor.detach().view(-1)[index] = value
+
+    return put
+
+
+def _fixed(name: str) -> _Setter:
+    def put(value: float) -> None:
+        raise LayoutMismatch(f"{name} differs from the source's ({value}) and cannot be set")
+
+    return put

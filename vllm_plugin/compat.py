@@ -1,0 +1,126 @@
+"""Where vLLM's versions differ, and what of vLLM this package touches beside its loader interface.
+
+Everything version-dependent is here and nowhere else. Tried with vLLM 0.32; 0.27 to 0.33 have the same shapes by
+reading; what is older is met by looking, never by comparing version numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
+
+OUR_LOGGERS = ("vllm_plugin", "mxcore", "mxserver")
+
+
+def route_logs() -> None:
+    """Lets our loggers write where vLLM's do: vLLM configures the logger `vllm` alone. Idempotent."""
+    engine = logging.getLogger("vllm")
+    for name in OUR_LOGGERS:
+        logger = logging.getLogger(name)
+        for handler in engine.handlers:
+            if handler not in logger.handlers:
+                logger.addHandler(handler)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(engine.level or logging.INFO)
+        logger.propagate = not logger.handlers
+
+
+def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
+    """Registers a load format, but leaves a name alone that somebody has taken: vLLM itself, or another package."""
+    taken = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(name)
+    if taken is None:
+        model_loader.register_model_loader(name)(loader)
+    elif taken is not loader:
+        logging.getLogger("vllm.modelexpress").debug("the load format %s belongs to %s: left alone", name, taken)
+
+
+def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:
+    """A copy for one of vLLM's own loaders, which reject extra keys that they do not know."""
+    return dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config={})
+
+
+def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:
+    """Calls a loader's `load_model`; `prefix` exists from vLLM 0.15.1 on."""
+    if "prefix" in inspect.signature(loader.load_model).parameters:
+        return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+    return loader.load_model(vllm_config=vllm_config, model_config=model_config)
+
+
+def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether this call loads the draft model of speculative decoding."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return speculative is not None and (
+        model_config is speculative.draft_model_config
+        or model_config is not vllm_config.model_config
+        or getattr(model_config, "runner_type", None) == "draft"
+    )
+
+
+def device(vllm_config: VllmConfig) -> torch.device:
+    """Where the weights go: what `BaseModelLoader.load_model` uses."""
+    chosen = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)
+    if chosen.type != "cpu" and chosen.index is None:
+        return torch.device(chosen.type, torch.accelerator.current_device_index())
+    return chosen
+
+
+def processed_weights_can_move() -> bool:
+    """False on vLLM's CPU build, which packs linear weights into objects that nothing can read back."""
+    return not current_platform.is_cpu()
+
+
+def accelerator() -> str:
+    """Name of the device that holds the weights, as the record on the server shows it."""
+    return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
+
+
+def architecture() -> str:
+    """`sm_90` and the like; empty where the weights' form does not depend on the device."""
+    if current_platform.is_cpu():
+        return ""
+    capability = current_platform.get_device_capability()
+    if capability is None:
+        return str(current_platform.device_name)
+    return f"sm_{capability.major}{capability.minor}"
+
+
+def may_lose_memory(model_config: ModelConfig) -> str | None:
+    """A mode of the engine in which weights vanish or move while it runs, so that they cannot be served."""
+    return "sleep mode" if getattr(model_config, "enable_sleep_mode", False) else None
+
+
+def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
+    """Remembers what building a model registers in the configuration; the result restores it.
+
+    Layers enter themselves by name (`static_forward_context` and its kind) and refuse a name that exists, so that a
+    second model can only be built after the first one's entries are gone.
+    """
+    owner = vllm_config.compilation_config
+    containers = [(value, copy.copy(value)) for value in vars(owner).values() if isinstance(value, dict | list | set)]
+
+    def restore() -> None:
+        for value, before in containers:
+            value.clear()
+            if isinstance(value, list):
+                value.extend(before)
+            else:
+                value.update(before)
+
+    return restore
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was queued on an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,61 @@
+"""The model loader behind `--load-format mx`: weights from a worker that has them, else from storage.
+
+Kept light: vLLM imports this in each of its processes. The work is in `vllm_plugin.loading`, imported when a model is
+loaded.
+
+`--model-loader-extra-config` takes the worker's settings by name (`{"server_address": "mx:8001"}`; they win over the
+environment), and `report_path`: a file to which the load's report is written as JSON (`vllm_plugin.report`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from typing import Any
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from vllm_plugin import compat
+
+_log = logging.getLogger("vllm.modelexpress")
+
+
+class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
+    """One worker's loader; vLLM makes one for each model that it loads, and calls it from one thread."""
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """A model that is ready to run.
+
+        Raises only what vLLM's default loader raises: whatever fails in ours is a line in the log, and storage.
+        """
+        try:
+            from vllm_plugin.loading import load_model
+        except Exception:  # noqa: BLE001 - the engine must start; the log has the traceback
+            _log.exception("ModelExpress cannot be used here: loading from storage, alone")
+            return compat.load_model(self._storage(), vllm_config, model_config, prefix)
+        return load_model(self.load_config, vllm_config, model_config, prefix)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """As vLLM's default loader."""
+        self._storage().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Loads from storage into a model that exists, as vLLM's default loader; first we stop serving it."""
+        self._withdraw()
+        self._storage().load_weights(model, model_config)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Any], None, None]:
+        """The checkpoint's tensors, with which vLLM reloads weights in place; first we stop serving them."""
+        self._withdraw()
+        yield from self._storage().get_all_weights(model_config, model)
+
+    def _storage(self) -> DefaultModelLoader:
+        return DefaultModelLoader(compat.plain_load_config(self.load_config, "auto"))
+
+    def _withdraw(self) -> None:
+        from vllm_plugin.serving import leave
+
+        leave("its weights are loaded anew")

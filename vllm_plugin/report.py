@@ -1,0 +1,71 @@
+"""What a load did, for people (one line in the log) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class LoadReport:
+    """One load of one worker. Byte counts are those of the weights; seconds are of the part that `path` names.
+
+    `path` is where the weights came from: "p2p" from another worker, "storage" from files by vLLM's default loader.
+    `fallbacks` has one line for everything that did not go as wanted, in order.
+    """
+
+    model: str
+    rank: int = 0
+    path: Literal["p2p", "storage"] = "storage"
+    layout: str = ""
+    tensors: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    chunks_verified: int = 0
+    source_worker: str = ""
+    operation: str = ""
+    transport: str = ""
+    serving: bool = False
+    source_id: str = ""
+    worker_id: str = ""
+    load_seconds: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """10⁹ bytes a second; 0 when nothing was measured."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and the rate."""
+        return {**dataclasses.asdict(self), "gigabytes_per_second": round(self.gigabytes_per_second, 4)}
+
+    def line(self) -> str:
+        """The one line for the log."""
+        how = f"from worker {self.source_worker} ({self.transport}, {self.operation})" if self.path == "p2p" else ""
+        parts = [
+            f"{self.model} rank {self.rank}: {self.path} {how}".rstrip(),
+            f"{self.tensors} tensors",
+            f"{self.bytes} bytes in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)",
+            f"{self.chunks_verified} chunks verified",
+            f"layout {self.layout or 'none'}",
+            f"serving as {self.worker_id}" if self.serving else "not serving",
+            f"fallbacks: {'; '.join(self.fallbacks)}" if self.fallbacks else "no fallbacks",
+        ]
+        return ", ".join(parts)
+
+    def write(self, path: str) -> None:
+        """Writes the JSON beside `path` and renames it, so that a reader finds all or nothing.
+
+        `{rank}` in the path stands for the rank; without it, ranks above 0 get `.rank<n>` appended. Raises OSError.
+        """
+        target = Path(path.replace("{rank}", str(self.rank)))
+        if self.rank and "{rank}" not in path:
+            target = target.with_name(f"{target.name}.rank{self.rank}")
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        beside.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        beside.replace(target)
