@@ -39,5 +39,5 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .demo .pytest_cache .mypy_cache .ruff_cache
 	find mxcore -name '*.so' -delete

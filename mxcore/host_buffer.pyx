@@ -133,11 +133,12 @@ cdef object export_versioned(HostBuffer owner):
 
 cdef void unmap(HostBuffer buffer) noexcept:
     global live_count, live_bytes
+    cdef void* base = buffer.base
+    buffer.base = NULL  # closed from here on for every other thread: the next line lets them run
+    with nogil:  # giving back gigabytes takes a while
+        munmap(base, buffer.mapped)
     live_count -= 1
     live_bytes -= buffer.length
-    with nogil:  # giving back gigabytes takes a while
-        munmap(buffer.base, buffer.mapped)
-    buffer.base = NULL
 
 
 cdef void warn_unclosed(HostBuffer buffer) noexcept:

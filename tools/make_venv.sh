@@ -16,9 +16,10 @@ if ! command -v "${CC:-cc}" >/dev/null; then
     exit 1
 fi
 
-echo "Setting up $venv (about 3 minutes, 3 GB)" >&2
-rm -rf "$venv"
-if "$python" -c 'import ensurepip' 2>/dev/null; then
+echo "Setting up $venv (about 3 minutes and 3 GB the first time)" >&2
+if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    :  # only what has changed is installed
+elif "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv "$venv"
 else
     "$python" -m venv --without-pip "$venv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import subprocess
@@ -220,6 +221,30 @@ def test_tensors_released_by_other_threads() -> None:
         for thread in threads:
             thread.join()
         assert buffer.exports == 0
+
+
+def test_closing_and_exporting_at_once() -> None:
+    """Whoever comes first: a view of live memory, or HostBufferClosed; never a view of memory that is gone."""
+    for _ in range(30):
+        buffer = HostBuffer(16 * MIB)
+        memoryview(buffer)[::4096] = bytes(4096)  # memory that takes a while to give back
+        outcomes: list[int] = []
+
+        def use(buffer: HostBuffer = buffer, outcomes: list[int] = outcomes) -> None:
+            while True:
+                try:
+                    with memoryview(buffer) as view:
+                        outcomes.append(view[-1])
+                except HostBufferClosed:
+                    return
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        while not buffer.closed:
+            with contextlib.suppress(HostBufferBusy):
+                buffer.close()
+        thread.join()
+        assert not any(outcomes)
 
 
 def test_it_is_final_and_takes_no_weak_reference() -> None:

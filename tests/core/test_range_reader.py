@@ -333,14 +333,19 @@ def test_ctrl_c_ends_a_long_read(tmp_path: Path) -> None:
     path.write_bytes(b"")
     os.truncate(path, 1 << 42)  # 4 TiB of holes: minutes of reading
     script = (
-        "import sys\n"
+        "import sys, threading\n"
         "from mxcore.host_buffer import HostBuffer\n"
         "from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors\n"
         "buffer = HostBuffer(8 << 20)\n"
         "reads = [ReadRange(sys.argv[1], at, 8 << 20, buffer.address) for at in range(0, 1 << 42, 8 << 20)]\n"
-        "print('reading', flush=True)\n"
-        "try:\n    RangeReader(2).read(reads)\n"
-        "except KeyboardInterrupt:\n    print('interrupted', live_file_descriptors())\n"
+        "def tell():\n"
+        "    while not live_file_descriptors():\n        pass\n"
+        "    print('reading', flush=True)\n"
+        "try:\n"
+        "    threading.Thread(target=tell).start()\n"
+        "    RangeReader(2).read(reads)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', live_file_descriptors())\n"
         "buffer.close()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True) as process:

@@ -152,6 +152,18 @@ def parsed_or_error(file: bytes) -> Header | SafetensorsError:
         return error
 
 
+def has_key_twice(file: bytes) -> bool:
+    """Whether an object of the header has: safetensors does not look at the values that it drops then, and we do."""
+    found = False
+
+    def look(pairs: list[tuple[str, object]]) -> None:
+        nonlocal found
+        found = found or len({key for key, _ in pairs}) < len(pairs)
+
+    json.loads(file[8 : 8 + struct.unpack("<Q", file[:8])[0]], object_pairs_hook=look)
+    return found
+
+
 def check_against_oracle(file: bytes) -> None:
     expected = oracle(file)
     result = parsed_or_error(file)
@@ -161,7 +173,7 @@ def check_against_oracle(file: bytes) -> None:
         return
     event(f"refused: {result.code}")
     assert result.offset <= max(len(file), 8)
-    if expected is not None:
+    if expected is not None and not has_key_twice(file):
         assert isinstance(result, STRICTER), f"{type(result).__name__}, but safetensors reads {expected}: {file!r}"
 
 
