@@ -19,41 +19,31 @@ from mxcore.nixl_library import NIXL_PACKAGES, library_candidates
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 
 from mxcore.nixl_capi cimport (
-    MX_NIXL_SUCCESS,
-    MX_NIXL_THREAD_SYNC_RW,
-    mx_nixl_agent_config,
-    mx_nixl_free,
-    mx_nixl_open,
-    mx_nixl_region_list,
-    mx_nixl_table,
-    mx_nixl_transfer_list,
+    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_open, mx_nixl_region_list,
+    mx_nixl_table, mx_nixl_transfer_list,
 )
 
 cdef mx_nixl_table nixl  # filled by load_library, never changed afterwards
-cdef bint loaded = False
 cdef object load_lock = threading.Lock()
-cdef object library_path = None
+cdef object library_path = None  # until it is loaded
 cdef object agents = weakref.WeakSet()
 cdef Py_ssize_t transfer_count = 0
 
-cdef dict STATUS_NAMES = {
-    -1: "invalid parameter", -2: "backend error", -3: "invalid state", -4: "exception", -5: "no telemetry",
-}
+cdef dict STATUS_NAMES = {-1: "invalid parameter", -2: "backend error", -3: "invalid state", -4: "exception"}
 cdef dict OPERATIONS = {"read": 0, "write": 1}
 
 
 def load_library():
-    global loaded, library_path
+    global library_path
     cdef char reason[512]
     with load_lock:
-        if loaded:
+        if library_path is not None:
             return library_path
         attempts = []
         for path in library_candidates():
             encoded = path.encode()
             if mx_nixl_open(encoded, &nixl, reason, sizeof(reason)) == 0:
                 library_path = path
-                loaded = True
                 return path
             attempts.append(f"{path}: {reason.decode('utf-8', 'replace')}")
         raise NixlMissing(

@@ -5,7 +5,6 @@ from libc.stdint cimport uint64_t, uintptr_t
 
 cdef extern from "nixl_capi.h" nogil:
     enum: MX_NIXL_SUCCESS
-    enum: MX_NIXL_IN_PROGRESS
     enum: MX_NIXL_THREAD_SYNC_RW
 
     ctypedef struct mx_nixl_agent_config:

@@ -34,6 +34,7 @@ def _help(name: str, default: str) -> str:
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
+@click.option("--metrics-port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
 @click.option("--store", metavar="sqlite|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
 @click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
 @click.option(
@@ -43,8 +44,20 @@ def _help(name: str, default: str) -> str:
     help=_help("MX_HEARTBEAT_TIMEOUT_SECS", "90"),
 )
 @click.option("--gc-timeout", "gc_timeout_seconds", metavar="SECONDS", help=_help("MX_GC_TIMEOUT_SECS", "3600"))
+@click.option(
+    "--cache-dir", "cache_directory", metavar="FOLDER", help=_help("MODEL_EXPRESS_CACHE_DIRECTORY", "as the hub's own")
+)
+@click.option("--cache-max-bytes", metavar="BYTES", help=_help("MX_CACHE_MAX_BYTES", "0"))
+@click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
+@click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
+@click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
+@click.option(
+    "--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0")
+)
 @click.option("--drain", "drain_seconds", metavar="SECONDS", help=_help("MX_SERVER_DRAIN_SECS", "10"))
 @click.option("--log-level", metavar="debug|info|warning|error", help=_help("MODEL_EXPRESS_LOG_LEVEL", "info"))
+@click.option("--log-format", metavar="text|json", help=_help("MX_LOG_FORMAT", "text"))
+@click.option("--traces", metavar="off|otlp", help=_help("MX_TRACES", "off"))
 @click.version_option(__version__, prog_name="mxserver")
 def main(**flags: str | None) -> None:
     """Tells LLM workers which other workers have the weights they need.
@@ -68,7 +81,7 @@ def _start(flags: dict[str, str | None]) -> int:
     from mxserver.wire.environment import warnings_for
 
     chosen = settings.load_settings(flags)
-    logs.set_up(chosen.log_level)
+    logs.set_up(chosen.log_level, chosen.log_format)
     for line in warnings_for(os.environ, "server"):
         logging.getLogger("mxserver").warning(line)
     return server.run(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -50,10 +51,12 @@ class AroundCalls(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] #
         if behaviour is None or getattr(behaviour, "experimental_non_blocking", False):
             return handler
 
+        @functools.wraps(behaviour)  # keeps what grpcio reads off a method, such as a thread pool of its own
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             with self._around(method, context):
                 return behaviour(request, context)
 
+        @functools.wraps(behaviour)
         def answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             with self._around(method, context):
                 yield from behaviour(request, context)
@@ -63,6 +66,8 @@ class AroundCalls(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] #
             if handler.response_streaming
             else (grpc.unary_unary_rpc_method_handler, answer)
         )
+        if pool := getattr(behaviour, "experimental_thread_pool", None):  # long streams run in threads of their own
+            wrapped.experimental_thread_pool = pool  # type: ignore[attr-defined]
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,

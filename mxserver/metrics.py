@@ -57,7 +57,11 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_records_deleted_total", "counter", (), "stale records that were deleted"),
     Definition("mxserver_epochs_refused_total", "counter", (), "calls refused because a newer life had published"),
     Definition(
-        "mxserver_store_operation_duration_seconds", "histogram", ("operation",), "operations of the store", CALL_BUCKETS
+        "mxserver_store_operation_duration_seconds",
+        "histogram",
+        ("operation",),
+        "operations of the store",
+        CALL_BUCKETS,
     ),
     Definition("mxserver_store_errors_total", "counter", ("operation",), "operations that the store could not do"),
 )

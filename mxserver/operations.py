@@ -35,7 +35,12 @@ class Operations:
     """
 
     def __init__(
-        self, store: SourceStore, *, lease_seconds: float, traces: Traces = "off", provider: TracerProvider | None = None
+        self,
+        store: SourceStore,
+        *,
+        lease_seconds: float,
+        traces: Traces = "off",
+        provider: TracerProvider | None = None,
     ) -> None:
         """`provider` is where spans go if not where `traces` says.
 
@@ -63,9 +68,7 @@ class Operations:
 
     def listen(self, host: str, port: int, facts: dict[str, Any]) -> int:
         """Answers HTTP from now on, not ready yet; returns the port. Raises OSError. Call once."""
-        view = StatusView(
-            self.store, self.loads, self._events, self._clock, not_ready=self.not_ready, facts=facts
-        )
+        view = StatusView(self.store, self.loads, self._events, self._clock, not_ready=self.not_ready, facts=facts)
         self.metrics.scrape_from(view.observation)
         self._http = HttpServer(host, port, all_pages(self.metrics.registry, view, self.not_ready))
         self._http.start()

@@ -13,6 +13,12 @@ from types import FrameType
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
+from mxserver.models.eviction import Limits
+from mxserver.models.opened import CacheSettings, OpenCache
+from mxserver.operations import Operations
+from mxserver.services.cache import CacheService
+from mxserver.services.draining import DrainInterceptor
+from mxserver.services.model import ModelService
 from mxserver.services.p2p import P2pService
 from mxserver.services.small import ApiService, HealthService
 from mxserver.services.standard_health import StandardHealth
@@ -21,7 +27,7 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Leases, SourceStore
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire import api_pb2_grpc, health_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.errors import MxError
 
@@ -45,6 +51,16 @@ def open_store(settings: ServerSettings) -> SourceStore:
     return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)
 
 
+def cache_settings(settings: ServerSettings) -> CacheSettings:
+    """What the settings say about the model cache."""
+    return CacheSettings(
+        settings.cache_directory,
+        Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
+        settings.cache_lease_seconds,
+        settings.file_sources,
+    )
+
+
 class Server:
     """A server that listens, over a store that it owns.
 
@@ -52,45 +68,84 @@ class Server:
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Raises StoreUnusable and PortUnavailable."""
+        """Raises StoreUnusable and PortUnavailable; CacheUnusable for a cache folder that was asked for."""
         require_free_port(settings.host, settings.port)
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
+        self._draining = DrainInterceptor()
         self._health = StandardHealth()
-        self._store = open_store(settings)
+        store = open_store(settings)
+        leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
         try:
-            leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
+            self._operations = Operations(store, lease_seconds=leases.heartbeat_seconds, traces=settings.traces)
+        except BaseException:
+            store.close()
+            raise
+        self._store: SourceStore = self._operations.store
+        self._cache = OpenCache(cache_settings(settings), self._health.show_cache)
+        self._models = ModelService(self._cache)
+        try:
+            if "cache_directory" in settings.model_fields_set:
+                self._cache.open()
             self._grpc = self._serve(leases)
             self.port = _bind(self._grpc, settings.host, settings.port)
+            self.metrics_port = self._listen_http(settings)
         except BaseException:
+            self._operations.close()
+            self._cache.close()
+            self._models.close()
             self._store.close()
             raise
         self._stopping = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._grpc.start()
         self._ticker.start()
+        self._operations.open()
+
+    def _listen_http(self, settings: ServerSettings) -> int:
+        port = settings.effective_metrics_port
+        try:
+            return self._operations.listen(_unbracketed(settings.host), port, {"store": settings.store, "port": self.port})
+        except OSError as error:
+            raise PortUnavailable(
+                f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
+                f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
+            ) from error
 
     def _serve(self, leases: Leases) -> grpc.Server:
         threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
-        server = grpc.server(threads, options=channel_options())
-        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases), server)
+        server = grpc.server(threads, interceptors=[*self._operations.interceptors, self._draining], options=channel_options())
+        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
         standard_health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._models.add_to(server)
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheService(self._cache), server)
         return server
+
+    def leave(self) -> None:
+        """Says that it is not ready, for good, and goes on answering. Idempotent."""
+        self._operations.leave()
+        self._health.drain()
 
     def drain(self) -> threading.Event:
         """Refuses new calls; the event is set when those that ran have ended, or were cut at the drain time-out."""
-        self._health.drain()
+        self.leave()
+        self._draining.drain()
+        self._cache.stop_downloads()
         stopped: threading.Event = self._grpc.stop(self._drain_seconds)
         return stopped
 
     def close(self) -> None:
-        """Cuts the calls that still run, and lets go of port and store. Idempotent."""
-        self._health.drain()
+        """Cuts the calls that still run, and lets go of ports and store. Idempotent."""
+        self.leave()
+        self._cache.stop_downloads()
         self._grpc.stop(0).wait()
+        self._models.close()
+        self._cache.close()
         self._stopping.set()
         self._ticker.join()
+        self._operations.close()
         self._store.close()
 
     def _tick(self) -> None:
@@ -168,9 +223,16 @@ def run(settings: ServerSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     place = settings.store_path if settings.store == "sqlite" else "memory"
+    _LOG.info("status page on http://%s", address(settings.host, server.metrics_port))
     _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
     try:
         signalled.wait()
+        server.leave()
+        if settings.not_ready_seconds:
+            _LOG.info("not ready signal=%s seconds=%g", signal.Signals(signals[0]).name, settings.not_ready_seconds)
+            signalled.clear()
+            if len(signals) == 1:
+                signalled.wait(settings.not_ready_seconds)
         _LOG.info("draining signal=%s seconds=%g", signal.Signals(signals[0]).name, settings.drain_seconds)
         stopped = server.drain()
         while not stopped.wait(0.05):

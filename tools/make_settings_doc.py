@@ -51,7 +51,9 @@ Existing images set them, this version does not read them, and says so in its lo
 def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
         return (inspect.getdoc(field.default_factory) or "").splitlines()[0].rstrip(".")
-    return f"`{field.default}`".replace(".0`", "`")
+    if field.default is None or field.default == ():
+        return "unset"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
 def _server() -> Iterator[str]:

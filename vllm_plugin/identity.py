@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import vllm
@@ -23,48 +22,14 @@ from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.transfer.membership import PROTOCOL_VERSION
 from mxserver.wire import p2p_pb2
 from vllm_plugin import compat
+from vllm_plugin.checkpoint import Checkpoint, model_name
 
-INDEX_FILES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
-WEIGHT_PATTERNS = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")  # as vLLM's default loader looks
 # Of the names that vLLM reads, those that choose a kernel, and with it the form of processed weights.
 _KERNEL_VARIABLES = re.compile(
     r"VLLM_.*(AITER|AMX|ATTENTION|BACKEND|BATCH_INVARIANT|CUTLASS|DEEP_?GEMM|FLASHINFER|FP[48]|KERNEL|MACHETE|MARLIN|"
     r"MLA|MOE|N_CONTIG|PADDING|PREPACK|QUANT|SCALE|SGL|SHUFFLE|SWIZZLE|TRITON|TRTLLM|ZENTORCH)"
 )
-_IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
-
-
-class Checkpoint(NamedTuple):
-    """A model's files on this machine. `weight_files` is empty when they are not here, or not all of them."""
-
-    folder: Path | None
-    weight_files: tuple[Path, ...]
-    index_file: Path | None
-    commit: str
-
-
-def find_checkpoint(model_config: ModelConfig, download_dir: str | None = None) -> Checkpoint:
-    """Looks for the checkpoint in a folder or in the hub's cache, as vLLM would; downloads nothing."""
-    folder = Path(model_config.model)
-    if not folder.is_dir():
-        cached = _cached(model_config.model, model_config.revision, download_dir)
-        if cached is None:
-            return Checkpoint(None, (), None, "")
-        folder = cached
-    match = _IN_CACHE.search(str(folder))
-    commit = match["commit"] if match else ""
-    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
-    if index is not None and (listed := _listed(index)) is not None:
-        files = tuple(folder / name for name in listed)
-        if files and all(file.is_file() for file in files):
-            return Checkpoint(folder, files, index, commit)
-        return Checkpoint(folder, (), index, commit)
-    for pattern in WEIGHT_PATTERNS:
-        found = tuple(sorted(folder.glob(pattern)))
-        if found:
-            return Checkpoint(folder, found, index, commit)
-    return Checkpoint(folder, (), None, commit)
 
 
 def source_identity(
@@ -75,11 +40,10 @@ def source_identity(
     Without weight files `extra_parameters["checkpoint"]` is empty. Raises MxError when a weight file is malformed.
     """
     parallel = vllm_config.parallel_config
-    match = _IN_CACHE.search(model_config.model)
     return p2p_pb2.SourceIdentity(
         mx_version=PROTOCOL_VERSION,
         mx_source_type=p2p_pb2.MX_SOURCE_TYPE_WEIGHTS,
-        model_name=f"{match['owner']}/{match['name']}" if match else model_config.model,
+        model_name=model_name(model_config.model),
         backend_framework=p2p_pb2.BACKEND_FRAMEWORK_VLLM,
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
@@ -143,21 +107,3 @@ def _expert_parallel_size(parallel: Any) -> int:
         return 0
     context = getattr(parallel, "prefill_context_parallel_size", 1)
     return int(parallel.data_parallel_size * parallel.tensor_parallel_size * context)
-
-
-def _listed(index: Path) -> Sequence[str] | None:
-    """The shards that an index names, sorted; None when it is no index (then vLLM says what is wrong with it)."""
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return sorted(names) if all(isinstance(name, str) and Path(name).name == name for name in names) else None
-
-
-def _cached(model: str, revision: str | None, download_dir: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
-    except (OSError, ValueError):  # the hub's errors for "not in the cache" and "no such name" are these
-        return None

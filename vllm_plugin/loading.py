@@ -26,7 +26,8 @@ from mxcore.transfer.source_client import Source
 from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat, serving
-from vllm_plugin.identity import find_checkpoint, source_identity, worker_rank
+from vllm_plugin.checkpoint import find_checkpoint
+from vllm_plugin.identity import source_identity, worker_rank
 from vllm_plugin.last_will import Record
 from vllm_plugin.report import LoadReport
 from vllm_plugin.weights import FromPeer, FromStorage, Kind, Weights
@@ -127,7 +128,7 @@ class _Load:
         return "processed" if compat.processed_weights_can_move() else "raw"
 
     def identity(self) -> p2p_pb2.SourceIdentity:
-        checkpoint = find_checkpoint(self.model_config, self.load_config.download_dir)
+        checkpoint = find_checkpoint(self.model_config.model, self.model_config.revision, self.load_config.download_dir)
         return source_identity(self.vllm_config, self.model_config, self.kind, checkpoint, self.settings.model_revision)
 
     def from_peer(self) -> nn.Module | None:

@@ -22,6 +22,8 @@ class Subcommand(NamedTuple):
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand("mxcore.cli.bench:bench", "Measure, from a source checkout (JSON with --json)."),
+    "doctor": Subcommand("mxcore.cli.doctor:doctor", "What works on this machine, what does not, and what to do about it."),
+    "models": Subcommand("mxcore.cli.models:models", "The server's model cache: get, list, rm, pin, validate."),
 }
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 
 import grpc
 
+from mxserver.loads import Loads
 from mxserver.store.errors import StoreUnavailable, UnknownRecord
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
 from mxserver.wire import p2p_pb2, p2p_pb2_grpc
@@ -60,8 +61,9 @@ def _with_error_status(
 class P2pService(p2p_pb2_grpc.P2pServiceServicer):
     """Thread-safe, as far as the store is."""
 
-    def __init__(self, store: SourceStore, leases: Leases) -> None:
+    def __init__(self, store: SourceStore, leases: Leases, loads: Loads) -> None:
         self._store = store
+        self._loads = loads
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
 
     @_with_error_status
@@ -71,6 +73,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         if missing := _missing_to_publish(request):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
         record = self._store.publish(_publication(request))
+        self._loads.published(record.key, request)
         _LOG.info(
             "published source=%s worker=%s rank=%d status=%s epoch=%d model=%r pod=%s/%s",
             *record.key,
@@ -135,6 +138,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load)
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
+        self._loads.updated(key, request)
         _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
 

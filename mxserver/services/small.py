@@ -28,7 +28,10 @@ class HealthService(health_pb2_grpc.HealthServiceServicer):
         except StoreUnavailable as error:
             status = str(error)
         return health_pb2.HealthResponse(
-            version=mxserver.__version__, status=status, uptime=int(time.monotonic() - self._started_at)
+            version=mxserver.__version__,
+            status=status,
+            uptime=int(time.monotonic() - self._started_at),
+            now_unix_ms=time.time_ns() // 1_000_000,
         )
 
 

@@ -1,6 +1,7 @@
 """grpc.health.v1: the true state of each service, and of the whole server under "".
 
-Whole server and P2pService serve while the store works; all stop serving when the server drains.
+Whole server and P2pService serve while the store works, ModelService while the cache folder does; all stop
+ serving when the server drains.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 WITH_STORE = ("", "model_express.p2p.P2pService")
 WITHOUT_STORE = ("model_express.health.HealthService", "model_express.api.ApiService", health.SERVICE_NAME)
+WITH_CACHE = ("model_express.model.ModelService", "model_express.mx.CacheService")
 
 Send = Callable[[health_pb2.HealthCheckResponse | None], None]
 
@@ -27,9 +29,10 @@ class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health
         super().__init__()
         self._watchers: set[Send] = set()
         self._watchers_lock = threading.Lock()
-        for service in (*WITH_STORE, *WITHOUT_STORE):
+        for service in (*WITH_STORE, *WITHOUT_STORE, *WITH_CACHE):
             self.set(service, _SERVING)
         self._store_works = True
+        self._cache_works = True
 
     def show_store(self, *, works: bool) -> bool:
         """Sets the state of what needs the store; returns whether it is another one than before.
@@ -42,6 +45,13 @@ class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health
         for service in WITH_STORE:
             self.set(service, _SERVING if works else _NOT_SERVING)
         return True
+
+    def show_cache(self, works: bool) -> None:
+        """Sets the state of what needs the model cache. Called by one thread."""
+        if works is not self._cache_works:
+            self._cache_works = works
+            for service in WITH_CACHE:
+                self.set(service, _SERVING if works else _NOT_SERVING)
 
     def drain(self) -> None:
         """NOT_SERVING for all services, for good; tells watchers so and ends their calls."""

@@ -126,7 +126,8 @@ class RecordIndex:
                     continue
                 stale_at = None
                 if record.status == STALE:
-                    stale_at = min(now, old.stale_since(self._leases)) if old else now
+                    known = old is not None and self._view(old, now) is not None  # not one that is gone, but unswept
+                    stale_at = min(now, old.stale_since(self._leases)) if old and known else now
                 self._entries[key] = _Entry(record, now, stale_at)
                 self._by_source.setdefault(key.source_id, {})[key] = None
                 self._by_model.setdefault(record.model_name.lower(), {})[key] = None

@@ -163,7 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         _LOG.debug("http client=%s %s", self.client_address[0], format % args)
 
     def _refuse_method(self) -> None:
-        refusal = Answer(b"only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=(("Allow", "GET, HEAD"),))
+        refusal = Answer(
+            b"only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=(("Allow", "GET, HEAD"),)
+        )
         self._send(refusal)
 
     def _answer(self) -> None:
@@ -178,7 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
             answer = page(Request(query, self.headers.get("Accept", "")))
         except Exception:
             _LOG.exception("page failed path=%s", url.path)
-            answer = Answer(b"the page failed; the server's log has the reason\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+            answer = Answer(
+                b"the page failed; the server's log has the reason\n", status=HTTPStatus.INTERNAL_SERVER_ERROR
+            )
         self._send(answer)
 
     def _send(self, answer: Answer) -> None:

@@ -145,7 +145,9 @@ def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per
         "model_name": identity.model_name,
         "source_id": source_id,
         **{name: getattr(identity, name) for name in (*_IDENTITY_FIELDS, *_PARALLEL_FIELDS)},
-        "framework": p2p_pb2.BackendFramework.Name(identity.backend_framework).removeprefix("BACKEND_FRAMEWORK_").lower()
+        "framework": p2p_pb2.BackendFramework.Name(identity.backend_framework)
+        .removeprefix("BACKEND_FRAMEWORK_")
+        .lower()
         if identity.backend_framework in p2p_pb2.BackendFramework.values()
         else "unknown",
         "layout": identity.extra_parameters.get("layout", ""),

@@ -8,7 +8,7 @@ from typing import Self, TypeVar, cast
 
 import grpc
 
-from mxserver.wire import health_pb2, health_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch, WireError
 
@@ -45,10 +45,13 @@ class ServerClient:
         worker: p2p_pb2.WorkerMetadata,
         worker_id: str,
         epoch: int = 0,
+        *,
+        load_report: load_pb2.LoadReport | None = None,
     ) -> p2p_pb2.PublishMetadataResponse:
         """Writes this worker's record, as often as wanted; the answer carries mx_source_id, epoch and lease_ms.
 
-        `epoch` is what an earlier publish of this process returned, 0 for the first one.
+        `epoch` is what an earlier publish of this process returned, 0 for the first one. `load_report` tells how the
+        weights came; the server counts each load once.
 
         Raises:
             StaleEpoch: a newer life of this worker has published.
@@ -56,7 +59,9 @@ class ServerClient:
         response = self._call(
             "PublishMetadata",
             self._p2p.PublishMetadata,
-            p2p_pb2.PublishMetadataRequest(identity=identity, worker=worker, worker_id=worker_id, epoch=epoch),
+            p2p_pb2.PublishMetadataRequest(
+                identity=identity, worker=worker, worker_id=worker_id, epoch=epoch, load_report=load_report
+            ),
         )
         if not response.success:
             raise self._refused("PublishMetadata", response.message)
@@ -96,8 +101,13 @@ class ServerClient:
         *,
         epoch: int = 0,
         source_load: float | None = None,
+        load_progress: load_pb2.LoadProgress | None = None,
+        load_report: load_pb2.LoadReport | None = None,
     ) -> None:
         """Sets the status and renews the lease: the heartbeat.
+
+        With `load_progress` it also tells how far a load is, with `load_report` how one has ended; both are for people
+        who look at the server, and servers that do not know them leave them aside.
 
         Raises:
             StaleEpoch: a newer life of this worker has published.
@@ -110,6 +120,8 @@ class ServerClient:
             worker_id=worker_id,
             source_load=source_load,
             epoch=epoch,
+            load_progress=load_progress,
+            load_report=load_report,
         )
         response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
         if not response.success:

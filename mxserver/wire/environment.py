@@ -29,12 +29,25 @@ VARIABLES: tuple[Variable, ...] = (
     # The server's.
     Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
     Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
+    Variable(
+        "MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of probes, metrics and the status page; 0 takes a free one"
+    ),
     Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
     Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite or memory"),
     Variable("MX_STORE_PATH", "server", "the SQLite file"),
+    Variable("MX_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line"),
+    Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
+    Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready"),
     Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
     Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat"),
     Variable("MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted"),
+    Variable(
+        "MODEL_EXPRESS_CACHE_DIRECTORY", "server", "where model files are cached; replicas of a server may share it"
+    ),
+    Variable("MX_CACHE_MAX_BYTES", "server", "size limit of the model cache, such as 500GiB; 0 is none"),
+    Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
+    Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
+    Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
     # The worker's.
     Variable(
         "MODEL_EXPRESS_URL", "worker", "the server, host:port or http(s)://host:port; wins over MX_SERVER_ADDRESS"
@@ -52,8 +65,6 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     # Names of the protocol that existing images set and that this version does not read.
-    Variable("MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of the metrics page", has_effect=False),
-    Variable("MODEL_EXPRESS_CACHE_DIRECTORY", "both", "where model files are cached", has_effect=False),
     Variable("REDIS_URL", "server", "Redis as the server's store", has_effect=False),
     Variable("MX_REDIS_HOST", "server", "Redis as the server's store", has_effect=False),
     Variable("MX_REDIS_PORT", "server", "Redis as the server's store", has_effect=False),

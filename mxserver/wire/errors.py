@@ -7,7 +7,10 @@
     ├── WireError
     │   ├── ServerUnreachable   MX_SERVER_UNREACHABLE
     │   ├── ServerRefused       MX_SERVER_REFUSED     the server answered, and said no
-    │   └── StaleEpoch          MX_STALE_EPOCH        a newer life of this worker has published
+    │   ├── StaleEpoch          MX_STALE_EPOCH        a newer life of this worker has published
+    │   ├── ModelNotFound       MX_MODEL_NOT_FOUND    the server, or its provider, has no such model, revision or file
+    │   ├── ModelDownloadError  MX_MODEL_DOWNLOAD     the server could not download the model
+    │   └── FileRefused         MX_FILE_REFUSED       a file came with another name or other bytes than it may
     ├── StoreError              (mxserver.store)
     └── (mxcore.errors)         what the compiled core and the transfer raise
 """
@@ -55,3 +58,21 @@ class StaleEpoch(ServerRefused):
     """A newer life of this worker has published; this one must not act on the record any more."""
 
     code = "MX_STALE_EPOCH"
+
+
+class ModelNotFound(ServerRefused):
+    """The server, or the provider that it asked, has no such model, revision or file."""
+
+    code = "MX_MODEL_NOT_FOUND"
+
+
+class ModelDownloadError(ServerRefused):
+    """The server could not download the model; the message carries its reason."""
+
+    code = "MX_MODEL_DOWNLOAD"
+
+
+class FileRefused(WireError):
+    """A file of a server has a name that leads elsewhere, or came with other bytes than it should have."""
+
+    code = "MX_FILE_REFUSED"

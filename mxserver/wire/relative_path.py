@@ -1,4 +1,4 @@
-"""File names from the network: what may become a path below a folder, and opening it without being led out.
+"""File names from the network: what may become a path below a folder, and using it without being led out.
 
 Used on both sides: the server does not trust hubs and clients, a client does not trust servers.
 """
@@ -54,24 +54,24 @@ def _part_problem(part: str) -> str | None:
     return None
 
 
-def open_below(folder: Path, name: str, flags: int, *, mode: int = 0o644) -> int:
-    """Opens `name` (checked by `path_problem`) below `folder`, following no symbolic link; folders are made for
-    writing. Returns a file descriptor.
+def rename_below(source: Path, folder: Path, name: str) -> None:
+    """Renames a file to `name` (checked by `path_problem`) below `folder`, following no symbolic link on the way;
+    folders are made as needed. What has the name is replaced, also when it is a link.
 
     Raises:
-        OSError: as open does; ELOOP or ENOTDIR where a part of the path is a link.
+        OSError: as rename does; ELOOP or ENOTDIR where a folder on the way is a link.
     """
     *parents, last = name.split("/")
     at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for part in parents:
-            if flags & os.O_CREAT:
-                with suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=at)
+            with suppress(FileExistsError):
+                os.mkdir(part, dir_fd=at)
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
             os.close(at)
             at = inner
-        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=at)
+        os.rename(source, last, dst_dir_fd=at)
+        os.fsync(at)
     finally:
         os.close(at)
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import mxserver.server
 from mxserver.server import Server
-from mxserver.settings import load_settings
+from mxserver.settings import ServerSettings, load_settings
+from mxserver.store.interface import SourceStore
+from mxserver.store.sqlite import SqliteStore
 from mxserver.wire.client import ServerClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +32,29 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def opened_stores(monkeypatch: pytest.MonkeyPatch) -> list[SourceStore]:
+    """The stores that servers of this test open, to look at what is beneath a server."""
+    opened: list[SourceStore] = []
+    open_store = mxserver.server.open_store
+
+    def open_and_note(settings: ServerSettings) -> SourceStore:
+        opened.append(open_store(settings))
+        return opened[-1]
+
+    monkeypatch.setattr(mxserver.server, "open_store", open_and_note)
+    return opened
+
+
+@pytest.fixture
+def sqlite_store(opened_stores: list[SourceStore], server: Server) -> SqliteStore:
+    """The store of `server`."""
+    [store] = opened_stores
+    assert isinstance(store, SqliteStore)
+    return store
+
+
+@pytest.fixture
+def server(tmp_path: Path, opened_stores: list[SourceStore]) -> Iterator[Server]:
     path = str(tmp_path / "state.sqlite3")
     running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store_path": path, "drain_seconds": "5"}))
     yield running
@@ -57,7 +82,11 @@ class ServerProcess:
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self.port = int(self.wait_for(LISTENING)[1])
+        try:
+            self.port = int(self.wait_for(LISTENING)[1])
+        except AssertionError:
+            self.close()
+            raise
         self.address = f"127.0.0.1:{self.port}"
 
     def _read(self) -> None:

@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
 from mxserver.server import Server
-from mxserver.wire import api_pb2, api_pb2_grpc, model_pb2, model_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.store.sqlite import SqliteStore
+from mxserver.wire import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import MAX_MESSAGE_BYTES, channel_options
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
@@ -252,9 +253,9 @@ def test_ping(channel: grpc.Channel) -> None:
     assert "'reboot'" in other.error
 
 
-def test_model_service_is_unimplemented(channel: grpc.Channel) -> None:
+def test_service_that_this_version_does_not_have_is_unimplemented(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        model_pb2_grpc.ModelServiceStub(channel).ListModelFiles(model_pb2.ModelFilesRequest(model_name="m"))
+        channel.unary_unary("/model_express.later.LaterService/Call")(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -277,7 +278,7 @@ def test_standard_health_knows_each_service(channel: grpc.Channel) -> None:
     for service in SERVICES:
         assert health.Check(standard_pb2.HealthCheckRequest(service=service)).status == SERVING
     with pytest.raises(grpc.RpcError) as caught:
-        health.Check(standard_pb2.HealthCheckRequest(service="model_express.model.ModelService"))
+        health.Check(standard_pb2.HealthCheckRequest(service="model_express.later.LaterService"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -309,7 +310,9 @@ def test_drain_tells_watchers_and_ends_them(server: Server, channel: grpc.Channe
     assert stopped.wait(4)  # the drain time-out of this server is 5 s: nobody waited for it
 
 
-def test_calls_that_run_when_the_drain_begins_are_answered(server: Server, client: ServerClient) -> None:
+def test_calls_that_run_when_the_drain_begins_are_answered(
+    server: Server, client: ServerClient, sqlite_store: SqliteStore
+) -> None:
     """The writer is held up, so that calls wait for their commit while the server drains."""
     held, go_on = threading.Event(), threading.Event()
 
@@ -317,8 +320,7 @@ def test_calls_that_run_when_the_drain_begins_are_answered(server: Server, clien
         held.set()
         assert go_on.wait(30)
 
-    store = server._store
-    holder = threading.Thread(target=store._change, args=(hold,))
+    holder = threading.Thread(target=sqlite_store._change, args=(hold,))
     holder.start()
     assert held.wait(30)
     epochs: list[int] = []
@@ -328,10 +330,10 @@ def test_calls_that_run_when_the_drain_begins_are_answered(server: Server, clien
     ]
     for call in calls:
         call.start()
-    while store._changes.qsize() < len(calls):
+    while sqlite_store._changes.qsize() < len(calls):
         holder.join(0.01)
     stopped = server.drain()
-    with ServerClient(client.address) as late, pytest.raises(ServerUnreachable):
+    with ServerClient(client.address) as late, pytest.raises(ServerUnreachable, match="UNAVAILABLE"):
         late.publish(IDENTITY, WORKER, "late")
     go_on.set()
     for call in (*calls, holder):

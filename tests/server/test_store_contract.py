@@ -44,14 +44,12 @@ def store(kind: StoreKind, tmp_path: Path, clock: HandClock) -> Iterator[SourceS
 
 
 @pytest.fixture
-def reopen(
-    store: SourceStore, kind: StoreKind, tmp_path: Path, clock: HandClock, request: pytest.FixtureRequest
-) -> SourceStore:
+def reopen(store: SourceStore, kind: StoreKind, tmp_path: Path, clock: HandClock) -> Iterator[SourceStore]:
     """A second life of the same store; the first is closed by then."""
     store.close()
     opened = kind.open(tmp_path, clock)
-    request.addfinalizer(opened.close)
-    return opened
+    yield opened
+    opened.close()
 
 
 def status_of(store: SourceStore, worker: str = "w0") -> int | None:
@@ -256,6 +254,20 @@ def test_leases_are_extended(store: SourceStore, clock: HandClock) -> None:
     store.extend_leases(101)
     assert status_of(store) == READY
     clock.advance(1)
+    assert status_of(store) == STALE
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_goodbye_in_the_place_of_a_record_that_is_gone_is_a_new_one(
+    store: SourceStore, clock: HandClock, swept: bool
+) -> None:
+    store.publish(publication(status=READY))
+    clock.advance(HEARTBEAT_SECONDS + COLLECT_SECONDS)
+    if swept:
+        store.sweep()
+    store.publish(publication(status=STALE))
+    assert status_of(store) == STALE
+    clock.advance(COLLECT_SECONDS - 1)
     assert status_of(store) == STALE
 
 

@@ -101,9 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
             if before == STALE:
                 old = self.model[record_key]
                 stale_since = old.alive_until if old.stale_since is None else old.stale_since
-        self.model[record_key] = Expected(
-            status, record.epoch, self.clock.seconds + HEARTBEAT_SECONDS, stale_since
-        )
+        self.model[record_key] = Expected(status, record.epoch, self.clock.seconds + HEARTBEAT_SECONDS, stale_since)
         assert record.epoch > self.highest_epoch
         self.highest_epoch = record.epoch
         return record.epoch

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mxcore.transfer.layout import LocalTensor
+from mxcore.transfer.membership import PROTOCOL_VERSION
+from mxserver.wire import p2p_pb2
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,14 @@ def model_specs(megabytes: int = 4, prefix: str = "") -> list[Spec]:
         Spec(f"{prefix}nothing", "torch.int32", 4, (0, 5), "nothing"),
         Spec(f"{prefix}one", "torch.int8", 1, (1, 1, 1), "one"),
     ]
+
+
+def identity(checkpoint: str = "c0ffee", model: str = "test/model") -> p2p_pb2.SourceIdentity:
+    return p2p_pb2.SourceIdentity(
+        mx_version=PROTOCOL_VERSION,
+        model_name=model,
+        backend_framework=p2p_pb2.BACKEND_FRAMEWORK_VLLM,
+        tensor_parallel_size=1,
+        dtype="bfloat16",
+        extra_parameters={"layout": "raw", "checkpoint": checkpoint},
+    )

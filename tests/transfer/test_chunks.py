@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -182,5 +183,5 @@ def test_regions_cover_all_extents_and_only_their_pages(steps: list[tuple[int, i
         assert sum(begin in region and begin + length - 1 in region for region in regions) == 1
     for region in regions:
         assert set(range(region.start // PAGE_BYTES, (region.stop - 1) // PAGE_BYTES + 1)) <= pages
-    for before, after in zip(regions, regions[1:], strict=False):
+    for before, after in pairwise(regions):
         assert after.start // PAGE_BYTES - (before.stop - 1) // PAGE_BYTES > 1

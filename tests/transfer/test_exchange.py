@@ -13,6 +13,7 @@ import pytest
 from mxcore.errors import (
     DigestMismatch,
     LayoutMismatch,
+    NotOneSided,
     SourceRefused,
     SourceUnreachable,
     TransferError,
@@ -20,11 +21,16 @@ from mxcore.errors import (
 )
 from mxcore.nixl_agent import live_agents
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.transfer.layout import build_layout
+from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.chunks import Chunks
+from mxcore.transfer.layout import LocalTensor, build_layout
+from mxcore.transfer.membership import Membership
+from mxcore.transfer.movers import PullByRead
 from mxcore.transfer.receiver import Receiver
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.source_client import Source, SourceClient
+from mxserver.wire import mx_pb2
 from tests.transfer.conftest import StartWorker
-from tests.transfer.memory import HostTensors, Spec, model_specs
+from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
 CHUNK_BYTES = 65536
 SEED = 7
@@ -78,9 +84,7 @@ def failing(error: type[TransferError], *said: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("transport", "operation", "named"), TRANSPORTS)
-def test_every_kind_of_tensor_arrives(
-    start_worker: StartWorker, transport: str, operation: str, named: str
-) -> None:
+def test_every_kind_of_tensor_arrives(start_worker: StartWorker, transport: str, operation: str, named: str) -> None:
     source = start_worker(transport, seed=SEED).serve(scalars={"k_scale": 0.5})
     target = Target(transport)
     target.scalar_names = ["k_scale"]
@@ -268,3 +272,72 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
         receiver.send(do="go on")
     for receiver in receivers:
         assert receiver.read()["equal"]
+
+
+def test_a_read_that_takes_another_way_is_noticed(start_worker: StartWorker) -> None:
+    source = start_worker("auto", seed=SEED).serve()
+    target = Target("auto")
+    chunks = Chunks(target.layout, CHUNK_BYTES)
+    arrived: list[int] = []
+    with (
+        failing(NotOneSided, "did not go by cross-memory attach"),
+        SourceClient(source, timeout_seconds=10) as client,
+        AgentSession("target", tls="tcp,self") as session,  # so that UCX emulates READs over TCP
+    ):
+        session.register(target.layout, target.placement)
+        lease_id = client.prepare()
+        extents = [mx_pb2.Extent(address=address) for address in target.placement.addresses]
+        answer = client.open_transfer(
+            lease_id, target.layout.fingerprint, session.metadata(), extents, mx_pb2.OPERATION_READ
+        )
+        peer = session.connect(answer.nixl_metadata)
+        remote = chunks.addresses([extent.address for extent in answer.extents])
+        local = chunks.local_addresses(target.placement)
+        with PullByRead(client, lease_id, session, peer, chunks, local, remote, "same-host") as mover:
+            mover.ask(range(len(chunks)))
+            while not mover.idle:
+                arrived.extend(mover.arrived())
+    assert arrived == [0, 1]  # the first may wait for the connection, the second may not; both were waited for
+
+
+@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+def test_torch_tensors_of_every_dtype(start_worker: StartWorker, transport: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is the engine's")
+    names = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float16", "float32", "float64", "complex64")
+    names += ("bool", "uint8", "int8", "int16", "int32", "int64")
+    here, there = ({n: torch.zeros(33, 7, dtype=torch.uint8) for n in names} for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+
+    def local(tensors: dict[str, Any]) -> list[LocalTensor]:
+        return [
+            LocalTensor(
+                name=name,
+                dtype=str(view.dtype),
+                shape=tuple(view.shape),
+                stride=view.stride(),
+                address=view.data_ptr(),
+                itemsize_bytes=view.element_size(),
+                storage_address=view.untyped_storage().data_ptr(),
+                storage_bytes=view.untyped_storage().nbytes(),
+                device_type="cpu",
+                device_index=0,
+            )
+            for name, view in tensors.items()
+        ]
+
+    for tensors in (here, there):
+        for name in names:
+            tensors[name] = torch.zeros(33, 8, dtype=getattr(torch, name))[:, :7].t()
+    for view in here.values():
+        raw = view.untyped_storage()
+        raw.copy_(torch.randint(0, 2, (raw.nbytes(),), dtype=torch.uint8, generator=generator).untyped_storage())
+    layout, placement = build_layout("processed", local(here))
+    member = Membership(settings(transport, MX_WORKER_GRPC_PORT=0), identity(), 0, "cpu", chunk_bytes=1024)
+    member.serve(layout, placement, {}, keep_alive=here)
+    source = Source(member.source_id, member.worker_id, 0, member.endpoint or "")
+    layout, placement = build_layout("processed", local(there))
+    receiver = Receiver(layout, placement, settings=settings(transport), worker_id="t", chunk_bytes=1024)
+    receiver.receive([source])
+    member.close()
+    for name in names:
+        assert torch.equal(here[name].contiguous().view(torch.uint8), there[name].contiguous().view(torch.uint8)), name

@@ -12,31 +12,14 @@ from mxcore.errors import MxError
 from mxcore.nixl_agent import live_agents
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
-from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.membership import Membership
 from mxcore.transfer.source_client import Source
-from mxserver.wire import p2p_pb2
-from tests.transfer.memory import HostTensors, model_specs
-
-
-def identity(checkpoint: str = "c0ffee", model: str = "test/model") -> p2p_pb2.SourceIdentity:
-    return p2p_pb2.SourceIdentity(
-        mx_version=PROTOCOL_VERSION,
-        model_name=model,
-        backend_framework=p2p_pb2.BACKEND_FRAMEWORK_VLLM,
-        tensor_parallel_size=1,
-        dtype="bfloat16",
-        extra_parameters={"layout": "raw", "checkpoint": checkpoint},
-    )
-
-
-# UCX and NIXL log to stdout: the answers have it for themselves, the logs go to stderr.
-_answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
+from tests.transfer.memory import HostTensors, identity, model_specs
 
 
 def answer(**values: Any) -> None:
-    _answers.write(json.dumps(values) + "\n")
-    _answers.flush()
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 class Worker:
@@ -105,6 +88,8 @@ class Worker:
 
 
 def main() -> None:
+    sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
+    os.dup2(2, 1)
     worker = Worker(json.loads(sys.argv[1]))
     for line in sys.stdin:
         if not worker.run(json.loads(line)):

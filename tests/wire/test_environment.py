@@ -65,8 +65,15 @@ def test_what_kubernetes_injects_is_no_setting_and_not_misspelt() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("tcp://10.0.0.1:80", True), (" UDP://x:1", True), ("sctp://[::1]:1", True), ("8001", False), ("", False)]
-    + [("http://server:8001", False), ("server:8001", False)],
+    [
+        ("tcp://10.0.0.1:80", True),
+        (" UDP://x:1", True),
+        ("sctp://[::1]:1", True),
+        ("8001", False),
+        ("", False),
+        ("http://server:8001", False),
+        ("server:8001", False),
+    ],
 )
 def test_kubernetes_values(value: str, expected: bool) -> None:
     assert is_kubernetes_value(value) is expected
@@ -80,7 +87,12 @@ def test_setting_is_stripped_and_empty_is_unset() -> None:
 
 
 def test_names_of_later_versions_are_known_and_said_to_have_no_effect() -> None:
-    environ = {"REDIS_URL": "redis://r", "MX_MODEL_URI": "s3://b", "MX_AUTH_TOKEN_PATH": "/t", "MX_EXPECTED_WORKERS": ""}
+    environ = {
+        "REDIS_URL": "redis://r",
+        "MX_MODEL_URI": "s3://b",
+        "MX_AUTH_TOKEN_PATH": "/t",
+        "MX_EXPECTED_WORKERS": "",
+    }
     assert misspelt(environ) == []
     assert [v.name for v in without_effect(environ, "server")] == ["REDIS_URL", "MX_AUTH_TOKEN_PATH"]
     assert [v.name for v in without_effect(environ, "worker")] == ["MX_AUTH_TOKEN_PATH", "MX_MODEL_URI"]

@@ -5,6 +5,7 @@ const BUSY_MS = 1000;
 const IDLE_MS = 3000;
 const LATE_MS = 10000;
 const SILENT_SECONDS = 15;
+const OPEN_WORKERS = 8;
 const PATHS = {
   peer_same_host: "same host", peer_tcp: "peer, TCP", peer_rdma: "peer, RDMA", storage: "storage",
   object_store: "object store", server: "server", unknown: "unknown",
@@ -59,7 +60,7 @@ function duration(seconds) {
   return `${Math.round(seconds / 86400)} d`;
 }
 
-const ago = (seconds) => (seconds < 2 ? "now" : `${duration(Math.max(2, Math.round(seconds)))} ago`);
+const ago = (seconds) => (seconds < 2 ? "now" : seconds < 10 ? `${Math.floor(seconds)} s ago` : `${duration(seconds)} ago`);
 const worker = (id, rank) => `${id} · rank ${rank}`;
 const percent = (part, whole) => (whole > 0 ? Math.min(100, (100 * part) / whole) : 0);
 
@@ -69,7 +70,7 @@ function drawHeader(status) {
   state.className = server.ready ? "pill ready" : "pill bad";
   setText(state, server.ready ? "ready" : "not ready");
   const facts = [server.version && `version ${server.version}`, server.store && `store ${server.store}`,
-    `up ${duration(server.uptime_seconds)}`];
+    server.uptime_seconds < 10 ? "just started" : `up ${duration(server.uptime_seconds)}`];
   setText(byId("facts"), facts.filter(Boolean).join(" · "));
   showAlarm(server.ready ? "" : `Not ready: ${server.reason}`);
 }
@@ -124,7 +125,8 @@ function drawParts(line, parts) {
     ([, , strong]) => make(strong ? "b" : "span", ""), (element, [, text]) => setText(element, text));
 }
 
-function drawFleets(fleets) {
+function drawFleets(fleets, port) {
+  setText(byId("own-address"), `${location.hostname}:${port}`);
   byId("no-fleets").hidden = fleets === null || fleets.length > 0;
   keepList(byId("fleets"), fleets || [], (fleet) => fleet.source_id, createFleet, updateFleet);
 }
@@ -142,6 +144,10 @@ function createFleet() {
 }
 
 function updateFleet(card, fleet) {
+  if (!card.dataset.seen) {
+    card.dataset.seen = "yes";
+    card.querySelector("details").open = fleet.workers_total <= OPEN_WORKERS;
+  }
   setText(card.querySelector(".name"), fleet.model_name);
   setText(card.querySelector(".id"), fleet.source_id);
   const tags = [fleet.framework, fleet.dtype, fleet.quantization, fleet.layout && `layout ${fleet.layout}`,
@@ -180,8 +186,8 @@ function updateWorker(row, one) {
 function drawFinished(loads, nowMs) {
   byId("finished").hidden = loads.length === 0;
   keepList(byId("finished-rows"), loads, (load) => `${load.at_ms}/${load.source_id}/${load.worker_id}/${load.worker_rank}`,
-    () => make("tr", "", make("td", "tight"), make("td", ""), make("td", "wide"), make("td", ""), make("td", "wide"),
-      make("td", "number"), make("td", "number wide"), make("td", "number")),
+    () => make("tr", "", make("td", "tight"), make("td", "model"), make("td", "wide"), make("td", "tight"), make("td", "wide"),
+      make("td", "number wide"), make("td", "number wide"), make("td", "number")),
     (row, load) => {
       const rate = load.seconds > 0 ? `${bytes(load.bytes / load.seconds)}/s` : "";
       const texts = [ago((nowMs - load.at_ms) / 1000), load.model_name, worker(load.worker_id, load.worker_rank),
@@ -207,7 +213,7 @@ function draw(status) {
   drawHeader(status);
   drawTiles(status.totals);
   drawLoads(status.loads);
-  drawFleets(status.fleets);
+  drawFleets(status.fleets, status.server.port);
   drawFinished(status.finished_loads, status.server.now_ms);
   drawErrors(status.errors, status.server.now_ms);
   setText(byId("updated"), `updated ${new Date().toLocaleTimeString([], { hour12: false })}`);
@@ -243,6 +249,5 @@ async function refresh() {
   }
 }
 
-byId("own-host").textContent = location.hostname || "HOST";
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 refresh();

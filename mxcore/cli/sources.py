@@ -1,0 +1,102 @@
+"""`mx sources`: the workers that the server knows."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxcore.cli.server_calls import duration, json_option, server_client, server_option, table
+from mxcore.cli.status import STATE_NAMES, instances_by_state
+
+if TYPE_CHECKING:
+    from mxserver.wire import p2p_pb2
+    from mxserver.wire.client import ServerClient
+
+EPILOG = """
+\b
+Exit codes: 0 the server answered (also with none), 1 it refused, 2 usage, 3 it does not answer.
+\b
+Examples:
+  mx sources
+  mx sources --model meta-llama/Llama-3.1-8B-Instruct --state ready
+  mx sources --json --identities | jq '.sources[].worker_id'
+"""
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.option("--model", metavar="NAME", help="Only this model, in any case of letters.")
+@click.option("--state", type=click.Choice(STATE_NAMES), help="Only workers in this state.")
+@click.option("--rank", type=click.IntRange(min=0), help="Only this worker rank.")
+@click.option("--identities", is_flag=True, help="Also print what each source id stands for.")
+@json_option
+def sources(
+    server: str | None, model: str | None, state: str | None, rank: int | None, identities: bool, as_json: bool
+) -> None:
+    """The workers that the server knows, newest sign of life first."""
+    with server_client(server) as client:
+        now_ms = client.health().now_unix_ms or time.time_ns() // 1_000_000
+        found = instances_by_state(client, model_name=model, worker_rank=rank)
+        rows = [
+            _source(instance, name, now_ms)
+            for name, instances in found.items()
+            if state in (None, name)
+            for instance in instances
+        ]
+        rows.sort(key=lambda row: float(row["silent_seconds"]))
+        known = _identities(client, rows) if identities else None
+    facts: dict[str, Any] = {"server": client.address, "sources": rows}
+    if known is not None:
+        facts["identities"] = known
+    click.echo(json.dumps(facts) if as_json else as_text(facts))
+
+
+def _source(instance: p2p_pb2.SourceInstanceRef, state: str, now_ms: int) -> dict[str, Any]:
+    return {
+        "model_name": instance.model_name,
+        "source_id": instance.mx_source_id,
+        "worker_id": instance.worker_id,
+        "worker_rank": instance.worker_rank,
+        "state": state,
+        "accelerator": instance.accelerator,
+        "topology": dict(instance.topology),
+        "source_load": instance.source_load if instance.HasField("source_load") else None,
+        "silent_seconds": max(0.0, (now_ms - instance.updated_at) / 1000),
+    }
+
+
+def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Source id → identity. A worker that has gone since it was listed is passed over."""
+    from google.protobuf.json_format import MessageToDict
+
+    known: dict[str, Any] = {}
+    for row in rows:
+        if row["source_id"] not in known and (answer := client.get_metadata(row["source_id"], row["worker_id"])):
+            known[row["source_id"]] = MessageToDict(answer.identity, preserving_proto_field_name=True)
+    return known
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    if not facts["sources"]:
+        return f"no worker at {facts['server']} fits"
+    head = ("MODEL", "SOURCE ID", "WORKER", "RANK", "STATE", "ACCELERATOR", "LOAD", "HEARD")
+    rows = [
+        (
+            row["model_name"],
+            row["source_id"],
+            row["worker_id"],
+            str(row["worker_rank"]),
+            row["state"],
+            row["accelerator"],
+            "" if row["source_load"] is None else f"{row['source_load']:.2f}",
+            f"{duration(row['silent_seconds'])} ago",
+        )
+        for row in facts["sources"]
+    ]
+    text = table(head, rows)
+    for source, identity in facts.get("identities", {}).items():
+        text += f"\n\n{source}\n" + "\n".join(f"  {name}: {value}" for name, value in identity.items())
+    return text

@@ -1,0 +1,142 @@
+"""`mx status`: is the server well, who serves which model, what is loading."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxcore.cli.server_calls import bytes_text, duration, json_option, server_client, server_option, table
+
+if TYPE_CHECKING:
+    from mxserver.wire import p2p_pb2
+    from mxserver.wire.client import ServerClient
+
+EXIT_NOT_WELL = 1
+DEFAULT_METRICS_PORT = 9401
+PAGE_SECONDS = 5.0
+
+EPILOG = """
+\b
+Exit codes: 0 the server is well, 1 it answers and is not, 2 usage, 3 it does not answer.
+Progress of loads is on the status page; where that port cannot be reached, the rest is shown without it.
+\b
+Examples:
+  mx status
+  mx status --server mx-server:8001 --json
+  mx status --page http://127.0.0.1:9401
+"""
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.option("--page", metavar="URL", help="The status page. [default: http://SERVER:9401]")
+@json_option
+def status(server: str | None, page: str | None, as_json: bool) -> None:
+    """The server's health, its models, and the loads that run."""
+    with server_client(server) as client:
+        health = client.health()
+        models = model_states(client)
+        data, problem = page_status(page or f"http://{client.address.rpartition(':')[0]}:{DEFAULT_METRICS_PORT}")
+    well = health.status == "ok" and (data is None or data["server"]["ready"])
+    facts: dict[str, Any] = {
+        "server": {
+            "address": client.address,
+            "version": health.version,
+            "status": health.status,
+            "uptime_seconds": health.uptime,
+            "well": well,
+        },
+        "models": models,
+        "loads": None if data is None else data["loads"],
+        "errors": None if data is None else data["errors"],
+        "page_problem": problem,
+    }
+    click.echo(json.dumps(facts) if as_json else as_text(facts))
+    sys.exit(0 if well else EXIT_NOT_WELL)
+
+
+def model_states(client: ServerClient) -> list[dict[str, Any]]:
+    """Workers by state for each model and source id."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for state, instances in instances_by_state(client).items():
+        for instance in instances:
+            counts[instance.model_name, instance.mx_source_id][state] += 1
+    return [
+        {"model_name": model, "source_id": source, **{state: counts[model, source][state] for state in STATE_NAMES}}
+        for model, source in sorted(counts)
+    ]
+
+
+STATE_NAMES = ("ready", "initializing", "stale")
+
+
+def instances_by_state(client: ServerClient, **filters: Any) -> dict[str, list[p2p_pb2.SourceInstanceRef]]:
+    """A list does not tell the states, so each is asked for."""
+    from mxserver.wire import p2p_pb2
+
+    return {
+        name: client.list_sources(status=p2p_pb2.SourceStatus.Value(f"SOURCE_STATUS_{name.upper()}"), **filters)
+        for name in STATE_NAMES
+    }
+
+
+def page_status(page: str) -> tuple[dict[str, Any] | None, str]:
+    """What the status page knows, or why there is nothing."""
+    url = f"{page.rstrip('/')}/status?workers=0"
+    if not url.startswith(("http://", "https://")):
+        raise click.UsageError(f"--page {page!r} must begin with http:// or https://")
+    try:
+        with urllib.request.urlopen(url, timeout=PAGE_SECONDS) as answer:  # noqa: S310 - the scheme is checked above
+            data: dict[str, Any] = json.load(answer)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return None, f"{url}: {error}"
+    if "loads" not in data or "server" not in data:
+        return None, f"{url} is no status page of mxserver"
+    return data, ""
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    server = facts["server"]
+    lines = [
+        f"{server['address']}  version {server['version']}  up {duration(server['uptime_seconds'])}  "
+        + ("well" if server["well"] else f"NOT WELL: {server['status']}")
+    ]
+    if facts["models"]:
+        rows = [
+            (model["model_name"], model["source_id"], *(str(model[state]) for state in STATE_NAMES))
+            for model in facts["models"]
+        ]
+        lines += ["", table(("MODEL", "SOURCE ID", "READY", "LOADING", "STALE"), rows)]
+    else:
+        lines += ["", "no worker has published yet"]
+    if facts["loads"]:
+        head = ("LOADING", "WORKER", "RANK", "DONE", "RATE", "LEFT", "PATH", "FROM")
+        lines += ["", table(head, [_load_row(load) for load in facts["loads"]])]
+    if facts["loads"] is None:
+        lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
+    for error in (facts["errors"] or ())[:5]:
+        lines += ["" if error is facts["errors"][0] else None, f"{error['kind']}: {error['text']}"]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _load_row(load: dict[str, Any]) -> tuple[str, ...]:
+    total = load["bytes_total"]
+    done = f"{min(100, 100 * load['bytes_done'] // total)} % of {bytes_text(total)}" if total else bytes_text(load["bytes_done"])
+    rate = load["bytes_per_second"]
+    return (
+        load["model_name"] or load["source_id"],
+        load["worker_id"],
+        str(load["worker_rank"]),
+        done,
+        "" if rate is None else f"{bytes_text(rate)}/s",
+        "" if load["eta_seconds"] is None else duration(load["eta_seconds"]),
+        load["path"],
+        load["from_worker_id"],
+    )

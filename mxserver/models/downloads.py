@@ -1,0 +1,222 @@
+"""Downloads that run: one for all who ask for the same, in this server and in others on the same cache folder."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mxserver.models.cache import ModelCache
+from mxserver.models.cache_layout import check_paths
+from mxserver.models.errors import DownloadFailed, DownloadInterrupted, LeaseLost, ModelError, ModelNotCached
+from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
+from mxserver.models.record import ModelRecord
+from mxserver.models.source import ModelSource, RemoteModel
+from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
+
+_LOG = logging.getLogger(__name__)
+
+Phase = Literal["resolving", "waiting", "downloading", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A download at one moment. `version` grows with every change; `error` is there when it failed."""
+
+    version: int = 0
+    phase: Phase = "resolving"
+    message: str = "asking the provider"
+    revision: str = ""
+    progress: Progress = NO_PROGRESS
+    error: ModelError | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("done", "failed")
+
+
+class DownloadJob:
+    """One download, which any number of callers follow. A caller that leaves does not stop it, and neither does the
+    last one: the model is wanted, and whoever asks next finds more of it. Thread-safe.
+    """
+
+    def __init__(self, model: ModelName, revision: str, *, ignore_weights: bool) -> None:
+        self.model = model
+        self.revision = revision
+        self.ignore_weights = ignore_weights
+        self._changed = threading.Condition()
+        self._state = JobState()
+
+    def state(self) -> JobState:
+        with self._changed:
+            return self._state
+
+    def wait_for_change(self, since: int, timeout_seconds: float) -> JobState:
+        """The state once its version is another one than `since`, or after the time-out."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state.version != since, timeout_seconds)
+            return self._state
+
+    def show(self, **changes: object) -> None:
+        with self._changed:
+            changed = replace(self._state, **changes)  # type: ignore[arg-type] # JobState's own fields
+            if changed != self._state:
+                self._state = replace(changed, version=self._state.version + 1)
+                self._changed.notify_all()
+
+
+class Downloads:
+    """All downloads of this server. Thread-safe; `close` must be called."""
+
+    def __init__(
+        self,
+        cache: ModelCache,
+        sources: Mapping[Provider, ModelSource],
+        *,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._cache = cache
+        self._sources = sources
+        self._retry = retry or RetryPolicy()
+        self._lock = threading.Lock()
+        self._jobs: dict[tuple[ModelName, str, bool], tuple[DownloadJob, threading.Thread]] = {}
+
+    def ensure(self, model: ModelName, revision: str, *, ignore_weights: bool = False) -> DownloadJob:
+        """Joins the download that runs, or starts one. `revision` is one that `checked_revision` returned."""
+        wanted = (model, revision, ignore_weights)
+        with self._lock:
+            if running := self._jobs.get(wanted):
+                return running[0]
+            job = DownloadJob(model, revision, ignore_weights=ignore_weights)
+            if self._cache.stopping.is_set():
+                job.show(phase="failed", error=Stopped(f"{model.name}: the server stops"))
+                return job
+            thread = threading.Thread(target=self._run, args=(wanted, job), name="download", daemon=True)
+            self._jobs[wanted] = (job, thread)
+            thread.start()
+            return job
+
+    def running(self) -> int:
+        with self._lock:
+            return len(self._jobs)
+
+    def close(self) -> None:
+        """Ends all downloads; what is complete of them is kept. Idempotent."""
+        self._cache.stopping.set()
+        with self._lock:
+            threads = [thread for _, thread in self._jobs.values()]
+        for thread in threads:
+            thread.join()
+
+    def _run(self, wanted: tuple[ModelName, str, bool], job: DownloadJob) -> None:
+        try:
+            record = self._download(job)
+            _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
+            end: dict[str, object] = {"phase": "done", "message": "in the cache", "revision": record.key.revision}
+            end["progress"] = replace(
+                job.state().progress,
+                bytes_done=record.size_bytes,
+                bytes_total=record.size_bytes,
+                files_done=len(record.files),
+                files_total=len(record.files),
+            )
+        except ModelError as error:
+            _LOG.warning("download failed model=%s revision=%s reason=%s", job.model, job.revision, error)
+            end = {"phase": "failed", "message": str(error), "error": error}
+        except Exception as error:  # noqa: BLE001 - shown to all who wait, and logged with where it came from
+            _LOG.exception("download failed model=%s revision=%s", job.model, job.revision)
+            failure = DownloadFailed(f"{job.model}: {type(error).__name__}: {error}")
+            end = {"phase": "failed", "message": str(failure), "error": failure}
+        with self._lock:  # first: who asks from now on gets a new download
+            del self._jobs[wanted]
+        job.show(**end)
+
+    def _download(self, job: DownloadJob) -> ModelRecord:
+        source = self._sources[job.model.provider]
+        if is_commit(job.revision) and (record := self._satisfying(ModelKey(job.model, job.revision), job)):
+            return record
+        try:
+            remote = self._resolve(source, job)
+        except DownloadFailed as error:
+            return self._cached_instead(job, error)
+        job.show(revision=remote.key.revision)
+        check_paths(job.model, [file.path for file in remote.files])
+        while True:
+            try:
+                record = self._under_lease(source, remote, job)
+            except LeaseLost as error:
+                if self._cache.stopping.is_set():
+                    raise Stopped(f"{remote.key}: the server stops") from error
+                _LOG.warning("download was taken over model=%s reason=%s", remote.key, error)
+            else:
+                return record
+
+    def _resolve(self, source: ModelSource, job: DownloadJob) -> RemoteModel:
+        attempt = 1
+        while True:
+            try:
+                return source.resolve(job.model, job.revision)
+            except DownloadInterrupted as error:
+                if attempt >= self._retry.attempts:
+                    raise DownloadFailed(f"{error}; given up after {attempt} attempts") from error
+                wait = self._retry.wait_seconds(attempt, error.retry_after_seconds)
+                job.show(message=f"asking the provider again in {wait:.0f} s: {error}")
+                if self._cache.stopping.wait(wait):
+                    raise Stopped(f"{job.model}: the server stops") from error
+            attempt += 1
+
+    def _cached_instead(self, job: DownloadJob, error: DownloadFailed) -> ModelRecord:
+        """While the provider cannot be asked, a name stands for what it stood for the last time."""
+        try:
+            record = self._cache.find(job.model, job.revision)
+        except ModelNotCached:
+            raise error from None
+        if not (record.has_weights or job.ignore_weights):
+            raise error
+        _LOG.warning("the cached revision is used model=%s reason=%s", record.key, error)
+        self._cache.touch(record.key)
+        return record
+
+    def _satisfying(self, key: ModelKey, job: DownloadJob) -> ModelRecord | None:
+        """The record, if it has all that the job wants and the files are still there."""
+        record = self._cache.record(key)
+        if record is None or not (record.has_weights or job.ignore_weights):
+            return None
+        if any(not (self._cache.layout.root / file.place).exists() for file in record.files):
+            _LOG.warning("files are missing, they are downloaded again model=%s", key)
+            return None
+        self._cache.touch(key)
+        return record
+
+    def _under_lease(self, source: ModelSource, remote: RemoteModel, job: DownloadJob) -> ModelRecord:
+        key = remote.key
+        while True:
+            lease = self._cache.leases.try_acquire(key.id)
+            try:
+                if record := self._satisfying(key, job):
+                    self._name(remote, job)
+                    return record
+                if lease is not None:
+                    job.show(phase="downloading", message="downloading")
+                    wanted = [file for file in remote.files if not (job.ignore_weights and is_weight(file.path))]
+                    transfer = Transfer(
+                        self._cache, source, remote, lease, self._retry, lambda progress: job.show(progress=progress)
+                    )
+                    record = transfer.run(wanted, has_weights=len(wanted) == len(remote.files))
+                    self._name(remote, job)
+                    return record
+            finally:
+                if lease is not None:
+                    self._cache.leases.release(lease)
+            job.show(phase="waiting", message="another replica downloads it")
+            if self._cache.stopping.wait(0.25):
+                raise Stopped(f"{key}: the server stops")
+
+    def _name(self, remote: RemoteModel, job: DownloadJob) -> None:
+        """Lets the asked-for name stand for the revision, now that all of it is there."""
+        if job.revision != remote.key.revision:
+            layout = self._cache.layout
+            if layout.read_ref(job.model, job.revision) != remote.key.revision:
+                layout.write_ref(job.model, job.revision, remote.key.revision, layout.staging)

@@ -1,0 +1,126 @@
+"""Models below a prefix of S3, Google Cloud Storage or Azure Blob Storage, by `obstore` (Rust's object_store).
+
+Credentials and endpoints come from that library's environment names (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME …), web identity tokens and the machine's metadata service.
+The revision of a prefix is a hash of its listing, so that changed objects are another revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
+from mxserver.models.names import ModelKey, ModelName
+from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full, write_all
+from mxserver.wire import model_pb2
+
+if TYPE_CHECKING:
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+PART_BYTES = 16 * 1024 * 1024
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+
+
+class ObjectSource:
+    """All three providers: they differ in how a store is opened."""
+
+    parallel_files = 8
+
+    def resolve(self, model: ModelName, revision: str) -> RemoteModel:
+        import obstore
+
+        try:
+            store, prefix = _open(model)
+            found = [item for batch in obstore.list(store, prefix or None) for item in batch]
+        except Exception as error:
+            raise _as_model_error(model.name, error) from error
+        files = []
+        for item in sorted(found, key=lambda item: item["path"]):
+            path = item["path"].removeprefix(f"{prefix}/" if prefix else "")
+            if path and not (item["size"] == 0 and path.endswith("/")):
+                files.append(RemoteFile(path, item["size"], etag=item["e_tag"] or ""))
+        if not files:
+            raise RevisionNotFound(f"{model.name} has no objects")
+        return RemoteModel(ModelKey(model, listing_revision(files)), tuple(files))
+
+    def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
+        import obstore
+
+        model = remote.key.model
+        beside = scratch / hashlib.sha256(file.path.encode()).hexdigest()
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            store, prefix = _open(model)
+            path = f"{prefix}/{file.path}" if prefix else file.path
+            for start in range(0, file.size or 0, PART_BYTES):
+                if stopping.is_set():
+                    raise DownloadFailed(f"{model.name}: {file.path} was left off: the server stops")
+                end = min(start + PART_BYTES, file.size or 0)
+                options: Any = {"range": (start, end)} | ({"if_match": file.etag} if file.etag else {})
+                part = memoryview(obstore.get(store, path, options=options).bytes())
+                if len(part) != end - start:
+                    raise DownloadInterrupted(
+                        f"{model.name}: {file.path} at {start}: {len(part)} bytes came instead of {end - start}"
+                    )
+                write_all(handle, part, start)
+        except (DownloadFailed, DownloadInterrupted):
+            raise
+        except Exception as error:
+            raise _as_model_error(f"{model.name}: {file.path}", error) from error
+        finally:
+            os.close(handle)
+        return beside
+
+
+def listing_revision(files: list[RemoteFile]) -> str:
+    """A name for what a prefix holds now: 40 hex digits."""
+    listing = "\n".join(f"{file.path}\t{file.size}\t{file.etag}" for file in sorted(files, key=lambda f: f.path))
+    return hashlib.sha256(listing.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
+    """The bucket's store, and the prefix in it."""
+    try:
+        from obstore import store as stores
+    except ImportError as error:
+        extra = {model_pb2.S3: "s3", model_pb2.GCS: "gcs", model_pb2.AZURE: "azure"}[model.provider]
+        raise DownloadFailed(
+            f"{model.name} needs obstore ({error}); install it with: pip install 'mx-modelexpress[{extra}]'"
+        ) from error
+    bucket, _, prefix = model.name.partition("://")[2].partition("/")
+    # Plain HTTP is refused unless whoever runs the server names such an endpoint.
+    plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+    options: Any = {"client_options": {"allow_http": True}} if plain else {}
+    if model.provider == model_pb2.S3:
+        return stores.S3Store(bucket, **options), prefix
+    if model.provider == model_pb2.GCS:
+        return stores.GCSStore(bucket, **options), prefix
+    container, _, account = bucket.partition("@")
+    if account:
+        options["account_name"] = account.partition(".")[0]
+    return stores.AzureStore(container, **options), prefix
+
+
+def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNotFound:
+    """What an exception of the library means for us. Programming errors go through as they are.
+
+    The library has retried by itself what can be retried within a request.
+    """
+    import obstore.exceptions as errors
+
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, OSError) and is_disk_full(error):
+        return DownloadInterrupted(f"{what}: no space left on the disk")
+    if isinstance(error, (errors.NotFoundError, FileNotFoundError)):
+        return RevisionNotFound(f"{what} is not there ({text})")
+    if isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError, PermissionError)):
+        return DownloadFailed(f"{what}: the store refuses access; check the credentials of the server ({text})")
+    if isinstance(error, errors.PreconditionError):
+        return DownloadFailed(f"{what} was changed while it was downloaded; ask again for the new state")
+    if isinstance(error, (errors.BaseError, OSError)):
+        return DownloadInterrupted(f"{what}: {type(error).__name__}: {text}")
+    raise error

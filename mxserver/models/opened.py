@@ -1,0 +1,115 @@
+"""The model cache of a running server: opened when it is first needed, kept within its limits, closed at the end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxserver.models.cache import ModelCache
+from mxserver.models.downloads import Downloads
+from mxserver.models.errors import CacheFull, CacheUnusable
+from mxserver.models.eviction import Limits
+from mxserver.models.folder_download import FolderSource
+from mxserver.models.hub_download import HubSource
+from mxserver.models.names import Provider
+from mxserver.models.object_download import ObjectSource
+from mxserver.models.source import ModelSource
+from mxserver.models.transfer import RetryPolicy
+from mxserver.wire import model_pb2
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """What the server's settings say about the model cache."""
+
+    root: Path
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+    lease_seconds: float = 30.0
+    file_sources: tuple[Path, ...] = ()
+    retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
+
+
+class OpenCache:
+    """Cache and downloads. The folder is not touched before `cache` or `downloads` is asked for. Thread-safe."""
+
+    def __init__(self, settings: CacheSettings, show_state: Callable[[bool], None]) -> None:
+        """`show_state` is told, from a thread of this object, whether the folder can be used."""
+        self.settings = settings
+        self._show_state = show_state
+        self._lock = threading.Lock()
+        self._opened: tuple[ModelCache, Downloads, threading.Thread] | None = None
+        self._closed = False
+
+    @property
+    def cache(self) -> ModelCache:
+        """Raises CacheUnusable."""
+        return self._open()[0]
+
+    @property
+    def downloads(self) -> Downloads:
+        """Raises CacheUnusable."""
+        return self._open()[1]
+
+    def open(self) -> None:
+        """Opens it now rather than at the first call. Raises CacheUnusable."""
+        self._open()
+
+    def stop_downloads(self) -> None:
+        """Ends downloads, now or soon; who waits for them is told. What is complete of them is kept."""
+        with self._lock:
+            self._closed = True
+            if self._opened:
+                self._opened[0].stopping.set()
+
+    def close(self) -> None:
+        """Ends downloads and lets go of the folder; idempotent."""
+        with self._lock:
+            self._closed = True
+            opened, self._opened = self._opened, None
+        if opened:
+            cache, downloads, keeper = opened
+            downloads.close()
+            keeper.join()
+            cache.close()
+
+    def _open(self) -> tuple[ModelCache, Downloads]:
+        with self._lock:
+            if self._closed:
+                raise CacheUnusable("the server stops")
+            if self._opened is None:
+                cache = ModelCache(self.settings.root, self.settings.limits, lease_seconds=self.settings.lease_seconds)
+                objects = ObjectSource()
+                sources: dict[Provider, ModelSource] = {
+                    model_pb2.HUGGING_FACE: HubSource(cache.layout),
+                    model_pb2.S3: objects,
+                    model_pb2.GCS: objects,
+                    model_pb2.AZURE: objects,
+                    model_pb2.FILE: FolderSource(self.settings.file_sources),
+                }
+                downloads = Downloads(cache, sources, retry=self.settings.retry)
+                keeper = threading.Thread(target=self._keep, args=(cache,), name="cache-keeper", daemon=True)
+                self._opened = (cache, downloads, keeper)
+                keeper.start()
+                _LOG.info("model cache folder=%s", cache.layout.root)
+            return self._opened[0], self._opened[1]
+
+    def _keep(self, cache: ModelCache) -> None:
+        """Clears up after others and holds the limits, which may be hit from outside: the disk is shared."""
+        while True:
+            try:
+                cache.sweep()
+                cache.enforce_limits()
+                self._show_state(True)
+            except CacheFull as error:
+                self._show_state(True)
+                _LOG.warning("the cache is over its limits reason=%s", error)
+            except OSError as error:
+                self._show_state(False)
+                _LOG.error("the cache folder does not work reason=%s", error)
+            if cache.stopping.wait(self.settings.lease_seconds):
+                return

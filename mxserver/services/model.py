@@ -1,0 +1,228 @@
+"""ModelService: model files in the server's cache. Thin over mxserver.models.
+
+Streams that wait or send for long run in thread pools of their own, so that they never hold up the calls that
+workers find each other with.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import grpc
+
+from mxserver.models import errors
+from mxserver.models.downloads import DownloadJob, JobState
+from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, selected_files, spans
+from mxserver.models.names import ModelKey, ModelName, checked_revision, is_commit, model_name
+from mxserver.models.opened import OpenCache
+from mxserver.models.record import ModelRecord
+from mxserver.models.transfer import Stopped
+from mxserver.wire import model_pb2
+from mxserver.wire.client import ERROR_CODE_METADATA
+
+_LOG = logging.getLogger(__name__)
+
+SERVICE = "model_express.model.ModelService"
+
+MAX_WAITING_CALLERS = 1024
+MAX_STREAMS = 64
+
+_UPDATE_SECONDS = 1.0  # a caller hears at least so often, and at most four times as often, how far a download is
+_MIN_UPDATE_SECONDS = 0.25
+
+_STATUSES: tuple[tuple[type[errors.ModelError], grpc.StatusCode], ...] = (
+    (errors.BadModelName, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnsafePath, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ModelNotCached, grpc.StatusCode.NOT_FOUND),
+    (errors.RevisionNotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.ModelInUse, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.CacheUnusable, grpc.StatusCode.FAILED_PRECONDITION),
+    (FileDamaged, grpc.StatusCode.DATA_LOSS),
+)
+
+
+def refuse(context: grpc.ServicerContext, error: errors.ModelError) -> NoReturn:
+    """Ends a call with the status that fits the error."""
+    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
+    _LOG.info("call refused status=%s reason=%s", status.name, error)
+    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
+    context.abort(status, str(error))
+    raise AssertionError("abort returned")
+
+
+class ModelService:
+    """Thread-safe. `add_to` a server; `close` after it has stopped."""
+
+    def __init__(self, opened: OpenCache) -> None:
+        self._opened = opened
+        self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
+        self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
+
+    def add_to(self, server: grpc.Server) -> None:
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "EnsureModelDownloaded": grpc.unary_stream_rpc_method_handler(
+                _in_pool(self.ensure_model_downloaded, self._waiting),
+                request_deserializer=model_pb2.ModelDownloadRequest.FromString,
+                response_serializer=model_pb2.ModelStatusUpdate.SerializeToString,
+            ),
+            "StreamModelFiles": grpc.unary_stream_rpc_method_handler(
+                _in_pool(self.stream_model_files, self._streaming),  # yields messages that are serialised already
+                request_deserializer=model_pb2.ModelFilesRequest.FromString,
+            ),
+            "ListModelFiles": grpc.unary_unary_rpc_method_handler(
+                self.list_model_files,
+                request_deserializer=model_pb2.ModelFilesRequest.FromString,
+                response_serializer=model_pb2.ModelFileList.SerializeToString,
+            ),
+            "DeleteModel": grpc.unary_unary_rpc_method_handler(
+                self.delete_model,
+                request_deserializer=model_pb2.DeleteModelRequest.FromString,
+                response_serializer=model_pb2.DeleteModelResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def close(self) -> None:
+        """Lets go of the threads. Idempotent."""
+        self._waiting.shutdown(wait=False)
+        self._streaming.shutdown(wait=False)
+
+    def ensure_model_downloaded(
+        self, request: model_pb2.ModelDownloadRequest, context: grpc.ServicerContext
+    ) -> Iterator[model_pb2.ModelStatusUpdate]:
+        try:
+            model = model_name(request.provider, request.model_name)
+            revision = checked_revision(model, request.revision)
+            job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
+        except errors.ModelError as error:
+            refuse(context, error)
+        yield from self._follow(job, context)
+        state = job.state()
+        if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
+            refuse(context, state.error)
+        if state.phase == "done" and request.pin:
+            self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
+        if state.ended:
+            yield _update(job, state)
+
+    def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
+        """Tells how far the download is, until it ends or the caller leaves."""
+        state = job.state()
+        while not state.ended:
+            yield _update(job, state)
+            told_at = time.monotonic()
+            since = state.version
+            while not state.ended and time.monotonic() - told_at < _UPDATE_SECONDS:
+                if not context.is_active():
+                    _LOG.info("a caller left model=%s; the download goes on", job.model)
+                    return
+                state = job.wait_for_change(state.version, _MIN_UPDATE_SECONDS)
+                if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
+                    break
+
+    def list_model_files(
+        self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
+    ) -> model_pb2.ModelFileList:
+        try:
+            model, revision = _named(request)
+            record = self._opened.cache.find(model, revision)
+            files = selected_files(record, request)
+        except errors.ModelError as error:
+            refuse(context, error)
+        self._opened.cache.touch(record.key)
+        return model_pb2.ModelFileList(
+            model_name=request.model_name,
+            files=[
+                model_pb2.ModelFileInfo(relative_path=file.path, size=file.size, digest=file.digest) for file in files
+            ],
+            total_size=sum(file.size for file in files),
+            resolved_revision=_public_revision(record),
+        )
+
+    def stream_model_files(
+        self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        try:
+            model, revision = _named(request)
+            cache = self._opened.cache
+            with cache.reading(model, revision) as record:
+                parts = spans(selected_files(record, request), request)
+                yield from messages(cache.layout.root, record, parts, chunk_bytes(request.chunk_size))
+        except errors.ModelError as error:
+            refuse(context, error)
+
+    def delete_model(
+        self, request: model_pb2.DeleteModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.DeleteModelResponse:
+        try:
+            model = model_name(request.provider, request.model_name)
+            revision = checked_revision(model, request.revision) if request.revision else ""
+            keys = self._keys(model, revision)
+        except errors.ModelError as error:
+            refuse(context, error)
+        if not keys:
+            return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached")
+        removed, problems = 0, []
+        for key in keys:
+            try:
+                removed += self._opened.cache.remove(key, force=request.force)
+            except errors.ModelError as error:
+                problems.append(str(error))
+        if problems:
+            return model_pb2.DeleteModelResponse(success=False, message="; ".join(problems))
+        return model_pb2.DeleteModelResponse(success=True, message=f"removed {removed} bytes")
+
+    def _keys(self, model: ModelName, revision: str) -> list[ModelKey]:
+        cache = self._opened.cache
+        if not revision:
+            return [record.key for record in cache.records() if record.key.model == model]
+        commit = revision if is_commit(revision) else cache.layout.read_ref(model, revision)
+        key = ModelKey(model, commit) if commit else None
+        return [key] if key and cache.record(key) else []
+
+
+def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:
+    model = model_name(request.provider, request.model_name)
+    return model, checked_revision(model, request.revision)
+
+
+def _public_revision(record: ModelRecord) -> str | None:
+    """The commit; a prefix of an object store has none that a client could ask for."""
+    return record.key.revision if record.key.model.provider == model_pb2.HUGGING_FACE else None
+
+
+def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
+    status = {"done": model_pb2.DOWNLOADED, "failed": model_pb2.ERROR}.get(state.phase, model_pb2.DOWNLOADING)
+    progress = state.progress
+    update = model_pb2.ModelStatusUpdate(
+        model_name=job.model.name,
+        status=status,
+        message=state.message,
+        provider=job.model.provider,
+        progress=model_pb2.DownloadProgress(
+            bytes_done=progress.bytes_done,
+            bytes_total=progress.bytes_total,
+            files_done=progress.files_done,
+            files_total=progress.files_total,
+            bytes_fetched=progress.bytes_fetched,
+        ),
+    )
+    if state.revision and job.model.provider == model_pb2.HUGGING_FACE:
+        update.resolved_revision = state.revision
+    return update
+
+
+def _in_pool(method: Callable[..., Iterator[Any]], pool: ThreadPoolExecutor) -> Callable[..., Iterator[Any]]:
+    """A method that grpcio runs in a thread pool of its own: the attribute is how it is told so."""
+
+    @functools.wraps(method)
+    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        return method(request, context)
+
+    call.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    return call

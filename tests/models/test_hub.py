@@ -1,0 +1,233 @@
+"""Downloads from a hub through the whole server: the real huggingface_hub against a stand-in over HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mxserver.wire import model_pb2
+from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
+from mxserver.wire.model_client import ModelClient
+from tests.models.conftest import FILES, REPOSITORY, WEIGHTS, StartServer, files_below, pattern
+from tests.models.hub_stand_in import Fault, HubStandIn
+
+LARGE = "model-00001-of-00002.safetensors"
+
+
+def snapshot(cache: Path, commit: str) -> Path:
+    return cache / "models--org--tiny-1.0" / "snapshots" / commit
+
+
+def test_download_puts_the_hubs_layout_into_the_cache(client: ModelClient, hub: HubStandIn, cache_folder: Path) -> None:
+    commit = client.ensure(REPOSITORY)
+    assert commit == hub.repositories[REPOSITORY].refs["main"]
+    folder = snapshot(cache_folder, commit)
+    assert files_below(folder) == FILES
+    assert all(path.is_symlink() for path in folder.rglob("*") if path.is_file())
+    assert (cache_folder / "models--org--tiny-1.0" / "refs" / "main").read_text() == commit
+    assert not list((cache_folder / ".modelexpress" / "staging").iterdir())
+
+
+def test_offline_library_finds_the_model(client: ModelClient, cache_folder: Path) -> None:
+    client.ensure(REPOSITORY)
+    program = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], cache_dir=sys.argv[2]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, REPOSITORY, str(cache_folder)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert files_below(Path(done.stdout.strip())) == FILES
+
+
+def test_second_request_asks_for_nothing_but_the_revision(client: ModelClient, hub: HubStandIn) -> None:
+    client.ensure(REPOSITORY)
+    sent = hub.bytes_sent.total()
+    commit = client.ensure(REPOSITORY)
+    assert hub.bytes_sent.total() == sent
+    asked = hub.requests["api"]
+    client.ensure(REPOSITORY, revision=commit)
+    assert hub.requests["api"] == asked
+
+
+def test_ignore_weights_first_and_the_rest_later(client: ModelClient, hub: HubStandIn) -> None:
+    client.ensure(REPOSITORY, ignore_weights=True)
+    light = {info.path for info in client.list_files(REPOSITORY, ignore_weights=True).files}
+    assert light == set(FILES) - WEIGHTS
+    with pytest.raises(ModelNotFound, match="without its weights"):
+        client.list_files(REPOSITORY)
+    assert not any(hub.bytes_sent[path] for path in WEIGHTS)
+    client.ensure(REPOSITORY)
+    assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES)
+    assert hub.requests["GET original/nested/tokenizer.json"] == 1
+
+
+def test_branch_that_moves(client: ModelClient, hub: HubStandIn, cache_folder: Path) -> None:
+    old = client.ensure(REPOSITORY)
+    changed = FILES | {"config.json": b'{"model_type": "other"}'}
+    new = hub.add(REPOSITORY, changed)
+    sent = {path: hub.bytes_sent[path] for path in FILES}
+    assert client.ensure(REPOSITORY) == new
+    assert files_below(snapshot(cache_folder, new)) == changed
+    assert files_below(snapshot(cache_folder, old)) == FILES
+    assert hub.bytes_sent[LARGE] == sent[LARGE]  # the same blob is not fetched twice
+
+
+def test_branches_and_tags_with_slashes(client: ModelClient, hub: HubStandIn) -> None:
+    commit = hub.add(REPOSITORY, {"config.json": b"{}"}, ref="v1.0")
+    assert client.ensure(REPOSITORY, revision="v1.0") == commit
+    assert [info.path for info in client.list_files(REPOSITORY, revision="v1.0").files] == ["config.json"]
+
+
+def test_unknown_model_and_unknown_revision(client: ModelClient) -> None:
+    with pytest.raises(ModelNotFound, match="org/none"):
+        client.ensure("org/none")
+    with pytest.raises(ModelNotFound, match="nowhere"):
+        client.ensure(REPOSITORY, revision="nowhere")
+
+
+def test_gated_model_needs_the_token(start_server: StartServer, hub: HubStandIn) -> None:
+    hub.repositories[REPOSITORY].gated = True
+    with (
+        ModelClient(start_server(HF_TOKEN="wrong").address) as client,
+        pytest.raises(ModelDownloadError, match="HF_TOKEN"),
+    ):
+        client.ensure(REPOSITORY)
+    with ModelClient(start_server(HF_TOKEN="right").address) as client:
+        assert client.ensure(REPOSITORY)
+    assert "Bearer right" in hub.tokens
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("api", Fault(status=429, retry_after="1")),
+        ("api", Fault(status=503)),
+        (f"HEAD {LARGE}", Fault(status=503, retry_after="1")),
+        (f"GET {LARGE}", Fault(status=429, retry_after="1")),
+        (f"GET {LARGE}", Fault(status=503, retry_after="1")),
+        (f"GET {LARGE}", Fault(cut_after=1_000_000)),
+        (f"GET {LARGE}", Fault(replace_with=pattern(3_000_001, 7))),
+        (f"GET {LARGE}", Fault(replace_with=pattern(2_000_000, 1))),
+        ("GET config.json", Fault(replace_with=b'{"model_type": "evil"}')),
+        ("GET config.json", Fault(status=500)),
+    ],
+    ids=[
+        "rate limit",
+        "hub down",
+        "head 503",
+        "cdn 429",
+        "cdn 503",
+        "cut",
+        "other bytes",
+        "too short",
+        "other small file",
+        "500",
+    ],
+)
+def test_faults_that_pass_are_ridden_out(
+    client: ModelClient, hub: HubStandIn, cache_folder: Path, key: str, fault: Fault
+) -> None:
+    hub.faults[key].append(fault)
+    commit = client.ensure(REPOSITORY)
+    assert not hub.faults[key], "the fault did not happen"
+    assert files_below(snapshot(cache_folder, commit)) == FILES
+
+
+def test_cut_is_resumed_where_it_was(client: ModelClient, hub: HubStandIn) -> None:
+    hub.faults[f"GET {LARGE}"].append(Fault(cut_after=2_000_000))
+    client.ensure(REPOSITORY)
+    assert hub.bytes_sent[LARGE] < len(FILES[LARGE]) + 200_000
+
+
+def test_progress_is_real(client: ModelClient, hub: HubStandIn) -> None:
+    gate = Fault(gate=__import__("threading").Event(), gate_after=1_048_576)
+    hub.faults[f"GET {LARGE}"].append(gate)
+    seen: list[model_pb2.DownloadProgress] = []
+
+    def note(update: model_pb2.ModelStatusUpdate) -> None:
+        if update.HasField("progress") and update.status == model_pb2.DOWNLOADING:
+            seen.append(update.progress)
+            others = sum(map(len, FILES.values())) - len(FILES[LARGE])
+            if update.progress.files_done == 4 and update.progress.bytes_done > others:
+                assert gate.gate
+                gate.gate.set()
+
+    client.ensure(REPOSITORY, on_update=note)
+    total = sum(map(len, FILES.values()))
+    assert {update.bytes_total for update in seen if update.bytes_total} == {total}
+    assert [update.bytes_done for update in seen] == sorted(update.bytes_done for update in seen)
+    assert any(0 < update.bytes_done < total for update in seen)
+    assert {update.files_total for update in seen if update.files_total} == {5}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside.json",
+        "/etc/passwd",
+        "a/../../b",
+        "a\\..\\b",
+        "C:/x",
+        "sub//x",
+        "nul.txt",
+        "bad\x00name",
+        "config.json/inner",
+        "config.json",
+    ],
+)
+def test_hostile_names_of_a_hub_are_refused(
+    client: ModelClient, hub: HubStandIn, cache_folder: Path, tmp_path: Path, name: str
+) -> None:
+    hub.add(REPOSITORY, FILES, listed=(name,))
+    with pytest.raises(ModelDownloadError, match="MX_MODEL_PATH"):
+        client.ensure(REPOSITORY)
+    assert not (tmp_path / "outside.json").exists()
+    assert not (cache_folder / "models--org--tiny-1.0").exists()
+
+
+def test_offline_server_serves_what_lies_in_its_folder(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+) -> None:
+    program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], cache_dir=sys.argv[2])"
+    subprocess.run(
+        [sys.executable, "-c", program, REPOSITORY, str(cache_folder)],
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache_folder.parent / "other")},
+        capture_output=True,
+        check=True,
+    )
+    asked = hub.requests.total()
+    with ModelClient(start_server(HF_HUB_OFFLINE="1").address) as client:
+        with pytest.raises(ModelNotFound):
+            client.list_files(REPOSITORY)
+        client.ensure(REPOSITORY)
+        assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES)
+        with pytest.raises(ModelDownloadError, match="HF_HUB_OFFLINE"):
+            client.ensure("org/other")
+    assert hub.requests.total() == asked
+
+
+def test_hub_that_is_away_does_not_take_cached_models_along(
+    start_server: StartServer, hub: HubStandIn
+) -> None:
+    with ModelClient(start_server().address) as client:
+        commit = client.ensure(REPOSITORY)
+        hub.faults["api"] = [Fault(status=403) for _ in range(9)]
+        assert client.ensure(REPOSITORY) == commit
+        with pytest.raises(ModelDownloadError, match="403"):
+            client.ensure("org/other")
+
+
+def test_names_that_make_no_sense(client: ModelClient) -> None:
+    for name in ("", "a/b/c", "../x", "org/..", "a--b", "s3://", "s3://bucket/../x", "file://host/x", "gs://b\x00/x"):
+        with pytest.raises(ServerRefused, match="INVALID_ARGUMENT"):
+            client.ensure(name)
+    with pytest.raises(ServerRefused, match="INVALID_ARGUMENT"):
+        client.ensure(REPOSITORY, revision="a..b/../c")
+    with pytest.raises(ServerRefused, match="no revisions"):
+        client.ensure("s3://bucket/prefix", revision="main")

@@ -1,0 +1,80 @@
+"""A model's files on this machine, found as vLLM's default loader finds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_plugin.checkpoint import find_checkpoint, model_name
+
+
+def write(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+
+
+def index(folder: Path, *names: str) -> None:
+    text = json.dumps({"weight_map": {f"t{number}": name for number, name in enumerate(names)}})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def found_names(folder: Path) -> list[str]:
+    return [file.name for file in find_checkpoint(str(folder)).weight_files]
+
+
+def test_the_shards_that_the_index_names(tmp_path: Path) -> None:
+    write(tmp_path, "b.safetensors", "a.safetensors", "stray.safetensors")
+    index(tmp_path, "b.safetensors", "a.safetensors", "a.safetensors")
+    checkpoint = find_checkpoint(str(tmp_path))
+    assert [file.name for file in checkpoint.weight_files] == ["a.safetensors", "b.safetensors"]
+    assert checkpoint.index_file == tmp_path / "model.safetensors.index.json"
+
+
+def test_a_shard_that_is_missing_means_no_weight_files(tmp_path: Path) -> None:
+    write(tmp_path, "a.safetensors")
+    index(tmp_path, "a.safetensors", "b.safetensors")
+    assert found_names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"t": 1}}', '{"weight_map": {"t": "../x"}}']
+)
+def test_an_index_that_is_none_is_left_to_vllm(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert found_names(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("model.safetensors", "pytorch_model.bin"), ["model.safetensors"]),
+        (("pytorch_model.bin", "x.pt"), ["pytorch_model.bin"]),
+        (("consolidated.safetensors", "model.safetensors"), ["consolidated.safetensors"]),
+        (("config.json",), []),
+    ],
+)
+def test_files_as_the_default_loader_chooses_them(tmp_path: Path, files: tuple[str, ...], expected: list[str]) -> None:
+    write(tmp_path, *files)
+    assert found_names(tmp_path) == expected
+
+
+def test_the_hubs_cache_is_searched_and_nothing_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    write(snapshot, "model.safetensors", "config.json")
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text(commit)
+
+    checkpoint = find_checkpoint("org/name", None, str(tmp_path))
+    assert checkpoint.commit == commit
+    assert [file.name for file in checkpoint.weight_files] == ["model.safetensors"]
+    assert find_checkpoint(str(snapshot)).commit == commit
+    assert find_checkpoint("org/other", None, str(tmp_path)) == (None, (), None, "")
+    assert find_checkpoint("no such folder/and/no/name", None, str(tmp_path)).folder is None
+    assert model_name(str(snapshot)) == "org/name"
+    assert model_name("/models/mine") == "/models/mine"

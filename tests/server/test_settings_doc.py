@@ -1,0 +1,24 @@
+"""docs/settings.md is what the code says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from mxserver.settings import ServerSettings
+from tests.server.conftest import ROOT
+
+PRINT = (
+    "import sys; sys.path.insert(0, 'tools'); import make_settings_doc; sys.stdout.write(make_settings_doc.render())"
+)
+
+
+def test_page_is_what_the_generator_makes() -> None:
+    run = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (ROOT / "docs" / "settings.md").read_text() == run.stdout, "run: python tools/make_settings_doc.py"
+
+
+def test_page_has_every_setting_and_no_path_of_this_machine() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert all(f"| `{field.alias}` |" in page for field in ServerSettings.model_fields.values())
+    assert str(ROOT) not in page

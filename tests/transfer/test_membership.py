@@ -1,0 +1,262 @@
+"""A worker's life against a real mxserver, with workers in other processes and in this one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mxcore.errors import TransferError
+from mxcore.settings import load_settings
+from mxcore.transfer.heartbeat import Heartbeat
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.membership import Membership
+from mxserver.wire import p2p_pb2
+from mxserver.wire.client import ServerClient
+from mxserver.wire.errors import ServerUnreachable, WireError
+from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
+from tests.transfer.memory import HostTensors, identity, model_specs
+
+SEED = 7
+NewMember = Callable[..., Membership]
+
+
+@pytest.fixture
+def new_member(server: ServerProcess) -> Iterator[NewMember]:
+    members: list[Membership] = []
+
+    def make(checkpoint: str = "c0ffee", rank: int = 0, **changes: Any) -> Membership:
+        names = {"MX_SERVER_ADDRESS": server.address, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
+        names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.05, "MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5}
+        settings = load_settings({**names, **changes}, {})
+        members.append(Membership(settings, identity(checkpoint), rank, "cpu", chunk_bytes=65536))
+        return members[-1]
+
+    yield make
+    for member in members:
+        member.close()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[ServerClient]:
+    with ServerClient(server.address, timeout_seconds=5) as value:
+        yield value
+
+
+def serve(member: Membership, seed: int = SEED) -> HostTensors:
+    tensors = HostTensors(model_specs(1), seed)
+    layout, placement = build_layout("raw", tensors.local_tensors())
+    member.serve(layout, placement, {}, keep_alive=tensors)
+    return tensors
+
+
+def record_of(client: ServerClient, member: Membership) -> p2p_pb2.GetMetadataResponse | None:
+    try:
+        return client.get_metadata(member.source_id, member.worker_id)
+    except ServerUnreachable:
+        return None
+
+
+def status_of(client: ServerClient, member: Membership) -> int | None:
+    record = record_of(client, member)
+    return record.worker.status if record is not None else None
+
+
+def test_from_joining_to_goodbye(new_member: NewMember, client: ServerClient) -> None:
+    source, target = new_member(), new_member()
+    assert source.join()
+    assert source.join()
+    assert status_of(client, source) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    assert target.find_sources() == []
+    serve(source)
+    record = record_of(client, source)
+    assert record is not None
+    assert record.worker.status == p2p_pb2.SOURCE_STATUS_READY
+    assert record.worker.worker_grpc_endpoint == source.endpoint
+    assert source.endpoint is not None
+    assert source.endpoint.startswith("127.0.0.1:")
+
+    [found] = target.find_sources()
+    assert (found.worker_id, found.endpoint) == (source.worker_id, source.endpoint)
+    tensors = HostTensors(model_specs(1), None)
+    layout, placement = build_layout("raw", tensors.local_tensors())
+    report = target.receive(layout, placement, {}, [found])
+    assert tensors.equal_bytes(HostTensors(model_specs(1), SEED))
+
+    target.serve(layout, placement, {}, digests=report.digests, keep_alive=tensors)
+    third = new_member()
+    assert {s.worker_id for s in third.find_sources()} == {source.worker_id, target.worker_id}
+    assert [s.worker_id for s in source.find_sources()] == [target.worker_id]  # never itself
+    source.close()
+    source.close()
+    assert status_of(client, source) == p2p_pb2.SOURCE_STATUS_STALE
+    assert [s.worker_id for s in third.find_sources()] == [target.worker_id]
+    again = HostTensors(model_specs(1), None)
+    layout, placement = build_layout("raw", again.local_tensors())
+    assert third.receive(layout, placement, {}, third.find_sources()).source_worker_id == target.worker_id
+    assert again.equal_bytes(tensors)  # what was received is served on, with the first holder's digests
+
+
+def test_only_the_same_rank_and_identity_are_sources(new_member: NewMember) -> None:
+    serve(new_member(rank=1))
+    serve(new_member("another checkpoint"))
+    assert new_member().find_sources() == []
+    assert len(new_member(rank=1).find_sources()) == 1
+
+
+def test_serving_twice_or_after_leaving_is_refused(new_member: NewMember) -> None:
+    member = new_member()
+    serve(member)
+    with pytest.raises(TransferError, match="serving already"):
+        serve(member)
+    member.close()
+    with pytest.raises(TransferError, match="has left"):
+        serve(member)
+
+
+def test_a_worker_without_weight_files_adopts_the_checkpoint(new_member: NewMember, client: ServerClient) -> None:
+    source = new_member()
+    serve(source)
+    joined = new_member("")
+    joined.join()
+    before = joined.source_id
+    assert joined.find_sources() == []
+    assert [s.worker_id for s in joined.find_sources(match_any_checkpoint=True)] == [source.worker_id]
+    assert joined.identity == source.identity
+    assert status_of(client, joined) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    old = client.get_metadata(before, joined.worker_id)
+    assert old is None or old.worker.status == p2p_pb2.SOURCE_STATUS_STALE
+    assert len(joined.find_sources()) == 1
+
+
+def test_two_checkpoints_are_one_too_many_to_choose_from(
+    new_member: NewMember, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve(new_member("one"))
+    serve(new_member("two"))
+    blind = new_member("")
+    assert blind.find_sources(match_any_checkpoint=True) == []
+    assert "2 different checkpoints (one, two)" in caplog.text
+    assert blind.identity == identity("")
+
+
+def test_a_source_of_another_kind_is_not_adopted(new_member: NewMember) -> None:
+    serve(new_member())
+    blind = new_member("")
+    blind.identity.dtype = "float32"
+    assert blind.find_sources(match_any_checkpoint=True) == []
+
+
+def test_heartbeats_keep_a_worker_known(new_member: NewMember, client: ServerClient) -> None:
+    member = new_member()
+    member.join()
+    first = record_of(client, member)
+    assert first is not None
+
+    def newer() -> bool:
+        record = record_of(client, member)
+        return record is not None and record.worker.updated_at > first.worker.updated_at
+
+    wait_for(newer)
+
+
+@pytest.mark.parametrize("lose_state", [False, True])
+def test_a_worker_survives_the_server(
+    new_member: NewMember, client: ServerClient, server: ServerProcess, lose_state: bool
+) -> None:
+    member = new_member()
+    serve(member)
+    server.stop()
+    member.join()
+    server.restart(lose_state=lose_state)
+    wait_for(lambda: status_of(client, member) == p2p_pb2.SOURCE_STATUS_READY)
+    record = record_of(client, member)
+    assert record is not None
+    assert record.worker.worker_grpc_endpoint == member.endpoint
+
+
+def test_an_unreachable_server_costs_a_warning(server: ServerProcess, caplog: pytest.LogCaptureFixture) -> None:
+    server.stop()
+    settings = load_settings({"MX_SERVER_ADDRESS": server.address, "MX_SERVER_TIMEOUT_SECS": 1}, {})
+    member = Membership(settings, identity(), 0, "cpu", chunk_bytes=65536)
+    assert not member.join()
+    assert member.find_sources() == []
+    assert "not known to the server yet" in caplog.text
+    assert "sources cannot be listed" in caplog.text
+    member.close()
+
+
+def test_without_a_server_nothing_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    member = Membership(load_settings({}, {}), identity(), 0, "cpu")
+    assert not member.join()
+    assert member.find_sources() == []
+    assert "no server is set" in caplog.text
+    assert member.drain()
+    member.close()
+    member.close()
+
+
+def test_a_newer_life_takes_over(new_member: NewMember, client: ServerClient, caplog: pytest.LogCaptureFixture) -> None:
+    member = new_member()
+    serve(member)
+    worker = p2p_pb2.WorkerMetadata(worker_rank=0, status=p2p_pb2.SOURCE_STATUS_READY, worker_grpc_endpoint="h:1")
+    client.publish(identity(), worker, member.worker_id)
+    wait_for(lambda: member.superseded and member.endpoint is None)
+    assert "has taken over" in caplog.text
+    member.close()
+    assert status_of(client, member) == p2p_pb2.SOURCE_STATUS_READY  # the newer one's record is left alone
+
+
+def test_a_reader_is_waited_for(new_member: NewMember, start_worker: StartWorker) -> None:
+    member = new_member()
+    serve(member)
+    reader = start_worker("tcp", megabytes=1)
+    [source] = new_member().find_sources()
+    paused = reader.ask(do="receive", sources=[vars(source)], pause_after_bytes=1)
+    assert "paused_at" in paused
+    assert not member.drain(0)
+    reader.send(do="go on")
+    assert reader.read()["equal"]
+    assert member.drain(30)
+
+
+def test_a_closing_member_never_raises(new_member: NewMember, server: ServerProcess) -> None:
+    member = new_member()
+    serve(member)
+    server.stop()
+    member.close()
+    assert member.endpoint is None
+
+
+def test_a_heartbeat_is_never_longer_than_a_third_of_the_lease() -> None:
+    heartbeat = Heartbeat(30, lambda: None)
+    heartbeat.limit(0)
+    assert heartbeat.interval_seconds == 30
+    heartbeat.limit(90)
+    assert heartbeat.interval_seconds == 30
+    heartbeat.limit(9)
+    assert heartbeat.interval_seconds == 3
+    heartbeat.stop()
+    heartbeat.start()
+    heartbeat.stop()
+
+
+def test_a_heartbeat_goes_on_after_failures(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    beats: list[float] = []
+
+    def beat() -> None:
+        beats.append(time.monotonic())
+        if len(beats) in (2, 3):
+            raise WireError("nobody there")
+
+    heartbeat = Heartbeat(0.01, beat)
+    heartbeat.start()
+    heartbeat.start()
+    wait_for(lambda: len(beats) > 5)
+    heartbeat.stop()
+    assert caplog.text.count("did not get through") == 1
+    assert caplog.text.count("gets through again") == 1

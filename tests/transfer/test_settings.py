@@ -1,0 +1,126 @@
+"""The worker's settings: names, precedence, bad values, addresses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from mxcore.settings import WorkerSettings, load_settings
+from mxserver.wire.environment import BY_NAME
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_defaults() -> None:
+    settings = load_settings({}, {})
+    assert settings == WorkerSettings.model_validate({})
+    assert settings.server_address is None
+    assert (settings.transport, settings.layout, settings.nixl_backend) == ("auto", "auto", "UCX")
+    assert settings.heartbeat_interval_seconds == 30
+
+
+def test_every_setting_is_in_the_table_of_names() -> None:
+    aliases = {field.alias for field in WorkerSettings.model_fields.values()}
+    assert aliases <= BY_NAME.keys()
+    with_effect = {v.name for v in BY_NAME.values() if v.reader == "worker" and v.has_effect}
+    assert with_effect == aliases | {"MODEL_EXPRESS_URL"}
+
+
+def test_everything_comes_from_the_environment() -> None:
+    settings = load_settings(
+        {},
+        {
+            "MX_SERVER_ADDRESS": "http://mx:9000",
+            "MX_SERVER_TIMEOUT_SECS": "2.5",
+            "MX_WORKER_HOST": "10.1.2.3",
+            "MX_WORKER_GRPC_PORT": "7000",
+            "MX_HEARTBEAT_INTERVAL_SECS": "5",
+            "MX_TRANSFER_TIMEOUT": "60",
+            "MX_STALL_TIMEOUT_SECS": "3",
+            "MX_DRAIN_TIMEOUT_SECS": "0",
+            "MX_TRANSPORT": "rdma",
+            "MX_LAYOUT": "raw",
+            "MX_NIXL_BACKEND": "LIBFABRIC",
+            "MX_MODEL_REVISION": "abc",
+        },
+    )
+    assert settings.model_dump() == {
+        "server_address": "mx:9000",
+        "server_timeout_seconds": 2.5,
+        "worker_host": "10.1.2.3",
+        "worker_grpc_port": 7000,
+        "heartbeat_interval_seconds": 5.0,
+        "transfer_timeout_seconds": 60.0,
+        "stall_timeout_seconds": 3.0,
+        "drain_timeout_seconds": 0.0,
+        "transport": "rdma",
+        "layout": "raw",
+        "nixl_backend": "LIBFABRIC",
+        "model_revision": "abc",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "address"),
+    [
+        ({}, {"MX_SERVER_ADDRESS": "a:1"}, "a:1"),
+        ({}, {"MX_SERVER_ADDRESS": "a:1", "MODEL_EXPRESS_URL": "http://b"}, "b:8001"),
+        ({"MX_SERVER_ADDRESS": "c:1"}, {"MODEL_EXPRESS_URL": "b"}, "c:1"),
+        ({"MODEL_EXPRESS_URL": "c:1"}, {"MX_SERVER_ADDRESS": "a:1"}, "c:1"),
+        ({"server_address": "c:1"}, {"MX_SERVER_ADDRESS": "a:1"}, "c:1"),
+        ({}, {"MODEL_EXPRESS_URL": "tcp://10.0.0.1:8001", "MX_SERVER_ADDRESS": "a:1"}, "a:1"),
+        ({}, {"MODEL_EXPRESS_URL": "  "}, None),
+    ],
+)
+def test_which_server(overrides: dict[str, object], environ: dict[str, str], address: str | None) -> None:
+    assert load_settings(overrides, environ).server_address == address
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MX_TRANSPORT", "bogus", "'auto', 'same-host', 'tcp' or 'rdma'"),
+        ("MX_STALL_TIMEOUT_SECS", "0", "greater than 0"),
+        ("MX_TRANSFER_TIMEOUT", "soon", "valid number"),
+        ("MX_WORKER_GRPC_PORT", "70000", "less than or equal to 65535"),
+        ("MX_SERVER_ADDRESS", "ftp://x", "scheme"),
+        ("MX_LAYOUT", "RAW", "'auto', 'processed' or 'raw'"),
+    ],
+)
+def test_a_bad_value_warns_and_the_default_is_taken(
+    caplog: pytest.LogCaptureFixture, name: str, value: str, said: str
+) -> None:
+    settings = load_settings({}, {name: value, "MX_MODEL_REVISION": "kept"})
+    assert settings == WorkerSettings.model_validate({"MX_MODEL_REVISION": "kept"})
+    [line] = warnings(caplog)
+    assert name in line
+    assert value in line
+    assert said in line
+    assert "default" in line
+
+
+def test_names_that_are_not_ours_warn(caplog: pytest.LogCaptureFixture) -> None:
+    load_settings({"MX_LAYUOT": "raw"}, {"MX_TRANSPROT": "tcp", "MX_WORKER_GRPC_PORT": "tcp://10.0.0.1:6555"})
+    lines = warnings(caplog)
+    assert any("MX_TRANSPROT" in line and "MX_TRANSPORT" in line for line in lines)
+    assert any("MX_LAYUOT" in line for line in lines)
+    assert len(lines) == 2  # Kubernetes' value is neither a setting nor a mistake
+
+
+@pytest.mark.parametrize(
+    ("changes", "host", "only_here"),
+    [
+        ({}, "127.0.0.1", True),
+        ({"MX_SERVER_ADDRESS": "127.0.0.1:8001"}, "127.0.0.1", True),
+        ({"MX_SERVER_ADDRESS": "localhost"}, None, True),
+        ({"MX_WORKER_HOST": "worker-3"}, "worker-3", False),
+        ({"MX_SERVER_ADDRESS": "no-such-host.invalid"}, "127.0.0.1", True),
+    ],
+)
+def test_what_is_advertised(changes: dict[str, object], host: str | None, only_here: bool) -> None:
+    settings = load_settings(changes, {})
+    assert host is None or settings.advertised_host() == host
+    assert settings.shares_only_this_host is only_here

@@ -1,0 +1,159 @@
+"""A process that runs vLLM engines one after the other: commands as JSON lines on stdin, answers on what was stdout.
+
+Engines after the first cost seconds instead of half a minute. What an engine's loader serves goes on being served
+after the engine is gone, as the memory is the loader's. `tests.vllm.engines` is the other side.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from bench.demo.workers import PROMPTS
+
+TOKENS = 10
+
+
+def load(command: dict[str, Any]) -> dict[str, Any]:
+    """Starts an engine, asks it, ends it; the result has its answers."""
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 256,
+        "seed": 0,
+        "kv_cache_memory_bytes": 1 << 24,
+        "disable_log_stats": True,
+        **command["options"],
+    }
+    llm = vllm.LLM(model=command["model"], load_format=command["load_format"], **options)
+    try:
+        if options.get("runner") == "pooling":
+            answers = [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
+        else:
+            answers = [_complete(llm, prompt) for prompt in PROMPTS]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+    return {"answers": answers}
+
+
+def _complete(llm: Any, prompt: str) -> Any:
+    import vllm
+
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=2)
+    output = llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0]
+    probabilities = [{str(token): entry.logprob for token, entry in step.items()} for step in output.logprobs]
+    return [list(output.token_ids), probabilities]
+
+
+def plain_linear(command: dict[str, Any]) -> dict[str, Any]:
+    """The switch with which processed weights can move on a CPU: linear layers are not packed away."""
+    import torch
+    import vllm.model_executor.layers.utils as layers
+
+    if command["on"]:
+        command_state.setdefault("packing", layers.dispatch_cpu_unquantized_gemm)
+        layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
+            layer, "cpu_linear", torch.nn.functional.linear
+        )
+    elif "packing" in command_state:
+        layers.dispatch_cpu_unquantized_gemm = command_state["packing"]
+    return {}
+
+
+command_state: dict[str, Any] = {}
+
+
+def hiding(command: dict[str, Any]) -> dict[str, Any]:
+    """Registers the quantisation configs of tests.vllm.hiding."""
+    from tests.vllm import hiding as configs
+
+    configs.register(wider=command["wider"])
+    return {}
+
+
+def corrupt(command: dict[str, Any]) -> dict[str, Any]:
+    """Flips one bit of everything that this process serves under a name."""
+    import torch
+
+    from vllm_plugin.weights import Weights
+
+    flipped = 0
+    for weights in [held for held in gc.get_objects() if isinstance(held, Weights)]:
+        for name, tensor in weights.found.kept.items():
+            if command["name"] in name and tensor.numel():
+                tensor.view(-1)[:1].view(torch.uint8)[:1].bitwise_xor_(1)
+                flipped += 1
+    return {"flipped": flipped}
+
+
+def leave(command: dict[str, Any]) -> dict[str, Any]:
+    """Ends all memberships of this process."""
+    from vllm_plugin import serving
+
+    return {"left": serving.leave("a test asks for it")}
+
+
+def live(command: dict[str, Any]) -> dict[str, Any]:
+    """How many models' weights this process holds on to."""
+    from vllm_plugin.weights import Weights
+
+    gc.collect()
+    return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
+
+
+def identity(command: dict[str, Any]) -> dict[str, Any]:
+    """The identity that a real configuration gives; starts no engine."""
+    from google.protobuf.json_format import MessageToDict
+    from vllm import EngineArgs
+
+    from mxserver.wire.source_id import source_id
+    from vllm_plugin.checkpoint import find_checkpoint
+    from vllm_plugin.identity import source_identity
+
+    os.environ.update(command["environ"])
+    try:
+        config = EngineArgs(model=command["model"], **command["options"]).create_engine_config()
+        found = find_checkpoint(command["model"])
+        made = source_identity(config, config.model_config, command["kind"], found, "r1")
+    finally:
+        for name in command["environ"]:
+            del os.environ[name]
+    return {"source_id": source_id(made), "identity": MessageToDict(made, preserving_proto_field_name=True)}
+
+
+COMMANDS = {function.__name__: function for function in (load, plain_linear, hiding, corrupt, leave, live, identity)}
+
+
+def main() -> None:
+    """Serves commands until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print belongs to the log
+    from vllm.plugins import load_general_plugins
+
+    import vllm_plugin
+
+    load_general_plugins()
+    vllm_plugin.register()  # once more: that must change nothing
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = {"ok": True, **COMMANDS[command["command"]](command)}
+        except Exception as error:  # noqa: BLE001 - the other side asserts on it
+            traceback.print_exc()
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

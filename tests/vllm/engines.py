@@ -1,0 +1,99 @@
+"""The tests' side of `tests.vllm.engine_host`: engines in another process, their answers, reports and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
+
+ANSWER_SECONDS = 300.0
+
+
+@dataclass
+class Loaded:
+    """One engine's life: what it answered, its loader's report, what was logged meanwhile."""
+
+    answers: list[Any]
+    report: dict[str, Any]
+    log: str
+
+
+class EngineHost:
+    """One process for engines. Not thread-safe. End it with `close`."""
+
+    def __init__(self, name: str, folder: Path, server: str | None) -> None:
+        self.name = name
+        self.folder = folder
+        self.server = server
+        self.log = folder / f"{name}.log"
+        cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "MX_WORKER_HOST": "127.0.0.1"}
+        self._log_file = self.log.open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.vllm.engine_host"],
+            cwd=Path(__file__).parents[2],
+            env={**clean_environment(), **ENGINE_ENVIRONMENT, **cache},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log_file,
+            start_new_session=True,
+        )
+        self._loads = 0
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Runs a command there; fails the test when it raised, or gave no answer in time."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], ANSWER_SECONDS)
+        line = self.process.stdout.readline() if ready else b""
+        assert line, f"{self.name} gave no answer to {command}:\n{self.log.read_text(errors='replace')[-6000:]}"
+        answer: dict[str, Any] = json.loads(line)
+        assert answer["ok"], f"{command}: {answer['error']}\n{self.log.read_text(errors='replace')[-6000:]}"
+        return answer
+
+    def load(self, model: Path, load_format: str = "mx", extra: dict[str, Any] | None = None, **options: Any) -> Loaded:
+        """Starts an engine, asks it, ends it; `extra` goes into the loader's extra configuration."""
+        report = self.folder / f"{self.name}-{self._loads}.json"
+        self._loads += 1
+        if load_format != "auto":
+            settings = {"server_address": self.server} if self.server else {}
+            options["model_loader_extra_config"] = {**settings, "report_path": str(report), **(extra or {})}
+        before = self.log.stat().st_size
+        answers = self.ask("load", model=str(model), load_format=load_format, options=options)["answers"]
+        log = self.log.read_bytes()[before:].decode(errors="replace")
+        return Loaded(answers, json.loads(report.read_text()) if report.exists() else {}, log)
+
+    def freeze(self) -> None:
+        """SIGSTOP: there, and silent."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of it gets to run any more."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Ends the process in order; its exit code must be 0 unless it was killed."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._log_file.close()
+        assert self.process.returncode in (0, -signal.SIGKILL), self.log.read_text(errors="replace")[-4000:]

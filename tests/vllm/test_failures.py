@@ -1,0 +1,122 @@
+"""What goes wrong around a load: the engine starts all the same, with the right weights, and says what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.demo.processes import free_port
+from tests.vllm.conftest import References
+from tests.vllm.engines import EngineHost
+
+IMPATIENT = {"stall_timeout_seconds": 1, "transfer_timeout_seconds": 5, "server_timeout_seconds": 3}
+
+
+def warnings_of_ours(log: str) -> list[str]:
+    ours = ("loading.py", "loader.py", "serving.py", "membership.py", "settings.py", "receiver.py", "heartbeat.py")
+    return [line for line in log.splitlines() if "WARNING" in line and any(name in line for name in ours)]
+
+
+def test_a_corrupt_source_is_found_out(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    model = model_paths["qwen3"]
+    source.load(model)
+    assert source.ask("corrupt", name="down_proj.weight")["flipped"] > 0
+    loaded = target.load(model)
+
+    assert loaded.answers == references.of(model)
+    assert loaded.report["path"] == "storage"
+    assert "MX_DIGEST_MISMATCH" in loaded.report["fallbacks"][0]
+    assert loaded.report["serving"]
+
+
+def test_what_vllm_keeps_for_the_next_model_is_not_left_corrupt(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """Rotary embeddings are kept by vLLM across models of a process: a failed transfer must not stay in them."""
+    model = model_paths["llama"]
+    source.load(model)
+    assert source.ask("corrupt", name="cos_sin_cache")["flipped"] > 0
+    loaded = target.load(model)
+    again = target.load(model, "auto")
+
+    assert loaded.report["path"] == "storage"
+    assert loaded.answers == again.answers == references.of(model)
+
+
+@pytest.mark.parametrize("how", ["freeze", "kill"])
+def test_a_source_that_is_frozen_or_killed(
+    how: str, folder: Path, server: str, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    model = model_paths["llama"]
+    lost = EngineHost(f"lost-{how}", folder, server)
+    try:
+        assert lost.load(model).report["serving"]
+        getattr(lost, how)()
+        loaded = target.load(model, extra=IMPATIENT)
+    finally:
+        if how == "freeze":
+            lost.thaw()
+        lost.close()
+
+    assert loaded.answers == references.of(model)
+    assert loaded.report["path"] == "storage"
+    assert loaded.report["serving"]
+
+
+def test_no_server(target: EngineHost, references: References, model_paths: dict[str, Path]) -> None:
+    loaded = target.load(model_paths["llama"], extra={"server_address": None})
+
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert (loaded.report["path"], loaded.report["serving"]) == ("storage", False)
+    (warning,) = warnings_of_ours(loaded.log)
+    assert "MODEL_EXPRESS_URL" in warning
+
+
+def test_a_server_that_is_not_there(target: EngineHost, references: References, model_paths: dict[str, Path]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    loaded = target.load(model_paths["llama"], extra={"server_address": address, "server_timeout_seconds": 2})
+
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert loaded.report["path"] == "storage"
+    assert address in loaded.report["fallbacks"][0]
+    assert address in warnings_of_ours(loaded.log)[0]
+
+
+def test_settings_of_the_extra_configuration(
+    target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """A bad value and a misspelt name warn, and change nothing."""
+    extra = {"layout": "boiled", "stall_timeout": 3}
+    loaded = target.load(model_paths["llama"], extra=extra)
+
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert loaded.report["layout"] == "raw"
+    warnings = "\n".join(warnings_of_ours(loaded.log))
+    assert "boiled" in warnings
+    assert "stall_timeout" in warnings
+
+
+def test_a_report_that_cannot_be_written(
+    target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    loaded = target.load(model_paths["llama"], extra={"report_path": "/nowhere/report.json"})
+
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert "writing the report failed" in loaded.log
+
+
+def test_a_draft_model_is_left_out(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    model = model_paths["llama"]
+    speculative = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
+    source.load(model)
+    loaded = target.load(model, speculative_config=speculative)
+
+    assert "is a draft model: loaded from storage" in loaded.log
+    assert loaded.report["path"] == "p2p"
+    tokens = [answer[0] for answer in loaded.answers]
+    assert tokens == [answer[0] for answer in references.of(model)]
