@@ -6,7 +6,8 @@
     ├── NotBuilt              MX_NOT_BUILT            the compiled core is missing
     ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors_errors)
     ├── StorageError          MX_STORAGE              reading a file failed
-    │   └── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
+    │   ├── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
+    │   └── FileChanged       MX_FILE_CHANGED         the file was written to while it was read
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
     ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while somebody still looks at its memory
     ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
@@ -57,6 +58,12 @@ class TruncatedRead(StorageError):
     """The file ended before the range that was asked for."""
 
     code = "MX_TRUNCATED_READ"
+
+
+class FileChanged(StorageError):
+    """The file was written to while it was read: what was read is of no use."""
+
+    code = "MX_FILE_CHANGED"
 
 
 class HostMemoryError(MxError, MemoryError):

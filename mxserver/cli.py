@@ -51,9 +51,7 @@ def _help(name: str, default: str) -> str:
 @click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
 @click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
 @click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
-@click.option(
-    "--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0")
-)
+@click.option("--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0"))
 @click.option("--drain", "drain_seconds", metavar="SECONDS", help=_help("MX_SERVER_DRAIN_SECS", "10"))
 @click.option("--log-level", metavar="debug|info|warning|error", help=_help("MODEL_EXPRESS_LOG_LEVEL", "info"))
 @click.option("--log-format", metavar="text|json", help=_help("MX_LOG_FORMAT", "text"))

@@ -105,7 +105,9 @@ class Server:
     def _listen_http(self, settings: ServerSettings) -> int:
         port = settings.effective_metrics_port
         try:
-            return self._operations.listen(_unbracketed(settings.host), port, {"store": settings.store, "port": self.port})
+            return self._operations.listen(
+                _unbracketed(settings.host), port, {"store": settings.store, "port": self.port}
+            )
         except OSError as error:
             raise PortUnavailable(
                 f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
@@ -114,7 +116,9 @@ class Server:
 
     def _serve(self, leases: Leases) -> grpc.Server:
         threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
-        server = grpc.server(threads, interceptors=[*self._operations.interceptors, self._draining], options=channel_options())
+        server = grpc.server(
+            threads, interceptors=[*self._operations.interceptors, self._draining], options=channel_options()
+        )
         p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)

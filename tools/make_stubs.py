@@ -21,42 +21,39 @@ WIRE = ROOT / "mxserver" / "wire"
 GENERATOR = ["grpcio-tools==1.66.2", "mypy-protobuf==3.6.0", "setuptools<81"]
 
 
+def own_pool(stub: str, text: str) -> str:
+    """The stub's text with the wire's own descriptor pool instead of protobuf's default one."""
+    text = text.replace(
+        "from google.protobuf import descriptor_pool as _descriptor_pool\n",
+        "from mxserver.wire import descriptor_pool as _wire_pool\n",
+    )
+    text, count = re.subn(r"_descriptor_pool\.Default\(\)", "_wire_pool.POOL", text)
+    if count != 1:
+        sys.exit(f"{stub}: expected one use of the default descriptor pool, found {count}")
+    return text
+
+
 def main() -> None:
     protos = sorted(str(p.relative_to(ROOT)) for p in WIRE.glob("*.proto"))
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = Path(scratch)
+    # Beside the stubs, so that each can be renamed into place: whoever imports meanwhile never sees half of one.
+    with tempfile.TemporaryDirectory(dir=ROOT / "build" if (ROOT / "build").is_dir() else ROOT) as scratch:
+        environment = Path(scratch) / "venv"
+        made = Path(scratch) / "made"
+        made.mkdir()
         venv.create(environment, with_pip=True)
         python = environment / "bin" / "python"
         subprocess.run([python, "-m", "pip", "install", "-q", *GENERATOR], check=True)
+        outputs = [f"--{kind}_out={made}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
         subprocess.run(
-            [
-                python,
-                "-m",
-                "grpc_tools.protoc",
-                "-I.",
-                "--python_out=.",
-                "--grpc_python_out=.",
-                "--mypy_out=.",
-                "--mypy_grpc_out=.",
-                *protos,
-            ],
+            [python, "-m", "grpc_tools.protoc", "-I.", *outputs, *protos],
             check=True,
             cwd=ROOT,
             env={"PATH": f"{environment / 'bin'}:/usr/bin:/bin"},
         )
-    for stub in WIRE.glob("*_pb2.py"):
-        text = stub.read_text()
-        text, count = re.subn(
-            r"_descriptor_pool\.Default\(\)",
-            "_wire_pool.POOL",
-            text.replace(
-                "from google.protobuf import descriptor_pool as _descriptor_pool\n",
-                "from mxserver.wire import descriptor_pool as _wire_pool\n",
-            ),
-        )
-        if count != 1:
-            sys.exit(f"{stub}: expected one use of the default descriptor pool, found {count}")
-        stub.write_text(text)
+        for stub in sorted((made / "mxserver" / "wire").iterdir()):
+            if stub.name.endswith("_pb2.py"):
+                stub.write_text(own_pool(stub.name, stub.read_text()))
+            stub.rename(WIRE / stub.name)
 
 
 if __name__ == "__main__":

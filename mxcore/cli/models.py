@@ -298,7 +298,9 @@ class _Bar:
         share = done / total if total else 0.0
         if self._terminal:
             filled = round(share * 30)
-            line = f"\r\x1b[K{self._name} [{'#' * filled}{'.' * (30 - filled)}] {_amount(done)} of {_amount(total)} {what}"
+            line = (
+                f"\r\x1b[K{self._name} [{'#' * filled}{'.' * (30 - filled)}] {_amount(done)} of {_amount(total)} {what}"
+            )
             click.echo(line[:120], nl=False, err=True)
         else:
             click.echo(f"{self._name}: {share:.0%}, {_amount(done)} of {_amount(total)}, {what}", err=True)

@@ -37,7 +37,9 @@ def server_client(given: str | None) -> Iterator[ServerClient]:
     except MxError as error:
         click.echo(f"mx: {error}", err=True)
         if isinstance(error, ServerUnreachable):
-            click.echo("mx: is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer", err=True)
+            click.echo(
+                "mx: is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer", err=True
+            )
         codes = {SettingError: EXIT_USAGE, ServerUnreachable: EXIT_UNREACHABLE}
         sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
 
@@ -46,7 +48,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they must be, two blanks between them."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def duration(seconds: float) -> str:

@@ -128,7 +128,11 @@ def as_text(facts: dict[str, Any]) -> str:
 
 def _load_row(load: dict[str, Any]) -> tuple[str, ...]:
     total = load["bytes_total"]
-    done = f"{min(100, 100 * load['bytes_done'] // total)} % of {bytes_text(total)}" if total else bytes_text(load["bytes_done"])
+    done = (
+        f"{min(100, 100 * load['bytes_done'] // total)} % of {bytes_text(total)}"
+        if total
+        else bytes_text(load["bytes_done"])
+    )
     rate = load["bytes_per_second"]
     return (
         load["model_name"] or load["source_id"],

@@ -57,11 +57,15 @@ class HubStandIn:
         self.cdn_tokens: set[str] = set()
         self.reached = threading.Condition()  # notified whenever a body has come to a gate
         self.at_gate = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+        # Two origins, as with the real one: the client follows redirects to another origin without its token.
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
+        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        self._threads = [
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}) for server in self._servers
+        ]
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.daemon_threads = True
+            thread.start()
 
     def add(self, repository: str, files: dict[str, bytes], *, ref: str = "main", listed: tuple[str, ...] = ()) -> str:
         """Adds a commit that `ref` stands for from now on; returns it."""
@@ -78,9 +82,10 @@ class HubStandIn:
             for fault in faults:
                 if fault.gate:
                     fault.gate.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
     def wait_at_gate(self, count: int = 1, timeout: float = 60) -> None:
         with self.reached:
@@ -107,7 +112,9 @@ class HubStandIn:
             def answer(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 token = self.headers.get("Authorization", "")
-                if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+                if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
+                    self.tree(match[1], match[2])
+                elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
                     hub.tokens.add(token)
                     self.api(match[1], match[2] or "main")
                 elif match := re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -136,6 +143,10 @@ class HubStandIn:
                 siblings += [{"rfilename": path, "size": 1, "blobId": "0" * 40} for path in found.listed[commit]]
                 return self.send({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
 
+            def tree(self, name: str, commit: str) -> None:
+                files = hub.repositories[name].commits[commit]
+                self.send([tree_entry(path, data) for path, data in files.items()])
+
             def resolve(self, name: str, revision: str, path: str) -> None:
                 found = hub.repositories[name]
                 commit = found.refs.get(revision, revision)
@@ -147,7 +158,7 @@ class HubStandIn:
                     headers |= {
                         "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
                         "X-Linked-Size": str(len(data)),
-                        "Location": f"{hub.url}/cdn/{commit}/{name}/-/{path}",
+                        "Location": f"{hub.cdn_url}/cdn/{commit}/{name}/-/{path}",
                     }
                     if self.command == "HEAD" and (fault := hub.take_fault(f"HEAD {path}")):
                         return self.refuse(fault.status, "", fault.retry_after)
@@ -204,7 +215,7 @@ class HubStandIn:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            def send(self, data: dict[str, Any]) -> None:
+            def send(self, data: object) -> None:
                 body = json.dumps(data).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -225,6 +236,13 @@ def sibling(path: str, data: bytes) -> dict[str, Any]:
     if len(data) >= LARGE_BYTES:
         found["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
     return found
+
+
+def tree_entry(path: str, data: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+    if len(data) >= LARGE_BYTES:
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 @contextmanager

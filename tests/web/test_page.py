@@ -139,7 +139,9 @@ def test_outage_shows_and_ends_by_itself(start_web: Callable[..., WebServer], br
 
 def make_fleet(client: ServerClient) -> None:
     """Something to look at: two models, loads that run, some history."""
-    big = identity("meta-llama/Llama-3.1-70B-Instruct", tensor_parallel_size=4, quantization="fp8", revision="a1b2c3d4e5f6a7b8")
+    big = identity(
+        "meta-llama/Llama-3.1-70B-Instruct", tensor_parallel_size=4, quantization="fp8", revision="a1b2c3d4e5f6a7b8"
+    )
     for rank in range(4):
         publish(client, "prefill-0", of=big, rank=rank)
     for n in range(6):
@@ -155,8 +157,15 @@ def make_fleet(client: ServerClient) -> None:
     for n in range(3):
         publish(client, f"decode-77f8d9-{n}", INITIALIZING)
     publish(client, "prefill-1", INITIALIZING, of=big)
-    lost = load_pb2.Fallback(path=PEER_TCP, reason="decode-5d9c7b6f4-2 made no progress for 5 s; went to another holder")
-    publish(client, "prefill-0", of=big, report=load_pb2.LoadReport(load_id="f", path=PEER_TCP, bytes=GB, seconds=2, fallbacks=[lost]))
+    lost = load_pb2.Fallback(
+        path=PEER_TCP, reason="decode-5d9c7b6f4-2 made no progress for 5 s; went to another holder"
+    )
+    publish(
+        client,
+        "prefill-0",
+        of=big,
+        report=load_pb2.LoadReport(load_id="f", path=PEER_TCP, bytes=GB, seconds=2, fallbacks=[lost]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,15 @@ def make_fleet(client: ServerClient) -> None:
     [("desktop", 1280, 900, False, False), ("dark", 1280, 900, False, True), ("phone", 390, 844, True, False)],
 )
 def test_screenshot(
-    web: WebServer, client: ServerClient, browser: Browser, tmp_path: Path, name: str, width: int, height: int, mobile: bool, dark: bool
+    web: WebServer,
+    client: ServerClient,
+    browser: Browser,
+    tmp_path: Path,
+    name: str,
+    width: int,
+    height: int,
+    mobile: bool,
+    dark: bool,
 ) -> None:
     """Nothing is wider than the window; the picture lies in the test's folder, to be looked at."""
     make_fleet(client)

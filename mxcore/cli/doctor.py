@@ -1,0 +1,54 @@
+"""`mx doctor`: what works on this machine, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from mxcore.cli.server_calls import json_option, server_option
+
+EXIT_FINDINGS = 1
+_MARKS = {"ok": "ok  ", "note": "note", "warn": "WARN", "fail": "FAIL"}
+_COLOURS = {"ok": "green", "note": None, "warn": "yellow", "fail": "red"}
+
+EPILOG = """
+\b
+ok: works. note: is not there, and need not be. WARN: works worse than it could. FAIL: workers here will not work.
+Exit codes: 0 nothing fails, 1 something does, 2 usage.
+\b
+Examples:
+  mx doctor
+  mx doctor --server mx-server:8001
+  mx doctor --json | jq '.findings[] | select(.state == "fail")'
+"""
+
+
+@click.command(epilog=EPILOG)
+@server_option
+@click.option("--no-server", is_flag=True, help="Look at this machine alone.")
+@json_option
+def doctor(server: str | None, no_server: bool, as_json: bool) -> None:
+    """What works on this machine, what does not, and what to do about it."""
+    from mxcore.cli import doctor_machine, doctor_probes, doctor_server
+    from mxcore.cli.findings import failed
+
+    findings = [*doctor_machine.all_findings(), doctor_probes.nixl(), doctor_probes.same_host()]
+    if not no_server:
+        if server is None:
+            findings += doctor_server.environment(os.environ)
+        if server is not None or doctor_server.is_named(os.environ):
+            findings += doctor_server.server(server)
+    if as_json:
+        shown = [finding.as_json() for finding in findings]
+        click.echo(json.dumps({"well": not failed(findings), "findings": shown}))
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            mark = click.style(_MARKS[finding.state], fg=_COLOURS[finding.state])
+            click.echo(f"{mark}  {finding.name:{width}}  {finding.fact}")
+            if finding.do and finding.state != "ok":
+                click.echo(f"      {'':{width}}  → {finding.do}")
+    sys.exit(EXIT_FINDINGS if failed(findings) else 0)

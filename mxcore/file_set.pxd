@@ -1,0 +1,15 @@
+# cython: language_level=3
+from libc.stdint cimport int64_t
+
+from mxcore.read_parts cimport mx_file
+
+cdef class FileSet:
+    cdef readonly tuple paths
+    cdef mx_file* files
+    cdef int64_t* sizes
+    cdef list stamps  # (device, inode, size, time of the last change) when opened
+    cdef int opened(self, size_t index, int more) except -2
+    cdef object error(self, size_t index, str what, int number)
+    cdef tuple stamp(self, size_t index)
+    cdef void release(self) noexcept
+    cdef int require(self, size_t index) except -1

@@ -1,0 +1,191 @@
+# distutils: depends = mxcore/read_parts.h
+"""The files of one read: descriptors, mappings, and whether they stay what they were. Documentation: file_set.pyi."""
+
+cimport cython
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.errno cimport EINTR, EINVAL, errno
+from libc.stdint cimport int64_t, uint32_t
+from posix.fcntl cimport O_NONBLOCK, O_RDONLY, open as c_open
+from posix.stat cimport S_ISREG, fstat, struct_stat
+from posix.unistd cimport close as c_close
+
+from mxcore.file_set cimport FileSet
+from mxcore.read_parts cimport mx_file
+
+import os
+
+from mxcore.errors import FileChanged, StorageError, TruncatedRead
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_CLOEXEC, O_DIRECT
+
+cdef extern from *:
+    """
+    #include <linux/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* What O_DIRECT wants on this file, of memory as of offsets; 0: it does not work, -1: the kernel does not say. */
+    static int64_t mx_direct_alignment(int fd) {
+    #ifdef STATX_DIOALIGN
+        struct statx status;
+        if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, STATX_DIOALIGN, &status) == 0
+            && (status.stx_mask & STATX_DIOALIGN)) {
+            __u32 memory = status.stx_dio_mem_align, offset = status.stx_dio_offset_align;
+            return memory > offset ? memory : offset;
+        }
+    #endif
+        return -1;
+    }
+    """
+    int64_t mx_direct_alignment(int fd) nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    int PROT_READ, MAP_SHARED
+    void* MAP_FAILED
+    void* mmap(void* address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void* address, size_t length)
+
+cdef enum:
+    PAGE_BYTES = 4096
+
+cdef size_t live_descriptors = 0  # both change under the GIL only
+cdef size_t live_maps = 0
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class FileSet:
+    def __cinit__(self, paths):
+        cdef size_t index
+        self.paths = tuple(os.fspath(path) for path in paths)
+        self.stamps = []
+        self.files = <mx_file*>PyMem_Calloc(len(self.paths) + 1, sizeof(mx_file))
+        self.sizes = <int64_t*>PyMem_Calloc(len(self.paths) + 1, sizeof(int64_t))
+        if self.files == NULL or self.sizes == NULL:
+            raise MemoryError
+        for index in range(len(self.paths)):
+            self.files[index].fd = self.files[index].direct_fd = -1
+            self.files[index].align_bytes = PAGE_BYTES
+        for index in range(len(self.paths)):
+            self.files[index].fd = self.opened(index, 0)
+            if self.files[index].fd < 0:
+                raise self.error(index, "cannot be opened", errno)
+            stamp = self.stamp(index)
+            self.sizes[index] = stamp[2]
+            self.stamps.append(stamp)
+
+    def __dealloc__(self):
+        if self.files != NULL:
+            self.release()
+        PyMem_Free(self.files)
+        PyMem_Free(self.sizes)
+
+    cdef int opened(self, size_t index, int more) except -2:
+        global live_descriptors
+        cdef bytes path = os.fsencode(self.paths[index])
+        cdef const char* name = path
+        cdef int fd
+        with nogil:
+            fd = c_open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | more)
+            while fd < 0 and errno == EINTR:
+                fd = c_open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | more)
+        if fd >= 0:
+            live_descriptors += 1
+        return fd
+
+    cdef object error(self, size_t index, str what, int number):
+        return StorageError(f"{self.paths[index]}: {what}: {os.strerror(number)}", file=str(self.paths[index]))
+
+    cdef tuple stamp(self, size_t index):
+        cdef struct_stat status
+        if fstat(self.files[index].fd, &status) != 0:
+            raise self.error(index, "cannot be looked at", errno)
+        if not S_ISREG(status.st_mode):
+            raise self.error(index, "is no regular file", EINVAL)
+        return (status.st_dev, status.st_ino, status.st_size, os.fstat(self.files[index].fd).st_mtime_ns)
+
+    cdef void release(self) noexcept:
+        global live_descriptors, live_maps
+        cdef size_t index
+        for index in range(len(self.paths)):
+            if self.files[index].map != NULL:
+                munmap(self.files[index].map, <size_t>self.sizes[index])
+                self.files[index].map = NULL
+                live_maps -= 1
+            for fd in (self.files[index].fd, self.files[index].direct_fd):
+                if fd >= 0:
+                    c_close(fd)
+                    live_descriptors -= 1
+            self.files[index].fd = self.files[index].direct_fd = -1
+
+    def close(self):
+        self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.release()
+
+    def __len__(self):
+        return len(self.paths)
+
+    cdef int require(self, size_t index) except -1:
+        if index >= <size_t>len(self.paths) or self.files[index].fd < 0:
+            raise ValueError(f"file {index} is not open")
+        return 0
+
+    def descriptor(self, index):
+        self.require(index)
+        return self.files[<size_t>index].fd
+
+    def stamps_now(self):
+        return list(self.stamps)
+
+    def map(self, index):
+        global live_maps
+        cdef size_t place = index
+        cdef void* address
+        self.require(place)
+        if self.files[place].map != NULL or self.sizes[place] == 0:
+            return
+        address = mmap(NULL, <size_t>self.sizes[place], PROT_READ, MAP_SHARED, self.files[place].fd, 0)
+        if address == MAP_FAILED:
+            raise self.error(place, "cannot be mapped", errno)
+        self.files[place].map = <char*>address
+        live_maps += 1
+
+    def open_direct(self, index):
+        cdef size_t place = index
+        cdef int64_t align
+        self.require(place)
+        if self.files[place].direct_fd >= 0:
+            return self.files[place].align_bytes
+        align = mx_direct_alignment(self.files[place].fd)
+        if align == 0:
+            return 0
+        self.files[place].direct_fd = self.opened(place, O_DIRECT)
+        if self.files[place].direct_fd < 0:
+            return 0
+        if 512 <= align <= PAGE_BYTES:
+            self.files[place].align_bytes = align
+        return self.files[place].align_bytes
+
+    def check_unchanged(self):
+        for index in range(len(self.paths)):
+            now = self.stamp(index)
+            if now == self.stamps[index]:
+                continue
+            if now[2] < self.stamps[index][2]:
+                raise TruncatedRead(f"{self.paths[index]} was cut from {self.stamps[index][2]} to {now[2]} bytes while "
+                                    "it was read: load again once it is complete", file=str(self.paths[index]))
+            raise FileChanged(f"{self.paths[index]} was written to while it was read: load again once it is complete",
+                              file=str(self.paths[index]))
+
+
+def live_file_descriptors():
+    return live_descriptors
+
+
+def live_mappings():
+    return live_maps

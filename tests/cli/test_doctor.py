@@ -1,0 +1,176 @@
+"""`mx doctor`: on this machine as it is, and on trees of /proc and /sys as other machines have them."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mxcore.cli import doctor_machine, doctor_probes, doctor_server
+from mxcore.cli.findings import Finding, failed
+from tests.cli.mx_process import mx
+from tests.web.conftest import WebServer, start_web, web
+
+__all__ = ["start_web", "web"]  # fixtures
+
+
+def test_everything_is_looked_at_and_nothing_fails(web: WebServer) -> None:
+    ran = mx("doctor", "--json", MODEL_EXPRESS_URL=web.address)
+    facts = ran.json()
+    by_name = {finding["name"]: finding for finding in facts["findings"]}
+    assert {
+        "versions", "compiled core", "cuda", "rdma", "memlock", "huge pages", "shared memory", "io_uring",
+        "nixl", "same host", "setting", "server", "clock",
+    } <= set(by_name)  # fmt: skip
+    assert (ran.code, facts["well"]) == (0, True), ran.out
+    assert by_name["nixl"]["state"] == "ok"
+    assert by_name["server"]["state"] == "ok"
+    assert by_name["clock"]["state"] == "ok"
+    for finding in facts["findings"]:
+        assert finding["state"] == "ok" or finding["do"], f"{finding['name']} says nothing about what to do"
+
+
+def test_text_marks_failures_and_says_what_to_do() -> None:
+    ran = mx("doctor", "--server", "127.0.0.1:1")
+    assert ran.code == 1
+    assert "FAIL  server " in ran.out
+    assert "→ is it running" in ran.out
+
+
+def test_machine_alone() -> None:
+    ran = mx("doctor", "--no-server", "--json")
+    assert ran.code == 0
+    assert "server" not in {finding["name"] for finding in ran.json()["findings"]}
+
+
+def test_no_server_named_is_a_warning() -> None:
+    [finding] = doctor_server.environment({})
+    assert (finding.state, "no server is named" in finding.fact) == ("warn", True)
+
+
+def test_environment_names() -> None:
+    environ = {"MODEL_EXPRESS_URL": "tcp://10.0.0.1:8001", "MX_SERVER_ADRESS": "x:1", "MX_SERVER_ADDRESS": "h:1"}
+    found = doctor_server.environment(environ)
+    assert [finding.fact for finding in found] == [
+        "MX_SERVER_ADRESS is no setting",
+        "MODEL_EXPRESS_URL was set by Kubernetes for a service",
+    ]
+    assert found[0].do == "did you mean MX_SERVER_ADDRESS?"
+
+
+def test_bad_address_is_a_failure() -> None:
+    [finding] = doctor_server.server("http://")
+    assert finding.state == "fail"
+
+
+@pytest.mark.parametrize(
+    ("server_ms", "state"), [(1_000_000, "ok"), (1_005_000, "warn"), (990_000, "warn"), (0, "note")]
+)
+def test_clock(server_ms: int, state: str) -> None:
+    assert doctor_server.clock(server_ms, sent_ms=1_000_000, took_seconds=0.1).state == state
+
+
+def test_slow_answer_makes_the_clock_less_certain() -> None:
+    assert doctor_server.clock(1_003_000, sent_ms=1_000_000, took_seconds=4.0).state == "ok"
+
+
+def make(root: Path, path: str, text: str = "") -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_rdma_ports(tmp_path: Path) -> None:
+    assert doctor_machine.rdma(tmp_path).state == "note"
+    make(tmp_path, "sys/class/infiniband/mlx5_0/ports/1/state", "1: DOWN\n")
+    down = doctor_machine.rdma(tmp_path)
+    assert (down.state, down.fact) == ("warn", "no port is active: mlx5_0/1 1: DOWN")
+    make(tmp_path, "sys/class/infiniband/mlx5_1/ports/1/state", "4: ACTIVE\n")
+    assert "no /dev/infiniband/uverbs* can be opened" in doctor_machine.rdma(tmp_path).fact
+    make(tmp_path, "dev/infiniband/uverbs1")
+    assert doctor_machine.rdma(tmp_path) == Finding("rdma", "ok", "mlx5_0/1 1: DOWN, mlx5_1/1 4: ACTIVE")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "state"), [("4000", False, "ok"), ("0", False, "note"), ("0", True, "warn")]
+)
+def test_memlock(tmp_path: Path, capabilities: str, device: bool, state: str) -> None:
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        pytest.skip("this machine has no limit on pinned memory")
+    make(tmp_path, "proc/self/status", f"Name:\tx\nCapEff:\t{capabilities}\n")
+    if device:
+        make(tmp_path, "sys/class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE\n")
+    assert doctor_machine.memlock(tmp_path).state == state
+
+
+@pytest.mark.parametrize(
+    ("enabled", "free", "state"),
+    [
+        ("always [madvise] never", "0", "ok"),
+        ("always madvise [never]", "0", "warn"),
+        ("", "0", "warn"),
+        ("", "12", "ok"),
+    ],
+)
+def test_huge_pages(tmp_path: Path, enabled: str, free: str, state: str) -> None:
+    make(tmp_path, "proc/meminfo", f"MemTotal: 1 kB\nHugePages_Free:       {free}\n")
+    if enabled:
+        make(tmp_path, "sys/kernel/mm/transparent_hugepage/enabled", enabled)
+    assert doctor_machine.huge_pages(tmp_path).state == state
+
+
+def test_shared_memory_missing(tmp_path: Path) -> None:
+    assert doctor_machine.shared_memory(tmp_path).state == "warn"
+
+
+def test_io_uring_agrees_with_the_kernel() -> None:
+    """The kernel's own switch and the answer cannot contradict each other."""
+    switch = Path("/proc/sys/kernel/io_uring_disabled")
+    if not switch.is_file():
+        pytest.skip("this kernel has no switch for io_uring")
+    if switch.read_text().strip() == "2":
+        assert doctor_machine.io_uring().state == "note"
+    assert doctor_machine.io_uring().state in ("ok", "note")
+
+
+def test_missing_nixl_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The probe's process finds a NIXL that cannot be opened."""
+    library = tmp_path / ".nixl_cu12.mesonpy.libs" / "libnixl_capi.so"
+    make(tmp_path, "nixl_cu12/__init__.py")
+    make(tmp_path, "nixl_cu13/__init__.py")
+    make(tmp_path, str(library.relative_to(tmp_path)), "no library")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor_probes.nixl()
+    assert finding.state == "fail"
+    assert "pip install" in finding.do
+
+
+def test_probe_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_probes, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(doctor_probes, "_command", lambda name: [sys.executable, "-c", "import time; time.sleep(600)"])
+    started = time.monotonic()
+    finding = doctor_probes.nixl()
+    assert (finding.state, finding.fact) == ("fail", "no answer within 0.5 s")
+    assert time.monotonic() - started < 300
+
+
+def test_one_failure_is_enough() -> None:
+    fine = Finding("a", "warn", "slow", "do")
+    assert not failed([fine, Finding("b", "ok", "fine")])
+    assert failed([fine, Finding("b", "fail", "broken")])
+
+
+def test_help_of_all_is_fast_to_import() -> None:
+    program = (
+        "import sys\nfrom click.testing import CliRunner\nfrom mxcore.cli.main import mx\n"
+        "for name in ('status', 'sources', 'doctor'):\n"
+        "    ran = CliRunner().invoke(mx, [name, '--help'])\n"
+        "    assert ran.exit_code == 0 and 'Exit codes' in ran.output and 'Examples' in ran.output, ran.output\n"
+        "print([name for name in ('torch', 'vllm', 'grpc', 'numpy') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"

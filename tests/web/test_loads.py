@@ -1,0 +1,150 @@
+"""Loads and events with a clock that the test turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from mxserver.events import KEPT_EVENTS, LONGEST_TEXT, Events
+from mxserver.loads import KEPT_LOADS, Loads
+from mxserver.metrics import Metrics
+from mxserver.store.interface import RecordKey
+from mxserver.wire import load_pb2, p2p_pb2
+
+KEY = RecordKey("s", "w", 0)
+READY = p2p_pb2.SOURCE_STATUS_READY
+INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
+STALE = p2p_pb2.SOURCE_STATUS_STALE
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic_seconds(self) -> float:
+        return self.now
+
+    def unix_ms(self) -> int:
+        return int(self.now * 1000)
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def events(clock: HandClock) -> Events:
+    return Events(clock)
+
+
+@pytest.fixture
+def loads(clock: HandClock, events: Events) -> Loads:
+    return Loads(Metrics(), events, clock, forget_seconds=90)
+
+
+def progress(loads: Loads, done: int, *, load_id: str = "1", key: RecordKey = KEY, total: int = 1000) -> None:
+    said = load_pb2.LoadProgress(load_id=load_id, bytes_done=done, bytes_total=total, path=load_pb2.LOAD_PATH_STORAGE)
+    loads.updated(key, p2p_pb2.UpdateStatusRequest(status=INITIALIZING, load_progress=said))
+
+
+def test_rate_and_time_left(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 0)
+    assert loads.running()[0].bytes_per_second is None
+    clock.now += 2
+    progress(loads, 400)
+    [load] = loads.running()
+    assert load.bytes_per_second == 200
+    assert load.eta_seconds == 3
+    assert load.path == "storage"
+
+
+def test_rate_is_that_of_the_last_seconds(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 0)
+    clock.now += 100
+    progress(loads, 100)
+    clock.now += 5
+    progress(loads, 600)
+    assert loads.running()[0].bytes_per_second == 100
+
+
+def test_bytes_that_were_dropped_make_no_negative_rate(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 500)
+    clock.now += 1
+    progress(loads, 300)
+    [load] = loads.running()
+    assert load.bytes_per_second == 0
+    assert load.eta_seconds is None
+
+
+def test_another_load_starts_from_nothing(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 900)
+    clock.now += 1
+    progress(loads, 10, load_id="2")
+    [load] = loads.running()
+    assert (load.bytes_done, load.bytes_per_second, load.running_seconds) == (10, None, 0)
+
+
+@pytest.mark.parametrize("status", [READY, STALE])
+def test_ready_or_goodbye_ends_it(loads: Loads, status: p2p_pb2.SourceStatus.ValueType) -> None:
+    progress(loads, 1)
+    loads.updated(KEY, p2p_pb2.UpdateStatusRequest(status=status))
+    assert loads.running() == []
+    assert loads.finished() == []
+
+
+def test_heartbeat_without_progress_leaves_it(loads: Loads) -> None:
+    progress(loads, 1)
+    loads.updated(KEY, p2p_pb2.UpdateStatusRequest(status=INITIALIZING))
+    assert loads.running_count() == 1
+
+
+def test_silent_load_is_forgotten(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 1)
+    clock.now += 60
+    assert loads.running()[0].silent_seconds == 60
+    clock.now += 31
+    assert loads.running_count() == 0
+
+
+def test_report_ends_the_load_and_is_kept(loads: Loads, events: Events) -> None:
+    progress(loads, 1)
+    fallback = load_pb2.Fallback(path=load_pb2.LOAD_PATH_PEER_TCP, reason="stalled\nfor 5 s")
+    report = load_pb2.LoadReport(load_id="1", bytes=5, seconds=-1, fallbacks=[fallback])
+    identity = p2p_pb2.SourceIdentity(model_name="m")
+    loads.published(KEY, p2p_pb2.PublishMetadataRequest(identity=identity, load_report=report))
+    [done] = loads.finished()
+    assert (done.model_name, done.bytes, done.seconds) == ("m", 5, 0)
+    assert done.fallbacks == ("peer_tcp: stalled for 5 s",)
+    assert loads.running() == []
+    assert events.newest()[0].text == "worker w, rank 0 left peer_tcp: stalled for 5 s"
+
+
+def test_repeated_report_counts_once_and_one_without_id_always(loads: Loads) -> None:
+    for load_id in ("1", "1", "", ""):
+        report = load_pb2.LoadReport(load_id=load_id)
+        loads.published(KEY, p2p_pb2.PublishMetadataRequest(load_report=report))
+    assert len(loads.finished()) == 3
+
+
+def test_history_is_bounded(loads: Loads, events: Events) -> None:
+    for n in range(200):
+        loads.published(KEY, p2p_pb2.PublishMetadataRequest(load_report=load_pb2.LoadReport(load_id=str(n))))
+        events.add("call", f"call {n}")
+    assert len(loads.finished()) == KEPT_LOADS
+    assert len(events.newest()) == KEPT_EVENTS
+    assert events.newest()[0].text == "call 199"
+
+
+def test_same_event_only_counts(events: Events, clock: HandClock) -> None:
+    events.add("store", "disk full")
+    clock.now += 5
+    events.add("store", "disk full")
+    [event] = events.newest()
+    assert (event.count, event.at_ms) == (2, 1_005_000)
+
+
+def test_event_hides_passwords_and_is_one_bounded_line(events: Events) -> None:
+    events.add("store", "redis://user:secret@host:6379/0 refused\nthe call " + "x" * 1000)
+    [event] = events.newest()
+    assert event.text.startswith("redis://host:6379/0 refused the call x")
+    assert len(event.text) == LONGEST_TEXT

@@ -1,0 +1,144 @@
+"""Metrics as a scrape sees them, and the rules their names keep."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from mxserver.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
+from mxserver.wire import load_pb2
+from mxserver.wire.client import ServerClient
+from mxserver.wire.errors import StaleEpoch
+from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish
+
+P2P = "model_express.p2p.P2pService"
+
+
+def exposition(web: WebServer) -> str:
+    return ask(f"{web.url}/metrics").text
+
+
+def test_every_definition_is_exposed(web: WebServer) -> None:
+    families = {family.name for family in text_string_to_metric_families(exposition(web))}
+    wanted = {definition.name.removesuffix("_total") for definition in DEFINITIONS}
+    assert wanted <= families
+    assert "process_resident_memory_bytes" in families
+
+
+def test_promtool_finds_nothing_to_lint(web: WebServer) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool: tools/install_test_packages.sh installs Debian's prometheus")
+    ours = "\n".join(line for line in exposition(web).splitlines() if re.search(r"\bmxserver_", line)) + "\n"
+    ran = subprocess.run([promtool, "check", "metrics"], input=ours, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_names_keep_the_conventions() -> None:
+    for definition in DEFINITIONS:
+        assert re.fullmatch(r"mxserver_[a-z_]+", definition.name)
+        assert definition.name.endswith("_total") == (definition.kind == "counter"), definition.name
+        assert definition.kind != "histogram" or definition.name.endswith("_seconds")
+        assert definition.meaning
+
+
+def test_sources_by_state(web: WebServer, client: ServerClient) -> None:
+    publish(client, "a")
+    publish(client, "b", of=identity("other"))
+    publish(client, "c", INITIALIZING)
+    wait_for(lambda: web.metric('mxserver_sources{state="ready"}') == 2)
+    assert web.metric('mxserver_sources{state="initializing"}') == 1
+    assert web.metric('mxserver_sources{state="stale"}') == 0
+    assert web.metric("mxserver_models") == 2
+    assert web.metric("mxserver_ready") == 1
+
+
+def test_calls_by_method_and_code(web: WebServer, client: ServerClient) -> None:
+    answer = publish(client, "a")
+    publish(client, "a")
+    with pytest.raises(StaleEpoch):
+        client.update_status(answer.mx_source_id, "a", 0, READY, epoch=answer.epoch)
+    name = "mxserver_call_duration_seconds_count"
+    assert web.metric(f'{name}{{code="OK",method="{P2P}/PublishMetadata"}}') == 2
+    assert web.metric(f'{name}{{code="FAILED_PRECONDITION",method="{P2P}/UpdateStatus"}}') == 1
+    assert web.metric("mxserver_epochs_refused_total") == 1
+    assert web.metric("mxserver_calls_in_progress") == 0
+    assert [error["kind"] for error in web.status()["errors"]] == ["epoch"]
+
+
+def test_unknown_methods_make_one_series(web: WebServer) -> None:
+    with grpc.insecure_channel(web.address) as channel:
+        for n in range(5):
+            call = channel.unary_unary(f"/no.such.Service{n}/Method{n}")
+            with pytest.raises(grpc.RpcError):
+                call(b"", timeout=20)
+    text = exposition(web)
+    assert "no.such" not in text
+    assert web.metric('mxserver_call_duration_seconds_count{code="UNIMPLEMENTED",method="unknown"}') == 5
+
+
+def test_expired_leases_are_counted(start_web: Callable[..., WebServer]) -> None:
+    web = start_web("--heartbeat-timeout", "0.5", "--gc-timeout", "0.5")
+    with ServerClient(web.address) as client:
+        publish(client, "a")
+    wait_for(lambda: web.metric("mxserver_leases_expired_total") == 1)
+    wait_for(lambda: web.metric("mxserver_records_deleted_total") == 1)
+    assert [error["kind"] for error in web.status()["errors"]] == ["lease"]
+
+
+def test_store_errors_are_counted_and_gauges_left_out(web: WebServer, client: ServerClient, tmp_path: Path) -> None:
+    publish(client, "a")
+    (tmp_path / "state.sqlite3").rename(tmp_path / "away")
+    wait_for(lambda: (web.metric('mxserver_store_errors_total{operation="check"}') or 0) > 0)
+    assert web.metric("mxserver_ready") == 0
+
+
+def test_loads_and_bytes_by_path(web: WebServer, client: ServerClient) -> None:
+    report = load_pb2.LoadReport(
+        load_id="one", path=load_pb2.LOAD_PATH_PEER_TCP, bytes=1000, seconds=2.0, chunks_verified=7
+    )
+    report.fallbacks.add(path=load_pb2.LOAD_PATH_PEER_RDMA, reason="no device")
+    publish(client, "a", report=report)
+    publish(client, "a", report=report)  # the same call again
+    strange = load_pb2.LoadReport(load_id="two", path=77, bytes=5, seconds=float("nan"))  # type: ignore[arg-type]
+    source = publish(client, "b").mx_source_id
+    client.update_status(source, "b", 0, READY, load_report=strange)
+    assert web.metric('mxserver_loads_total{path="peer_tcp"}') == 1
+    assert web.metric('mxserver_load_bytes_total{path="peer_tcp"}') == 1000
+    assert web.metric('mxserver_load_duration_seconds_sum{path="peer_tcp"}') == 2
+    assert web.metric('mxserver_load_fallbacks_total{path="peer_rdma"}') == 1
+    assert web.metric("mxserver_chunks_verified_total") == 7
+    assert web.metric('mxserver_loads_total{path="unknown"}') == 1
+    assert web.metric('mxserver_loads_total{path="storage"}') == 0, "a series is there before its first event"
+
+
+def test_openmetrics_for_who_asks(web: WebServer) -> None:
+    answer = ask(f"{web.url}/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+def test_path_labels_are_a_finite_set() -> None:
+    assert {path_label(number) for number in range(-3, 1000)} == {*PATHS.values(), UNKNOWN}
+
+
+def test_two_servers_of_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.epochs_refused.inc()
+    assert one.registry.get_sample_value("mxserver_epochs_refused_total") == 1
+    assert other.registry.get_sample_value("mxserver_epochs_refused_total") == 0
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
