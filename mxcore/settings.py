@@ -6,6 +6,7 @@ taken, a misspelt name warns with the nearest right one, and what Kubernetes inj
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mxserver.wire import environment
-from mxserver.wire.address import parse_server_address
+from mxserver.wire.address import parse_server_address, split_scheme
 from mxserver.wire.errors import SettingError
 
 __all__ = ["WorkerSettings", "load_settings"]
@@ -90,7 +91,8 @@ def load_settings(
 
 
 def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
-    names = {alias: name for name, field in WorkerSettings.model_fields.items() for alias in (field.alias, name)}
+    fields = WorkerSettings.model_fields.items()
+    names = {alias: name for name, field in fields for alias in (field.alias, name) if alias is not None}
     known: dict[str, object] = {}
     for key, value in overrides.items():
         if key in names:
@@ -98,12 +100,9 @@ def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
         elif key == _URL:
             known["server_address"] = value
         else:
-            logger.warning("%s is no setting of the worker; known are %s", key, ", ".join(_known_names()))
+            nearest = difflib.get_close_matches(key, (*names, _URL), n=1, cutoff=0.0)[0]
+            logger.warning("%s is no setting of the worker; the nearest one is %s", key, nearest)
     return known
-
-
-def _known_names() -> list[str]:
-    return sorted(field.alias or name for name, field in WorkerSettings.model_fields.items())
 
 
 def _validated(values: dict[str, object]) -> WorkerSettings:
@@ -129,7 +128,7 @@ def _validated(values: dict[str, object]) -> WorkerSettings:
 
 def _address_towards(server_address: str | None) -> str:
     """The local address of packets to the server; loopback without one. Sends nothing (a connected UDP socket)."""
-    host, _, port = (server_address or "127.0.0.1:1").rpartition(":")
+    host, _, port = split_scheme(server_address or "127.0.0.1:1")[1].rpartition(":")
     host = host.strip("[]")
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]

@@ -124,3 +124,10 @@ def test_what_is_advertised(changes: dict[str, object], host: str | None, only_h
     settings = load_settings(changes, {})
     assert host is None or settings.advertised_host() == host
     assert settings.shares_only_this_host is only_here
+
+
+def test_unknown_key_of_the_engine_names_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    load_settings({"drain_timeout_secs": 3, "MX_TRANSPORTS": "tcp"}, {})
+    said = [record.getMessage() for record in caplog.records]
+    assert any("drain_timeout_secs" in line and "drain_timeout_seconds" in line for line in said)
+    assert any("MX_TRANSPORTS" in line and line.endswith("MX_TRANSPORT") for line in said)
