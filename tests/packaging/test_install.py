@@ -90,15 +90,3 @@ def test_server_starts_there(python: Path, tmp_path: Path) -> None:
     done = run(python.parent / "mxserver", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8001" in done.stdout
-
-
-def test_unbuilt_tree_names_the_command(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for package in ("mxcore", "mxserver"):
-        for source in (ROOT / package).rglob("*.py"):
-            target = tree / source.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes())
-    done = run(sys.executable, "-c", "import mxcore.digest", cwd=tree)
-    assert done.returncode != 0
-    assert "make build" in done.stderr.splitlines()[-1]
