@@ -16,6 +16,7 @@ demo: $(VENV)/.built
 	@$(BIN)/python -m bench.demo $(ARGS)
 
 test: $(VENV)/.built
+	@sh tools/install_test_packages.sh
 	$(BIN)/python -m pytest $(ARGS)
 
 build: $(VENV)/.built

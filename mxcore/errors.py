@@ -7,8 +7,12 @@
     ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors_errors)
     ├── StorageError          MX_STORAGE              reading a file failed
     │   ├── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
-    │   └── FileChanged       MX_FILE_CHANGED         the file was written to while it was read
+    │   ├── FileChanged       MX_FILE_CHANGED         the file was written to while it was read
+    │   └── ModeUnavailable   MX_READ_MODE            a way to read that was asked for does not work here
+    ├── CheckpointError       MX_CHECKPOINT           the files are not one checkpoint
+    ├── DestinationMismatch   MX_DESTINATION_MISMATCH a tensor does not fit where it is to go
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
+    │   └── HostMemoryLimit   MX_HOST_MEMORY_LIMIT    more host memory than the user's ceiling allows
     ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while somebody still looks at its memory
     ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
     └── TransferError         MX_TRANSFER
@@ -66,10 +70,34 @@ class FileChanged(StorageError):
     code = "MX_FILE_CHANGED"
 
 
+class ModeUnavailable(StorageError):
+    """A way to read that was asked for does not work here; the message says why."""
+
+    code = "MX_READ_MODE"
+
+
+class CheckpointError(MxError):
+    """The files are not one checkpoint: no index, an index that does not fit them, one name twice, no files."""
+
+    code = "MX_CHECKPOINT"
+
+
+class DestinationMismatch(MxError, ValueError):
+    """A tensor does not fit the memory that it is to go to: shape, dtype, device, or strides that overlap."""
+
+    code = "MX_DESTINATION_MISMATCH"
+
+
 class HostMemoryError(MxError, MemoryError):
     """The machine gives no memory of that size; the message says how much was asked for."""
 
     code = "MX_HOST_MEMORY"
+
+
+class HostMemoryLimit(HostMemoryError):
+    """Reading would hold more host memory than MX_HOST_MEMORY_LIMIT allows."""
+
+    code = "MX_HOST_MEMORY_LIMIT"
 
 
 class HostBufferBusy(MxError, BufferError):

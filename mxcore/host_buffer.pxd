@@ -41,5 +41,6 @@ cdef class HostBuffer:
     cdef size_t alignment
     cdef size_t export_count
     cdef bint huge
+    cdef bint left  # to its exports: who made it needs it no longer
     cdef str origin
     cdef int require_open(self) except -1

@@ -54,6 +54,10 @@ class HostBuffer:
     def closed(self) -> bool: ...
     def close(self) -> None:
         """Gives the memory back. HostBufferBusy while exports are out; without effect when closed already."""
+
+    def close_after_exports(self) -> None:
+        """Leaves the memory to its exports (views, tensors): it is given back, without a warning, with the last one."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

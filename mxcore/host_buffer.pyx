@@ -183,7 +183,8 @@ cdef class HostBuffer:
 
     def __dealloc__(self):
         if self.base != NULL:
-            warn_unclosed(self)
+            if not self.left:
+                warn_unclosed(self)
             unmap(self)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
@@ -259,6 +260,11 @@ cdef class HostBuffer:
             raise HostBufferBusy(f"the HostBuffer of {self.length} bytes made at {self.origin} has "
                                  f"{self.export_count} exports (views, tensors): delete them first")
         unmap(self)
+
+    def close_after_exports(self):
+        self.left = True
+        if not self.export_count:
+            self.close()
 
     def __enter__(self):
         self.require_open()

@@ -8,15 +8,33 @@ from libc.stdint cimport int64_t
 
 from mxcore.file_set cimport FileSet
 from mxcore.read_jobs cimport Integers, JobList
-from mxcore.read_parts cimport mx_cursor, mx_job, mx_next_piece, mx_part, mx_piece
+from mxcore.read_parts cimport mx_cursor, mx_file, mx_job, mx_next_piece, mx_part, mx_piece
 
 from mxcore.errors import TruncatedRead
 
 cdef extern from "read_parts.h" nogil:
     enum: MX_SEGMENTS
 
-cdef extern from "<sys/mman.h>" nogil:
-    int mincore(void* address, size_t length, unsigned char* vector)
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <sys/mman.h>
+    #include <sys/uio.h>
+    static inline int mx_mapped_in(char *map, int64_t offset) {
+        unsigned char page = 0;
+        return map != NULL && mincore(map + offset, 1, &page) == 0 && (page & 1);
+    }
+    static inline int mx_cached(int fd, int64_t offset) {
+        char byte;
+        struct iovec one = {&byte, 1};
+        posix_fadvise(fd, offset, 1, POSIX_FADV_RANDOM); /* one page, if any, is fetched for having been asked for */
+        ssize_t got = preadv2(fd, &one, 1, offset, 0x8 /* RWF_NOWAIT */);
+        posix_fadvise(fd, offset, 1, POSIX_FADV_NORMAL);
+        return got == 1;
+    }
+    """
+    int mx_mapped_in(char* map, int64_t offset) nogil
+    int mx_cached(int fd, int64_t offset) nogil
 
 cdef enum:
     PAGE_BYTES = 4096
@@ -147,33 +165,21 @@ cdef class JobList:
         self.digest_count = <int64_t>(starts.count - 1)
         return 0
 
-    def resident(self):
-        """For each job 0 to 255: how much of its first piece the page cache has, by samples."""
+    def resident(self, by_reading=False):
         cdef bytearray shares = bytearray(self.job_count)
         cdef size_t index
         cdef int sample, found
-        cdef unsigned char page
+        cdef bint reads = by_reading
+        cdef mx_file* file
+        cdef int64_t place
         cdef mx_piece piece
-        cdef char* map
         for index in range(self.job_count):
             piece = mx_next_piece(self.parts, self.jobs[index].start, self.jobs[index].payload, &self.limits)
-            map = self.files.files[piece.file].map
+            self.files.require(<size_t>piece.file)
+            file = &self.files.files[piece.file]
             found = 0
-            if map != NULL:
-                for sample in range(RESIDENT_SAMPLES):
-                    page = 0
-                    mincore(map + (piece.offset + (piece.length - 1) * sample // (RESIDENT_SAMPLES - 1))
-                            // PAGE_BYTES * PAGE_BYTES, 1, &page)
-                    found += page & 1
+            for sample in range(RESIDENT_SAMPLES):
+                place = (piece.offset + (piece.length - 1) * sample // (RESIDENT_SAMPLES - 1)) // PAGE_BYTES * PAGE_BYTES
+                found += mx_cached(file.fd, place) if reads else mx_mapped_in(file.map, place)
             shares[index] = 255 * found // RESIDENT_SAMPLES
         return shares
-
-    def locations(self):
-        """For each job (file, offset of its first byte)."""
-        cdef size_t index
-        places = []
-        for index in range(self.job_count):
-            part = &self.parts[self.jobs[index].start.part]
-            places.append((part.file, part.offset + self.jobs[index].start.run * part.stride
-                           + self.jobs[index].start.skip))
-        return places

@@ -15,13 +15,16 @@ EXIT_BAD_SETTING = 2
 
 EPILOG = """
 \b
-Each setting is also read from the environment name in brackets; a flag wins. A value that breaks its rule
-keeps the server from starting (exit code 2). SIGTERM and SIGINT drain; a second one ends it at once.
+Each setting is also read from the environment name in brackets, and from the --config file; a flag wins over the
+environment, that over the file. A value that breaks its rule keeps the server from starting (exit code 2).
+SIGTERM and SIGINT drain; a second one ends it at once.
 \b
 Examples:
   mxserver
   mxserver --port 9001 --store-path /var/lib/mxserver/state.sqlite3
   mxserver --host 127.0.0.1 --port 0 --store memory --log-level debug
+  mxserver --store redis --redis-host redis --print-config > mxserver.toml
+  mxserver --config mxserver.toml --check-config
   MX_SERVER_ADDRESS=127.0.0.1:8001 vllm serve MODEL --load-format mx
 """
 
@@ -35,8 +38,11 @@ def _help(name: str, default: str) -> str:
 @click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
 @click.option("--metrics-port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
-@click.option("--store", metavar="sqlite|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
+@click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
 @click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
+@click.option("--redis-url", metavar="URL", help=_help("REDIS_URL", "none"))
+@click.option("--redis-host", metavar="HOST", help=_help("MX_REDIS_HOST", "localhost"))
+@click.option("--redis-port", metavar="PORT", help=_help("MX_REDIS_PORT", "6379"))
 @click.option(
     "--heartbeat-timeout",
     "heartbeat_timeout_seconds",
@@ -51,35 +57,71 @@ def _help(name: str, default: str) -> str:
 @click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
 @click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
 @click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
+@click.option("--tls-cert", "tls_cert_file", metavar="FILE", help=_help("MX_TLS_CERT_FILE", "none: no TLS"))
+@click.option("--tls-key", "tls_key_file", metavar="FILE", help=_help("MX_TLS_KEY_FILE", "none"))
+@click.option(
+    "--tls-client-ca", "tls_client_ca_file", metavar="FILE", help=_help("MX_TLS_CLIENT_CA_FILE", "none: any client")
+)
+@click.option("--auth", metavar="off|file|kubernetes", help=_help("MX_AUTH", "off"))
+@click.option("--auth-file", metavar="FILE", help=_help("MX_AUTH_FILE", "none"))
+@click.option("--auth-audience", metavar="NAME", help=_help("MX_AUTH_AUDIENCE", "the API server's own"))
+@click.option("--kubernetes-api", metavar="URL", help=_help("MX_KUBERNETES_API", "https://kubernetes.default.svc"))
+@click.option(
+    "--kubernetes-account",
+    metavar="FOLDER",
+    help=_help("MX_KUBERNETES_ACCOUNT_PATH", "/var/run/secrets/kubernetes.io/serviceaccount"),
+)
+@click.option("--max-message-bytes", metavar="BYTES", help=_help("MX_SERVER_MAX_MESSAGE_BYTES", "100MiB"))
+@click.option("--max-calls", metavar="NUMBER", help=_help("MX_SERVER_MAX_CALLS", "20000"))
+@click.option("--max-streams", metavar="NUMBER", help=_help("MX_SERVER_MAX_STREAMS", "64"))
+@click.option("--keepalive", "keepalive_seconds", metavar="SECONDS", help=_help("MX_SERVER_KEEPALIVE_SECS", "30"))
 @click.option("--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0"))
 @click.option("--drain", "drain_seconds", metavar="SECONDS", help=_help("MX_SERVER_DRAIN_SECS", "10"))
 @click.option("--log-level", metavar="debug|info|warning|error", help=_help("MODEL_EXPRESS_LOG_LEVEL", "info"))
 @click.option("--log-format", metavar="text|json", help=_help("MX_LOG_FORMAT", "text"))
 @click.option("--traces", metavar="off|otlp", help=_help("MX_TRACES", "off"))
+@click.option("--config", metavar="FILE", help=_help("MX_CONFIG_FILE", "none"))
+@click.option("--print-config", is_flag=True, help="Print the settings in force, as a settings file, and end.")
+@click.option("--check-config", is_flag=True, help="Look at settings and files, say what is wrong (2), and end.")
 @click.version_option(__version__, prog_name="mxserver")
-def main(**flags: str | None) -> None:
+def main(config: str | None, print_config: bool, check_config: bool, **flags: str | None) -> None:
     """Tells LLM workers which other workers have the weights they need.
 
     The weights themselves go from worker to worker. The port that is listened on is in the log line
     "listening on HOST:PORT" on stderr.
     """
     try:
-        code = _start(flags)
+        code = _start(flags, config, print_config=print_config, check_config=check_config)
     except MxError as error:
         print(f"mxserver: {error}", file=sys.stderr)  # noqa: T201
         code = EXIT_BAD_SETTING if isinstance(error, SettingError) else EXIT_FAILED
     sys.exit(code)
 
 
-def _start(flags: dict[str, str | None]) -> int:
+def _start(flags: dict[str, str | None], config: str | None, *, print_config: bool, check_config: bool) -> int:
     import logging
     import os
 
-    from mxserver import logs, server, settings
+    from mxserver import logs, settings
     from mxserver.wire.environment import warnings_for
 
-    chosen = settings.load_settings(flags)
+    chosen, origins = settings.load_with_origins(flags, settings.config_of(config))
     logs.set_up(chosen.log_level, chosen.log_format)
     for line in warnings_for(os.environ, "server"):
         logging.getLogger("mxserver").warning(line)
+    if print_config:
+        click.echo("\n".join(settings.as_config(chosen, origins)))
+    if check_config:
+        from mxserver.security import setup
+
+        setup.interceptors(chosen)
+        setup.credentials(chosen)
+        if warning := setup.warning(chosen):
+            logging.getLogger("mxserver").warning(warning)
+        click.echo("mxserver: the settings are good", err=True)
+    if print_config or check_config:
+        return 0
+
+    from mxserver import server
+
     return server.run(chosen)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mxserver.store.clock import Clock
 
-EventKind = Literal["store", "epoch", "lease", "fallback", "call"]
+EventKind = Literal["store", "epoch", "lease", "fallback", "call", "download"]
 
 KEPT_EVENTS = 50
 LONGEST_TEXT = 300

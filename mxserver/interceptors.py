@@ -19,6 +19,12 @@ Around = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
 _FAILURES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
+def status_of(context: grpc.ServicerContext) -> grpc.StatusCode | None:
+    """The status that a method has set, None when it has not; types-grpcio does not know `code`."""
+    status: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]
+    return status
+
+
 class AroundCalls(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] # grpc has types only beside it
     """Runs context managers around every call, the first one outermost."""
 
@@ -61,13 +67,12 @@ class AroundCalls(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] #
             with self._around(method, context):
                 yield from behaviour(request, context)
 
-        make, wrapped = (
-            (grpc.unary_stream_rpc_method_handler, answers)
-            if handler.response_streaming
-            else (grpc.unary_unary_rpc_method_handler, answer)
-        )
+        make: Callable[..., Any] = grpc.unary_unary_rpc_method_handler
+        wrapped: Any = answer
+        if handler.response_streaming:
+            make, wrapped = grpc.unary_stream_rpc_method_handler, answers
         if pool := getattr(behaviour, "experimental_thread_pool", None):  # long streams run in threads of their own
-            wrapped.experimental_thread_pool = pool  # type: ignore[attr-defined]
+            wrapped.experimental_thread_pool = pool
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,
@@ -92,9 +97,9 @@ def call_metrics(metrics: Metrics, events: Events) -> tuple[Around, Callable[[],
         code = grpc.StatusCode.UNKNOWN
         try:
             yield
-            code = context.code() or grpc.StatusCode.OK
+            code = status_of(context) or grpc.StatusCode.OK
         except BaseException:
-            code = context.code() or grpc.StatusCode.UNKNOWN
+            code = status_of(context) or grpc.StatusCode.UNKNOWN
             raise
         finally:
             metrics.calls_in_progress.dec()

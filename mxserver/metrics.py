@@ -49,6 +49,12 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_load_duration_seconds", "histogram", ("path",), "their duration", LOAD_BUCKETS),
     Definition("mxserver_chunks_verified_total", "counter", (), "chunks whose digest was checked in these loads"),
     Definition("mxserver_load_fallbacks_total", "counter", ("path",), "paths that loads tried and left"),
+    Definition("mxserver_downloads_running", "gauge", (), "models that the server downloads at the moment"),
+    Definition("mxserver_downloads_total", "counter", ("result",), "downloads that ended: done, failed"),
+    Definition("mxserver_download_bytes_total", "counter", (), "bytes that downloads fetched from providers"),
+    Definition("mxserver_cache_bytes", "gauge", (), "bytes of the models in the cache"),
+    Definition("mxserver_cache_limit_bytes", "gauge", (), "the size that the cache may have; 0 is no limit"),
+    Definition("mxserver_cache_models", "gauge", (), "models (revisions) in the cache"),
     Definition(
         "mxserver_call_duration_seconds", "histogram", ("method", "code"), "gRPC calls, by outcome", CALL_BUCKETS
     ),
@@ -95,6 +101,8 @@ class Metrics:
         self.load_seconds = self._histogram("mxserver_load_duration_seconds")
         self.chunks_verified = self._counter("mxserver_chunks_verified_total")
         self.load_fallbacks = self._counter("mxserver_load_fallbacks_total")
+        self.downloads = self._counter("mxserver_downloads_total")
+        self.download_bytes = self._counter("mxserver_download_bytes_total")
         self.call_seconds = self._histogram("mxserver_call_duration_seconds")
         self.calls_in_progress = self._gauge("mxserver_calls_in_progress")
         self.leases_expired = self._counter("mxserver_leases_expired_total")
@@ -103,6 +111,8 @@ class Metrics:
         self.store_seconds = self._histogram("mxserver_store_operation_duration_seconds")
         self.store_errors = self._counter("mxserver_store_errors_total")
         self._gauge("mxserver_build_info").labels(__version__).set(1)
+        for result in ("done", "failed"):
+            self.downloads.labels(result)
         for path in (*PATHS.values(), UNKNOWN):  # a rate() over a series needs it to be there before its first event
             self.loads.labels(path)
             self.load_bytes.labels(path)
@@ -136,6 +146,15 @@ class Metrics:
         return metric
 
 
+class CacheObservation(NamedTuple):
+    """What a scrape looks up of the model cache."""
+
+    downloads_running: int
+    used_bytes: int
+    limit_bytes: int
+    models: int
+
+
 class Observation(NamedTuple):
     """What a scrape looks up. `sources` is None while the store does not work: no figures are better than old ones."""
 
@@ -143,9 +162,11 @@ class Observation(NamedTuple):
     sources: Mapping[str, int] | None
     models: int | None
     loads_running: int
+    cache: CacheObservation | None = None  # None while the cache has not been used
 
 
-_SCRAPED = ("mxserver_ready", "mxserver_sources", "mxserver_models", "mxserver_loads_running")
+_CACHE = ("mxserver_downloads_running", "mxserver_cache_bytes", "mxserver_cache_limit_bytes", "mxserver_cache_models")
+_SCRAPED = ("mxserver_ready", "mxserver_sources", "mxserver_models", "mxserver_loads_running", *_CACHE)
 
 
 class _Lookup(Collector):
@@ -157,6 +178,8 @@ class _Lookup(Collector):
         seen = self._look()
         yield self._value("mxserver_ready", int(seen.ready))
         yield self._value("mxserver_loads_running", seen.loads_running)
+        for name, value in zip(_CACHE, seen.cache or (), strict=False):
+            yield self._value(name, value)
         if seen.sources is not None and seen.models is not None:
             yield self._value("mxserver_models", seen.models)
             family = GaugeMetricFamily("mxserver_sources", self._meaning["mxserver_sources"], labels=["state"])

@@ -12,10 +12,13 @@ from mxserver.events import Events
 from mxserver.interceptors import AroundCalls, call_metrics
 from mxserver.loads import Loads
 from mxserver.metrics import Metrics
+from mxserver.models.downloads import DownloadJob
+from mxserver.models.opened import OpenCache
 from mxserver.store.clock import SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import SourceStore
 from mxserver.store.observed import ObservedStore
+from mxserver.web.cache_view import CacheView
 from mxserver.web.http import HttpServer
 from mxserver.web.pages import all_pages
 from mxserver.web.status import StatusView
@@ -65,10 +68,31 @@ class Operations:
         self._state_lock = threading.Lock()
         self._state = "starting"
         self._http: HttpServer | None = None
+        self._cache_view: CacheView | None = None
+
+    def show_cache(self, cache: OpenCache) -> None:
+        """Shows this cache and its downloads. Call before `listen`."""
+        self._cache_view = CacheView(cache)
+
+    def download_ended(self, job: DownloadJob) -> None:
+        """Counts a download."""
+        state = job.state()
+        self.metrics.downloads.labels(state.phase).inc()
+        self.metrics.download_bytes.inc(state.progress.bytes_fetched)
+        if state.error is not None:
+            self._events.add("download", f"{job.model.name}: {state.message}")
 
     def listen(self, host: str, port: int, facts: dict[str, Any]) -> int:
         """Answers HTTP from now on, not ready yet; returns the port. Raises OSError. Call once."""
-        view = StatusView(self.store, self.loads, self._events, self._clock, not_ready=self.not_ready, facts=facts)
+        view = StatusView(
+            self.store,
+            self.loads,
+            self._events,
+            self._clock,
+            not_ready=self.not_ready,
+            facts=facts,
+            cache=self._cache_view,
+        )
         self.metrics.scrape_from(view.observation)
         self._http = HttpServer(host, port, all_pages(self.metrics.registry, view, self.not_ready))
         self._http.start()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 from mxserver.models.eviction import Limits
 from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.operations import Operations
+from mxserver.security import setup
 from mxserver.services.cache import CacheService
 from mxserver.services.draining import DrainInterceptor
 from mxserver.services.model import ModelService
@@ -28,7 +29,6 @@ from mxserver.store.interface import Leases, SourceStore
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
 from mxserver.wire import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
 from mxserver.wire.errors import MxError
 
 _LOG = logging.getLogger("mxserver")
@@ -48,6 +48,10 @@ class PortUnavailable(MxError):
 def open_store(settings: ServerSettings) -> SourceStore:
     """The store that the settings ask for. Raises StoreUnusable."""
     leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
+    if settings.store == "redis":
+        from mxserver.store.redis import RedisStore  # needs a package that other stores do not
+
+        return RedisStore(settings.effective_redis_url, leases)
     return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)
 
 
@@ -68,7 +72,8 @@ class Server:
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Raises StoreUnusable and PortUnavailable; CacheUnusable for a cache folder that was asked for."""
+        """Raises StoreUnusable, PortUnavailable, SettingError; CacheUnusable for a cache folder that was asked for."""
+        guards, credentials = setup.interceptors(settings), setup.credentials(settings)
         require_free_port(settings.host, settings.port)
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
@@ -82,13 +87,14 @@ class Server:
             store.close()
             raise
         self._store: SourceStore = self._operations.store
-        self._cache = OpenCache(cache_settings(settings), self._health.show_cache)
+        self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
+        self._operations.show_cache(self._cache)
         self._models = ModelService(self._cache)
         try:
             if "cache_directory" in settings.model_fields_set:
                 self._cache.open()
-            self._grpc = self._serve(leases)
-            self.port = _bind(self._grpc, settings.host, settings.port)
+            self._grpc = self._serve(settings, leases, guards)
+            self.port = _bind(self._grpc, settings.host, settings.port, credentials)
             self.metrics_port = self._listen_http(settings)
         except BaseException:
             self._operations.close()
@@ -114,10 +120,13 @@ class Server:
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
             ) from error
 
-    def _serve(self, leases: Leases) -> grpc.Server:
+    def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
         threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
         server = grpc.server(
-            threads, interceptors=[*self._operations.interceptors, self._draining], options=channel_options()
+            threads,
+            interceptors=[*self._operations.interceptors, self._draining, *guards],
+            options=setup.server_options(settings),
+            maximum_concurrent_rpcs=settings.max_calls,
         )
         p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
@@ -205,8 +214,10 @@ def _unbracketed(host: str) -> str:
     return host.removeprefix("[").removesuffix("]")
 
 
-def _bind(server: grpc.Server, host: str, port: int) -> int:
+def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     try:
+        if credentials is not None:
+            return int(server.add_secure_port(address(host, port), credentials))
         return int(server.add_insecure_port(address(host, port)))
     except RuntimeError as error:
         raise PortUnavailable(
@@ -214,36 +225,66 @@ def _bind(server: grpc.Server, host: str, port: int) -> int:
         ) from error
 
 
+class Signals:
+    """SIGTERM and SIGINT, as they come in. Made in the main thread.
+
+    They are waited for on a socket that Python writes to from the signal itself: one that arrives just before a lock
+    is waited for, or in another thread, would not end that wait.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: self._received.append(number))
+
+    def wait(self, count: int, timeout_seconds: float | None = None) -> bool:
+        """Whether so many have come, at the latest when the time is over."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while len(self._received) < count:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._ear.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                self._ear.recv(64)
+        return True
+
+    def __getitem__(self, index: int) -> signal.Signals:
+        return signal.Signals(self._received[index])
+
+    def close(self) -> None:
+        """The process no longer needs to be told."""
+        signal.set_wakeup_fd(-1)
+        self._ear.close()
+        self._mouth.close()
+
+
 def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
-    signals: list[int] = []
-    signalled = threading.Event()
-
-    def note(number: int, _: FrameType | None) -> None:
-        signals.append(number)
-        signalled.set()
-
     server = Server(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    place = settings.store_path if settings.store == "sqlite" else "memory"
+    signals = Signals()
+    place = settings.store_path if settings.store == "sqlite" else settings.store
+    if warning := setup.warning(settings):
+        _LOG.warning("%s", warning)
     _LOG.info("status page on http://%s", address(settings.host, server.metrics_port))
     _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
     try:
-        signalled.wait()
+        signals.wait(1)
         server.leave()
         if settings.not_ready_seconds:
-            _LOG.info("not ready signal=%s seconds=%g", signal.Signals(signals[0]).name, settings.not_ready_seconds)
-            signalled.clear()
-            if len(signals) == 1:
-                signalled.wait(settings.not_ready_seconds)
-        _LOG.info("draining signal=%s seconds=%g", signal.Signals(signals[0]).name, settings.drain_seconds)
+            _LOG.info("not ready signal=%s seconds=%g", signals[0].name, settings.not_ready_seconds)
+            signals.wait(2, settings.not_ready_seconds)
+        _LOG.info("draining signal=%s seconds=%g", signals[0].name, settings.drain_seconds)
         stopped = server.drain()
         while not stopped.wait(0.05):
-            if len(signals) > 1:
-                _LOG.warning("cut signal=%s; calls that ran are lost", signal.Signals(signals[1]).name)
+            if signals.wait(2, 0):
+                _LOG.warning("cut signal=%s; calls that ran are lost", signals[1].name)
                 return 128 + signals[1]
     finally:
         server.close()
+        signals.close()
     _LOG.info("stopped")
     return 0

@@ -1,4 +1,4 @@
-"""The server's settings: a flag wins over the environment, the environment over the default.
+"""The server's settings: a flag wins over the environment, the environment over the file, the file over the default.
 
 A value that breaks its rule keeps the server from starting. Values that Kubernetes injects for services of the same
 name, and empty ones, count as unset.
@@ -15,13 +15,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from mxserver.config_file import ConfigFile, as_toml, read_config
+from mxserver.wire.channels import MAX_MESSAGE_BYTES
+from mxserver.wire.credentials import ServerTls
 from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
 LogFormat = Literal["text", "json"]
 Traces = Literal["off", "otlp"]
-Backend = Literal["sqlite", "memory"]
+Backend = Literal["sqlite", "redis", "memory"]
+Auth = Literal["off", "file", "kubernetes"]
 
 
 def _absolute(folder: Path) -> Path:
@@ -46,7 +50,7 @@ def default_store_path() -> Path:
 
 
 def default_cache_directory() -> Path:
-    """The Hugging Face Hub's own cache folder, found as huggingface_hub does, but without importing it."""
+    """`huggingface/hub` in `~/.cache`, or where HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME say: the hub's own folder."""
     for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if folder := os.environ.get(name):
             return Path(os.path.expandvars(folder)).expanduser() / below
@@ -116,10 +120,52 @@ class ServerSettings(BaseSettings):
         "info", alias="MODEL_EXPRESS_LOG_LEVEL", description="debug, info, warning or error (or trace, warn)"
     )
     store: Annotated[Backend, BeforeValidator(_lower)] = Field(
-        "sqlite", alias="MX_METADATA_BACKEND", description="sqlite or memory"
+        "sqlite", alias="MX_METADATA_BACKEND", description="sqlite, redis or memory"
     )
     store_path: Path = Field(
         default_factory=default_store_path, alias="MX_STORE_PATH", description="the path of a file, to be made or ours"
+    )
+    redis_url: str | None = Field(
+        None,
+        pattern=r"^(rediss?|unix)://\S+$",
+        alias="REDIS_URL",
+        description="redis://, rediss:// or unix://, with user and password where Redis has them",
+    )
+    redis_host: str = Field(
+        "localhost", pattern=r"^[^\s/@]+$", alias="MX_REDIS_HOST", description="an address or name of a machine"
+    )
+    redis_port: int = Field(6379, ge=1, le=65535, alias="MX_REDIS_PORT", description="a whole number from 1 to 65535")
+    tls_cert_file: Path | None = Field(None, alias="MX_TLS_CERT_FILE", description="the path of a PEM file")
+    tls_key_file: Path | None = Field(None, alias="MX_TLS_KEY_FILE", description="the path of a PEM file")
+    tls_client_ca_file: Path | None = Field(None, alias="MX_TLS_CLIENT_CA_FILE", description="the path of a PEM file")
+    auth: Annotated[Auth, BeforeValidator(_lower)] = Field(
+        "off", alias="MX_AUTH", description="off, file or kubernetes"
+    )
+    auth_file: Path | None = Field(None, alias="MX_AUTH_FILE", description="the path of a TOML file")
+    auth_audience: str | None = Field(None, pattern=r"^\S+$", alias="MX_AUTH_AUDIENCE", description="a name")
+    kubernetes_api: str = Field(
+        "https://kubernetes.default.svc",
+        pattern=r"^https?://\S+$",
+        alias="MX_KUBERNETES_API",
+        description="https://host:port",
+    )
+    kubernetes_account: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        alias="MX_KUBERNETES_ACCOUNT_PATH",
+        description="the path of a folder",
+    )
+    max_message_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1024, lt=2**31)] = Field(
+        MAX_MESSAGE_BYTES, alias="MX_SERVER_MAX_MESSAGE_BYTES", description="bytes, from 1KiB to less than 2GiB"
+    )
+    max_calls: int = Field(20_000, ge=1, alias="MX_SERVER_MAX_CALLS", description="a whole number of at least 1")
+    max_streams: int = Field(64, ge=1, alias="MX_SERVER_MAX_STREAMS", description="a whole number of at least 1")
+    keepalive_seconds: float = Field(
+        30.0,
+        ge=1,
+        le=86400,
+        allow_inf_nan=False,
+        alias="MX_SERVER_KEEPALIVE_SECS",
+        description="a number of seconds from 1 to 86400",
     )
     drain_seconds: Seconds = Field(10.0, alias="MX_SERVER_DRAIN_SECS", description="a number of seconds greater than 0")
     heartbeat_timeout_seconds: Seconds = Field(
@@ -141,6 +187,19 @@ class ServerSettings(BaseSettings):
     file_sources: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_folders)] = Field(
         (), alias="MX_FILE_SOURCES", description="absolute paths of folders, separated by ':'"
     )
+
+    @property
+    def effective_redis_url(self) -> str:
+        """REDIS_URL, or the one of the host and port."""
+        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
+        return self.redis_url or f"redis://{host}:{self.redis_port}/0"
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """The files for TLS; None where it is off."""
+        if self.tls_cert_file is None or self.tls_key_file is None:
+            return None
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
 
     @property
     def effective_metrics_port(self) -> int:
@@ -171,6 +230,9 @@ FLAGS = {
     "port": "--port",
     "store": "--store",
     "store_path": "--store-path",
+    "redis_url": "--redis-url",
+    "redis_host": "--redis-host",
+    "redis_port": "--redis-port",
     "heartbeat_timeout_seconds": "--heartbeat-timeout",
     "gc_timeout_seconds": "--gc-timeout",
     "cache_directory": "--cache-dir",
@@ -178,6 +240,18 @@ FLAGS = {
     "cache_min_free_bytes": "--cache-min-free-bytes",
     "cache_lease_seconds": "--cache-lease",
     "file_sources": "--file-sources",
+    "tls_cert_file": "--tls-cert",
+    "tls_key_file": "--tls-key",
+    "tls_client_ca_file": "--tls-client-ca",
+    "auth": "--auth",
+    "auth_file": "--auth-file",
+    "auth_audience": "--auth-audience",
+    "kubernetes_api": "--kubernetes-api",
+    "kubernetes_account": "--kubernetes-account",
+    "max_message_bytes": "--max-message-bytes",
+    "max_calls": "--max-calls",
+    "max_streams": "--max-streams",
+    "keepalive_seconds": "--keepalive",
     "drain_seconds": "--drain",
     "log_level": "--log-level",
     "metrics_port": "--metrics-port",
@@ -188,29 +262,100 @@ FLAGS = {
 """The flag of each setting, in the order in which they are shown."""
 
 
-def load_settings(flags: Mapping[str, str | None]) -> ServerSettings:
-    """The settings out of flags (by field name; None is not given) and the environment.
+CONFIG_FILE = "MX_CONFIG_FILE"
+
+
+def config_of(flag: str | None) -> ConfigFile | None:
+    """The settings file of --config, or of MX_CONFIG_FILE; None without one. Raises SettingError."""
+    path = flag if flag is not None else setting(os.environ, CONFIG_FILE)
+    return None if path is None else read_config(Path(path), ServerSettings.model_fields)
+
+
+def as_config(settings: ServerSettings, origins: Origins) -> list[str]:
+    """The settings in force as lines of a settings file, each with where it comes from; passwords are left out."""
+    lines = []
+    for name in FLAGS:
+        value = getattr(settings, name)
+        lines.append(
+            as_toml(name, shown(name, value) if value is not None and name in SECRET else value, origins[name])
+        )
+    return lines
+
+
+SECRET = ("redis_url",)
+"""Settings that may carry a password, and are never shown whole."""
+
+
+class Origins(dict[str, str]):
+    """Where the value of each field comes from: its flag, its environment name, the file, or "default"."""
+
+
+def load_settings(flags: Mapping[str, str | None], file: ConfigFile | None = None) -> ServerSettings:
+    """The settings out of flags (by field name; None is not given), the environment, and the file.
 
     Raises:
         SettingError: names the setting, its value, the rule and what to do.
     """
-    fields = ServerSettings.model_fields
-    given: dict[str, Any] = {str(fields[name].alias): value for name, value in flags.items() if value is not None}
+    return load_with_origins(flags, file)[0]
+
+
+def load_with_origins(
+    flags: Mapping[str, str | None], file: ConfigFile | None = None
+) -> tuple[ServerSettings, Origins]:
+    """As `load_settings`, and where each value comes from."""
+    given: dict[str, Any] = {}
+    origins = Origins()
+    for name, field in ServerSettings.model_fields.items():
+        alias = str(field.alias)
+        if flags.get(name) is not None:
+            given[alias], origins[name] = flags[name], FLAGS[name]
+        elif setting(os.environ, alias) is not None:
+            origins[name] = alias
+        elif file is not None and name in file.values:
+            given[alias], origins[name] = file.values[name], str(file.path)
+        else:
+            origins[name] = "default"
     try:
-        return ServerSettings(**given)
+        settings = ServerSettings(**given)
     except ValidationError as error:
-        raise SettingError("; ".join(_refusal(str(part["loc"][0]), given) for part in error.errors())) from None
+        aliases = dict.fromkeys(str(part["loc"][0]) for part in error.errors())
+        raise SettingError("; ".join(_refusal(alias, given, origins) for alias in aliases)) from None
+    _require_whole(settings)
+    return settings, origins
 
 
-def _refusal(alias: str, given: Mapping[str, str]) -> str:
+def shown(name: str, value: object) -> str:
+    """A value for messages, without the password that it may carry."""
+    text = str(value)
+    return _PASSWORD.sub(r"\1***\2", text) if name in SECRET else text
+
+
+_PASSWORD = re.compile(r"(://[^/]*?:)[^/]*(@)")
+
+
+def _refusal(alias: str, given: Mapping[str, Any], origins: Origins) -> str:
     name, field = next((name, field) for name, field in ServerSettings.model_fields.items() if field.alias == alias)
     default = str(field.get_default(call_default_factory=True)).removesuffix(".0")
-    if alias in given:
-        return (
-            f"{FLAGS[name]} {given[alias]!r} is refused: it must be {field.description}; "
-            f"give such a value, or leave the flag out for {default}"
+    value = shown(name, given[alias] if alias in given else os.environ[alias])
+    rule = f"is refused: it must be {field.description}"
+    if origins[name] == FLAGS[name]:
+        return f"{FLAGS[name]} {value!r} {rule}; give such a value, or leave the flag out for {default}"
+    if origins[name] == alias:
+        return f"{alias}={value!r} {rule}; set it to such a value, or unset it for {default}"
+    return f"{name} = {value!r} in {origins[name]} {rule}; give such a value, or take the line out for {default}"
+
+
+def _require_whole(settings: ServerSettings) -> None:
+    """Raises SettingError for settings that only make sense together."""
+    if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
+        raise SettingError("--tls-cert and --tls-key belong together; give both or none")
+    if settings.tls_client_ca_file is not None and settings.tls is None:
+        raise SettingError(
+            "--tls-client-ca asks clients for certificates, which needs --tls-cert and --tls-key as well"
         )
-    return (
-        f"{alias}={os.environ[alias]!r} is refused: it must be {field.description}; "
-        f"set it to such a value, or unset it for {default}"
-    )
+    if settings.auth != "off" and settings.auth_file is None:
+        raise SettingError(f"--auth {settings.auth} needs --auth-file, which says who has which role")
+    if settings.auth == "off" and settings.auth_file is not None:
+        raise SettingError(
+            "--auth-file has no effect without --auth file or --auth kubernetes; give one, or leave it out"
+        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from mxserver import __version__
-from mxserver.interceptors import Around
+from mxserver.interceptors import Around, status_of
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def call_spans(provider: TracerProvider) -> Around:
             code = grpc.StatusCode.UNKNOWN
             try:
                 yield
-                code = context.code() or grpc.StatusCode.OK
+                code = status_of(context) or grpc.StatusCode.OK
             except BaseException:
-                code = context.code() or grpc.StatusCode.UNKNOWN
+                code = status_of(context) or grpc.StatusCode.UNKNOWN
                 raise
             finally:
                 span.set_attribute("rpc.grpc.status_code", code.value[0])

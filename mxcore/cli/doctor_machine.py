@@ -104,12 +104,13 @@ def huge_pages(root: Path = Path("/")) -> Finding:
 
 def shared_memory(root: Path = Path("/")) -> Finding:
     """vLLM's processes talk over /dev/shm; containers get 64 MiB of it by default."""
+    place = root / "dev" / "shm"
     try:
-        space = os.statvfs(root / "dev/shm")
+        space = os.statvfs(place)
     except OSError as error:
-        return Finding("shared memory", "warn", f"/dev/shm: {error.strerror}", "mount an emptyDir with medium: Memory")
+        return Finding("shared memory", "warn", f"{place}: {error.strerror}", "mount an emptyDir with medium: Memory")
     size = space.f_frsize * space.f_blocks
-    fact = f"/dev/shm has {size / (1 << 20):.0f} MiB"
+    fact = f"{place} has {size / (1 << 20):.0f} MiB"
     if size >= _SHM_ENOUGH_BYTES:
         return Finding("shared memory", "ok", fact)
     return Finding(

@@ -171,7 +171,7 @@ def list_models(context: click.Context, as_json: bool) -> None:
 
     with _client(context) as client:
         answer = client.cached_models()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": model.model_name,
             "provider": model_pb2.ModelProvider.Name(model.provider),
@@ -248,14 +248,11 @@ def validate(context: click.Context, name: str, revision: str | None, as_json: b
 
 def _amount(size_bytes: int) -> str:
     """Bytes for people."""
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    units = ("kB", "MB", "GB", "TB")
+    power = min((len(str(size_bytes)) - 1) // 3, len(units))
+    return f"{size_bytes / 1000**power:.1f} {units[power - 1]}"
 
 
 class _Bar:

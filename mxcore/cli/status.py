@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXIT_NOT_WELL = 1
 DEFAULT_METRICS_PORT = 9401
 PAGE_SECONDS = 5.0
+SHOWN_ERRORS = 5
 
 EPILOG = """
 \b
@@ -70,7 +71,7 @@ def model_states(client: ServerClient) -> list[dict[str, Any]]:
             counts[instance.model_name, instance.mx_source_id][state] += 1
     return [
         {"model_name": model, "source_id": source, **{state: counts[model, source][state] for state in STATE_NAMES}}
-        for model, source in sorted(counts)
+        for model, source in sorted(counts, key=lambda key: (key[0].lower(), key[1]))
     ]
 
 
@@ -121,9 +122,9 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += ["", table(head, [_load_row(load) for load in facts["loads"]])]
     if facts["loads"] is None:
         lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
-    for error in (facts["errors"] or ())[:5]:
-        lines += ["" if error is facts["errors"][0] else None, f"{error['kind']}: {error['text']}"]
-    return "\n".join(line for line in lines if line is not None)
+    if facts["errors"]:
+        lines += ["", *(f"{error['kind']}: {error['text']}" for error in facts["errors"][:SHOWN_ERRORS])]
+    return "\n".join(lines)
 
 
 def _load_row(load: dict[str, Any]) -> tuple[str, ...]:

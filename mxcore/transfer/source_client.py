@@ -12,6 +12,8 @@ import grpc
 from mxcore.errors import SourceRefused, SourceUnreachable, TransferError
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.credentials import open_channel
+from mxserver.wire.errors import SettingError
 
 __all__ = ["Source", "SourceClient"]
 
@@ -42,7 +44,12 @@ class SourceClient:
     def __init__(self, source: Source, *, timeout_seconds: float) -> None:
         self.source = source
         self.timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(source.endpoint, options=channel_options())
+        try:
+            self._channel = open_channel(source.endpoint, channel_options(), to_worker=True)
+        except SettingError as error:
+            raise SourceUnreachable(
+                f"worker {source.worker_id} ({source.endpoint}) cannot be called: {error}"
+            ) from error
         self._worker = p2p_pb2_grpc.WorkerServiceStub(self._channel)
         self._transfer = mx_pb2_grpc.TransferServiceStub(self._channel)
 

@@ -19,6 +19,7 @@ from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
 from mxcore.transfer.transports import UcxPolicy
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
 
 __all__ = ["WorkerServer"]
@@ -200,7 +201,8 @@ class WorkerServer:
     """A holder's gRPC server; listens as soon as it exists.
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
-    (or 0) becomes a free one: `endpoint` has the real one. Raises SettingError when there is none.
+    (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
+    (MX_TLS_CERT_FILE). Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
     def __init__(
@@ -223,7 +225,8 @@ class WorkerServer:
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
         mx_pb2_grpc.add_TransferServiceServicer_to_server(_TransferService(identity, policy), self._server)
         listen = _bracketed(host) if loopback else "[::]"
-        self.port = _bind(self._server, listen, port)
+        tls = worker_tls()
+        self.port = _bind(self._server, listen, port, server_credentials(tls) if tls else None)
         self.endpoint = f"{_bracketed(host)}:{self.port}"
         self._server.start()
 
@@ -232,10 +235,11 @@ class WorkerServer:
         self._server.stop(_STOP_GRACE_SECONDS).wait()
 
 
-def _bind(server: grpc.Server, listen: str, port: int) -> int:
+def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     for candidate in dict.fromkeys((port, 0)):
         try:
-            bound = server.add_insecure_port(f"{listen}:{candidate}")
+            place = f"{listen}:{candidate}"
+            bound = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
         except RuntimeError:  # what grpcio raises for a port in use
             bound = 0
         if bound:

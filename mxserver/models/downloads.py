@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,7 +76,10 @@ class Downloads:
         sources: Mapping[Provider, ModelSource],
         *,
         retry: RetryPolicy | None = None,
+        ended: Callable[[DownloadJob], None] = lambda _: None,
     ) -> None:
+        """`ended` is called with every job that has ended, from its thread."""
+        self._ended = ended
         self._cache = cache
         self._sources = sources
         self._retry = retry or RetryPolicy()
@@ -97,6 +100,11 @@ class Downloads:
             self._jobs[wanted] = (job, thread)
             thread.start()
             return job
+
+    def jobs(self) -> list[DownloadJob]:
+        """Those that run, in the order in which they began."""
+        with self._lock:
+            return [job for job, _ in self._jobs.values()]
 
     def running(self) -> int:
         with self._lock:
@@ -132,6 +140,7 @@ class Downloads:
         with self._lock:  # first: who asks from now on gets a new download
             del self._jobs[wanted]
         job.show(**end)
+        self._ended(job)
 
     def _download(self, job: DownloadJob) -> ModelRecord:
         source = self._sources[job.model.provider]

@@ -6,6 +6,7 @@ pinned to its commit before the first file is fetched.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -36,6 +37,8 @@ def _hub() -> Any:
             raise DownloadFailed(
                 f"huggingface_hub cannot be imported ({error}); install it with: pip install huggingface_hub"
             ) from error
+        for name in ("httpx", "httpx2"):  # a line a request, with the address of every file
+            logging.getLogger(name).setLevel(logging.WARNING)
         if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
             huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined] # it is documented
         return huggingface_hub

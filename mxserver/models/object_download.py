@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ class ObjectSource:
         return RemoteModel(ModelKey(model, listing_revision(files)), tuple(files))
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
-        import obstore
+
+        import obstore.exceptions as errors
 
         model = remote.key.model
         beside = scratch / hashlib.sha256(file.path.encode()).hexdigest()
@@ -56,24 +58,52 @@ class ObjectSource:
         try:
             store, prefix = _open(model)
             path = f"{prefix}/{file.path}" if prefix else file.path
-            for start in range(0, file.size or 0, PART_BYTES):
-                if stopping.is_set():
-                    raise DownloadFailed(f"{model.name}: {file.path} was left off: the server stops")
-                end = min(start + PART_BYTES, file.size or 0)
-                options: Any = {"range": (start, end)} | ({"if_match": file.etag} if file.etag else {})
-                part = memoryview(obstore.get(store, path, options=options).bytes())
-                if len(part) != end - start:
-                    raise DownloadInterrupted(
-                        f"{model.name}: {file.path} at {start}: {len(part)} bytes came instead of {end - start}"
-                    )
-                write_all(handle, part, start)
-        except (DownloadFailed, DownloadInterrupted):
+            try:
+                self._in_parts(store, path, file, handle, stopping)
+            except errors.GenericError as error:
+                if "non-partial" not in str(error):
+                    raise
+                self._in_one(store, path, file, handle, stopping)  # a store may leave ranges aside (RFC 9110, 14.2)
+        except DownloadFailed:
             raise
         except Exception as error:
             raise _as_model_error(f"{model.name}: {file.path}", error) from error
         finally:
             os.close(handle)
         return beside
+
+    def _in_parts(self, store: Any, path: str, file: RemoteFile, handle: int, stopping: Event) -> None:
+        """Short requests, each with the library's retries and time-out."""
+        import obstore
+
+        size = file.size or 0
+        for start in range(0, size, PART_BYTES):
+            end = min(start + PART_BYTES, size)
+            options = _unchanged(file) | ({} if end - start == size else {"range": (start, end)})
+            part = memoryview(obstore.get(store, path, options=options).bytes())
+            if len(part) != end - start:
+                raise DownloadInterrupted(f"{path} at {start}: {len(part)} bytes came instead of {end - start}")
+            _check_running(path, stopping)
+            write_all(handle, part, start)
+
+    def _in_one(self, store: Any, path: str, file: RemoteFile, handle: int, stopping: Event) -> None:
+        import obstore
+
+        offset = 0
+        for part in obstore.get(store, path, options=_unchanged(file)).stream(min_chunk_size=PART_BYTES):
+            _check_running(path, stopping)
+            write_all(handle, memoryview(part), offset)
+            offset += len(part)
+
+
+def _unchanged(file: RemoteFile) -> Any:
+    """Options of a request for the object that was listed, and no later one."""
+    return {"if_match": file.etag} if file.etag else {}
+
+
+def _check_running(path: str, stopping: Event) -> None:
+    if stopping.is_set():
+        raise DownloadFailed(f"{path} was left off: the server stops")
 
 
 def listing_revision(files: list[RemoteFile]) -> str:
@@ -115,9 +145,12 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     text = " ".join(str(error).split())[:500]
     if isinstance(error, OSError) and is_disk_full(error):
         return DownloadInterrupted(f"{what}: no space left on the disk")
-    if isinstance(error, (errors.NotFoundError, FileNotFoundError)):
+    answered = re.search(r"status code: (4\d\d)", str(error))  # of a listing, for which there is no class
+    status = int(answered[1]) if answered else 0
+    if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or status == 404:
         return RevisionNotFound(f"{what} is not there ({text})")
-    if isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError, PermissionError)):
+    refusals = (errors.PermissionDeniedError, errors.UnauthenticatedError, PermissionError)
+    if isinstance(error, refusals) or status in (401, 403):
         return DownloadFailed(f"{what}: the store refuses access; check the credentials of the server ({text})")
     if isinstance(error, errors.PreconditionError):
         return DownloadFailed(f"{what} was changed while it was downloaded; ask again for the new state")

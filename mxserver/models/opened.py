@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxserver.models.cache import ModelCache
-from mxserver.models.downloads import Downloads
+from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable
 from mxserver.models.eviction import Limits
 from mxserver.models.folder_download import FolderSource
@@ -37,8 +37,17 @@ class CacheSettings:
 class OpenCache:
     """Cache and downloads. The folder is not touched before `cache` or `downloads` is asked for. Thread-safe."""
 
-    def __init__(self, settings: CacheSettings, show_state: Callable[[bool], None]) -> None:
-        """`show_state` is told, from a thread of this object, whether the folder can be used."""
+    def __init__(
+        self,
+        settings: CacheSettings,
+        show_state: Callable[[bool], None],
+        download_ended: Callable[[DownloadJob], None] = lambda _: None,
+    ) -> None:
+        """`show_state` is told, from a thread of this object, whether the folder can be used.
+
+        `download_ended` is called with every download that has ended, from its thread.
+        """
+        self._download_ended = download_ended
         self.settings = settings
         self._show_state = show_state
         self._lock = threading.Lock()
@@ -54,6 +63,11 @@ class OpenCache:
     def downloads(self) -> Downloads:
         """Raises CacheUnusable."""
         return self._open()[1]
+
+    def peek(self) -> tuple[ModelCache, Downloads] | None:
+        """Cache and downloads where they are open; opens nothing."""
+        with self._lock:
+            return self._opened[:2] if self._opened else None
 
     def open(self) -> None:
         """Opens it now rather than at the first call. Raises CacheUnusable."""
@@ -91,7 +105,7 @@ class OpenCache:
                     model_pb2.AZURE: objects,
                     model_pb2.FILE: FolderSource(self.settings.file_sources),
                 }
-                downloads = Downloads(cache, sources, retry=self.settings.retry)
+                downloads = Downloads(cache, sources, retry=self.settings.retry, ended=self._download_ended)
                 keeper = threading.Thread(target=self._keep, args=(cache,), name="cache-keeper", daemon=True)
                 self._opened = (cache, downloads, keeper)
                 keeper.start()

@@ -113,13 +113,14 @@ class ModelService:
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
         """Tells how far the download is, until it ends or the caller leaves."""
         state = job.state()
+        if not state.ended:
+            context.add_callback(functools.partial(_note_end_of_call, job))
         while not state.ended:
             yield _update(job, state)
             told_at = time.monotonic()
             since = state.version
             while not state.ended and time.monotonic() - told_at < _UPDATE_SECONDS:
                 if not context.is_active():
-                    _LOG.info("a caller left model=%s; the download goes on", job.model)
                     return
                 state = job.wait_for_change(state.version, _MIN_UPDATE_SECONDS)
                 if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
@@ -184,6 +185,11 @@ class ModelService:
         commit = revision if is_commit(revision) else cache.layout.read_ref(model, revision)
         key = ModelKey(model, commit) if commit else None
         return [key] if key and cache.record(key) else []
+
+
+def _note_end_of_call(job: DownloadJob) -> None:
+    if not job.state().ended:
+        _LOG.info("a caller left model=%s; the download goes on", job.model)
 
 
 def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:

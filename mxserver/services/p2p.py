@@ -16,7 +16,8 @@ from typing import NoReturn, TypeVar
 import grpc
 
 from mxserver.loads import Loads
-from mxserver.store.errors import StoreUnavailable, UnknownRecord
+from mxserver.security.roles import current_owner
+from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
 from mxserver.wire import p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.client import ERROR_CODE_METADATA
@@ -54,6 +55,9 @@ def _with_error_status(
         except StaleEpoch as error:
             _LOG.info("call refused method=%s reason=%s", method.__name__, error)
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
+        except NotOwner as error:
+            _LOG.warning("call refused method=%s peer=%s reason=%s", method.__name__, context.peer(), error)
+            _abort(context, grpc.StatusCode.PERMISSION_DENIED, error)
 
     return answer
 
@@ -135,7 +139,9 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
         load = request.source_load if request.HasField("source_load") and math.isfinite(request.source_load) else None
         try:
-            self._store.update_status(key, request.status, epoch=request.epoch, source_load=load)
+            self._store.update_status(
+                key, request.status, epoch=request.epoch, source_load=load, owner=current_owner()
+            )
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._loads.updated(key, request)
@@ -173,6 +179,7 @@ def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
         topology=dict(worker.topology),
         status=status,
         epoch=request.epoch,
+        owner=current_owner(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mxserver.store.clock import Clock
-from mxserver.store.index import STALE, RecordIndex, require_epoch, unknown
+from mxserver.store.index import STALE, RecordIndex, require_epoch, require_owner, unknown
 from mxserver.store.interface import Publication, RecordKey, SourceRecord, Status
 from mxserver.wire import p2p_pb2
 
@@ -39,18 +39,21 @@ class Batch:
         self.published: set[RecordKey] = set()  # those of `changes` with another identity or other metadata
 
     def publish(self, publication: Publication) -> SourceRecord:
-        """Raises StaleEpoch."""
+        """Raises StaleEpoch and NotOwner."""
         key = publication.key
         current = self._current(key)
         if current is not None:
+            require_owner(current, publication.owner)
             require_epoch(current, publication.epoch)
         status = publication.status
         if status == UNKNOWN:
             status = INITIALIZING if current is None or current.status == STALE else current.status
+        epoch = self._epochs.next()
         record = SourceRecord(
             key=key,
             status=status,
-            epoch=self._epochs.next(),
+            epoch=epoch,
+            life=current.life if current and publication.epoch else publication.epoch or epoch,
             updated_at_ms=self._clock.unix_ms(),
             identity=publication.identity,
             worker=publication.worker,
@@ -58,16 +61,20 @@ class Batch:
             accelerator=publication.accelerator,
             topology=publication.topology,
             source_load=current.source_load if current else None,
+            owner=publication.owner or (current.owner if current else ""),
         )
         self.changes[key] = record
         self.published.add(key)
         return record
 
-    def update_status(self, key: RecordKey, status: Status, epoch: int, source_load: float | None) -> None:
-        """Raises UnknownRecord and StaleEpoch."""
+    def update_status(
+        self, key: RecordKey, status: Status, epoch: int, source_load: float | None, owner: str = ""
+    ) -> None:
+        """Raises UnknownRecord, StaleEpoch and NotOwner."""
         current = self._current(key)
         if current is None:
             raise unknown(key)
+        require_owner(current, owner)
         require_epoch(current, epoch)
         self.changes[key] = replace(
             current,

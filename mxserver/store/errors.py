@@ -6,7 +6,8 @@
     ├── StoreUnusable         MX_STORE_UNUSABLE     at start: the file cannot serve as a store
     │   └── StoreTooNew       MX_STORE_TOO_NEW      a newer version of the server wrote the file
     ├── StoreUnavailable      MX_STORE_UNAVAILABLE  while running: the store does not work at the moment
-    └── UnknownRecord         MX_UNKNOWN_RECORD     no such (source, worker, rank)
+    ├── UnknownRecord         MX_UNKNOWN_RECORD     no such (source, worker, rank)
+    └── NotOwner              MX_NOT_OWNER          the record is somebody else's
 """
 
 from __future__ import annotations
@@ -42,3 +43,9 @@ class UnknownRecord(StoreError):
     """There is no record of this (source, worker, rank); the worker has to publish (again)."""
 
     code = "MX_UNKNOWN_RECORD"
+
+
+class NotOwner(StoreError):
+    """The record was published by another caller; only that one may change it."""
+
+    code = "MX_NOT_OWNER"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from mxserver.store.clock import Clock
-from mxserver.store.errors import UnknownRecord
+from mxserver.store.errors import NotOwner, UnknownRecord
 from mxserver.store.interface import Leases, Query, RecordKey, SourceRecord, Status
 from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import StaleEpoch
@@ -19,13 +19,29 @@ STALE = p2p_pb2.SOURCE_STATUS_STALE
 
 
 def require_epoch(record: SourceRecord, epoch: int) -> None:
-    """Raises StaleEpoch when the epoch is older than the record's; 0 is none and fits."""
-    if 0 < epoch < record.epoch:
-        key = record.key
-        raise StaleEpoch(
-            f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank}: epoch {epoch} is older than "
-            f"{record.epoch}; a newer life of this worker has published, this one must stop acting for it"
-        )
+    """Raises StaleEpoch when the epoch is of an earlier life than the record's; 0 is none and fits."""
+    if 0 < epoch < record.life:
+        raise stale_epoch(record.key, epoch, record.life)
+
+
+def stale_epoch(key: RecordKey, epoch: int, life: int) -> StaleEpoch:
+    return StaleEpoch(
+        f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank}: epoch {epoch} is older than "
+        f"{life}; a newer life of this worker has published, this one must stop acting for it"
+    )
+
+
+def require_owner(record: SourceRecord, owner: str) -> None:
+    """Raises NotOwner when both the record's owner and the caller are known and not the same."""
+    if owner and record.owner and owner != record.owner:
+        raise not_owner(record.key, owner)
+
+
+def not_owner(key: RecordKey, owner: str) -> NotOwner:
+    return NotOwner(
+        f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank} was published by another caller than "
+        f"{owner!r}; a worker changes only its own record"
+    )
 
 
 def unknown(key: RecordKey) -> UnknownRecord:
@@ -96,10 +112,10 @@ class RecordIndex:
         fitting.sort(key=_age_order, reverse=True)
         return fitting if query.limit is None else fitting[: query.limit]
 
-    def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None) -> bool:
+    def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None, owner: str = "") -> bool:
         """A sign of life that changes no status; False (and nothing done) when it would change it.
 
-        Raises UnknownRecord and StaleEpoch.
+        Raises UnknownRecord, StaleEpoch and NotOwner.
         """
         with self._lock:
             now = self._clock.monotonic_seconds()
@@ -107,6 +123,7 @@ class RecordIndex:
             view = self._view(entry, now) if entry else None
             if entry is None or view is None:
                 raise unknown(key)
+            require_owner(view, owner)
             require_epoch(view, epoch)
             if view.status != status:
                 return False

@@ -3,8 +3,10 @@
 Rules that every store holds (tests/server/store_contract.py runs them against each):
 
 - A publish makes or replaces the record of (source, worker, rank) and gets an epoch that is greater than all before
-  it, also across restarts. A publish or an update that carries an epoch older than the record's is refused; one
-  without (0) comes from a client that knows no epochs, and is taken.
+  it, also across restarts. A publish without an epoch (0) begins a new life of the worker; one that carries an epoch
+  goes on with the life that this epoch was given to. A publish or an update that carries an epoch of an earlier life
+  is refused. Any epoch of the present life is taken, for the answer with the newest one may have got lost on its way.
+- A record belongs to whom it was published by, where callers are known (`owner`): nobody else changes it.
 - A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
 - A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE
   for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only makes them lasting.
@@ -45,6 +47,7 @@ class SourceRecord:
     key: RecordKey
     status: Status
     epoch: int
+    life: int  # the epoch with which this life of the worker began
     updated_at_ms: int
     identity: bytes  # SourceIdentity, serialised
     worker: bytes  # WorkerMetadata, serialised, without status and updated_at
@@ -52,6 +55,7 @@ class SourceRecord:
     accelerator: str
     topology: Mapping[str, str]
     source_load: float | None = None
+    owner: str = ""  # whose record it is; empty: published while callers were not told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Publication:
     topology: Mapping[str, str]
     status: Status = p2p_pb2.SOURCE_STATUS_UNKNOWN
     epoch: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +96,20 @@ class SourceStore(ABC):
         """Makes or replaces a record, and returns it with its new epoch once it is kept.
 
         Raises:
-            StaleEpoch: the publication's epoch is older than the record's.
+            StaleEpoch: the publication's epoch is of an earlier life.
+            NotOwner: the record is somebody else's.
         """
 
     @abstractmethod
     def update_status(
-        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
     ) -> None:
         """Sets the status and renews the lease (STALE renews nothing: it is a goodbye).
 
         Raises:
             UnknownRecord: there is no such record.
-            StaleEpoch: the epoch is older than the record's.
+            StaleEpoch: the epoch is of an earlier life.
+            NotOwner: the record is somebody else's.
         """
 
     @abstractmethod

@@ -28,10 +28,10 @@ class ObservedStore(SourceStore):
             return self._store.publish(publication)
 
     def update_status(
-        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
     ) -> None:
         with self._observed("update_status"):
-            self._store.update_status(key, status, epoch=epoch, source_load=source_load)
+            self._store.update_status(key, status, epoch=epoch, source_load=source_load, owner=owner)
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         with self._observed("get"):

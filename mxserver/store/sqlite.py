@@ -64,11 +64,11 @@ class SqliteStore(SourceStore):
         return self._change(lambda batch: batch.publish(publication))
 
     def update_status(
-        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
     ) -> None:
         self._require_open()
-        if not self._index.renew(key, status, epoch, source_load):
-            self._change(lambda batch: batch.update_status(key, status, epoch, source_load))
+        if not self._index.renew(key, status, epoch, source_load, owner):
+            self._change(lambda batch: batch.update_status(key, status, epoch, source_load, owner))
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self._require_open()

@@ -20,7 +20,7 @@ from mxserver.store.interface import RecordKey, SourceRecord
 from mxserver.wire import p2p_pb2
 
 APPLICATION_ID = 0x4D585352  # "MXSR"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _WAL_KEEP_BYTES = 64 * 1024 * 1024
 _LOCK_WAIT_SECONDS = 2.0
@@ -35,6 +35,8 @@ CREATE TABLE source (
     worker_id TEXT NOT NULL,
     worker_rank INTEGER NOT NULL,
     epoch INTEGER NOT NULL,
+    life INTEGER NOT NULL,
+    owner TEXT NOT NULL,
     status INTEGER NOT NULL,
     updated_at_ms INTEGER NOT NULL,
     UNIQUE (source_id, worker_id, worker_rank)
@@ -49,16 +51,28 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 
+# Version 1 knew neither lives nor owners: each record's life is what began with its last publish.
+_FROM_VERSION_1 = """
+BEGIN IMMEDIATE;
+ALTER TABLE source ADD COLUMN life INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE source ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+UPDATE source SET life = epoch;
+PRAGMA user_version = 2;
+COMMIT;
+"""
+
 _KEY = "source_id = ? AND worker_id = ? AND worker_rank = ?"
 _PUT_SOURCE = """
-INSERT INTO source (source_id, worker_id, worker_rank, epoch, status, updated_at_ms) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET epoch = excluded.epoch, status = excluded.status, updated_at_ms = excluded.updated_at_ms
+INSERT INTO source (source_id, worker_id, worker_rank, epoch, life, owner, status, updated_at_ms)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET epoch = excluded.epoch, life = excluded.life, owner = excluded.owner,
+    status = excluded.status, updated_at_ms = excluded.updated_at_ms
 """
 _PUT_PAYLOAD = f"INSERT OR REPLACE INTO payload SELECT id, ?, ? FROM source WHERE {_KEY}"  # noqa: S608
 _DELETE = f"DELETE FROM source WHERE {_KEY}"  # noqa: S608
 _PUT_EPOCH = "INSERT OR REPLACE INTO counter VALUES ('epoch', ?)"
 _READ = """
-SELECT source_id, worker_id, worker_rank, status, epoch, updated_at_ms, identity, worker
+SELECT source_id, worker_id, worker_rank, status, epoch, life, owner, updated_at_ms, identity, worker
 FROM source JOIN payload ON payload.source = source.id ORDER BY epoch
 """
 
@@ -104,6 +118,8 @@ class SqliteFile:
         run(f"PRAGMA journal_size_limit = {_WAL_KEEP_BYTES}")
         if not tables:
             self._connection.executescript(_SCHEMA)
+        elif version == 1:
+            self._connection.executescript(_FROM_VERSION_1)
         problems = [row[0] for row in run("PRAGMA quick_check(3)")]
         if problems != ["ok"]:
             raise StoreUnusable(_damaged(self.path, "; ".join(problems)))
@@ -121,6 +137,8 @@ class SqliteFile:
             worker_rank,
             status,
             epoch,
+            life,
+            owner,
             updated_at_ms,
             identity,
             worker,
@@ -130,6 +148,8 @@ class SqliteFile:
                 key=RecordKey(source_id, worker_id, worker_rank),
                 status=status,
                 epoch=epoch,
+                life=life,
+                owner=owner,
                 updated_at_ms=updated_at_ms,
                 identity=identity,
                 worker=worker,
@@ -153,7 +173,7 @@ class SqliteFile:
                 if record is None:
                     run(_DELETE, key)
                     continue
-                run(_PUT_SOURCE, (*key, record.epoch, record.status, record.updated_at_ms))
+                run(_PUT_SOURCE, (*key, record.epoch, record.life, record.owner, record.status, record.updated_at_ms))
                 if key in batch.published:
                     run(_PUT_PAYLOAD, (record.identity, record.worker, *key))
             run("COMMIT")

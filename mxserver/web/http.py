@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         try:
             answer = page(Request(query, self.headers.get("Accept", "")))
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it costs one answer, and is logged
             _LOG.exception("page failed path=%s", url.path)
             answer = Answer(
                 b"the page failed; the server's log has the reason\n", status=HTTPStatus.INTERNAL_SERVER_ERROR

@@ -19,6 +19,7 @@ from mxserver.metrics import STATES, Observation
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceRecord, SourceStore
+from mxserver.web.cache_view import CacheView
 from mxserver.wire import p2p_pb2
 
 Json = dict[str, Any]
@@ -55,6 +56,7 @@ class StatusView:
         *,
         not_ready: Callable[[], str | None],
         facts: Json,
+        cache: CacheView | None = None,
     ) -> None:
         """`not_ready` says why the server is not ready, or None; `facts` are shown about the server as they are."""
         self._store = store
@@ -63,6 +65,7 @@ class StatusView:
         self._clock = clock
         self._not_ready = not_ready
         self._facts = facts
+        self._cache = cache
         self._started = time.monotonic()
         self._looking = threading.Lock()
         self._look: _Look | None = None
@@ -71,11 +74,12 @@ class StatusView:
         """For a scrape."""
         look = self._current_look()
         ready = self._not_ready() is None
+        cache = self._cache.observation() if self._cache else None
         if look.records is None:
-            return Observation(ready, None, None, self._loads.running_count())
+            return Observation(ready, None, None, self._loads.running_count(), cache)
         sources = Counter(STATES[record.status] for record in look.records if record.status in STATES)
         models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
-        return Observation(ready, sources, len(models), self._loads.running_count())
+        return Observation(ready, sources, len(models), self._loads.running_count(), cache)
 
     def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS) -> Json:
         """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work."""
@@ -104,6 +108,8 @@ class StatusView:
             "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet),
             "loads": [_running(load, model_of.get(load.key, "")) for load in running[:SHOWN_LOADS]],
             "finished_loads": [_finished(load, model_of.get(load.key, "")) for load in self._loads.finished()],
+            "downloads": self._cache.downloads() if self._cache else [],
+            "cache": self._cache.as_json() if self._cache else None,
             "errors": [
                 {"at_ms": event.at_ms, "kind": event.kind, "text": event.text, "count": event.count}
                 for event in self._events.newest()

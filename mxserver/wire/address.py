@@ -15,21 +15,21 @@ _BARE_IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 
 
 def parse_server_address(text: str) -> str:
-    """`host:port` for gRPC out of `host`, `host:port` or `http(s)://host:port`; without a port: 8001.
+    """`host:port`, or `https://host:port` for TLS, out of `host`, `host:port` or `http(s)://host:port`.
 
-    An IPv6 address comes back in brackets. `https` is accepted because existing deployments write it; the scheme
-    is dropped, for calls are not encrypted in this version.
+    Without a port: 8001. An IPv6 address comes back in brackets.
 
     Raises:
         SettingError: the text is no such address; the message says which part is wrong.
     """
-    address = text.strip()
+    address, prefix = text.strip(), ""
     if scheme := _SCHEME.match(address):
         if scheme[1].lower() not in ("http", "https"):
             raise SettingError(f"server address {text!r}: the scheme {scheme[1]!r} is not known; it {_RULE}")
+        prefix = "https://" if scheme[1].lower() == "https" else ""
         address = address[scheme.end() :].removesuffix("/")
     if _BARE_IPV6.fullmatch(address):
-        return f"[{address}]:{DEFAULT_PORT}"
+        return f"{prefix}[{address}]:{DEFAULT_PORT}"
     host, port = address, str(DEFAULT_PORT)
     if not address.endswith("]") and ":" in address:
         host, _, port = address.rpartition(":")
@@ -37,4 +37,9 @@ def parse_server_address(text: str) -> str:
         raise SettingError(f"server address {text!r}: {host!r} is no host; it {_RULE}")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         raise SettingError(f"server address {text!r}: {port!r} is no port from 1 to 65535; it {_RULE}")
-    return f"{host}:{int(port)}"
+    return f"{prefix}{host}:{int(port)}"
+
+
+def split_scheme(address: str) -> tuple[str, str]:
+    """("https" or "http", host:port) of what `parse_server_address` returns."""
+    return ("https", address.removeprefix("https://")) if address.startswith("https://") else ("http", address)

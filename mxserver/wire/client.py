@@ -10,7 +10,8 @@ import grpc
 
 from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch, WireError
+from mxserver.wire.credentials import ClientCredentials, Connection
+from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -31,13 +32,18 @@ class ServerClient:
     its store is down), and ServerRefused when the answer is no.
     """
 
-    def __init__(self, address: str, *, timeout_seconds: float = 30.0) -> None:
-        """`address` is host:port, as `parse_server_address` returns it."""
+    def __init__(
+        self, address: str, *, timeout_seconds: float = 30.0, credentials: ClientCredentials | None = None
+    ) -> None:
+        """`address` is host:port or https://host:port, as `parse_server_address` returns it.
+
+        Without `credentials`, certificates and token are those of the environment (MX_TLS_*, MX_AUTH_TOKEN_PATH).
+        Both are read again when they change.
+        """
         self.address = address
         self.timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(address, options=channel_options())
-        self._p2p = p2p_pb2_grpc.P2pServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthServiceStub(self._channel)
+        self._connection = Connection(address, channel_options(), credentials)
+        self._stubs: tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub] | None = None
 
     def publish(
         self,
@@ -133,7 +139,7 @@ class ServerClient:
 
     def close(self) -> None:
         """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -143,12 +149,31 @@ class ServerClient:
     ) -> None:
         self.close()
 
+    @property
+    def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:
+        return self._current_stubs()[1]
+
+    @property
+    def _health(self) -> health_pb2_grpc.HealthServiceStub:
+        return self._current_stubs()[2]
+
+    def _current_stubs(self) -> tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub]:
+        try:
+            channel = self._connection.channel()
+        except (SettingError, ValueError) as error:
+            raise ServerUnreachable(f"{self.address} cannot be called: {error}") from error
+        stubs = self._stubs
+        if stubs is None or stubs[0] is not channel:
+            stubs = (channel, p2p_pb2_grpc.P2pServiceStub(channel), health_pb2_grpc.HealthServiceStub(channel))
+            self._stubs = stubs
+        return stubs
+
     def _call(self, name: str, method: Callable[..., Response], request: Request) -> Response:
         try:
             return method(request, timeout=self.timeout_seconds)
         except grpc.RpcError as error:
             raise self._as_wire_error(name, error) from error
-        except ValueError as error:  # what grpcio raises for a call on a closed channel
+        except (SettingError, ValueError) as error:  # an unusable token; a channel that was closed meanwhile
             raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
 
     def _refused(self, name: str, message: str) -> ServerRefused:

@@ -33,10 +33,25 @@ VARIABLES: tuple[Variable, ...] = (
         "MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of probes, metrics and the status page; 0 takes a free one"
     ),
     Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
-    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite or memory"),
+    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite, redis or memory"),
     Variable("MX_STORE_PATH", "server", "the SQLite file"),
+    Variable(
+        "REDIS_URL", "server", "Redis, for the store redis: redis://, rediss:// (TLS) or unix://; wins over the host"
+    ),
+    Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis"),
+    Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis"),
+    Variable("MX_CONFIG_FILE", "server", "TOML file with settings, by the names that --print-config shows"),
     Variable("MX_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line"),
     Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
+    Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)"),
+    Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles"),
+    Variable("MX_AUTH_AUDIENCE", "server", "audience that tokens of Kubernetes must be for"),
+    Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
+    Variable("MX_KUBERNETES_ACCOUNT_PATH", "server", "folder with the token and ca.crt of the server's own account"),
+    Variable("MX_SERVER_MAX_MESSAGE_BYTES", "server", "largest message that is taken"),
+    Variable("MX_SERVER_MAX_CALLS", "server", "calls that are in progress at once, of all clients; more are refused"),
+    Variable("MX_SERVER_MAX_STREAMS", "server", "streams of files and downloads that one client may have open at once"),
+    Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),
     Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready"),
     Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
     Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat"),
@@ -48,7 +63,15 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
     Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
     Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
+    # Certificates: the same names on both sides.
+    Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),
+    Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate"),
+    Variable("MX_TLS_CLIENT_CA_FILE", "both", "PEM certificates that clients' certificates must come from (mTLS)"),
     # The worker's.
+    Variable("MX_TLS_CA_FILE", "worker", "PEM certificates that those of servers and workers must come from"),
+    Variable("MX_TLS_PEER_NAME", "worker", "the name to expect in other workers' certificates"),
+    Variable("MX_AUTH_TOKEN_PATH", "worker", "file with the token that calls to the server carry; it may rotate"),
+    Variable("MX_AUTH_TOKEN_IN_CLEAR", "worker", "1: the token also goes over connections that are not encrypted"),
     Variable(
         "MODEL_EXPRESS_URL", "worker", "the server, host:port or http(s)://host:port; wins over MX_SERVER_ADDRESS"
     ),
@@ -65,10 +88,6 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     # Names of the protocol that existing images set and that this version does not read.
-    Variable("REDIS_URL", "server", "Redis as the server's store", has_effect=False),
-    Variable("MX_REDIS_HOST", "server", "Redis as the server's store", has_effect=False),
-    Variable("MX_REDIS_PORT", "server", "Redis as the server's store", has_effect=False),
-    Variable("MX_AUTH_TOKEN_PATH", "both", "file with the token that calls carry", has_effect=False),
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "model files come from the server over gRPC", has_effect=False
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import DecodeError
+
 from mxserver.wire import model_pb2
 
 _DATA_FIELD = 2
@@ -32,7 +34,10 @@ def split_chunk(message: bytes) -> tuple[model_pb2.FileChunk, memoryview]:
         else:
             fields += view[begin : at + length]
         at += length
-    return model_pb2.FileChunk.FromString(bytes(fields)), data
+    try:
+        return model_pb2.FileChunk.FromString(bytes(fields)), data
+    except DecodeError as error:
+        raise BadMessage(str(error)) from error
 
 
 def _field_length(message: bytes, kind: int, at: int) -> tuple[int, int]:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar, cast
 
 import grpc
 
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.errors import (
     FileRefused,
     ModelDownloadError,
@@ -70,20 +71,35 @@ class ModelClient:
     ServerRefused when it says no for another reason.
     """
 
-    def __init__(self, address: str, *, timeout_seconds: float = 30.0, patience_seconds: float = 60.0) -> None:
-        """`address` is host:port, as `parse_server_address` returns it. `timeout_seconds`: of short calls;
-        `patience_seconds`: how long a download or a stream waits for a server that is away.
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = 60.0,
+        credentials: ClientCredentials | None = None,
+    ) -> None:
+        """`address` is what `parse_server_address` returns. `timeout_seconds`: of short calls; `patience_seconds`:
+        how long a download or a stream waits for a server that is away. Without `credentials`, certificates and
+        token are those of the environment.
         """
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
-        self._channel = grpc.insecure_channel(address, options=channel_options())
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._cache = cache_pb2_grpc.CacheServiceStub(self._channel)
+        self._credentials = credentials
+        self._connection = Connection(address, channel_options(), credentials)
+
+    @property
+    def _models(self) -> model_pb2_grpc.ModelServiceStub:
+        return model_pb2_grpc.ModelServiceStub(self._connection.channel())
+
+    @property
+    def _cache(self) -> cache_pb2_grpc.CacheServiceStub:
+        return cache_pb2_grpc.CacheServiceStub(self._connection.channel())
 
     def close(self) -> None:
         """Idempotent."""
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -239,6 +255,7 @@ class ModelClient:
         )
         fetch = FolderFetch(
             self.address,
+            self._credentials,
             request,
             folder,
             beside,
@@ -296,8 +313,9 @@ class ModelClient:
             raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
 
     def _as_error(self, name: str, error: grpc.RpcError) -> WireError:
-        status, details = (error.code(), error.details()) if isinstance(error, grpc.Call) else (None, str(error))
-        text = f"{name} at {self.address} failed with {status.name if status else 'no status'}: {details}"
+        call = cast("grpc.Call", error)  # every RpcError of an invocation is one
+        status = call.code()
+        text = f"{name} at {self.address} failed with {status.name}: {call.details()}"
         if status in _UNREACHABLE:
             return ServerUnreachable(text)
         if status is grpc.StatusCode.NOT_FOUND:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 
 from mxserver.wire import model_pb2
 from mxserver.wire.channels import channel_options
+from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.errors import FileRefused, ServerUnreachable, WireError
 from mxserver.wire.file_chunk import BadMessage, split_chunk
 from mxserver.wire.partial_file import FileInfo, PartialFile
@@ -20,6 +23,7 @@ from mxserver.wire.partial_file import FileInfo, PartialFile
 METHOD = "/model_express.model.ModelService/StreamModelFiles"
 
 MAX_CONTENT_ATTEMPTS = 3
+MESSAGES_AHEAD = 4
 _BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
 _BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
@@ -43,12 +47,52 @@ class FetchReport:
     seconds: float = 0.0
 
 
+@contextmanager
+def read_ahead(call: Any) -> Iterator[Iterator[bytes]]:
+    """The messages of a call, received by a thread of its own while earlier ones are worked on; a few at most lie
+    ready. The call is cancelled at the end.
+    """
+    room = threading.Semaphore(MESSAGES_AHEAD)
+    ready: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def receive() -> None:
+        try:
+            for message in call:
+                ready.put(message)
+                room.acquire()
+                if left.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again where the messages are taken
+            ready.put(error)
+        else:
+            ready.put(None)
+
+    def messages() -> Iterator[bytes]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            room.release()
+
+    thread = threading.Thread(target=receive, name="receive", daemon=True)
+    thread.start()
+    try:
+        yield messages()
+    finally:
+        left.set()
+        call.cancel()
+        room.release()
+        thread.join()
+
+
 class FolderFetch:
     """One fetch into a folder, by `run`. `on_bytes` is called with the bytes of each chunk, from any thread."""
 
     def __init__(
         self,
         address: str,
+        credentials: ClientCredentials | None,
         request: model_pb2.ModelFilesRequest,
         folder: Path,
         beside: Path,
@@ -60,6 +104,7 @@ class FolderFetch:
     ) -> None:
         """`request` says which model; `beside` is a folder for what is not whole yet, on the same file system."""
         self._address = address
+        self._credentials = credentials
         self._request = request
         self._folder = folder
         self._beside = beside
@@ -98,16 +143,20 @@ class FolderFetch:
     def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
         # A connection of its own for each: one TCP connection is slower than several.
         options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(self._address, options=options) as channel:
-            call = channel.unary_stream(METHOD, request_serializer=model_pb2.ModelFilesRequest.SerializeToString)
+        connection = Connection(self._address, options, self._credentials)
+        try:
+            serializer = model_pb2.ModelFilesRequest.SerializeToString
             while not self._failed.is_set():
+                call: Any = connection.channel().unary_stream(METHOD, request_serializer=serializer)
                 try:
                     batch = batches.get_nowait()
                 except queue.Empty:
                     return
                 self._batch(call, batch)
+        finally:
+            connection.close()
 
-    def _batch(self, call: grpc.UnaryStreamMultiCallable, batch: list[FileInfo]) -> None:  # type: ignore[type-arg,unused-ignore]
+    def _batch(self, call: Any, batch: list[FileInfo]) -> None:
         partials = {info.path: PartialFile(info, self._beside) for info in batch}
         with self._lock:
             self.report.bytes_resumed += sum(partial.offset for partial in partials.values())
@@ -134,7 +183,7 @@ class FolderFetch:
 
     def _after_break(self, error: grpc.RpcError, heard_at: float) -> None:
         """Returns to try again, or raises."""
-        if not isinstance(error, grpc.Call) or error.code() not in _BROKEN:
+        if cast("grpc.Call", error).code() not in _BROKEN:  # every RpcError of an invocation is one
             raise self._as_error("StreamModelFiles", error) from error
         if time.monotonic() - heard_at > self._patience_seconds:
             raise self._as_error("StreamModelFiles", error) from error
@@ -142,7 +191,7 @@ class FolderFetch:
             self.report.breaks += 1
         self._failed.wait(0.2)
 
-    def _receive(self, call: grpc.UnaryStreamMultiCallable, partials: dict[str, PartialFile]) -> None:  # type: ignore[type-arg,unused-ignore]
+    def _receive(self, call: Any, partials: dict[str, PartialFile]) -> None:
         """Receives what is missing of some files. Files that are complete leave `partials`."""
         request = model_pb2.ModelFilesRequest()
         request.CopyFrom(self._request)
@@ -152,14 +201,11 @@ class FolderFetch:
             for path, partial in partials.items()
             if partial.offset
         )
-        stream = call(request, wait_for_ready=True, timeout=None)
-        try:
+        with read_ahead(call(request, wait_for_ready=True)) as stream:
             for message in stream:
                 if self._failed.is_set():
                     return
                 self._take(message, partials)
-        finally:
-            stream.cancel()
         if partials:
             raise ServerUnreachable(f"{self._address} ended the stream before {sorted(partials)[0]} was complete")
 

@@ -103,10 +103,10 @@ class HubStandIn:
             def log_message(self, *_: Any) -> None:
                 pass
 
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self.answer()
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self.answer()
 
             def answer(self) -> None:
@@ -172,7 +172,8 @@ class HubStandIn:
                 hub.requests[f"{self.command} {path}"] += 1
                 fault = hub.take_fault(f"{self.command} {path}") or Fault()
                 if fault.status:
-                    return self.refuse(fault.status, "", fault.retry_after)
+                    self.refuse(fault.status, "", fault.retry_after)
+                    return
                 data = data if fault.replace_with is None else fault.replace_with
                 begin = 0
                 if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):

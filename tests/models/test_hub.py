@@ -92,14 +92,18 @@ def test_unknown_model_and_unknown_revision(client: ModelClient) -> None:
         client.ensure(REPOSITORY, revision="nowhere")
 
 
+def token(value: str) -> dict[str, str]:
+    return {"HF_TOKEN": value}
+
+
 def test_gated_model_needs_the_token(start_server: StartServer, hub: HubStandIn) -> None:
     hub.repositories[REPOSITORY].gated = True
     with (
-        ModelClient(start_server(HF_TOKEN="wrong").address) as client,
+        ModelClient(start_server(**token("wrong")).address) as client,
         pytest.raises(ModelDownloadError, match="HF_TOKEN"),
     ):
         client.ensure(REPOSITORY)
-    with ModelClient(start_server(HF_TOKEN="right").address) as client:
+    with ModelClient(start_server(**token("right")).address) as client:
         assert client.ensure(REPOSITORY)
     assert "Bearer right" in hub.tokens
 
@@ -214,9 +218,7 @@ def test_offline_server_serves_what_lies_in_its_folder(
     assert hub.requests.total() == asked
 
 
-def test_hub_that_is_away_does_not_take_cached_models_along(
-    start_server: StartServer, hub: HubStandIn
-) -> None:
+def test_hub_that_is_away_does_not_take_cached_models_along(start_server: StartServer, hub: HubStandIn) -> None:
     with ModelClient(start_server().address) as client:
         commit = client.ensure(REPOSITORY)
         hub.faults["api"] = [Fault(status=403) for _ in range(9)]

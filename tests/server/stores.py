@@ -9,8 +9,10 @@ from pathlib import Path
 from mxserver.store.clock import Clock
 from mxserver.store.interface import Leases, Publication, RecordKey, SourceStore
 from mxserver.store.memory import MemoryStore
+from mxserver.store.redis import RedisStore
 from mxserver.store.sqlite import SqliteStore
 from mxserver.wire import p2p_pb2
+from tests.server.redis_process import shared_redis
 
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 READY = p2p_pb2.SOURCE_STATUS_READY
@@ -49,6 +51,7 @@ class StoreKind:
 
 KINDS = (
     StoreKind("memory", False, lambda folder, clock: MemoryStore(LEASES, clock)),
+    StoreKind("redis", True, lambda folder, clock: RedisStore(shared_redis().url, LEASES, clock, prefix=f"{folder}:")),
     StoreKind("sqlite", True, lambda folder, clock: SqliteStore(folder / "state.sqlite3", LEASES, clock)),
 )
 
@@ -64,6 +67,7 @@ def publication(
     status: p2p_pb2.SourceStatus.ValueType = p2p_pb2.SOURCE_STATUS_UNKNOWN,
     epoch: int = 0,
     nixl_metadata: bytes = b"agent",
+    owner: str = "",
 ) -> Publication:
     record_key = record_key or key()
     worker = p2p_pb2.WorkerMetadata(
@@ -81,4 +85,5 @@ def publication(
         topology={"zone": "a"},
         status=status,
         epoch=epoch,
+        owner=owner,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from mxserver import logs
 from mxserver.cli import main
-from mxserver.settings import FLAGS, ServerSettings, default_store_path, load_settings
+from mxserver.settings import CONFIG_FILE, FLAGS, ServerSettings, default_store_path, load_settings
 from mxserver.wire.environment import BY_NAME, VARIABLES
 from mxserver.wire.errors import SettingError
 
@@ -45,7 +45,14 @@ def test_values_of_kubernetes_and_empty_ones_count_as_unset(monkeypatch: pytest.
         ("host", ""),
         ("host", "a b"),
         ("log_level", "loud"),
-        ("store", "redis"),
+        ("store", "etcd"),
+        ("redis_url", "localhost:6379"),
+        ("redis_port", "0"),
+        ("auth", "yes"),
+        ("max_message_bytes", "3GiB"),
+        ("max_calls", "0"),
+        ("keepalive_seconds", "0.5"),
+        ("kubernetes_api", "kubernetes.default"),
         ("heartbeat_timeout_seconds", "0"),
         ("heartbeat_timeout_seconds", "nan"),
         ("gc_timeout_seconds", "-5"),
@@ -97,10 +104,13 @@ def test_state_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_of_names_flags_and_fields_agree() -> None:
     names = {str(field.alias) for field in ServerSettings.model_fields.values()}
-    assert names == {variable.name for variable in VARIABLES if variable.reader == "server" and variable.has_effect}
+    of_server = {v.name for v in VARIABLES if v.reader in ("server", "both") and v.has_effect}
+    assert names == of_server - {CONFIG_FILE}
     options = {option.name: option for option in main.params if isinstance(option, click.Option)}
     assert {name: [flag] for name, flag in FLAGS.items()} == {
-        name: option.opts for name, option in options.items() if name != "version"
+        name: option.opts
+        for name, option in options.items()
+        if name not in ("version", "config", "print_config", "check_config")
     }
     assert set(FLAGS) == set(ServerSettings.model_fields)
     for field, info in ServerSettings.model_fields.items():

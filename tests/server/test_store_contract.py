@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.store.errors import StoreUnavailable, UnknownRecord
+from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.interface import Query, SourceStore
 from mxserver.wire.errors import StaleEpoch
 from tests.server.stores import (
@@ -112,6 +112,63 @@ def test_publish_with_an_older_epoch_is_refused_and_changes_nothing(store: Sourc
 def test_publish_with_its_own_epoch_is_taken(store: SourceStore) -> None:
     first = store.publish(publication())
     assert store.publish(publication(epoch=first.epoch)).epoch > first.epoch
+
+
+def test_any_epoch_of_the_present_life_is_taken_for_an_answer_may_get_lost(store: SourceStore) -> None:
+    earlier = store.publish(publication()).epoch
+    first = store.publish(publication())  # a new life
+    lost = store.publish(publication(epoch=first.epoch))
+    again = store.publish(publication(epoch=first.epoch, status=READY))
+    assert first.epoch < lost.epoch < again.epoch
+    assert first.life == lost.life == again.life == first.epoch
+    for epoch in (first.epoch, lost.epoch, again.epoch):
+        store.update_status(key(), READY, epoch=epoch)
+    with pytest.raises(StaleEpoch):
+        store.update_status(key(), READY, epoch=earlier)
+    store.publish(publication())  # the next life
+    for epoch in (first.epoch, lost.epoch, again.epoch):
+        with pytest.raises(StaleEpoch):
+            store.publish(publication(epoch=epoch))
+
+
+def test_life_that_outlived_its_record_goes_on(store: SourceStore, clock: HandClock) -> None:
+    first = store.publish(publication())
+    clock.advance(HEARTBEAT_SECONDS + COLLECT_SECONDS)
+    assert store.publish(publication(epoch=first.epoch)).life == first.epoch
+    store.publish(publication(epoch=first.epoch))
+
+
+# Owners
+
+
+def test_record_is_changed_by_its_owner_alone(store: SourceStore) -> None:
+    mine = store.publish(publication(owner="a"))
+    assert mine.owner == "a"
+    with pytest.raises(NotOwner, match="published by another caller than 'b'"):
+        store.publish(publication(owner="b"))
+    for status in (INITIALIZING, STALE):
+        with pytest.raises(NotOwner):
+            store.update_status(key(), status, owner="b")
+    assert store.get(*key()[:2]) == mine
+    store.update_status(key(), READY, owner="a")
+    assert store.publish(publication(owner="a")).owner == "a"
+    store.update_status(key(), STALE, owner="a")
+    with pytest.raises(NotOwner):  # not even when it has left: it may come back
+        store.publish(publication(owner="b"))
+
+
+def test_record_of_nobody_is_taken_by_the_first_who_publishes_it(store: SourceStore) -> None:
+    store.publish(publication())
+    store.update_status(key(), READY, owner="b")
+    assert store.publish(publication(owner="a")).owner == "a"
+    assert store.publish(publication()).owner == "a"  # callers are not told apart: it stays whose it was
+    store.update_status(key(), READY)
+
+
+def test_name_of_a_record_that_is_gone_is_free(store: SourceStore, clock: HandClock) -> None:
+    store.publish(publication(owner="a"))
+    clock.advance(HEARTBEAT_SECONDS + COLLECT_SECONDS)
+    assert store.publish(publication(owner="b")).owner == "b"
 
 
 def test_ranks_of_a_worker_have_records_of_their_own(store: SourceStore, clock: HandClock) -> None:
@@ -328,7 +385,7 @@ def test_minimum_of_updated_at(store: SourceStore, clock: HandClock) -> None:
 def test_restart_keeps_lasting_records_and_gives_them_whole_leases(
     store: SourceStore, kind: StoreKind, clock: HandClock, request: pytest.FixtureRequest
 ) -> None:
-    published = store.publish(publication(status=READY, nixl_metadata=b"x" * 5000))
+    published = store.publish(publication(status=READY, nixl_metadata=b"x" * 5000, owner="a"))
     store.publish(publication(key("left")))
     store.update_status(key("left"), STALE)
     clock.advance(HEARTBEAT_SECONDS + 1)  # the server was down for longer than the lease
@@ -341,6 +398,7 @@ def test_restart_keeps_lasting_records_and_gives_them_whole_leases(
     assert record.status == READY
     assert record.updated_at_ms == clock.unix_ms()
     assert (record.worker, record.identity) == (published.worker, published.identity)
+    assert (record.epoch, record.life, record.owner) == (published.epoch, published.life, "a")
     assert (record.model_name, record.accelerator, dict(record.topology)) == ("Org/Model", "cuda", {"zone": "a"})
     assert status_of(again, "left") == STALE
     clock.advance(HEARTBEAT_SECONDS - 0.001)

@@ -37,6 +37,7 @@ class Expected:
 
     status: int
     epoch: int
+    life: int
     alive_until: float
     stale_since: float | None = None
 
@@ -71,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
         return expected.at(self.clock.seconds) if expected else None
 
     def is_refused(self, record_key: RecordKey, epoch: int) -> bool:
-        return self.status(record_key) is not None and 0 < epoch < self.model[record_key].epoch
+        return self.status(record_key) is not None and 0 < epoch < self.model[record_key].life
 
     @rule(target=epochs, record_key=st.sampled_from(KEYS), status=st.sampled_from([0, INITIALIZING, READY, STALE]))
     def publish(self, record_key: RecordKey, status: int) -> int:
@@ -101,7 +102,10 @@ class StoreMachine(RuleBasedStateMachine):
             if before == STALE:
                 old = self.model[record_key]
                 stale_since = old.alive_until if old.stale_since is None else old.stale_since
-        self.model[record_key] = Expected(status, record.epoch, self.clock.seconds + HEARTBEAT_SECONDS, stale_since)
+        life = self.model[record_key].life if epoch and before is not None else epoch or record.epoch
+        self.model[record_key] = Expected(
+            status, record.epoch, life, self.clock.seconds + HEARTBEAT_SECONDS, stale_since
+        )
         assert record.epoch > self.highest_epoch
         self.highest_epoch = record.epoch
         return record.epoch

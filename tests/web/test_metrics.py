@@ -17,6 +17,7 @@ from mxserver.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
 from mxserver.wire import load_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import StaleEpoch
+from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish
 
 P2P = "model_express.p2p.P2pService"
@@ -26,7 +27,8 @@ def exposition(web: WebServer) -> str:
     return ask(f"{web.url}/metrics").text
 
 
-def test_every_definition_is_exposed(web: WebServer) -> None:
+def test_every_definition_is_exposed(start_web: Callable[..., WebServer], tmp_path: Path) -> None:
+    web = start_web(MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"))  # an unused cache has no figures
     families = {family.name for family in text_string_to_metric_families(exposition(web))}
     wanted = {definition.name.removesuffix("_total") for definition in DEFINITIONS}
     assert wanted <= families
@@ -118,6 +120,29 @@ def test_loads_and_bytes_by_path(web: WebServer, client: ServerClient) -> None:
     assert web.metric("mxserver_chunks_verified_total") == 7
     assert web.metric('mxserver_loads_total{path="unknown"}') == 1
     assert web.metric('mxserver_loads_total{path="storage"}') == 0, "a series is there before its first event"
+
+
+def test_downloads_and_cache(start_web: Callable[..., WebServer], tmp_path: Path) -> None:
+    """A real download out of a folder, and one of what is not there."""
+    model = tmp_path / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    cache = str(tmp_path / "cache")
+    web = start_web(MODEL_EXPRESS_CACHE_DIRECTORY=cache, MX_FILE_SOURCES=str(model.parent))
+    assert web.metric("mxserver_cache_models") == 0
+    assert mx("models", "--server", web.address, "get", f"file://{model}").code == 0
+    assert mx("models", "--server", web.address, "get", f"file://{model.parent}/missing").code != 0
+    assert web.metric('mxserver_downloads_total{result="done"}') == 1
+    assert web.metric('mxserver_downloads_total{result="failed"}') == 1
+    assert web.metric("mxserver_download_bytes_total") == 12
+    assert web.metric("mxserver_downloads_running") == 0
+    wait_for(lambda: web.metric("mxserver_cache_models") == 1)
+    assert web.metric("mxserver_cache_bytes") == 12
+    status = web.status()
+    assert status["downloads"] == []
+    assert status["cache"]["models"] == 1
+    assert [error["kind"] for error in status["errors"]] == ["download"]
 
 
 def test_openmetrics_for_who_asks(web: WebServer) -> None:

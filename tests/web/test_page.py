@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
-from mxserver.wire import load_pb2
+from mxserver.wire import load_pb2, model_pb2, model_pb2_grpc
 from mxserver.wire.client import ServerClient
 from tests.web.browser import Browser
 from tests.web.conftest import INITIALIZING, READY, WebServer, identity, publish
@@ -86,6 +88,23 @@ def test_load_is_followed_without_reloading(web: WebServer, client: ServerClient
     browser.wait_until(lambda: not browser.run("return document.querySelector('#loads').children.length"), "no load")
     assert browser.run("return window.sameDocument") is True
     assert browser.console() == []
+
+
+def test_download_is_shown_while_it_runs(start_web: Callable[..., WebServer], browser: Browser, tmp_path: Path) -> None:
+    """The hub is a socket that takes the question and does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        web = start_web(MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"), HF_ENDPOINT=endpoint)
+        with grpc.insecure_channel(web.address) as channel:
+            stub = model_pb2_grpc.ModelServiceStub(channel)
+            updates = stub.EnsureModelDownloaded(model_pb2.ModelDownloadRequest(model_name="org/big"))
+            next(iter(updates))
+            browser.open(web.url)
+            browser.wait_until(lambda: "org/big" in browser.text("#downloading"), "the download")
+            assert "resolving" in browser.text("#downloads")
+            assert web.status()["downloads"][0]["provider"] == "hugging_face"
+            updates.cancel()
+        web.close()
 
 
 def test_closed_fleet_stays_closed_while_others_come(web: WebServer, client: ServerClient, browser: Browser) -> None:

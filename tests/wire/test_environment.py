@@ -87,15 +87,10 @@ def test_setting_is_stripped_and_empty_is_unset() -> None:
 
 
 def test_names_of_later_versions_are_known_and_said_to_have_no_effect() -> None:
-    environ = {
-        "REDIS_URL": "redis://r",
-        "MX_MODEL_URI": "s3://b",
-        "MX_AUTH_TOKEN_PATH": "/t",
-        "MX_EXPECTED_WORKERS": "",
-    }
+    environ = {"REDIS_URL": "redis://r", "MX_MODEL_URI": "s3://b", "MX_METADATA_PORT": "1", "MX_EXPECTED_WORKERS": ""}
     assert misspelt(environ) == []
-    assert [v.name for v in without_effect(environ, "server")] == ["REDIS_URL", "MX_AUTH_TOKEN_PATH"]
-    assert [v.name for v in without_effect(environ, "worker")] == ["MX_AUTH_TOKEN_PATH", "MX_MODEL_URI"]
+    assert without_effect(environ, "server") == []
+    assert [v.name for v in without_effect(environ, "worker")] == ["MX_MODEL_URI", "MX_METADATA_PORT"]
 
 
 def test_warnings_are_one_line_a_name() -> None:
@@ -106,12 +101,14 @@ def test_warnings_are_one_line_a_name() -> None:
     ]
 
 
-@pytest.mark.parametrize("reader", ["server", "worker", "build"])
+@pytest.mark.parametrize("reader", ["server", "worker", "both", "build"])
 def test_names_with_effect_are_read_by_the_code_that_they_name(reader: str) -> None:
     """A name in the table that nobody reads would be a setting without an effect."""
-    sources = {"server": "mxserver/settings.py", "worker": "mxcore/settings.py", "build": "setup.py"}
-    tree = ast.parse((ROOT / sources[reader]).read_text())
-    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    shared = "mxserver/wire/credentials.py"
+    sources = {"server": ["mxserver/settings.py"], "worker": ["mxcore/settings.py", shared], "build": ["setup.py"]}
+    sources["both"] = ["mxserver/settings.py", shared]
+    nodes = [node for name in sources[reader] for node in ast.walk(ast.parse((ROOT / name).read_text()))]
+    words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     named = {variable.name for variable in VARIABLES if variable.reader == reader}
     effective = {variable.name for variable in VARIABLES if variable.reader == reader and variable.has_effect}
     assert named & words == effective

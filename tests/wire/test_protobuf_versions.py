@@ -31,7 +31,7 @@ worker = p2p_pb2.WorkerMetadata(worker_rank=1, nixl_metadata=b"agent", topology=
 with ServerClient(address) as client:
     published = client.publish(identity, worker, "w")
     assert published.mx_source_id == source_id(identity)
-    newer = client.publish(identity, worker, "w", epoch=published.epoch)
+    newer = client.publish(identity, worker, "w")  # a new life
     ready = p2p_pb2.SOURCE_STATUS_READY
     client.update_status(published.mx_source_id, "w", 1, ready, epoch=newer.epoch, source_load=0.5)
     try:

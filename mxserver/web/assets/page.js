@@ -92,14 +92,31 @@ function drawTiles(totals) {
     });
 }
 
+function makeProgressCard() {
+  const card = make("li", "", make("div", "head", make("span", "name"), make("span", "right")),
+    make("div", "soft"), make("progress", ""), make("div", "line"));
+  card.querySelector("progress").max = 100;
+  return card;
+}
+
+function drawDownloads(downloads) {
+  byId("downloading").hidden = downloads.length === 0;
+  keepList(byId("downloads"), downloads, (one) => `${one.provider}/${one.model_name}/${one.revision}`, makeProgressCard, (card, one) => {
+    const share = percent(one.bytes_done, one.bytes_total);
+    setText(card.querySelector(".name"), one.model_name);
+    setText(card.querySelector(".right"), one.bytes_total ? `${Math.floor(share)} %` : one.phase);
+    setText(card.querySelector(".soft"), one.message);
+    card.querySelector("progress").value = share;
+    card.querySelector("progress").setAttribute("aria-label", `${one.model_name}: ${Math.floor(share)} % downloaded`);
+    drawParts(card.querySelector(".line"), [[`${bytes(one.bytes_done)} of ${bytes(one.bytes_total)}`, false],
+      [one.files_total ? `${one.files_done} of ${one.files_total} files` : "", false], [one.provider.replace("_", " "), false],
+      [one.revision ? `revision ${one.revision.slice(0, 12)}` : "", false]]);
+  });
+}
+
 function drawLoads(loads) {
   byId("loading").hidden = loads.length === 0;
-  keepList(byId("loads"), loads, (load) => `${load.source_id}/${load.worker_id}/${load.worker_rank}`, () => {
-    const card = make("li", "", make("div", "head", make("span", "name"), make("span", "right")),
-      make("div", "soft"), make("progress", ""), make("div", "line"));
-    card.querySelector("progress").max = 100;
-    return card;
-  }, (card, load) => {
+  keepList(byId("loads"), loads, (load) => `${load.source_id}/${load.worker_id}/${load.worker_rank}`, makeProgressCard, (card, load) => {
     const share = percent(load.bytes_done, load.bytes_total);
     const silent = load.silent_seconds > SILENT_SECONDS;
     card.className = silent ? "silent" : "";
@@ -213,6 +230,7 @@ function draw(status) {
   drawHeader(status);
   drawTiles(status.totals);
   drawLoads(status.loads);
+  drawDownloads(status.downloads);
   drawFleets(status.fleets, status.server.port);
   drawFinished(status.finished_loads, status.server.now_ms);
   drawErrors(status.errors, status.server.now_ms);
@@ -240,7 +258,7 @@ async function refresh() {
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     const status = await answer.json();
     draw(status);
-    if (status.loads.length || status.totals.initializing) pause = BUSY_MS;
+    if (status.loads.length || status.downloads.length || status.totals.initializing) pause = BUSY_MS;
   } catch (error) {
     drawLost(error.name === "TimeoutError" ? "timed out" : error.message);
   } finally {

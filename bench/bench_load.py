@@ -1,0 +1,150 @@
+"""`mx bench load`: safetensors into tensors that exist, ours against what else there is, warm and cold.
+
+A multi-shard bf16 checkpoint is made; every candidate loads it in a fresh process, in turns, several rounds; each
+tensor's content is checked. The ratios are of medians of one run. Peers come with `make bench-deps`; those that are
+not installed are left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+MIB = 1024 * 1024
+RATIOS = {
+    "warm_vs_runai": ("warm", "runai"),
+    "warm_vs_runai_best": ("warm", "runai_best"),
+    "warm_vs_fastsafetensors": ("warm", "fastsafetensors"),
+    "warm_vs_safetensors_pread": ("warm", "safetensors_pread"),
+    "warm_vs_safetensors_mmap": ("warm", "safetensors_mmap"),
+    "warm_vs_readinto": ("warm", "readinto"),
+    "warm_vs_memcpy": ("warm", "memcpy"),
+    "cold_vs_disk_limit": ("cold", "disk_limit"),
+}
+PEERS = ("runai", "runai_best", "fastsafetensors", "safetensors_mmap", "safetensors_pread", "readinto")
+FORCED = ("ours_mapped", "ours_buffered", "ours_direct", "ours_uring")
+HEADER_TENSORS = 20_000
+
+
+@click.command("load")
+@click.option("--size-mib", default=2048, show_default=True, help="Size of the checkpoint.")
+@click.option("--rounds", default=5, show_default=True, help="Loads of each candidate and state.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
+@click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
+@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw bars into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(
+    size_mib: int, rounds: int, folder: Path | None, only: tuple[str, ...], chart: Path | None, as_json: bool
+) -> None:
+    """Load safetensors into existing tensors, against other loaders."""
+    from bench.load import measure
+    from bench.load.candidates import CANDIDATES, NEEDS
+
+    unknown = sorted(set(only) - set(CANDIDATES))
+    if unknown:
+        raise click.UsageError(f"no candidate {unknown[0]}; there are {', '.join(CANDIDATES)}")
+    missing = [name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None]
+    names = [name for name in CANDIDATES if name not in missing and (not only or name in only)]
+    if missing:
+        click.echo(f"left out: {', '.join(missing)} (make bench-deps)", err=True)
+    with tempfile.TemporaryDirectory(prefix="mx-bench-load-", dir=folder) as place:
+        results, extra = _measure(Path(place), size_mib * MIB, rounds, names)
+    medians = {
+        state: {name: statistics.median(m.seconds for m in runs) for name, runs in group.items()}
+        for state, group in results.items()
+    }
+    speeds = {
+        state: {name: size_mib * MIB / seconds / 1e9 for name, seconds in group.items()}
+        for state, group in medians.items()
+    }
+    figures = _figures(medians)
+    if "ours" in extra:
+        figures["extra_memory_bytes"] = extra["ours"]
+    figures["header_us_per_tensor"] = measure.header_us(HEADER_TENSORS, 7)
+    figures |= {f"{state}_{name}_gbps": speed for state, group in speeds.items() for name, speed in group.items()}
+    if chart is not None:
+        from bench.load.chart import draw
+
+        draw(speeds, chart)
+    if as_json:
+        document = {
+            "bench": "load",
+            "size_bytes": size_mib * MIB,
+            "rounds": rounds,
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average": os.getloadavg(),
+            "seconds": {s: {n: [m.seconds for m in r] for n, r in g.items()} for s, g in results.items()},
+            "cpu_seconds": {s: {n: [m.cpu_seconds for m in r] for n, r in g.items()} for s, g in results.items()},
+            "extra_memory_bytes": extra,
+            "figures": {name: round(value, 4) for name, value in figures.items()},
+        }
+        click.echo(json.dumps(document))
+        return
+    _print(speeds, extra, figures)
+
+
+def _measure(
+    place: Path, size_bytes: int, rounds: int, names: list[str]
+) -> tuple[dict[str, dict[str, list[object]]], dict[str, int]]:
+    from bench.load import measure
+    from bench.load.candidates import CANDIDATES
+
+    (place / "small").mkdir()
+    (place / "whole").mkdir()
+    made.checkpoint(place / "small", 4 * MIB)
+    digests = made.checkpoint(place / "whole", size_bytes)
+    measure.trim()
+    small, files = sorted((place / "small").iterdir()), sorted((place / "whole").iterdir())
+    results: dict[str, dict[str, list[object]]] = {"warm": {}, "cold": {}}
+    extra: dict[str, int] = {}
+    for state, group in results.items():
+        for number in range(rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always first
+                if state not in CANDIDATES[name].states:
+                    continue
+                click.echo(f"\r{state} {number + 1}/{rounds} {name:20}", err=True, nl=False)
+                try:
+                    measured = measure.measure(name, state, files, small, digests)
+                except RuntimeError as error:
+                    click.echo(f"\n{error}", err=True)
+                    continue
+                group.setdefault(name, []).append(measured)
+                extra[name] = max(extra.get(name, 0), measured.extra_bytes)
+    click.echo(f"\r{'':40}\r", err=True, nl=False)
+    return results, extra
+
+
+def _figures(medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for figure, (state, other) in RATIOS.items():
+        if "ours" in medians[state] and other in medians[state]:
+            figures[figure] = medians[state][other] / medians[state]["ours"]
+    for state, group in medians.items():
+        peers = [group[name] for name in PEERS if name in group]
+        forced = [group[name] for name in FORCED if name in group]
+        if "ours" in group and peers:
+            figures[f"{state}_vs_best"] = min(peers) / group["ours"]
+        if "ours" in group and forced:
+            figures[f"{state}_auto_vs_forced"] = min(forced) / group["ours"]
+    return figures
+
+
+def _print(speeds: dict[str, dict[str, float]], extra: dict[str, int], figures: dict[str, float]) -> None:
+    for state, group in speeds.items():
+        click.echo(f"{state} page cache")
+        for name, speed in sorted(group.items(), key=lambda item: -item[1]):
+            click.echo(f"  {name:20} {speed:7.2f} GB/s   {extra.get(name, 0) / MIB:8.0f} MiB beyond the model")
+    for name, value in figures.items():
+        if not name.endswith("_gbps"):
+            click.echo(f"{name:28} {value:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,152 @@
+"""The ways to load that are compared: each ends with every tensor in memory that exists already.
+
+A candidate is a function of (files, destinations by name). It runs in a process of its own, after one small load that
+pays for imports and threads.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Destinations = Mapping[str, torch.Tensor]
+READ_BYTES = 8 * 1024 * 1024
+
+
+class Candidate(NamedTuple):
+    run: Callable[[list[Path], Destinations], None]
+    environment: Mapping[str, str] = {}
+    states: tuple[str, ...] = ("warm", "cold")
+    checked: bool = True  # False: a limit of the machine, which leaves no tensors
+
+
+def ours(mode: str) -> Callable[[list[Path], Destinations], None]:
+    def run(files: list[Path], destinations: Destinations) -> None:
+        from mxcore.storage.checkpoint import open_checkpoint
+        from mxcore.storage.load import load
+
+        load(open_checkpoint(files), destinations, mode=mode)
+
+    return run
+
+
+def safetensors(backend: str) -> Callable[[list[Path], Destinations], None]:
+    def run(files: list[Path], destinations: Destinations) -> None:
+        from safetensors import safe_open
+
+        for file in files:
+            with safe_open(file, "pt", backend=backend) as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    destinations[name].copy_(opened.get_tensor(name))
+
+    return run
+
+
+def runai(files: list[Path], destinations: Destinations) -> None:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(file) for file in files])
+        for name, tensor in streamer.get_tensors():
+            destinations[name].copy_(tensor)
+
+
+def fastsafetensors(files: list[Path], destinations: Destinations) -> None:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
+    try:
+        loader.add_filenames({0: [str(file) for file in files]})
+        buffers = loader.copy_files_to_device()
+        for name in loader.get_keys():
+            destinations[name].copy_(buffers.get_tensor(name))
+        buffers.close()
+    finally:
+        loader.close()
+
+
+def readinto(files: list[Path], destinations: Destinations) -> None:
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                opened.seek(8 + length + entry["data_offsets"][0])
+                view = memoryview(destinations[name].reshape(-1).view(torch.uint8).numpy())
+                while view:
+                    view = view[opened.readinto(view) :]
+
+
+def memcpy(files: list[Path], destinations: Destinations) -> None:
+    """The same bytes from memory, a stretch of 256 MiB again and again, by torch's threads."""
+    source = _memcpy_source()
+    for tensor in destinations.values():
+        flat = tensor.reshape(-1).view(torch.uint8)
+        for begin in range(0, flat.numel(), source.numel()):
+            part = flat[begin : begin + source.numel()]
+            part.copy_(source[: part.numel()])
+
+
+_source: list[torch.Tensor] = []
+
+
+def _memcpy_source() -> torch.Tensor:
+    if not _source:
+        _source.append(torch.ones(256 * 1024 * 1024, dtype=torch.uint8))
+    return _source[0]
+
+
+def disk_limit(files: list[Path], destinations: Destinations) -> None:
+    """What the disk gives past the page cache: four reads of 8 MiB in flight, into memory that is thrown away."""
+
+    def read(descriptors: list[int], jobs: list[tuple[int, int]]) -> None:
+        buffer = mmap.mmap(-1, READ_BYTES)
+        for file, offset in jobs:
+            os.preadv(descriptors[file], [buffer], offset)
+        buffer.close()
+
+    descriptors = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
+    try:
+        jobs = [
+            (place, offset) for place, file in enumerate(files) for offset in range(0, file.stat().st_size, READ_BYTES)
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(read, descriptors, jobs[lane::4]) for lane in range(4)]:
+                done.result()
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+BEST_RUNAI = {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered", "RUNAI_STREAMER_CONCURRENCY": "2"}
+
+CANDIDATES: dict[str, Candidate] = {
+    "ours": Candidate(ours("auto")),
+    "ours_mapped": Candidate(ours("mapped"), states=("warm",)),
+    "ours_buffered": Candidate(ours("buffered")),
+    "ours_direct": Candidate(ours("direct"), states=("cold",)),
+    "ours_uring": Candidate(ours("uring"), states=("cold",)),
+    "safetensors_mmap": Candidate(safetensors("mmap")),
+    "safetensors_pread": Candidate(safetensors("pread")),
+    "runai": Candidate(runai),
+    "runai_best": Candidate(runai, BEST_RUNAI),
+    "fastsafetensors": Candidate(fastsafetensors),
+    "readinto": Candidate(readinto),
+    "memcpy": Candidate(memcpy, states=("warm",), checked=False),
+    "disk_limit": Candidate(disk_limit, states=("cold",), checked=False),
+}
+
+NEEDS = {"runai": "runai_model_streamer", "runai_best": "runai_model_streamer", "fastsafetensors": "fastsafetensors"}
+
+
+def any_of(names: Any) -> dict[str, Candidate]:
+    return {name: candidate for name, candidate in CANDIDATES.items() if name in names}

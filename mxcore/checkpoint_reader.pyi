@@ -1,0 +1,62 @@
+"""Reads the jobs of a list, in the way it is told, compiled; several threads, the GIL released."""
+
+from array import array
+from collections.abc import Callable
+from typing import TypedDict
+
+from mxcore.host_buffer import HostBuffer
+from mxcore.read_jobs import JobList
+
+BUFFERED: int
+MAPPED: int
+DIRECT: int
+URING: int
+MAX_THREADS: int
+MAX_LANES: int
+
+class Outcome(TypedDict):
+    """`done_bytes` reached destinations, `read_bytes` came from files. `fell_back`: reads that O_DIRECT refused.
+
+    `register_error` and `setup_error` are the errno of what io_uring could not do, 0 if nothing. `seconds` and `bytes`
+    are those of all threads by `way` and by `other_way`.
+    """
+
+    done_bytes: int
+    read_bytes: int
+    fell_back: int
+    register_error: int
+    setup_error: int
+    seconds: tuple[float, float]
+    bytes: tuple[int, int]
+
+def slot_bytes(jobs: JobList) -> int:
+    """The room that one lane wants in `slots`."""
+
+def read_jobs(
+    jobs: JobList,
+    order: array[int],
+    *,
+    way: int,
+    other_way: int = -1,
+    threads: int = 1,
+    lanes: int = 1,
+    read_ahead: int = 0,
+    slots: HostBuffer | None = None,
+    digests: array[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Reads the jobs whose indices `order` has (int64), and returns when no thread is left.
+
+    `other_way` (not with URING) is tried in turn with `way` for the first jobs; the faster one reads the rest.
+    MAPPED wants all files mapped; DIRECT and URING want `slots` at a whole page with room for `lanes` lanes, and go
+    through the page cache for a file without `open_direct`. DIRECT has one lane a thread. `read_ahead` is in jobs.
+    `digests` (int64, one for each group) gets each group's XXH3-64. `progress` is called with the bytes done from this
+    thread, about ten times a second, and ends the read by raising.
+
+    Destinations are the caller's to keep alive. Raises StorageError, TruncatedRead (also for a mapped file that is cut
+    short meanwhile: SIGBUS is caught for our own threads), FileChanged, KeyboardInterrupt, ValueError for arguments
+    that are not as said. After an error no thread writes any more.
+    """
+
+def uring_refused() -> int:
+    """0 if this process may use io_uring, else the errno of io_uring_setup."""

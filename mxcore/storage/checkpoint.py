@@ -1,0 +1,147 @@
+"""What a checkpoint has, without reading its data: names, dtypes, shapes, and where each tensor lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from mxcore.errors import CheckpointError, StorageError
+from mxcore.safetensors_header import Header, read_header
+
+__all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "open_checkpoint"]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_HEADER_THREADS = 8  # it is latency that is shared
+PathLike = str | os.PathLike[str]
+
+
+class TensorInfo(NamedTuple):
+    """One tensor: `dtype` is safetensors' code, `offset` and `size_bytes` are bytes in `files[file]`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    size_bytes: int
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint by name, in file order (files as given, tensors by their place). Immutable.
+
+    It holds no open file: reading opens them, and finds out if one has changed its size meanwhile.
+    """
+
+    def __init__(self, files: Sequence[Path], tensors: Mapping[str, TensorInfo]) -> None:
+        self.files: tuple[Path, ...] = tuple(files)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint of {len(self.files)} files, {len(self)} tensors, {self.total_bytes} bytes>"
+
+
+def open_checkpoint(path: PathLike | Sequence[PathLike]) -> Checkpoint:
+    """Reads the headers of a file, of several, of an index's files, or of a directory's. Safe from any thread.
+
+    `path` is a .safetensors file, a list of them, a *.safetensors.index.json, or a directory; a directory's index says
+    which of its files belong to the checkpoint, and without one all its *.safetensors do, sorted by name.
+
+    Raises StorageError for what cannot be opened, a SafetensorsError for a broken header, and CheckpointError for an
+    index that is none, one that names what the files do not have, a name that two files have, or no files at all.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return _with_files([Path(file) for file in path], None, ", ".join(str(file) for file in path))
+    place = Path(path)
+    if place.is_dir():
+        indexes = sorted(place.glob(f"*{INDEX_SUFFIX}"))
+        if len(indexes) > 1:
+            raise CheckpointError(
+                f"{place} has {len(indexes)} indexes, {_some(i.name for i in indexes)}: give one of them"
+            )
+        if not indexes:
+            return _with_files(sorted(place.glob("*.safetensors")), None, str(place))
+        place = indexes[0]
+    if place.name.endswith(".json"):
+        weight_map = _read_index(place)
+        names = sorted(set(weight_map.values()))
+        return _with_files([_beside(place, name) for name in names], weight_map, str(place))
+    return _with_files([place], None, str(place))
+
+
+def _with_files(files: list[Path], weight_map: Mapping[str, str] | None, what: str) -> Checkpoint:
+    if not files:
+        raise CheckpointError(f"{what}: no *.safetensors there: is the download complete?")
+    with ThreadPoolExecutor(min(_HEADER_THREADS, len(files))) as pool:
+        headers = list(pool.map(read_header, files))
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in enumerate(headers):
+        _add(tensors, file, files, header)
+    if weight_map is not None:
+        _check_index(tensors, files, weight_map, what)
+        tensors = {name: tensor for name, tensor in tensors.items() if name in weight_map}
+    return Checkpoint(files, tensors)
+
+
+def _add(tensors: dict[str, TensorInfo], file: int, files: Sequence[Path], header: Header) -> None:
+    data_offset = header.data_offset
+    for entry in header.tensors:
+        if entry.name in tensors:
+            raise CheckpointError(
+                f"{files[tensors[entry.name].file]} and {files[file]} both have {entry.name!r}: no one checkpoint"
+            )
+        tensors[entry.name] = TensorInfo(
+            entry.name, entry.dtype, entry.shape, file, data_offset + entry.begin, entry.size_bytes
+        )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        document = json.loads(index.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{index}: cannot be read: {error.strerror}", file=str(index)) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: no JSON: {error}") from error
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f'{index}: no "weight_map" from tensor names to file names')
+    return weight_map
+
+
+def _beside(index: Path, name: str) -> Path:
+    """Files of an index lie beside it: a name that leads elsewhere is refused."""
+    if not name or name != Path(name).name or name in {".", ".."} or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{index}: {name!r} is no name of a file beside it")
+    return index.parent / name
+
+
+def _check_index(
+    tensors: Mapping[str, TensorInfo], files: Sequence[Path], weight_map: Mapping[str, str], index: str
+) -> None:
+    """Tensors that the index does not name are allowed, as elsewhere; those it names must be where it says."""
+    lost = [name for name, file in weight_map.items() if name not in tensors or files[tensors[name].file].name != file]
+    if lost:
+        raise CheckpointError(f"{index}: {len(lost)} of its tensors are not in the files it names: {_some(lost)}")
+
+
+def _some(names: Iterator[str] | Sequence[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

@@ -1,0 +1,244 @@
+"""Tensors of a checkpoint into memory that exists: plan, choose a way, read, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from mxcore import checkpoint_reader
+from mxcore.file_set import FileSet
+from mxcore.host_buffer import HostBuffer
+from mxcore.read_jobs import JobList
+from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.memory_limit import MemoryBudget, budget
+from mxcore.storage.progress import Progress
+from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
+from mxcore.storage.ways import Step, chosen_mode, steps, tell_fallbacks
+
+__all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
+
+PIECE_BYTES = 8 * 1024 * 1024  # of one read: long enough for a disk, short enough to share between threads
+_LEAST_PIECE_BYTES = 256 * 1024
+_GAP_BYTES = 64 * 1024  # read past the cache, a gap this short costs less than a second read
+
+
+@dataclass
+class LoadReport:
+    """What a load did. `read_bytes` came from the files: less than `wanted_bytes` never, more by gaps and alignment."""
+
+    wanted_bytes: int = 0
+    read_bytes: int = 0
+    seconds: float = 0.0
+    ring_bytes: int = 0
+    bytes_by_way: dict[str, int] = field(default_factory=dict)
+    digests: list[int] = field(default_factory=list)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Of wanted bytes; 10**9 bytes."""
+        return self.wanted_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def load(
+    checkpoint: Checkpoint,
+    wants: Mapping[str, Any] | Iterable[Want],
+    *,
+    mode: str | None = None,
+    keep_order: bool = False,
+    progress: Progress | None = None,
+    leave_cache_clean: bool = False,
+    memory: MemoryBudget | None = None,
+) -> LoadReport:
+    """Reads tensors, or boxes of them, into the memory of torch or numpy tensors; returns when all is there.
+
+    `wants` maps names to destinations of the tensor's shape and dtype (uint8 is taken for the one-byte types, and any
+    dtype of the right size for the sub-byte ones), or is a sequence of Want. The ranges of all files are sorted and
+    merged; `keep_order` reads in the order given instead. `mode` forces a way to read (mxcore.storage.ways; default
+    MX_READ_MODE or auto). `leave_cache_clean` drops the files that were read from the page cache.
+
+    One call uses several threads; any threads may call at once, into different memory. The ring counts against
+    `memory` (default: the process' budget); it gets smaller where that is short.
+
+    Raises before anything is read: KeyError, IndexError, DestinationMismatch (see `parts_of`), StorageError,
+    TruncatedRead, ModeUnavailable, HostMemoryLimit. While reading: StorageError, TruncatedRead, FileChanged, what
+    `progress` raises, KeyboardInterrupt; what the destinations hold is undefined then, and nothing writes to them.
+    """
+    listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
+    rows = [part for want in listed for part in parts_of(checkpoint, want)]
+    return read_rows(
+        checkpoint.files,
+        rows if keep_order else merged(rows),
+        mode=mode,
+        progress=progress,
+        leave_cache_clean=leave_cache_clean,
+        memory=memory,
+    )
+
+
+def load_digested(
+    checkpoint: Checkpoint,
+    groups: Sequence[Sequence[Want]],
+    *,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> LoadReport:
+    """As `load`, with the XXH3-64 of each group's bytes, in the group's order, made while they are in the cache.
+
+    The digests are in the report, one for each group. A group is read by one thread, in its order: groups of some MiB,
+    such as a transfer's chunks, keep all threads busy.
+    """
+    rows: list[Row] = []
+    starts = array("q", [0])
+    places: list[int] = []
+    for place, group in enumerate(groups):
+        rows += [part for want in group for part in parts_of(checkpoint, want)]
+        if len(rows) > starts[-1]:
+            starts.append(len(rows))
+            places.append(place)
+    report = read_rows(checkpoint.files, rows, mode=mode, progress=progress, memory=memory, groups=starts)
+    digests = [_DIGEST_OF_NOTHING] * len(groups)
+    for place, digest in zip(places, report.digests, strict=True):
+        digests[place] = digest
+    report.digests = digests
+    return report
+
+
+_DIGEST_OF_NOTHING = 0x2D06800538D394C2  # XXH3-64 of no bytes
+
+
+def read_rows(
+    files: Sequence[str | os.PathLike[str]],
+    rows: Sequence[Row],
+    *,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    leave_cache_clean: bool = False,
+    memory: MemoryBudget | None = None,
+    groups: array[int] | None = None,
+) -> LoadReport:
+    """Reads parts as the plan gives them (mxcore.storage.read_plan); raises as `load`."""
+    started = time.perf_counter()
+    used = sorted({part[0] for part in rows})
+    place_of = {file: place for place, file in enumerate(used)}
+    with Reader([files[file] for file in used], mode=mode, memory=memory) as reader:
+        moved = [(place_of[part[0]], *part[1:]) for part in rows]
+        report = reader.read(moved, progress=progress, groups=groups)
+        if leave_cache_clean:
+            reader.drop_from_cache()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class Reader:
+    """Open files and a ring, for several reads one after the other. One thread at a time; close it at the end."""
+
+    def __init__(
+        self,
+        files: Sequence[str | os.PathLike[str]],
+        *,
+        mode: str | None = None,
+        memory: MemoryBudget | None = None,
+    ) -> None:
+        self._mode = chosen_mode(mode)
+        self._memory = memory or budget()
+        self._ring: HostBuffer | None = None
+        self._files = FileSet(files)
+
+    def read(
+        self, rows: Sequence[Row], *, progress: Progress | None = None, groups: array[int] | None = None
+    ) -> LoadReport:
+        """Reads parts into their memory; raises as `load`."""
+        started = time.perf_counter()
+        report = LoadReport()
+        piece_bytes = self._affordable_piece()
+        jobs = JobList(self._files, row(rows), piece_bytes=piece_bytes, gap_bytes=_GAP_BYTES, groups=groups)
+        digests = array("q", bytes(8 * jobs.digest_count))
+        report.wanted_bytes = jobs.total_bytes
+        for step in steps(self._files, jobs, self._mode) if len(jobs) else []:
+            self._run(jobs, step, digests, progress, report)
+        self._files.check_unchanged()
+        report.digests = [digest & 0xFFFFFFFFFFFFFFFF for digest in digests]
+        report.seconds = time.perf_counter() - started
+        if progress is not None:
+            progress(report.wanted_bytes, report.wanted_bytes)
+        return report
+
+    def _run(
+        self, jobs: JobList, step: Step, digests: array[int], progress: Progress | None, report: LoadReport
+    ) -> None:
+        before = sum(report.bytes_by_way.values())
+
+        def tell(done_bytes: int) -> None:
+            if progress is not None:
+                progress(before + done_bytes, jobs.total_bytes)
+
+        outcome = checkpoint_reader.read_jobs(
+            jobs,
+            step.order,
+            way=step.way,
+            other_way=step.other_way,
+            threads=step.threads,
+            lanes=step.lanes,
+            read_ahead=step.read_ahead,
+            slots=self._slots(jobs, step),
+            digests=digests,
+            progress=None if progress is None else tell,
+        )
+        tell_fallbacks(outcome)
+        report.read_bytes += outcome["read_bytes"]
+        report.ring_bytes = self._ring.size_bytes if self._ring is not None else 0
+        report.bytes_by_way[step.label] = report.bytes_by_way.get(step.label, 0) + outcome["done_bytes"]
+
+    def _affordable_piece(self) -> int:
+        """Half of what may still be held is for the ring; with less than one small piece, taking it has to say so."""
+        piece_bytes = PIECE_BYTES
+        free_bytes = self._memory.free_bytes + (self._ring.size_bytes if self._ring is not None else 0)
+        while piece_bytes > _LEAST_PIECE_BYTES and 12 * piece_bytes > free_bytes:
+            piece_bytes //= 2
+        return piece_bytes
+
+    def _slots(self, jobs: JobList, step: Step) -> HostBuffer | None:
+        """The ring, for the ways that read past the page cache; counted against the ceiling."""
+        if step.way not in (checkpoint_reader.DIRECT, checkpoint_reader.URING):
+            return None
+        size_bytes = step.lanes * checkpoint_reader.slot_bytes(jobs)
+        if self._ring is not None and self._ring.size_bytes < size_bytes:
+            self._drop_ring()
+        if self._ring is None:
+            self._memory.take(size_bytes, "the ring between disk and destination")
+            try:
+                self._ring = HostBuffer(size_bytes)
+            except BaseException:
+                self._memory.give_back(size_bytes)
+                raise
+        return self._ring
+
+    def _drop_ring(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._memory.give_back(self._ring.size_bytes)
+            self._ring = None
+
+    def drop_from_cache(self) -> None:
+        """Takes the files out of the page cache, as far as nobody else maps them or has them dirty."""
+        for index in range(len(self._files)):
+            os.posix_fadvise(self._files.descriptor(index), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Closes the files and frees the ring; idempotent."""
+        self._drop_ring()
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

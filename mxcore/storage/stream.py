@@ -1,0 +1,259 @@
+"""Tensors one after the other through a bounded ring, and whole files on one reused arena."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from mxcore.errors import HostBufferBusy
+from mxcore.host_buffer import HostBuffer
+from mxcore.storage.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mxcore.storage.load import LoadReport, read_rows
+from mxcore.storage.memory_limit import MemoryBudget, budget
+from mxcore.storage.progress import Progress
+from mxcore.storage.read_plan import Row, merged
+from mxcore.storage.tensor_views import Framework, TensorViews
+
+__all__ = ["Arena", "load_file", "stream"]
+
+BATCH_BYTES = 64 * 1024 * 1024
+_LEAST_BATCH_BYTES = 1024 * 1024
+_PAGE_BYTES = 4096  # memory and file agree modulo this, so that O_DIRECT reads in place
+
+
+class _Placed(NamedTuple):
+    info: TensorInfo
+    begin: int  # byte of the buffer
+
+
+class _Batch(NamedTuple):
+    """Tensors that lie near each other in one file, and the room that an image of that stretch wants."""
+
+    tensors: list[_Placed]
+    size_bytes: int
+    first_byte: int  # of the file, at the buffer's start
+
+
+def stream(
+    checkpoint: Checkpoint,
+    names: Collection[str] | None = None,
+    *,
+    framework: Framework = "torch",
+    batch_bytes: int = BATCH_BYTES,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, tensor) in file order; `names` picks some. Two batches of `batch_bytes` are held: one is read while
+    the other is used; a larger tensor is a batch of its own.
+
+    A tensor lies in the ring, without a copy. Who keeps one keeps its batch's memory: that is left to it, and the ring
+    gets new memory, so a kept tensor stays what it is. The ring counts against `memory`, which makes batches smaller;
+    a tensor that does not fit at all raises HostMemoryLimit. Raises as `load`. One thread at a time; ends its thread
+    and frees the ring when it is exhausted, closed or has raised.
+    """
+    ceiling = memory or budget()
+    room = max(_LEAST_BATCH_BYTES, min(batch_bytes, ceiling.free_bytes // 3))
+    wanted = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
+    if names is not None and len(wanted) != len(set(names)):
+        raise KeyError(next(name for name in names if name not in checkpoint.tensors))
+    batches = _batches(wanted, room)
+    total_bytes = sum(info.size_bytes for info in wanted)
+    ring = _BatchRing(checkpoint, framework, mode, ceiling)
+    try:
+        done_bytes = 0
+        for number, batch in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else None
+            views = ring.take(batch, following)
+            for info, begin in batch.tensors:
+                yield info.name, views.tensor(info, begin)
+                done_bytes += info.size_bytes
+            del views
+            ring.done()
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+    finally:
+        ring.close()
+
+
+def _batches(wanted: Sequence[TensorInfo], room: int) -> list[_Batch]:
+    batches: list[_Batch] = []
+    open_batch: list[TensorInfo] = []
+
+    def close() -> None:
+        if open_batch:
+            batches.append(_image(open_batch))
+            open_batch.clear()
+
+    for info in sorted(wanted, key=lambda info: (info.file, info.offset, info.size_bytes)):
+        if open_batch:
+            first = open_batch[0]
+            if info.file != first.file or info.offset + info.size_bytes - first.offset > room:
+                close()
+        open_batch.append(info)
+    close()
+    return batches
+
+
+def _image(tensors: Sequence[TensorInfo]) -> _Batch:
+    first_byte = tensors[0].offset // _PAGE_BYTES * _PAGE_BYTES
+    end = max(info.offset + info.size_bytes for info in tensors)
+    return _Batch([_Placed(info, info.offset - first_byte) for info in tensors], max(1, end - first_byte), first_byte)
+
+
+def _rows(batch: _Batch, buffer: HostBuffer) -> list[Row]:
+    address = buffer.address
+    return merged(
+        (info.file, info.offset, info.size_bytes, 0, 1, address + begin, 0)
+        for info, begin in batch.tensors
+        if info.size_bytes
+    )
+
+
+class _BatchRing:
+    """Two buffers in turn, and the thread that fills the next one."""
+
+    def __init__(self, checkpoint: Checkpoint, framework: Framework, mode: str | None, memory: MemoryBudget) -> None:
+        self._checkpoint = checkpoint
+        self._framework: Framework = framework
+        self._mode = mode
+        self._memory = memory
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="mx-stream")
+        self._free: list[HostBuffer] = []
+        self._used: HostBuffer | None = None
+        self._next: tuple[HostBuffer, Future[LoadReport]] | None = None
+
+    def take(self, batch: _Batch, following: _Batch | None) -> TensorViews:
+        """The batch, read; the following one is being read from now on."""
+        buffer, filled = self._next or self._start(batch)
+        self._next, self._used = None, buffer
+        if following is not None:
+            self._next = self._start(following)
+        filled.result()
+        return TensorViews(buffer, self._framework)
+
+    def done(self) -> None:
+        """The batch that was taken is used up; what somebody still holds of it is theirs."""
+        buffer, self._used = self._used, None
+        if buffer is None:
+            return
+        if buffer.exports:
+            self._leave(buffer)
+        else:
+            self._free.append(buffer)
+
+    def _start(self, batch: _Batch) -> tuple[HostBuffer, Future[LoadReport]]:
+        buffer = self._buffer(batch.size_bytes)
+        rows = _rows(batch, buffer)
+        reading = self._reader.submit(read_rows, self._checkpoint.files, rows, mode=self._mode, memory=self._memory)
+        return buffer, reading
+
+    def _buffer(self, size_bytes: int) -> HostBuffer:
+        while self._free:
+            buffer = self._free.pop()
+            if buffer.size_bytes >= size_bytes:
+                return buffer
+            self._leave(buffer)
+        self._memory.take(size_bytes, "a batch of tensors")
+        try:
+            return HostBuffer(size_bytes)
+        except BaseException:
+            self._memory.give_back(size_bytes)
+            raise
+
+    def _leave(self, buffer: HostBuffer) -> None:
+        self._memory.give_back(buffer.size_bytes)
+        buffer.close_after_exports()
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True)  # nothing writes into the ring from here on
+        if self._next is not None:
+            self._free.append(self._next[0])
+            self._next = None
+        if self._used is not None:
+            self._free.append(self._used)
+            self._used = None
+        while self._free:
+            self._leave(self._free.pop())
+
+
+class Arena:
+    """Memory that whole checkpoints are loaded into, one after the other: its pages are touched once only.
+
+    The tensors lie in it; before the next load, and before `close`, they have to be gone. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: HostBuffer | None = None
+        self.misaligned = 0
+        """Tensors of the last load that had to be copied for their alignment."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What is held."""
+        return self._buffer.size_bytes if self._buffer is not None else 0
+
+    def load(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        framework: Framework = "torch",
+        mode: str | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """All tensors by name, in file order. Raises as `open_checkpoint` and `load`; HostBufferBusy while tensors of
+        the load before are alive."""
+        checkpoint = open_checkpoint(path)
+        images, at = [], 0
+        by_file: dict[int, list[TensorInfo]] = {}
+        for info in checkpoint.tensors.values():
+            by_file.setdefault(info.file, []).append(info)
+        for tensors in by_file.values():
+            image = _image(tensors)
+            images += [_Placed(info, at + begin) for info, begin in image.tensors]
+            at += -(-image.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        buffer = self._room(max(at, 1))
+        rows = _rows(_Batch(images, at, 0), buffer)
+        read_rows(checkpoint.files, rows, mode=mode, progress=progress)
+        views = TensorViews(buffer, framework)
+        result = {info.name: views.tensor(info, begin) for info, begin in images}
+        self.misaligned = views.misaligned
+        return result
+
+    def _room(self, size_bytes: int) -> HostBuffer:
+        if self._buffer is not None:
+            if self._buffer.exports:
+                raise HostBufferBusy("tensors of the arena's last load are alive: delete them before the next one")
+            if self._buffer.size_bytes >= size_bytes:
+                return self._buffer
+            self._buffer.close()
+        self._buffer = HostBuffer(size_bytes)
+        return self._buffer
+
+    def close(self) -> None:
+        """Gives the memory back; if tensors are alive, with the last of them."""
+        if self._buffer is not None:
+            self._buffer.close_after_exports()
+            self._buffer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_file(
+    path: str | os.PathLike[str], *, framework: Framework = "torch", mode: str | None = None
+) -> dict[str, Any]:
+    """All tensors of a checkpoint by name, on one stretch of memory that lives as long as any of them.
+
+    Raises as `Arena.load`.
+    """
+    with Arena() as arena:
+        return arena.load(path, framework=framework, mode=mode)

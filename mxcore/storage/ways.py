@@ -1,0 +1,199 @@
+"""Which way to read: one that was asked for, or what fits the file system and the page cache.
+
+==========  =========================================================================================
+buffered    preadv by threads, with read-ahead across files
+mapped      copied out of a mapping, past the processor's cache; for what the page cache has
+direct      O_DIRECT by threads, through a ring, or in place where the alignment allows it
+uring       as direct, with io_uring
+auto        for each stretch: in the page cache → mapped and buffered, whichever is faster in the first
+            stretches; not there → direct, or buffered where a file system has no O_DIRECT
+==========  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import threading
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, get_args
+
+from mxcore import checkpoint_reader
+from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
+from mxcore.errors import ModeUnavailable, StorageError
+from mxcore.file_set import FileSet
+from mxcore.read_jobs import JobList
+from mxserver.wire import environment
+
+__all__ = ["ReadMode", "Step", "chosen_mode", "steps", "tell_fallbacks"]
+
+_log = logging.getLogger(__name__)
+
+ReadMode = Literal["auto", "buffered", "mapped", "direct", "uring"]
+SETTING = "MX_READ_MODE"
+
+_WARM = 224  # of 255: seven of eight pages looked at are in the page cache
+_PROBE_JOBS = 64  # from so many on, it pays to try two ways
+_DIRECT_LANES = 6  # 2 to 4 reads in flight reach a disk's limit; the rest covers what is being copied
+_READ_AHEAD_JOBS = 4
+_LOCAL = {"ext4", "xfs", "f2fs"}  # O_DIRECT goes straight to a block device
+
+
+class Step(NamedTuple):
+    """Some jobs, and how they are read. `label` is the way's name, for reports."""
+
+    order: array[int]
+    way: int
+    other_way: int
+    threads: int
+    lanes: int
+    read_ahead: int
+    label: str
+
+
+def chosen_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> ReadMode:
+    """What was asked for: the argument, MX_READ_MODE, or auto. A wrong setting warns; a wrong argument raises."""
+    if mode is not None:
+        if mode not in get_args(ReadMode):
+            raise ValueError(f"mode is {mode!r}, has to be one of {', '.join(get_args(ReadMode))}")
+        return cast(ReadMode, mode)
+    text = environment.setting(environ, SETTING)
+    if text is None or text.lower() in get_args(ReadMode):
+        return cast(ReadMode, (text or "auto").lower())
+    _tell_once(
+        logging.WARNING, f"{SETTING}={text!r} is refused: it is one of {', '.join(get_args(ReadMode))}; auto is used"
+    )
+    return "auto"
+
+
+def steps(files: FileSet, jobs: JobList, mode: ReadMode) -> list[Step]:
+    """How to read all jobs: one step for a forced way, one or two for auto. Opens and maps what that needs.
+
+    Raises ModeUnavailable for a forced way that does not work on these files.
+    """
+    every = array("q", range(len(jobs)))
+    if mode == "auto":
+        return _auto(files, jobs)
+    if mode == "mapped":
+        for index in range(len(files)):
+            files.map(index)
+    if mode in ("direct", "uring"):
+        _require_direct(files, mode)
+    _tell_once(logging.INFO, f"reading {mode}: asked for")
+    return [_step(every, mode)]
+
+
+def _require_direct(files: FileSet, mode: str) -> None:
+    for index, path in enumerate(files.paths):
+        if not files.open_direct(index):
+            raise ModeUnavailable(f"{path}: its file system has no O_DIRECT, which {mode} wants: set {SETTING}=auto")
+    refused = checkpoint_reader.uring_refused() if mode == "uring" else 0
+    if refused:
+        raise ModeUnavailable(
+            f"io_uring is not allowed here ({os.strerror(refused)}: kernel.io_uring_disabled, or a container's seccomp "
+            f"profile): set {SETTING}=auto"
+        )
+
+
+def _auto(files: FileSet, jobs: JobList) -> list[Step]:
+    for index in range(len(files)):
+        try:
+            files.map(index)
+        except StorageError as error:  # no mappings on this file system, or no address space
+            _tell_once(logging.INFO, f"reading buffered: {error}")
+            return [_step(array("q", range(len(jobs))), "buffered")]
+    by_reading = any(not _may_ask(files.descriptor(index)) for index in range(len(files)))
+    shares = jobs.resident(by_reading)
+    warm = array("q", (job for job, share in enumerate(shares) if share >= _WARM))
+    cold = array("q", (job for job, share in enumerate(shares) if share < _WARM))
+    plan = []
+    if cold:
+        without = next((path for index, path in enumerate(files.paths) if not files.open_direct(index)), None)
+        if without is None:
+            step = _step(cold, "direct")
+            local = all(_file_system(files.descriptor(index)) in _LOCAL for index in range(len(files)))
+            if not local and len(cold) >= _PROBE_JOBS:
+                step = step._replace(other_way=BUFFERED, read_ahead=_READ_AHEAD_JOBS)
+            plan.append(step)
+            _tell_once(
+                logging.INFO,
+                "reading direct what the page cache does not have: the file system has O_DIRECT"
+                + ("" if local else "; buffered where that proves faster"),
+            )
+        else:
+            plan.append(_step(cold, "buffered"))
+            _tell_once(logging.INFO, f"reading buffered: the file system of {without} has no O_DIRECT")
+    if warm:
+        step = _step(warm, "mapped")
+        if len(warm) >= _PROBE_JOBS:
+            step = step._replace(other_way=BUFFERED)
+        _tell_once(
+            logging.INFO,
+            "reading mapped what the page cache has"
+            + (", or buffered where that proves faster" if step.other_way == BUFFERED else ""),
+        )
+        plan.append(step._replace(read_ahead=0))
+    return plan
+
+
+def _may_ask(descriptor: int) -> bool:
+    """Whether mincore tells the truth about a file: to who owns it or may write it; to others all is in memory."""
+    owner = os.fstat(descriptor).st_uid
+    return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{descriptor}", os.W_OK)
+
+
+def _file_system(descriptor: int) -> str:
+    """The type of the file system that an open file is on, "" where that cannot be found out."""
+    return _type_of_device(os.fstat(descriptor).st_dev)
+
+
+@functools.lru_cache(64)
+def _type_of_device(device: int) -> str:
+    name = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    fields = (line.split(" ") for line in mounts)  # proc_pid_mountinfo(5): the type follows the "-"
+    return next((mount[mount.index("-") + 1] for mount in fields if mount[2] == name), "")
+
+
+def _step(order: array[int], label: str) -> Step:
+    cores = len(os.sched_getaffinity(0))
+    if label == "direct":
+        threads = min(_DIRECT_LANES, max(1, len(order)))
+        return Step(order, DIRECT, -1, threads, threads, 0, label)
+    if label == "uring":
+        threads = 1 if cores < 8 else 2
+        lanes = max(threads, min(_DIRECT_LANES, len(order)) // threads * threads)
+        return Step(order, URING, -1, threads, lanes, 0, label)
+    threads = max(1, min(cores, len(order), 16))
+    way = MAPPED if label == "mapped" else BUFFERED
+    return Step(order, way, -1, threads, threads, _READ_AHEAD_JOBS if label == "buffered" else 0, label)
+
+
+_told: set[str] = set()
+_told_lock = threading.Lock()
+
+
+def _tell_once(level: int, message: str) -> None:
+    with _told_lock:
+        if message in _told:
+            return
+        _told.add(message)
+    _log.log(level, "%s", message)
+
+
+def tell_fallbacks(outcome: checkpoint_reader.Outcome) -> None:
+    """Says once what a read could not do as planned."""
+    if number := outcome["register_error"]:
+        why = "RLIMIT_MEMLOCK is too small" if number == errno.ENOMEM else os.strerror(number)
+        _tell_once(logging.INFO, f"io_uring reads into memory that is not pinned: {why}")
+    if number := outcome["setup_error"]:
+        _tell_once(logging.INFO, f"io_uring was refused ({os.strerror(number)}): direct reads instead")
+    if outcome["fell_back"]:
+        _tell_once(logging.INFO, "O_DIRECT was refused for some reads: these went through the page cache")

@@ -1,0 +1,60 @@
+"""The settings file (TOML): reading it, and writing what is in force in the same form."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxserver.wire.errors import SettingError
+from mxserver.wire.nearest import unknown_key
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file's settings, by the names of `ServerSettings`."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+
+def read_config(path: Path, known: Iterable[str]) -> ConfigFile:
+    """Reads a file whose keys must be among `known`. Raises SettingError, which names every key that is not."""
+    names = tuple(known)
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise SettingError(
+            f"settings file {path} cannot be read ({error.strerror}); give one with --config, or unset MX_CONFIG_FILE"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"settings file {path} is no TOML: {error}") from error
+    problems = [unknown_key(key, names) for key in values if key not in names]
+    problems += [
+        f"{key} = {json.dumps(value)} must be a text or a number"
+        for key, value in values.items()
+        if isinstance(value, bool) and key in names
+    ]
+    if problems:
+        raise SettingError(f"settings file {path}: {'; '.join(problems)}")
+    return ConfigFile(path, values)
+
+
+def as_toml(name: str, value: Any, origin: str) -> str:
+    """One line of a settings file, with where the value comes from; a value that is unset is a comment."""
+    if value is None or value == ():
+        return f"# {name} is unset"
+    return f"{name} = {_toml(value)}  # {origin}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(part) for part in value)}]"
+    if isinstance(value, int | float):
+        return repr(value)
+    # JSON's escapes are TOML's, but for the surrogates that JSON makes of what lies beyond 16 bits.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,1 @@
+"""Who may do what: roles, tokens, limits. docs/threat-model.md names the boundaries."""

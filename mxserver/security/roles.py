@@ -1,0 +1,82 @@
+"""Roles, what each method of the server needs, and who calls."""
+
+from __future__ import annotations
+
+import enum
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from mxserver.wire.errors import MxError
+
+
+class Role(enum.IntEnum):
+    """Each role may do what those before it may."""
+
+    READ = 1  # see who has what; take model files that are there
+    PUBLISH = 2  # be a worker: publish its own record, have models downloaded
+    ADMIN = 3  # delete, pin and validate models
+
+
+_P2P = "/model_express.p2p.P2pService/"
+_MODEL = "/model_express.model.ModelService/"
+_CACHE = "/model_express.mx.CacheService/"
+
+ROLE_OF_METHOD: dict[str, Role] = {
+    _P2P + "ListSources": Role.READ,
+    _P2P + "GetMetadata": Role.READ,
+    _P2P + "PublishMetadata": Role.PUBLISH,
+    _P2P + "UpdateStatus": Role.PUBLISH,
+    _MODEL + "ListModelFiles": Role.READ,
+    _MODEL + "StreamModelFiles": Role.READ,
+    _MODEL + "EnsureModelDownloaded": Role.PUBLISH,
+    _MODEL + "DeleteModel": Role.ADMIN,
+    _CACHE + "ListModels": Role.READ,
+    _CACHE + "PinModel": Role.ADMIN,
+    _CACHE + "ValidateModel": Role.ADMIN,
+}
+"""A method that is not in it needs ADMIN: a new one is closed until somebody has thought about it."""
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/", "/model_express.health.HealthService/", "/model_express.api.ApiService/")
+"""Probes have no token: is it there, does it work, which version."""
+
+
+def required_role(method: str) -> Role | None:
+    """The role that a call of this method (`/package.Service/Method`) needs; None: none."""
+    if method.startswith(OPEN_SERVICES):
+        return None
+    return ROLE_OF_METHOD.get(method, Role.ADMIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody whose token or certificate was checked; `subject` is whom records belong to."""
+
+    subject: str
+    role: Role
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
+
+
+def current_owner() -> str:
+    """Whose records the running call may change; empty where callers are not told apart."""
+    caller = CALLER.get()
+    return caller.subject if caller else ""
+
+
+class AccessError(MxError):
+    """A call is not allowed; the message is shown to the caller and has nothing secret in it."""
+
+    code = "MX_ACCESS"
+
+
+class Unauthenticated(AccessError):
+    """No token, or one that is not (or no longer) good."""
+
+    code = "MX_UNAUTHENTICATED"
+
+
+class AccessUnknown(AccessError):
+    """Whoever judges tokens does not answer; nothing is allowed meanwhile."""
+
+    code = "MX_ACCESS_UNKNOWN"

@@ -1,0 +1,73 @@
+"""What the settings mean for the gRPC server: interceptors, options, credentials, and the line about what is open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from mxserver.security.access_file import AccessFile
+from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
+from mxserver.security.token_review import TokenReviews
+from mxserver.settings import ServerSettings
+from mxserver.wire.channels import channel_options
+from mxserver.wire.credentials import is_loopback, server_credentials
+
+
+def authenticator(settings: ServerSettings) -> Authenticator | None:
+    """Who judges tokens; None where nobody does. Raises SettingError."""
+    if settings.auth == "off" or settings.auth_file is None:
+        return None
+    access = AccessFile(settings.auth_file)
+    if settings.auth == "file":
+        return access
+    return TokenReviews(
+        access,
+        settings.kubernetes_api,
+        audience=settings.auth_audience or "",
+        account_folder=settings.kubernetes_account,
+    )
+
+
+def interceptors(settings: ServerSettings) -> list[grpc.ServerInterceptor]:
+    """What stands before calls, the outermost first. Raises SettingError."""
+    found: list[grpc.ServerInterceptor] = []
+    judge = authenticator(settings)
+    if judge is not None or settings.tls_client_ca_file is not None:
+        found.append(AccessInterceptor(judge))
+    found.append(StreamLimit(settings.max_streams))
+    return found
+
+
+def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
+    """Options of the gRPC server."""
+    return [
+        *channel_options(),  # the last one of a name counts
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
+        # More calls at once over one connection wait in the client until others end.
+        ("grpc.max_concurrent_streams", settings.max_calls),
+    ]
+
+
+def credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    """None: no TLS. Raises SettingError."""
+    return server_credentials(settings.tls) if settings.tls is not None else None
+
+
+def warning(settings: ServerSettings) -> str | None:
+    """What should be known about a server that others can reach; None where all is closed, or stays on this machine."""
+    if is_loopback(settings.host):
+        return None
+    if settings.auth == "off" and settings.tls_client_ca_file is None:
+        return (
+            f"NOT PROTECTED: whoever reaches {settings.host} on this port can publish workers and delete models; give "
+            "--auth (tokens) or --tls-client-ca (certificates), or let only the fleet's network reach it"
+        )
+    if settings.auth != "off" and settings.tls is None:
+        return (
+            "tokens are taken over connections that are not encrypted: whoever listens to them can use them; give "
+            "--tls-cert and --tls-key, or let a proxy or the network encrypt"
+        )
+    return None

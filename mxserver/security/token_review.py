@@ -1,0 +1,151 @@
+"""Tokens of Kubernetes, judged by its API server: TokenReview, authentication.k8s.io/v1.
+
+https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-review-v1/
+
+The server's own service account needs the ClusterRole system:auth-delegator. Whoever a token is of gets a role by the
+access file's [[subjects]]; records belong to the pod that a token is bound to, or to its service account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxserver.security.access_file import AccessFile
+from mxserver.security.roles import AccessUnknown, Caller, Unauthenticated
+from mxserver.wire.errors import SettingError
+
+_LOG = logging.getLogger(__name__)
+
+ACCOUNT_FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
+
+ANSWER_SECONDS = 5.0
+GOOD_SECONDS = 60.0  # so long does a token stay good that was revoked meanwhile
+BAD_SECONDS = 10.0
+KNOWN_TOKENS = 20_000
+LARGEST_ANSWER_BYTES = 1024 * 1024
+
+_POD_NAME = "authentication.kubernetes.io/pod-name"
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    until: float  # monotonic seconds
+    subject: str  # empty: not good
+    username: str
+    reason: str
+
+
+class TokenReviews:
+    """Asks the API server, and remembers what it said for a while. Thread-safe.
+
+    One call at a time asks about one token; the others with the same token wait for its answer.
+    """
+
+    def __init__(
+        self, access: AccessFile, api_url: str, *, audience: str = "", account_folder: Path = ACCOUNT_FOLDER
+    ) -> None:
+        """`api_url` is https://host:port of the API server. Raises SettingError."""
+        self._access = access
+        self._url = api_url.rstrip("/") + PATH
+        self._audience = audience
+        self._own_token = account_folder / "token"
+        self._context: ssl.SSLContext | None = None
+        if api_url.startswith("https://"):
+            ca_file = account_folder / "ca.crt"
+            try:
+                self._context = ssl.create_default_context(cafile=str(ca_file) if ca_file.exists() else None)
+            except (OSError, ssl.SSLError) as error:
+                raise SettingError(f"the CA of Kubernetes, {ca_file}, cannot be used: {error}") from error
+        self._lock = threading.Lock()
+        self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._asking: dict[bytes, threading.Lock] = {}
+
+    def authenticate(self, token: bytes) -> Caller:
+        """Whose token this is. Raises Unauthenticated, and AccessUnknown when the API server does not answer."""
+        digest = hashlib.sha256(token).digest()
+        verdict = self._remembered(digest) or self._ask_once(digest, token)
+        if not verdict.subject:
+            raise Unauthenticated(verdict.reason)
+        role = self._access.role_of_subject(verdict.username)
+        if role is None:
+            raise Unauthenticated(f"{verdict.username} has no role; add it to the [[subjects]] of the access file")
+        return Caller(verdict.subject, role)
+
+    def _remembered(self, digest: bytes) -> _Verdict | None:
+        with self._lock:
+            verdict = self._verdicts.get(digest)
+            return verdict if verdict is not None and time.monotonic() < verdict.until else None
+
+    def _ask_once(self, digest: bytes, token: bytes) -> _Verdict:
+        with self._lock:
+            asking = self._asking.setdefault(digest, threading.Lock())
+        with asking:
+            verdict = self._remembered(digest)
+            if verdict is None:
+                try:
+                    verdict = self._ask(token)
+                    self._remember(digest, verdict)
+                finally:
+                    with self._lock:
+                        self._asking.pop(digest, None)
+        return verdict
+
+    def _remember(self, digest: bytes, verdict: _Verdict) -> None:
+        with self._lock:
+            self._verdicts[digest] = verdict
+            self._verdicts.move_to_end(digest)
+            while len(self._verdicts) > KNOWN_TOKENS:
+                self._verdicts.popitem(last=False)
+
+    def _ask(self, token: bytes) -> _Verdict:
+        spec: dict[str, Any] = {"token": token.decode("ascii", "replace")}
+        if self._audience:
+            spec["audiences"] = [self._audience]
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
+        try:
+            status = self._post(json.dumps(body).encode())["status"]
+            return self._verdict(status)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _LOG.error("the API server did not judge a token url=%s reason=%s", self._url, error)
+            raise AccessUnknown(
+                "tokens cannot be judged at the moment: Kubernetes' API server does not answer"
+            ) from error
+
+    def _post(self, body: bytes) -> Any:
+        request = urllib.request.Request(  # noqa: S310 - the URL is a setting's, not a caller's
+            self._url,
+            data=body,
+            headers={
+                "Authorization": f"Bearer {self._own_token.read_text().strip()}",  # rotates: read each time
+                "Content-Type": "application/json",
+                "Accept": "application/json",
+            },
+        )
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=self._context) as answer:  # noqa: S310
+            return json.loads(answer.read(LARGEST_ANSWER_BYTES))
+
+    def _verdict(self, status: dict[str, Any]) -> _Verdict:
+        now = time.monotonic()
+        if status.get("authenticated") is not True:
+            return _Verdict(now + BAD_SECONDS, "", "", "Kubernetes does not know the token")
+        if self._audience and self._audience not in (status.get("audiences") or []):
+            return _Verdict(now + BAD_SECONDS, "", "", f"the token is not for the audience {self._audience}")
+        user = status["user"]
+        username = user["username"]
+        if not isinstance(username, str) or not username:
+            raise ValueError("the answer names no user")
+        pods = (user.get("extra") or {}).get(_POD_NAME) or [""]
+        subject = f"{username}/{pods[0]}" if pods[0] else username
+        return _Verdict(now + GOOD_SECONDS, subject, username, "")

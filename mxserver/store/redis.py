@@ -1,0 +1,291 @@
+"""Records in Redis, for several servers over one Redis.
+
+Every operation is one Lua script (`redis_scripts`), so that replicas never see or make half of it. Leases are judged
+by a clock that is kept in Redis and is the same for all replicas; it stands still while nobody could be heard, so that
+an outage of Redis or of all servers makes no worker STALE.
+
+What was published is the same for as long as its epoch is: each replica keeps what it has seen, and searches carry
+only what changes. Redis keeps what it has acknowledged across a kill or a power cut with `appendonly yes` and
+`appendfsync always`; the server says so when it is set otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mxserver.store import redis_scripts as scripts
+from mxserver.store.clock import Clock
+from mxserver.store.errors import StoreUnavailable
+from mxserver.store.index import not_owner, stale_epoch, unknown
+from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store.redis_link import RedisLink
+from mxserver.wire import p2p_pb2
+
+_LOG = logging.getLogger(__name__)
+
+PREFIX = "mx:"
+LONGEST_STEP_SECONDS = 3.0  # servers keep the clock every second; a longer gap is an outage
+RECORDS_PER_SCRIPT = 500  # how long Redis serves nobody else: a few milliseconds
+KNOWN_PAYLOAD_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """What was published with one epoch."""
+
+    identity: bytes
+    worker: bytes
+    model_name: str
+    accelerator: str
+    topology: dict[str, str]
+
+    @classmethod
+    def parse(cls, identity: bytes, worker: bytes) -> _Payload:
+        metadata = p2p_pb2.WorkerMetadata.FromString(worker)
+        model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
+        return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology))
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.identity) + len(self.worker) + 1000  # the objects around them
+
+
+class _Payloads:
+    """The payloads that were used last, by record and epoch, up to so many bytes. Thread-safe."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._known: OrderedDict[bytes, tuple[int, _Payload]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: bytes, epoch: int) -> _Payload | None:
+        with self._lock:
+            known = self._known.get(name)
+            if known is None or known[0] != epoch:
+                return None
+            self._known.move_to_end(name)
+            return known[1]
+
+    def put(self, name: bytes, epoch: int, payload: _Payload) -> None:
+        with self._lock:
+            old = self._known.pop(name, None)
+            if old is not None:
+                self._bytes -= old[1].size_bytes
+                if old[0] > epoch:
+                    epoch, payload = old
+            self._known[name] = epoch, payload
+            self._bytes += payload.size_bytes
+            while self._bytes > self._most_bytes:
+                self._bytes -= self._known.popitem(last=False)[1][1].size_bytes
+
+
+class _Row(NamedTuple):
+    """What a script says about a record, as bytes; identity and worker only where they were asked for."""
+
+    name: bytes
+    status: bytes
+    epoch: bytes
+    life: bytes
+    updated_at: bytes
+    load: bytes
+    owner: bytes
+    model: bytes
+    identity: bytes = b""
+    worker: bytes = b""
+
+
+class RedisStore(SourceStore):
+    """Records in the Redis at a URL. Several servers may use it at the same time."""
+
+    def __init__(
+        self, url: str, leases: Leases | None = None, clock: Clock | None = None, *, prefix: str = PREFIX
+    ) -> None:
+        """`clock` is for tests; without it the time is Redis' own. Raises StoreUnusable and SettingError."""
+        self._link = RedisLink(url)
+        self._clock = clock
+        self._replica = secrets.token_hex(8)
+        self._payloads = _Payloads(KNOWN_PAYLOAD_BYTES)
+        self._closed = False
+        leases = leases or Leases()
+        step_seconds = min(LONGEST_STEP_SECONDS, leases.heartbeat_seconds / 2)
+        self._fixed = (prefix, _ms(leases.heartbeat_seconds), _ms(leases.collect_seconds), _ms(step_seconds))
+        self._silence = _ms(2 * step_seconds)
+        try:
+            self._link.require_usable()
+            self._join()
+        except BaseException:
+            self._link.close()
+            raise
+        if not self._link.is_lasting():
+            _LOG.warning(
+                "Redis at %s may lose what it has acknowledged when it ends: set appendonly yes and appendfsync always",
+                self._link.place,
+            )
+
+    def publish(self, publication: Publication) -> SourceRecord:
+        key = publication.key
+        outcome, *details = self._run(
+            scripts.PUBLISH,
+            _name(key),
+            key.source_id,
+            _worker(key.source_id, key.worker_id),
+            publication.model_name.lower(),
+            str(publication.status),
+            str(publication.epoch),
+            publication.owner,
+            publication.identity,
+            publication.worker,
+        )
+        self._require_ok(outcome, details, key, publication.epoch, publication.owner)
+        row = _Row(*details[0])
+        payload = _Payload(
+            publication.identity,
+            publication.worker,
+            publication.model_name,
+            publication.accelerator,
+            dict(publication.topology),
+        )
+        self._payloads.put(row.name, int(row.epoch), payload)
+        return _record(row, payload)
+
+    def update_status(
+        self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
+    ) -> None:
+        load = "" if source_load is None else repr(source_load)
+        outcome, *details = self._run(scripts.UPDATE, _name(key), str(status), str(epoch), load, owner)
+        self._require_ok(outcome, details, key, epoch, owner)
+
+    def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
+        return max(records, key=_age_order, default=None)
+
+    def find(self, query: Query) -> list[SourceRecord]:
+        if query.source_id == "" or query.model_name == "":
+            return []  # no record has such a name; to the script an empty one is none
+        filters = (query.status, query.worker_rank, query.min_updated_at_ms, query.limit)
+        rows = self._run(
+            scripts.FIND,
+            query.source_id or "",
+            (query.model_name or "").lower(),
+            *("" if value is None else str(value) for value in filters),
+        )
+        # What had to be fetched is as it is by now.
+        records = [record for record in self._records(rows) if query.status in (None, record.status)]
+        records.sort(key=_age_order, reverse=True)
+        return records if query.limit is None else records[: query.limit]
+
+    def sweep(self) -> tuple[int, int]:
+        stale = gone = 0
+        while True:
+            more_stale, more_gone, looked_at = self._run(scripts.SWEEP, self._replica, str(RECORDS_PER_SCRIPT))
+            stale += more_stale
+            gone += more_gone
+            if looked_at < RECORDS_PER_SCRIPT:
+                return stale, gone
+
+    def extend_leases(self, seconds: float) -> None:
+        self._run(scripts.EXTEND, _ms(seconds))
+
+    def check(self) -> None:
+        self._run(scripts.CHECK)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._link.run(scripts.LEAVE, *self._arguments(), self._replica)
+        except StoreUnavailable as error:
+            _LOG.info("left without a goodbye reason=%s", error)
+        self._link.close()
+
+    def _join(self) -> None:
+        """Tells the others that this replica is there; the first one after a time without any renews all leases."""
+        names: Sequence[bytes] = self._run(scripts.JOIN, self._replica, self._silence)
+        for start in range(0, len(names), RECORDS_PER_SCRIPT):
+            self._run(scripts.RENEW, *names[start : start + RECORDS_PER_SCRIPT])
+
+    def _run(self, script: str, *arguments: str | bytes) -> Any:
+        if self._closed:
+            raise StoreUnavailable("the store is closed: the server is shutting down")
+        return self._link.run(script, *self._arguments(), *arguments)
+
+    def _arguments(self) -> tuple[str, ...]:
+        if self._clock is None:
+            return (*self._fixed, "", "")
+        return (*self._fixed, _ms(self._clock.monotonic_seconds()), str(self._clock.unix_ms()))
+
+    def _require_ok(self, outcome: bytes, details: Sequence[Any], key: RecordKey, epoch: int, owner: str) -> None:
+        if outcome == b"unknown":
+            raise unknown(key)
+        if outcome == b"epoch":
+            raise stale_epoch(key, epoch, int(details[0]))
+        if outcome == b"owner":
+            raise not_owner(key, owner)
+
+    def _records(self, rows: Iterable[Sequence[bytes]]) -> list[SourceRecord]:
+        """With what was published, which is fetched where this replica has not seen it yet."""
+        records, missing = [], []
+        for row in (_Row(*parts) for parts in rows):
+            payload = self._payloads.get(row.name, int(row.epoch))
+            if payload is None:
+                missing.append(row.name)
+            else:
+                records.append(_record(row, payload))
+        for start in range(0, len(missing), RECORDS_PER_SCRIPT):
+            for row in (_Row(*p) for p in self._run(scripts.ROWS, *missing[start : start + RECORDS_PER_SCRIPT])):
+                payload = _Payload.parse(row.identity, row.worker)
+                self._payloads.put(row.name, int(row.epoch), payload)
+                records.append(_record(row, payload))
+        return records
+
+
+def _ms(seconds: float) -> str:
+    return str(round(seconds * 1000))
+
+
+def _worker(source_id: str, worker_id: str) -> bytes:
+    """One name out of two, however they are made: the first one's length comes first."""
+    source = source_id.encode()
+    return b"%d:%s%s" % (len(source), source, worker_id.encode())
+
+
+def _name(key: RecordKey) -> bytes:
+    return b"%d:%s" % (key.worker_rank, _worker(key.source_id, key.worker_id))
+
+
+def _key(name: bytes) -> RecordKey:
+    rank, length, names = name.split(b":", 2)
+    source_bytes = int(length)
+    return RecordKey(names[:source_bytes].decode(), names[source_bytes:].decode(), int(rank))
+
+
+def _record(row: _Row, payload: _Payload) -> SourceRecord:
+    load = float(row.load) if row.load else None
+    return SourceRecord(
+        key=_key(row.name),
+        status=p2p_pb2.SourceStatus.ValueType(int(row.status)),
+        epoch=int(row.epoch),
+        life=int(row.life),
+        updated_at_ms=int(row.updated_at),
+        identity=payload.identity,
+        worker=payload.worker,
+        model_name=payload.model_name,
+        accelerator=payload.accelerator,
+        topology=payload.topology,
+        source_load=load if load is None or math.isfinite(load) else None,
+        owner=row.owner.decode(),
+    )
+
+
+def _age_order(record: SourceRecord) -> tuple[int, bytes]:
+    """As the index orders, where the times are the same: a search with a limit finds the first of one without."""
+    return record.updated_at_ms, _name(record.key)

@@ -1,0 +1,135 @@
+"""The connection to Redis: scripts that run, or fail as StoreUnavailable; and what the connection is called in logs."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from mxserver.store.errors import StoreUnavailable, StoreUnusable
+from mxserver.wire.errors import SettingError
+
+try:
+    import redis
+    from redis.backoff import ConstantBackoff
+    from redis.retry import Retry
+except ImportError as error:  # pragma: no cover - tests run with it; test_install.py runs without
+    raise SettingError(
+        "the store redis needs the package redis, which is not installed; install it with "
+        "pip install 'mx-modelexpress[redis]'"
+    ) from error
+
+_LOG = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 5.0  # less than the 30 s that clients wait, so that they are told the reason
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 1.0
+
+
+def place_of(url: str) -> str:
+    """The URL as it may be shown: without user, password and options."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+class RedisLink:
+    """Runs scripts on one Redis over a pool of connections. Thread-safe.
+
+    While Redis cannot be reached, one caller tries at a time, with growing pauses (50 ms to 1 s); the others fail at
+    once with the reason, so that they do not pile up.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises SettingError for a URL that is none. Connects at the first script."""
+        self.place = place_of(url)
+        try:
+            self._redis: redis.Redis = redis.Redis.from_url(
+                url,
+                socket_connect_timeout=CONNECT_SECONDS,
+                socket_timeout=ANSWER_SECONDS,
+                # A connection of the pool that Redis closed meanwhile is one failure; scripts may be repeated, for
+                # a publish within one life can come twice.
+                retry=Retry(ConstantBackoff(0.01), 1),
+                client_name="mxserver",
+                **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+            )
+        except ValueError as error:
+            raise SettingError(f"the URL of Redis, {self.place}, is refused: {error}") from error
+        self._scripts: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._failures = 0
+        self._try_at = 0.0
+
+    def run(self, script: str, *arguments: str | bytes) -> Any:
+        """What the script returns. Raises StoreUnavailable."""
+        self._require_turn()
+        known = self._scripts.get(script)
+        if known is None:
+            known = self._scripts[script] = self._redis.register_script(script)
+        try:
+            answer = known(args=arguments)
+        except redis.RedisError as error:
+            raise self._failed(error) from error
+        if self._failure is not None:
+            self._worked()
+        return answer
+
+    def is_lasting(self) -> bool:
+        """Whether Redis writes what it acknowledges to a file before it does; True where it does not tell."""
+        try:
+            settings = self._redis.config_get("appendonly", "appendfsync")
+        except redis.RedisError:  # managed ones do not let themselves be asked
+            return True
+        return settings.get("appendonly") == "yes" and settings.get("appendfsync") == "always"
+
+    def close(self) -> None:
+        """Closes the connections. Idempotent."""
+        self._redis.close()
+
+    def _require_turn(self) -> None:
+        if self._failure is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if self._failure is not None and now < self._try_at:
+                raise StoreUnavailable(self._failure)
+            self._try_at = now + ANSWER_SECONDS  # this caller tries; the others wait for what it finds
+
+    def _failed(self, error: redis.RedisError) -> StoreUnavailable:
+        text = f"Redis at {self.place} does not work: {_reason(error)}"
+        with self._lock:
+            if self._failure is None:
+                _LOG.warning("%s", text)
+            self._failure = text
+            pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self._failures)
+            self._failures = min(self._failures + 1, 10)
+            self._try_at = time.monotonic() + pause * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        return StoreUnavailable(text)
+
+    def _worked(self) -> None:
+        with self._lock:
+            if self._failure is not None:
+                _LOG.info("Redis at %s works again", self.place)
+            self._failure = None
+            self._failures = 0
+
+    def require_usable(self) -> None:
+        """Raises StoreUnusable when Redis cannot be reached, or refuses: at start that is said at once."""
+        try:
+            self._redis.ping()
+        except redis.RedisError as error:
+            raise StoreUnusable(
+                f"Redis at {self.place} cannot be used ({_reason(error)}); start it, or set REDIS_URL, or "
+                "MX_REDIS_HOST and MX_REDIS_PORT, to where it is"
+            ) from error
+
+
+def _reason(error: redis.RedisError) -> str:
+    """One line, without the script that failed."""
+    return str(error).split("\n", 1)[0].split(" script: ", 1)[0] or type(error).__name__

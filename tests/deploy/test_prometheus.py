@@ -1,0 +1,199 @@
+"""Alert rules and dashboard: checked by promtool, and asked of a real Prometheus that scrapes a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mxserver.metrics import DEFINITIONS
+from mxserver.wire import load_pb2
+from mxserver.wire.client import ServerClient
+from tests.web.conftest import INITIALIZING, WebServer, publish, start_web
+
+__all__ = ["start_web"]  # a fixture
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+RULES = DEPLOY / "prometheus-rules.yaml"
+DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+
+
+def panels() -> list[tuple[str, str]]:
+    return [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name}: tools/install_test_packages.sh installs Debian's prometheus")
+    return found
+
+
+def test_promtool_takes_the_rules() -> None:
+    ran = subprocess.run([program("promtool"), "check", "rules", RULES], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_rules_fire_when_they_should_and_only_then() -> None:
+    command = [program("promtool"), "test", "rules", DEPLOY / "prometheus-rules-test.yaml"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_has_a_test_and_is_explained() -> None:
+    tested = (DEPLOY / "prometheus-rules-test.yaml").read_text()
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    for alert in alerts():
+        assert f"alertname: {alert['alert']}" in tested
+        assert f"`{alert['alert']}`" in page
+        assert alert["annotations"]["summary"]
+        assert alert["annotations"]["description"]
+
+
+def test_expressions_use_only_what_is_there() -> None:
+    known: set[str] = set()
+    for definition in DEFINITIONS:
+        suffixes = ("_bucket", "_count", "_sum") if definition.kind == "histogram" else ("",)
+        known |= {definition.name + suffix for suffix in suffixes}
+    expressions = [expr for _, expr in panels()] + [alert["expr"] for alert in alerts()]
+    used = {name for expr in expressions for name in re.findall(r"\bmxserver_\w+", expr)}
+    assert used <= known
+    on_dashboard = {name for _, expr in panels() for name in re.findall(r"\bmxserver_\w+", expr)}
+    missing = {d.name for d in DEFINITIONS if not any(name.startswith(d.name) for name in on_dashboard)}
+    assert missing == {"mxserver_build_info"}, "it is in the dashboard's choice of jobs"
+
+
+def test_dashboard_has_no_fixed_data_source_and_no_overlap() -> None:
+    assert "${datasource}" in json.dumps(DASHBOARD["panels"][0])
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    cells: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        mine = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & mine, panel["title"]
+        assert max(x for x, _ in mine) < 24
+        cells |= mine
+
+
+class Prometheus:
+    """A real one that scrapes one target twice a second, with our rules loaded."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        config = {
+            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"},
+            "rule_files": [str(RULES)],
+            "scrape_configs": [{"job_name": "mxserver", "static_configs": [{"targets": [target]}]}],
+        }
+        file = folder / "prometheus.yaml"
+        file.write_text(yaml.safe_dump(config))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}"
+        self._process = subprocess.Popen(
+            [
+                program("prometheus"),
+                f"--config.file={file}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        self.lines.extend(self._process.stderr)
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        answer = self._get("query", query=expression)
+        assert answer["status"] == "success", (expression, answer)
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
+
+    def rules(self) -> list[dict[str, Any]]:
+        return [rule for group in self._get("rules")["data"]["groups"] for rule in group["rules"]]
+
+    def _get(self, path: str, **query: str) -> dict[str, Any]:
+        url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - this machine
+            data: dict[str, Any] = json.load(answer)
+            return data
+
+    def wait_until(self, met: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                if met():
+                    return
+            except OSError:
+                assert self._process.poll() is None, self.lines
+            assert time.monotonic() < deadline, (what, self.lines[-5:])
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        self._reader.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+@pytest.fixture
+def web(start_web: Callable[..., WebServer], tmp_path: Path) -> WebServer:
+    return start_web(MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def prometheus(web: WebServer, tmp_path: Path) -> Iterator[Prometheus]:
+    opened = Prometheus(tmp_path, web.url.removeprefix("http://"))
+    yield opened
+    opened.close()
+
+
+def test_every_panel_and_alert_has_an_answer(web: WebServer, prometheus: Prometheus) -> None:
+    with ServerClient(web.address) as client:
+        for n in range(3):
+            report = load_pb2.LoadReport(load_id=str(n), path=load_pb2.LOAD_PATH_PEER_TCP, bytes=10**9, seconds=3)
+            publish(client, f"w{n}", report=report)
+        publish(client, "late", INITIALIZING)
+        prometheus.wait_until(
+            lambda: prometheus.query('mxserver_sources{state="ready"} == 3') != [], "the workers are scraped"
+        )
+        prometheus.wait_until(
+            lambda: (
+                client.list_sources() != []
+                and prometheus.query("rate(mxserver_call_duration_seconds_count[1m]) > 0") != []
+            ),
+            "calls have a rate",
+        )
+    for title, expression in panels():
+        expression = expression.replace("$job", "mxserver").replace("$__rate_interval", "1m")
+        found = prometheus.query(expression)
+        assert found or 'code!="OK"' in expression, f"{title}: {expression}"
+    prometheus.wait_until(
+        lambda: all(rule["health"] == "ok" for rule in prometheus.rules()), "all rules were evaluated"
+    )
+    assert [rule["name"] for rule in prometheus.rules() if rule["state"] != "inactive"] == []

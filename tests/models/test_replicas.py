@@ -1,0 +1,229 @@
+"""Several servers over one cache folder, and servers that are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mxserver.wire.errors import WireError
+from mxserver.wire.model_client import ModelClient
+from tests.models.conftest import FILES, REPOSITORY, StartServer, files_below, pattern
+from tests.models.hub_stand_in import Fault, HubStandIn
+
+LARGE = "model-00001-of-00002.safetensors"
+
+
+class Ensure(threading.Thread):
+    """A caller who waits for a download, in a thread of its own."""
+
+    def __init__(self, address: str, *, patience_seconds: float = 30, revision: str | None = None) -> None:
+        super().__init__()
+        self._address = address
+        self._patience_seconds = patience_seconds
+        self._revision = revision
+        self.messages: list[str] = []
+        self.told = threading.Condition()
+        self.commit: str | None = None
+        self.error: WireError | None = None
+        self.start()
+
+    def run(self) -> None:
+        with ModelClient(self._address, patience_seconds=self._patience_seconds) as client:
+            try:
+                self.commit = client.ensure(REPOSITORY, revision=self._revision, on_update=self._note)
+            except WireError as error:
+                self.error = error
+
+    def _note(self, update: object) -> None:
+        with self.told:
+            self.messages.append(update.message)  # type: ignore[attr-defined]
+            self.told.notify_all()
+
+    def wait_for_message(self, text: str) -> None:
+        with self.told:
+            assert self.told.wait_for(lambda: any(text in message for message in self.messages), 30), self.messages
+
+    def result(self) -> str:
+        self.join(60)
+        assert not self.is_alive()
+        assert self.error is None, self.error
+        assert self.commit
+        return self.commit
+
+
+def held_back(hub: HubStandIn, path: str = LARGE, after: int = 1_000_000) -> threading.Event:
+    gate = threading.Event()
+    hub.faults[f"GET {path}"].append(Fault(gate=gate, gate_after=after))
+    return gate
+
+
+def nothing_half_written(cache: Path) -> bool:
+    """Every file that has its name has its bytes."""
+    names = (cache / "models--org--tiny-1.0").glob("snapshots/*/**/*")
+    return all(path.read_bytes() in FILES.values() for path in names if path.is_file())
+
+
+def test_callers_of_one_server_share_a_download(start_server: StartServer, hub: HubStandIn) -> None:
+    gate = held_back(hub)
+    address = start_server().address
+    callers = [Ensure(address) for _ in range(8)]
+    hub.wait_at_gate()
+    for caller in callers:
+        caller.wait_for_message("downloading")
+    gate.set()
+    assert len({caller.result() for caller in callers}) == 1
+    assert hub.requests[f"GET {LARGE}"] == 1
+    assert hub.requests["api"] == 1
+
+
+def test_main_and_its_commit_are_one_download(start_server: StartServer, hub: HubStandIn) -> None:
+    gate = held_back(hub)
+    address = start_server().address
+    by_name = Ensure(address)
+    hub.wait_at_gate()
+    by_commit = Ensure(address, revision=hub.repositories[REPOSITORY].refs["main"])
+    by_commit.wait_for_message("another")
+    gate.set()
+    assert by_name.result() == by_commit.result()
+    assert hub.requests[f"GET {LARGE}"] == 1
+
+
+def test_caller_that_leaves_does_not_stop_the_download(start_server: StartServer, hub: HubStandIn) -> None:
+    gate = held_back(hub)
+    process = start_server()
+    client = ModelClient(process.address, patience_seconds=0)
+
+    def ensure() -> None:
+        with pytest.raises(WireError):
+            client.ensure(REPOSITORY)
+
+    caller = threading.Thread(target=ensure)
+    caller.start()
+    hub.wait_at_gate()
+    client.close()
+    caller.join()
+    process.wait_for("a caller left")
+    gate.set()
+    process.wait_for("downloaded model=")
+    with ModelClient(process.address) as other:
+        other.ensure(REPOSITORY)
+        assert len(other.list_files(REPOSITORY).files) == len(FILES)
+    assert hub.requests[f"GET {LARGE}"] == 1
+
+
+def test_replicas_download_once(start_server: StartServer, hub: HubStandIn, cache_folder: Path) -> None:
+    gate = held_back(hub)
+    first = Ensure(start_server().address)
+    hub.wait_at_gate()
+    second = Ensure(start_server().address)
+    second.wait_for_message("another replica")
+    assert nothing_half_written(cache_folder)
+    gate.set()
+    commit = first.result()
+    assert second.result() == commit
+    assert hub.requests[f"GET {LARGE}"] == 1
+    assert files_below(cache_folder / "models--org--tiny-1.0" / "snapshots" / commit) == FILES
+
+
+def test_replica_takes_over_from_one_that_was_killed(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+) -> None:
+    held_back(hub)
+    victim = start_server()
+    first = Ensure(victim.address, patience_seconds=0)
+    hub.wait_at_gate()
+    second = Ensure(start_server(MX_CACHE_LEASE_SECS="600").address)
+    second.wait_for_message("another replica")
+    victim.process.kill()
+    first.join()
+    assert first.error is not None
+    commit = second.result()  # at once: the lease's lock ended with the process
+    assert hub.requests[f"GET {LARGE}"] == 2
+    assert hub.requests["GET config.json"] == 1  # what was complete is not fetched again
+    assert files_below(cache_folder / "models--org--tiny-1.0" / "snapshots" / commit) == FILES
+
+
+def test_replica_that_was_stopped_too_long_publishes_nothing(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+) -> None:
+    gate = held_back(hub)
+    stopped = start_server()
+    first = Ensure(stopped.address)
+    hub.wait_at_gate()
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    second = Ensure(start_server().address)
+    commit = second.result()
+    record = next((cache_folder / ".modelexpress" / "records").iterdir())
+    written = record.stat().st_ino
+    gate.set()
+    os.kill(stopped.process.pid, signal.SIGCONT)
+    stopped.wait_for("download was taken over")
+    assert first.result() == commit
+    assert record.stat().st_ino == written
+    assert files_below(cache_folder / "models--org--tiny-1.0" / "snapshots" / commit) == FILES
+
+
+def test_server_that_is_told_to_stop_keeps_what_is_complete(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+) -> None:
+    held_back(hub)
+    process = start_server("--drain", "20")
+    caller = Ensure(process.address, patience_seconds=0)
+    hub.wait_at_gate()
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.wait(timeout=15) == 0
+    caller.join()
+    assert caller.error is not None
+    assert Ensure(start_server().address).result()
+    assert hub.requests["GET config.json"] == 1
+    assert nothing_half_written(cache_folder)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kills_at_random_moments(start_server: StartServer, hub: HubStandIn, cache_folder: Path, seed: int) -> None:
+    """Whatever the moment: nothing half-written is visible, and the next server brings the download to its end."""
+    files = {f"part-{number}.safetensors": pattern(600_000, 10 + number) for number in range(8)} | FILES
+    commit = hub.add(REPOSITORY, files)
+    total = sum(map(len, files.values()))
+    chance = random.Random(seed)
+    for _ in range(2):
+        process = start_server()
+        before = hub.bytes_sent.total()
+        enough = before + chance.randrange(total)
+        caller = Ensure(process.address, patience_seconds=0)
+        until(lambda enough=enough, caller=caller: hub.bytes_sent.total() >= enough or not caller.is_alive())
+        process.process.kill()
+        caller.join()
+        names = (cache_folder / "models--org--tiny-1.0").glob("snapshots/*/**/*")
+        assert all(path.read_bytes() in files.values() for path in names if path.is_file())
+    with ModelClient(start_server().address, patience_seconds=0) as client:
+        assert client.ensure(REPOSITORY) == commit
+        assert not [verdict for verdict in client.validate(REPOSITORY) if verdict.problem]
+    assert files_below(cache_folder / "models--org--tiny-1.0" / "snapshots" / commit) == files
+    assert not list((cache_folder / ".modelexpress" / "staging").iterdir())
+
+
+def test_client_rides_out_a_restart(start_server: StartServer, hub: HubStandIn) -> None:
+    held_back(hub)
+    process = start_server()
+    port = str(process.port)
+    caller = Ensure(process.address)
+    hub.wait_at_gate()
+    process.process.kill()
+    process.process.wait()
+    start_server("--port", port)
+    assert caller.result()

@@ -1,0 +1,42 @@
+"""docs/operations.md against the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from mxcore.cli.main import mx
+from mxserver.cli import main
+from mxserver.web.pages import ASSETS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+
+
+def test_metrics_table_is_that_of_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("make_metrics_table", ROOT / "tools" / "make_metrics_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.with_table(PAGE) == PAGE, "run tools/make_metrics_table.py"
+
+
+def test_flags_files_and_commands_exist() -> None:
+    helps = CliRunner().invoke(main, ["--help"]).output
+    for name in ("status", "sources", "doctor"):
+        assert f"`mx {name}`" in PAGE
+        helps += CliRunner().invoke(mx, [name, "--help"]).output
+    for flag in set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--load-format"}:
+        assert flag in helps, flag
+    for path in re.findall(r"`((?:deploy|tools|tests)/[\w./-]+)`", PAGE):
+        assert (ROOT / path).exists(), path
+
+
+def test_assets_are_small_and_all_served() -> None:
+    folder = ROOT / "mxserver" / "web" / "assets"
+    assert {path.name for path in folder.iterdir()} == {file for file, _ in ASSETS.values()}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 40_000

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Programs that some tests run for real: a browser for the status page, Prometheus for rules and dashboard, Redis for
+# the store. `make test` calls this; without root, or without Debian's packages, those tests skip and say so.
+set -eu
+missing=
+for pair in chromium:chromium chromedriver:chromium-driver prometheus:prometheus redis-server:redis-server; do
+    command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
+done
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "Not installed, so that some tests skip:$missing" >&2
+    exit 0
+fi
+echo "Installing for the tests:$missing" >&2
+export DEBIAN_FRONTEND=noninteractive
+# shellcheck disable=SC2086 # a list of names
+if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >/tmp/mx-test-packages.log 2>&1; then
+    tail -3 /tmp/mx-test-packages.log >&2
+    echo "Could not be installed, so that some tests skip:$missing" >&2
+fi

@@ -1,0 +1,221 @@
+"""Tensors of a checkpoint that are read when somebody needs their elements, and only as much of them as he takes.
+
+vLLM's weight loaders take their rank's part with `narrow`, slicing or indexing, and end with `copy_` into a parameter.
+Up to the copy nothing is read; then the part goes from the file straight into the parameter. Whatever else a loader
+does gets an ordinary tensor with the same elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from mxcore.storage.checkpoint import Checkpoint, TensorInfo
+from mxcore.storage.dtypes import DTYPES
+from mxcore.storage.load import Reader
+from mxcore.storage.read_plan import Box, Want, merged, parts_of
+from mxcore.storage.stream import stream
+
+__all__ = ["LazyTensor", "lazy_weights"]
+
+LAZY_LEAST_BYTES = 1024 * 1024  # smaller ones come together through a ring
+
+_ATEN = torch.ops.aten
+
+
+class LazyTensor(torch.Tensor):
+    """A box of a checkpoint's tensor that is not read yet, with the shape, strides, dtype and device of the real one.
+
+    It reads through the iterator that made it, and has to be used before that ends; `materialized` keeps what it read.
+    """
+
+    _source: _Source
+    _info: TensorInfo
+    _box: Box
+    _kept: tuple[int, ...]
+    _real: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, source: _Source, info: TensorInfo, box: Box, kept: tuple[int, ...]) -> LazyTensor:
+        """`kept`: the dimensions of the checkpoint's tensor that this has; the others were indexed away."""
+        shape = [box[dimension][1] - box[dimension][0] for dimension in kept]
+        dtype = getattr(torch, DTYPES[info.dtype].torch_name or "uint8")
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
+        made._source, made._info, made._box, made._kept = source, info, box, kept
+        made._real = None
+        return made  # type: ignore[no-any-return]  # torch has no types for it
+
+    @classmethod
+    def whole(cls, source: _Source, info: TensorInfo) -> LazyTensor:
+        """All of a tensor."""
+        return cls(source, info, tuple((0, size) for size in info.shape), tuple(range(len(info.shape))))
+
+    @property
+    def has_been_read(self) -> bool:
+        """Whether it became an ordinary tensor."""
+        return self._real is not None
+
+    def materialized(self) -> torch.Tensor:
+        """The ordinary tensor: reads the box once, into new memory."""
+        if self._real is None:
+            real = torch.empty(tuple(self.shape), dtype=self.dtype)
+            self.read_into(real)
+            self._real = real
+        return self._real
+
+    def read_into(self, to: torch.Tensor) -> None:
+        """Reads the box into a tensor of host memory of this shape and dtype."""
+        full = to
+        for dimension in range(len(self._info.shape)):
+            if dimension not in self._kept:
+                full = full.unsqueeze(dimension)
+        self._source.read(Want(self._info.name, full, self._box))
+
+    def narrowed(self, dimension: int, first: int, end: int) -> LazyTensor:
+        """This, from `first` to `end` of a dimension; nothing is read."""
+        place = self._kept[dimension]
+        begin = self._box[place][0]
+        box = (*self._box[:place], (begin + first, begin + end), *self._box[place + 1 :])
+        return LazyTensor(self._source, self._info, box, self._kept)
+
+    def indexed(self, dimension: int, index: int) -> LazyTensor:
+        """This at an index of a dimension, which is gone then; nothing is read."""
+        one = self.narrowed(dimension, index, index + 1)
+        kept = (*self._kept[:dimension], *self._kept[dimension + 1 :])
+        return LazyTensor(one._source, one._info, one._box, kept)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        state = "read" if self.has_been_read else "not read"
+        return f"<LazyTensor {self._info.name} {self._box}, {state}>"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _NEEDS_MEMORY:
+            args = tuple(_ordinary(argument) for argument in args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None and not kwargs:
+            result = rule(*args)
+            if result is not None:
+                return result
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyTensor, _ordinary, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _ordinary(value: Any) -> Any:
+    return value.materialized() if isinstance(value, LazyTensor) else value
+
+
+def _slice(tensor: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    if not isinstance(tensor, LazyTensor) or tensor.has_been_read or step != 1:
+        return None
+    dim %= tensor.dim()
+    first, last, _ = slice(start, end).indices(tensor.shape[dim])
+    return tensor.narrowed(dim, first, max(first, last))
+
+
+def _select(tensor: Any, dim: int, index: int) -> Any:
+    if not isinstance(tensor, LazyTensor) or tensor.has_been_read:
+        return None
+    dim %= tensor.dim()
+    size = tensor.shape[dim]
+    return tensor.indexed(dim, index % size) if -size <= index < size else None
+
+
+def _alias(tensor: Any) -> Any:
+    if not isinstance(tensor, LazyTensor) or tensor.has_been_read:
+        return None
+    return LazyTensor(tensor._source, tensor._info, tensor._box, tensor._kept)
+
+
+def _copy(to: Any, tensor: Any, non_blocking: bool = False) -> Any:
+    """Straight into the destination if it is host memory of that dtype and shape, and apart from itself."""
+    if not isinstance(tensor, LazyTensor) or isinstance(to, LazyTensor) or tensor.has_been_read:
+        return None
+    if to.device.type != "cpu" or to.dtype != tensor.dtype or to.shape != tensor.shape or 0 in to.stride():
+        return None
+    if to.layout != torch.strided or type(to) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    tensor.read_into(to)
+    return to
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    _ATEN.slice.Tensor: _slice,
+    _ATEN.select.int: _select,
+    _ATEN.alias.default: _alias,
+    _ATEN.detach.default: _alias,
+    _ATEN.copy_.default: _copy,
+}
+_NEEDS_MEMORY = {
+    torch.Tensor.numpy,
+    torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.storage_offset,
+    torch.Tensor.tolist,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.share_memory_,
+}
+
+
+class _Source:
+    """What the lazy tensors of one iteration read through."""
+
+    def __init__(self, checkpoint: Checkpoint, mode: str | None) -> None:
+        self._checkpoint = checkpoint
+        self._reader = Reader(checkpoint.files, mode=mode)
+        self.read_bytes = 0
+
+    def read(self, want: Want) -> None:
+        report = self._reader.read(merged(parts_of(self._checkpoint, want)))
+        self.read_bytes += report.read_bytes
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def lazy_weights(
+    checkpoint: Checkpoint,
+    names: Collection[str] | None = None,
+    *,
+    mode: str | None = None,
+    told: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
+
+    A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
+    bytes handed over so far. Raises as `mxcore.storage.load.load`, where a tensor is read. One thread at a time.
+    """
+    chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
+    small = [info.name for info in chosen if not _is_lazy(info)]
+    ready = stream(checkpoint, small, mode=mode)
+    source = _Source(checkpoint, mode)
+    done_bytes = 0
+    try:
+        for info in chosen:
+            if _is_lazy(info):
+                yield info.name, LazyTensor.whole(source, info)
+            else:
+                yield next(ready)
+            done_bytes += info.size_bytes
+            if told is not None:
+                told(done_bytes)
+    finally:
+        ready.close()  # type: ignore[attr-defined]  # it is a generator
+        source.close()
+
+
+def _is_lazy(info: TensorInfo) -> bool:
+    return info.size_bytes >= LAZY_LEAST_BYTES and DTYPES[info.dtype].torch_name is not None and bool(info.shape)
