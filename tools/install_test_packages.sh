@@ -13,8 +13,9 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 echo "Installing for the tests:$missing" >&2
 export DEBIAN_FRONTEND=noninteractive
+log=$(mktemp)
 # shellcheck disable=SC2086 # a list of names
-if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >/tmp/mx-test-packages.log 2>&1; then
-    tail -3 /tmp/mx-test-packages.log >&2
+if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >"$log" 2>&1; then
+    tail -3 "$log" >&2
     echo "Could not be installed, so that some tests skip:$missing" >&2
 fi
