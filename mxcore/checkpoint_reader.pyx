@@ -125,7 +125,7 @@ cdef int check(JobList jobs, Integers order, int way, int other_way, int threads
 
 cdef int check_files(FileSet files, bint mapped) except -1:
     cdef size_t index
-    for index in range(<size_t>len(files.paths)):
+    for index in range(files.count):
         files.require(index)
         if mapped and files.files[index].map == NULL and files.sizes[index]:
             raise ValueError(f"{files.paths[index]} is not mapped")

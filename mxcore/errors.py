@@ -24,13 +24,18 @@
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
-        │   └── NotOneSided   MX_NOT_ONE_SIDED        a READ took another way than the one-sided one
+        │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ took another way than the one-sided one
+        │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
+        ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
+        ├── HolderBusy        MX_HOLDER_BUSY          this holder has as many readers as it takes
         ├── LeaseEnded        MX_LEASE_ENDED          no such lease, or not any more
         └── SourceUnreachable MX_SOURCE_UNREACHABLE   no answer from the holder
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from mxserver.wire.errors import MxError
 
@@ -170,6 +175,33 @@ class NotOneSided(SourceRefused):
     """A READ that should go by cross-memory attach took another way; the holder can still WRITE."""
 
     code = "MX_NOT_ONE_SIDED"
+
+
+class SourceBusy(SourceRefused):
+    """The holder has as many readers as it takes; it may have room later."""
+
+    code = "MX_SOURCE_BUSY"
+
+
+class ChunksMissing(TransferError):
+    """No holder is left that could give the rest; the message has every holder's failure.
+
+    `missing` are the chunks that did not come, ascending; the others are verified and in place. `failures` are the
+    errors of the holders, in their order.
+    """
+
+    code = "MX_CHUNKS_MISSING"
+
+    def __init__(self, message: str, *, missing: Sequence[int] = (), failures: Sequence[TransferError] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.failures = tuple(failures)
+
+
+class HolderBusy(TransferError):
+    """This holder has as many readers as it takes."""
+
+    code = "MX_HOLDER_BUSY"
 
 
 class HolderDraining(TransferError):

@@ -7,6 +7,7 @@ cdef class FileSet:
     cdef readonly tuple paths
     cdef mx_file* files
     cdef int64_t* sizes
+    cdef size_t count  # of both; `paths` may be gone in __dealloc__
     cdef list stamps  # (device, inode, size, time of the last change) when opened
     cdef int opened(self, size_t index, int more) except -2
     cdef object error(self, size_t index, str what, int number)

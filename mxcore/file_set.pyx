@@ -58,15 +58,16 @@ cdef class FileSet:
     def __cinit__(self, paths):
         cdef size_t index
         self.paths = tuple(os.fspath(path) for path in paths)
+        self.count = <size_t>len(self.paths)
         self.stamps = []
-        self.files = <mx_file*>PyMem_Calloc(len(self.paths) + 1, sizeof(mx_file))
-        self.sizes = <int64_t*>PyMem_Calloc(len(self.paths) + 1, sizeof(int64_t))
+        self.files = <mx_file*>PyMem_Calloc(self.count + 1, sizeof(mx_file))
+        self.sizes = <int64_t*>PyMem_Calloc(self.count + 1, sizeof(int64_t))
         if self.files == NULL or self.sizes == NULL:
             raise MemoryError
-        for index in range(len(self.paths)):
+        for index in range(self.count):
             self.files[index].fd = self.files[index].direct_fd = -1
             self.files[index].align_bytes = PAGE_BYTES
-        for index in range(len(self.paths)):
+        for index in range(self.count):
             self.files[index].fd = self.opened(index, 0)
             if self.files[index].fd < 0:
                 raise self.error(index, "cannot be opened", errno)
@@ -107,7 +108,7 @@ cdef class FileSet:
     cdef void release(self) noexcept:
         global live_descriptors, live_maps
         cdef size_t index
-        for index in range(len(self.paths)):
+        for index in range(self.count):
             if self.files[index].map != NULL:
                 munmap(self.files[index].map, <size_t>self.sizes[index])
                 self.files[index].map = NULL
@@ -128,10 +129,10 @@ cdef class FileSet:
         self.release()
 
     def __len__(self):
-        return len(self.paths)
+        return self.count
 
     cdef int require(self, size_t index) except -1:
-        if index >= <size_t>len(self.paths) or self.files[index].fd < 0:
+        if index >= self.count or self.files[index].fd < 0:
             raise ValueError(f"file {index} is not open")
         return 0
 
@@ -172,7 +173,7 @@ cdef class FileSet:
         return self.files[place].align_bytes
 
     def check_unchanged(self):
-        for index in range(len(self.paths)):
+        for index in range(self.count):
             now = self.stamp(index)
             if now == self.stamps[index]:
                 continue

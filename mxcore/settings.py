@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import socket
 from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mxcore.storage.memory_limit import parse_bytes
 from mxserver.wire import environment
 from mxserver.wire.address import parse_server_address, split_scheme
 from mxserver.wire.errors import SettingError
@@ -24,6 +26,8 @@ __all__ = ["WorkerSettings", "load_settings"]
 logger = logging.getLogger(__name__)
 
 _URL = "MODEL_EXPRESS_URL"
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KiB|MiB|GiB)", re.IGNORECASE)
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -42,11 +46,17 @@ class WorkerSettings(BaseModel):
     worker_grpc_port: int = Field(6555, alias="MX_WORKER_GRPC_PORT", ge=0, le=65535)
     heartbeat_interval_seconds: float = Field(30.0, alias="MX_HEARTBEAT_INTERVAL_SECS", gt=0, le=3600)
     transfer_timeout_seconds: float = Field(600.0, alias="MX_TRANSFER_TIMEOUT", gt=0)
-    stall_timeout_seconds: float = Field(5.0, alias="MX_STALL_TIMEOUT_SECS", gt=0, le=3600)
+    stall_timeout_seconds: float = Field(4.0, alias="MX_STALL_TIMEOUT_SECS", gt=0, le=3600)
     drain_timeout_seconds: float = Field(30.0, alias="MX_DRAIN_TIMEOUT_SECS", ge=0, le=3600)
+    source_wait_seconds: float = Field(300.0, alias="MX_SOURCE_WAIT_SECS", ge=0, le=86400)
+    source_rate_limit: float = Field(0.0, alias="MX_SOURCE_RATE_LIMIT", ge=0)
+    source_max_readers: int = Field(8, alias="MX_SOURCE_MAX_READERS", ge=1, le=256)
     transport: Literal["auto", "same-host", "tcp", "rdma"] = Field("auto", alias="MX_TRANSPORT")
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
+    storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
+    read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
+    host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
 
     @field_validator("server_address")
@@ -56,6 +66,19 @@ class WorkerSettings(BaseModel):
             return parse_server_address(value) if value is not None else None
         except SettingError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("host_memory_limit")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @field_validator("source_rate_limit", mode="before")
+    @classmethod
+    def _with_unit(cls, value: object) -> object:
+        match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+        return float(match[1]) * _UNITS[match[2].upper()] if match else value
 
     def advertised_host(self) -> str:
         """What other workers reach this one by: MX_WORKER_HOST, or this host's address towards the server."""

@@ -19,6 +19,7 @@ from mxserver.operations import Operations
 from mxserver.security import setup
 from mxserver.services.cache import CacheService
 from mxserver.services.draining import DrainInterceptor
+from mxserver.services.fleet import FleetService
 from mxserver.services.model import ModelService
 from mxserver.services.p2p import P2pService
 from mxserver.services.small import ApiService, HealthService
@@ -28,7 +29,7 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Leases, SourceStore
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
 from mxserver.wire.errors import MxError
 
 _LOG = logging.getLogger("mxserver")
@@ -129,6 +130,7 @@ class Server:
             maximum_concurrent_rpcs=settings.max_calls,
         )
         p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
+        mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
         standard_health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

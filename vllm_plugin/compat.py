@@ -6,17 +6,21 @@ reading; what is older is met by looking, never by comparing version numbers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
@@ -48,6 +52,52 @@ def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
 def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:
     """A copy for one of vLLM's own loaders, which reject extra keys that they do not know."""
     return dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config={})
+
+
+_READING = threading.local()
+
+
+@contextlib.contextmanager
+def reading_safetensors_with(ours: Callable[..., Any]) -> Iterator[None]:
+    """Within it, this thread's default loader takes `ours(theirs, files, …)` for vLLM's iterator over weight files.
+
+    The default loader finds that iterator as a name of its module; without that name all stays as it is.
+    """
+    theirs = getattr(default_loader, _ITERATOR, None)
+    if theirs is not None and not hasattr(theirs, "theirs"):
+
+        @functools.wraps(theirs)
+        def chosen(files: list[str], *args: Any, **kwargs: Any) -> Any:
+            mine = getattr(_READING, "ours", None)
+            return theirs(files, *args, **kwargs) if mine is None else mine(theirs, files, *args, **kwargs)
+
+        chosen.theirs = theirs  # type: ignore[attr-defined]
+        setattr(default_loader, _ITERATOR, chosen)
+    _READING.ours = ours
+    try:
+        yield
+    finally:
+        _READING.ours = None
+
+
+_ITERATOR = "safetensors_weights_iterator"
+
+
+def wanted_names(checkpoint: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str] | None:
+    """Which tensors vLLM's iterator would give with these arguments; None where we cannot tell.
+
+    Under expert parallelism it leaves out experts of other ranks (from 0.19 on).
+    """
+    experts = kwargs.get("local_expert_ids", args[2] if len(args) > 2 else None)
+    if experts is None:
+        return list(checkpoint)
+    skip = getattr(weight_utils, "should_skip_weight", None)
+    return None if skip is None else [name for name in checkpoint if not skip(name, experts)]
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that shows progress."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:

@@ -7,28 +7,32 @@ does gets an ordinary tensor with the same elements.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo
 from mxcore.storage.dtypes import DTYPES
-from mxcore.storage.load import Reader
+from mxcore.storage.load import Reader, load
 from mxcore.storage.read_plan import Box, Want, merged, parts_of
 from mxcore.storage.stream import stream
+from mxserver.wire.errors import MxError
 
 __all__ = ["LazyTensor", "lazy_weights"]
 
 LAZY_LEAST_BYTES = 1024 * 1024  # smaller ones come together through a ring
 
 _ATEN = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
-class LazyTensor(torch.Tensor):
+class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-checked
     """A box of a checkpoint's tensor that is not read yet, with the shape, strides, dtype and device of the real one.
 
-    It reads through the iterator that made it, and has to be used before that ends; `materialized` keeps what it read.
+    `materialized` keeps what it read. One thread at a time for all tensors of one iteration.
     """
 
     _source: _Source
@@ -60,7 +64,7 @@ class LazyTensor(torch.Tensor):
     def materialized(self) -> torch.Tensor:
         """The ordinary tensor: reads the box once, into new memory."""
         if self._real is None:
-            real = torch.empty(tuple(self.shape), dtype=self.dtype)
+            real = torch.empty(tuple(self.shape), dtype=self.dtype, device="cpu")
             self.read_into(real)
             self._real = real
         return self._real
@@ -175,15 +179,34 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, mode: str | None) -> None:
         self._checkpoint = checkpoint
-        self._reader = Reader(checkpoint.files, mode=mode)
+        self._mode = mode
+        self._reader: Reader | None = Reader(checkpoint.files, mode=mode)
         self.read_bytes = 0
 
     def read(self, want: Want) -> None:
-        report = self._reader.read(merged(parts_of(self._checkpoint, want)))
-        self.read_bytes += report.read_bytes
+        try:
+            if self._reader is None:  # kept beyond the iteration
+                report = load(self._checkpoint, [want], mode=self._mode)
+            else:
+                report = self._reader.read(merged(parts_of(self._checkpoint, want)))
+            self.read_bytes += report.read_bytes
+        except MxError as error:
+            self.read_plainly(want, error)
+
+    def read_plainly(self, want: Want, error: MxError) -> None:
+        """With safetensors, as the engine's own loader; raises what that raises."""
+        _log.warning("%s: %s; read with safetensors instead", want.name, error)
+        box = tuple(slice(first, end) for first, end in want.box or ())
+        want.to.copy_(self.plain(want.name)[box])
+
+    def plain(self, name: str) -> torch.Tensor:
+        with safe_open(self._checkpoint.files[self._checkpoint[name].file], "pt") as opened:
+            return opened.get_tensor(name)
 
     def close(self) -> None:
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 def lazy_weights(
@@ -192,23 +215,26 @@ def lazy_weights(
     *,
     mode: str | None = None,
     told: Callable[[int], None] | None = None,
+    lazy_least_bytes: int = LAZY_LEAST_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
     A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
-    bytes handed over so far. Raises as `mxcore.storage.load.load`, where a tensor is read. One thread at a time.
+    bytes handed over so far. What we fail to read is read with safetensors, and a warning: a tensor raises only what
+    that raises. Raises StorageError if the files cannot be opened, when the first tensor is asked for.
     """
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
-    small = [info.name for info in chosen if not _is_lazy(info)]
-    ready = stream(checkpoint, small, mode=mode)
+    lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= lazy_least_bytes}
+    small = [info.name for info in chosen if info.name not in lazy]
     source = _Source(checkpoint, mode)
+    ready = stream(checkpoint, small, mode=mode)
     done_bytes = 0
     try:
         for info in chosen:
-            if _is_lazy(info):
+            if info.name in lazy:
                 yield info.name, LazyTensor.whole(source, info)
             else:
-                yield next(ready)
+                yield info.name, _next_small(ready, source, info.name)
             done_bytes += info.size_bytes
             if told is not None:
                 told(done_bytes)
@@ -217,5 +243,15 @@ def lazy_weights(
         source.close()
 
 
-def _is_lazy(info: TensorInfo) -> bool:
-    return info.size_bytes >= LAZY_LEAST_BYTES and DTYPES[info.dtype].torch_name is not None and bool(info.shape)
+def _next_small(ready: Iterator[tuple[str, torch.Tensor]], source: _Source, name: str) -> torch.Tensor:
+    """A stream that has failed is exhausted: what is left comes from safetensors."""
+    try:
+        found, tensor = next(ready, ("", None))
+    except MxError as error:
+        _log.warning("%s: %s; read with safetensors instead", name, error)
+        return source.plain(name)
+    return tensor if found == name and tensor is not None else source.plain(name)
+
+
+def _can_be_lazy(info: TensorInfo) -> bool:
+    return DTYPES[info.dtype].torch_name is not None and bool(info.shape)

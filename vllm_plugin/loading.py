@@ -17,7 +17,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from mxcore.errors import LayoutUnsupported, SourceUnreachable
+from mxcore.errors import LayoutUnsupported, SourceUnreachable, TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.membership import Membership
@@ -30,6 +30,7 @@ from vllm_plugin.checkpoint import find_checkpoint
 from vllm_plugin.identity import source_identity, worker_rank
 from vllm_plugin.last_will import Record
 from vllm_plugin.report import LoadReport
+from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.weights import FromPeer, FromStorage, Kind, Weights
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class _Load:
         self.report_path = ""
         self.sources: list[Source] = []
         self.received: ReceiveReport | None = None
+        self.transfer_failed = False
         self.membership: Membership | None = None
         self.weights: Weights | None = None  # what can be offered
 
@@ -71,6 +73,11 @@ class _Load:
         restore = compat.building_state(self.vllm_config)
         self.attempt("joining", self.join)
         model = self.from_peer() if self.sources else None
+        if model is None and self.transfer_failed:
+            restore()
+            gc.collect()
+            self.attempt("waiting for another source", self.wait_again)
+            model = self.from_peer() if self.sources else None
         if model is None:
             restore()
             gc.collect()
@@ -112,7 +119,7 @@ class _Load:
         membership = Membership(self.settings, identity, self.report.rank, compat.accelerator())
         try:
             if membership.join():
-                self.sources = membership.find_sources(match_any_checkpoint=not complete)
+                self.sources = membership.wait_for_source(match_any_checkpoint=not complete)
             else:
                 self.report.fallbacks.append(f"joining: no answer from the server at {self.settings.server_address}")
         except BaseException:
@@ -120,6 +127,13 @@ class _Load:
             membership.close()
             raise
         self.membership = membership
+
+    def wait_again(self) -> None:
+        """After a transfer that failed: whoever else has the weights, or will have read them for all."""
+        avoid = {source.worker_id for source in self.sources}
+        self.sources = []
+        if self.membership is not None:
+            self.sources = self.membership.wait_for_source(avoid=avoid)
 
     @property
     def kind(self) -> Kind:
@@ -134,7 +148,8 @@ class _Load:
     def from_peer(self) -> nn.Module | None:
         """A model with a peer's weights; None when that failed, and then nothing of it is left."""
         weights = Weights(self.kind, self.device)
-        loader = FromPeer(self.load_config, weights, self.receive)
+        self.transfer_failed = False
+        loader = FromPeer(self.load_config, weights, lambda *what: self.receive(weights, *what))
 
         def load() -> nn.Module:
             model = compat.load_model(loader, self.vllm_config, self.model_config, self.prefix)
@@ -144,6 +159,8 @@ class _Load:
         model = self.attempt(f"taking {self.kind} weights from a peer", load)
         if model is None:
             self.received = None
+            if self.membership is not None:
+                self.attempt("withdrawing what was relayed", self.membership.withdraw)
             self.attempt("undoing the transfer", loader.undo)
             return None
         loader.forget()
@@ -151,10 +168,17 @@ class _Load:
         self.attempt("checking the raw weights after processing", lambda: self.keep(weights, model))
         return model
 
-    def receive(self, layout: Layout, placement: Placement, scalars: Mapping[str, float]) -> Mapping[str, float]:
+    def receive(
+        self, weights: Weights, layout: Layout, placement: Placement, scalars: Mapping[str, float]
+    ) -> Mapping[str, float]:
         if self.membership is None:
             raise SourceUnreachable("no membership: there is nobody to receive from")
-        received = self.membership.receive(layout, placement, scalars, self.sources)
+        relay_from = None if compat.may_lose_memory(self.model_config) else weights
+        try:
+            received = self.membership.receive(layout, placement, scalars, self.sources, relay_from=relay_from)
+        except TransferError:
+            self.transfer_failed = True
+            raise
         self.received = received
         self.report.tensors = received.tensors
         self.report.bytes = received.bytes
@@ -169,10 +193,11 @@ class _Load:
         """A model as vLLM's default loader makes it; raises what that raises."""
         weights = Weights(self.kind, self.device)
         if self.membership is None:
-            loader = DefaultModelLoader(compat.plain_load_config(self.load_config, "auto"))
+            loader = StorageLoader(self.load_config, self.settings)
         else:
             loader = FromStorage(
                 self.load_config,
+                self.settings,
                 lambda model: self.attempt(f"collecting {self.kind} weights", lambda: weights.loaded(model)),
             )
         started = time.monotonic()
@@ -219,8 +244,9 @@ class _Load:
         """The membership to serve in: another one when the load itself brought the checkpoint to this machine."""
         if self.received is not None or membership.identity.extra_parameters["checkpoint"]:
             return membership
-        membership.close()
         self.membership = Membership(self.settings, self.identity(), self.report.rank, compat.accelerator())
+        self.membership.take_over_turn(membership)
+        membership.close()
         self.membership.join()
         return self.membership
 

@@ -16,14 +16,15 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from mxcore.digest import xxh3_64
 from mxcore.errors import LayoutUnsupported
+from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from vllm_plugin import compat
 from vllm_plugin.collect import Collected, collect, emptied, shown
+from vllm_plugin.storage_loader import StorageLoader
 
 Kind = Literal["processed", "raw"]
 
@@ -80,16 +81,16 @@ class Weights:
         found.require_movable()
         self.layout, self.placement = build_layout(self.kind, found.tensors)
         compat.synchronize(self.device)  # what still runs on the device must not write over what arrives
+        self.found = found  # before anything is received: what is relayed meanwhile must stay
         if receive is not None:
             found.set_scalars(receive(self.layout, self.placement, found.scalars))
-        self.found = found
 
 
-class FromStorage(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
-    """vLLM's default loader; `loaded` sees the model right after its weights were read."""
+class FromStorage(StorageLoader):
+    """The loader from storage; `loaded` sees the model right after its weights were read."""
 
-    def __init__(self, load_config: LoadConfig, loaded: Callable[[nn.Module], None]) -> None:
-        super().__init__(compat.plain_load_config(load_config, "auto"))
+    def __init__(self, load_config: LoadConfig, settings: WorkerSettings, loaded: Callable[[nn.Module], None]) -> None:
+        super().__init__(load_config, settings)
         self._loaded = loaded
         self.seconds = 0.0  # of reading, without building and processing
 

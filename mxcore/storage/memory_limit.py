@@ -124,6 +124,11 @@ class MemoryBudget:
         with self._lock:
             self._held_bytes -= size_bytes
 
+    def set_limit(self, limit_bytes: int, origin: str) -> None:
+        """Another ceiling from now on; what is held stays held."""
+        with self._lock:
+            self.limit_bytes, self.origin = limit_bytes, origin
+
     @contextlib.contextmanager
     def held(self, size_bytes: int, what: str) -> Iterator[None]:
         """`take` and `give_back`."""

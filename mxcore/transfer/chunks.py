@@ -1,4 +1,4 @@
-"""The cut of a layout's bytes into chunks, and the plan of who gives which.
+"""The cut of a layout's bytes into chunks.
 
 All extents of a layout, one after the other, are its bytes; chunk i is the stretch [i * chunk_bytes, (i + 1) *
 chunk_bytes) of them. The cut follows from the layout alone, so that every worker with that layout has the same.
@@ -7,13 +7,12 @@ chunk_bytes) of them. The cut follows from the layout alone, so that every worke
 from __future__ import annotations
 
 from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mxcore.transfer.layout import Layout, Placement
 
-__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "DIGEST_KIND", "ChunkPlan", "Chunks", "Segment"]
+__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "DIGEST_KIND", "Chunks", "Segment"]
 
 CHUNK_BYTES = 16 * 1024 * 1024
 DIGEST_KIND = "xxh3-64"
@@ -84,90 +83,3 @@ class Chunks:
     def slice_of(self, values: array[int], chunk: int) -> array[int]:
         """What belongs to a chunk out of an array with one value a segment."""
         return values[self.segment_starts[chunk] : self.segment_starts[chunk + 1]]
-
-
-class ChunkPlan:
-    """Which chunks are missing, and which holder is asked for which of them. Not thread-safe: one thread owns it.
-
-    A chunk is missing, in flight at one holder, or done. `take` hands missing chunks to a holder, at most
-    `in_flight_limit` at a time; `done` and `give_back` end that. A holder that is dropped gets no more chunks and
-    what it had in flight is missing again. Holders are named by any string.
-    """
-
-    def __init__(self, chunks: Iterable[int], *, in_flight_limit: int) -> None:
-        if in_flight_limit <= 0:
-            raise ValueError(f"in_flight_limit is {in_flight_limit}; it must be positive")
-        self._in_flight_limit = in_flight_limit
-        self._missing = deque(chunks)
-        self._done: set[int] = set()
-        self._in_flight: dict[str, set[int]] = {}
-        self._offers: dict[str, frozenset[int] | None] = {}  # None: everything
-
-    @property
-    def finished(self) -> bool:
-        """Whether every chunk is done."""
-        return not self._missing and not any(self._in_flight.values())
-
-    @property
-    def completed(self) -> frozenset[int]:
-        """The chunks that are done."""
-        return frozenset(self._done)
-
-    @property
-    def missing(self) -> frozenset[int]:
-        """The chunks that nobody is asked for."""
-        return frozenset(self._missing)
-
-    def in_flight(self, holder: str) -> frozenset[int]:
-        """The chunks that `holder` is asked for."""
-        return frozenset(self._in_flight.get(holder, ()))
-
-    def add_holder(self, holder: str, offers: Iterable[int] | None = None) -> None:
-        """Makes a holder known, or renews what it offers; None: every chunk."""
-        self._offers[holder] = None if offers is None else frozenset(offers)
-        self._in_flight.setdefault(holder, set())
-
-    def drop_holder(self, holder: str) -> list[int]:
-        """Forgets a holder; returns the chunks that are missing again because of it."""
-        self._offers.pop(holder, None)
-        lost = sorted(self._in_flight.pop(holder, ()))
-        self._missing.extendleft(reversed(lost))
-        return lost
-
-    def take(self, holder: str, limit: int | None = None) -> list[int]:
-        """Chunks to ask `holder` for, now in flight; empty when it may get no more, or offers nothing missing."""
-        offers = self._offers[holder]
-        in_flight = self._in_flight[holder]
-        room = self._in_flight_limit - len(in_flight)
-        wanted = room if limit is None else min(room, limit)
-        taken = list(_pick(self._missing, offers, wanted))
-        in_flight.update(taken)
-        return taken
-
-    def done(self, holder: str, chunk: int) -> None:
-        """A chunk of `holder` has arrived and is right."""
-        self._in_flight[holder].remove(chunk)
-        self._done.add(chunk)
-
-    def give_back(self, holder: str, chunk: int) -> None:
-        """A chunk of `holder` failed: it is missing again, after all others."""
-        self._in_flight[holder].remove(chunk)
-        self._missing.append(chunk)
-
-    def reopen(self, chunks: Iterable[int]) -> None:
-        """Chunks that were done are missing again."""
-        for chunk in sorted(chunks):
-            self._done.remove(chunk)
-            self._missing.append(chunk)
-
-
-def _pick(missing: deque[int], offers: frozenset[int] | None, wanted: int) -> Iterator[int]:
-    for _ in range(len(missing)):
-        if wanted <= 0:
-            return
-        chunk = missing.popleft()
-        if offers is None or chunk in offers:
-            wanted -= 1
-            yield chunk
-        else:
-            missing.append(chunk)

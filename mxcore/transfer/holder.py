@@ -1,7 +1,9 @@
 """What a worker serves: its layout's bytes in memory, their digests, and leases on them.
 
-A lease says that somebody reads. It ends when it is released, or by itself when its receiver gave no sign for a
-while; the holder's memory stays as it is until every lease has ended (`drain`).
+A holder may be incomplete: a worker that is still receiving serves each chunk from the moment it has verified it.
+Readers ask before they fetch: that renews their lease, tells them what is there, and lets the holder choose what it
+gave least often, and how much. A lease says that somebody reads. It ends when it is released, or by itself when its
+receiver gave no sign for a while; the holder's memory stays as it is until every lease has ended (`drain`).
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mxcore.digest import xxh3_64_many
-from mxcore.errors import HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
+from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.transfer.agent_session import AgentSession, Move, require_host_memory
 from mxcore.transfer.chunks import CHUNK_BYTES, DIGEST_BYTES, Chunks
 from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.plan import Given, Wanted, all_chunks
+from mxcore.transfer.rate_limit import RateLimit
 
-__all__ = ["Holder", "Lease", "chunk_digests"]
+__all__ = ["Answer", "Holder", "Lease", "chunk_digests"]
 
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 15.0
+MOST_READERS = 8
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
+_MOST_WAITING = 16  # askers that wait for news; more are answered at once
+_UNASKED_PAUSE_SECONDS = 0.1
 
 
 @dataclass
@@ -40,11 +47,28 @@ class Lease:
     ended: bool = False
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a reader is told: the chunks that it may fetch now, and what is there as of `version`.
+
+    With nothing granted, `pause_seconds` says when to ask again (0: at will). A `leaving` holder goes on for those that
+    read already, for a while: whoever can do without it ends.
+    """
+
+    granted: list[int]
+    version: int
+    have: int
+    complete: bool
+    leaving: bool = False
+    pause_seconds: float = 0.0
+
+
 class Holder:
-    """The bytes of one layout, complete and with digests; thread-safe.
+    """The bytes of one layout with digests, complete or (with `have`, a set of chunks) becoming so; thread-safe.
 
     Keeps `keep_alive` (the engine's model) until it is closed. Exists only with registered memory: raises NixlError,
-    NixlMissing, LayoutUnsupported.
+    NixlMissing, LayoutUnsupported. At most `most_readers` have leases at a time, and all together are granted
+    `rate_limit` bytes a second (0: no limit).
     """
 
     def __init__(
@@ -58,6 +82,9 @@ class Holder:
         keep_alive: object = None,
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
+        have: int | None = None,
+        most_readers: int = MOST_READERS,
+        rate_limit: float = 0.0,
     ) -> None:
         require_host_memory(placement)
         self.layout = layout
@@ -71,6 +98,14 @@ class Holder:
             raise ValueError(f"{len(self.digests)} bytes of digests for {len(self.chunks)} chunks")
         self.regions = session.register(layout, placement)
         self.lease_seconds = lease_seconds
+        self.most_readers = most_readers
+        self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
+        self._everything = all_chunks(len(self.chunks))
+        self._have = self._everything if have is None else have
+        self._version = 1
+        self._given = Given()
+        self._waiting = 0
+        self._bytes_sent = 0
         self._keep_alive = keep_alive
         self._changed = threading.Condition()
         self._leases: dict[str, Lease] = {}
@@ -88,12 +123,81 @@ class Holder:
             self._expire()
             return len(self._leases)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is there."""
+        return self._have == self._everything
+
+    @property
+    def bytes_granted(self) -> int:
+        """What readers were allowed to fetch so far."""
+        return self._bytes_sent
+
+    def serves(self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: bytes | None) -> bool:
+        """Whether this is a holder of exactly that."""
+        ours = (self.layout.fingerprint, self.placement, self.scalars, self.digests)
+        return ours == (layout.fingerprint, placement, dict(scalars), digests) and not self._draining
+
+    def keep(self, keep_alive: object) -> None:
+        """Holds another object as well until it is closed."""
+        self._keep_alive = (self._keep_alive, keep_alive)
+
+    def update(self, have: int) -> None:
+        """The set of chunks that are there and verified, while the worker is still receiving."""
+        with self._changed:
+            if have != self._have:
+                self._have = have
+                self._version += 1
+                self._changed.notify_all()
+
+    def ask(
+        self,
+        lease_id: str,
+        wanted: Wanted,
+        known_version: int,
+        wait_seconds: float = 0.0,
+        declined: Sequence[int] = (),
+    ) -> Answer:
+        """What a reader may fetch now; renews its lease.
+
+        Waits up to `wait_seconds` for news after `known_version` when there is nothing to grant. `declined` are
+        chunks of earlier answers that the reader does not fetch. Raises LeaseEnded.
+        """
+        with self._changed:
+            lease = self.renew(lease_id)
+            self._given.take_back(chunk for chunk in declined if 0 <= chunk < len(self.chunks))
+            pause = 0.0
+            if not wanted.chunks & self._have and wait_seconds > 0:
+                pause = self._wait_for_news(lease, known_version, wait_seconds)
+            granted: list[int] = []
+            available = wanted.chunks & self._have
+            if available:
+                most, pause = self._rate_limit.allowed(min(wanted.most, available.bit_count()), self.chunks.chunk_bytes)
+                granted = self._given.grant(available, wanted.preferred, most)
+                self._bytes_sent += sum(map(self.chunks.bytes_of, granted))
+            return Answer(granted, self._version, self._have, self.complete, self._draining, pause)
+
+    def _wait_for_news(self, lease: Lease, known_version: int, wait_seconds: float) -> float:
+        """Waits for another version; returns the pause of an asker for whom there is no room to wait."""
+        if self._waiting >= _MOST_WAITING:
+            return _UNASKED_PAUSE_SECONDS
+        self._waiting += 1
+        try:
+            self._changed.wait_for(
+                lambda: self._version != known_version or self._draining or lease.ended, wait_seconds
+            )
+        finally:
+            self._waiting -= 1
+        return 0.0
+
     def grant(self) -> Lease:
-        """A new lease. Raises HolderDraining."""
+        """A new lease. Raises HolderDraining, HolderBusy."""
         with self._changed:
             if self._draining:
                 raise HolderDraining("this worker is leaving and takes no new readers; ask another one")
             self._expire()
+            if len(self._leases) >= self.most_readers:
+                raise HolderBusy(f"{len(self._leases)} workers are reading from this one; ask another one")
             lease = Lease(uuid.uuid4().hex, time.monotonic() + self.lease_seconds)
             self._leases[lease.lease_id] = lease
             return lease
@@ -134,8 +238,8 @@ class Holder:
         Raises LeaseEnded (also while it runs: the lease was ended), PeerLost, TransferStalled, NixlError, and
         ValueError for chunks that are not there or a transfer that was not opened.
         """
-        if bad := [chunk for chunk in chunks if not 0 <= chunk < len(self.chunks)]:
-            raise ValueError(f"chunks {bad[:5]} of {len(self.chunks)}")
+        if bad := [chunk for chunk in chunks if not (0 <= chunk < len(self.chunks) and self._have >> chunk & 1)]:
+            raise ValueError(f"chunks {bad[:5]} of {len(self.chunks)} are not here")
         with self._changed:
             lease = self.renew(lease_id)
             if lease.peer is None:
@@ -174,6 +278,7 @@ class Holder:
         give_up = time.monotonic() + timeout_seconds
         with self._changed:
             self._draining = True
+            self._changed.notify_all()
             while True:
                 self._expire()
                 if not self._leases:

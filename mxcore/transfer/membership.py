@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import AgentSession, require_host_memory
 from mxcore.transfer.chunks import CHUNK_BYTES
+from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.heartbeat import Heartbeat
 from mxcore.transfer.holder import LEASE_SECONDS, Holder
+from mxcore.transfer.intake import Content, Progress
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.receiver import Progress, Receiver, ReceiveReport
+from mxcore.transfer.plan import all_chunks
+from mxcore.transfer.receiver import Receiver, ReceiveReport
 from mxcore.transfer.source_client import Source
+from mxcore.transfer.storage_turn import StorageTurn
 from mxcore.transfer.transports import UcxPolicy
 from mxcore.transfer.worker_service import WorkerServer
-from mxserver.wire import p2p_pb2
+from mxserver.wire import mx_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import MxError, ServerRefused, StaleEpoch, WireError
-from mxserver.wire.source_id import canonical_json, source_id
+from mxserver.wire.source_id import source_id
 
 __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]
 
@@ -31,10 +36,9 @@ logger = logging.getLogger(__name__)
 PROTOCOL_VERSION = "mx-1"
 """`mx_version` of our identities: workers of any release of ours that speaks this exchange weights."""
 
-CHECKPOINT_PARAMETER = "checkpoint"
-"""The extra parameter with the digest of the weight files; empty for a worker that has none."""
-
-_CANDIDATES = 16  # sources whose records are asked for
+_GIVEN_UP_DRAIN_SECONDS = 5.0  # readers of memory that a failed receive leaves behind
+_FIRST_RETRY_SECONDS = 0.5
+_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source: then storage
 
 
 class Membership:
@@ -73,6 +77,9 @@ class Membership:
         self._published = False
         self._superseded = False
         self._closed = False
+        self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
+        self._turn: StorageTurn | None = None
+        self._leaving = threading.Event()
         self._holder: Holder | None = None
         self._server: WorkerServer | None = None
         self._heartbeat = Heartbeat(settings.heartbeat_interval_seconds, self._beat)
@@ -115,19 +122,75 @@ class Membership:
                 self._heartbeat.start(soon=not self._published)
             return self._published
 
-    def find_sources(self, *, match_any_checkpoint: bool = False) -> list[Source]:
+    def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
 
-        With `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are
+        With `receiving`, after them those that are still receiving and serve what they have. With
+        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are
         equal in everything else are taken if they all have one checkpoint, which becomes this worker's.
         """
-        if self._client is None:
+        directory = self._directory
+        if directory is None:
             return []
         try:
-            return self._adopt(self._client) if match_any_checkpoint else self._list(self._client)
+            if match_any_checkpoint and not self._identity.extra_parameters[CHECKPOINT_PARAMETER]:
+                adopted = directory.fitting(self._identity)
+                if adopted is None:
+                    return []
+                self._change_identity(adopted)
+            found = directory.ready(self._identity)
+            return [*found, *directory.receiving(self._identity)] if receiving else found
         except WireError as error:
             logger.warning("sources cannot be listed: %s", error)
             return []
+
+    def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
+        """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.
+
+        When nobody is READY, the server lets one worker of all with these weights and this rank read storage; the
+        others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one's turn comes
+        within seconds. Whoever reads keeps its turn until `serve`, or `close` (then nobody waits for it any more).
+        """
+        began = heard = time.monotonic()
+        told = False
+        while not self._leaving.is_set():
+            found = [
+                source
+                for source in self.find_sources(match_any_checkpoint=match_any_checkpoint, receiving=True)
+                if source.worker_id not in avoid
+            ]
+            if any(not source.receiving for source in found):
+                return found
+            pause = _FIRST_RETRY_SECONDS
+            try:
+                answer = self._take_turn()
+                if answer is None:
+                    return []
+                pause = answer.retry_ms / 1000
+                heard = time.monotonic()
+            except WireError as error:
+                if isinstance(error, ServerRefused) or not told or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
+                    logger.warning("nobody can be waited for, weights come from storage: %s", error)
+                    return []
+            else:
+                if not told:
+                    logger.info(
+                        "worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another"
+                    )
+                told = True
+            if time.monotonic() - began > self.settings.source_wait_seconds:
+                logger.warning(
+                    "nobody had the weights within %g s (MX_SOURCE_WAIT_SECS): they come from storage",
+                    self.settings.source_wait_seconds,
+                )
+                return []
+            self._leaving.wait(pause)
+        return []
+
+    def take_over_turn(self, other: Membership) -> None:
+        """Another membership of this process had the turn to read storage: it ends with this one."""
+        with self._lock:
+            self._turn, other._turn = other._turn, None
 
     def receive(
         self,
@@ -136,12 +199,16 @@ class Membership:
         scalars: Mapping[str, float],
         sources: Sequence[Source],
         progress: Progress | None = None,
+        *,
+        relay_from: object = None,
     ) -> ReceiveReport:
-        """Fills the memory at `placement` from `sources`, tried in turn; every chunk is verified.
+        """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
-        `scalars`: this worker's own, of which only the names count. Raises TransferError; then the memory holds
-        anything, and nothing arrives in it any more.
+        `scalars`: this worker's own, of which only the names count. With `relay_from`, what keeps that memory alive,
+        this worker serves each chunk as soon as it is verified; `serve` or `withdraw` ends that, so does a failure.
+        Raises TransferError; then nothing arrives in the memory any more, and nobody reads there.
         """
+        relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
             layout,
             placement,
@@ -150,8 +217,13 @@ class Membership:
             scalar_names=sorted(scalars),
             progress=progress,
             chunk_bytes=self._chunk_bytes,
+            relay=_Relay(self, layout, placement, relay_from) if relays else None,
         )
-        return receiver.receive(sources)
+        try:
+            return receiver.receive(sources, self._find_more if self._published else None)
+        except BaseException:
+            self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+            raise
 
     def serve(
         self,
@@ -161,7 +233,7 @@ class Membership:
         digests: bytes | None = None,
         keep_alive: object = None,
     ) -> None:
-        """Serves the memory at `placement` until `close`, and publishes this worker as READY.
+        """Serves the memory at `placement` until `close` or `withdraw`, and publishes this worker as READY.
 
         `digests`: those of a ReceiveReport; without them they are computed. `keep_alive` is held until nobody reads
         any more. Serving twice is an error of the caller.
@@ -171,32 +243,44 @@ class Membership:
         """
         require_host_memory(placement)
         with self._lock:
-            if self._closed or self._superseded or self._holder is not None:
+            if self._status == p2p_pb2.SOURCE_STATUS_READY or self._closed or self._superseded:
                 raise TransferError(f"worker {self.worker_id} is serving already, or has left")
-            self._holder = Holder(
-                layout,
-                placement,
-                AgentSession(
-                    self.worker_id,
-                    tls=self._policy.tls,
-                    backend=self.settings.nixl_backend,
-                    stall_timeout_seconds=self.settings.stall_timeout_seconds,
-                ),
-                scalars=scalars,
-                digests=digests,
-                keep_alive=keep_alive,
-                chunk_bytes=self._chunk_bytes,
-                lease_seconds=self._lease_seconds,
-            )
-            try:
-                self._server = self._listen(self._holder)
-            except MxError:
-                self._holder.close()
-                self._holder = None
-                raise
+            holder = self._holder
+            relayed = holder is not None and holder.serves(layout, placement, scalars, digests)
+        if holder is not None and relayed:
+            holder.keep(keep_alive)
+            holder.update(all_chunks(len(holder.chunks)))
+        else:
+            self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+            self._offer(layout, placement, scalars, digests, keep_alive)
+        with self._lock:
             self._status = p2p_pb2.SOURCE_STATUS_READY
-        logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self._server.endpoint)
+            self._published = False
+        logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
         self.join()
+        if self._turn is not None:
+            self._turn.end(shared=True)
+
+    def withdraw(self, timeout_seconds: float | None = None) -> bool:
+        """Stops serving but stays a member: before the engine sleeps, reloads, or frees what is served.
+
+        New readers are refused at once, those that read are waited for; then the agent is destroyed, and only after
+        that this returns. False when readers were cut off. `serve` may follow. Idempotent.
+        """
+        with self._lock:
+            holder = self._holder
+            if holder is None:
+                return True
+            if self._status == p2p_pb2.SOURCE_STATUS_READY:
+                self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
+        drained = holder.drain(self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds)
+        self._stop_serving()
+        with self._lock:
+            again, self._published = self._published and not self._closed, False
+        if again:
+            with _logged("telling the server that nothing is served"):
+                self._publish()
+        return drained
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Takes no new readers and waits for those that read; False when some did not end in time. Idempotent."""
@@ -212,68 +296,70 @@ class Membership:
             if self._closed:
                 return
             self._closed = True
+        self._leaving.set()
         self._heartbeat.stop()
         with _logged("draining"):
             self.drain()
         with _logged("stopping its services"):
             self._stop_serving()
+        if self._turn is not None:
+            self._turn.end(shared=False)
         if self._client is not None:
             with _logged("closing its connection to the server"):
                 self._client.close()
 
-    def _list(self, client: ServerClient) -> list[Source]:
-        refs = client.list_sources(
-            self._identity, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=self.worker_rank, limit=_CANDIDATES
-        )
-        return [source for source, _ in self._records(client, refs)]
+    def _find_more(self) -> list[Source]:
+        return self.find_sources(receiving=True)
 
-    def _adopt(self, client: ServerClient) -> list[Source]:
-        refs = client.list_sources(
-            model_name=self._identity.model_name,
-            status=p2p_pb2.SOURCE_STATUS_READY,
-            worker_rank=self.worker_rank,
-            limit=_CANDIDATES,
-        )
-        ours = _without_checkpoint(self._identity)
-        fitting = [
-            (source, identity)
-            for source, identity in self._records(client, refs)
-            if _without_checkpoint(identity) == ours
-        ]
-        checkpoints = {identity.extra_parameters[CHECKPOINT_PARAMETER] for _, identity in fitting}
-        if len(checkpoints) > 1:
-            logger.warning(
-                "sources of %s have %d different checkpoints (%s) and this worker has no weight files to tell which "
-                "is meant: none is taken. Give it the weight files, or stop the other sources",
-                self._identity.model_name,
-                len(checkpoints),
-                ", ".join(sorted(checkpoints)),
-            )
-            return []
-        if fitting:
-            self._change_identity(fitting[0][1])
-        return [source for source, _ in fitting]
+    def _take_turn(self) -> mx_pb2.TakeStorageTurnResponse | None:
+        """Word to wait; None when this worker reads storage. Raises WireError."""
+        if self._client is None:
+            return None
+        turn = StorageTurn(self._client, self.source_id, self.worker_rank, self.worker_id)
+        answer = turn.take()
+        if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
+            with self._lock:
+                self._turn = turn
+        return answer if answer.turn == mx_pb2.STORAGE_TURN_WAIT else None
 
-    def _records(
-        self, client: ServerClient, refs: Sequence[p2p_pb2.SourceInstanceRef]
-    ) -> list[tuple[Source, p2p_pb2.SourceIdentity]]:
-        found = []
-        for ref in refs:
-            if ref.worker_id == self.worker_id:
-                continue
-            record = client.get_metadata(ref.mx_source_id, ref.worker_id)
-            if record is None or not record.worker.worker_grpc_endpoint:
-                continue
-            source = Source(
-                source_id=ref.mx_source_id,
-                worker_id=ref.worker_id,
-                worker_rank=ref.worker_rank,
-                endpoint=record.worker.worker_grpc_endpoint,
-                updated_at_ms=ref.updated_at,
-                load=ref.source_load,
+    def _offer(
+        self,
+        layout: Layout,
+        placement: Placement,
+        scalars: Mapping[str, float],
+        digests: bytes | None,
+        keep_alive: object,
+        have: int | None = None,
+    ) -> Holder:
+        """Starts serving: memory registered, services listening. Raises MxError; then nothing is served."""
+        with self._lock:
+            if self._closed or self._superseded:
+                raise TransferError(f"worker {self.worker_id} has left")
+            holder = Holder(
+                layout,
+                placement,
+                AgentSession(
+                    self.worker_id,
+                    tls=self._policy.tls,
+                    backend=self.settings.nixl_backend,
+                    stall_timeout_seconds=self.settings.stall_timeout_seconds,
+                ),
+                scalars=scalars,
+                digests=digests,
+                keep_alive=keep_alive,
+                chunk_bytes=self._chunk_bytes,
+                lease_seconds=self._lease_seconds,
+                have=have,
+                most_readers=self.settings.source_max_readers,
+                rate_limit=self.settings.source_rate_limit,
             )
-            found.append((source, record.identity))
-        return sorted(found, key=lambda pair: (pair[0].load, -pair[0].updated_at_ms))
+            try:
+                self._server = self._listen(holder)
+            except MxError:
+                holder.close()
+                raise
+            self._holder = holder
+            return holder
 
     def _change_identity(self, identity: p2p_pb2.SourceIdentity) -> None:
         with self._lock:
@@ -369,7 +455,7 @@ class Membership:
     def _stop_serving(self) -> None:
         with self._lock:
             server, self._server = self._server, None
-            holder = self._holder
+            holder, self._holder = self._holder, None
         if server is not None:
             server.stop()
         if holder is not None:
@@ -385,8 +471,31 @@ def _logged(step: str) -> Iterator[None]:
         logger.warning("%s failed: %s", step, error)
 
 
-def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:
-    copy = p2p_pb2.SourceIdentity()
-    copy.CopyFrom(identity)
-    copy.extra_parameters.pop(CHECKPOINT_PARAMETER, None)
-    return canonical_json(copy)
+class _Relay:
+    """Serves what a receive has verified so far."""
+
+    def __init__(self, member: Membership, layout: Layout, placement: Placement, keep_alive: object) -> None:
+        self._member = member
+        self._layout = layout
+        self._placement = placement
+        self._keep_alive = keep_alive
+        self._holder: Holder | None = None
+
+    def begin(self, content: Content) -> None:
+        """Starts serving, with nothing yet; a failure costs the relaying alone."""
+        self._member.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+        try:
+            self._holder = self._member._offer(
+                self._layout, self._placement, content.scalars, content.digests, self._keep_alive, have=0
+            )
+        except MxError as error:
+            logger.warning("this worker does not serve while it receives: %s", error)
+            self._holder = None
+            return
+        with _logged("telling the server where chunks can be had"):
+            self._member._publish()
+
+    def update(self, verified: int) -> None:
+        """What there is to give away."""
+        if self._holder is not None:
+            self._holder.update(verified)

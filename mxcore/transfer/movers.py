@@ -159,6 +159,10 @@ class PullByWrite:
         if self._thread is not None:
             self._thread.join()
 
+    def interrupt(self, error: TransferError) -> None:
+        """Makes `arrived` raise `error` instead of waiting on; from any thread."""
+        self._results.put(error)
+
     @property
     def idle(self) -> bool:
         """Whether everything that was asked for has arrived."""

@@ -1,53 +1,64 @@
-"""Pulls all chunks of a layout from holders into this process' memory, and verifies each one.
+"""Pulls all chunks of a layout from many holders at once into this process' memory, and verifies each one.
 
-Nothing may be used before `receive` has returned: then every chunk's bytes have been compared with its holder's
-digest, after the agent that they came through was destroyed or while nothing else could be written by it.
+Nothing may be used before `receive` has returned: then every chunk's bytes have been compared with the digest that
+its holders agree on, and everything that was given up on is fenced.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import random
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
-from mxcore.digest import xxh3_64_segments
 from mxcore.errors import (
+    ChunksMissing,
     DigestMismatch,
     LayoutMismatch,
-    NotOneSided,
+    SourceBusy,
     SourceRefused,
     SourceUnreachable,
     TransferError,
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import AgentSession, require_host_memory
-from mxcore.transfer.chunks import CHUNK_BYTES, DIGEST_BYTES, DIGEST_KIND, ChunkPlan, Chunks
+from mxcore.transfer.agent_session import require_host_memory
+from mxcore.transfer.chunks import CHUNK_BYTES
+from mxcore.transfer.holder_pull import HolderPull
+from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.movers import PullByRead, PullByWrite
-from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
-from mxcore.transfer.source_client import Source, SourceClient
-from mxcore.transfer.transports import Route, UcxPolicy, choose_route
-from mxserver.wire import mx_pb2
+from mxcore.transfer.source_client import Source
+from mxcore.transfer.transports import Route
 
-__all__ = ["ReceiveReport", "Receiver"]
+__all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+FindMore: TypeAlias = Callable[[], Sequence[Source]]
 _Digests: TypeAlias = bytes  # ReceiveReport has a field of that name
 
-_NAMED_DIFFERENCES = 5
-_VERIFY_THREADS = 1
-_IN_FLIGHT_CHUNKS = 32  # of one holder: asked for and not verified yet
+_HOLDERS_AT_ONCE = 6
+_LOOK_SECONDS = 0.1  # between two looks at who ended, who is slow, who is new
+_FIND_SECONDS = 1.0  # between two questions to the server
+_BUSY_SECONDS = 0.5  # before a holder that was full is asked again
+_AGAIN_SECONDS = 10.0  # before a holder that failed is trusted again
+_IDLE_SECONDS = 2.0  # a holder without anything for us makes room for another after this long
+_PATIENCE_STALLS = 2  # stall time-outs without any news, then the rest is missing
+_NAMED_CHUNKS = 8
+_LOAD_SPREAD = 4.0  # readers of difference that chance makes up for, so that not all receivers choose alike
 
 
 @dataclass(frozen=True)
 class ReceiveReport:
-    """What `receive` did. `digests`: 8 bytes little-endian a chunk, so that serving needs no second pass."""
+    """What `receive` did. `digests`: 8 bytes little-endian a chunk, so that serving needs no second pass.
+
+    `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has them all.
+    `bytes_again` were asked for more than once, since a holder was lost.
+    """
 
     bytes: int
     tensors: int
@@ -59,6 +70,8 @@ class ReceiveReport:
     scalars: dict[str, float]
     digests: _Digests
     failures: tuple[str, ...] = ()
+    bytes_from: Mapping[str, int] = field(default_factory=dict)
+    bytes_again: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -66,19 +79,21 @@ class ReceiveReport:
         return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class _Offer:
-    """What a holder has, checked against what is wanted here."""
+class Relay(Protocol):
+    """Gives away what is verified while the rest still comes. Called from one thread at a time."""
 
-    digests: bytes
-    scalars: dict[str, float]
-    route: Route
+    def begin(self, content: Content) -> None:
+        """What is being received is known now; called again when everything starts anew."""
+
+    def update(self, verified: int) -> None:
+        """The set of chunks that are verified."""
 
 
 class Receiver:
     """One attempt of one worker to fill its memory; use it once, from one thread.
 
-    `scalar_names` must be exactly the holder's. `progress` is called with (bytes verified, bytes in all).
+    `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
+    thread. `relay` may serve what is there while the rest comes.
     """
 
     def __init__(
@@ -91,216 +106,226 @@ class Receiver:
         scalar_names: Sequence[str] = (),
         progress: Progress | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        relay: Relay | None = None,
     ) -> None:
         require_host_memory(placement)
-        self._layout = layout
-        self._placement = placement
         self._settings = settings
         self._worker_id = worker_id
-        self._scalar_names = frozenset(scalar_names)
-        self._progress = progress
-        self._policy = UcxPolicy.from_environment(settings.transport)
-        self._chunks = Chunks(layout, chunk_bytes)
-        self._addresses = self._chunks.local_addresses(placement)
-        self._plan = ChunkPlan(range(len(self._chunks)), in_flight_limit=_IN_FLIGHT_CHUNKS)
-        self._digests = b""
-        self._bytes_done = 0
+        self._relay = relay
+        self._intake = Intake(layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes)
+        self._chance = random.Random(worker_id)  # noqa: S311 - no secret
+        self._pulls: dict[str, HolderPull] = {}
+        self._candidates: dict[str, Source] = {}
+        self._not_before: dict[str, float] = {}
+        self._other_contents: list[Content] = []
+        self._failures: list[TransferError] = []
+        self._routes: dict[str, Route] = {}
+        self._clean = True
+        self._may_find = False
+        self._over = threading.Event()
 
-    def receive(self, sources: Sequence[Source]) -> ReceiveReport:
-        """Tries the sources in turn until every chunk is verified; each goes on where the one before stopped.
+    def receive(self, sources: Sequence[Source], find_more: FindMore | None = None) -> ReceiveReport:
+        """Fetches from all `sources` at once, and from what `find_more` finds meanwhile, until all is verified.
+
+        A holder that fails, stalls, leaves or lies costs what it had in flight; the others go on.
 
         Raises:
-            TransferError: the last source's error, when none of them could give everything. The memory then holds
-                anything, and nothing arrives in it any more.
+            ChunksMissing: nobody is left to give the rest. The memory then holds anything but in the verified
+                chunks, and nothing arrives in it any more.
+            TransferError: what the only holder said, when nothing at all came from it.
         """
         started = time.monotonic()
-        deadline = started + self._settings.transfer_timeout_seconds
-        failures: list[TransferError] = []
-        for source in sources:
-            if failures and time.monotonic() > deadline:
-                break
-            try:
-                offer = self._receive_from(source, deadline)
-            except TransferError as error:
-                logger.warning("worker %s (%s) gives no weights: %s", source.worker_id, source.endpoint, error)
-                failures.append(error)
-                continue
-            return ReceiveReport(
-                bytes=self._layout.total_bytes,
-                tensors=len(self._layout.tensors),
-                chunks_verified=len(self._plan.completed),
-                seconds=time.monotonic() - started,
-                source_worker_id=source.worker_id,
-                operation=offer.route.operation,
-                transport=offer.route.transport,
-                scalars=offer.scalars,
-                digests=self._digests,
-                failures=tuple(str(error) for error in failures),
-            )
-        if not failures:
-            raise SourceUnreachable("there is no worker to receive weights from")
-        raise failures[-1]
-
-    def _receive_from(self, source: Source, deadline: float) -> _Offer:
-        with SourceClient(source, timeout_seconds=self._settings.server_timeout_seconds) as client:
-            offer = self._check(client)
-            if offer.digests != self._digests:  # other bytes than an earlier holder's: none of those is kept
-                self._digests = offer.digests
-                self._plan.reopen(self._plan.completed)
-                self._bytes_done = 0
-            if self._plan.finished:
-                return offer
-            try:
-                self._under_lease(client, offer, deadline)
-            except NotOneSided as error:
-                logger.info("%s; it WRITEs instead", error)
-                offer = replace(offer, route=Route("write", "tcp", self._policy.fenceable))
-                self._under_lease(client, offer, deadline)
-            return offer
-
-    def _under_lease(self, client: SourceClient, offer: _Offer, deadline: float) -> None:
-        lease_id = client.prepare()
+        self._may_find = find_more is not None
+        self._add(sources)
+        background = [threading.Thread(target=self._relaying, name="mx-relay", daemon=True)] if self._relay else []
+        if find_more is not None:
+            background.append(threading.Thread(target=self._finding, args=(find_more,), name="mx-find", daemon=True))
+        for thread in background:
+            thread.start()
         try:
-            self._transfer(client, lease_id, offer, deadline)
+            self._run(started + self._settings.transfer_timeout_seconds)
         finally:
-            self._release(client, lease_id)
+            self._end_all(TransferStalled("the transfer was given up on"))
+            self._over.set()
+            with self._intake.changed:
+                self._intake.changed.notify_all()
+            for thread in background:
+                thread.join()
+        return self._report(time.monotonic() - started)
 
-    def _check(self, client: SourceClient) -> _Offer:
-        answer = client.get_layout(self._layout.fingerprint)
-        where = f"worker {client.source.worker_id}"
-        if answer.fingerprint != self._layout.fingerprint:
-            raise LayoutMismatch(f"{where} has another layout: {self._differences(answer.layout)}")
-        if answer.chunk_bytes != self._chunks.chunk_bytes or answer.digest_kind != DIGEST_KIND:
-            raise SourceRefused(
-                f"{where} has chunks of {answer.chunk_bytes} bytes with {answer.digest_kind!r} digests; "
-                f"this worker needs {self._chunks.chunk_bytes} and {DIGEST_KIND!r}"
-            )
-        if len(answer.digests) != DIGEST_BYTES * len(self._chunks):
-            raise SourceRefused(f"{where} has {len(answer.digests)} bytes of digests for {len(self._chunks)} chunks")
-        return _Offer(answer.digests, self._check_scalars(where, answer), choose_route(self._policy, answer.transport))
-
-    def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
-        scalars = scalars_from_proto(answer.scalars)
-        if scalars.keys() != self._scalar_names:
-            missing = sorted(self._scalar_names - scalars.keys())
-            extra = sorted(scalars.keys() - self._scalar_names)
-            raise LayoutMismatch(
-                f"{where} has other scalars: without {missing[:_NAMED_DIFFERENCES]}, "
-                f"with {extra[:_NAMED_DIFFERENCES]} that are unknown here"
-            )
-        if scalars_digest(scalars) != answer.scalars_digest:
-            raise DigestMismatch(f"{where}: the scalars are not those that their digest promises")
-        return scalars
-
-    def _differences(self, message: mx_pb2.Layout) -> str:
-        lines = self._layout.differences(Layout.from_proto(message))
-        more = f" and {len(lines) - _NAMED_DIFFERENCES} more" if len(lines) > _NAMED_DIFFERENCES else ""
-        return "; ".join(lines[:_NAMED_DIFFERENCES]) + more
-
-    def _transfer(self, client: SourceClient, lease_id: str, offer: _Offer, deadline: float) -> None:
-        holder = client.source.worker_id
-        self._plan.add_holder(holder)
-        clean = False
-        session = AgentSession(
-            self._worker_id,
-            tls=offer.route.tls,
-            backend=self._settings.nixl_backend,
-            stall_timeout_seconds=self._settings.stall_timeout_seconds,
-        )
-        verifying = _Verifier(self, holder)
-        try:
-            session.register(self._layout, self._placement)
-            mover = self._open(client, lease_id, offer.route, session)
-            with mover:
-                while not self._plan.finished:
-                    if time.monotonic() > deadline:
-                        raise TransferStalled(
-                            f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s "
-                            "(MX_TRANSFER_TIMEOUT)"
-                        )
-                    mover.ask(self._plan.take(holder))
-                    for chunk in mover.arrived():
-                        verifying.submit(chunk)
-                    verifying.collect(wait=mover.idle)
-            clean = True
-        finally:
-            session.fence()
-            verifying.close()
-            self._plan.drop_holder(holder)
-            if not clean:
-                self._recheck()
-
-    def _open(
-        self, client: SourceClient, lease_id: str, route: Route, session: AgentSession
-    ) -> PullByRead | PullByWrite:
-        placement = self._placement
-        extents = [
-            mx_pb2.Extent(address=address, device_id=device)
-            for address, device in zip(placement.addresses, placement.device_indices, strict=True)
-        ]
-        reads = route.operation == "read"
-        operation = mx_pb2.OPERATION_READ if reads else mx_pb2.OPERATION_WRITE
-        answer = client.open_transfer(lease_id, self._layout.fingerprint, session.metadata(), extents, operation)
-        if answer.operation != operation or len(answer.extents) != len(extents):
-            raise SourceRefused(f"worker {client.source.worker_id} opened another transfer than was asked for")
-        stall = self._settings.stall_timeout_seconds
-        if not reads:
-            return PullByWrite(client, lease_id, stall_timeout_seconds=stall)
-        peer = session.connect(answer.nixl_metadata)
-        remote = self._chunks.addresses([extent.address for extent in answer.extents])
-        return PullByRead(client, lease_id, session, peer, self._chunks, self._addresses, remote, route.transport)
-
-    def verify(self, chunk: int) -> bool:
-        """Whether the chunk's bytes here are those of the digest."""
-        expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
-        addresses = self._chunks.slice_of(self._addresses, chunk)
-        digest = xxh3_64_segments(addresses, self._chunks.slice_of(self._chunks.lengths, chunk))
-        return digest.to_bytes(DIGEST_BYTES, "little") == expected
-
-    def accept(self, holder: str, chunk: int) -> None:
-        """Takes a verified chunk into the books."""
-        self._plan.done(holder, chunk)
-        self._bytes_done += self._chunks.bytes_of(chunk)
-        if self._progress is not None:
-            self._progress(self._bytes_done, self._layout.total_bytes)
-
-    def _recheck(self) -> None:
-        """After a failure and the fence: what was verified before must still be right, or is fetched anew."""
-        wrong = [chunk for chunk in self._plan.completed if not self.verify(chunk)]
-        if wrong:
-            logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
-            self._plan.reopen(wrong)
-            self._bytes_done -= sum(map(self._chunks.bytes_of, wrong))
-
-    def _release(self, client: SourceClient, lease_id: str) -> None:
-        try:
-            client.release(lease_id)
-        except TransferError as error:  # the lease ends by itself
-            logger.debug("%s", error)
-
-
-class _Verifier:
-    """Compares chunks with their digests while others arrive."""
-
-    def __init__(self, receiver: Receiver, holder: str) -> None:
-        self._receiver = receiver
-        self._holder = holder
-        self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
-        self._running: dict[Future[bool], int] = {}
-
-    def submit(self, chunk: int) -> None:
-        self._running[self._pool.submit(self._receiver.verify, chunk)] = chunk
-
-    def collect(self, *, wait: bool) -> None:
-        """Books what is verified; with `wait`, all of it. Raises DigestMismatch."""
-        for future in [future for future in self._running if wait or future.done()]:
-            chunk = self._running.pop(future)
-            if not future.result():
-                raise DigestMismatch(
-                    f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
+    def _run(self, deadline: float) -> None:
+        """Ends once everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
+        while True:
+            self._reap()
+            if self._intake.finished:
+                self._end_all(None)
+                self._reap()
+                wrong = [] if self._clean else self._intake.recheck()
+                if not wrong:
+                    return
+                logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
+                self._clean = True
+            now = time.monotonic()
+            if now > deadline:
+                raise TransferStalled(
+                    f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s (MX_TRANSFER_TIMEOUT)"
                 )
-            self._receiver.accept(self._holder, chunk)
+            self._start(now)
+            self._hurry()
+            self._make_room(now)
+            if self._nobody_left(now):
+                if not self._other_contents:
+                    raise self._failed()
+                self._start_anew(self._other_contents.pop(0))
+            with self._intake.changed:
+                if not self._intake.finished:
+                    self._intake.changed.wait(_LOOK_SECONDS)
 
-    def close(self) -> None:
-        """Waits for what runs: nothing reads the memory afterwards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def _add(self, sources: Sequence[Source]) -> None:
+        with self._intake.changed:
+            for source in sources:
+                self._candidates[source.worker_id] = source
+            self._intake.changed.notify_all()
+
+    def _startable(self, now: float) -> list[Source]:
+        """Holders that could be asked: complete ones first, the less loaded rather first, and by chance."""
+        with self._intake.changed:
+            candidates = list(self._candidates.values())
+        found = [
+            source
+            for source in candidates
+            if source.worker_id not in self._pulls and self._not_before.get(source.worker_id, 0.0) <= now
+        ]
+        return sorted(found, key=lambda source: (source.receiving, source.load + _LOAD_SPREAD * self._chance.random()))
+
+    def _start(self, now: float) -> None:
+        for source in self._startable(now)[: max(0, _HOLDERS_AT_ONCE - len(self._pulls))]:
+            try:
+                pull = HolderPull(self._intake, source, self._settings, self._worker_id)
+            except TransferError as error:  # its address or its certificate is of no use
+                self._not_before[source.worker_id] = now + self._failed_holder(source, error)
+                continue
+            self._pulls[source.worker_id] = pull
+            pull.start()
+
+    def _make_room(self, now: float) -> None:
+        """A holder that has nothing for us any more ends, when another one waits."""
+        if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
+            return
+        idle = min(self._pulls.values(), key=lambda pull: pull.busy_at)
+        if now - idle.busy_at > _IDLE_SECONDS:
+            idle.stop()
+
+    def _hurry(self) -> None:
+        for name in self._intake.hopeless():
+            if (pull := self._pulls.get(name)) is not None:
+                pull.stop(TransferStalled(f"worker {name} is so slow that others give its last chunks sooner"))
+
+    def _reap(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, pull in self._pulls.items() if pull.ended]:
+            pull = self._pulls.pop(name)
+            pull.join()
+            self._clean = self._clean and pull.clean
+            if pull.route is not None:
+                self._routes[name] = pull.route
+            if pull.failure is None:
+                self._not_before[name] = now + _IDLE_SECONDS
+            else:
+                self._not_before[name] = now + self._failed_holder(pull.source, pull.failure)
+
+    def _failed_holder(self, source: Source, error: TransferError) -> float:
+        """Books a holder's failure; returns the seconds until it is asked again."""
+        if isinstance(error, SourceBusy):
+            with self._intake.changed:
+                self._intake.news = time.monotonic()  # it lives and gives to others
+            return _BUSY_SECONDS
+        logger.warning("worker %s (%s) gives no (more) weights: %s", source.worker_id, source.endpoint, error)
+        self._failures.append(error)
+        if isinstance(error, OtherContent):
+            if not any(content.same_as(error.content) for content in self._other_contents):
+                self._other_contents.append(error.content)
+            return math.inf
+        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch)) or not self._may_find
+        return math.inf if final else _AGAIN_SECONDS
+
+    def _nobody_left(self, now: float) -> bool:
+        if not self._may_find and not self._pulls:
+            with self._intake.changed:
+                return all(self._not_before.get(name, 0.0) == math.inf for name in self._candidates)
+        with self._intake.changed:
+            return now - self._intake.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
+
+    def _start_anew(self, content: Content) -> None:
+        """Nobody can complete what was begun, and somebody has other bytes under the same name: those, from 0."""
+        logger.warning("starting anew with other bytes: %d chunks were missing", len(self._intake.missing))
+        self._end_all(TransferStalled("it has other bytes than those that are taken now"))
+        self._reap()
+        self._intake.start_anew(content)
+        self._not_before.clear()
+        self._failures.clear()
+
+    def _end_all(self, error: TransferError | None) -> None:
+        for pull in self._pulls.values():
+            pull.stop(error, at_once=True)
+        for pull in self._pulls.values():
+            pull.join()
+
+    def _failed(self) -> TransferError:
+        if not self._candidates and not self._failures:
+            return SourceUnreachable("there is no worker to receive weights from")
+        if len(self._failures) == 1 and not self._intake.verified:
+            return self._failures[0]
+        missing = self._intake.missing
+        names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")
+        reasons = "; ".join(str(error) for error in self._failures) or "nobody had them"
+        return ChunksMissing(
+            f"{len(missing)} of {len(self._intake.chunks)} chunks did not come ({names}): {reasons}",
+            missing=missing,
+            failures=self._failures,
+        )
+
+    def _relaying(self) -> None:
+        """On a thread of its own: tells the relay what there is to give away."""
+        relay, intake = self._relay, self._intake
+        if relay is None:
+            return
+        begun: Content | None = None
+        while not self._over.is_set():
+            with intake.changed:
+                content, verified = intake.content, intake.verified
+            if content is not None and content is not begun:
+                relay.begin(content)
+                begun = content
+            if content is not None:
+                relay.update(verified)
+            with intake.changed:
+                if not self._over.is_set() and (intake.content, intake.verified) == (content, verified):
+                    intake.changed.wait(_LOOK_SECONDS)
+
+    def _finding(self, find_more: FindMore) -> None:
+        """On a thread of its own: the server may take its time to answer."""
+        while not self._over.wait(_FIND_SECONDS * (0.5 + self._chance.random())):
+            self._add(find_more())
+
+    def _report(self, seconds: float) -> ReceiveReport:
+        intake = self._intake
+        content = intake.content
+        if content is None:
+            raise SourceUnreachable("there is no worker to receive weights from")
+        most = max(intake.bytes_from or self._routes, key=lambda name: intake.bytes_from.get(name, 0))
+        route = self._routes.get(most)
+        return ReceiveReport(
+            bytes=intake.layout.total_bytes,
+            tensors=len(intake.layout.tensors),
+            chunks_verified=intake.verified.bit_count(),
+            seconds=seconds,
+            source_worker_id=most,
+            operation=route.operation if route else "read",
+            transport=route.transport if route else "same-host",
+            scalars=content.scalars,
+            digests=content.digests,
+            failures=tuple(str(error) for error in self._failures),
+            bytes_from=dict(intake.bytes_from),
+            bytes_again=intake.bytes_again,
+        )

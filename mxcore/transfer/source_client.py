@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import grpc
 
-from mxcore.errors import SourceRefused, SourceUnreachable, TransferError
+from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
+from mxcore.transfer.plan import Wanted, set_to_bytes
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import open_channel
@@ -19,7 +21,12 @@ __all__ = ["Source", "SourceClient"]
 
 Response = TypeVar("Response")
 
+_RELEASE_SECONDS = 1.0
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class _Method(Protocol[Response]):
+    def future(self, request: Any, *, timeout: float) -> grpc.Future[Response]: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Source:
     endpoint: str
     updated_at_ms: int = 0
     load: float = 0.0
+    receiving: bool = False  # it has only a part yet
 
 
 class SourceClient:
@@ -52,6 +60,9 @@ class SourceClient:
             ) from error
         self._worker = p2p_pb2_grpc.WorkerServiceStub(self._channel)
         self._transfer = mx_pb2_grpc.TransferServiceStub(self._channel)
+        self._lock = threading.Lock()
+        self._running: set[grpc.Future[Any]] = set()
+        self._cancelled = False
 
     def get_layout(self, fingerprint: str) -> mx_pb2.GetLayoutResponse:
         """What the holder has; with its layout only when that has another fingerprint."""
@@ -85,6 +96,28 @@ class SourceClient:
         )
         return self._call("OpenTransfer", self._transfer.OpenTransfer, request)
 
+    def ask(
+        self,
+        lease_id: str,
+        wanted: Wanted,
+        count: int,
+        *,
+        known_version: int = 0,
+        wait_seconds: float = 0.0,
+        declined: Sequence[int] = (),
+    ) -> mx_pb2.AskChunksResponse:
+        """Asks for some of `wanted`, out of `count` chunks; waits for news when none of them is there."""
+        request = mx_pb2.AskChunksRequest(
+            lease_id=lease_id,
+            wanted=set_to_bytes(wanted.chunks, count),
+            preferred=set_to_bytes(wanted.preferred, count),
+            most=wanted.most,
+            known_version=known_version,
+            wait_ms=round(wait_seconds * 1000),
+            declined=declined,
+        )
+        return self._call("AskChunks", self._transfer.AskChunks, request)
+
     def push_chunks(self, lease_id: str, chunks: Sequence[int], timeout_seconds: float) -> Any:
         """Asks the holder to WRITE chunks; a gRPC stream of results, with `cancel`. Its errors: `as_error`."""
         return self._transfer.PushChunks(
@@ -96,12 +129,23 @@ class SourceClient:
         request = mx_pb2.RenewLeaseRequest(lease_id=lease_id)
         return self._call("RenewLease", self._transfer.RenewLease, request).lease_ms / 1000
 
+    def cancel(self) -> None:
+        """Ends the calls that run, with SourceUnreachable, and lets none begin but `release`."""
+        with self._lock:
+            self._cancelled = True
+            running = list(self._running)
+        for call in running:
+            call.cancel()
+
     def release(self, lease_id: str) -> None:
-        """Ends the lease."""
+        """Ends the lease; waits for the answer for a second at most."""
         request = p2p_pb2.ReleaseTensorReadRequest(
             mx_source_id=self.source.source_id, worker_id=self.source.worker_id, lease_id=lease_id
         )
-        self._call("ReleaseTensorRead", self._worker.ReleaseTensorRead, request)
+        try:
+            self._worker.ReleaseTensorRead(request, timeout=min(self.timeout_seconds, _RELEASE_SECONDS))
+        except grpc.RpcError as error:
+            raise self.as_error("ReleaseTensorRead", error) from error
 
     def as_error(self, name: str, error: grpc.RpcError) -> TransferError:
         """The exception for a failed call."""
@@ -109,7 +153,9 @@ class SourceClient:
         text = (
             f"{name} at worker {self.source.worker_id} ({self.source.endpoint}): {call.code().name}: {call.details()}"
         )
-        return SourceUnreachable(text) if call.code() in _NO_ANSWER else SourceRefused(text)
+        if call.code() in _NO_ANSWER:
+            return SourceUnreachable(text)
+        return SourceBusy(text) if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else SourceRefused(text)
 
     def close(self) -> None:
         """Closes the channel; idempotent."""
@@ -123,8 +169,19 @@ class SourceClient:
     ) -> None:
         self.close()
 
-    def _call(self, name: str, method: Callable[..., Response], request: object) -> Response:
+    def _call(self, name: str, method: _Method[Response], request: object) -> Response:
+        with self._lock:
+            if self._cancelled:
+                raise SourceUnreachable(f"{name} at worker {self.source.worker_id}: given up on")
+            call = method.future(request, timeout=self.timeout_seconds)
+            self._running.add(call)
         try:
-            return method(request, timeout=self.timeout_seconds)
+            answer: Response = call.result()
+            return answer
+        except grpc.FutureCancelledError as error:
+            raise SourceUnreachable(f"{name} at worker {self.source.worker_id}: given up on") from error
         except grpc.RpcError as error:
             raise self.as_error(name, error) from error
+        finally:
+            with self._lock:
+                self._running.discard(call)

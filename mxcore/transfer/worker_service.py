@@ -11,9 +11,10 @@ from typing import NoReturn
 
 import grpc
 
-from mxcore.errors import HolderDraining, LeaseEnded, TransferError
+from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.transfer.chunks import DIGEST_KIND
 from mxcore.transfer.holder import Holder
+from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
 from mxcore.transfer.same_host import ProbeTarget
 from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
 from mxcore.transfer.transports import UcxPolicy
@@ -26,8 +27,8 @@ __all__ = ["WorkerServer"]
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 16
-_PUSH_STREAMS = 8  # half of the threads: leases are renewed and released while all of them push
+_SPARE_THREADS = 24  # besides one a reader that pushes: 16 may wait for news, the rest answers
+_LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
 
 
@@ -125,7 +126,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._holder = identity.holder
         self._policy = policy
         self._probe = ProbeTarget()
-        self._streams = threading.BoundedSemaphore(_PUSH_STREAMS)
+        self._streams = threading.BoundedSemaphore(self._holder.most_readers)
 
     def GetLayout(  # noqa: N802
         self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
@@ -177,11 +178,36 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             lease_ms=int(holder.lease_seconds * 1000),
         )
 
+    def AskChunks(  # noqa: N802
+        self, request: mx_pb2.AskChunksRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.AskChunksResponse:
+        count = len(self._holder.chunks)
+        wanted = Wanted(set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most)
+        with _as_status(context):
+            answer = self._holder.ask(
+                request.lease_id,
+                wanted,
+                request.known_version,
+                min(request.wait_ms, _LONGEST_WAIT_MS) / 1000,
+                request.declined,
+            )
+        known = answer.complete or answer.version == request.known_version
+        return mx_pb2.AskChunksResponse(
+            granted=answer.granted,
+            version=answer.version,
+            complete=answer.complete,
+            have=b"" if known else set_to_bytes(answer.have, count),
+            leaving=answer.leaving,
+            pause_ms=round(answer.pause_seconds * 1000 + 0.5) if answer.pause_seconds else 0,
+        )
+
     def PushChunks(  # noqa: N802
         self, request: mx_pb2.PushChunksRequest, context: grpc.ServicerContext
     ) -> Iterator[mx_pb2.ChunkResult]:
         if not self._streams.acquire(blocking=False):
-            _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_PUSH_STREAMS} receivers are being served")
+            _refuse(
+                context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._holder.most_readers} receivers are being served"
+            )
         try:
             with _as_status(context):
                 for chunk in self._holder.push(request.lease_id, request.chunks, lambda: not context.is_active()):
@@ -220,7 +246,8 @@ class WorkerServer:
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-worker-service"), options=channel_options()
+            futures.ThreadPoolExecutor(holder.most_readers + _SPARE_THREADS, thread_name_prefix="mx-worker-service"),
+            options=channel_options(),
         )
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
         mx_pb2_grpc.add_TransferServiceServicer_to_server(_TransferService(identity, policy), self._server)
@@ -259,6 +286,8 @@ def _as_status(context: grpc.ServicerContext) -> Iterator[None]:
         yield
     except HolderDraining as error:
         _refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
+    except HolderBusy as error:
+        _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except LeaseEnded as error:
         _refuse(context, grpc.StatusCode.NOT_FOUND, str(error))
     except ValueError as error:

@@ -41,14 +41,14 @@ def interceptors(settings: ServerSettings) -> list[grpc.ServerInterceptor]:
 
 def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
     """Options of the gRPC server."""
-    return [
-        *channel_options(),  # the last one of a name counts
-        ("grpc.max_send_message_length", settings.max_message_bytes),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
+    own = {
+        "grpc.max_send_message_length": settings.max_message_bytes,
+        "grpc.max_receive_message_length": settings.max_message_bytes,
+        "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
         # More calls at once over one connection wait in the client until others end.
-        ("grpc.max_concurrent_streams", settings.max_calls),
-    ]
+        "grpc.max_concurrent_streams": settings.max_calls,
+    }
+    return list({**dict(channel_options()), **own}.items())
 
 
 def credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:

@@ -8,7 +8,7 @@ from typing import Self, TypeVar, cast
 
 import grpc
 
-from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
@@ -133,6 +133,25 @@ class ServerClient:
         if not response.success:
             raise self._refused("UpdateStatus", response.message)
 
+    def take_storage_turn(
+        self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
+    ) -> mx_pb2.TakeStorageTurnResponse:
+        """Asks whether this worker is to read storage for all with its weights and rank; with `epoch`, extends that.
+
+        ServerRefused also comes from servers that do not know turns.
+        """
+        request = mx_pb2.TakeStorageTurnRequest(
+            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch
+        )
+        return self._call("TakeStorageTurn", self._fleet.TakeStorageTurn, request)
+
+    def end_storage_turn(self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool) -> None:
+        """Ends a turn; without `shared`, the others are told to read for themselves."""
+        request = mx_pb2.EndStorageTurnRequest(
+            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, shared=shared
+        )
+        self._call("EndStorageTurn", self._fleet.EndStorageTurn, request)
+
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""
         return self._call("GetHealth", self._health.GetHealth, health_pb2.HealthRequest())
@@ -152,6 +171,10 @@ class ServerClient:
     @property
     def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:
         return self._current_stubs()[1]
+
+    @property
+    def _fleet(self) -> mx_pb2_grpc.FleetServiceStub:
+        return mx_pb2_grpc.FleetServiceStub(self._current_stubs()[0])
 
     @property
     def _health(self) -> health_pb2_grpc.HealthServiceStub:

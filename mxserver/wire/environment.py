@@ -82,10 +82,16 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HEARTBEAT_INTERVAL_SECS", "worker", "time between two heartbeats"),
     Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is given up on"),
     Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
+    Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
+    Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
+    Variable("MX_SOURCE_MAX_READERS", "worker", "how many workers may read from a source at a time"),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
+    Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),
+    Variable("MX_READ_MODE", "worker", "how files are read: auto, buffered, mapped, direct or uring"),
+    Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     # Names of the protocol that existing images set and that this version does not read.
     Variable(

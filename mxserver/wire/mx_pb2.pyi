@@ -5,8 +5,11 @@ Our own service of a worker that holds weights: what it holds (layout, fingerpri
 the transfer of chunks out of its memory. Runs on the same port as WorkerService, under its leases.
 
 A transfer: GetLayout (compare fingerprints) -> WorkerService.PrepareTensorRead (a lease) -> OpenTransfer
-(exchange agent metadata and addresses, agree on who moves the bytes) -> either one-sided READs by the
-receiver, with RenewLease, or PushChunks, with which the holder WRITEs -> WorkerService.ReleaseTensorRead.
+(exchange agent metadata and addresses, agree on who moves the bytes) -> as often as needed: AskChunks (what is
+there, what may be fetched), then one-sided READs by the receiver, or PushChunks, with which the holder WRITEs ->
+WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
+
+FleetService is the server's: of workers that start together with nobody to take from, one reads storage.
 """
 
 import builtins
@@ -45,6 +48,31 @@ OPERATION_READ: Operation.ValueType  # 1
 OPERATION_WRITE: Operation.ValueType  # 2
 """the holder WRITEs what PushChunks asks for"""
 global___Operation = Operation
+
+class _StorageTurn:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _StorageTurnEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_StorageTurn.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    STORAGE_TURN_UNSPECIFIED: _StorageTurn.ValueType  # 0
+    STORAGE_TURN_YOURS: _StorageTurn.ValueType  # 1
+    """read storage"""
+    STORAGE_TURN_WAIT: _StorageTurn.ValueType  # 2
+    """somebody reads for all; ask again after retry_ms"""
+    STORAGE_TURN_EVERYBODY: _StorageTurn.ValueType  # 3
+    """what was read cannot be shared: every worker reads for itself"""
+
+class StorageTurn(_StorageTurn, metaclass=_StorageTurnEnumTypeWrapper): ...
+
+STORAGE_TURN_UNSPECIFIED: StorageTurn.ValueType  # 0
+STORAGE_TURN_YOURS: StorageTurn.ValueType  # 1
+"""read storage"""
+STORAGE_TURN_WAIT: StorageTurn.ValueType  # 2
+"""somebody reads for all; ask again after retry_ms"""
+STORAGE_TURN_EVERYBODY: StorageTurn.ValueType  # 3
+"""what was read cannot be shared: every worker reads for itself"""
+global___StorageTurn = StorageTurn
 
 @typing.final
 class Tensor(google.protobuf.message.Message):
@@ -358,6 +386,85 @@ class OpenTransferResponse(google.protobuf.message.Message):
 global___OpenTransferResponse = OpenTransferResponse
 
 @typing.final
+class AskChunksRequest(google.protobuf.message.Message):
+    """Sets of chunks are little-endian, a bit a chunk. Every AskChunks is a sign of life for the lease."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    PREFERRED_FIELD_NUMBER: builtins.int
+    MOST_FIELD_NUMBER: builtins.int
+    KNOWN_VERSION_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    DECLINED_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    wanted: builtins.bytes
+    """chunks that the receiver is missing; none: it asks for news only"""
+    preferred: builtins.bytes
+    """those of them that are rarest, as far as the receiver knows"""
+    most: builtins.int
+    known_version: builtins.int
+    """of an earlier answer; 0 at first"""
+    wait_ms: builtins.int
+    """how long to wait for news when nothing of `wanted` is there"""
+    @property
+    def declined(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """granted earlier, and not fetched"""
+
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        wanted: builtins.bytes = ...,
+        preferred: builtins.bytes = ...,
+        most: builtins.int = ...,
+        known_version: builtins.int = ...,
+        wait_ms: builtins.int = ...,
+        declined: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["declined", b"declined", "known_version", b"known_version", "lease_id", b"lease_id", "most", b"most", "preferred", b"preferred", "wait_ms", b"wait_ms", "wanted", b"wanted"]) -> None: ...
+
+global___AskChunksRequest = AskChunksRequest
+
+@typing.final
+class AskChunksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    COMPLETE_FIELD_NUMBER: builtins.int
+    HAVE_FIELD_NUMBER: builtins.int
+    LEAVING_FIELD_NUMBER: builtins.int
+    PAUSE_MS_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    complete: builtins.bool
+    """the holder has every chunk"""
+    have: builtins.bytes
+    """what it has; left out when complete, or when `version` is the known one"""
+    leaving: builtins.bool
+    """it waits for its readers, not for long: whoever has other holders ends"""
+    pause_ms: builtins.int
+    """nothing was granted although it is there: ask again after this long"""
+    @property
+    def granted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """what may be fetched now"""
+
+    def __init__(
+        self,
+        *,
+        granted: collections.abc.Iterable[builtins.int] | None = ...,
+        version: builtins.int = ...,
+        complete: builtins.bool = ...,
+        have: builtins.bytes = ...,
+        leaving: builtins.bool = ...,
+        pause_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete", b"complete", "granted", b"granted", "have", b"have", "leaving", b"leaving", "pause_ms", b"pause_ms", "version", b"version"]) -> None: ...
+
+global___AskChunksResponse = AskChunksResponse
+
+@typing.final
 class PushChunksRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -426,3 +533,97 @@ class RenewLeaseResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms"]) -> None: ...
 
 global___RenewLeaseResponse = RenewLeaseResponse
+
+@typing.final
+class TakeStorageTurnRequest(google.protobuf.message.Message):
+    """A worker that would read storage asks for its turn; the reader repeats it well within the lease, with the epoch that
+    it was given, until it ends its turn. All others are told to wait while a reader lives.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    WORKER_RANK_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    mx_source_id: builtins.str
+    worker_rank: builtins.int
+    worker_id: builtins.str
+    epoch: builtins.int
+    """of the turn that is extended; 0: a new one is wanted"""
+    def __init__(
+        self,
+        *,
+        mx_source_id: builtins.str = ...,
+        worker_rank: builtins.int = ...,
+        worker_id: builtins.str = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+
+global___TakeStorageTurnRequest = TakeStorageTurnRequest
+
+@typing.final
+class TakeStorageTurnResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    LEASE_MS_FIELD_NUMBER: builtins.int
+    RETRY_MS_FIELD_NUMBER: builtins.int
+    READER_WORKER_ID_FIELD_NUMBER: builtins.int
+    turn: global___StorageTurn.ValueType
+    epoch: builtins.int
+    lease_ms: builtins.int
+    retry_ms: builtins.int
+    reader_worker_id: builtins.str
+    def __init__(
+        self,
+        *,
+        turn: global___StorageTurn.ValueType = ...,
+        epoch: builtins.int = ...,
+        lease_ms: builtins.int = ...,
+        retry_ms: builtins.int = ...,
+        reader_worker_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_ms", b"lease_ms", "reader_worker_id", b"reader_worker_id", "retry_ms", b"retry_ms", "turn", b"turn"]) -> None: ...
+
+global___TakeStorageTurnResponse = TakeStorageTurnResponse
+
+@typing.final
+class EndStorageTurnRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    WORKER_RANK_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    SHARED_FIELD_NUMBER: builtins.int
+    mx_source_id: builtins.str
+    worker_rank: builtins.int
+    worker_id: builtins.str
+    epoch: builtins.int
+    shared: builtins.bool
+    """false: it cannot be shared, nobody need wait for it"""
+    def __init__(
+        self,
+        *,
+        mx_source_id: builtins.str = ...,
+        worker_rank: builtins.int = ...,
+        worker_id: builtins.str = ...,
+        epoch: builtins.int = ...,
+        shared: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "shared", b"shared", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+
+global___EndStorageTurnRequest = EndStorageTurnRequest
+
+@typing.final
+class EndStorageTurnResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___EndStorageTurnResponse = EndStorageTurnResponse

@@ -44,6 +44,11 @@ class TransferServiceStub(object):
                 request_serializer=mxserver_dot_wire_dot_mx__pb2.OpenTransferRequest.SerializeToString,
                 response_deserializer=mxserver_dot_wire_dot_mx__pb2.OpenTransferResponse.FromString,
                 _registered_method=True)
+        self.AskChunks = channel.unary_unary(
+                '/model_express.mx.TransferService/AskChunks',
+                request_serializer=mxserver_dot_wire_dot_mx__pb2.AskChunksRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_mx__pb2.AskChunksResponse.FromString,
+                _registered_method=True)
         self.PushChunks = channel.unary_stream(
                 '/model_express.mx.TransferService/PushChunks',
                 request_serializer=mxserver_dot_wire_dot_mx__pb2.PushChunksRequest.SerializeToString,
@@ -66,6 +71,12 @@ class TransferServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OpenTransfer(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AskChunks(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +106,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     servicer.OpenTransfer,
                     request_deserializer=mxserver_dot_wire_dot_mx__pb2.OpenTransferRequest.FromString,
                     response_serializer=mxserver_dot_wire_dot_mx__pb2.OpenTransferResponse.SerializeToString,
+            ),
+            'AskChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.AskChunks,
+                    request_deserializer=mxserver_dot_wire_dot_mx__pb2.AskChunksRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_mx__pb2.AskChunksResponse.SerializeToString,
             ),
             'PushChunks': grpc.unary_stream_rpc_method_handler(
                     servicer.PushChunks,
@@ -172,6 +188,33 @@ class TransferService(object):
             _registered_method=True)
 
     @staticmethod
+    def AskChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.TransferService/AskChunks',
+            mxserver_dot_wire_dot_mx__pb2.AskChunksRequest.SerializeToString,
+            mxserver_dot_wire_dot_mx__pb2.AskChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def PushChunks(request,
             target,
             options=(),
@@ -215,6 +258,121 @@ class TransferService(object):
             '/model_express.mx.TransferService/RenewLease',
             mxserver_dot_wire_dot_mx__pb2.RenewLeaseRequest.SerializeToString,
             mxserver_dot_wire_dot_mx__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class FleetServiceStub(object):
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.TakeStorageTurn = channel.unary_unary(
+                '/model_express.mx.FleetService/TakeStorageTurn',
+                request_serializer=mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnResponse.FromString,
+                _registered_method=True)
+        self.EndStorageTurn = channel.unary_unary(
+                '/model_express.mx.FleetService/EndStorageTurn',
+                request_serializer=mxserver_dot_wire_dot_mx__pb2.EndStorageTurnRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_mx__pb2.EndStorageTurnResponse.FromString,
+                _registered_method=True)
+
+
+class FleetServiceServicer(object):
+    """Missing associated documentation comment in .proto file."""
+
+    def TakeStorageTurn(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndStorageTurn(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_FleetServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'TakeStorageTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeStorageTurn,
+                    request_deserializer=mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnResponse.SerializeToString,
+            ),
+            'EndStorageTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndStorageTurn,
+                    request_deserializer=mxserver_dot_wire_dot_mx__pb2.EndStorageTurnRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_mx__pb2.EndStorageTurnResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'model_express.mx.FleetService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('model_express.mx.FleetService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class FleetService(object):
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def TakeStorageTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.FleetService/TakeStorageTurn',
+            mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnRequest.SerializeToString,
+            mxserver_dot_wire_dot_mx__pb2.TakeStorageTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndStorageTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.FleetService/EndStorageTurn',
+            mxserver_dot_wire_dot_mx__pb2.EndStorageTurnRequest.SerializeToString,
+            mxserver_dot_wire_dot_mx__pb2.EndStorageTurnResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,8 +5,11 @@ Our own service of a worker that holds weights: what it holds (layout, fingerpri
 the transfer of chunks out of its memory. Runs on the same port as WorkerService, under its leases.
 
 A transfer: GetLayout (compare fingerprints) -> WorkerService.PrepareTensorRead (a lease) -> OpenTransfer
-(exchange agent metadata and addresses, agree on who moves the bytes) -> either one-sided READs by the
-receiver, with RenewLease, or PushChunks, with which the holder WRITEs -> WorkerService.ReleaseTensorRead.
+(exchange agent metadata and addresses, agree on who moves the bytes) -> as often as needed: AskChunks (what is
+there, what may be fetched), then one-sided READs by the receiver, or PushChunks, with which the holder WRITEs ->
+WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
+
+FleetService is the server's: of workers that start together with nobody to take from, one reads storage.
 """
 
 import abc
@@ -35,6 +38,11 @@ class TransferServiceStub:
         mxserver.wire.mx_pb2.OpenTransferResponse,
     ]
 
+    AskChunks: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.AskChunksRequest,
+        mxserver.wire.mx_pb2.AskChunksResponse,
+    ]
+
     PushChunks: grpc.UnaryStreamMultiCallable[
         mxserver.wire.mx_pb2.PushChunksRequest,
         mxserver.wire.mx_pb2.ChunkResult,
@@ -54,6 +62,11 @@ class TransferServiceAsyncStub:
     OpenTransfer: grpc.aio.UnaryUnaryMultiCallable[
         mxserver.wire.mx_pb2.OpenTransferRequest,
         mxserver.wire.mx_pb2.OpenTransferResponse,
+    ]
+
+    AskChunks: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.AskChunksRequest,
+        mxserver.wire.mx_pb2.AskChunksResponse,
     ]
 
     PushChunks: grpc.aio.UnaryStreamMultiCallable[
@@ -82,6 +95,13 @@ class TransferServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[mxserver.wire.mx_pb2.OpenTransferResponse, collections.abc.Awaitable[mxserver.wire.mx_pb2.OpenTransferResponse]]: ...
 
     @abc.abstractmethod
+    def AskChunks(
+        self,
+        request: mxserver.wire.mx_pb2.AskChunksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.mx_pb2.AskChunksResponse, collections.abc.Awaitable[mxserver.wire.mx_pb2.AskChunksResponse]]: ...
+
+    @abc.abstractmethod
     def PushChunks(
         self,
         request: mxserver.wire.mx_pb2.PushChunksRequest,
@@ -96,3 +116,43 @@ class TransferServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[mxserver.wire.mx_pb2.RenewLeaseResponse, collections.abc.Awaitable[mxserver.wire.mx_pb2.RenewLeaseResponse]]: ...
 
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+
+class FleetServiceStub:
+    def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
+    TakeStorageTurn: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.TakeStorageTurnRequest,
+        mxserver.wire.mx_pb2.TakeStorageTurnResponse,
+    ]
+
+    EndStorageTurn: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.EndStorageTurnRequest,
+        mxserver.wire.mx_pb2.EndStorageTurnResponse,
+    ]
+
+class FleetServiceAsyncStub:
+    TakeStorageTurn: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.TakeStorageTurnRequest,
+        mxserver.wire.mx_pb2.TakeStorageTurnResponse,
+    ]
+
+    EndStorageTurn: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.mx_pb2.EndStorageTurnRequest,
+        mxserver.wire.mx_pb2.EndStorageTurnResponse,
+    ]
+
+class FleetServiceServicer(metaclass=abc.ABCMeta):
+    @abc.abstractmethod
+    def TakeStorageTurn(
+        self,
+        request: mxserver.wire.mx_pb2.TakeStorageTurnRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.mx_pb2.TakeStorageTurnResponse, collections.abc.Awaitable[mxserver.wire.mx_pb2.TakeStorageTurnResponse]]: ...
+
+    @abc.abstractmethod
+    def EndStorageTurn(
+        self,
+        request: mxserver.wire.mx_pb2.EndStorageTurnRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.mx_pb2.EndStorageTurnResponse, collections.abc.Awaitable[mxserver.wire.mx_pb2.EndStorageTurnResponse]]: ...
+
+def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -213,13 +213,9 @@ def test_cache_in_a_file_is_unusable(tmp_path: Path) -> None:
 
 
 def test_disk_full_is_found_among_causes() -> None:
-    try:
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError as error:
-            raise RuntimeError("wrapped") from error
-    except RuntimeError as error:
-        assert is_disk_full(error)
+    wrapped = RuntimeError("wrapped")
+    wrapped.__cause__ = OSError(28, "No space left on device")
+    assert is_disk_full(wrapped)
     assert not is_disk_full(OSError(5, "I/O error"))
 
 

@@ -181,7 +181,7 @@ def test_second_signal_ends_at_once_with_its_number(start_server: Start) -> None
     """A call is held up by sending only the first half of its request's body; the first signal waits for it."""
     server = start_server("--drain", "600")
     with socket.create_connection(("127.0.0.1", server.port)) as half_call:
-        half_call.sendall(_half_of_a_call())
+        half_call.sendall(half_of_a_call())
         with ServerClient(server.address) as client:
             client.health()
         server.signal(signal.SIGTERM)
@@ -194,14 +194,14 @@ def test_second_signal_ends_at_once_with_its_number(start_server: Start) -> None
 def test_drain_is_bounded(start_server: Start) -> None:
     server = start_server("--drain", "0.2")
     with socket.create_connection(("127.0.0.1", server.port)) as half_call:
-        half_call.sendall(_half_of_a_call())
+        half_call.sendall(half_of_a_call())
         with ServerClient(server.address) as client:
             client.health()
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
 
 
-def _half_of_a_call() -> bytes:
+def half_of_a_call() -> bytes:
     """HTTP/2 by hand (RFC 9113, 7541): preface, empty SETTINGS, and the headers of a call whose body never comes."""
 
     def literal(name: bytes, value: bytes) -> bytes:

@@ -10,6 +10,8 @@ import signal
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from mxserver.wire.source_id import source_id
 from tests.server.conftest import ServerProcess
 from tests.server.redis_process import LASTING, RedisProcess
 from tests.server.stores import COLLECT_SECONDS, HEARTBEAT_SECONDS, LEASES, READY, STALE, HandClock, key, publication
+from tests.server.test_cli import mxserver
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")
 SOURCE = source_id(IDENTITY)
@@ -436,16 +439,13 @@ def test_kills_of_the_server_over_redis_lose_nothing(redis_server: RedisProcess,
 
 
 def test_two_servers_over_one_redis_and_a_red_readyz(redis_server: RedisProcess, start_server: Start) -> None:
-    import urllib.error
-    import urllib.request
-
     redis = ("--store", "redis", "--redis-url", redis_server.url)
     one, two = start_server(*redis), start_server(*redis)
     page = one.wait_for(re.compile(r"status page on (http://\S+)"))[1]
 
     def readyz() -> int:
         try:
-            with urllib.request.urlopen(f"{page}/readyz") as answer:
+            with urllib.request.urlopen(f"{page}/readyz") as answer:  # noqa: S310 - our own page
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             with error:
@@ -467,8 +467,6 @@ def test_two_servers_over_one_redis_and_a_red_readyz(redis_server: RedisProcess,
 
 
 def test_redis_that_is_not_there_ends_the_start_with_1_and_one_line(folder: Path) -> None:
-    from tests.server.test_cli import mxserver
-
     run = mxserver("--port", "0", "--store", "redis", "--redis-url", f"unix://:secret@{folder}/none.sock")
     assert run.returncode == 1
     assert re.fullmatch(r"mxserver: Redis at unix://\S+ cannot be used .* \[MX_STORE_UNUSABLE\]\n", run.stderr)

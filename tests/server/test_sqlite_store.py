@@ -72,6 +72,22 @@ def test_newer_schema_is_refused_and_left_alone(store: SqliteStore, path: Path) 
     assert execute(path, "SELECT count(*) FROM source") == [(1,)]
 
 
+def test_file_of_the_first_schema_is_taken_over(store: SqliteStore, path: Path) -> None:
+    epoch = store.publish(publication(status=READY)).epoch
+    store.close()
+    execute(
+        path,
+        "ALTER TABLE source DROP COLUMN life",
+        "ALTER TABLE source DROP COLUMN owner",
+        "PRAGMA user_version = 1",
+    )
+    store = SqliteStore(path, LEASES, HandClock())
+    [record] = store.find(Query())
+    assert (record.epoch, record.life, record.owner) == (epoch, epoch, "")
+    store.close()
+    assert execute(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
+
+
 def test_database_of_another_program_is_refused_and_left_alone(path: Path) -> None:
     path.parent.mkdir()
     execute(path, "CREATE TABLE theirs (x)")

@@ -1,8 +1,7 @@
-"""The cut into chunks, the plan of who gives which, and regions."""
+"""The cut into chunks, and regions."""
 
 from __future__ import annotations
 
-import random
 from array import array
 from itertools import pairwise
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.transfer.chunks import ChunkPlan, Chunks, Segment
+from mxcore.transfer.chunks import Chunks, Segment
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.regions import PAGE_BYTES, merge_regions
 
@@ -39,15 +38,12 @@ def test_addresses_follow_the_extents() -> None:
 
 def test_a_layout_without_bytes_has_no_chunks() -> None:
     assert len(Chunks(layout_of())) == 0
-    assert ChunkPlan(range(0), in_flight_limit=1).finished
 
 
 @pytest.mark.parametrize("bad", [0, -1])
 def test_limits_must_be_positive(bad: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         Chunks(layout_of(1), bad)
-    with pytest.raises(ValueError, match="must be positive"):
-        ChunkPlan(range(1), in_flight_limit=bad)
 
 
 @given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 64))
@@ -64,82 +60,6 @@ def test_chunks_are_the_layouts_bytes_in_order(extents: list[int], chunk_bytes: 
     assert sizes == [chunks.bytes_of(chunk) for chunk in range(len(chunks))]
     assert all(size == chunk_bytes for size in sizes[:-1])
     assert chunks.segment_starts[-1] == len(chunks.lengths)
-
-
-def test_a_holder_gets_at_most_its_limit() -> None:
-    plan = ChunkPlan(range(10), in_flight_limit=4)
-    plan.add_holder("a")
-    assert plan.take("a", 3) == [0, 1, 2]
-    assert plan.take("a") == [3]
-    assert plan.take("a") == []
-    plan.done("a", 1)
-    assert plan.take("a") == [4]
-    assert plan.in_flight("a") == {0, 2, 3, 4}
-    assert plan.completed == {1}
-
-
-def test_a_dropped_holder_gives_its_chunks_back_first() -> None:
-    plan = ChunkPlan(range(5), in_flight_limit=3)
-    plan.add_holder("a")
-    plan.take("a")
-    plan.done("a", 0)
-    assert plan.drop_holder("a") == [1, 2]
-    plan.add_holder("b")
-    assert plan.take("b") == [1, 2, 3]
-
-
-def test_a_failed_chunk_comes_last_and_a_reopened_one_again() -> None:
-    plan = ChunkPlan(range(3), in_flight_limit=3)
-    plan.add_holder("a")
-    plan.take("a", 1)
-    plan.give_back("a", 0)
-    assert plan.take("a") == [1, 2, 0]
-    for chunk in range(3):
-        plan.done("a", chunk)
-    assert plan.finished
-    plan.reopen([1])
-    assert not plan.finished
-    assert plan.missing == {1}
-
-
-def test_only_what_a_holder_offers_is_asked_of_it() -> None:
-    plan = ChunkPlan(range(6), in_flight_limit=6)
-    plan.add_holder("even", [0, 2, 4])
-    plan.add_holder("all")
-    assert plan.take("even") == [0, 2, 4]
-    assert plan.take("all") == [1, 3, 5]
-    plan.give_back("all", 1)
-    assert plan.take("even") == []
-    plan.add_holder("even", [1])
-    assert plan.take("even", 6) == [1]
-
-
-@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_every_plan_ends_with_every_chunk_once(count: int, limit: int, holders: int, chance: random.Random) -> None:
-    plan = ChunkPlan(range(count), in_flight_limit=limit)
-    alive = [f"h{i}" for i in range(holders)]
-    for holder in alive:
-        plan.add_holder(holder)
-    done: list[int] = []
-    steps = 0
-    while not plan.finished:
-        steps += 1
-        assert steps < 50 * (count + 10)
-        holder = chance.choice(alive)
-        if len(alive) > 1 and chance.random() < 0.02:
-            plan.drop_holder(holder)
-            alive.remove(holder)
-            continue
-        plan.take(holder)
-        assert len(plan.in_flight(holder)) <= limit
-        for chunk in plan.in_flight(holder):
-            if chance.random() < 0.8:
-                plan.done(holder, chunk)
-                done.append(chunk)
-            else:
-                plan.give_back(holder, chunk)
-    assert sorted(done) == list(range(count))
-    assert plan.completed == set(done)
 
 
 def test_neighbours_become_one_region() -> None:

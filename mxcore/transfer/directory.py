@@ -1,0 +1,110 @@
+"""Whom to take weights from: what the server lists, with where each worker is reached."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from mxcore.transfer.source_client import Source
+from mxserver.wire import p2p_pb2
+from mxserver.wire.client import ServerClient
+from mxserver.wire.source_id import canonical_json
+
+__all__ = ["CHECKPOINT_PARAMETER", "Directory"]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_PARAMETER = "checkpoint"
+"""The extra parameter with the digest of the weight files; empty for a worker that has none."""
+
+_ENDPOINT_SECONDS = 5.0  # a worker that stops serving and serves again has another port
+_CANDIDATES = 16  # of each status: workers whose records are asked for
+
+
+class Directory:
+    """Lists holders of one rank, never the asker. Thread-safe. All calls raise WireError."""
+
+    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int) -> None:
+        self._client = client
+        self._worker_id = worker_id
+        self._worker_rank = worker_rank
+        self._lock = threading.Lock()
+        self._endpoints: dict[tuple[str, str], tuple[str, float]] = {}  # of workers that were met, and until when
+
+    def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
+        """Complete holders with exactly this identity, the least loaded first, then the newest."""
+        refs = self._client.list_sources(
+            identity, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=self._worker_rank, limit=_CANDIDATES
+        )
+        found = [source for ref in refs if (source := self._source(ref)) is not None]
+        return sorted(found, key=lambda source: (source.load, -source.updated_at_ms))
+
+    def receiving(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
+        """Workers with this identity that serve what they have received so far."""
+        refs = self._client.list_sources(
+            identity, status=p2p_pb2.SOURCE_STATUS_INITIALIZING, worker_rank=self._worker_rank, limit=_CANDIDATES
+        )
+        return [source for ref in refs if (source := self._source(ref, receiving=True)) is not None]
+
+    def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
+        """The one identity of complete holders that equals `identity` in all but the checkpoint.
+
+        None when there is none, or (logged) several, which a worker without weight files cannot choose from.
+        """
+        refs = self._client.list_sources(
+            model_name=identity.model_name,
+            status=p2p_pb2.SOURCE_STATUS_READY,
+            worker_rank=self._worker_rank,
+            limit=_CANDIDATES,
+        )
+        ours = _without_checkpoint(identity)
+        found: dict[str, p2p_pb2.SourceIdentity] = {}
+        for ref in refs:
+            if ref.worker_id == self._worker_id:
+                continue
+            record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
+            if record is None or not record.worker.worker_grpc_endpoint:
+                continue
+            if _without_checkpoint(record.identity) == ours:
+                found[record.identity.extra_parameters[CHECKPOINT_PARAMETER]] = record.identity
+        if len(found) > 1:
+            logger.warning(
+                "sources of %s have %d different checkpoints (%s) and this worker has no weight files to tell which "
+                "is meant: none is taken. Give it the weight files, or stop the other sources",
+                identity.model_name,
+                len(found),
+                ", ".join(sorted(found)),
+            )
+            return None
+        return next(iter(found.values()), None)
+
+    def _source(self, ref: p2p_pb2.SourceInstanceRef, *, receiving: bool = False) -> Source | None:
+        if ref.worker_id == self._worker_id:
+            return None
+        key = (ref.mx_source_id, ref.worker_id)
+        with self._lock:
+            endpoint, until = self._endpoints.get(key, ("", 0.0))
+        if until < time.monotonic():
+            record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
+            if record is None or not record.worker.worker_grpc_endpoint:
+                return None
+            endpoint = record.worker.worker_grpc_endpoint
+            with self._lock:
+                self._endpoints[key] = (endpoint, time.monotonic() + _ENDPOINT_SECONDS)
+        return Source(
+            source_id=ref.mx_source_id,
+            worker_id=ref.worker_id,
+            worker_rank=ref.worker_rank,
+            endpoint=endpoint,
+            updated_at_ms=ref.updated_at,
+            load=ref.source_load,
+            receiving=receiving,
+        )
+
+
+def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:
+    copy = p2p_pb2.SourceIdentity()
+    copy.CopyFrom(identity)
+    copy.extra_parameters.pop(CHECKPOINT_PARAMETER, None)
+    return canonical_json(copy)

@@ -1,0 +1,251 @@
+"""One holder's part of a receive: a thread that asks it, fetches what it grants, verifies, and fences what it gave up.
+
+Each holder has an agent of its own here, so that fencing one leaves the others at work. What a holder had in flight
+is asked of another only after the fence: nothing of the one can land on what came from the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from mxcore.errors import (
+    DigestMismatch,
+    NotOneSided,
+    SourceRefused,
+    SourceUnreachable,
+    TransferError,
+)
+from mxcore.settings import WorkerSettings
+from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.intake import Intake
+from mxcore.transfer.movers import PullByRead, PullByWrite
+from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
+from mxcore.transfer.source_client import Source, SourceClient
+from mxcore.transfer.transports import Route, UcxPolicy, choose_route
+from mxserver.wire import mx_pb2
+
+__all__ = ["HolderPull"]
+
+logger = logging.getLogger(__name__)
+
+_VERIFY_THREADS = 1
+_NEWS_WAIT_SECONDS = 0.25
+_NOTHING = Wanted(0, 0, 0)
+
+
+class HolderPull:
+    """Fetches from `source` until the intake is finished, the holder fails, or `stop`; on a thread of its own.
+
+    Afterwards (`ended`), nothing of this holder can arrive any more; `failure` says why it ended early. `clean` is
+    false when something was given up on while it was in flight.
+    """
+
+    def __init__(self, intake: Intake, source: Source, settings: WorkerSettings, worker_id: str) -> None:
+        self.source = source
+        self.failure: TransferError | None = None
+        self.route: Route | None = None
+        self.clean = True
+        self.busy_at = time.monotonic()  # when it was last known to fetch
+        self._intake = intake
+        self._settings = settings
+        self._worker_id = worker_id
+        self._policy = UcxPolicy.from_environment(settings.transport)
+        self._client = SourceClient(
+            source, timeout_seconds=min(settings.server_timeout_seconds, settings.stall_timeout_seconds)
+        )
+        self._stopped = threading.Event()
+        self._given_up: TransferError | None = None
+        self._mover: PullByRead | PullByWrite | None = None
+        self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is done."""
+        return not self._thread.is_alive()
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, error: TransferError | None = None, *, at_once: bool = False) -> None:
+        """Makes it end: when what is in flight has come, or at once with an `error` or when nothing is."""
+        self._given_up = error
+        self._stopped.set()
+        mover = self._mover
+        if error is not None and isinstance(mover, PullByWrite):
+            mover.interrupt(error)
+        if mover is None or error is not None or at_once:
+            self._client.cancel()
+
+    def join(self) -> None:
+        """Waits for its end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._client:
+                self._receive()
+        except TransferError as error:
+            if not (self._stopped.is_set() and self._given_up is None):
+                self.failure = self._given_up or error
+        except Exception as error:  # a fault of ours in one holder's thread must not hang the others
+            logger.exception("fetching from worker %s failed by a fault of ours", self.source.worker_id)
+            self.failure = SourceRefused(f"worker {self.source.worker_id}: {type(error).__name__}: {error}")
+            self.clean = False
+        finally:
+            with self._intake.changed:
+                self._intake.changed.notify_all()
+
+    def _receive(self) -> None:
+        answer = self._client.get_layout(self._intake.layout.fingerprint)
+        self._intake.admit(f"worker {self.source.worker_id}", answer)
+        if self._intake.finished:
+            return
+        self.route = choose_route(self._policy, answer.transport)
+        try:
+            self._under_lease(self.route)
+        except NotOneSided as error:
+            logger.info("%s; it WRITEs instead", error)
+            self.route = replace(self.route, operation="write", transport="tcp", tls=self._policy.fenceable)
+            self._under_lease(self.route)
+
+    def _under_lease(self, route: Route) -> None:
+        lease_id = self._client.prepare()
+        try:
+            self._transfer(lease_id, route)
+        finally:
+            try:
+                self._client.release(lease_id)
+            except TransferError as error:  # the lease ends by itself
+                logger.debug("%s", error)
+
+    def _transfer(self, lease_id: str, route: Route) -> None:
+        name = self.source.worker_id
+        self._intake.join(name)
+        done = False
+        session = AgentSession(
+            self._worker_id,
+            tls=route.tls,
+            backend=self._settings.nixl_backend,
+            stall_timeout_seconds=self._settings.stall_timeout_seconds,
+        )
+        verifying = _Verifier(self._intake, name)
+        try:
+            session.register(self._intake.layout, self._intake.placement)
+            mover = self._open(lease_id, route, session)
+            with mover:
+                self._mover = mover
+                self._fetch(lease_id, mover, verifying)
+            done = True
+        finally:
+            self._mover = None
+            session.fence()
+            verifying.close()
+            self.clean = self.clean and (done or self._intake.finished)
+            self._intake.drop(name)
+
+    def _fetch(self, lease_id: str, mover: PullByRead | PullByWrite, verifying: _Verifier) -> None:
+        name = self.source.worker_id
+        count = len(self._intake.chunks)
+        version, have, declined = 0, 0, list[int]()
+        asked_at, pause_until = 0.0, 0.0
+        lease_pause = self._settings.stall_timeout_seconds
+        while not self._intake.finished:
+            if self._given_up is not None:
+                raise self._given_up
+            now = time.monotonic()
+            idle = mover.idle
+            leaving = self._stopped.is_set()
+            if leaving and idle:
+                return
+            wanted = _NOTHING if leaving or now < pause_until else self._intake.wanted(name)
+            enough = wanted.most >= max(1, self._intake.limit(name) // 2)
+            complete = have == all_chunks(count)
+            if enough or version == 0 or (idle and (not complete or now - asked_at > lease_pause)):
+                wait = _NEWS_WAIT_SECONDS if idle and not wanted.chunks and version else 0.0
+                answer = self._client.ask(
+                    lease_id, wanted, count, known_version=version, wait_seconds=wait, declined=declined
+                )
+                asked_at = time.monotonic()
+                if answer.version != version:
+                    have = all_chunks(count) if answer.complete else set_from_bytes(answer.have, count)
+                    self._intake.has(name, have)
+                    version = answer.version
+                taken, declined = self._intake.claim(name, answer.granted)
+                if taken:
+                    self.busy_at = asked_at
+                    mover.ask(taken)
+                if answer.leaving and self._intake.can_do_without(name):
+                    self._stopped.set()
+                elif answer.leaving and idle and not taken and not wanted.chunks:
+                    raise SourceUnreachable(f"worker {name} is leaving")
+                pause_until = asked_at + answer.pause_ms / 1000
+                idle = mover.idle
+            if idle:
+                self._rest(min(_NEWS_WAIT_SECONDS, pause_until - time.monotonic()) if pause_until > now else None)
+                continue
+            for chunk in mover.arrived():
+                self.busy_at = time.monotonic()
+                verifying.submit(chunk)
+            verifying.collect(wait=mover.idle)
+
+    def _rest(self, seconds: float | None) -> None:
+        """Nothing to do here: until something changes, or for so long."""
+        with self._intake.changed:
+            if seconds is not None:
+                self._intake.changed.wait(max(seconds, 0.0))
+            elif not self._intake.wanted(self.source.worker_id).most and not self._intake.finished:
+                self._intake.changed.wait(_NEWS_WAIT_SECONDS / 10)
+
+    def _open(self, lease_id: str, route: Route, session: AgentSession) -> PullByRead | PullByWrite:
+        placement = self._intake.placement
+        extents = [
+            mx_pb2.Extent(address=address, device_id=device)
+            for address, device in zip(placement.addresses, placement.device_indices, strict=True)
+        ]
+        reads = route.operation == "read"
+        operation = mx_pb2.OPERATION_READ if reads else mx_pb2.OPERATION_WRITE
+        answer = self._client.open_transfer(
+            lease_id, self._intake.layout.fingerprint, session.metadata(), extents, operation
+        )
+        if answer.operation != operation or len(answer.extents) != len(extents):
+            raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
+        if not reads:
+            return PullByWrite(self._client, lease_id, stall_timeout_seconds=self._settings.stall_timeout_seconds)
+        peer = session.connect(answer.nixl_metadata)
+        chunks = self._intake.chunks
+        remote = chunks.addresses([extent.address for extent in answer.extents])
+        return PullByRead(
+            self._client, lease_id, session, peer, chunks, self._intake.addresses, remote, route.transport
+        )
+
+
+class _Verifier:
+    """Compares chunks with their digests while others arrive."""
+
+    def __init__(self, intake: Intake, holder: str) -> None:
+        self._intake = intake
+        self._holder = holder
+        self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
+        self._running: dict[Future[bool], int] = {}
+
+    def submit(self, chunk: int) -> None:
+        self._running[self._pool.submit(self._intake.verify, chunk)] = chunk
+
+    def collect(self, *, wait: bool) -> None:
+        """Books what is verified; with `wait`, all of it. Raises DigestMismatch."""
+        for future in [future for future in self._running if wait or future.done()]:
+            chunk = self._running.pop(future)
+            if not future.result():
+                raise DigestMismatch(
+                    f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
+                )
+            self._intake.accept(self._holder, chunk)
+
+    def close(self) -> None:
+        """Waits for what runs: nothing reads the memory afterwards."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,222 @@
+"""What a worker wants in its memory, what of it is there and verified, and what holders promise about it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mxcore.digest import xxh3_64_segments
+from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
+from mxcore.transfer.chunks import DIGEST_BYTES, DIGEST_KIND, Chunks
+from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
+from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
+from mxserver.wire import mx_pb2
+
+__all__ = ["Content", "Intake", "OtherContent", "Progress"]
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+_NAMED_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the bytes of a layout are: 8 bytes of digest a chunk, and the numbers that belong to them."""
+
+    digests: bytes
+    scalars_digest: str
+    scalars: dict[str, float]
+
+    def same_as(self, other: Content) -> bool:
+        """Whether chunks of the one can stand for chunks of the other."""
+        return (self.digests, self.scalars_digest) == (other.digests, other.scalars_digest)
+
+
+class OtherContent(SourceRefused):
+    """A holder has other bytes under the same identity and layout than those that are being received."""
+
+    def __init__(self, message: str, content: Content) -> None:
+        super().__init__(message)
+        self.content = content
+
+
+class Intake:
+    """The books of one receive: the plan, and the memory that it fills. Thread-safe.
+
+    `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
+    that was admitted. `news` is when something last went forward, in monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        placement: Placement,
+        *,
+        scalar_names: Sequence[str],
+        progress: Progress | None,
+        chunk_bytes: int,
+    ) -> None:
+        self.layout = layout
+        self.placement = placement
+        self.chunks = Chunks(layout, chunk_bytes)
+        self.addresses = self.chunks.local_addresses(placement)
+        self.changed = threading.Condition()
+        self.content: Content | None = None
+        self.bytes_from: dict[str, int] = {}
+        self.bytes_again = 0  # of chunks that had to be asked for a second time
+        self.news = time.monotonic()
+        self._scalar_names = frozenset(scalar_names)
+        self._progress = progress
+        self._telling = threading.Lock()
+        self._told = 0
+        self._bytes_done = 0
+        self._plan = SwarmPlan(len(self.chunks), chunk_bytes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk is verified."""
+        with self.changed:
+            return self._plan.finished and self.content is not None
+
+    @property
+    def verified(self) -> int:
+        """The set of chunks that are."""
+        with self.changed:
+            return self._plan.completed
+
+    @property
+    def missing(self) -> list[int]:
+        """The chunks that are not verified, ascending."""
+        with self.changed:
+            return list(chunks_of(all_chunks(len(self.chunks)) & ~self._plan.completed))
+
+    def admit(self, where: str, answer: mx_pb2.GetLayoutResponse) -> None:
+        """Checks what a holder has against what is wanted here; its content becomes ours when there is none yet.
+
+        Raises LayoutMismatch, SourceRefused, DigestMismatch, OtherContent.
+        """
+        if answer.fingerprint != self.layout.fingerprint:
+            raise LayoutMismatch(f"{where} has another layout: {self._differences(answer.layout)}")
+        if answer.chunk_bytes != self.chunks.chunk_bytes or answer.digest_kind != DIGEST_KIND:
+            raise SourceRefused(
+                f"{where} has chunks of {answer.chunk_bytes} bytes with {answer.digest_kind!r} digests; "
+                f"this worker needs {self.chunks.chunk_bytes} and {DIGEST_KIND!r}"
+            )
+        if len(answer.digests) != DIGEST_BYTES * len(self.chunks):
+            raise SourceRefused(f"{where} has {len(answer.digests)} bytes of digests for {len(self.chunks)} chunks")
+        content = Content(answer.digests, answer.scalars_digest, self._check_scalars(where, answer))
+        with self.changed:
+            if self.content is None:
+                self.content = content
+                self.changed.notify_all()
+            elif not self.content.same_as(content):
+                raise OtherContent(
+                    f"{where} has other bytes under the same identity and layout than the holders before it", content
+                )
+
+    def start_anew(self, content: Content) -> None:
+        """Takes up another content; nothing of the one before is kept. No holder may be at work."""
+        with self.changed:
+            self._plan.reopen(self._plan.completed)
+            self._bytes_done = self._told = 0
+            self.content = content
+            self.news = time.monotonic()
+
+    def join(self, holder: str) -> None:
+        """A holder that is ready to be asked; what it has is not known yet."""
+        with self.changed:
+            self._plan.add_holder(holder, 0)
+            self.news = time.monotonic()
+
+    def has(self, holder: str, have: int) -> None:
+        """What a holder has now."""
+        with self.changed:
+            self._plan.add_holder(holder, have)
+            self.news = time.monotonic()
+
+    def wanted(self, holder: str) -> Wanted:
+        """What to ask a holder for."""
+        with self.changed:
+            return self._plan.wanted(holder)
+
+    def limit(self, holder: str) -> int:
+        """How many chunks may be in flight there."""
+        with self.changed:
+            return self._plan.limit(holder)
+
+    def claim(self, holder: str, granted: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Takes what a holder granted: what to fetch, and what is not needed any more."""
+        with self.changed:
+            return self._plan.claim(holder, granted, time.monotonic())
+
+    def verify(self, chunk: int) -> bool:
+        """Whether the chunk's bytes here are those of the digest."""
+        if self.content is None:
+            return False
+        expected = self.content.digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
+        addresses = self.chunks.slice_of(self.addresses, chunk)
+        digest = xxh3_64_segments(addresses, self.chunks.slice_of(self.chunks.lengths, chunk))
+        return digest.to_bytes(DIGEST_BYTES, "little") == expected
+
+    def accept(self, holder: str, chunk: int) -> None:
+        """Takes a verified chunk into the books."""
+        with self.changed:
+            self.news = time.monotonic()
+            self._plan.done(holder, chunk, self.news)
+            count = self.chunks.bytes_of(chunk)
+            self._bytes_done += count
+            self.bytes_from[holder] = self.bytes_from.get(holder, 0) + count
+            done = self._bytes_done
+            self.changed.notify_all()
+        if self._progress is not None:
+            with self._telling:
+                if done > self._told:
+                    self._told = done
+                    self._progress(done, self.layout.total_bytes)
+
+    def drop(self, holder: str) -> None:
+        """A holder from which nothing can arrive any more: what it was asked for is missing again."""
+        with self.changed:
+            lost = self._plan.drop_holder(holder)
+            self.bytes_again += sum(map(self.chunks.bytes_of, chunks_of(lost)))
+            self.changed.notify_all()
+
+    def can_do_without(self, holder: str) -> bool:
+        """Whether other holders have the rest."""
+        with self.changed:
+            return self._plan.can_do_without(holder)
+
+    def hopeless(self) -> list[str]:
+        """Holders that hold up the end."""
+        with self.changed:
+            return self._plan.hopeless(time.monotonic())
+
+    def recheck(self) -> list[int]:
+        """After a failure and its fence: what was verified must still be right, or is missing again; returns that."""
+        wrong = [chunk for chunk in chunks_of(self.verified) if not self.verify(chunk)]
+        with self.changed:
+            self._plan.reopen(chunk_set(wrong))
+            self._bytes_done -= sum(map(self.chunks.bytes_of, wrong))
+        return wrong
+
+    def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
+        scalars = scalars_from_proto(answer.scalars)
+        if scalars.keys() != self._scalar_names:
+            missing = sorted(self._scalar_names - scalars.keys())
+            extra = sorted(scalars.keys() - self._scalar_names)
+            raise LayoutMismatch(
+                f"{where} has other scalars: without {missing[:_NAMED_DIFFERENCES]}, "
+                f"with {extra[:_NAMED_DIFFERENCES]} that are unknown here"
+            )
+        if scalars_digest(scalars) != answer.scalars_digest:
+            raise DigestMismatch(f"{where}: the scalars are not those that their digest promises")
+        return scalars
+
+    def _differences(self, message: mx_pb2.Layout) -> str:
+        lines = self.layout.differences(Layout.from_proto(message))
+        more = f" and {len(lines) - _NAMED_DIFFERENCES} more" if len(lines) > _NAMED_DIFFERENCES else ""
+        return "; ".join(lines[:_NAMED_DIFFERENCES]) + more

@@ -1,0 +1,286 @@
+"""Who gives which chunk: the decisions of a swarm, without threads, sockets or a clock.
+
+A receiver has a `SwarmPlan`: what is missing, what each holder has and how fast it is. A holder has `Given`: how often
+it gave each chunk away. Between them: the receiver says what it wants of a holder and which of that is rarest among
+those that it knows; the holder grants what it gave away least. So a holder that alone has something sends each chunk
+out once before it sends any twice, whoever asks, and receivers exchange the rest among themselves.
+
+Sets of chunks are integers, bit i for chunk i: unions and differences of 100,000 chunks cost microseconds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+
+__all__ = ["Given", "SwarmPlan", "Wanted", "all_chunks", "chunk_set", "chunks_of", "set_from_bytes", "set_to_bytes"]
+
+FIRST_IN_FLIGHT = 2  # chunks, as long as a holder's speed is unknown
+MOST_IN_FLIGHT = 32
+AHEAD_SECONDS = 0.5  # what a holder is asked for at a time takes about so long
+_SPEED_WEIGHT = 0.3  # of the newest measurement
+_HOPELESS_FACTOR = 4.0  # a holder this much slower than the others may be given up on for the last chunks
+_HOPELESS_SECONDS = 2.0  # but not for less than this
+
+
+def all_chunks(count: int) -> int:
+    """The set of chunks 0 to `count` - 1."""
+    return (1 << count) - 1
+
+
+def chunk_set(chunks: Iterable[int]) -> int:
+    """The set of these chunks."""
+    result = 0
+    for chunk in chunks:
+        result |= 1 << chunk
+    return result
+
+
+def chunks_of(members: int) -> Iterator[int]:
+    """The chunks of a set, ascending."""
+    while members:
+        lowest = members & -members
+        yield lowest.bit_length() - 1
+        members ^= lowest
+
+
+def set_to_bytes(members: int, count: int) -> bytes:
+    """A set of chunks below `count` as it travels: little-endian, a bit a chunk."""
+    return members.to_bytes((count + 7) // 8, "little")
+
+
+def set_from_bytes(data: bytes, count: int) -> int:
+    """The set that `set_to_bytes` wrote; chunks that are not below `count` are left out."""
+    return int.from_bytes(data, "little") & all_chunks(count)
+
+
+def _some_of(members: int, wanted: int, chance: random.Random) -> Iterator[int]:
+    """Up to `wanted` chunks of a set, each found from a random place on."""
+    while members and wanted > 0:
+        start = chance.randrange(members.bit_length())
+        above = members >> start
+        chunk = start + (above & -above).bit_length() - 1
+        members ^= 1 << chunk
+        wanted -= 1
+        yield chunk
+
+
+class Given:
+    """How often a holder gave each chunk away. Not thread-safe."""
+
+    def __init__(self, chance: random.Random | None = None) -> None:
+        self._at_least: list[int] = []  # [n]: the chunks that were given more than n times
+        self._chance = chance or random.Random()  # noqa: S311 - no secret
+
+    def grant(self, wanted: int, preferred: int, most: int) -> list[int]:
+        """Up to `most` chunks of `wanted`, those given least first, of these those in `preferred`; counted."""
+        granted: list[int] = []
+        left = wanted
+        for given in (*self._at_least, 0):
+            fresh = left & ~given
+            for group in (fresh & preferred, fresh & ~preferred):
+                granted.extend(_some_of(group, most - len(granted), self._chance))
+            left &= given
+            if len(granted) >= most or not left:
+                break
+        self._count(granted, 1)
+        return granted
+
+    def take_back(self, chunks: Iterable[int]) -> None:
+        """Chunks that were granted and not fetched."""
+        self._count(chunks, -1)
+
+    def times(self, chunk: int) -> int:
+        """How often this chunk was given away."""
+        return sum(given >> chunk & 1 for given in self._at_least)
+
+    def _count(self, chunks: Iterable[int], step: int) -> None:
+        for chunk in chunks:
+            times = self.times(chunk)
+            if step > 0:
+                if times == len(self._at_least):
+                    self._at_least.append(0)
+                self._at_least[times] |= 1 << chunk
+            elif times:
+                self._at_least[times - 1] &= ~(1 << chunk)
+
+
+@dataclass
+class _HolderState:
+    have: int
+    in_flight: int = 0
+    bytes_per_second: float = 0.0  # 0: not measured yet
+    busy_since: float = 0.0  # the start of what is being measured
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a receiver asks of a holder: at most `most` chunks of `chunks`, best those in `preferred`."""
+
+    chunks: int
+    preferred: int
+    most: int
+
+
+@dataclass
+class SwarmPlan:
+    """One receiver's books. Not thread-safe; times are given to it, in seconds of any clock.
+
+    A chunk is missing, in flight at one holder, or done. `wanted` says what to ask a holder for, `claim` takes what it
+    granted, `done` and `give_back` end that. A holder that is dropped gets no more, and what it had in flight is
+    missing again: drop it only once nothing of it can arrive any more. Holders are named by any string.
+    """
+
+    count: int
+    chunk_bytes: int
+    _missing: int = field(init=False)
+    _done: int = field(default=0, init=False)
+    _holders: dict[str, _HolderState] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._missing = all_chunks(self.count)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk is done."""
+        return self._done == all_chunks(self.count)
+
+    @property
+    def completed(self) -> int:
+        """The set of chunks that are done."""
+        return self._done
+
+    @property
+    def missing(self) -> int:
+        """The set of chunks that are neither done nor in flight."""
+        return self._missing
+
+    @property
+    def holders(self) -> frozenset[str]:
+        """Those that were added and not dropped."""
+        return frozenset(self._holders)
+
+    def add_holder(self, holder: str, have: int) -> None:
+        """Makes a holder known, or renews what it has."""
+        if (state := self._holders.get(holder)) is not None:
+            state.have = have
+        else:
+            self._holders[holder] = _HolderState(have)
+
+    def drop_holder(self, holder: str) -> int:
+        """Forgets a holder; returns the set of chunks that are missing again because of it."""
+        state = self._holders.pop(holder, None)
+        lost = state.in_flight if state is not None else 0
+        self._missing |= lost
+        return lost
+
+    def in_flight(self, holder: str) -> int:
+        """The set of chunks that `holder` is asked for."""
+        return self._holders[holder].in_flight
+
+    def limit(self, holder: str) -> int:
+        """How many chunks may be in flight at this holder: about half a second's worth."""
+        speed = self._holders[holder].bytes_per_second
+        if not speed:
+            return FIRST_IN_FLIGHT
+        return max(FIRST_IN_FLIGHT, min(MOST_IN_FLIGHT, ceil(speed * AHEAD_SECONDS / self.chunk_bytes)))
+
+    def wanted(self, holder: str) -> Wanted:
+        """What to ask `holder` for now; `most` is 0 when it may get nothing, or has nothing that is missing."""
+        state = self._holders[holder]
+        chunks = self._missing & state.have
+        room = self.limit(holder) - state.in_flight.bit_count()
+        if not chunks or room <= 0:
+            return Wanted(0, 0, 0)
+        return Wanted(chunks, self._rarest(chunks, holder), room)
+
+    def claim(self, holder: str, granted: Iterable[int], now: float) -> tuple[list[int], list[int]]:
+        """Takes what `holder` granted; returns what is now in flight there, and what somebody else has meanwhile."""
+        state = self._holders[holder]
+        taken, declined = [], []
+        for chunk in granted:
+            if 0 <= chunk < self.count and self._missing >> chunk & 1:
+                self._missing ^= 1 << chunk
+                taken.append(chunk)
+            else:
+                declined.append(chunk)
+        if taken and not state.in_flight:
+            state.busy_since = now
+        state.in_flight |= chunk_set(taken)
+        return taken, declined
+
+    def done(self, holder: str, chunk: int, now: float) -> None:
+        """A chunk of `holder` has arrived and is right."""
+        state = self._holders[holder]
+        self._end(state, chunk)
+        self._done |= 1 << chunk
+        seconds = max(now - state.busy_since, 1e-6)
+        speed = self.chunk_bytes / seconds
+        before = state.bytes_per_second
+        # Times, not rates, are averaged: chunks that arrive in one go must not look like a fast holder.
+        state.bytes_per_second = 1 / ((1 - _SPEED_WEIGHT) / before + _SPEED_WEIGHT / speed) if before else speed
+        state.busy_since = now
+
+    def give_back(self, holder: str, chunk: int) -> None:
+        """A chunk of `holder` failed: it is missing again."""
+        self._end(self._holders[holder], chunk)
+        self._missing |= 1 << chunk
+
+    def can_do_without(self, holder: str) -> bool:
+        """Whether other holders have all that is not done."""
+        others = 0
+        for name, state in self._holders.items():
+            if name != holder:
+                others |= state.have
+        return not all_chunks(self.count) & ~self._done & ~others
+
+    def reopen(self, chunks: int) -> None:
+        """Chunks that were done are missing again."""
+        if chunks & ~self._done:
+            raise ValueError(f"chunks {list(chunks_of(chunks & ~self._done))[:5]} are not done")
+        self._done &= ~chunks
+        self._missing |= chunks
+
+    def hopeless(self, now: float) -> list[str]:
+        """Holders that hold up the end: nothing is missing but what is in flight, another holder has nothing to do,
+        has it, and would be done with it long before. Giving one up costs what it has in flight."""
+        if self._missing:
+            return []
+        idle = [state for state in self._holders.values() if not state.in_flight and state.bytes_per_second]
+        found = []
+        for name, state in self._holders.items():
+            if not state.in_flight:
+                continue
+            left = state.in_flight.bit_count() * self.chunk_bytes
+            rivals = [other.bytes_per_second for other in idle if not state.in_flight & ~other.have]
+            if not rivals:
+                continue
+            waited = now - state.busy_since
+            rest = max(left / state.bytes_per_second - waited, waited) if state.bytes_per_second else waited
+            if rest > _HOPELESS_SECONDS + _HOPELESS_FACTOR * left / max(rivals):
+                found.append(name)
+        return found
+
+    def _end(self, state: _HolderState, chunk: int) -> None:
+        if not state.in_flight >> chunk & 1:
+            raise ValueError(f"chunk {chunk} is not in flight there")
+        state.in_flight ^= 1 << chunk
+
+    def _rarest(self, chunks: int, holder: str) -> int:
+        """Those of `chunks` that the fewest other holders have."""
+        at_least: list[int] = []  # [n]: the chunks that more than n other holders have
+        for name, state in self._holders.items():
+            if name == holder:
+                continue
+            carry = state.have & chunks
+            for level, members in enumerate(at_least):
+                at_least[level], carry = members | carry, members & carry
+            if carry:
+                at_least.append(carry)
+        for members in at_least:
+            if rare := chunks & ~members:
+                return rare
+            chunks &= members
+        return chunks

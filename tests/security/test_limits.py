@@ -1,0 +1,130 @@
+"""Limits on what clients may take, and the line about what stands open."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from mxserver.security import setup
+from mxserver.security.interceptors import StreamLimit
+from mxserver.settings import load_settings
+from mxserver.wire import p2p_pb2
+from mxserver.wire.channels import MAX_MESSAGE_BYTES, channel_options
+from mxserver.wire.client import ServerClient
+from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.errors import ServerRefused
+from tests.security.conftest import IDENTITY, StartServer
+from tests.server.test_cli import half_of_a_call
+
+PLAIN = ClientCredentials()
+
+
+def test_message_limit_is_what_the_setting_says(start_server: StartServer) -> None:
+    server = start_server(max_message_bytes="64KiB")
+    with ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client:
+        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 60_000), "w")
+        with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
+            client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 70_000), "w")
+
+
+def test_default_message_limit_is_the_protocols() -> None:
+    options = dict(setup.server_options(load_settings({})))
+    assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
+    assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
+    assert options["grpc.keepalive_time_ms"] == 30_000
+    options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))
+    assert (options["grpc.keepalive_time_ms"], options["grpc.max_concurrent_streams"]) == (5000, 7)
+
+
+class Gate(grpc.GenericRpcHandler):
+    """A stream that ends, and a call that answers, when the gate opens."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.begun = threading.Semaphore(0)
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            yield b"1"
+            self.open.wait(30)
+
+        def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+            return b""
+
+        if details.method == "/s/stream":
+            return grpc.unary_stream_rpc_method_handler(stream)
+        return grpc.unary_unary_rpc_method_handler(call)
+
+
+@pytest.fixture
+def gate() -> Iterator[tuple[Gate, str]]:
+    handler = Gate()
+    server = grpc.server(ThreadPoolExecutor(8), interceptors=[StreamLimit(2)])
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield handler, f"127.0.0.1:{port}"
+    handler.open.set()
+    server.stop(None).wait()
+
+
+def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple[Gate, str]) -> None:
+    handler, address = gate
+    with grpc.insecure_channel(address, channel_options()) as one, grpc.insecure_channel(address) as two:
+        streams = [channel.unary_stream("/s/stream")(b"", timeout=30) for channel in (one, two)]
+        for stream in streams:
+            assert next(stream) == b"1"
+        refused = two.unary_stream("/s/stream")(b"", timeout=30)
+        with pytest.raises(grpc.RpcError):
+            next(refused)
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "host ipv4:127.0.0.1 has 2 streams open, which is the limit (MX_SERVER_MAX_STREAMS)" in refused.details()
+        assert one.unary_unary("/s/call")(b"", timeout=30) == b""  # other calls go on
+        handler.open.set()
+        for stream in streams:
+            assert list(stream) == []
+        assert list(one.unary_stream("/s/stream")(b"", timeout=30)) == [b"1"]
+
+
+def test_calls_beyond_the_limit_are_refused_and_not_queued(start_server: StartServer) -> None:
+    server = start_server(max_calls=1)
+    with (
+        ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client,
+        socket.create_connection(("127.0.0.1", server.port)) as other,
+    ):
+        other.sendall(half_of_a_call())  # holds the one call, once it has arrived
+        assert "RESOURCE_EXHAUSTED" in next(refusal for _ in range(10_000) if (refusal := _refusal(client)))
+        other.close()
+        assert any(not _refusal(client) for _ in range(10_000)), "the call that was cut is still counted"
+
+
+def _refusal(client: ServerClient) -> str:
+    try:
+        client.health()
+    except ServerRefused as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"host": "127.0.0.1"}, None),
+        ({"host": "::1"}, None),
+        ({"host": "localhost"}, None),
+        ({}, "NOT PROTECTED: whoever reaches 0.0.0.0"),
+        ({"tls_cert_file": "/c", "tls_key_file": "/k"}, "NOT PROTECTED"),
+        ({"auth": "file", "auth_file": "/a"}, "tokens are taken over connections that are not encrypted"),
+        ({"auth": "file", "auth_file": "/a", "tls_cert_file": "/c", "tls_key_file": "/k"}, None),
+        ({"tls_cert_file": "/c", "tls_key_file": "/k", "tls_client_ca_file": "/ca"}, None),
+    ],
+)
+def test_server_that_others_can_reach_unprotected_says_so(flags: dict[str, str], words: str | None) -> None:
+    warning = setup.warning(load_settings(flags))
+    assert (warning is None) is (words is None)
+    assert words is None or words in str(warning)

@@ -1,0 +1,180 @@
+"""Kubernetes' tokens, judged by a stand-in that speaks the TokenReview API over TLS."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mxserver.security import token_review
+from mxserver.security.access_file import AccessFile
+from mxserver.security.roles import AccessUnknown, Caller, Role, Unauthenticated
+from mxserver.security.token_review import TokenReviews
+from mxserver.wire.client import ServerClient
+from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from tests.security.authority import Authority
+from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
+from tests.security.kubernetes_stand_in import ApiServer, service_account
+
+
+@pytest.fixture
+def api(authority: Authority, tmp_path: Path) -> Iterator[ApiServer]:
+    started = ApiServer(authority, tmp_path)
+    started.users["t-worker"] = service_account("models", "vllm", "vllm-0")
+    started.users["t-other"] = service_account("models", "vllm", "vllm-1")
+    started.users["t-account"] = service_account("models", "batch")
+    started.users["t-stranger"] = service_account("games", "chess", "chess-0")
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    return access_file(
+        tmp_path / "access.toml",
+        ("system:serviceaccount:models:batch", "read", ""),
+        ("system:serviceaccount:models:*", "publish", ""),
+        kind="subjects",
+    )
+
+
+@pytest.fixture
+def reviews(api: ApiServer, subjects: Path) -> TokenReviews:
+    return TokenReviews(AccessFile(subjects), api.url, account_folder=api.account)
+
+
+def test_tokens_are_judged_with_pod_and_role(reviews: TokenReviews) -> None:
+    assert reviews.authenticate(b"t-worker") == Caller("system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH)
+    assert reviews.authenticate(b"t-account") == Caller("system:serviceaccount:models:batch", Role.READ)
+
+
+def test_token_of_nobody_and_of_somebody_without_a_role_are_refused(reviews: TokenReviews) -> None:
+    with pytest.raises(Unauthenticated, match="does not know the token"):
+        reviews.authenticate(b"forged")
+    with pytest.raises(Unauthenticated, match="system:serviceaccount:games:chess has no role; add it to"):
+        reviews.authenticate(b"t-stranger")
+
+
+def test_verdicts_are_remembered_for_a_while(
+    reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        reviews.authenticate(b"t-worker")
+        with pytest.raises(Unauthenticated):
+            reviews.authenticate(b"forged")
+    assert len(api.reviews) == 2
+    monkeypatch.setattr(token_review, "GOOD_SECONDS", 0.0)
+    reviews.authenticate(b"t-other")
+    del api.users["t-other"]  # revoked
+    with pytest.raises(Unauthenticated):
+        reviews.authenticate(b"t-other")
+
+
+def test_memory_of_verdicts_is_bounded(reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_review, "KNOWN_TOKENS", 3)
+    for n in range(10):
+        with pytest.raises(Unauthenticated):
+            reviews.authenticate(b"forged-%d" % n)
+    assert len(reviews._verdicts) == 3
+
+
+def test_many_calls_with_one_token_are_one_question(reviews: TokenReviews, api: ApiServer) -> None:
+    api.hold = threading.Event()
+    callers: list[Caller] = []
+    threads = [threading.Thread(target=lambda: callers.append(reviews.authenticate(b"t-worker"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    api.hold.set()
+    for thread in threads:
+        thread.join()
+    assert len(callers) == 8
+    assert len(api.reviews) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, b"oops"),
+        (403, b"{}"),
+        (201, b"no json"),
+        (201, b"[]"),
+        (201, b"{}"),
+        (201, json.dumps({"status": {"authenticated": True}}).encode()),
+        (201, json.dumps({"status": {"authenticated": True, "user": {"username": ""}}}).encode()),
+        (201, json.dumps({"status": {"authenticated": True, "user": {"username": ["x"]}}}).encode()),
+    ],
+)
+def test_answer_that_is_none_allows_nothing_and_is_not_remembered(
+    reviews: TokenReviews, api: ApiServer, answer: tuple[int, bytes]
+) -> None:
+    api.answer = answer
+    with pytest.raises(AccessUnknown, match="cannot be judged at the moment"):
+        reviews.authenticate(b"t-worker")
+    api.answer = None
+    assert reviews.authenticate(b"t-worker").role is Role.PUBLISH
+
+
+@pytest.mark.parametrize("word", ["true", 1, "yes"])
+def test_only_true_is_authenticated(reviews: TokenReviews, api: ApiServer, word: object) -> None:
+    status = {"authenticated": word, "user": {"username": "system:serviceaccount:models:vllm"}}
+    api.answer = (201, json.dumps({"status": status}).encode())
+    with pytest.raises(Unauthenticated):
+        reviews.authenticate(b"t-worker")
+
+
+def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> None:
+    reviews = TokenReviews(AccessFile(subjects), api.url, audience="mxserver", account_folder=api.account)
+    with pytest.raises(Unauthenticated):
+        reviews.authenticate(b"t-worker")
+    assert api.reviews[-1]["spec"]["audiences"] == ["mxserver"]
+    user = service_account("models", "vllm")
+    for audiences in ([], None, ["other"]):  # an authenticator that knows no audiences leaves them out
+        api.answer = (
+            201,
+            json.dumps({"status": {"authenticated": True, "user": user, "audiences": audiences}}).encode(),
+        )
+        with pytest.raises(Unauthenticated, match="not for the audience mxserver"):
+            reviews.authenticate(f"t-{audiences}".encode())
+    api.answer, api.audiences = None, ["mxserver"]
+    assert reviews.authenticate(b"t-other").role is Role.PUBLISH
+
+
+def test_api_server_of_another_authority_is_not_asked(api: ApiServer, subjects: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (api.account / "ca.crt").write_bytes(Authority(tmp_path / "other").ca_file.read_bytes())
+    with pytest.raises(AccessUnknown):
+        TokenReviews(AccessFile(subjects), api.url, account_folder=api.account).authenticate(b"t-worker")
+    assert api.reviews == []
+
+
+def test_ca_that_is_none_is_refused_at_start(api: ApiServer, subjects: Path) -> None:
+    (api.account / "ca.crt").write_text("no PEM")
+    with pytest.raises(SettingError, match=r"ca\.crt, cannot be used"):
+        TokenReviews(AccessFile(subjects), api.url, account_folder=api.account)
+
+
+def test_server_with_token_review(start_server: StartServer, api: ApiServer, subjects: Path, tmp_path: Path) -> None:
+    server = start_server(auth="kubernetes", auth_file=subjects, kubernetes_api=api.url, kubernetes_account=api.account)
+
+    def client(token: str) -> ServerClient:
+        path = tmp_path / token
+        path.write_text(token)
+        return ServerClient(f"127.0.0.1:{server.port}", credentials=ClientCredentials(token_file=path))
+
+    with client("t-worker") as worker, client("t-other") as other, client("t-account") as account:
+        epoch = worker.publish(IDENTITY, WORKER, "w").epoch
+        worker.update_status(SOURCE, "w", 0, READY, epoch=epoch)
+        with pytest.raises(ServerRefused, match=r"PERMISSION_DENIED.*models:vllm/vllm-1"):
+            other.update_status(SOURCE, "w", 0, READY)
+        assert len(account.list_sources()) == 1
+        with pytest.raises(ServerRefused, match=r"has the role read; .* needs publish"):
+            account.publish(IDENTITY, WORKER, "x")
+    api.answer = (503, b"")
+    with client("t-fresh") as fresh, pytest.raises(ServerUnreachable, match="API server does not answer") as caught:
+        fresh.list_sources()
+    assert isinstance(caught.value.__cause__, grpc.RpcError)

@@ -1,0 +1,1 @@
+"""Reading checkpoints: real files, real reads, safetensors as the oracle."""

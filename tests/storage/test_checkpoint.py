@@ -1,0 +1,114 @@
+"""What a checkpoint is made of: a file, a list, an index, a directory; and what is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mxcore.errors import CheckpointError, StorageError
+from mxcore.safetensors_errors import SafetensorsError
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from tests.storage.conftest import Tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / "x-1.safetensors")
+    save_file({"c": torch.ones(4)}, tmp_path / "x-2.safetensors")
+    return tmp_path
+
+
+def write_index(folder: Path, weight_map: object, name: str = "x.safetensors.index.json") -> Path:
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+    return folder / name
+
+
+WHOLE = {"a": "x-1.safetensors", "b": "x-1.safetensors", "c": "x-2.safetensors"}
+
+
+def test_names_dtypes_and_shapes_without_data(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    assert set(checkpoint) == set(tensors)
+    assert all(checkpoint[name].shape == tuple(tensor.shape) for name, tensor in tensors.items())
+    assert checkpoint["bf16"].dtype == "BF16"
+    assert checkpoint["fp8"].dtype == "F8_E4M3"
+    assert checkpoint.total_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert "2 files, 10 tensors" in repr(checkpoint)
+
+
+def test_file_list_directory_and_index_give_the_same(folder: Path) -> None:
+    files = [folder / "x-1.safetensors", folder / "x-2.safetensors"]
+    listed = open_checkpoint(files)
+    assert dict(listed) == dict(open_checkpoint(folder))
+    assert list(open_checkpoint(files[0])) == ["a", "b"]
+    assert list(open_checkpoint(str(files[0]))) == ["a", "b"]
+    index = write_index(folder, WHOLE)
+    assert dict(open_checkpoint(index)) == dict(open_checkpoint(folder)) == dict(listed)
+
+
+def test_an_index_says_what_belongs_to_the_checkpoint(folder: Path) -> None:
+    save_file({"a": torch.zeros(9)}, folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="both have 'a'"):
+        open_checkpoint(folder)
+    write_index(folder, {"a": "x-1.safetensors", "c": "x-2.safetensors"})
+    opened = open_checkpoint(folder)
+    assert set(opened) == {"a", "c"}
+    assert opened["a"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "x-1.safetensors", "z": "x-2.safetensors"}, "1 of its tensors.*z"),
+        ({"a": "x-2.safetensors"}, "1 of its tensors.*a"),
+        ({"a": "../x-1.safetensors"}, "no name of a file beside it"),
+        ({"a": "/etc/passwd"}, "no name of a file beside it"),
+        ({"a": ".."}, "no name of a file beside it"),
+        ({"a": ""}, "no name of a file beside it"),
+        ({"a": "x\\1.safetensors"}, "no name of a file beside it"),
+        ({"a": 1}, "weight_map"),
+        (["a"], "weight_map"),
+        ({}, "no \\*.safetensors"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(folder: Path, weight_map: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_index(folder, weight_map))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"weights": {}}', "nul"])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(index)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(StorageError, match="nothing"):
+        open_checkpoint(tmp_path / "nothing.safetensors")
+    with pytest.raises(StorageError, match="lost"):
+        open_checkpoint(write_index(folder, {"a": "lost.safetensors"}))
+    with pytest.raises(StorageError, match=r"none\.safetensors\.index\.json"):
+        open_checkpoint(tmp_path / "none.safetensors.index.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty"):
+        open_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError):
+        open_checkpoint([])
+
+
+def test_two_indexes_are_no_choice_of_ours(folder: Path) -> None:
+    write_index(folder, WHOLE)
+    write_index(folder, WHOLE, "y.safetensors.index.json")
+    with pytest.raises(CheckpointError, match="2 indexes"):
+        open_checkpoint(folder)
+
+
+def test_a_broken_header_is_the_parsers_error(folder: Path) -> None:
+    (folder / "x-3.safetensors").write_bytes(b"\x00" * 16)
+    with pytest.raises(SafetensorsError):
+        open_checkpoint(folder)

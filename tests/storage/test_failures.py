@@ -1,0 +1,262 @@
+"""Files that shrink, change or cannot be read; memory that is no memory; signals; limits of the process. No crash."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+
+from mxcore import checkpoint_reader
+from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
+from mxcore.errors import FileChanged, ModeUnavailable, StorageError, TruncatedRead
+from mxcore.file_set import FileSet
+from mxcore.host_buffer import HostBuffer
+from mxcore.read_jobs import JobList
+from mxcore.storage.load import Reader, load
+from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
+from mxcore.storage.ways import chosen_mode
+from tests.storage.conftest import MODES, Maker
+
+FORCED = MODES[1:]
+WAYS = {"buffered": BUFFERED, "mapped": MAPPED, "direct": DIRECT, "uring": URING}
+
+
+def rows_for(made: Maker, there: torch.Tensor) -> tuple[Path, list[Row]]:
+    checkpoint = made({"x": torch.ones_like(there)})
+    return checkpoint.files[0], merged(parts_of(checkpoint, Want("x", there)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("left_bytes", [0, 4096, 1_000_000, 3_999_999])
+def test_a_file_cut_short_while_it_is_open(made: Maker, mode: str, left_bytes: int) -> None:
+    """For `mapped` this is SIGBUS, in our threads and in the caller's."""
+    there = torch.zeros(1000, 1000)
+    file, rows = rows_for(made, there)
+    with Reader([file], mode=mode) as reader:
+        reader.read(rows)
+        os.truncate(file, left_bytes)
+        with pytest.raises(TruncatedRead, match="was cut from") as caught:
+            reader.read(rows)
+    assert str(file) in str(caught.value)
+    assert there[0, 0] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_cut_short_before_it_is_opened(made: Maker, mode: str) -> None:
+    there = torch.zeros(1000)
+    file, rows = rows_for(made, there)
+    os.truncate(file, 2000)
+    with pytest.raises(TruncatedRead) as caught, Reader([file], mode=mode) as reader:
+        reader.read(rows)
+    assert caught.value.wanted == 4000
+    assert caught.value.got < 2000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_written_to_while_it_is_open(made: Maker, mode: str) -> None:
+    there = torch.zeros(1000)
+    file, rows = rows_for(made, there)
+    with Reader([file], mode=mode) as reader:
+        reader.read(rows)
+        with file.open("r+b") as opened:
+            opened.seek(-4, os.SEEK_END)
+            opened.write(b"\0\0\0\0")
+        os.utime(file, ns=(0, 0))
+        with pytest.raises(FileChanged, match="was written to"):
+            reader.read(rows)
+
+
+def test_sigbus_of_others_stays_theirs(made: Maker) -> None:
+    """The handler is there only while we read, and leaves the one before in place."""
+    seen: list[int] = []
+
+    def theirs(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGBUS, theirs)
+    try:
+        there = torch.zeros(1000)
+        file, rows = rows_for(made, there)
+        with Reader([file], mode="mapped") as reader:
+            reader.read(rows)
+        assert signal.getsignal(signal.SIGBUS) is theirs
+        signal.raise_signal(signal.SIGBUS)
+        assert seen == [signal.SIGBUS]
+    finally:
+        signal.signal(signal.SIGBUS, before)
+
+
+@pytest.mark.parametrize("mode", ["buffered", "direct"])
+def test_an_address_that_is_no_memory_is_an_error(made: Maker, mode: str) -> None:
+    file, rows = rows_for(made, torch.zeros(1 << 20))
+    with HostBuffer(8 << 20) as buffer:
+        address = buffer.address
+    lost = [(*part[:5], (address & ~4095) + part[1] % 4096, part[6]) for part in rows]  # unmapped by now, in place
+    with pytest.raises(StorageError, match=os.strerror(errno.EFAULT)), Reader([file], mode=mode) as reader:
+        reader.read(lost)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/"])
+def test_only_regular_files(path: str) -> None:
+    with pytest.raises(StorageError, match=r"regular|opened"):
+        FileSet([path])
+    with pytest.raises(StorageError, match="opened"):
+        FileSet(["/nowhere/at/all"])
+
+
+# A read that takes long enough for the caller's thread to look around: a sparse file into one place, again and again.
+
+
+@pytest.fixture
+def long_read(tmp_path: Path) -> Callable[..., None]:
+    def read(mode: str, progress: Callable[[int], None] | None = None) -> None:
+        file = tmp_path / "sparse"
+        with file.open("wb") as opened:
+            opened.truncate(64 << 20)
+        with FileSet([file]) as files, HostBuffer(64 << 20) as to, HostBuffer(66 << 20) as slots:
+            jobs = JobList(files, row([(0, 0, 64 << 20, 0, 1, to.address, 0)]))
+            files.map(0)
+            files.open_direct(0)
+            order = array("q", list(range(len(jobs))) * 4000)
+            lanes = 4 if WAYS[mode] >= DIRECT else 1
+            threads = 4 if mode == "direct" else 1
+            checkpoint_reader.read_jobs(
+                jobs, order, way=WAYS[mode], threads=threads, lanes=lanes, slots=slots, progress=progress
+            )
+
+    return read
+
+
+@pytest.mark.parametrize("mode", FORCED)
+def test_what_progress_raises_ends_the_read(long_read: Callable[..., None], mode: str) -> None:
+    told: list[int] = []
+
+    def stop(done_bytes: int) -> None:
+        told.append(done_bytes)
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        long_read(mode, stop)
+    assert len(told) == 1
+    assert told[0] > 0
+
+
+@pytest.mark.parametrize("mode", FORCED)
+def test_a_signals_exception_ends_the_read(long_read: Callable[..., None], mode: str) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            long_read(mode)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("mode", FORCED)
+def test_signals_that_go_on_harm_nothing(made: Maker, mode: str) -> None:
+    """EINTR: a timer at every millisecond while files are read."""
+    there = torch.zeros(4 << 20)
+    file, rows = rows_for(made, there)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        with Reader([file], mode=mode) as reader:
+            for _ in range(5):
+                there.zero_()
+                reader.read(rows)
+                assert bool((there == 1).all())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Runs it in a fork, which may limit itself; fails with what that raised."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.write(theirs, b"done")
+        except BaseException as error:  # noqa: BLE001 - the parent fails with it
+            os.write(theirs, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    os.waitpid(child, 0)
+    said = os.read(ours, 65536)
+    os.close(ours)
+    assert said == b"done"
+
+
+def test_memory_that_may_not_be_pinned_is_read_into_all_the_same(made: Maker) -> None:
+    file, rows = rows_for(made, torch.zeros(1000))
+    file.chmod(0o644)
+
+    def unprivileged() -> None:
+        there = HostBuffer(8192)
+        slots = HostBuffer(8 << 20)
+        with FileSet([file]) as files:
+            files.open_direct(0)
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+            os.setresuid(65534, 65534, 65534)
+            offset, size = rows[0][1], rows[0][2]
+            parts = row([(0, offset, size, 0, 1, there.address, 0)])
+            jobs = JobList(files, parts, piece_bytes=1 << 20)
+            outcome = checkpoint_reader.read_jobs(jobs, array("q", [0]), way=URING, lanes=4, slots=slots)
+        assert outcome["register_error"] == errno.ENOMEM, outcome
+        assert memoryview(there)[:size].cast("f").tolist() == [1.0] * 1000
+        slots.close()
+
+    in_child(unprivileged)
+
+
+def test_io_uring_that_is_refused_is_said(made: Maker) -> None:
+    there = torch.zeros(1000)
+    file, rows = rows_for(made, there)
+
+    def without_descriptors() -> None:
+        with Reader([file], mode="uring") as reader:
+            reader.read(rows)
+            free = os.open("/dev/null", os.O_RDONLY)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+            with pytest.raises(ModeUnavailable, match=r"io_uring is not allowed here.*MX_READ_MODE=auto"):
+                reader.read(rows)
+            parts = row(rows)
+        assert len(parts) == 7
+
+    in_child(without_descriptors)
+
+
+def test_a_file_system_without_o_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """procfs and sysfs have none; their files are regular, of a size that says nothing."""
+    with FileSet(["/proc/self/status"]) as files:
+        assert files.open_direct(0) == 0
+
+
+def test_a_wrong_setting_warns_and_is_auto(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert chosen_mode(None, {"MX_READ_MODE": "warp"}) == "auto"
+    assert "MX_READ_MODE='warp' is refused" in caplog.text
+    assert chosen_mode(None, {"MX_READ_MODE": " Direct "}) == "direct"
+    assert chosen_mode(None, {}) == "auto"
+
+
+def test_the_environment_forces_a_way(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MX_READ_MODE", "uring")
+    checkpoint = made({"x": torch.ones(10)})
+    assert set(load(checkpoint, {"x": torch.zeros(10)}).bytes_by_way) == {"uring"}

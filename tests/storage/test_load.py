@@ -1,0 +1,243 @@
+"""Tensors and boxes of them into memory that exists, in every way, with safetensors as the oracle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mxcore.digest import xxh3_64
+from mxcore.errors import DestinationMismatch, HostMemoryLimit
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import Reader, load, load_digested
+from mxcore.storage.memory_limit import MemoryBudget
+from mxcore.storage.read_plan import Want, merged, parts_of
+from tests.core.headers import entry, file_of
+from tests.storage.conftest import MODES, Maker, Tensors, same
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_tensors_in_every_way(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    there = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+    report = load(checkpoint, there, mode=mode)
+    assert all(same(there[name], tensor) for name, tensor in tensors.items())
+    assert report.wanted_bytes == checkpoint.total_bytes == sum(report.bytes_by_way.values())
+    assert report.read_bytes >= report.wanted_bytes
+    assert report.gigabytes_per_second > 0
+    if mode != "auto":
+        assert set(report.bytes_by_way) == {mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numpy_and_strided_destinations(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    large, cube = tensors["large"], tensors["cube"]
+    array = np.zeros((3000, 1000), np.float32)
+    turned = torch.zeros(1000, 3000).t()
+    every_second = torch.zeros(7, 5, 22)[:, :, ::2]
+    padded = torch.zeros(7, 8, 11)[:, 1:6]
+    wants = [Want("large", array), Want("large", turned), Want("cube", every_second), Want("cube", padded)]
+    load(checkpoint, wants, mode=mode)
+    assert (array == large.numpy()).all()
+    assert same(turned, large)
+    assert same(every_second, cube)
+    assert same(padded, cube)
+    assert every_second._base is not None
+    assert not every_second._base[:, :, 1::2].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_reads_only_its_part(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    rows, columns = torch.zeros(1500, 1000), torch.zeros(3000, 250)
+    by_rows = load(checkpoint, [Want("large", rows, ((1500, 3000), (0, 1000)))], mode=mode)
+    by_columns = load(checkpoint, [Want("large", columns, ((0, 3000), (250, 500)))], mode=mode)
+    assert same(rows, tensors["large"][1500:])
+    assert same(columns, tensors["large"][:, 250:500])
+    assert by_rows.wanted_bytes == 2 * by_columns.wanted_bytes == 6_000_000
+    assert by_rows.read_bytes <= by_rows.wanted_bytes + 2 * 4096 * 2
+    if mode in ("buffered", "mapped"):
+        assert by_columns.read_bytes == by_columns.wanted_bytes
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), mode=st.sampled_from(MODES))
+def test_any_box_is_safetensors_slice(checkpoint: Checkpoint, data: st.DataObject, mode: str) -> None:
+    name = data.draw(st.sampled_from(["bf16", "cube", "large", "fp8", "int64", "empty"]))
+    info = checkpoint[name]
+    box = tuple(tuple(sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in info.shape)
+    with safe_open(checkpoint.files[info.file], "pt") as opened:
+        oracle = opened.get_tensor(name)[tuple(slice(*pair) for pair in box)]
+    order = data.draw(st.permutations(range(len(info.shape))))
+    there = torch.zeros([oracle.shape[d] for d in order], dtype=oracle.dtype).permute(
+        [order.index(d) for d in range(len(order))]
+    )
+    load(checkpoint, [Want(name, there, box)], mode=mode)
+    assert same(there, oracle)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64]),
+    mode=st.sampled_from(MODES),
+    shift=st.integers(0, 9),
+)
+def test_any_file_is_what_safetensors_reads(
+    tmp_path: Path, shapes: list[list[int]], dtype: torch.dtype, mode: str, shift: int
+) -> None:
+    file = tmp_path / "any.safetensors"
+    written = {f"t{i}": torch.randint(0, 99, shape).to(dtype) for i, shape in enumerate(shapes)}
+    save_file(written, file, metadata={"pad": "x" * shift})
+    there = {name: torch.zeros_like(tensor) for name, tensor in written.items()}
+    load(open_checkpoint(file), there, mode=mode)
+    with safe_open(file, "pt") as opened:
+        assert all(same(there[name], opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sub_byte_types_are_bytes(tmp_path: Path, mode: str) -> None:
+    data = bytes(range(32))
+    file = tmp_path / "f4.safetensors"
+    header = {"q": entry("F4", [4, 8], 0, 16), "r": entry("F6_E2M3", [4, 4], 16, 28), "u": entry("U8", [4], 28, 32)}
+    file.write_bytes(file_of(header, data))
+    q, part, r = (torch.zeros(size, dtype=torch.uint8) for size in (16, 8, 12))
+    load(open_checkpoint(file), [Want("q", q), Want("q", part, ((2, 4), (0, 8))), Want("r", r)], mode=mode)
+    assert bytes(q) == data[:16]
+    assert bytes(part) == data[8:16]
+    assert bytes(r) == data[16:28]
+    for wrong in (((0, 4), (1, 8)), ((0, 4), (0, 4))):
+        with pytest.raises(DestinationMismatch, match=r"begin and end at bytes|in a stretch"):
+            load(open_checkpoint(file), [Want("q", torch.zeros(14, dtype=torch.uint8), wrong)], mode=mode)
+
+
+def test_one_byte_types_may_go_to_bytes(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    raw = torch.zeros(64, 65, dtype=torch.uint8)
+    load(checkpoint, {"fp8": raw})
+    assert same(raw, tensors["fp8"].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (torch.zeros(7, 5, 12), "destination"),
+        (torch.zeros(7, 5, 11, dtype=torch.float64), "F64"),
+        (torch.zeros(1).expand(7, 5, 11), "overlaps itself"),
+        (torch.zeros(7, 5, 11, device="meta"), "meta"),
+        (np.broadcast_to(np.zeros((), np.float32), (7, 5, 11)), "read-only"),
+        (np.zeros((7, 5, 11), ">f4"), "destination"),
+        (bytearray(7 * 5 * 11 * 4), "torch or numpy"),
+    ],
+)
+def test_what_does_not_fit_is_refused(checkpoint: Checkpoint, to: Any, message: str) -> None:
+    with pytest.raises(DestinationMismatch, match=message):
+        load(checkpoint, {"cube": to})
+
+
+def test_wrong_names_and_boxes_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(KeyError):
+        load(checkpoint, {"nobody": torch.zeros(1)})
+    for box in (((0, 8), (0, 5), (0, 11)), ((0, 7), (0, 5)), ((3, 2), (0, 5), (0, 11)), ((-1, 7), (0, 5), (0, 11))):
+        with pytest.raises(IndexError):
+            load(checkpoint, [Want("cube", torch.zeros(7, 5, 11), box)])
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        load(checkpoint, {}, mode="fast")
+
+
+def test_nothing_wanted_is_nothing_read(checkpoint: Checkpoint) -> None:
+    assert load(checkpoint, {}).read_bytes == 0
+    assert load(checkpoint, {"empty": torch.zeros(0, 4)}).read_bytes == 0
+
+
+def test_ranges_are_sorted_and_merged(made: Maker) -> None:
+    whole = torch.zeros(300)
+    checkpoint = made({f"t{i}": torch.full((100,), float(i)) for i in range(3)})
+    wants = [Want(f"t{i}", whole[100 * i : 100 * i + 100]) for i in (2, 0, 1)]
+    rows = [row for want in wants for row in parts_of(checkpoint, want)]
+    assert len(merged(rows)) == 1
+    assert merged(rows)[0][2] == 1200
+    load(checkpoint, wants, keep_order=True)
+    assert whole.tolist() == [0.0] * 100 + [1.0] * 100 + [2.0] * 100
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_digests_are_those_of_the_groups(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    large, cube, scalar = torch.zeros(3000, 1000), torch.zeros(7, 5, 11), torch.zeros(())
+    head = torch.zeros(100, 1000)
+    groups = [
+        [Want("large", large)],
+        [Want("scalar", scalar), Want("cube", cube)],
+        [],
+        [Want("large", head, ((0, 100), (0, 1000)))],
+    ]
+    report = load_digested(checkpoint, groups, mode=mode)
+    assert same(large, tensors["large"])
+    assert same(cube, tensors["cube"])
+    assert report.digests == [
+        xxh3_64(tensors["large"].numpy()),
+        xxh3_64(tensors["scalar"].numpy().tobytes() + tensors["cube"].numpy().tobytes()),
+        xxh3_64(b""),
+        xxh3_64(tensors["large"][:100].contiguous().numpy()),
+    ]
+
+
+def test_progress_ends_at_the_total(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    told: list[tuple[int, int]] = []
+    load(checkpoint, {"large": torch.zeros(3000, 1000)}, progress=lambda *now: told.append(now))
+    assert told[-1] == (12_000_000, 12_000_000)
+
+
+@pytest.mark.parametrize("mode", ["direct", "uring"])
+def test_the_ring_stays_below_the_ceiling(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    there = torch.zeros(3000, 1000)
+    small = MemoryBudget(4 << 20, "a test")
+    report = load(checkpoint, {"large": there}, mode=mode, memory=small)
+    assert same(there, tensors["large"])
+    assert 0 < report.ring_bytes <= 4 << 20
+    assert small.held_bytes == 0
+    with pytest.raises(HostMemoryLimit, match="MX_HOST_MEMORY_LIMIT"):
+        load(checkpoint, {"large": there}, mode=mode, memory=MemoryBudget(1000, "a test"))
+
+
+def resident(file: Path) -> int:
+    """Pages of a file in the page cache, by a read that does not wait."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        found = 0
+        for offset in range(0, file.stat().st_size, 65536):
+            try:
+                found += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+        return found
+    finally:
+        os.close(descriptor)
+
+
+def test_the_cache_is_left_clean_on_request(made: Maker) -> None:
+    checkpoint = made({"x": torch.randn(1000, 1000)})
+    descriptor = os.open(checkpoint.files[0], os.O_RDWR)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    there = torch.zeros(1000, 1000)
+    load(checkpoint, {"x": there}, mode="mapped")
+    assert resident(checkpoint.files[0]) > 0
+    load(checkpoint, {"x": there}, mode="mapped", leave_cache_clean=True)
+    assert resident(checkpoint.files[0]) == 0
+    assert load(checkpoint, {"x": there}).bytes_by_way.keys() == {"direct"}
+
+
+def test_one_reader_reads_again_and_again(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    with Reader(checkpoint.files, mode="direct") as reader:
+        for name in ("large", "cube", "bf16", "large"):
+            there = torch.zeros_like(tensors[name])
+            reader.read(merged(parts_of(checkpoint, Want(name, there))))
+            assert same(there, tensors[name])
+    with pytest.raises(ValueError, match="not open"):
+        reader.read(merged(parts_of(checkpoint, Want("large", torch.zeros(3000, 1000)))))
