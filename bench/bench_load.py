@@ -93,7 +93,7 @@ def command(
 def _measure(
     place: Path, size_bytes: int, rounds: int, names: list[str]
 ) -> tuple[dict[str, dict[str, list[object]]], dict[str, int]]:
-    from bench.load import measure
+    from bench.load import made, measure
     from bench.load.candidates import CANDIDATES
 
     (place / "small").mkdir()

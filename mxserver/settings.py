@@ -327,10 +327,10 @@ def load_with_origins(
 def shown(name: str, value: object) -> str:
     """A value for messages, without the password that it may carry."""
     text = str(value)
-    return _PASSWORD.sub(r"\1***\2", text) if name in SECRET else text
+    return _PASSWORD.sub(r"\1\2***", text) if name in SECRET else text
 
 
-_PASSWORD = re.compile(r"(://[^/]*?:)[^/]*(@)")
+_PASSWORD = re.compile(r"(://[^/]*?:)[^/]*(?=@)|([?&]password=)[^&]*")
 
 
 def _refusal(alias: str, given: Mapping[str, Any], origins: Origins) -> str:

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mxcore.settings import WorkerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.settings import FLAGS, ServerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.wire.environment import BY_NAME, VARIABLES  # noqa: E402
 
@@ -27,8 +28,9 @@ INTRODUCTION = """\
 
 Made by `python tools/make_settings_doc.py` from the code; a test holds it true.
 
-A flag wins over the environment, the environment over the default. An empty value counts as unset, and so does a
-value that Kubernetes injects for a service of the same name (`MODEL_EXPRESS_SERVER_PORT=tcp://10.0.0.7:8001`).
+A flag wins over the environment, the environment over the file, the file over the default. An empty value counts as
+unset, and so does a value that Kubernetes injects for a service of the same name
+(`MODEL_EXPRESS_SERVER_PORT=tcp://10.0.0.7:8001`).
 Names that begin with `MX_` or `MODEL_EXPRESS_` and are none of these are warned about, with the nearest right one.
 """
 
@@ -37,8 +39,33 @@ SERVER = """\
 
 A value that breaks its rule keeps the server from starting: one line that names it, exit code 2. A store or a port
 that cannot be used: one line, exit code 1. `--store memory` forgets everything at the end; `sqlite` keeps one file,
-which belongs to one server at a time. On SIGTERM or SIGINT the server refuses new calls, finishes those that run, and
-ends with 0; a second signal cuts them.
+which belongs to one server at a time; `redis` is for several servers over one Redis, which needs `appendonly yes` and
+`appendfsync always` to keep what it acknowledged (not a Redis Cluster; the extra `redis` installs the client). On
+SIGTERM or SIGINT the server refuses new calls, finishes those that run, and ends with 0; a second signal cuts them.
+"""
+
+FILE = """\
+### The file
+
+`--config FILE` or `MX_CONFIG_FILE` names a TOML file with the names of the first column, such as `port = 9001`. A key
+that is none is an error with the nearest right one. `mxserver --print-config` writes the settings in force in that
+form, each with where it comes from, passwords left out; `mxserver --check-config` also looks into certificates and the
+access file, and ends with 0 or, with one line that says what is wrong, 2.
+
+Certificates, keys, and the access file are read again when they change; a new file that cannot be used is logged, and
+the old one stays in use. The access file's form is in `docs/threat-model.md`.
+"""
+
+WORKER = """\
+## Workers and other clients
+
+A worker starts whatever its settings say: a bad value is warned about with its rule, and the default taken. The engine
+gives settings by name as well (`--model-loader-extra-config '{"layout": "raw"}'`); those win over the environment.
+The certificates and the token are read from the environment by everything that calls a server, `mx` included.
+
+`https://` in the server's address means TLS, and nothing else is tried. Workers that have a certificate
+(`MX_TLS_CERT_FILE`) serve TLS and call each other by TLS, so give it to the whole fleet; with `MX_TLS_CLIENT_CA_FILE`
+they take only callers that have one as well.
 """
 
 WITHOUT_EFFECT = """\
@@ -51,18 +78,32 @@ Existing images set them, this version does not read them, and says so in its lo
 def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
         return (inspect.getdoc(field.default_factory) or "").splitlines()[0].rstrip(".")
-    if field.default is None or field.default == ():
+    if field.default in (None, (), ""):
         return "unset"
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
 def _server() -> Iterator[str]:
-    yield "| environment | flag | default | meaning | rule |"
-    yield "|---|---|---|---|---|"
+    yield "| name in the file | environment | flag | default | meaning | rule |"
+    yield "|---|---|---|---|---|---|"
     for name, flag in FLAGS.items():
         field = ServerSettings.model_fields[name]
         meaning = BY_NAME[str(field.alias)].meaning
-        yield f"| `{field.alias}` | `{flag}` | {_default(field)} | {meaning} | {field.description} |"
+        yield f"| `{name}` | `{field.alias}` | `{flag}` | {_default(field)} | {meaning} | {field.description} |"
+
+
+def _worker() -> Iterator[str]:
+    yield "| environment | name for the engine | default | meaning |"
+    yield "|---|---|---|---|"
+    fields = {str(field.alias): (name, field) for name, field in WorkerSettings.model_fields.items()}
+    for variable in VARIABLES:
+        if variable.reader not in ("worker", "both") or not variable.has_effect:
+            continue
+        name, default = "", "unset"
+        if variable.name in fields:
+            name, field = f"`{fields[variable.name][0]}`", fields[variable.name][1]
+            default = _default(field)
+        yield f"| `{variable.name}` | {name} | {default} | {variable.meaning} |"
 
 
 def _without_effect() -> Iterator[str]:
@@ -75,8 +116,9 @@ def _without_effect() -> Iterator[str]:
 
 def render() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, SERVER, "\n".join(_server()) + "\n", WITHOUT_EFFECT, "\n".join(_without_effect()) + "\n"]
-    return "\n".join(parts)
+    tables = ("\n".join(rows) + "\n" for rows in (_server(), _worker(), _without_effect()))
+    server, worker, without_effect = tables
+    return "\n".join([INTRODUCTION, SERVER, server, FILE, WORKER, worker, WITHOUT_EFFECT, without_effect])
 
 
 if __name__ == "__main__":

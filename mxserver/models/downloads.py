@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +21,8 @@ from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped
 _LOG = logging.getLogger(__name__)
 
 Phase = Literal["resolving", "waiting", "downloading", "done", "failed"]
+
+_CLOSE_SECONDS = 5.0  # how long downloads may take to notice that the server stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,19 @@ class Downloads:
             return len(self._jobs)
 
     def close(self) -> None:
-        """Ends all downloads; what is complete of them is kept. Idempotent."""
+        """Ends all downloads; what is complete of them is kept. Idempotent.
+
+        One that hangs, in a file system that does not answer, is left behind: its thread is a daemon, and what it
+        would publish is refused once its lease has been let go.
+        """
         self._cache.stopping.set()
         with self._lock:
-            threads = [thread for _, thread in self._jobs.values()]
-        for thread in threads:
-            thread.join()
+            running = list(self._jobs.values())
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for job, thread in running:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                _LOG.warning("a download does not end, it is left behind model=%s", job.model)
 
     def _run(self, wanted: tuple[ModelName, str, bool], job: DownloadJob) -> None:
         try:
@@ -166,7 +177,7 @@ class Downloads:
         attempt = 1
         while True:
             try:
-                return source.resolve(job.model, job.revision)
+                return self._ask(source, job)
             except DownloadInterrupted as error:
                 if attempt >= self._retry.attempts:
                     raise DownloadFailed(f"{error}; given up after {attempt} attempts") from error
@@ -175,6 +186,28 @@ class Downloads:
                 if self._cache.stopping.wait(wait):
                     raise Stopped(f"{job.model}: the server stops") from error
             attempt += 1
+
+    def _ask(self, source: ModelSource, job: DownloadJob) -> RemoteModel:
+        """Asks in a thread that can be left behind: a provider that does not answer must not hold up the stop."""
+        answer: queue.SimpleQueue[RemoteModel | BaseException] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answer.put(source.resolve(job.model, job.revision))
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                answer.put(error)
+
+        threading.Thread(target=ask, name="resolve", daemon=True).start()
+        while True:
+            try:
+                found = answer.get(timeout=0.1)
+            except queue.Empty:
+                if self._cache.stopping.is_set():
+                    raise Stopped(f"{job.model}: the server stops") from None
+            else:
+                if isinstance(found, BaseException):
+                    raise found
+                return found
 
     def _cached_instead(self, job: DownloadJob, error: DownloadFailed) -> ModelRecord:
         """While the provider cannot be asked, a name stands for what it stood for the last time."""

@@ -22,6 +22,8 @@ from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
+_RESOLVE_SECONDS = 60.0  # the library itself would wait for ever for an answer to this one question
+
 _IMPORT_LOCK = threading.Lock()
 
 
@@ -62,7 +64,7 @@ class HubSource:
             return self._offline(model, revision)
         api = hub.HfApi(endpoint=_endpoint(), library_name="mx-modelexpress", library_version=__version__)
         try:
-            info = api.model_info(model.name, revision=revision, files_metadata=True)
+            info = api.model_info(model.name, revision=revision, files_metadata=True, timeout=_RESOLVE_SECONDS)
         except Exception as error:
             raise _as_model_error(f"{model.name}@{revision}", error) from error
         if not is_commit(info.sha or ""):

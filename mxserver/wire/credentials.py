@@ -29,6 +29,9 @@ CA_FILE, CERT_FILE, KEY_FILE = "MX_TLS_CA_FILE", "MX_TLS_CERT_FILE", "MX_TLS_KEY
 CLIENT_CA_FILE, PEER_NAME = "MX_TLS_CLIENT_CA_FILE", "MX_TLS_PEER_NAME"
 TOKEN_FILE, TOKEN_IN_CLEAR = "MX_AUTH_TOKEN_PATH", "MX_AUTH_TOKEN_IN_CLEAR"
 
+WORKER_NAMES = (CA_FILE, CERT_FILE, KEY_FILE, CLIENT_CA_FILE, PEER_NAME, TOKEN_FILE, TOKEN_IN_CLEAR)
+"""All that a worker, or any client, reads here from its environment."""
+
 LONGEST_TOKEN_BYTES = 16 * 1024
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

@@ -3,9 +3,11 @@ environment once."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -85,10 +87,28 @@ def client(start_server: StartServer) -> Iterator[ModelClient]:
         yield opened
 
 
-def files_below(folder: Path) -> dict[str, bytes]:
+class FileDigest(NamedTuple):
+    """What tests compare instead of a file's bytes: a comparison of those that fails would print all of them."""
+
+    size_bytes: int
+    sha256: str
+
+
+def digest_of(data: bytes | bytearray) -> FileDigest:
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def digests_of(files: Mapping[str, bytes]) -> dict[str, FileDigest]:
+    return {path: digest_of(data) for path, data in files.items()}
+
+
+def files_below(folder: Path) -> dict[str, FileDigest]:
     """Every file below a folder, links followed, without what is not whole yet."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): digest_of(path.read_bytes())
         for path in folder.rglob("*")
         if path.is_file() and ".mx-partial" not in path.parts
     }
+
+
+FILE_DIGESTS = digests_of(FILES)

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from mxcore.cli.models import models, server_address
 from mxserver.wire.errors import SettingError
-from tests.models.conftest import FILES, REPOSITORY, WEIGHTS, StartServer, files_below
+from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn
 
 
@@ -37,7 +37,7 @@ def test_life_of_a_model(server: str, tmp_path: Path, hub: HubStandIn) -> None:
     total = sum(map(len, FILES.values()))
     got = data(mx(server, "get", REPOSITORY, "--pin", "--json", "--to", str(tmp_path / "to")))
     assert (got["revision"], got["files"], got["bytes"]) == (commit, len(FILES), total)
-    assert files_below(tmp_path / "to") == FILES
+    assert files_below(tmp_path / "to") == FILE_DIGESTS
     listed = data(mx(server, "list", "--json"))
     (model,) = listed["models"]
     assert (model["name"], model["bytes"], model["pinned"], model["weights"]) == (REPOSITORY, total, True, True)

@@ -16,6 +16,7 @@ from mxserver.models.names import ModelKey, model_name
 from mxserver.settings import parse_bytes
 from mxserver.wire import model_pb2
 from mxserver.wire.file_chunk import BadMessage, split_chunk
+from tests.models.conftest import digest_of
 
 CHUNKS = st.builds(
     model_pb2.FileChunk,
@@ -71,7 +72,7 @@ def test_lengths_around_the_steps_of_a_varint(tmp_path: Path, size: int) -> None
     (tmp_path / "f").write_bytes(os.urandom(size))
     with (tmp_path / "f").open("rb") as file:
         message = chunk_message(b"", file.fileno(), 0, size)
-    assert bytes(split_chunk(message)[1]) == (tmp_path / "f").read_bytes()
+    assert digest_of(bytes(split_chunk(message)[1])) == digest_of((tmp_path / "f").read_bytes())
 
 
 def test_digests_are_those_of_the_field(tmp_path: Path) -> None:

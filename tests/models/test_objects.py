@@ -17,7 +17,7 @@ import pytest
 
 from mxserver.wire.errors import ModelDownloadError, ModelNotFound
 from mxserver.wire.model_client import ModelClient
-from tests.models.conftest import FILES, StartServer, files_below, pattern
+from tests.models.conftest import FILE_DIGESTS, FILES, StartServer, digest_of, digests_of, files_below, pattern
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-id", "AWS_SECRET_ACCESS_KEY": "the-secret", "AWS_REGION": "us-east-1"}
 RCLONE = Path(sys.executable).with_name("rclone")
@@ -71,7 +71,7 @@ def test_prefix_of_s3(start_server: StartServer, s3: str, tmp_path: Path) -> Non
             path: len(data) for path, data in FILES.items()
         }
         client.fetch("s3://models/team/tiny", tmp_path / "to")
-        assert files_below(tmp_path / "to") == FILES
+        assert files_below(tmp_path / "to") == FILE_DIGESTS
         with pytest.raises(ModelNotFound):
             client.list_files("s3://models/team/tiny-2")
         assert not [verdict for verdict in client.validate("s3://models/team/tiny") if verdict.problem]
@@ -95,7 +95,7 @@ def test_large_object_comes_in_parts(start_server: StartServer, s3: str, bucket:
     with ModelClient(start_server(AWS_ENDPOINT_URL=s3, **KEYS).address) as client:
         client.ensure("s3://models/big")
         client.fetch("s3://models/big", tmp_path / "to")
-    assert (tmp_path / "to" / "model.safetensors").read_bytes() == large
+    assert digest_of((tmp_path / "to" / "model.safetensors").read_bytes()) == digest_of(large)
 
 
 class RangedStore(BaseHTTPRequestHandler):
@@ -149,7 +149,7 @@ def test_store_with_ranges_is_asked_in_parts(start_server: StartServer, tmp_path
             client.fetch(name, tmp_path / "to")
         store.shutdown()
         thread.join()
-    assert (tmp_path / "to" / "model.safetensors").read_bytes() == RangedStore.data
+    assert digest_of((tmp_path / "to" / "model.safetensors").read_bytes()) == digest_of(RangedStore.data)
     assert len(RangedStore.ranges) == 3
 
 
@@ -178,7 +178,7 @@ def test_folder_of_the_server(start_server: StartServer, folder: Path, tmp_path:
     with ModelClient(start_server(MX_FILE_SOURCES=f"/nonexistent:{folder}").address) as client:
         client.ensure(name)
         client.fetch(name, tmp_path / "to")
-        assert files_below(tmp_path / "to") == FILES
+        assert files_below(tmp_path / "to") == FILE_DIGESTS
         with pytest.raises(ModelNotFound):
             client.ensure(f"file://{folder}/none")
 
@@ -196,4 +196,4 @@ def test_folders_that_are_not_allowed(start_server: StartServer, folder: Path, t
         pytest.raises(ModelDownloadError, match="MX_FILE_SOURCES"),
     ):
         client.ensure(f"file://{folder}/tiny")
-    assert files_below(tmp_path / "secrets") == {"key.json": b"{}"}
+    assert files_below(tmp_path / "secrets") == digests_of({"key.json": b"{}"})

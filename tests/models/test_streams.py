@@ -15,7 +15,16 @@ from mxserver.wire import model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.errors import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
 from mxserver.wire.model_client import ModelClient
-from tests.models.conftest import FILES, REPOSITORY, WEIGHTS, StartServer, files_below
+from tests.models.conftest import (
+    FILE_DIGESTS,
+    FILES,
+    REPOSITORY,
+    WEIGHTS,
+    StartServer,
+    digest_of,
+    digests_of,
+    files_below,
+)
 from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
 from tests.server.conftest import ServerProcess
@@ -62,7 +71,7 @@ def test_stream_has_the_protocols_shape(stub: model_pb2_grpc.ModelServiceStub, r
         assert chunk.total_size == len(FILES[chunk.relative_path])
         got[chunk.relative_path] += chunk.data
         assert chunk.is_last_chunk == (len(got[chunk.relative_path]) == chunk.total_size)
-    assert got == FILES
+    assert digests_of(got) == FILE_DIGESTS
     assert [chunk.is_last_file for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[0].commit_hash == ready.list_files(REPOSITORY).revision
     assert not any(chunk.HasField("commit_hash") for chunk in chunks[1:])
@@ -119,7 +128,7 @@ def test_requests_that_are_refused(
 def test_fetch_brings_everything_checked(ready: ModelClient, tmp_path: Path) -> None:
     seen: list[int] = []
     report = ready.fetch(REPOSITORY, tmp_path / "to", on_bytes=seen.append)
-    assert files_below(tmp_path / "to") == FILES
+    assert files_below(tmp_path / "to") == FILE_DIGESTS
     assert report.files == report.files_verified == len(FILES)
     assert report.bytes_received == sum(seen) == sum(map(len, FILES.values()))
     again = ready.fetch(REPOSITORY, tmp_path / "to")
@@ -133,7 +142,7 @@ def test_fetch_replaces_what_is_damaged(ready: ModelClient, tmp_path: Path) -> N
     (tmp_path / LARGE).write_bytes(damaged)
     report = ready.fetch(REPOSITORY, tmp_path)
     assert report.files == 1
-    assert (tmp_path / LARGE).read_bytes() == FILES[LARGE]
+    assert digest_of((tmp_path / LARGE).read_bytes()) == FILE_DIGESTS[LARGE]
 
 
 def test_fetch_into_a_hub_cache(ready: ModelClient, tmp_path: Path) -> None:
@@ -141,7 +150,7 @@ def test_fetch_into_a_hub_cache(ready: ModelClient, tmp_path: Path) -> None:
     assert set(files_below(light)) == set(FILES) - WEIGHTS
     whole = ready.fetch_to_hub_cache(REPOSITORY, tmp_path)
     assert whole == light
-    assert files_below(whole) == FILES
+    assert files_below(whole) == FILE_DIGESTS
     assert (tmp_path / "models--org--tiny-1.0" / "refs" / "main").read_text() == whole.name
 
 
@@ -152,7 +161,7 @@ def test_cut_stream_goes_on_where_it_was(ready: ModelClient, tmp_path: Path) -> 
     assert report.breaks >= 1
     assert report.resent_bytes == 0
     assert report.bytes_received == sum(map(len, FILES.values()))
-    assert files_below(tmp_path / "to") == FILES
+    assert files_below(tmp_path / "to") == FILE_DIGESTS
 
 
 class GivenUpError(Exception):
@@ -187,7 +196,7 @@ def test_fetch_that_was_given_up_on_is_resumed_by_the_next(ready: ModelClient, t
     assert report.bytes_resumed > MIB - 65536
     kept = len(FILES["config.json"])
     assert report.bytes_received + report.bytes_resumed + kept == sum(map(len, FILES.values()))
-    assert files_below(tmp_path / "to") == FILES
+    assert files_below(tmp_path / "to") == FILE_DIGESTS
 
 
 def test_partial_file_with_wrong_bytes_is_noticed(ready: ModelClient, tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_partial_file_with_wrong_bytes_is_noticed(ready: ModelClient, tmp_path: 
     partial.write_bytes(data)
     report = ready.fetch(REPOSITORY, tmp_path / "to")
     assert report.bytes_received > len(FILES[LARGE])
-    assert files_below(tmp_path / "to") == FILES
+    assert files_below(tmp_path / "to") == FILE_DIGESTS
 
 
 def test_file_that_was_cut_on_the_server_is_not_sent(client: ModelClient, cache_folder: Path, tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def foreign() -> Iterator[tuple[ForeignServer, ModelClient]]:
 def test_server_without_our_additions(foreign: tuple[ForeignServer, ModelClient], tmp_path: Path) -> None:
     service, client = foreign
     report = client.fetch("org/x", tmp_path, revision="v1")
-    assert files_below(tmp_path) == service.files
+    assert files_below(tmp_path) == digests_of(service.files)
     assert (report.files, report.files_verified) == (3, 0)
     assert {asked.revision for asked in service.asked} == {"v1"}
 
@@ -320,4 +329,4 @@ def test_many_streams_at_once(start_server: StartServer, tmp_path: Path) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(files_below(tmp_path / str(number)) == FILES for number in range(6))
+    assert all(files_below(tmp_path / str(number)) == FILE_DIGESTS for number in range(6))

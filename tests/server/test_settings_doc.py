@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from mxcore.settings import WorkerSettings
 from mxserver.settings import ServerSettings
+from mxserver.wire.environment import VARIABLES
 from tests.server.conftest import ROOT
 
 PRINT = (
@@ -20,5 +22,7 @@ def test_page_is_what_the_generator_makes() -> None:
 
 def test_page_has_every_setting_and_no_path_of_this_machine() -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
-    assert all(f"| `{field.alias}` |" in page for field in ServerSettings.model_fields.values())
+    for settings in (ServerSettings, WorkerSettings):
+        assert all(f"| `{field.alias}` |" in page for field in settings.model_fields.values())
+    assert all(f"| `{variable.name}` |" in page for variable in VARIABLES if variable.reader in ("worker", "both"))
     assert str(ROOT) not in page

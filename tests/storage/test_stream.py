@@ -108,13 +108,13 @@ def test_an_arena_is_used_again(checkpoint: Checkpoint, tensors: Tensors, mode: 
     folder = checkpoint.files[0].parent
     with Arena() as arena:
         first = arena.load(folder, mode=mode)
-        address, size = first["large"].data_ptr(), arena.size_bytes
+        address, size = first["cube"].data_ptr(), arena.size_bytes
         with pytest.raises(HostBufferBusy, match="alive"):
             arena.load(folder, mode=mode)
         del first
         again = arena.load(checkpoint.files, mode=mode)
         assert all(same(again[name], tensor) for name, tensor in tensors.items())
-        assert (again["large"].data_ptr(), arena.size_bytes) == (address, size)
+        assert (again["cube"].data_ptr(), arena.size_bytes) == (address, size)
         del again
 
 

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from mxcore.settings import WorkerSettings, load_settings
+from mxserver.wire.credentials import WORKER_NAMES
 from mxserver.wire.environment import BY_NAME
 
 
@@ -25,8 +26,8 @@ def test_defaults() -> None:
 def test_every_setting_is_in_the_table_of_names() -> None:
     aliases = {field.alias for field in WorkerSettings.model_fields.values()}
     assert aliases <= BY_NAME.keys()
-    with_effect = {v.name for v in BY_NAME.values() if v.reader == "worker" and v.has_effect}
-    assert with_effect == aliases | {"MODEL_EXPRESS_URL"}
+    with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both") and v.has_effect}
+    assert with_effect == aliases | {"MODEL_EXPRESS_URL", *WORKER_NAMES}
 
 
 def test_everything_comes_from_the_environment() -> None:

@@ -1,0 +1,117 @@
+"""The processes of `mx bench control`: servers, Redis, simulated workers; and the cores that they may use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTENING = re.compile(r"listening on (\S+:\d+)")
+START_SECONDS = 60.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far (proc(5), fields 14 and 15 of stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def pinned(cores: set[int]) -> Any:
+    """For subprocess' preexec_fn: the process and its threads run on these cores alone."""
+    return lambda: os.sched_setaffinity(0, cores)
+
+
+class Server:
+    """An mxserver on a free port; `core` is the only one that it runs on."""
+
+    def __init__(self, folder: Path, number: int, arguments: list[str], core: int) -> None:
+        self._log = folder / f"server-{number}.log"
+        command = [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", "--port", "0"]
+        names = {k: v for k, v in os.environ.items() if not k.startswith(("MX_", "MODEL_EXPRESS_", "REDIS_"))}
+        with self._log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                stderr=stderr,
+                cwd=ROOT,
+                env=names,
+                preexec_fn=pinned({core}),
+            )
+        self.address = self._wait()
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := LISTENING.search(self._log.read_text()):
+                return found[1]
+            time.sleep(0.02)
+        raise RuntimeError(f"mxserver did not start: {self._log.read_text()}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        if self.process.wait(60) != 0:
+            raise RuntimeError(f"mxserver ended with {self.process.returncode}: {self._log.read_text()[-2000:]}")
+
+
+class Redis:
+    """A redis-server that keeps what it acknowledges, on a socket."""
+
+    def __init__(self, folder: Path, core: int) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise RuntimeError("redis-server is missing: install Debian's package redis-server")
+        self.url = f"unix://{folder}/redis.sock"
+        command = [program, "--port", "0", "--unixsocket", f"{folder}/redis.sock", "--dir", str(folder), "--save", ""]
+        self.process = subprocess.Popen(
+            [*command, "--appendonly", "yes", "--appendfsync", "always"],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=pinned({core}),
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not (folder / "redis.sock").exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError("redis-server did not start")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+class Clients:
+    """A process of simulated workers."""
+
+    def __init__(self, cores: set[int]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.control.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            preexec_fn=pinned(cores),
+        )
+
+    def send(self, **what: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"simulated workers ended with {self.process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def stop(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+        self.process.wait(60)
