@@ -88,10 +88,12 @@ def _measure(
     clients = [Clients(client_cores) for _ in range(processes)]
     for client in clients:
         stack.callback(client.stop)
-    pids = [server.process.pid for server in servers] + redis_pids
+    server_pids = [server.process.pid for server in servers]
 
-    def used() -> float:
-        return sum(cpu_seconds(pid) for pid in pids)
+    def used() -> tuple[float, float]:
+        """CPU seconds so far, of all and of Redis among them."""
+        of_redis = sum(cpu_seconds(pid) for pid in redis_pids)
+        return sum(cpu_seconds(pid) for pid in server_pids) + of_redis, of_redis
 
     def all_answers() -> tuple[list[float], dict[str, int]]:
         seconds: list[float] = []
@@ -105,16 +107,16 @@ def _measure(
 
     addresses = [server.address for server in servers]
     cuts = [workers * number // processes for number in range(processes + 1)]
-    started, used_before = time.monotonic(), used()
+    started, (used_before, _) = time.monotonic(), used()
     for client, first, end in zip(clients, cuts, cuts[1:], strict=False):
         client.send(do="storm", task={"addresses": addresses, "first": first, "count": end - first, **shape})
     storm_calls, storm_errors = all_answers()
-    storm_seconds, storm_used = time.monotonic() - started, used() - used_before
-    started, used_before = time.monotonic(), used()
+    storm_seconds, storm_used = time.monotonic() - started, used()[0] - used_before
+    started, (used_before, redis_before) = time.monotonic(), used()
     for client in clients:
         client.send(do="idle", seconds=idle_seconds, interval_seconds=HEARTBEAT_SECONDS)
     idle_calls, idle_errors = all_answers()
-    idle_wall, idle_used = time.monotonic() - started, used() - used_before
+    idle_wall, (used_after, redis_after) = time.monotonic() - started, used()
     figures = {
         "storm_workers": workers,
         "storm_errors": sum(storm_errors.values()) + workers * CALLS_PER_WORKER - len(storm_calls),
@@ -128,7 +130,8 @@ def _measure(
         "idle_errors": sum(idle_errors.values()),
         "idle_calls_per_second": len(idle_calls) / idle_wall,
         "idle_p99_seconds": _quantile(idle_calls, 0.99),
-        "idle_core_share": idle_used / idle_wall,
+        "idle_core_share": (used_after - used_before) / idle_wall,
+        "idle_redis_core_share": (redis_after - redis_before) / idle_wall,
     }
     return {
         "bench": "control",

@@ -32,7 +32,7 @@ from mxserver.wire import model_pb2
 from mxserver.wire.channels import channel_options
 from mxserver.wire.file_chunk import split_chunk
 from mxserver.wire.model_client import ModelClient, provider_of
-from mxserver.wire.model_stream import METHOD
+from mxserver.wire.model_stream import METHOD, read_ahead, stream_options
 
 MIB = 1024 * 1024
 BARE = "/mx.bench.Bare/Stream"
@@ -95,8 +95,7 @@ def received_rate(address: str, name: str, files: list[tuple[str, int, str]], st
     import xxhash
 
     def run(number: int) -> None:
-        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(address, options=options) as channel:
+        with grpc.insecure_channel(address, options=stream_options()) as channel:
             call = channel.unary_stream(METHOD, request_serializer=model_pb2.ModelFilesRequest.SerializeToString)
             for path, _, digest in files[number::streams]:
                 hasher = xxhash.xxh3_64()
@@ -104,8 +103,9 @@ def received_rate(address: str, name: str, files: list[tuple[str, int, str]], st
                 request = model_pb2.ModelFilesRequest(
                     model_name=name, provider=provider_of(name), file_selector=selector
                 )
-                for message in call(request):
-                    hasher.update(split_chunk(message)[1])
+                with read_ahead(call(request)) as stream:
+                    for message in stream:
+                        hasher.update(split_chunk(message)[1])
                 if f"xxh3-64:{hasher.hexdigest()}" != digest:
                     raise click.ClickException(f"{path} came with other bytes")
 

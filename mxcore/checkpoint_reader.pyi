@@ -2,10 +2,10 @@
 
 from array import array
 from collections.abc import Callable
-from typing import TypedDict
 
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
+from mxcore.read_outcome import Outcome
 
 BUFFERED: int
 MAPPED: int
@@ -13,21 +13,6 @@ DIRECT: int
 URING: int
 MAX_THREADS: int
 MAX_LANES: int
-
-class Outcome(TypedDict):
-    """`done_bytes` reached destinations, `read_bytes` came from files. `fell_back`: reads that O_DIRECT refused.
-
-    `register_error` and `setup_error` are the errno of what io_uring could not do, 0 if nothing. `seconds` and `bytes`
-    are those of all threads by `way` and by `other_way`.
-    """
-
-    done_bytes: int
-    read_bytes: int
-    fell_back: int
-    register_error: int
-    setup_error: int
-    seconds: tuple[float, float]
-    bytes: tuple[int, int]
 
 def slot_bytes(jobs: JobList) -> int:
     """The room that one lane wants in `slots`."""

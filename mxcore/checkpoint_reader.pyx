@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from mxcore.file_set cimport FileSet
-from mxcore.read_jobs cimport Integers, JobList
+from mxcore.read_jobs cimport _Int64s, JobList
 from mxcore.read_parts cimport mx_file, mx_job, mx_limits, mx_part
 
 import array
@@ -110,7 +110,7 @@ cdef object failure(FileSet files, mx_work* work):
     return StorageError(f"{wanted} cannot be read (after {work.failed_got}): {reason}", **where)
 
 
-cdef int check(JobList jobs, Integers order, int way, int other_way, int threads, int lanes) except -1:
+cdef int check(JobList jobs, _Int64s order, int way, int other_way, int threads, int lanes) except -1:
     cdef size_t index
     if not MX_BUFFERED <= way <= MX_URING or not -1 <= other_way < MX_URING or (other_way >= 0 and way == MX_URING):
         raise ValueError(f"ways {way} and {other_way}")
@@ -141,8 +141,8 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
     cdef mx_work work
     cdef Pulse pulse
     cdef FileSet files = jobs.files
-    cdef Integers chosen = Integers(order, "order")
-    cdef Integers made = None
+    cdef _Int64s chosen = _Int64s(order, "order")
+    cdef _Int64s made = None
     cdef Caller caller = Caller()
     cdef bint mapped = way == MX_MAPPED or other_way == MX_MAPPED
     cdef bint past_cache = way >= MX_DIRECT or other_way >= MX_DIRECT
@@ -150,7 +150,7 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
     check(jobs, chosen, way, other_way, threads, lanes)
     check_files(files, mapped)
     if jobs.digest_count:
-        made = Integers(digests, "digests")
+        made = _Int64s(digests, "digests")
         if <int64_t>made.count != jobs.digest_count:
             raise ValueError(f"{jobs.digest_count} digests, but room for {made.count}")
         work.digests = <uint64_t*>made.values

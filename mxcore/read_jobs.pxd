@@ -4,14 +4,14 @@ from libc.stdint cimport int64_t
 from mxcore.file_set cimport FileSet
 from mxcore.read_parts cimport mx_cursor, mx_job, mx_limits, mx_part
 
-cdef class Integers:
+cdef class _Int64s:
     cdef Py_buffer view
     cdef const int64_t* values
     cdef size_t count
     cdef bint viewed
 
 cdef class JobList:
-    cdef Integers table
+    cdef _Int64s table
     cdef readonly FileSet files
     cdef const mx_part* parts
     cdef size_t part_count
@@ -24,4 +24,4 @@ cdef class JobList:
     cdef int add(self, mx_cursor start, int64_t payload, int64_t digest) except -1
     cdef int64_t payload(self, size_t first, size_t end) noexcept
     cdef int cut(self, size_t first, size_t end) except -1
-    cdef int group(self, Integers starts) except -1
+    cdef int group(self, _Int64s starts) except -1

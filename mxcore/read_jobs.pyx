@@ -7,7 +7,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t
 
 from mxcore.file_set cimport FileSet
-from mxcore.read_jobs cimport Integers, JobList
+from mxcore.read_jobs cimport _Int64s, JobList
 from mxcore.read_parts cimport mx_cursor, mx_file, mx_job, mx_next_piece, mx_part, mx_piece
 
 from mxcore.errors import TruncatedRead
@@ -45,7 +45,7 @@ cdef int64_t MAX_OFFSET = 0x7FFFFFFFFFFFFFFF
 
 
 @cython.final
-cdef class Integers:
+cdef class _Int64s:
     """A view on a one-dimensional buffer of int64, held as long as this object."""
     def __cinit__(self, source, str what):
         PyObject_GetBuffer(source, &self.view, PyBUF_ND | PyBUF_FORMAT)
@@ -67,7 +67,7 @@ cdef class JobList:
         if not PAGE_BYTES <= piece_bytes <= 1 << 30 or piece_bytes & (piece_bytes - 1):
             raise ValueError(f"piece_bytes is {piece_bytes}, has to be a power of two from {PAGE_BYTES} to {1 << 30}")
         self.files = files
-        self.table = Integers(parts, "parts")
+        self.table = _Int64s(parts, "parts")
         if self.table.count % 7:
             raise ValueError(f"{self.table.count} integers are no rows of {PART_COLUMNS}")
         self.parts = <const mx_part*>self.table.values
@@ -79,7 +79,7 @@ cdef class JobList:
         if groups is None:
             self.cut(0, self.part_count)
         else:
-            self.group(Integers(groups, "groups"))
+            self.group(_Int64s(groups, "groups"))
 
     def __dealloc__(self):
         PyMem_Free(self.jobs)
@@ -150,7 +150,7 @@ cdef class JobList:
             left -= piece.payload
         return 0
 
-    cdef int group(self, Integers starts) except -1:
+    cdef int group(self, _Int64s starts) except -1:
         """A job for each group of parts, in the order given, with a digest of its bytes."""
         cdef size_t index
         cdef mx_cursor at

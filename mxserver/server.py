@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -38,6 +39,7 @@ _LOG = logging.getLogger("mxserver")
 HANDLER_THREADS = 64
 
 LONGEST_TICK_SECONDS = 1.0
+MOST_FILES = 1_048_576
 
 
 class PortUnavailable(MxError):
@@ -264,8 +266,17 @@ class Signals:
         self._mouth.close()
 
 
+def raise_file_limit() -> None:
+    """Lets this process open as many files as it may ask for: each worker's connection is one, and 1024 is usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
+    raise_file_limit()
     server = Server(settings)
     signals = Signals()
     place = settings.store_path if settings.store == "sqlite" else settings.store

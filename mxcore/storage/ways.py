@@ -27,6 +27,7 @@ from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.errors import ModeUnavailable, StorageError
 from mxcore.file_set import FileSet
 from mxcore.read_jobs import JobList
+from mxcore.read_outcome import Outcome
 from mxserver.wire import environment
 
 __all__ = ["ReadMode", "Step", "chosen_mode", "steps", "tell_fallbacks"]
@@ -188,7 +189,7 @@ def _tell_once(level: int, message: str) -> None:
     _log.log(level, "%s", message)
 
 
-def tell_fallbacks(outcome: checkpoint_reader.Outcome) -> None:
+def tell_fallbacks(outcome: Outcome) -> None:
     """Says once what a read could not do as planned."""
     if number := outcome["register_error"]:
         why = "RLIMIT_MEMLOCK is too small" if number == errno.ENOMEM else os.strerror(number)

@@ -55,7 +55,8 @@ class HolderPull:
         self._worker_id = worker_id
         self._policy = UcxPolicy.from_environment(settings.transport)
         self._client = SourceClient(
-            source, timeout_seconds=min(settings.server_timeout_seconds, settings.stall_timeout_seconds)
+            source,  # so that a sign of life and its time-out are within the stall time-out
+            timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
         )
         self._stopped = threading.Event()
         self._given_up: TransferError | None = None
@@ -153,7 +154,7 @@ class HolderPull:
         count = len(self._intake.chunks)
         version, have, declined = 0, 0, list[int]()
         asked_at, pause_until = 0.0, 0.0
-        lease_pause = self._settings.stall_timeout_seconds
+        sign_of_life_seconds = self._settings.stall_timeout_seconds / 4
         while not self._intake.finished:
             if self._given_up is not None:
                 raise self._given_up
@@ -165,7 +166,7 @@ class HolderPull:
             wanted = _NOTHING if leaving or now < pause_until else self._intake.wanted(name)
             enough = wanted.most >= max(1, self._intake.limit(name) // 2)
             complete = have == all_chunks(count)
-            if enough or version == 0 or (idle and (not complete or now - asked_at > lease_pause)):
+            if enough or version == 0 or (idle and (not complete or now - asked_at > sign_of_life_seconds)):
                 wait = _NEWS_WAIT_SECONDS if idle and not wanted.chunks and version else 0.0
                 answer = self._client.ask(
                     lease_id, wanted, count, known_version=version, wait_seconds=wait, declined=declined

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
@@ -20,6 +21,7 @@ from mxcore.transfer.intake import Content, Progress
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import all_chunks
 from mxcore.transfer.receiver import Receiver, ReceiveReport
+from mxcore.transfer.relay import ServedRelay
 from mxcore.transfer.source_client import Source
 from mxcore.transfer.storage_turn import StorageTurn
 from mxcore.transfer.transports import UcxPolicy
@@ -99,6 +101,11 @@ class Membership:
         """host:port of this worker's gRPC services while it serves."""
         server = self._server
         return server.endpoint if server is not None else None
+
+    @property
+    def holder(self) -> Holder | None:
+        """What this worker serves, complete or not; None when it serves nothing."""
+        return self._holder
 
     @property
     def superseded(self) -> bool:
@@ -217,7 +224,7 @@ class Membership:
             scalar_names=sorted(scalars),
             progress=progress,
             chunk_bytes=self._chunk_bytes,
-            relay=_Relay(self, layout, placement, relay_from) if relays else None,
+            relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
         )
         try:
             return receiver.receive(sources, self._find_more if self._published else None)
@@ -307,6 +314,14 @@ class Membership:
         if self._client is not None:
             with _logged("closing its connection to the server"):
                 self._client.close()
+
+    def _relay(self, layout: Layout, placement: Placement, keep_alive: object, content: Content) -> Holder:
+        """Serves what is being received, with nothing there yet. Raises MxError."""
+        self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+        holder = self._offer(layout, placement, content.scalars, content.digests, keep_alive, have=0)
+        with _logged("telling the server where chunks can be had"):
+            self._publish()
+        return holder
 
     def _find_more(self) -> list[Source]:
         return self.find_sources(receiving=True)
@@ -469,33 +484,3 @@ def _logged(step: str) -> Iterator[None]:
         yield
     except (MxError, OSError, RuntimeError, ValueError) as error:
         logger.warning("%s failed: %s", step, error)
-
-
-class _Relay:
-    """Serves what a receive has verified so far."""
-
-    def __init__(self, member: Membership, layout: Layout, placement: Placement, keep_alive: object) -> None:
-        self._member = member
-        self._layout = layout
-        self._placement = placement
-        self._keep_alive = keep_alive
-        self._holder: Holder | None = None
-
-    def begin(self, content: Content) -> None:
-        """Starts serving, with nothing yet; a failure costs the relaying alone."""
-        self._member.withdraw(_GIVEN_UP_DRAIN_SECONDS)
-        try:
-            self._holder = self._member._offer(
-                self._layout, self._placement, content.scalars, content.digests, self._keep_alive, have=0
-            )
-        except MxError as error:
-            logger.warning("this worker does not serve while it receives: %s", error)
-            self._holder = None
-            return
-        with _logged("telling the server where chunks can be had"):
-            self._member._publish()
-
-    def update(self, verified: int) -> None:
-        """What there is to give away."""
-        if self._holder is not None:
-            self._holder.update(verified)

@@ -18,8 +18,8 @@ from math import ceil
 __all__ = ["Given", "SwarmPlan", "Wanted", "all_chunks", "chunk_set", "chunks_of", "set_from_bytes", "set_to_bytes"]
 
 FIRST_IN_FLIGHT = 2  # chunks, as long as a holder's speed is unknown
-MOST_IN_FLIGHT = 32
-AHEAD_SECONDS = 0.5  # what a holder is asked for at a time takes about so long
+MOST_IN_FLIGHT = 8
+AHEAD_SECONDS = 0.1  # what a holder is asked for at a time takes about so long; more makes the end of all longer
 _SPEED_WEIGHT = 0.3  # of the newest measurement
 _HOPELESS_FACTOR = 4.0  # a holder this much slower than the others may be given up on for the last chunks
 _HOPELESS_SECONDS = 2.0  # but not for less than this
@@ -181,7 +181,7 @@ class SwarmPlan:
         return self._holders[holder].in_flight
 
     def limit(self, holder: str) -> int:
-        """How many chunks may be in flight at this holder: about half a second's worth."""
+        """How many chunks may be in flight at this holder: a tenth of a second's worth, within limits."""
         speed = self._holders[holder].bytes_per_second
         if not speed:
             return FIRST_IN_FLIGHT

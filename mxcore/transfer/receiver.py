@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
 _Digests: TypeAlias = bytes  # ReceiveReport has a field of that name
 
-_HOLDERS_AT_ONCE = 6
+_HOLDERS_AT_ONCE = 8
 _LOOK_SECONDS = 0.1  # between two looks at who ended, who is slow, who is new
+_FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked moments later
 _FIND_SECONDS = 1.0  # between two questions to the server
 _BUSY_SECONDS = 0.5  # before a holder that was full is asked again
 _AGAIN_SECONDS = 10.0  # before a holder that failed is trusted again
@@ -305,8 +306,10 @@ class Receiver:
 
     def _finding(self, find_more: FindMore) -> None:
         """On a thread of its own: the server may take its time to answer."""
-        while not self._over.wait(_FIND_SECONDS * (0.5 + self._chance.random())):
+        pause = _FIRST_FIND_SECONDS
+        while not self._over.wait(pause * (0.5 + self._chance.random())):
             self._add(find_more())
+            pause = min(2 * pause, _FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:
         intake = self._intake

@@ -22,6 +22,7 @@ __all__ = ["Source", "SourceClient"]
 Response = TypeVar("Response")
 
 _RELEASE_SECONDS = 1.0
+_CANCELLED_RELEASE_SECONDS = 0.3  # nobody is to wait for a holder that may be gone
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -143,7 +144,8 @@ class SourceClient:
             mx_source_id=self.source.source_id, worker_id=self.source.worker_id, lease_id=lease_id
         )
         try:
-            self._worker.ReleaseTensorRead(request, timeout=min(self.timeout_seconds, _RELEASE_SECONDS))
+            longest = _CANCELLED_RELEASE_SECONDS if self._cancelled else _RELEASE_SECONDS
+            self._worker.ReleaseTensorRead(request, timeout=min(self.timeout_seconds, longest))
         except grpc.RpcError as error:
             raise self.as_error("ReleaseTensorRead", error) from error
 

@@ -13,11 +13,14 @@ from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.models.names import is_commit, is_weight
 from mxserver.models.record import FileRecord, ModelRecord
 from mxserver.wire import model_pb2
+from mxserver.wire.ahead import made_ahead
 from mxserver.wire.relative_path import open_regular_below, path_problem
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 8 * 1024 * 1024
+
+CHUNKS_IN_MEMORY = 2  # a stream: one is sent while the next one is read
 
 
 class FileDamaged(ModelError):
@@ -85,11 +88,15 @@ def _span(file: FileRecord, wanted: model_pb2.FileRange | None) -> Span:
 
 
 def messages(root: Path, record: ModelRecord, parts: list[Span], size: int) -> Iterator[bytes]:
-    """Serialised FileChunks. One chunk is in memory at a time.
+    """Serialised FileChunks, read by a thread of their own; `CHUNKS_IN_MEMORY` exist at a time.
 
     Raises:
         FileDamaged: a file is missing or has another size than the record says.
     """
+    return made_ahead(_messages(root, record, parts, size), CHUNKS_IN_MEMORY, "read-chunks")
+
+
+def _messages(root: Path, record: ModelRecord, parts: list[Span], size: int) -> Iterator[bytes]:
     commit = record.key.revision if is_commit(record.key.revision) else None
     for part in parts:
         handle = _opened(root, part.file)

@@ -26,12 +26,14 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.redis_link import RedisLink
+from mxserver.store.redis_updates import Update, Updates
 from mxserver.wire import p2p_pb2
 
 _LOG = logging.getLogger(__name__)
 
 PREFIX = "mx:"
 LONGEST_STEP_SECONDS = 3.0  # servers keep the clock every second; a longer gap is an outage
+LINGER_SECONDS = 0.1  # a heartbeat may take so much longer; hundreds a second then cost ten writes
 RECORDS_PER_SCRIPT = 500  # how long Redis serves nobody else: a few milliseconds
 KNOWN_PAYLOAD_BYTES = 256 * 1024 * 1024
 
@@ -106,9 +108,18 @@ class RedisStore(SourceStore):
     """Records in the Redis at a URL. Several servers may use it at the same time."""
 
     def __init__(
-        self, url: str, leases: Leases | None = None, clock: Clock | None = None, *, prefix: str = PREFIX
+        self,
+        url: str,
+        leases: Leases | None = None,
+        clock: Clock | None = None,
+        *,
+        prefix: str = PREFIX,
+        linger_seconds: float = LINGER_SECONDS,
     ) -> None:
-        """`clock` is for tests; without it the time is Redis' own. Raises StoreUnusable and SettingError."""
+        """`clock` is for tests; without it the time is Redis' own. Updates wait `linger_seconds` for others.
+
+        Raises StoreUnusable and SettingError.
+        """
         self._link = RedisLink(url)
         self._clock = clock
         self._replica = secrets.token_hex(8)
@@ -124,6 +135,7 @@ class RedisStore(SourceStore):
         except BaseException:
             self._link.close()
             raise
+        self._updates = Updates(self._keep_updates, linger_seconds)
         if not self._link.is_lasting():
             _LOG.warning(
                 "Redis at %s may lose what it has acknowledged when it ends: set appendonly yes and appendfsync always",
@@ -160,7 +172,7 @@ class RedisStore(SourceStore):
         self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
     ) -> None:
         load = "" if source_load is None else repr(source_load)
-        outcome, *details = self._run(scripts.UPDATE, _name(key), str(status), str(epoch), load, owner)
+        outcome, *details = self._updates.submit((_name(key), str(status), str(epoch), load, owner))
         self._require_ok(outcome, details, key, epoch, owner)
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
@@ -200,6 +212,7 @@ class RedisStore(SourceStore):
     def close(self) -> None:
         if self._closed:
             return
+        self._updates.close()
         self._closed = True
         try:
             self._link.run(scripts.LEAVE, *self._arguments(), self._replica)
@@ -212,6 +225,10 @@ class RedisStore(SourceStore):
         names: Sequence[bytes] = self._run(scripts.JOIN, self._replica, self._silence)
         for start in range(0, len(names), RECORDS_PER_SCRIPT):
             self._run(scripts.RENEW, *names[start : start + RECORDS_PER_SCRIPT])
+
+    def _keep_updates(self, updates: Sequence[Update]) -> Sequence[Any]:
+        answers: Sequence[Any] = self._run(scripts.UPDATE, *(argument for update in updates for argument in update))
+        return answers
 
     def _run(self, script: str, *arguments: str | bytes) -> Any:
         if self._closed:

@@ -154,18 +154,29 @@ return {'ok', row(name)}
 UPDATE = (
     _PRELUDE
     + """
-local name, status, epoch, load, owner = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11]
-local current, since, kept, source = view(name)
-if not current then return {'unknown'} end
-local refused = refusal(name, epoch, owner)
-if refused then return refused end
-if not (status == STALE and current == STALE) then
-  redis.call('HSET', P .. 'rec:' .. name, 'u', number(unix))
-  if load ~= '' then redis.call('HSET', P .. 'rec:' .. name, 'l', load) end
+-- Any number of updates, of five arguments each: name, status, epoch, load, owner.
+local function update(name, status, epoch, load, owner)
+  local current, since, kept, source = view(name)
+  if not current then return {'unknown'} end
+  local refused = refusal(name, epoch, owner)
+  if refused then return refused end
+  if not (status == STALE and current == STALE) then
+    if load ~= '' then
+      redis.call('HSET', P .. 'rec:' .. name, 'u', number(unix), 'l', load)
+    else
+      redis.call('HSET', P .. 'rec:' .. name, 'u', number(unix))
+    end
+  end
+  if status ~= STALE or kept ~= STALE then set_status(name, source, kept, status, math.min(since or now, now)) end
+  return {'ok'}
 end
-if status ~= STALE or kept ~= STALE then set_status(name, source, kept, status, math.min(since or now, now)) end
+
+local answers = {}
+for i = 7, #ARGV, 5 do
+  answers[#answers + 1] = update(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4])
+end
 keep_clock(false)
-return {'ok'}
+return answers
 """
 )
 

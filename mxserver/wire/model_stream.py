@@ -14,6 +14,7 @@ from typing import Any, cast
 import grpc
 
 from mxserver.wire import model_pb2
+from mxserver.wire.ahead import made_ahead
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.errors import FileRefused, ServerUnreachable, WireError
@@ -24,6 +25,8 @@ METHOD = "/model_express.model.ModelService/StreamModelFiles"
 
 MAX_CONTENT_ATTEMPTS = 3
 MESSAGES_AHEAD = 4
+WINDOW_BYTES = 16 * 1024 * 1024  # what may be on its way to one stream
+MAX_FRAME_BYTES = 16 * 1024 * 1024 - 1  # HTTP/2's limit (RFC 9113, 6.5.2)
 _BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
 _BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
@@ -47,43 +50,28 @@ class FetchReport:
     seconds: float = 0.0
 
 
+def stream_options() -> list[tuple[str, int]]:
+    """Options of a channel that receives files. A window and frames of this size let the server send while the
+    client works on what has come; with gRPC's own, each waits for the other after every 64 KiB to some MiB.
+    """
+    return [
+        *channel_options(),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.max_frame_size", MAX_FRAME_BYTES),
+        # A connection of its own for each: one TCP connection is slower than several.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
 @contextmanager
 def read_ahead(call: Any) -> Iterator[Iterator[bytes]]:
     """The messages of a call, received by a thread of its own while earlier ones are worked on; a few at most lie
     ready. The call is cancelled at the end.
     """
-    room = threading.Semaphore(MESSAGES_AHEAD)
-    ready: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
-    left = threading.Event()
-
-    def receive() -> None:
-        try:
-            for message in call:
-                ready.put(message)
-                room.acquire()
-                if left.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again where the messages are taken
-            ready.put(error)
-        else:
-            ready.put(None)
-
-    def messages() -> Iterator[bytes]:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            room.release()
-
-    thread = threading.Thread(target=receive, name="receive", daemon=True)
-    thread.start()
     try:
-        yield messages()
+        yield made_ahead(call, MESSAGES_AHEAD, "receive")
     finally:
-        left.set()
         call.cancel()
-        room.release()
-        thread.join()
 
 
 class FolderFetch:
@@ -141,9 +129,7 @@ class FolderFetch:
             raise errors[0]
 
     def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
-        # A connection of its own for each: one TCP connection is slower than several.
-        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-        connection = Connection(self._address, options, self._credentials)
+        connection = Connection(self._address, stream_options(), self._credentials)
         try:
             serializer = model_pb2.ModelFilesRequest.SerializeToString
             while not self._failed.is_set():

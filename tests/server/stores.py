@@ -51,7 +51,11 @@ class StoreKind:
 
 KINDS = (
     StoreKind("memory", False, lambda folder, clock: MemoryStore(LEASES, clock)),
-    StoreKind("redis", True, lambda folder, clock: RedisStore(shared_redis().url, LEASES, clock, prefix=f"{folder}:")),
+    StoreKind(
+        "redis",
+        True,
+        lambda folder, clock: RedisStore(shared_redis().url, LEASES, clock, prefix=f"{folder}:", linger_seconds=0.0),
+    ),
     StoreKind("sqlite", True, lambda folder, clock: SqliteStore(folder / "state.sqlite3", LEASES, clock)),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -129,6 +130,17 @@ def _has_ipv6_loopback() -> bool:
     except OSError:
         return False
     return True
+
+
+def test_more_workers_than_the_usual_limit_of_files_may_connect(start_server: Start) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))  # what the server inherits
+    try:
+        server = start_server("--store", "memory")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == min(hard, 1_048_576) if hard != resource.RLIM_INFINITY else soft == 1_048_576
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

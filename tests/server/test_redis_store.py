@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from mxserver.store import redis_link
-from mxserver.store.errors import StoreUnavailable, StoreUnusable
+from mxserver.store.errors import StoreUnavailable, StoreUnusable, UnknownRecord
 from mxserver.store.interface import Leases, Query, SourceStore
-from mxserver.store.redis import RedisStore
+from mxserver.store.redis import LINGER_SECONDS, RedisStore
 from mxserver.store.redis_link import RedisLink, place_of
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
@@ -57,8 +57,8 @@ def redis_server(folder: Path) -> Iterator[RedisProcess]:
 def open_store(redis_server: RedisProcess) -> Iterator[Callable[..., RedisStore]]:
     opened: list[RedisStore] = []
 
-    def open_one(leases: Leases = LEASES, clock: HandClock | None = None) -> RedisStore:
-        opened.append(RedisStore(redis_server.url, leases, clock))
+    def open_one(leases: Leases = LEASES, clock: HandClock | None = None, linger_seconds: float = 0.005) -> RedisStore:
+        opened.append(RedisStore(redis_server.url, leases, clock, linger_seconds=linger_seconds))
         return opened[-1]
 
     yield open_one
@@ -324,6 +324,50 @@ def test_heartbeat_is_two_small_writes(redis_server: RedisProcess, open_store: C
             store.update_status(key(), READY)
         after = client.info("persistence")["aof_current_size"]
     assert (after - before) / 100 < 700
+
+
+def test_updates_that_wait_together_are_one_write(
+    redis_server: RedisProcess, open_store: Callable[..., RedisStore]
+) -> None:
+    """Also where one of them is refused: it spoils none of the others."""
+    store = open_store(linger_seconds=LINGER_SECONDS)
+    epochs = {f"w{n}": store.publish(publication(key(f"w{n}"))).epoch for n in range(16)}
+    store.publish(publication(key("w3")))
+    outcomes: dict[str, str] = {}
+    start = threading.Barrier(17)
+
+    def update(worker: str) -> None:
+        start.wait()
+        try:
+            store.update_status(key(worker), READY, epoch=epochs.get(worker, 1))
+            outcomes[worker] = "kept"
+        except (StaleEpoch, UnknownRecord) as error:
+            outcomes[worker] = type(error).__name__
+
+    with redis_server.client() as client:
+        client.config_resetstat()
+        threads = [threading.Thread(target=update, args=(worker,)) for worker in [*epochs, "nobody"]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        scripts_run = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    assert outcomes == {**dict.fromkeys(epochs, "kept"), "w3": "StaleEpoch", "nobody": "UnknownRecord"}
+    assert scripts_run <= 8
+    assert {r.key.worker_id for r in store.find(Query(status=READY))} == set(epochs) - {"w3"}
+
+
+def test_more_updates_than_fit_together_are_all_answered(open_store: Callable[..., RedisStore]) -> None:
+    store = open_store(linger_seconds=LINGER_SECONDS)
+    store.publish(publication())
+    threads = [threading.Thread(target=store.update_status, args=(key(), READY)) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.close()
+    with pytest.raises(StoreUnavailable, match="shutting down"):
+        store.update_status(key(), READY)
 
 
 def test_records_that_are_gone_leave_nothing(redis_server: RedisProcess, open_store: Callable[..., RedisStore]) -> None:

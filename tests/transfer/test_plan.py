@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcore.transfer.plan import (
@@ -73,7 +73,7 @@ def test_a_fast_holder_is_asked_for_more() -> None:
     plan.claim("fast", [0, 1], 0.0)
     plan.claim("slow", [2, 3], 0.0)
     for at, chunk in enumerate([0, 1]):
-        plan.done("fast", chunk, 0.01 * (at + 1))  # 10,000 bytes a second: 50 chunks in half a second
+        plan.done("fast", chunk, 0.01 * (at + 1))  # 10,000 bytes a second: 10 chunks in a tenth of a second
     plan.done("slow", 2, 10.0)
     assert plan.limit("fast") == MOST_IN_FLIGHT
     assert plan.limit("slow") == FIRST_IN_FLIGHT
@@ -86,7 +86,7 @@ def test_a_burst_does_not_make_a_holder_look_fast() -> None:
     plan.done("a", 0, 10.0)
     for chunk in range(1, 4):
         plan.done("a", chunk, 10.0)  # all at once, after a long time
-    assert plan.limit("a") < MOST_IN_FLIGHT / 4
+    assert plan.limit("a") == FIRST_IN_FLIGHT
 
 
 def test_whoever_holds_up_the_end_is_named() -> None:
@@ -138,6 +138,7 @@ def test_among_equals_the_preferred_is_granted() -> None:
     assert giver.grant(7, 0, 0) == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(2, 6), st.randoms(use_true_random=False))
 def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance: random.Random) -> None:
     plan = SwarmPlan(count, 100)
@@ -156,7 +157,7 @@ def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance:
         wanted = plan.wanted(name)
         taken, declined = plan.claim(name, givers[name].grant(wanted.chunks, wanted.preferred, wanted.most), now)
         assert declined == []
-        assert plan.in_flight(name).bit_count() <= max(plan.limit(name), len(taken))
+        assert len(taken) <= wanted.most
         for chunk in list(chunks_of(plan.in_flight(name))):
             if chance.random() < 0.7:
                 plan.done(name, chunk, now)

@@ -48,6 +48,9 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_TRANSPORT": "rdma",
             "MX_LAYOUT": "raw",
             "MX_NIXL_BACKEND": "LIBFABRIC",
+            "MX_STORAGE_READER": "engine",
+            "MX_READ_MODE": "direct",
+            "MX_HOST_MEMORY_LIMIT": "8GiB",
             "MX_MODEL_REVISION": "abc",
         },
     )
@@ -66,6 +69,9 @@ def test_everything_comes_from_the_environment() -> None:
         "transport": "rdma",
         "layout": "raw",
         "nixl_backend": "LIBFABRIC",
+        "storage_reader": "engine",
+        "read_mode": "direct",
+        "host_memory_limit": "8GiB",
         "model_revision": "abc",
     }
 

@@ -1,0 +1,201 @@
+"""Fleets of real processes for benches: a server and workers, on this host or each in a shaped network namespace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_SECONDS = 180.0
+_serial = itertools.count()
+
+
+class FleetError(RuntimeError):
+    """A process of the fleet did not do what the bench waits for."""
+
+
+class Network:
+    """A bridge, and a namespace a worker whose link carries `megabits` a second each way (tc tbf). Needs root."""
+
+    def __init__(self, workers: int, megabits: float) -> None:
+        self.tag = f"mx{os.getpid() % 10000}{chr(ord('a') + next(_serial) % 26)}"  # names of links are short
+        self.host = "10.213.0.1"
+        self._workers = workers
+        self._megabits = megabits
+
+    def prefix(self, worker: int) -> list[str]:
+        return ["ip", "netns", "exec", f"{self.tag}n{worker}"]
+
+    def address(self, worker: int) -> str:
+        return f"10.213.0.{worker + 2}"
+
+    def link(self, worker: int, up: bool) -> None:
+        _run("ip", "link", "set", f"{self.tag}v{worker}", "up" if up else "down")
+
+    def __enter__(self) -> Self:
+        bridge = f"{self.tag}b"
+        shape = ["rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "50ms"]
+        try:
+            _run("ip", "link", "add", bridge, "type", "bridge")
+            _run("ip", "addr", "add", f"{self.host}/24", "dev", bridge)
+            _run("ip", "link", "set", bridge, "up")
+            for worker in range(self._workers):
+                space, outer, inner = (f"{self.tag}{letter}{worker}" for letter in "nvw")
+                _run("ip", "netns", "add", space)
+                _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", space)
+                _run("ip", "link", "set", outer, "master", bridge, "up")
+                inside = ["ip", "-n", space]
+                _run(*inside, "addr", "add", f"{self.address(worker)}/24", "dev", inner)
+                _run(*inside, "link", "set", inner, "up")
+                _run(*inside, "link", "set", "lo", "up")
+                _run("tc", "qdisc", "add", "dev", outer, "root", "tbf", *shape)
+                _run("tc", "-n", space, "qdisc", "add", "dev", inner, "root", "tbf", *shape)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        for worker in range(self._workers):
+            subprocess.run(["ip", "netns", "del", f"{self.tag}n{worker}"], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{self.tag}b"], check=False, capture_output=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Process:
+    """A worker; its lines arrive in `lines`."""
+
+    def __init__(self, task: dict[str, Any], environ: dict[str, str], prefix: Sequence[str], log: Path) -> None:
+        names = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "MX_", "MODEL_"))}
+        self.log = log
+        with log.open("w") as stderr:
+            self.popen = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "bench.fleet_worker", json.dumps(task)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=ROOT,
+                env={**names, **environ},
+                text=True,
+                bufsize=1,
+            )
+        self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.progress: list[tuple[float, int]] = []
+        self.lost: list[tuple[float, str, str]] = []  # when which source was given up on, and why
+        threading.Thread(target=self._pump, daemon=True).start()
+
+    def _pump(self) -> None:
+        if self.popen.stdout is not None:
+            for line in self.popen.stdout:
+                message = json.loads(line)
+                if message["event"] == "progress":
+                    self.progress.append((message["at"], message["bytes"]))
+                elif message["event"] == "lost":
+                    self.lost.append((message["at"], message["worker"], message["why"]))
+                else:
+                    self.lines.put(message)
+        self.lines.put({"event": "ended", "status": self.popen.wait()})
+
+    def send(self, line: str) -> None:
+        if self.popen.stdin is not None:
+            self.popen.stdin.write(line + "\n")
+
+    def expect(self, event: str, seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
+        """The next line, which must be of this event. Raises FleetError."""
+        try:
+            message = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            raise FleetError(f"no {event!r} within {seconds:g} s; its log ends: {self._tail()}") from None
+        if message["event"] != event:
+            raise FleetError(f"{message} instead of {event!r}; its log ends: {self._tail()}")
+        return message
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def signal(self, number: int) -> None:
+        if self.alive:
+            self.popen.send_signal(number)
+
+    def end(self) -> None:
+        for number in (signal.SIGCONT, signal.SIGKILL):
+            self.signal(number)
+        self.popen.wait()
+
+    def _tail(self) -> str:
+        return self.log.read_text()[-1500:]
+
+
+class Fleet:
+    """A server and workers; all of them end with the context."""
+
+    def __init__(self, network: Network | None = None) -> None:
+        self._stack = ExitStack()
+        self._network = network
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self.workers: list[Process] = []
+        self._port = "0"
+        self.start_server()
+
+    def start_server(self) -> None:
+        """Starts it, or again on the same port with the same state."""
+        log = self._folder / "server.log"
+        host = self._network.host if self._network else "127.0.0.1"
+        arguments = ["--host", host, "--port", self._port, "--store-path", str(self._folder / "state.sqlite3")]
+        with log.open("w") as stderr:
+            command = [sys.executable, "-m", "mxserver", *arguments, "--metrics-port", "0"]
+            self.server = subprocess.Popen(command, stderr=stderr, cwd=ROOT)
+        deadline = time.monotonic() + 30
+        while not (found := re.findall(r"listening on (\S+)", log.read_text())):
+            if time.monotonic() > deadline or self.server.poll() is not None:
+                raise FleetError(f"the server did not start: {log.read_text()[-1000:]}")
+            time.sleep(0.02)
+        self.address = found[0]
+        self._port = self.address.rpartition(":")[2]
+
+    def add(self, task: dict[str, Any], *, transport: str = "tcp", environ: dict[str, str] | None = None) -> Process:
+        number = len(self.workers)
+        network = self._network
+        names = {"MX_SERVER_ADDRESS": self.address, "MX_TRANSPORT": transport, **(environ or {})}
+        if network is not None:
+            names["MX_WORKER_HOST"] = network.address(number)
+        prefix = network.prefix(number) if network is not None else []
+        self.workers.append(Process(task, names, prefix, self._folder / f"worker{number}.log"))
+        return self.workers[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self.workers:
+            worker.end()
+        self.server.kill()
+        self.server.wait()
+        self._stack.close()
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise FleetError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -1,0 +1,160 @@
+"""A worker of a bench's fleet in a process of its own: holds or receives a made-up model, and serves it.
+
+Started with one argument, a JSON object; prints one JSON object a line: `progress`, `done`, `failed`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from mxcore.errors import TransferError
+from mxcore.settings import load_settings
+from mxcore.transfer.layout import LocalTensor, build_layout
+from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
+from mxserver.wire import p2p_pb2
+
+_SAMPLES = 200
+
+
+def say(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+class _Losses(logging.Handler):
+    """Says when a receiver gives up on a source."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and "gives no" in str(record.msg):
+            say(event="lost", at=time.monotonic(), worker=str(record.args[0]), why=record.getMessage()[:400])
+
+
+class FleetWorker:
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = task
+        self.member = self._join()
+        self.memory = np.zeros(task["model_bytes"], np.uint8)  # touched by `fill` or here: first touch is slow
+        self.memory.fill(1)
+        self.layout, self.placement = build_layout("raw", self._tensors())
+
+    def _join(self) -> Membership:
+        task = self.task
+        identity = p2p_pb2.SourceIdentity(
+            mx_version=PROTOCOL_VERSION,
+            model_name=task["model"],
+            extra_parameters={"layout": "raw", "checkpoint": str(task["content"])},
+        )
+        settings = load_settings({"MX_WORKER_GRPC_PORT": 0, **task.get("settings", {})})
+        member = Membership(settings, identity, 0, "cpu", chunk_bytes=task["chunk_bytes"])
+        member.join()
+        return member
+
+    def _tensors(self) -> list[LocalTensor]:
+        address, count = int(self.memory.ctypes.data), self.task.get("tensors", 64)
+        cuts = [self.memory.nbytes * i // count for i in range(count + 1)]
+        return [
+            LocalTensor(
+                f"t{i:05}",
+                "torch.uint8",
+                (end - begin,),
+                (1,),
+                address + begin,
+                1,
+                address,
+                self.memory.nbytes,
+                "cpu",
+                0,
+            )
+            for i, (begin, end) in enumerate(itertools.pairwise(cuts))
+        ]
+
+    def content(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.random.default_rng(self.task["content"]).integers(0, 256, self.memory.nbytes, np.uint8)
+
+    def from_storage(self) -> None:
+        self.memory[:] = self.content()
+
+    def progress(self, done: int, total: int) -> None:
+        step = total // _SAMPLES + 1
+        if done // step != self.told // step or done == total:
+            self.told = done
+            say(event="progress", at=time.monotonic(), bytes=done)
+
+    def run(self) -> None:
+        task = self.task
+        if task["role"] == "seed":
+            self.from_storage()
+            self.member.serve(self.layout, self.placement, {}, keep_alive=self.memory)
+            say(event="serving", worker=self.member.worker_id)
+        else:
+            say(event="ready", worker=self.member.worker_id)
+        for line in sys.stdin:
+            if line.startswith("start"):
+                self.start()
+            elif line.startswith("again"):
+                self.member.close()
+                self.memory.fill(1)
+                self.member = self._join()
+                say(event="ready", worker=self.member.worker_id)
+            elif line.startswith("sent"):
+                holder = self.member.holder
+                say(event="sent", bytes=holder.bytes_granted if holder else 0)
+
+    def start(self) -> None:
+        task = self.task
+        self.told = -1
+        started = time.monotonic()
+        report, failures, avoid = None, [], set[str]()
+        for _ in range(3):
+            sources = self.member.wait_for_source(avoid=avoid)
+            if task["strategy"] != "swarm":
+                sources = [source for source in sources if not source.receiving]
+            if not sources:
+                break
+            try:
+                relay = self.memory if task["strategy"] == "swarm" else None
+                report = self.member.receive(self.layout, self.placement, {}, sources, self.progress, relay_from=relay)
+                break
+            except TransferError as error:
+                failures.append(str(error)[:300])
+                avoid |= {source.worker_id for source in sources}
+        seconds = time.monotonic() - started
+        if report is None:
+            self.from_storage()
+        right = bool(np.array_equal(self.memory, self.content()))
+        if task["strategy"] != "star":
+            self.member.serve(
+                self.layout, self.placement, {}, report.digests if report else None, keep_alive=self.memory
+            )
+        say(
+            event="done",
+            right=right,
+            path="p2p" if report else "storage",
+            seconds=seconds,
+            receive_seconds=report.seconds if report else 0.0,
+            started=started,
+            bytes_again=report.bytes_again if report else 0,
+            bytes_from=dict(report.bytes_from) if report else {},
+            failures=failures + list(report.failures if report else ()),
+        )
+
+
+def main() -> None:
+    sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
+    os.dup2(2, 1)
+    logging.getLogger("mxcore.transfer.receiver").addHandler(_Losses())
+    worker = FleetWorker(json.loads(sys.argv[1]))
+    worker.run()
+    worker.member.close()
+
+
+if __name__ == "__main__":
+    main()

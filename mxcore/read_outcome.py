@@ -1,0 +1,23 @@
+"""What the compiled reader says about a read."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+__all__ = ["Outcome"]
+
+
+class Outcome(TypedDict):
+    """`done_bytes` reached destinations, `read_bytes` came from files. `fell_back`: reads that O_DIRECT refused.
+
+    `register_error` and `setup_error` are the errno of what io_uring could not do, 0 if nothing. `seconds` and `bytes`
+    are those of all threads by `way` and by `other_way`.
+    """
+
+    done_bytes: int
+    read_bytes: int
+    fell_back: int
+    register_error: int
+    setup_error: int
+    seconds: tuple[float, float]
+    bytes: tuple[int, int]

@@ -1,0 +1,89 @@
+"""Updates of several callers, kept by one script.
+
+A heartbeat by itself costs Redis more for the write to its file than for all else. So updates wait a moment for
+others to come along, and one script keeps all of them: the callers get their answers after it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias
+
+from mxserver.store.errors import StoreUnavailable
+
+Update: TypeAlias = tuple[str | bytes, ...]
+Run: TypeAlias = Callable[[Sequence[Update]], Sequence[Any]]
+
+MOST_TOGETHER = 32  # half of the threads that answer calls: when so many wait, they wait no longer
+
+
+class Updates:
+    """Hands updates to `run`, several at a time. Thread-safe."""
+
+    def __init__(self, run: Run, linger_seconds: float) -> None:
+        """`run` keeps updates and returns an answer for each; it raises StoreUnavailable. With `linger_seconds` 0
+        each is run by itself, in its caller's thread.
+        """
+        self._run = run
+        self._linger_seconds = linger_seconds
+        self._waiting: queue.SimpleQueue[tuple[Update, Future[Any]] | None] = queue.SimpleQueue()
+        self._enough = threading.Event()
+        self._submitting = threading.Lock()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if linger_seconds:
+            self._thread = threading.Thread(target=self._work, name="redis-updates", daemon=True)
+            self._thread.start()
+
+    def submit(self, update: Update) -> Any:
+        """The answer to this update, once it is kept. Raises StoreUnavailable."""
+        if self._thread is None:
+            return self._run([update])[0]
+        answer: Future[Any] = Future()
+        with self._submitting:
+            if self._closed:
+                raise StoreUnavailable("the store is closed: the server is shutting down")
+            self._waiting.put((update, answer))
+        if self._waiting.qsize() >= MOST_TOGETHER:
+            self._enough.set()
+        return answer.result()
+
+    def close(self) -> None:
+        """Finishes what waits. Idempotent."""
+        with self._submitting:
+            if not self._closed:
+                self._closed = True
+                self._waiting.put(None)
+                self._enough.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            if not self._closed:
+                self._enough.wait(self._linger_seconds)
+                self._enough.clear()
+            batch = [first]
+            while len(batch) < MOST_TOGETHER:
+                try:
+                    following = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    self._waiting.put(None)  # for the next round; nothing comes after it
+                    break
+                batch.append(following)
+            self._keep(batch)
+
+    def _keep(self, batch: list[tuple[Update, Future[Any]]]) -> None:
+        try:
+            answers = self._run([update for update, _ in batch])
+        except BaseException as error:  # noqa: BLE001 - raised in the threads of those who asked
+            for _, answer in batch:
+                answer.set_exception(type(error)(*error.args))
+            return
+        for (_, answer), outcome in zip(batch, answers, strict=True):
+            answer.set_result(outcome)

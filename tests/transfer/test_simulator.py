@@ -1,0 +1,59 @@
+"""The plan in swarms of hundreds of workers on a fake clock: joins and deaths at any time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.swarm_simulator import SEED, Setting, Swarm, table
+from mxcore.transfer.plan import all_chunks
+
+SLOW = {"bytes_per_second": 1e9, "look_seconds": 0.1}
+
+
+def check(swarm: Swarm) -> None:
+    """Every living worker has everything, each chunk came once, and no limit was passed."""
+    for worker in swarm.workers.values():
+        if worker.alive:
+            assert worker.have == all_chunks(swarm.setting.chunks), worker.name
+            if worker.name != SEED and not worker.from_storage:
+                assert worker.arrived == [1] * swarm.setting.chunks
+        assert max(worker.arrived, default=0) <= 1
+    assert swarm.most_in_flight_over_limit <= 0
+    assert swarm.most_readers_seen <= swarm.setting.most_readers
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 1000), st.data())
+def test_any_order_of_joins_and_deaths_ends(receivers: int, chunks: int, seed: int, data: st.DataObject) -> None:
+    times = st.floats(0, 3)
+    joins = data.draw(st.lists(times, min_size=receivers, max_size=receivers))
+    deaths = data.draw(st.lists(st.tuples(times, st.integers(0, receivers)), max_size=receivers))
+    swarm = Swarm(Setting(receivers, chunks, **SLOW), seed, joins=joins, deaths=deaths)
+    swarm.run()
+    check(swarm)
+
+
+def test_hundreds_of_workers_of_which_some_die() -> None:
+    deaths = [(0.05 * number, 3 * number) for number in range(1, 60)]
+    swarm = Swarm(Setting(300, 60, **SLOW), 3, deaths=deaths)
+    swarm.run()
+    check(swarm)
+    assert not any(worker.from_storage for worker in swarm.workers.values())  # the seed lived
+
+
+def test_a_seed_that_dies_early_leaves_the_rest_to_storage() -> None:
+    swarm = Swarm(Setting(10, 100, **SLOW), 3, deaths=[(0.2, 0)])
+    swarm.run()
+    check(swarm)
+    assert any(worker.from_storage for worker in swarm.workers.values())
+
+
+@pytest.mark.parametrize("rate", [25e6, 1e9])
+def test_eight_receivers_take_little_longer_than_one(rate: float) -> None:
+    chunk_bytes = int(rate / 50)
+    [one, eight] = table([1, 8], Setting(0, 400, chunk_bytes, rate, news_seconds=0.02))
+    assert one[2] == 1
+    assert eight[2] < 1.35
+    assert eight[3] < 1.5  # what the seed sent, in models

@@ -1,0 +1,260 @@
+"""Many holders, relays and turns: real workers of this process and of others against a real server."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mxcore.errors import HolderBusy, TransferError
+from mxcore.settings import load_settings
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.membership import Membership
+from mxcore.transfer.plan import Wanted, all_chunks
+from mxcore.transfer.receiver import ReceiveReport
+from mxcore.transfer.source_client import Source
+from mxserver.wire import p2p_pb2
+from mxserver.wire.client import ServerClient
+from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
+from tests.transfer.memory import HostTensors, identity, model_specs
+
+SEED = 7
+CHUNK_BYTES = 65536
+NewMember = Callable[..., "Member"]
+
+
+class Member:
+    """A membership with memory for a model; `seed` None: to be received."""
+
+    def __init__(self, server: str, seed: int | None, megabytes: int, **changes: Any) -> None:
+        names = {"MX_SERVER_ADDRESS": server, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
+        names |= {"MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 2}
+        names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.2}
+        self.membership = Membership(
+            load_settings({**names, **changes}, {}), identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES
+        )
+        self.tensors = HostTensors(model_specs(megabytes), seed)
+        self.layout, self.placement = build_layout("raw", self.tensors.local_tensors())
+
+    def serve(self, report: ReceiveReport | None = None) -> Source:
+        digests = report.digests if report else None
+        self.membership.serve(self.layout, self.placement, {}, digests, keep_alive=self.tensors)
+        return Source(self.membership.source_id, self.membership.worker_id, 0, self.membership.endpoint or "")
+
+    def receive(self, sources: list[Source], progress: Callable[[int, int], None] | None = None) -> ReceiveReport:
+        return self.membership.receive(self.layout, self.placement, {}, sources, progress, relay_from=self.tensors)
+
+    @property
+    def is_right(self) -> bool:
+        return self.tensors.equal_bytes(HostTensors(self.tensors.specs, SEED))
+
+
+@pytest.fixture
+def new_member(server: ServerProcess) -> Iterator[NewMember]:
+    members: list[Member] = []
+
+    def make(seed: int | None = None, megabytes: int = 4, **changes: Any) -> Member:
+        members.append(Member(server.address, seed, megabytes, **changes))
+        return members[-1]
+
+    yield make
+    for member in members:
+        member.membership.close()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[ServerClient]:
+    with ServerClient(server.address, timeout_seconds=5) as value:
+        yield value
+
+
+def test_chunks_come_from_several_holders(start_worker: StartWorker, new_member: NewMember) -> None:
+    sources = [start_worker("tcp", seed=SEED, megabytes=20).serve() for _ in range(2)]
+    target = new_member(megabytes=20)
+    report = target.receive(sources)
+    assert target.is_right
+    assert set(report.bytes_from) == {source.worker_id for source in sources}
+    assert sum(report.bytes_from.values()) == report.bytes
+    assert report.bytes_again == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_holder_costs_what_was_in_flight(
+    start_worker: StartWorker, new_member: NewMember, number: signal.Signals
+) -> None:
+    lost = start_worker("tcp", seed=SEED, megabytes=20)
+    sources = [lost.serve(), start_worker("tcp", seed=SEED, megabytes=20).serve()]
+    target = new_member(megabytes=20)
+    struck = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        if done > total / 3 and not struck.is_set():
+            struck.set()
+            lost.kill(number)
+
+    report = target.receive(sources, progress)
+    assert target.is_right
+    assert report.bytes_again <= 0.1 * report.bytes
+
+
+def test_a_receiver_gives_away_what_it_has(new_member: NewMember, client: ServerClient) -> None:
+    seed, first, second = new_member(SEED, MX_SOURCE_MAX_READERS=1), new_member(), new_member()
+    source = seed.serve()
+    half, relayed = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        if done >= total / 2:
+            half.set()
+            assert relayed.wait(60)
+
+    first.membership.join()
+    receiving = threading.Thread(target=first.receive, args=([source], hold))
+    receiving.start()
+    assert half.wait(60)
+    wait_for(lambda: first.membership.holder is not None and first.membership.endpoint)
+    [relay] = [found for found in second.membership.find_sources(receiving=True) if found.receiving]
+    assert relay.worker_id == first.membership.worker_id
+    assert [found.worker_id for found in second.membership.find_sources()] == [source.worker_id]  # READY only
+    second.membership.join()
+    got: list[int] = []
+
+    def note(done: int, total: int) -> None:
+        got.append(done)
+        relayed.set()  # the first one is still at half: this came from it, as the seed takes one reader only
+
+    report = second.receive([relay], note)
+    receiving.join()
+    assert second.is_right
+    assert first.is_right
+    assert report.bytes_from[first.membership.worker_id] > 0
+    first.serve(None)
+    assert first.membership.holder is not None
+    assert first.membership.holder.complete
+
+
+def test_a_relay_becomes_a_source_without_a_second_holder(new_member: NewMember) -> None:
+    seed, target = new_member(SEED), new_member()
+    source = seed.serve()
+    target.membership.join()
+    report = target.receive([source])
+    relay = target.membership.holder
+    served = target.serve(report)
+    if relay is not None:
+        assert target.membership.holder is relay
+    third = new_member()
+    assert third.receive([served]).source_worker_id == served.worker_id
+    assert third.is_right
+
+
+def test_after_a_failure_nothing_is_served(start_worker: StartWorker, new_member: NewMember) -> None:
+    dying = start_worker("tcp", seed=SEED, megabytes=20)
+    target = new_member(megabytes=20)
+    target.membership.join()
+    with pytest.raises(TransferError):
+        target.receive([dying.serve()], lambda done, total: dying.kill())
+    assert target.membership.holder is None
+    assert target.membership.endpoint is None
+
+
+def test_one_of_many_reads_storage(new_member: NewMember) -> None:
+    members = [new_member() for _ in range(4)]
+    found: dict[int, list[Source]] = {}
+
+    def start(number: int) -> None:
+        members[number].membership.join()
+        found[number] = members[number].membership.wait_for_source()
+
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    [reader] = wait_for(lambda: [number for number, sources in found.items() if not sources])
+    assert list(found) == [reader]
+    for name, storage in HostTensors(members[reader].tensors.specs, SEED).storages.items():
+        members[reader].tensors.storages[name][:] = storage
+    members[reader].serve()
+    for thread in threads:
+        thread.join()
+    for number, sources in found.items():
+        if number != reader:
+            assert [source.worker_id for source in sources] == [members[reader].membership.worker_id]
+
+
+def test_a_reader_that_cannot_share_lets_all_go(new_member: NewMember) -> None:
+    first, second = new_member(), new_member()
+    assert first.membership.wait_for_source() == []
+    first.membership.close()
+    assert second.membership.wait_for_source() == []
+
+
+def test_waiting_ends(new_member: NewMember) -> None:
+    first, second = new_member(), new_member(MX_SOURCE_WAIT_SECS=0.3)
+    assert first.membership.wait_for_source() == []
+    assert second.membership.wait_for_source() == []
+
+
+def test_a_turn_can_be_handed_over(new_member: NewMember) -> None:
+    first, successor, other = new_member(), new_member(SEED), new_member(MX_SOURCE_WAIT_SECS=0.3)
+    assert first.membership.wait_for_source() == []
+    successor.membership.take_over_turn(first.membership)
+    first.membership.close()
+    served = successor.serve()
+    assert [source.worker_id for source in other.membership.wait_for_source()] == [served.worker_id]
+    assert other.membership.wait_for_source(avoid=[served.worker_id]) == []
+
+
+def test_a_source_takes_so_many_readers(new_member: NewMember) -> None:
+    seed = new_member(SEED, MX_SOURCE_MAX_READERS=1)
+    source = seed.serve()
+    holder = seed.membership.holder
+    assert holder is not None
+    lease = holder.grant()
+    with pytest.raises(HolderBusy):
+        holder.grant()
+    target = new_member()
+    done = threading.Thread(target=target.receive, args=([source],))
+    done.start()
+    holder.release(lease.lease_id)  # it asked in vain, or will find room at once
+    done.join()
+    assert target.is_right
+
+
+def test_withdrawing_waits_for_readers_and_frees_memory(new_member: NewMember, client: ServerClient) -> None:
+    seed = new_member(SEED)
+    source = seed.serve()
+    holder = seed.membership.holder
+    assert holder is not None
+    lease = holder.grant()
+    assert not seed.membership.withdraw(0.1)
+    assert holder.session.fenced
+    assert seed.membership.endpoint is None
+    record = client.get_metadata(source.source_id, source.worker_id)
+    assert record is not None
+    assert record.worker.status == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    assert seed.membership.withdraw()
+    again = seed.serve()
+    assert new_member().receive([again]).bytes > 0
+    assert lease.ended
+
+
+def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -> None:
+    seed = new_member(SEED)
+    seed.serve()
+    holder = seed.membership.holder
+    assert holder is not None
+    count = len(holder.chunks)
+    holder.update(0b101)
+    lease = holder.grant()
+    answer = holder.ask(lease.lease_id, Wanted(all_chunks(count), 0, count), 0)
+    assert sorted(answer.granted) == [0, 2]
+    assert not answer.complete
+    waiting = threading.Timer(0.05, holder.update, args=(all_chunks(count),))
+    waiting.start()
+    news = holder.ask(lease.lease_id, Wanted(0b10, 0, 1), answer.version, wait_seconds=30)
+    waiting.join()
+    assert (news.granted, news.complete) == ([1], True)
+    holder.update(0b101)
+    with pytest.raises(ValueError, match="are not here"):
+        next(holder.push(lease.lease_id, [1], lambda: False))
