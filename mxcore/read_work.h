@@ -14,7 +14,7 @@
 
 enum { MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING };
 
-#define MX_PROBE_JOBS 16 /* so many jobs go each way before one is chosen */
+#define MX_PROBE_JOBS 4 /* so many jobs go each way before one is chosen */
 #define MX_IN_PLACE_LEAST 65536
 
 typedef struct mx_work {

@@ -139,9 +139,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
         load = request.source_load if request.HasField("source_load") and math.isfinite(request.source_load) else None
         try:
-            self._store.update_status(
-                key, request.status, epoch=request.epoch, source_load=load, owner=current_owner()
-            )
+            self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._loads.updated(key, request)

@@ -16,7 +16,7 @@ try:
     import redis
     from redis.backoff import ConstantBackoff
     from redis.retry import Retry
-except ImportError as error:  # pragma: no cover - tests run with it; test_install.py runs without
+except ImportError as error:
     raise SettingError(
         "the store redis needs the package redis, which is not installed; install it with "
         "pip install 'mx-modelexpress[redis]'"

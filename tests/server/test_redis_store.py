@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,7 +28,7 @@ from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable, SettingError, StaleEpoch
 from mxserver.wire.source_id import source_id
-from tests.server.conftest import ServerProcess
+from tests.server.conftest import ROOT, ServerProcess
 from tests.server.redis_process import LASTING, RedisProcess
 from tests.server.stores import COLLECT_SECONDS, HEARTBEAT_SECONDS, LEASES, READY, STALE, HandClock, key, publication
 from tests.server.test_cli import mxserver
@@ -131,6 +133,13 @@ def test_redis_that_may_forget_is_warned_about(
         RedisStore(redis_server.url).close()
     redis_server.stop()
     assert ("set appendonly yes and appendfsync always" in caplog.text) is warned
+
+
+def test_server_without_the_package_says_what_to_install() -> None:
+    program = "import sys; sys.modules['redis'] = None; from mxserver.cli import main; main(['--store', 'redis'])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 2
+    assert run.stderr.endswith("install it with pip install 'mx-modelexpress[redis]' [MX_SETTING]\n")
 
 
 # Outages

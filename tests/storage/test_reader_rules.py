@@ -136,5 +136,5 @@ def test_auto_maps_what_is_cached_and_tries_two_ways_when_it_is_much(files: File
     outcome = checkpoint_reader.read_jobs(
         many, step.order, way=step.way, other_way=step.other_way, threads=step.threads, lanes=step.lanes
     )
-    assert all(count >= 16 * 4096 for count in outcome["bytes"])
+    assert all(count >= 4 * 4096 for count in outcome["bytes"])
     assert bytes(memory) == bytes(range(256)) * (SIZE // 256)
