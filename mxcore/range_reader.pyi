@@ -48,7 +48,8 @@ class RangeReader:
         Raises StorageError (cannot be opened or read; the error number is that of pread, EFAULT for an address that is
         no memory) and TruncatedRead (the file ends before a range does; where the size tells, before anything is
         read), both with file, offset, wanted and got; ValueError or BufferError for a destination that does not fit;
-        KeyboardInterrupt. `got` is how far into the range the failure lies, not a promise that all before it was read. After an error no thread writes any more, and what the destinations hold is undefined.
+        KeyboardInterrupt. `got` is how far into the range the failure lies, not a promise that all before it was
+        read. After an error no thread writes any more, and what the destinations hold is undefined.
         """
 
 def live_file_descriptors() -> int:
