@@ -276,7 +276,9 @@ class Receiver:
         if not self._candidates and not self._failures:
             return SourceUnreachable("there is no worker to receive weights from")
         if len(self._failures) == 1 and not self._intake.verified:
-            return self._failures[0]
+            only = self._failures[0]
+            if not isinstance(only, DigestMismatch):  # then bytes came, whether or not others were verified before
+                return only
         missing = self._intake.missing
         names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")
         reasons = "; ".join(str(error) for error in self._failures) or "nobody had them"
