@@ -1,7 +1,8 @@
 """Where vLLM's versions differ, and what of vLLM this package touches beside its loader interface.
 
-Everything version-dependent is here and nowhere else. Tried with vLLM 0.32; 0.27 to 0.33 have the same shapes by
-reading; what is older is met by looking, never by comparing version numbers.
+Everything version-dependent is here and nowhere else. Run with vLLM 0.32; for 0.10 to 0.33 the shapes of what is touched
+are recorded from each version's sources (tests/plugin/vllm_interface.json). Versions are met by looking, never by
+comparing numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -41,7 +41,15 @@ def route_logs() -> None:
 
 
 def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
-    """Registers a load format, but leaves a name alone that somebody has taken: vLLM itself, or another package."""
+    """Registers a load format, but leaves a name alone that somebody has taken: vLLM itself, or another package.
+
+    Raises RuntimeError before vLLM 0.10.1, which knows no names of others.
+    """
+    if not hasattr(model_loader, "register_model_loader"):
+        raise RuntimeError(
+            "this vLLM takes no load formats by name (0.10.1 and later do); "
+            "in Python, LLM(load_format=vllm_plugin.loader.MxModelLoader) is the same as mx"
+        )
     taken = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(name)
     if taken is None:
         model_loader.register_model_loader(name)(loader)
@@ -86,7 +94,7 @@ _ITERATOR = "safetensors_weights_iterator"
 def wanted_names(checkpoint: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str] | None:
     """Which tensors vLLM's iterator would give with these arguments; None where we cannot tell.
 
-    Under expert parallelism it leaves out experts of other ranks (from 0.19 on).
+    Under expert parallelism it leaves out experts of other ranks (from 0.18 on).
     """
     experts = kwargs.get("local_expert_ids", args[2] if len(args) > 2 else None)
     if experts is None:

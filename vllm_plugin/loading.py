@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.errors import LayoutUnsupported, SourceUnreachable, TransferError

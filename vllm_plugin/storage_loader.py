@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.settings import WorkerSettings

@@ -13,8 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig, ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 

@@ -66,13 +66,15 @@ vllm_plugin.register()
 found["free name"] = loaders["modelexpress"].__name__
 found["foreign name"] = loaders["mx"].__name__
 
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig
 from vllm_plugin import compat
 for name in ("mxcore.transfer.membership", "mxcore.digest"):
     sys.modules[name] = None
 loader = once["mx"](LoadConfig(load_format="mx", model_loader_extra_config={"layout": "raw"}))
 compat.load_model = lambda loader, *arguments: [type(loader).__name__, loader.load_config.load_format]
 found["without the core"] = loader.load_model(None, None)
+del model_loader.register_model_loader
+vllm_plugin.register()  # as with 0.10.0: a line, no exception
 print(json.dumps(found))
 """
 
@@ -127,3 +129,7 @@ print("vLLM goes on")
     result = run(program)
     assert result.stdout.splitlines()[-1] == "vLLM goes on"
     assert result.stderr.count("could not be registered") == 1
+
+
+def test_a_vllm_without_named_formats_says_how_else(result: subprocess.CompletedProcess[str]) -> None:
+    assert "LLM(load_format=vllm_plugin.loader.MxModelLoader)" in result.stdout + result.stderr

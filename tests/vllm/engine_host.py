@@ -131,7 +131,40 @@ def identity(command: dict[str, Any]) -> dict[str, Any]:
     return {"source_id": source_id(made), "identity": MessageToDict(made, preserving_proto_field_name=True)}
 
 
-COMMANDS = {function.__name__: function for function in (load, plain_linear, hiding, corrupt, leave, live, identity)}
+def interface(command: dict[str, Any]) -> dict[str, Any]:
+    """What the installed vLLM has of a list of `module:name.attribute`, as tools/record_vllm_interface.py writes it."""
+    import importlib
+    import inspect
+
+    absent = object()
+    shapes: dict[str, Any] = {}
+    for key in command["keys"]:
+        module, _, path = key.partition(":")
+        found: Any = importlib.import_module(module)
+        for name in path.split("."):
+            fields = {field for kind in getattr(found, "__mro__", ()) for field in getattr(kind, "__annotations__", {})}
+            look_up = getattr if inspect.ismodule(found) else inspect.getattr_static
+            found = look_up(found, name, "there" if name in fields else absent)
+        found = getattr(found, "__func__", found)  # of a class method or a static one
+        is_function = inspect.isfunction(found)
+        shapes[key] = _parameters(inspect.signature(found)) if is_function else None if found is absent else "there"
+    return {"shapes": shapes}
+
+
+def _parameters(signature: Any) -> list[str]:
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in names):
+            names.append("*")
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = "" if parameter.default is parameter.empty else "="
+        names.append(f"{stars}{parameter.name}{default}")
+    return names
+
+
+COMMANDS = {
+    function.__name__: function for function in (load, plain_linear, hiding, corrupt, leave, live, identity, interface)
+}
 
 
 def main() -> None:
