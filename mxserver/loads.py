@@ -98,7 +98,7 @@ class Loads:
         if request.HasField("load_report"):
             self._finish(key, request.load_report, model_name)
         if request.HasField("load_progress") and status != _STALE:
-            self._progress(key, request.load_progress)
+            self.told(key, request.load_progress)
         elif status in (_READY, _STALE):
             with self._lock:
                 self._running.pop(key, None)
@@ -121,9 +121,12 @@ class Loads:
         with self._lock:
             return list(self._finished)
 
-    def _progress(self, key: RecordKey, progress: load_pb2.LoadProgress) -> None:
+    def told(self, key: RecordKey, progress: load_pb2.LoadProgress) -> None:
+        """A worker tells how far it is; of a load that is reported as ended, that is left aside."""
         now = self._clock.monotonic_seconds()
         with self._lock:
+            if progress.load_id in self._counted:
+                return
             load = self._running.get(key)
             if load is None or load.load_id != progress.load_id:
                 load = self._running[key] = _Running(progress.load_id, now, progress)

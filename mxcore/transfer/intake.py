@@ -83,6 +83,12 @@ class Intake:
             return self._plan.finished and self.content is not None
 
     @property
+    def bytes_done(self) -> int:
+        """Bytes of the chunks that are verified."""
+        with self.changed:
+            return self._bytes_done
+
+    @property
     def verified(self) -> int:
         """The set of chunks that are."""
         with self.changed:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -19,6 +19,8 @@ from mxcore.transfer.heartbeat import Heartbeat
 from mxcore.transfer.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.intake import Content, Progress
 from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.load_progress import LoadPath, LoadReporter, Way
+from mxcore.transfer.logged import logged
 from mxcore.transfer.plan import all_chunks
 from mxcore.transfer.receiver import Receiver, ReceiveReport
 from mxcore.transfer.relay import ServedRelay
@@ -26,7 +28,7 @@ from mxcore.transfer.source_client import Source
 from mxcore.transfer.storage_turn import StorageTurn
 from mxcore.transfer.transports import UcxPolicy
 from mxcore.transfer.worker_service import WorkerServer
-from mxserver.wire import mx_pb2, p2p_pb2
+from mxserver.wire import load_pb2, mx_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import MxError, ServerRefused, StaleEpoch, WireError
 from mxserver.wire.source_id import source_id
@@ -81,6 +83,7 @@ class Membership:
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
         self._turn: StorageTurn | None = None
+        self._loads = LoadReporter(self._tell_progress)
         self._leaving = threading.Event()
         self._holder: Holder | None = None
         self._server: WorkerServer | None = None
@@ -195,9 +198,18 @@ class Membership:
         return []
 
     def take_over_turn(self, other: Membership) -> None:
-        """Another membership of this process had the turn to read storage: it ends with this one."""
+        """Another membership of this process had the turn to read storage, and loaded: both end with this one."""
         with self._lock:
             self._turn, other._turn = other._turn, None
+        self._loads.take_over(other._loads)
+
+    def loading(self, path: LoadPath) -> AbstractContextManager[Way]:
+        """Around a load that is not `receive`; `way(bytes_done, bytes_total)` as often as wanted tells how far it is.
+
+        The server hears of it about once a second, and of the whole with `serve` or `close`. An exception that leaves
+        the block is kept as the reason why this way was left, and goes on. Never raises by itself, never waits.
+        """
+        return self._loads.loading(path)
 
     def receive(
         self,
@@ -227,7 +239,8 @@ class Membership:
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
         )
         try:
-            return receiver.receive(sources, self._find_more if self._published else None)
+            with self._loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
+                return receiver.receive(sources, self._find_more if self._published else None, way)
         except BaseException:
             self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
             raise
@@ -285,7 +298,7 @@ class Membership:
         with self._lock:
             again, self._published = self._published and not self._closed, False
         if again:
-            with _logged("telling the server that nothing is served"):
+            with logged("telling the server that nothing is served"):
                 self._publish()
         return drained
 
@@ -304,22 +317,23 @@ class Membership:
                 return
             self._closed = True
         self._leaving.set()
+        self._loads.close()
         self._heartbeat.stop()
-        with _logged("draining"):
+        with logged("draining"):
             self.drain()
-        with _logged("stopping its services"):
+        with logged("stopping its services"):
             self._stop_serving()
         if self._turn is not None:
             self._turn.end(shared=False)
         if self._client is not None:
-            with _logged("closing its connection to the server"):
+            with logged("closing its connection to the server"):
                 self._client.close()
 
     def _relay(self, layout: Layout, placement: Placement, keep_alive: object, content: Content) -> Holder:
         """Serves what is being received, with nothing there yet. Raises MxError."""
         self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
         holder = self._offer(layout, placement, content.scalars, content.digests, keep_alive, have=0)
-        with _logged("telling the server where chunks can be had"):
+        with logged("telling the server where chunks can be had"):
             self._publish()
         return holder
 
@@ -419,19 +433,29 @@ class Membership:
                 worker_grpc_endpoint=self.endpoint or "",
                 accelerator=self.accelerator,
             )
-            answer = self._client.publish(self._identity, worker, self.worker_id, self._epoch)
+            report = self._loads.report() if self._status == p2p_pb2.SOURCE_STATUS_READY else None
+            answer = self._client.publish(self._identity, worker, self.worker_id, self._epoch, load_report=report)
+            if report is not None:
+                self._loads.reported(report)
             self._epoch = answer.epoch
             self._published = True
             self._heartbeat.limit(answer.lease_ms / 1000)
             if self._status == p2p_pb2.SOURCE_STATUS_READY:  # servers that leave the status of a publish aside
                 self._update_status()
 
-    def _update_status(self) -> None:
+    def _update_status(self, report: load_pb2.LoadReport | None = None) -> None:
         if self._client is not None:
             load = float(self._holder.live_leases) if self._holder is not None else None
-            self._client.update_status(
-                self.source_id, self.worker_id, self.worker_rank, self._status, epoch=self._epoch, source_load=load
-            )
+            key = (self.source_id, self.worker_id, self.worker_rank)
+            self._client.update_status(*key, self._status, epoch=self._epoch, source_load=load, load_report=report)
+
+    def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
+        """On the thread of the loads' reporter. Raises WireError."""
+        with self._lock:
+            if self._client is None or not self._published or self._superseded:
+                return
+            source, epoch = self.source_id, self._epoch
+        self._client.tell_progress(source, self.worker_id, self.worker_rank, progress, epoch=epoch)
 
     def _beat(self) -> None:
         """One heartbeat, on the heartbeat's thread. Raises WireError when it did not get through."""
@@ -454,7 +478,7 @@ class Membership:
             logger.error("a newer life of worker %s has taken over: this one stops serving (%s)", self.worker_id, error)
             self._superseded = True
             self._heartbeat.stop()
-            with _logged("stopping its services"):
+            with logged("stopping its services"):
                 if self._holder is not None:
                     self._holder.drain(self.settings.drain_timeout_seconds)
                 self._stop_serving()
@@ -464,8 +488,8 @@ class Membership:
             if not self._published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
                 return
             self._status = p2p_pb2.SOURCE_STATUS_STALE
-            with _logged("saying goodbye to the server"):
-                self._update_status()
+            with logged("saying goodbye to the server"):
+                self._update_status(self._loads.report())
 
     def _stop_serving(self) -> None:
         with self._lock:
@@ -475,12 +499,3 @@ class Membership:
             server.stop()
         if holder is not None:
             holder.close()
-
-
-@contextlib.contextmanager
-def _logged(step: str) -> Iterator[None]:
-    """Leaving a fleet goes on whatever fails on the way."""
-    try:
-        yield
-    except (MxError, OSError, RuntimeError, ValueError) as error:
-        logger.warning("%s failed: %s", step, error)

@@ -31,6 +31,7 @@ from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.load_progress import Standing, Way, peer_path
 from mxcore.transfer.source_client import Source
 from mxcore.transfer.transports import Route
 
@@ -125,10 +126,12 @@ class Receiver:
         self._may_find = False
         self._over = threading.Event()
 
-    def receive(self, sources: Sequence[Source], find_more: FindMore | None = None) -> ReceiveReport:
+    def receive(
+        self, sources: Sequence[Source], find_more: FindMore | None = None, way: Way | None = None
+    ) -> ReceiveReport:
         """Fetches from all `sources` at once, and from what `find_more` finds meanwhile, until all is verified.
 
-        A holder that fails, stalls, leaves or lies costs what it had in flight; the others go on.
+        A holder that fails, stalls, leaves or lies costs what it had in flight; the others go on. `way` is told.
 
         Raises:
             ChunksMissing: nobody is left to give the rest. The memory then holds anything but in the verified
@@ -136,6 +139,8 @@ class Receiver:
             TransferError: what the only holder said, when nothing at all came from it.
         """
         started = time.monotonic()
+        if way is not None:
+            way.standing = self.standing
         self._may_find = find_more is not None
         self._add(sources)
         background = [threading.Thread(target=self._relaying, name="mx-relay", daemon=True)] if self._relay else []
@@ -152,7 +157,21 @@ class Receiver:
                 self._intake.changed.notify_all()
             for thread in background:
                 thread.join()
-        return self._report(time.monotonic() - started)
+        report = self._report(time.monotonic() - started)
+        if way is not None:
+            path, verified = peer_path(report.transport), report.chunks_verified
+            way.ended(path, report.bytes, report.seconds, report.source_worker_id, verified)
+        return report
+
+    def standing(self) -> Standing:
+        """How far it is and which holder gave most; on any thread, while `receive` runs or after."""
+        with self._intake.changed:
+            done, given = self._intake.bytes_done, dict(self._intake.bytes_from)
+        pulls = dict(self._pulls)
+        most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
+        route = pulls[most].route if most in pulls else self._routes.get(most)
+        path = peer_path(route.transport if route is not None else "")
+        return Standing(path, done, self._intake.layout.total_bytes, most, len(pulls))
 
     def _run(self, deadline: float) -> None:
         """Ends once everything is verified and fenced. Raises what `receive` raises, with holders still at work."""

@@ -18,6 +18,7 @@ import grpc
 from mxserver.loads import Loads
 from mxserver.security.roles import current_owner
 from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
+from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
 from mxserver.wire import p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.client import ERROR_CODE_METADATA
@@ -132,6 +133,8 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
     def UpdateStatus(  # noqa: N802
         self, request: p2p_pb2.UpdateStatusRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.UpdateStatusResponse:
+        if request.status == _UNKNOWN and request.HasField("load_progress"):
+            return self._take_progress(request)
         if request.status not in _STATUSES:
             return p2p_pb2.UpdateStatusResponse(
                 success=False, message=f"status {request.status} must be INITIALIZING (1), READY (2) or STALE (3)"
@@ -142,9 +145,24 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
-        self._loads.updated(key, request)
+        self._loads.updated(key, request, self._model_name(key) if request.HasField("load_report") else "")
         _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
+
+    def _take_progress(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:
+        """Progress by itself changes no record. Late ones, of a load that has ended, are left aside."""
+        key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
+        record = self._store.get(key.source_id, key.worker_id)
+        if record is None or record.key != key or record.status != p2p_pb2.SOURCE_STATUS_INITIALIZING:
+            return p2p_pb2.UpdateStatusResponse(success=False, message="no such worker is loading")
+        require_owner(record, current_owner())
+        require_epoch(record, request.epoch)
+        self._loads.told(key, request.load_progress)
+        return p2p_pb2.UpdateStatusResponse(success=True, message="noted")
+
+    def _model_name(self, key: RecordKey) -> str:
+        record = self._store.get(key.source_id, key.worker_id)
+        return record.model_name if record is not None else ""
 
 
 def _name(status: p2p_pb2.SourceStatus.ValueType) -> str:

@@ -133,6 +133,25 @@ class ServerClient:
         if not response.success:
             raise self._refused("UpdateStatus", response.message)
 
+    def tell_progress(
+        self,
+        source_id: str,
+        worker_id: str,
+        worker_rank: int,
+        progress: load_pb2.LoadProgress,
+        *,
+        epoch: int = 0,
+    ) -> None:
+        """Tells how far a load is and changes nothing else: the record's status and lease stay as they are.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+            ServerRefused: the worker is not loading by its record, or the server does not know such messages.
+        """
+        self.update_status(
+            source_id, worker_id, worker_rank, p2p_pb2.SOURCE_STATUS_UNKNOWN, epoch=epoch, load_progress=progress
+        )
+
     def take_storage_turn(
         self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
     ) -> mx_pb2.TakeStorageTurnResponse:

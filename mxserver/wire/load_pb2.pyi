@@ -54,7 +54,9 @@ global___LoadPath = LoadPath
 
 @typing.final
 class LoadProgress(google.protobuf.message.Message):
-    """A load that runs. Sent with the heartbeats of a worker that is INITIALIZING, every second or two."""
+    """A load that runs, about once a second: with a heartbeat of a worker that is INITIALIZING, or by itself with status
+    UNKNOWN, which changes nothing of its record.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -789,8 +789,8 @@ class PublishMetadataRequest(google.protobuf.message.Message):
     pod_uid: builtins.str
     pod_namespace: builtins.str
     epoch: builtins.int
-    """Ours: the epoch that the server gave this worker before. A publish that carries an epoch older than
-    the record's is refused; one without (0) is a new life of the worker, as with existing clients.
+    """Ours: the epoch that the server gave this worker before: the publish goes on with that life of the worker. One
+    without (0) begins a new life, as with existing clients; an epoch of an earlier life is refused.
     """
     @property
     def identity(self) -> global___SourceIdentity: ...
@@ -1048,10 +1048,10 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     worker_id: builtins.str
     source_load: builtins.float
     epoch: builtins.int
-    """ours: 0 (absent) is not checked; an epoch older than the record's is refused"""
+    """ours: 0 (absent) is not checked; an epoch of an earlier life is refused"""
     @property
     def load_progress(self) -> mxserver.wire.load_pb2.LoadProgress:
-        """ours"""
+        """ours; with status UNKNOWN, the record stays as it is"""
 
     @property
     def load_report(self) -> mxserver.wire.load_pb2.LoadReport:

@@ -14,6 +14,7 @@ from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.source_client import Source
+from mxserver.wire import load_pb2
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 
@@ -67,8 +68,21 @@ class Worker:
             agents=live_agents(),
         )
 
+    def load(self, some_bytes: int, total_bytes: int) -> None:
+        """As if from storage: a part, and after a line the rest."""
+        with self.membership.loading(load_pb2.LOAD_PATH_STORAGE) as way:
+            way(some_bytes, total_bytes)
+            answer(told=some_bytes)
+            sys.stdin.readline()
+            way(total_bytes, total_bytes)
+        answer(told=total_bytes)
+
     def run(self, line: dict[str, Any]) -> bool:
         match line["do"]:
+            case "join":
+                answer(joined=self.membership.join())
+            case "load":
+                self.load(line["bytes"], line["total"])
             case "serve":
                 self.serve(line.get("scalars", {}))
             case "receive":

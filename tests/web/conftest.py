@@ -17,6 +17,7 @@ import pytest
 from mxserver.wire import load_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
 from tests.server.conftest import ServerProcess
+from tests.web.browser import Browser
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
@@ -88,6 +89,22 @@ def start_web(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
 @pytest.fixture
 def web(start_web: Callable[..., WebServer]) -> WebServer:
     return start_web()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The one browser, away from any page before and after the test, so that no page outlives its server."""
+    yield chromium
+    chromium.open("about:blank")
+    chromium.console()
+    chromium.size(1280, 900)
 
 
 @pytest.fixture

@@ -126,6 +126,14 @@ def test_repeated_report_counts_once_and_one_without_id_always(loads: Loads) -> 
     assert len(loads.finished()) == 3
 
 
+def test_late_progress_of_a_load_that_has_ended_is_left_aside(loads: Loads) -> None:
+    loads.published(KEY, p2p_pb2.PublishMetadataRequest(load_report=load_pb2.LoadReport(load_id="1")))
+    loads.told(KEY, load_pb2.LoadProgress(load_id="1", bytes_done=1))
+    assert loads.running() == []
+    loads.told(KEY, load_pb2.LoadProgress(load_id="2", bytes_done=1))
+    assert loads.running_count() == 1
+
+
 def test_history_is_bounded(loads: Loads, events: Events) -> None:
     for n in range(200):
         loads.published(KEY, p2p_pb2.PublishMetadataRequest(load_report=load_pb2.LoadReport(load_id=str(n))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -19,22 +19,6 @@ from tests.web.conftest import INITIALIZING, READY, WebServer, identity, publish
 GB = 10**9
 PEER_TCP = load_pb2.LOAD_PATH_PEER_TCP
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Iterator[Browser]:
-    """The one browser, away from any page before and after the test, so that no page outlives its server."""
-    yield chromium
-    chromium.open("about:blank")
-    chromium.console()
-    chromium.size(1280, 900)
 
 
 def source_of(client: ServerClient, worker_id: str) -> str:

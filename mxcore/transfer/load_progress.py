@@ -1,0 +1,217 @@
+"""What the server is told about a load: how far it is while it runs, and how it went once it is done.
+
+It is for people who watch (status page, metrics); nothing depends on it. Messages go out on a thread of their own,
+about one a second and fewer when the server is slow to answer. What cannot be sent is left; no load waits or fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from mxserver.wire import load_pb2
+from mxserver.wire.errors import StaleEpoch, WireError
+
+__all__ = ["LoadPath", "LoadReporter", "Standing", "Way", "peer_path"]
+
+logger = logging.getLogger(__name__)
+
+FIRST_SECONDS = 0.5  # most loads of small models are over by then, and cost no message
+INTERVAL_SECONDS = 1.0
+CALL_SHARE = 0.02  # of the time that calls may take: thousands that load at once slow down together
+LONGEST_INTERVAL_SECONDS = 30.0
+_JOIN_SECONDS = 2.0
+
+LoadPath: TypeAlias = load_pb2.LoadPath.ValueType
+
+_PEER_PATHS: dict[str, LoadPath] = {
+    "same-host": load_pb2.LOAD_PATH_PEER_SAME_HOST,
+    "tcp": load_pb2.LOAD_PATH_PEER_TCP,
+    "rdma": load_pb2.LOAD_PATH_PEER_RDMA,
+}
+
+
+def peer_path(transport: str) -> LoadPath:
+    """The path that stands for a route's transport: same-host, tcp or rdma."""
+    return _PEER_PATHS.get(transport, load_pb2.LOAD_PATH_UNSPECIFIED)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a load is, in bytes; from whom, and how many give at the moment (0 and empty: not from workers)."""
+
+    path: LoadPath
+    bytes_done: int
+    bytes_total: int
+    from_worker_id: str = ""
+    holders: int = 0
+
+
+class Way:
+    """One way on which weights are loaded: call it with (bytes done, bytes in all), as often as wanted, on any thread.
+
+    `standing` may be replaced by a function that is asked instead, once a message. After the load, `ended` says more
+    about it than the last call did.
+    """
+
+    def __init__(self, path: LoadPath) -> None:
+        self._now = Standing(path, 0, 0)
+        self.standing: Callable[[], Standing] = lambda: self._now
+        self.chunks_verified = 0
+        self.started = time.monotonic()
+        self.seconds: float | None = None
+
+    def __call__(self, bytes_done: int, bytes_total: int) -> None:
+        self._now = Standing(self._now.path, bytes_done, bytes_total)
+
+    def ended(
+        self, path: LoadPath, bytes_loaded: int, seconds: float, from_worker_id: str = "", chunks_verified: int = 0
+    ) -> None:
+        """What the whole load was."""
+        self._now = Standing(path, bytes_loaded, bytes_loaded, from_worker_id)
+        self.standing = lambda: self._now
+        self.seconds = seconds
+        self.chunks_verified = chunks_verified
+
+
+class LoadReporter:
+    """The loads of one worker, one after the other. Thread-safe; `close` ends its thread."""
+
+    def __init__(self, send: Callable[[load_pb2.LoadProgress], None]) -> None:
+        """`send` may raise WireError, and may take its time; it is called on a thread of this object."""
+        self._send = send
+        self._changed = threading.Condition()
+        self._load_id = ""
+        self._way: Way | None = None
+        self._fallbacks: list[load_pb2.Fallback] = []
+        self._report: load_pb2.LoadReport | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextlib.contextmanager
+    def loading(self, path: LoadPath) -> Iterator[Way]:
+        """Around a load on one way. An exception that leaves it is the reason why the way was left, and goes on.
+
+        A way that is tried after another one that failed belongs to the same load.
+        """
+        way = Way(path)
+        with self._changed:
+            if self._report is not None or not self._load_id:
+                self._load_id, self._fallbacks = uuid.uuid4().hex, []
+            self._report = None
+            self._way = way
+            self._start()
+            self._changed.notify_all()
+        try:
+            yield way
+        except BaseException as error:
+            self._leave(way, f"{type(error).__name__}: {error}")
+            raise
+        self._leave(way, None)
+
+    def report(self) -> load_pb2.LoadReport | None:
+        """How the last load went, until `reported` says that the server knows; None while there is nothing to tell."""
+        with self._changed:
+            return self._report
+
+    def reported(self, report: load_pb2.LoadReport) -> None:
+        """The server has taken this report."""
+        with self._changed:
+            if self._report is report:
+                self._report, self._load_id = None, ""
+
+    def take_over(self, other: LoadReporter) -> None:
+        """The report of a load that ran under another membership of this process is told by this one."""
+        with other._changed:
+            load_id, report, fallbacks = other._load_id, other._report, other._fallbacks
+            other._load_id, other._report, other._fallbacks = "", None, []
+        with self._changed:
+            self._load_id, self._report, self._fallbacks = load_id, report, fallbacks
+
+    def close(self) -> None:
+        """Nothing is sent from now on, but for a call that is under way. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._way = None
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(_JOIN_SECONDS)
+
+    def _leave(self, way: Way, failure: str | None) -> None:
+        """Never raises: `standing` is somebody else's function."""
+        try:
+            last = way.standing()
+        except Exception:
+            logger.debug("how far the load was is not known", exc_info=True)
+            last = Standing(load_pb2.LOAD_PATH_UNSPECIFIED, 0, 0)
+        with self._changed:
+            if self._way is way:
+                self._way = None
+            if failure is not None:
+                self._fallbacks.append(load_pb2.Fallback(path=last.path, reason=failure))
+                return
+            self._report = load_pb2.LoadReport(
+                load_id=self._load_id,
+                path=last.path,
+                bytes=last.bytes_done,
+                seconds=time.monotonic() - way.started if way.seconds is None else way.seconds,
+                from_worker_id=last.from_worker_id,
+                chunks_verified=way.chunks_verified,
+                fallbacks=self._fallbacks,
+            )
+
+    def _start(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="mx-load-progress", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        told: Way | None = None
+        pause = FIRST_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._way is not None)
+                way, load_id = self._way, self._load_id
+                if self._closed or way is None:
+                    return
+                if way is not told:
+                    told, pause = way, FIRST_SECONDS
+                until = time.monotonic() + pause
+                while self._way is way and (left := until - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                if self._way is not way:
+                    continue
+            pause = self._tell(way, load_id, pause)
+
+    def _tell(self, way: Way, load_id: str, pause: float) -> float:
+        """Sends one message; returns the seconds until the next one."""
+        started = time.monotonic()
+        try:
+            now = way.standing()
+            self._send(
+                load_pb2.LoadProgress(
+                    load_id=load_id,
+                    path=now.path,
+                    bytes_done=now.bytes_done,
+                    bytes_total=now.bytes_total,
+                    from_worker_id=now.from_worker_id,
+                    holders=now.holders,
+                )
+            )
+        except StaleEpoch:
+            return LONGEST_INTERVAL_SECONDS  # the heartbeat finds out, and acts
+        except WireError as error:
+            logger.debug("progress was not taken: %s", error)
+            return min(2 * max(pause, INTERVAL_SECONDS), LONGEST_INTERVAL_SECONDS)
+        except Exception:
+            logger.debug("progress could not be told", exc_info=True)
+            return LONGEST_INTERVAL_SECONDS
+        took = time.monotonic() - started
+        return min(max(INTERVAL_SECONDS, took / CALL_SHARE), LONGEST_INTERVAL_SECONDS)

@@ -1,0 +1,183 @@
+"""What the server hears of loads, and that no load waits or fails for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mxcore.transfer import load_progress
+from mxcore.transfer.load_progress import LoadReporter, Standing, peer_path
+from mxserver.wire import load_pb2
+from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
+from tests.transfer.conftest import wait_for
+
+STORAGE = load_pb2.LOAD_PATH_STORAGE
+PEER_TCP = load_pb2.LOAD_PATH_PEER_TCP
+Send = Callable[[load_pb2.LoadProgress], None]
+
+
+class Line:
+    """Takes messages; `failure` is raised instead, where there is one."""
+
+    def __init__(self) -> None:
+        self.taken: list[load_pb2.LoadProgress] = []
+        self.tries = 0
+        self.failure: BaseException | None = None
+
+    def __call__(self, progress: load_pb2.LoadProgress) -> None:
+        self.tries += 1
+        if self.failure is not None:
+            raise self.failure
+        self.taken.append(progress)
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch) -> Line:
+    for name in ("FIRST_SECONDS", "INTERVAL_SECONDS", "LONGEST_INTERVAL_SECONDS"):
+        monkeypatch.setattr(load_progress, name, 0.01)
+    return Line()
+
+
+@pytest.fixture
+def reporter(line: Line) -> Iterator[LoadReporter]:
+    made = LoadReporter(line)
+    yield made
+    made.close()
+
+
+def test_progress_is_told_while_it_runs_and_the_report_is_kept_until_taken(line: Line, reporter: LoadReporter) -> None:
+    assert reporter.report() is None
+    with reporter.loading(STORAGE) as way:
+        way(10, 100)
+        wait_for(lambda: line.taken and line.taken[-1].bytes_done == 10)
+        way(60, 100)
+        wait_for(lambda: line.taken[-1].bytes_done == 60)
+        assert reporter.report() is None
+        way(100, 100)
+    said = line.taken[-1]
+    assert (said.path, said.bytes_total, said.from_worker_id, said.holders) == (STORAGE, 100, "", 0)
+    report = reporter.report()
+    assert report is not None
+    assert (report.load_id, report.path, report.bytes) == (said.load_id, STORAGE, 100)
+    assert report.seconds > 0
+    reporter.reported(load_pb2.LoadReport())  # another one
+    assert reporter.report() is report
+    reporter.reported(report)
+    assert reporter.report() is None
+
+
+def test_a_way_that_was_left_is_a_fallback_of_the_same_load(line: Line, reporter: LoadReporter) -> None:
+    def fail() -> None:
+        with reporter.loading(PEER_TCP) as way:
+            way(5, 100)
+            wait_for(lambda: line.taken)
+            raise ServerRefused("no more")
+
+    with pytest.raises(ServerRefused, match="no more"):
+        fail()
+    assert reporter.report() is None
+    with reporter.loading(STORAGE) as way:
+        way.ended(STORAGE, 100, 2.5, chunks_verified=7)
+    report = reporter.report()
+    assert report is not None
+    assert (report.bytes, report.seconds, report.chunks_verified) == (100, 2.5, 7)
+    assert [(f.path, f.reason) for f in report.fallbacks] == [(PEER_TCP, "ServerRefused: no more [MX_SERVER_REFUSED]")]
+    assert report.load_id == line.taken[0].load_id
+    reporter.reported(report)
+    with reporter.loading(STORAGE):
+        pass
+    following = reporter.report()
+    assert following is not None
+    assert following.load_id != report.load_id
+    assert not following.fallbacks
+
+
+def test_holders_are_asked_for_at_each_message(line: Line, reporter: LoadReporter) -> None:
+    counts = iter(range(1, 1_000_000))
+    with reporter.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
+        way.standing = lambda: Standing(PEER_TCP, next(counts), 100, "w7", 3)
+        wait_for(lambda: len(line.taken) > 3)
+    last = line.taken[-1]
+    assert (last.path, last.from_worker_id, last.holders) == (PEER_TCP, "w7", 3)
+    assert [p.bytes_done for p in line.taken] == sorted(p.bytes_done for p in line.taken)
+
+
+@pytest.mark.parametrize(
+    "failure", [ServerUnreachable("away"), ServerRefused("unknown"), StaleEpoch("newer"), RuntimeError("a fault")]
+)
+def test_failures_cost_no_load_anything(line: Line, reporter: LoadReporter, failure: BaseException) -> None:
+    line.failure = failure
+    with reporter.loading(STORAGE) as way:
+        way(1, 2)
+        wait_for(lambda: line.tries > 1)
+        line.failure = None
+        wait_for(lambda: line.taken)
+    assert reporter.report() is not None
+
+
+def test_a_standing_that_fails_fails_no_load(line: Line, reporter: LoadReporter) -> None:
+    def broken() -> Standing:
+        raise KeyError("gone")
+
+    with reporter.loading(STORAGE) as way:
+        way.standing = broken
+    report = reporter.report()
+    assert report is not None
+    assert report.bytes == 0
+
+
+def test_nobody_waits_for_a_server_that_hangs(line: Line) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(progress: load_pb2.LoadProgress) -> None:
+        asked.set()
+        answer.wait()
+
+    reporter = LoadReporter(hang)
+    with reporter.loading(STORAGE) as way:
+        assert asked.wait(60)
+        way(2, 2)
+    assert reporter.report() is not None  # while the call still hangs
+    assert not answer.is_set()
+    answer.set()
+    reporter.close()
+
+
+def test_calls_that_take_long_become_rare() -> None:
+    reporter = LoadReporter(lambda progress: threading.Event().wait(0.1) or None)
+    with reporter.loading(STORAGE) as way:
+        assert reporter._tell(way, "1", 1.0) >= 0.1 / load_progress.CALL_SHARE
+    reporter.close()
+    quick = LoadReporter(Line())
+    with quick.loading(STORAGE) as way:
+        assert quick._tell(way, "1", 1.0) >= load_progress.INTERVAL_SECONDS
+    quick.close()
+
+
+def test_another_membership_tells_the_report(line: Line, reporter: LoadReporter) -> None:
+    first = LoadReporter(line)
+    with first.loading(STORAGE) as way:
+        way(3, 3)
+    reporter.take_over(first)
+    assert first.report() is None
+    report = reporter.report()
+    assert report is not None
+    assert report.bytes == 3
+    first.close()
+
+
+def test_nothing_is_told_after_the_end(line: Line, reporter: LoadReporter) -> None:
+    reporter.close()
+    reporter.close()
+    with reporter.loading(STORAGE) as way:
+        way(1, 1)
+    assert line.tries == 0
+
+
+def test_paths_of_peers() -> None:
+    assert peer_path("same-host") == load_pb2.LOAD_PATH_PEER_SAME_HOST
+    assert peer_path("tcp") == PEER_TCP
+    assert peer_path("rdma") == load_pb2.LOAD_PATH_PEER_RDMA
+    assert peer_path("pigeon") == load_pb2.LOAD_PATH_UNSPECIFIED
