@@ -240,7 +240,8 @@ class Membership:
         )
         try:
             with self._loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
-                return receiver.receive(sources, self._find_more if self._published else None, way)
+                find_more = partial(self.find_sources, receiving=True)
+                return receiver.receive(sources, find_more if self._published else None, way)
         except BaseException:
             self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
             raise
@@ -306,9 +307,8 @@ class Membership:
         """Takes no new readers and waits for those that read; False when some did not end in time. Idempotent."""
         self._goodbye()
         holder = self._holder
-        if holder is None:
-            return True
-        return holder.drain(self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds)
+        wait_seconds = self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds
+        return holder is None or holder.drain(wait_seconds)
 
     def close(self) -> None:
         """Drains, says goodbye (STALE), destroys the agent, lets go of the memory. Idempotent; never raises."""
@@ -336,9 +336,6 @@ class Membership:
         with logged("telling the server where chunks can be had"):
             self._publish()
         return holder
-
-    def _find_more(self) -> list[Source]:
-        return self.find_sources(receiving=True)
 
     def _take_turn(self) -> mx_pb2.TakeStorageTurnResponse | None:
         """Word to wait; None when this worker reads storage. Raises WireError."""
