@@ -1,6 +1,7 @@
-"""XXH3-64 over buffers and over raw memory, compiled.
+"""XXH3-64 and mixsum-64 over buffers and over raw memory, compiled.
 
-Algorithm: XXH3, 64 bits, default secret, as in xxHash 0.8 (third_party/xxhash); not cryptographic. Digests are the
+XXH3: 64 bits, default secret, as in xxHash 0.8 (third_party/xxhash). mixsum-64: ours, for a GPU's thousands of threads
+(mxcore/mixsum.h, docs/digests.md); on the host it is as fast. Neither is cryptographic. Digests are the
 same on every processor. All functions release the GIL for what takes longer than that costs, and may be called from
 several threads at once. Memory that is written to meanwhile gives a digest of no use, and nothing worse.
 
@@ -43,5 +44,23 @@ def xxh3_64_many(
     Raises as `xxh3_64_segments`, and ValueError for `segment_starts` or `threads` that are not as said.
     """
 
+def mixsum_64(data: Buffer) -> int:
+    """mixsum-64 of a C-contiguous buffer (any shape and format, as bytes). Raises BufferError, TypeError."""
+
+def mixsum_64_segments(addresses: Buffer | Sequence[int], lengths: Buffer | Sequence[int]) -> int:
+    """As `xxh3_64_segments`."""
+
+def mixsum_64_many(
+    addresses: Buffer | Sequence[int],
+    lengths: Buffer | Sequence[int],
+    segment_starts: Buffer | Sequence[int],
+    *,
+    threads: int = 1,
+) -> bytes:
+    """As `xxh3_64_many`."""
+
 def _choose_vectors(wide: bool) -> bool:
     """For tests: allows or forbids the vectors beyond the processor's baseline; returns whether they are used."""
+
+def _choose_mixsum_vectors(widest: int) -> int:
+    """For tests: allows vectors up to 0 (none of our own choice), 1 (AVX2), 2 (AVX-512); returns what is used."""

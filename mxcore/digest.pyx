@@ -1,4 +1,4 @@
-"""XXH3-64 over buffers and over raw memory. Types and documentation: digest.pyi.
+"""XXH3-64 and mixsum-64 over buffers and over raw memory. Types and documentation: digest.pyi.
 
 The hashing runs without the GIL. A buffer's Py_buffer is held until it is done, so that its owner cannot free or
 resize it; raw addresses are the caller's to keep alive.
@@ -18,6 +18,11 @@ cdef extern from "digest_dispatch.h" nogil:
     int mx_digest_choose(int allow_wide)
     uint64_t mx_digest_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count, uint64_t seed)
 
+cdef extern from "mixsum_host.h" nogil:
+    int mx_mixsum_choose(int widest)
+    uint64_t mx_mixsum_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count)
+    enum: MX_AVX512
+
 cdef extern from *:
     """
     #include <pthread.h>
@@ -35,6 +40,17 @@ cdef enum:
 cdef tuple FORMATS = (b"Q", b"L", b"@Q", b"@L", b"=Q", b"<Q" if sys.byteorder == "little" else b">Q")
 
 mx_digest_choose(True)
+mx_mixsum_choose(MX_AVX512)
+
+ctypedef uint64_t (*Digest)(const uint64_t*, const uint64_t*, size_t) noexcept nogil
+
+
+cdef uint64_t xxh3(const uint64_t* addresses, const uint64_t* lengths, size_t count) noexcept nogil:
+    return mx_digest_segments(addresses, lengths, count, 0)
+
+
+cdef uint64_t mixsum(const uint64_t* addresses, const uint64_t* lengths, size_t count) noexcept nogil:
+    return mx_mixsum_segments(addresses, lengths, count)
 
 
 @cython.internal
@@ -91,17 +107,40 @@ def xxh3_64(data, seed=0):
     return digest
 
 
-def xxh3_64_segments(addresses, lengths):
+def mixsum_64(data):
+    cdef Py_buffer view
+    cdef uint64_t address, length, digest
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        address = <uint64_t><uintptr_t>view.buf
+        length = <uint64_t>view.len
+        with nogil:
+            digest = mx_mixsum_segments(&address, &length, 1)
+    finally:
+        PyBuffer_Release(&view)
+    return digest
+
+
+cdef object of_segments(Digest made, object addresses, object lengths):
     cdef Uint64s places = Uint64s(addresses, "addresses")
     cdef Uint64s sizes = Uint64s(lengths, "lengths")
     cdef uint64_t digest
     check_segments(places, sizes)
     with nogil:
-        digest = mx_digest_segments(places.values, sizes.values, places.count, 0)
+        digest = made(places.values, sizes.values, places.count)
     return digest
 
 
+def xxh3_64_segments(addresses, lengths):
+    return of_segments(xxh3, addresses, lengths)
+
+
+def mixsum_64_segments(addresses, lengths):
+    return of_segments(mixsum, addresses, lengths)
+
+
 cdef struct Groups:
+    Digest made
     const uint64_t* addresses
     const uint64_t* lengths
     const uint64_t* starts  # count + 1
@@ -122,7 +161,7 @@ cdef void* digest_groups(void* data) noexcept nogil:
             return NULL
         first = groups.starts[group]
         last = groups.starts[group + 1]
-        digest = mx_digest_segments(groups.addresses + first, groups.lengths + first, last - first, 0)
+        digest = groups.made(groups.addresses + first, groups.lengths + first, last - first)
         for index in range(8):
             groups.digests[8 * group + index] = <unsigned char>(digest >> (8 * index))
 
@@ -139,7 +178,7 @@ cdef void run_threads(Groups* groups, size_t threads) noexcept nogil:
         pthread_join(made[count], NULL)
 
 
-def xxh3_64_many(addresses, lengths, segment_starts, *, threads=1):
+cdef bytes of_groups(Digest made, object addresses, object lengths, object segment_starts, object threads):
     cdef Uint64s places = Uint64s(addresses, "addresses")
     cdef Uint64s sizes = Uint64s(lengths, "lengths")
     cdef Uint64s starts = Uint64s(segment_starts, "segment_starts")
@@ -155,6 +194,7 @@ def xxh3_64_many(addresses, lengths, segment_starts, *, threads=1):
         if starts.values[index] < starts.values[index - 1]:
             raise ValueError(f"segment_starts falls from {starts.values[index - 1]} to {starts.values[index]} "
                              f"at group {index - 1}")
+    groups.made = made
     groups.addresses = places.values
     groups.lengths = sizes.values
     groups.starts = starts.values
@@ -168,5 +208,17 @@ def xxh3_64_many(addresses, lengths, segment_starts, *, threads=1):
     return digests  # written before anybody else has seen the object
 
 
+def xxh3_64_many(addresses, lengths, segment_starts, *, threads=1):
+    return of_groups(xxh3, addresses, lengths, segment_starts, threads)
+
+
+def mixsum_64_many(addresses, lengths, segment_starts, *, threads=1):
+    return of_groups(mixsum, addresses, lengths, segment_starts, threads)
+
+
 def _choose_vectors(wide):
     return bool(mx_digest_choose(wide))
+
+
+def _choose_mixsum_vectors(widest):
+    return mx_mixsum_choose(widest)

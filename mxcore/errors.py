@@ -15,6 +15,9 @@
     │   └── HostMemoryLimit   MX_HOST_MEMORY_LIMIT    more host memory than the user's ceiling allows
     ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while somebody still looks at its memory
     ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
+    ├── CudaError             MX_CUDA                 a call into the CUDA driver failed
+    │   ├── CudaMissing       MX_CUDA_MISSING         no usable CUDA driver or device on this machine
+    │   └── DeviceMemoryError MX_DEVICE_MEMORY        the device gives no (more) memory
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -115,6 +118,31 @@ class HostBufferClosed(MxError, BufferError):
     """A host buffer was used after it was closed."""
 
     code = "MX_HOST_BUFFER_CLOSED"
+
+
+class CudaError(MxError):
+    """A call into the CUDA driver failed; the message names the function, its error and the device.
+
+    `status` is the driver's CUresult, 0 where no call was made.
+    """
+
+    code = "MX_CUDA"
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class CudaMissing(CudaError):
+    """No CUDA driver, an unusable one, or no device; the message says where it was looked for."""
+
+    code = "MX_CUDA_MISSING"
+
+
+class DeviceMemoryError(CudaError, MemoryError):
+    """The device gives no memory of that size; the message has what is free."""
+
+    code = "MX_DEVICE_MEMORY"
 
 
 class TransferError(MxError):

@@ -2,14 +2,12 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
-from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from posix.unistd cimport _SC_PAGESIZE, sysconf
 
-from mxcore.host_buffer cimport DLManagedTensor, DLManagedTensorVersioned, DLTensor, HostBuffer
+from mxcore.dlpack cimport DL_CPU, Bytes, export_bytes
+from mxcore.host_buffer cimport HostBuffer
 
 import os
 import sys
@@ -26,109 +24,12 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     HUGE_PAGE_BYTES = 2 * 1024 * 1024
-    DL_CPU = 1
-    DL_UINT = 1
 
 MAX_BYTES = 1 << 46  # beyond what a process can map: keeps the sums below within 64 bits
 
 cdef char* UNSIGNED_BYTES = b"B"
 cdef size_t live_count = 0  # both these change under the GIL only
 cdef size_t live_bytes = 0
-
-
-cdef struct Legacy:
-    DLManagedTensor managed  # first: the capsule's pointer is that of the whole
-    int64_t shape
-    int64_t stride
-
-cdef struct Versioned:
-    DLManagedTensorVersioned managed
-    int64_t shape
-    int64_t stride
-
-
-cdef void fill_tensor(DLTensor* tensor, HostBuffer owner, int64_t* shape, int64_t* stride) noexcept:
-    shape[0] = <int64_t>owner.length
-    stride[0] = 1
-    tensor.data = owner.base
-    tensor.device.device_type = DL_CPU
-    tensor.device.device_id = 0
-    tensor.ndim = 1
-    tensor.dtype.code = DL_UINT
-    tensor.dtype.bits = 8
-    tensor.dtype.lanes = 1
-    tensor.shape = shape
-    tensor.strides = stride
-    tensor.byte_offset = 0
-
-
-cdef void end_export(void* context) noexcept:
-    """Gives back the reference that an export holds; that may free the buffer."""
-    cdef HostBuffer owner = <HostBuffer>context
-    owner.export_count -= 1
-    Py_DECREF(owner)
-
-
-cdef void delete_legacy(DLManagedTensor* managed) noexcept with gil:
-    end_export(managed.manager_ctx)
-    PyMem_Free(managed)
-
-
-cdef void delete_versioned(DLManagedTensorVersioned* managed) noexcept with gil:
-    end_export(managed.manager_ctx)
-    PyMem_Free(managed)
-
-
-cdef void drop_legacy(object capsule) noexcept:
-    """A capsule that nobody consumed (a consumer renames it) deletes what it holds."""
-    cdef DLManagedTensor* managed
-    if PyCapsule_IsValid(capsule, "dltensor"):
-        managed = <DLManagedTensor*>PyCapsule_GetPointer(capsule, "dltensor")
-        managed.deleter(managed)
-
-
-cdef void drop_versioned(object capsule) noexcept:
-    cdef DLManagedTensorVersioned* managed
-    if PyCapsule_IsValid(capsule, "dltensor_versioned"):
-        managed = <DLManagedTensorVersioned*>PyCapsule_GetPointer(capsule, "dltensor_versioned")
-        managed.deleter(managed)
-
-
-cdef object export_legacy(HostBuffer owner):
-    cdef Legacy* export = <Legacy*>PyMem_Malloc(sizeof(Legacy))
-    if export == NULL:
-        raise MemoryError
-    fill_tensor(&export.managed.dl_tensor, owner, &export.shape, &export.stride)
-    export.managed.manager_ctx = <void*>owner
-    export.managed.deleter = delete_legacy
-    try:
-        capsule = PyCapsule_New(export, "dltensor", <void (*)(object) noexcept>drop_legacy)
-    except BaseException:
-        PyMem_Free(export)
-        raise
-    Py_INCREF(owner)
-    owner.export_count += 1
-    return capsule
-
-
-cdef object export_versioned(HostBuffer owner):
-    cdef Versioned* export = <Versioned*>PyMem_Malloc(sizeof(Versioned))
-    if export == NULL:
-        raise MemoryError
-    fill_tensor(&export.managed.dl_tensor, owner, &export.shape, &export.stride)
-    export.managed.major = 1
-    export.managed.minor = 0
-    export.managed.flags = 0  # writable, no copy
-    export.managed.manager_ctx = <void*>owner
-    export.managed.deleter = delete_versioned
-    try:
-        capsule = PyCapsule_New(export, "dltensor_versioned", <void (*)(object) noexcept>drop_versioned)
-    except BaseException:
-        PyMem_Free(export)
-        raise
-    Py_INCREF(owner)
-    owner.export_count += 1
-    return capsule
 
 
 cdef void unmap(HostBuffer buffer) noexcept:
@@ -218,9 +119,8 @@ cdef class HostBuffer:
             raise BufferError(f"dl_device is {dl_device!r}: this memory is on the CPU, (1, 0)")
         if copy:
             raise BufferError("copy=True: a HostBuffer is exported in place only")
-        if max_version is not None and max_version[0] >= 1:
-            return export_versioned(self)
-        return export_legacy(self)
+        cdef Bytes what = Bytes(self.base, <int64_t>self.length, DL_CPU, 0, &self.export_count)
+        return export_bytes(self, &what, max_version)
 
     def __dlpack_device__(self):
         return (DL_CPU, 0)
