@@ -18,6 +18,7 @@
     ├── CudaError             MX_CUDA                 a call into the CUDA driver failed
     │   ├── CudaMissing       MX_CUDA_MISSING         no usable CUDA driver or device on this machine
     │   └── DeviceMemoryError MX_DEVICE_MEMORY        the device gives no (more) memory
+    ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -143,6 +144,12 @@ class DeviceMemoryError(CudaError, MemoryError):
     """The device gives no memory of that size; the message has what is free."""
 
     code = "MX_DEVICE_MEMORY"
+
+
+class LoadPathsExhausted(MxError):
+    """No rung of the ladder gave a model; the message has the reason of each."""
+
+    code = "MX_LOAD_PATHS_EXHAUSTED"
 
 
 class TransferError(MxError):

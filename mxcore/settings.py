@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mxcore.load_ladder import RUNGS, chosen_rungs
 from mxcore.storage.memory_limit import parse_bytes
 from mxserver.wire import environment
 from mxserver.wire.address import parse_server_address, split_scheme
@@ -58,6 +59,7 @@ class WorkerSettings(BaseModel):
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
+    load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
 
     @field_validator("server_address")
     @classmethod
@@ -66,6 +68,13 @@ class WorkerSettings(BaseModel):
             return parse_server_address(value) if value is not None else None
         except SettingError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("load_paths", mode="before")
+    @classmethod
+    def _rungs(cls, value: object) -> object:
+        if isinstance(value, str):
+            return chosen_rungs(value)
+        return chosen_rungs(",".join(map(str, value))) if isinstance(value, list | tuple) else value
 
     @field_validator("host_memory_limit")
     @classmethod

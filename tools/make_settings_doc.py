@@ -80,6 +80,8 @@ def _default(field: FieldInfo) -> str:
         return (inspect.getdoc(field.default_factory) or "").splitlines()[0].rstrip(".")
     if field.default in (None, (), ""):
         return "unset"
+    if isinstance(field.default, tuple):
+        return f"`{','.join(field.default)}`"
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 

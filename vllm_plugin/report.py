@@ -7,20 +7,24 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mxcore.transfer.receiver import ReceiveReport
 
 
 @dataclass
 class LoadReport:
     """One load of one worker. Byte counts are those of the weights; seconds are of the part that `path` names.
 
-    `path` is where the weights came from: "p2p" from another worker, "storage" from files by vLLM's default loader.
-    `fallbacks` has one line for everything that did not go as wanted, in order.
+    `path` is where the weights came from: "p2p" from other workers, "uri" from MX_MODEL_URI, "cache" from the server's
+    model cache, "storage" from files by vLLM's default loader. `paths` is what became of each rung of the ladder
+    (mxcore.load_ladder.Step), `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
     rank: int = 0
-    path: Literal["p2p", "storage"] = "storage"
+    path: Literal["p2p", "uri", "cache", "storage"] = "storage"
     layout: str = ""
     tensors: int = 0
     bytes: int = 0
@@ -33,7 +37,25 @@ class LoadReport:
     source_id: str = ""
     worker_id: str = ""
     load_seconds: float = 0.0
+    paths: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+
+    def tell_received(self, received: ReceiveReport) -> None:
+        """A transfer from other workers succeeded."""
+        self.tensors = received.tensors
+        self.bytes = received.bytes
+        self.seconds = received.seconds
+        self.chunks_verified = received.chunks_verified
+        self.source_worker = received.source_worker_id
+        self.operation = received.operation
+        self.transport = received.transport
+
+    def forget(self) -> None:
+        """What was told of a model that is given up after all."""
+        self.path = "storage"
+        self.tensors = self.bytes = self.chunks_verified = 0
+        self.seconds = 0.0
+        self.source_worker = self.operation = self.transport = ""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -54,6 +76,7 @@ class LoadReport:
             f"{self.chunks_verified} chunks verified",
             f"layout {self.layout or 'none'}",
             f"serving as {self.worker_id}" if self.serving else "not serving",
+            f"paths: {', '.join('{rung} {outcome}'.format(**step) for step in self.paths) or 'none'}",
             f"fallbacks: {'; '.join(self.fallbacks)}" if self.fallbacks else "no fallbacks",
         ]
         return ", ".join(parts)

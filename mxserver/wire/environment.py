@@ -93,6 +93,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_READ_MODE", "worker", "how files are read: auto, buffered, mapped, direct or uring"),
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
+    Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     # Names of the protocol that existing images set and that this version does not read.
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "model files come from the server over gRPC", has_effect=False

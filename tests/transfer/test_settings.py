@@ -52,6 +52,7 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_READ_MODE": "direct",
             "MX_HOST_MEMORY_LIMIT": "8GiB",
             "MX_MODEL_REVISION": "abc",
+        "MX_LOAD_PATHS": "engine",
         },
     )
     assert settings.model_dump() == {
@@ -73,6 +74,7 @@ def test_everything_comes_from_the_environment() -> None:
         "read_mode": "direct",
         "host_memory_limit": "8GiB",
         "model_revision": "abc",
+        "load_paths": ("engine",),
     }
 
 

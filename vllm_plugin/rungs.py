@@ -1,0 +1,178 @@
+"""The rungs of a load in vLLM: each fills a model through vLLM's own `load_model` from another place.
+
+The ladder that tries them is `mxcore.load_ladder`; what they share of one load is `vllm_plugin.loading.Load`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from mxcore.errors import SourceUnreachable, TransferError
+from mxcore.load_ladder import Look, Rung, skip, take
+from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.source_client import Source
+from vllm_plugin import compat
+from vllm_plugin.storage_loader import StorageLoader
+from vllm_plugin.weights import FromPeer, FromStorage, Weights
+
+if TYPE_CHECKING:
+    from vllm_plugin.loading import Load
+
+__all__ = ["EngineRung", "FleetRung", "PeerRung", "made_rungs"]
+
+
+class PeerRung:
+    """Weights of workers that have all of them, now."""
+
+    name = "p2p"
+    tries = 1
+    is_last_resort = False
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._sources: Sequence[Source] = ()
+        self._loader: FromPeer | None = None
+        self._others_may_do = False
+
+    def look(self) -> Look:
+        """Taken when a worker is READY."""
+        load = self._load
+        if load.membership is None:
+            return skip(load.alone)
+        if load.cannot_receive:
+            return skip(load.cannot_receive)
+        self._sources = self._found()
+        if not self._sources:
+            return skip(self._nobody())
+        workers = ", ".join(source.worker_id for source in self._sources[:3])
+        return take(f"{len(self._sources)} workers have these weights or some of them: {workers}")
+
+    def _found(self) -> Sequence[Source]:
+        load = self._load
+        if load.membership is None:
+            return ()
+        found = [
+            source
+            for source in load.membership.find_sources(match_any_checkpoint=load.any_checkpoint, receiving=True)
+            if source.worker_id not in load.avoid
+        ]
+        return found if any(not source.receiving for source in found) else ()
+
+    def _nobody(self) -> str:
+        others = f" but those that failed ({', '.join(sorted(self._load.avoid))})" if self._load.avoid else ""
+        return f"no worker{others} has these weights for rank {self._load.report.rank}"
+
+    def load(self) -> nn.Module:
+        """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
+        load = self._load
+        weights = Weights(load.kind, load.device)
+        self._loader = FromPeer(load.load_config, weights, lambda *what: self._receive(weights, *what))
+        self._others_may_do = False
+        model = compat.load_model(self._loader, load.vllm_config, load.model_config, load.prefix)
+        self._loader.finish(model)
+        self._loader.forget()
+        load.report.path = "p2p"
+        load.attempt("checking the raw weights after processing", lambda: load.keep(weights, model))
+        return model
+
+    def _receive(
+        self, weights: Weights, layout: Layout, placement: Placement, scalars: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        load = self._load
+        if load.membership is None:
+            raise SourceUnreachable("no membership: there is nobody to receive from")
+        relay_from = None if compat.may_lose_memory(load.model_config) else weights
+        try:
+            received = load.membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+        except TransferError:
+            load.avoid.update(source.worker_id for source in self._sources)
+            self._others_may_do = True
+            raise
+        load.received = received
+        load.report.tell_received(received)
+        return received.scalars
+
+    def undo(self) -> None:
+        """Nothing more is relayed; what building computed is back; the report knows of no transfer."""
+        load = self._load
+        if not self._others_may_do:
+            load.cannot_receive = "this model's weights cannot be taken from a worker, whoever it is"
+        load.received = None
+        load.report.forget()
+        if load.membership is not None:
+            load.attempt("withdrawing what was relayed", load.membership.withdraw)
+        loader, self._loader = self._loader, None
+        if loader is not None:
+            loader.undo()
+
+
+class FleetRung(PeerRung):
+    """Weights of a worker that reads them for all: waited for, at most MX_SOURCE_WAIT_SECS."""
+
+    name = "fleet"
+    tries = 2  # whom it waited for may fail, and somebody else reads then
+
+    def _found(self) -> Sequence[Source]:
+        load = self._load
+        if load.membership is None:
+            return ()
+        return load.membership.wait_for_source(match_any_checkpoint=load.any_checkpoint, avoid=load.avoid)
+
+    def _nobody(self) -> str:
+        return "nobody else loads them, or not in time: this worker's turn to read storage"
+
+
+class EngineRung:
+    """vLLM's default loader, with the bytes of safetensors files read by mxcore.storage."""
+
+    name = "engine"
+    tries = 1
+    is_last_resort = True
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+
+    def look(self) -> Look:
+        """Always taken."""
+        reader = self._load.settings.storage_reader
+        return take(f"{self._load.model_config.model} by vLLM's default loader (MX_STORAGE_READER={reader})")
+
+    def load(self) -> nn.Module:
+        """A model as vLLM's default loader makes it; raises what that raises."""
+        load = self._load
+        weights = Weights(load.kind, load.device)
+        if load.membership is None:
+            loader = StorageLoader(load.load_config, load.settings)
+        else:
+            loader = FromStorage(
+                load.load_config,
+                load.settings,
+                lambda model: load.attempt(f"collecting {load.kind} weights", lambda: weights.loaded(model)),
+            )
+        started = time.monotonic()
+        model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
+        load.report.path = "storage"
+        load.report.seconds = round(time.monotonic() - started, 6)
+        if isinstance(loader, FromStorage):
+            load.report.seconds = loader.seconds
+            load.attempt(f"collecting {load.kind} weights", lambda: load.keep(weights, model))
+            load.report.tensors = len(weights.found.tensors)
+            load.report.bytes = weights.layout.total_bytes if weights.layout else 0
+        return model
+
+    def undo(self) -> None:
+        """What was found of a model that is given up may not be offered."""
+        self._load.weights = None
+        self._load.report.forget()
+
+
+_MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {"p2p": PeerRung, "fleet": FleetRung, "engine": EngineRung}
+
+
+def made_rungs(load: Load, names: Sequence[str]) -> list[Rung[nn.Module]]:
+    """The rungs of these names, in this order; names of rungs that this engine does not have are left out."""
+    return [_MADE[name](load) for name in names if name in _MADE]
