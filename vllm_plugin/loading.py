@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -19,6 +20,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from mxcore.errors import LayoutUnsupported
 from mxcore.load_ladder import Ladder, Step
 from mxcore.settings import load_settings
+from mxcore.storage.progress import Progress
+from mxcore.transfer.load_progress import LoadPath
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.receiver import ReceiveReport
 from mxserver.wire import p2p_pb2
@@ -88,6 +91,15 @@ class Load:
         _log.info("%s", self.report.line())
         self.attempt("writing the report", self.write_report)
         return model
+
+    @contextmanager
+    def loading(self, path: LoadPath) -> Iterator[Progress]:
+        """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""
+        if self.membership is None:
+            yield lambda done_bytes, total_bytes: None
+            return
+        with self.membership.loading(path) as way:
+            yield way
 
     def note(self, step: Step) -> None:
         """A rung failed."""

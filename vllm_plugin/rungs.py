@@ -15,6 +15,7 @@ from mxcore.errors import SourceUnreachable, TransferError
 from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.source_client import Source
+from mxserver.wire import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.weights import FromPeer, FromStorage, Weights
@@ -145,16 +146,18 @@ class EngineRung:
         """A model as vLLM's default loader makes it; raises what that raises."""
         load = self._load
         weights = Weights(load.kind, load.device)
-        if load.membership is None:
-            loader = StorageLoader(load.load_config, load.settings)
-        else:
-            loader = FromStorage(
-                load.load_config,
-                load.settings,
-                lambda model: load.attempt(f"collecting {load.kind} weights", lambda: weights.loaded(model)),
-            )
         started = time.monotonic()
-        model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
+        with load.loading(load_pb2.LOAD_PATH_STORAGE) as way:
+            if load.membership is None:
+                loader = StorageLoader(load.load_config, load.settings)
+            else:
+                loader = FromStorage(
+                    load.load_config,
+                    load.settings,
+                    lambda model: load.attempt(f"collecting {load.kind} weights", lambda: weights.loaded(model)),
+                    way,
+                )
+            model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
         load.report.path = "storage"
         load.report.seconds = round(time.monotonic() - started, 6)
         if isinstance(loader, FromStorage):

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.memory_limit import SETTING, budget, parse_bytes
-from mxcore.storage.progress import ProgressDisplay
+from mxcore.storage.progress import Progress, ProgressDisplay
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat
 from vllm_plugin.lazy_weights import lazy_weights
@@ -29,11 +29,17 @@ Weights = Generator[tuple[str, torch.Tensor], None, None]
 
 
 class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
-    """One load from storage; raises what vLLM's default loader raises."""
+    """One load from storage; raises what vLLM's default loader raises. `progress` hears how far it is."""
 
-    def __init__(self, load_config: LoadConfig, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        load_config: LoadConfig,
+        settings: WorkerSettings,
+        progress: Progress = lambda done_bytes, total_bytes: None,
+    ) -> None:
         super().__init__(compat.plain_load_config(load_config, "auto"))
         self._settings = settings
+        self._progress = progress
         if settings.host_memory_limit is not None:
             budget().set_limit(parse_bytes(settings.host_memory_limit), SETTING)
 
@@ -61,6 +67,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
         with ProgressDisplay("Loading safetensors") as display:
 
             def tell(done_bytes: int) -> None:
+                self._progress(done_bytes, total_bytes)
                 if show and compat.is_first_rank():
                     display(done_bytes, total_bytes)
 

@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from mxcore.digest import xxh3_64
 from mxcore.errors import LayoutUnsupported
 from mxcore.settings import WorkerSettings
+from mxcore.storage.progress import Progress
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from vllm_plugin import compat
 from vllm_plugin.collect import Collected, collect, emptied, shown
@@ -88,8 +89,14 @@ class Weights:
 class FromStorage(StorageLoader):
     """The loader from storage; `loaded` sees the model right after its weights were read."""
 
-    def __init__(self, load_config: LoadConfig, settings: WorkerSettings, loaded: Callable[[nn.Module], None]) -> None:
-        super().__init__(load_config, settings)
+    def __init__(
+        self,
+        load_config: LoadConfig,
+        settings: WorkerSettings,
+        loaded: Callable[[nn.Module], None],
+        progress: Progress = lambda done_bytes, total_bytes: None,
+    ) -> None:
+        super().__init__(load_config, settings, progress)
         self._loaded = loaded
         self.seconds = 0.0  # of reading, without building and processing
 

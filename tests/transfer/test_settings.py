@@ -52,7 +52,7 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_READ_MODE": "direct",
             "MX_HOST_MEMORY_LIMIT": "8GiB",
             "MX_MODEL_REVISION": "abc",
-        "MX_LOAD_PATHS": "engine",
+            "MX_LOAD_PATHS": "engine",
         },
     )
     assert settings.model_dump() == {
