@@ -30,9 +30,10 @@ import grpc
 
 from mxserver.wire import model_pb2
 from mxserver.wire.channels import channel_options
-from mxserver.wire.file_chunk import split_chunk
+from mxserver.wire.file_chunk import ChunkReader
 from mxserver.wire.model_client import ModelClient, provider_of
-from mxserver.wire.model_stream import METHOD, read_ahead, stream_options
+from mxserver.wire.model_stream import METHOD
+from mxserver.wire.stream_call import StreamConnection
 
 MIB = 1024 * 1024
 BARE = "/mx.bench.Bare/Stream"
@@ -95,17 +96,18 @@ def received_rate(address: str, name: str, files: list[tuple[str, int, str]], st
     import xxhash
 
     def run(number: int) -> None:
-        with grpc.insecure_channel(address, options=stream_options()) as channel:
-            call = channel.unary_stream(METHOD, request_serializer=model_pb2.ModelFilesRequest.SerializeToString)
+        buffer = memoryview(bytearray(8 * MIB))
+        with StreamConnection(address) as connection:
             for path, _, digest in files[number::streams]:
                 hasher = xxhash.xxh3_64()
-                selector = model_pb2.ModelFileSelector(paths=[path])
-                request = model_pb2.ModelFilesRequest(
-                    model_name=name, provider=provider_of(name), file_selector=selector
-                )
-                with read_ahead(call(request)) as stream:
-                    for message in stream:
-                        hasher.update(split_chunk(message)[1])
+                request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name))
+                request.file_selector.paths.append(path)
+                connection.call(METHOD, request.SerializeToString())
+                reader = ChunkReader(connection)
+                while reader.next_fields() is not None:
+                    data = buffer[: reader.data_bytes]
+                    reader.read_into(data)
+                    hasher.update(data)
                 if f"xxh3-64:{hasher.hexdigest()}" != digest:
                     raise click.ClickException(f"{path} came with other bytes")
 

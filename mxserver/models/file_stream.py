@@ -13,14 +13,11 @@ from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.models.names import is_commit, is_weight
 from mxserver.models.record import FileRecord, ModelRecord
 from mxserver.wire import model_pb2
-from mxserver.wire.ahead import made_ahead
 from mxserver.wire.relative_path import open_regular_below, path_problem
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 8 * 1024 * 1024
-
-CHUNKS_IN_MEMORY = 2  # a stream: one is sent while the next one is read
 
 
 class FileDamaged(ModelError):
@@ -87,21 +84,21 @@ def _span(file: FileRecord, wanted: model_pb2.FileRange | None) -> Span:
     return Span(file, wanted.offset, end)
 
 
-def messages(root: Path, record: ModelRecord, parts: list[Span], size: int) -> Iterator[bytes]:
-    """Serialised FileChunks, read by a thread of their own; `CHUNKS_IN_MEMORY` exist at a time.
+def messages(
+    root: Path, record: ModelRecord, parts: list[Span], size: int, *, with_digests: bool = False
+) -> Iterator[bytes]:
+    """Serialised FileChunks, one in memory at a time. Reading ahead in a thread of its own was tried, and cost more
+    in switches between threads than it hid. `with_digests`: each chunk carries the digest of its data.
 
     Raises:
         FileDamaged: a file is missing or has another size than the record says.
     """
-    return made_ahead(_messages(root, record, parts, size), CHUNKS_IN_MEMORY, "read-chunks")
-
-
-def _messages(root: Path, record: ModelRecord, parts: list[Span], size: int) -> Iterator[bytes]:
     commit = record.key.revision if is_commit(record.key.revision) else None
     for part in parts:
         handle = _opened(root, part.file)
         try:
-            yield from _file_messages(handle, part, size, commit, is_last_file=part is parts[-1])
+            for fields, offset, length in _chunks(part, size, commit, is_last_file=part is parts[-1]):
+                yield chunk_message(fields.SerializeToString(), handle, offset, length, with_digest=with_digests)
         except FileTooShort as error:
             raise FileDamaged(f"{part.file.path} of {record.key} was cut: {error}") from error
         finally:
@@ -109,7 +106,10 @@ def _messages(root: Path, record: ModelRecord, parts: list[Span], size: int) -> 
         commit = None
 
 
-def _file_messages(handle: int, part: Span, size: int, commit: str | None, *, is_last_file: bool) -> Iterator[bytes]:
+def _chunks(
+    part: Span, size: int, commit: str | None, *, is_last_file: bool
+) -> Iterator[tuple[model_pb2.FileChunk, int, int]]:
+    """The fields of each chunk, and its offset and length in the file."""
     offset = part.begin
     first = True
     while first or offset < part.end:
@@ -124,7 +124,7 @@ def _file_messages(handle: int, part: Span, size: int, commit: str | None, *, is
             commit_hash=commit if first else None,
             digest=part.file.digest if first else None,
         )
-        yield chunk_message(fields.SerializeToString(), handle, offset, length)
+        yield fields, offset, length
         offset += length
         first = False
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from typing import cast
 
+import xxhash
+
 _DATA_TAG = b"\x12"  # FileChunk.data: field 2, length-delimited
+_DIGEST_TAG = b"\xc9\x3e"  # FileChunk.data_digest: field 1001, 64 bits
+_DIGEST_BYTES = 8
 
 # https://docs.python.org/3/c-api/bytes.html: with NULL, a bytes object whose contents may still be written.
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
@@ -24,23 +29,27 @@ class FileTooShort(OSError):
     """The file ended before the range did: somebody cut it."""
 
 
-def chunk_message(fields: bytes, handle: int, offset: int, length: int) -> bytes:
-    """A serialised FileChunk: `fields` (serialised, without data), then `length` bytes of the file from `offset`.
+def chunk_message(fields: bytes, handle: int, offset: int, length: int, *, with_digest: bool = False) -> bytes:
+    """A serialised FileChunk: `fields` (serialised, without data), then `length` bytes of the file from `offset`,
+    and before those, where it is asked for, their digest.
 
     Raises:
         FileTooShort: the file has fewer bytes.
         OSError: it cannot be read.
     """
-    head = fields + (_DATA_TAG + _varint(length) if length else b"")
+    digest = _DIGEST_TAG + bytes(_DIGEST_BYTES) if with_digest else b""
+    head = fields + digest + (_DATA_TAG + _varint(length) if length else b"")
     message = cast("bytes", _new_bytes(None, len(head) + length))
     memory = memoryview((ctypes.c_char * len(message)).from_address(_address_of(message))).cast("B")
     memory[: len(head)] = head
-    rest = memory[len(head) :]
+    data = rest = memory[len(head) :]
     while rest:
         count = os.preadv(handle, [rest], offset)
         if not count:
             raise FileTooShort(f"it ends at byte {offset}")
         rest, offset = rest[count:], offset + count
+    if with_digest:
+        struct.pack_into("<Q", memory, len(fields) + len(_DIGEST_TAG), xxhash.xxh3_64_intdigest(data))
     return message
 
 

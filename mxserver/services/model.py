@@ -143,6 +143,7 @@ class ModelService:
             ],
             total_size=sum(file.size for file in files),
             resolved_revision=_public_revision(record),
+            folder=str(self._opened.cache.layout.snapshot(record.key)),
         )
 
     def stream_model_files(
@@ -153,7 +154,8 @@ class ModelService:
             cache = self._opened.cache
             with cache.reading(model, revision) as record:
                 parts = spans(selected_files(record, request), request)
-                yield from messages(cache.layout.root, record, parts, chunk_bytes(request.chunk_size))
+                size = chunk_bytes(request.chunk_size)
+                yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
         except errors.ModelError as error:
             refuse(context, error)
 

@@ -194,6 +194,22 @@ class ClientCredentials:
             key, chain = _read_pair(self.cert_file, self.key_file)
         return grpc.ssl_channel_credentials(ca, key, chain)
 
+    def ssl_context(self) -> ssl.SSLContext:
+        """The same for connections that are not grpcio's. Raises SettingError for files that cannot be used."""
+        context = ssl.create_default_context(cadata=_read_ca(self.ca_file).decode("ascii") if self.ca_file else None)
+        if self.cert_file and self.key_file:
+            _read_pair(self.cert_file, self.key_file)
+            context.load_cert_chain(self.cert_file, self.key_file, password=_no_password)
+        return context
+
+    def authorization(self, address: str) -> str | None:
+        """The header `authorization` for calls to a server; None without a token, or where it may not be sent.
+
+        Raises SettingError.
+        """
+        bearer = _bearer(address, self)
+        return bearer.value() if bearer else None
+
 
 def worker_tls(environ: Mapping[str, str] | None = None) -> ServerTls | None:
     """The files of a worker's own services; None where it has no certificate. Raises SettingError."""
@@ -237,8 +253,12 @@ class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercepto
         self._token = text.decode()
         return self._token
 
+    def value(self) -> str:
+        """What the header says. Raises SettingError."""
+        return f"Bearer {self.token()}"
+
     def _with_token(self, call: Any) -> _Details:
-        metadata = (*(call.metadata or ()), ("authorization", f"Bearer {self.token()}"))
+        metadata = (*(call.metadata or ()), ("authorization", self.value()))
         return _Details(
             call.method,
             call.timeout,
@@ -276,17 +296,24 @@ def open_channel(
         channel = grpc.secure_channel(target, credentials.channel_credentials(), options=options)
     else:
         channel = grpc.insecure_channel(target, options=options)
-    if to_worker or credentials.token_file is None:
-        return channel
-    if not (secure or credentials.token_in_clear or is_loopback(target)):
+    bearer = None if to_worker else _bearer(address, credentials)
+    return grpc.intercept_channel(channel, bearer) if bearer else channel
+
+
+def _bearer(address: str, credentials: ClientCredentials) -> _Bearer | None:
+    """The token for a server, where there is one and it may be sent there."""
+    if credentials.token_file is None:
+        return None
+    scheme, target = split_scheme(address)
+    if not (scheme == "https" or credentials.token_in_clear or is_loopback(target)):
         _LOG.warning(
             "the token is not sent to %s, for others could read it on its way: write the server's address with "
             "https://, or allow it with %s=1",
             target,
             TOKEN_IN_CLEAR,
         )
-        return channel
-    return grpc.intercept_channel(channel, _Bearer(credentials.token_file))
+        return None
+    return _Bearer(credentials.token_file)
 
 
 @dataclass

@@ -24,11 +24,13 @@ from mxserver.wire.errors import (
     ServerUnreachable,
     WireError,
 )
+from mxserver.wire.file_reader import FileReader
 from mxserver.wire.model_stream import FetchReport, FolderFetch
 from mxserver.wire.partial_file import FileInfo, has_content
+from mxserver.wire.patience import Patience
 from mxserver.wire.relative_path import path_problem
 
-__all__ = ["FetchReport", "FileInfo", "ModelClient", "ModelFiles", "provider_of"]
+__all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles", "provider_of"]
 
 T = TypeVar("T")
 
@@ -50,10 +52,14 @@ def provider_of(name: str) -> model_pb2.ModelProvider.ValueType:
 
 
 class ModelFiles(NamedTuple):
-    """The files of a cached model, and the revision to ask for them with: the commit, where the server names it."""
+    """The files of a cached model, and the revision to ask for them with: the commit, where the server names it.
+
+    `folder` is where the server itself has them, under their names; a worker that shares its storage can look there.
+    """
 
     files: tuple[FileInfo, ...]
     revision: str | None
+    folder: Path | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -127,28 +133,24 @@ class ModelClient:
         request = model_pb2.ModelDownloadRequest(
             model_name=name, provider=provider_of(name), ignore_weights=ignore_weights, revision=revision, pin=pin
         )
-        heard_at = time.monotonic()
+        patience = Patience(self._patience_seconds)
         while True:
             last: model_pb2.ModelStatusUpdate | None = None
             try:
                 for last in self._models.EnsureModelDownloaded(request):
-                    heard_at = time.monotonic()
+                    patience.heard()
                     if on_update:
                         on_update(last)
             except grpc.RpcError as error:
                 raised = self._as_error("EnsureModelDownloaded", error)
-                if not isinstance(raised, ServerUnreachable) or not self._has_patience(heard_at):
+                if not isinstance(raised, ServerUnreachable) or not patience.wait():
                     raise raised from error
-                time.sleep(0.5)
                 continue
             if last is None or last.status == model_pb2.DOWNLOADING:
                 raise ServerUnreachable(f"{self.address} ended the download's stream before the download")
             if last.status == model_pb2.ERROR:
                 raise ModelDownloadError(f"{self.address} could not download {name}: {last.message}")
             return last.resolved_revision if last.HasField("resolved_revision") else None
-
-    def _has_patience(self, heard_at: float) -> bool:
-        return time.monotonic() - heard_at < self._patience_seconds
 
     def list_files(self, name: str, *, revision: str | None = None, ignore_weights: bool = False) -> ModelFiles:
         """The model's files in the server's cache; starts no download.
@@ -167,7 +169,21 @@ class ModelClient:
                 raise FileRefused(f"{self.address} lists {info.relative_path[:200]!r} for {name}: {problem}")
         files = tuple(FileInfo(info.relative_path, info.size, info.digest) for info in listed.files)
         # A server that knows the original fields alone names no commit; then the stream must ask for the same name.
-        return ModelFiles(files, listed.resolved_revision if listed.HasField("resolved_revision") else revision)
+        commit = listed.resolved_revision if listed.HasField("resolved_revision") else revision
+        return ModelFiles(files, commit, Path(listed.folder) if listed.folder else None)
+
+    def reader(self, name: str, *, revision: str | None = None) -> FileReader:
+        """Parts of the model's files, straight into memory; its `close` must be called. Give the revision that
+        `list_files` returned, so that all parts are of the same files.
+        """
+        request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name), revision=revision)
+        return FileReader(
+            self.address,
+            self._credentials,
+            request,
+            patience_seconds=self._patience_seconds,
+            as_error=self._as_error,
+        )
 
     def fetch(
         self,

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x19mxserver/wire/model.proto\x12\x13model_express.model\"\xaa\x01\n\x14ModelDownloadRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x16\n\x0eignore_weights\x18\x03 \x01(\x08\x12\x15\n\x08revision\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x03pin\x18\xe8\x07 \x01(\x08\x42\x0b\n\t_revision\"\xa1\x02\n\x11ModelStatusUpdate\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x30\n\x06status\x18\x02 \x01(\x0e\x32 .model_express.model.ModelStatus\x12\x14\n\x07message\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x34\n\x08provider\x18\x04 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x1e\n\x11resolved_revision\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x38\n\x08progress\x18\xe8\x07 \x01(\x0b\x32%.model_express.model.DownloadProgressB\n\n\x08_messageB\x14\n\x12_resolved_revision\"{\n\x10\x44ownloadProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x12\n\nfiles_done\x18\x03 \x01(\r\x12\x13\n\x0b\x66iles_total\x18\x04 \x01(\r\x12\x15\n\rbytes_fetched\x18\x05 \x01(\x04\"\x9d\x02\n\x11ModelFilesRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x12\n\nchunk_size\x18\x03 \x01(\r\x12=\n\rfile_selector\x18\x04 \x01(\x0b\x32&.model_express.model.ModelFileSelector\x12\x16\n\x0eignore_weights\x18\x05 \x01(\x08\x12\x15\n\x08revision\x18\x06 \x01(\tH\x00\x88\x01\x01\x12/\n\x06ranges\x18\xe8\x07 \x03(\x0b\x32\x1e.model_express.model.FileRangeB\x0b\n\t_revision\"B\n\tFileRange\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\"\n\x11ModelFileSelector\x12\r\n\x05paths\x18\x01 \x03(\t\"\xcc\x01\n\tFileChunk\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x12\n\ntotal_size\x18\x04 \x01(\x04\x12\x15\n\ris_last_chunk\x18\x05 \x01(\x08\x12\x14\n\x0cis_last_file\x18\x06 \x01(\x08\x12\x18\n\x0b\x63ommit_hash\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x06\x64igest\x18\xe8\x07 \x01(\tH\x01\x88\x01\x01\x42\x0e\n\x0c_commit_hashB\t\n\x07_digest\"\xa1\x01\n\rModelFileList\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x31\n\x05\x66iles\x18\x02 \x03(\x0b\x32\".model_express.model.ModelFileInfo\x12\x12\n\ntotal_size\x18\x03 \x01(\x04\x12\x1f\n\x11resolved_revision\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x42\x14\n\x12_resolved_revision\"U\n\rModelFileInfo\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x14\n\x06\x64igest\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_digest\"\x93\x01\n\x12\x44\x65leteModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x16\n\x08revision\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x05\x66orce\x18\xe9\x07 \x01(\x08\x42\x0b\n\t_revision\"H\n\x13\x44\x65leteModelResponse\x12\x0f\n\x07success\x18\x01 \x01(\x08\x12\x14\n\x07message\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_message*9\n\x0bModelStatus\x12\x0f\n\x0b\x44OWNLOADING\x10\x00\x12\x0e\n\nDOWNLOADED\x10\x01\x12\t\n\x05\x45RROR\x10\x02*R\n\rModelProvider\x12\x10\n\x0cHUGGING_FACE\x10\x00\x12\x07\n\x03NGC\x10\x01\x12\x07\n\x03GCS\x10\x02\x12\x06\n\x02S3\x10\x03\x12\n\n\x05\x41ZURE\x10\xe8\x07\x12\t\n\x04\x46ILE\x10\xe9\x07\x32\x9a\x03\n\x0cModelService\x12l\n\x15\x45nsureModelDownloaded\x12).model_express.model.ModelDownloadRequest\x1a&.model_express.model.ModelStatusUpdate0\x01\x12\\\n\x10StreamModelFiles\x12&.model_express.model.ModelFilesRequest\x1a\x1e.model_express.model.FileChunk0\x01\x12\\\n\x0eListModelFiles\x12&.model_express.model.ModelFilesRequest\x1a\".model_express.model.ModelFileList\x12`\n\x0b\x44\x65leteModel\x12\'.model_express.model.DeleteModelRequest\x1a(.model_express.model.DeleteModelResponseb\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x19mxserver/wire/model.proto\x12\x13model_express.model\"\xaa\x01\n\x14ModelDownloadRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x16\n\x0eignore_weights\x18\x03 \x01(\x08\x12\x15\n\x08revision\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x03pin\x18\xe8\x07 \x01(\x08\x42\x0b\n\t_revision\"\xa1\x02\n\x11ModelStatusUpdate\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x30\n\x06status\x18\x02 \x01(\x0e\x32 .model_express.model.ModelStatus\x12\x14\n\x07message\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x34\n\x08provider\x18\x04 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x1e\n\x11resolved_revision\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x38\n\x08progress\x18\xe8\x07 \x01(\x0b\x32%.model_express.model.DownloadProgressB\n\n\x08_messageB\x14\n\x12_resolved_revision\"{\n\x10\x44ownloadProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x12\n\nfiles_done\x18\x03 \x01(\r\x12\x13\n\x0b\x66iles_total\x18\x04 \x01(\r\x12\x15\n\rbytes_fetched\x18\x05 \x01(\x04\"\xb5\x02\n\x11ModelFilesRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x12\n\nchunk_size\x18\x03 \x01(\r\x12=\n\rfile_selector\x18\x04 \x01(\x0b\x32&.model_express.model.ModelFileSelector\x12\x16\n\x0eignore_weights\x18\x05 \x01(\x08\x12\x15\n\x08revision\x18\x06 \x01(\tH\x00\x88\x01\x01\x12/\n\x06ranges\x18\xe8\x07 \x03(\x0b\x32\x1e.model_express.model.FileRange\x12\x16\n\rchunk_digests\x18\xe9\x07 \x01(\x08\x42\x0b\n\t_revision\"B\n\tFileRange\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\"\n\x11ModelFileSelector\x12\r\n\x05paths\x18\x01 \x03(\t\"\xf7\x01\n\tFileChunk\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x12\n\ntotal_size\x18\x04 \x01(\x04\x12\x15\n\ris_last_chunk\x18\x05 \x01(\x08\x12\x14\n\x0cis_last_file\x18\x06 \x01(\x08\x12\x18\n\x0b\x63ommit_hash\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x06\x64igest\x18\xe8\x07 \x01(\tH\x01\x88\x01\x01\x12\x19\n\x0b\x64\x61ta_digest\x18\xe9\x07 \x01(\x06H\x02\x88\x01\x01\x42\x0e\n\x0c_commit_hashB\t\n\x07_digestB\x0e\n\x0c_data_digest\"\xc2\x01\n\rModelFileList\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x31\n\x05\x66iles\x18\x02 \x03(\x0b\x32\".model_express.model.ModelFileInfo\x12\x12\n\ntotal_size\x18\x03 \x01(\x04\x12\x1f\n\x11resolved_revision\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x06\x66older\x18\xe9\x07 \x01(\tH\x01\x88\x01\x01\x42\x14\n\x12_resolved_revisionB\t\n\x07_folder\"U\n\rModelFileInfo\x12\x15\n\rrelative_path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x14\n\x06\x64igest\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_digest\"\x93\x01\n\x12\x44\x65leteModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x34\n\x08provider\x18\x02 \x01(\x0e\x32\".model_express.model.ModelProvider\x12\x16\n\x08revision\x18\xe8\x07 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x05\x66orce\x18\xe9\x07 \x01(\x08\x42\x0b\n\t_revision\"H\n\x13\x44\x65leteModelResponse\x12\x0f\n\x07success\x18\x01 \x01(\x08\x12\x14\n\x07message\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_message*9\n\x0bModelStatus\x12\x0f\n\x0b\x44OWNLOADING\x10\x00\x12\x0e\n\nDOWNLOADED\x10\x01\x12\t\n\x05\x45RROR\x10\x02*R\n\rModelProvider\x12\x10\n\x0cHUGGING_FACE\x10\x00\x12\x07\n\x03NGC\x10\x01\x12\x07\n\x03GCS\x10\x02\x12\x06\n\x02S3\x10\x03\x12\n\n\x05\x41ZURE\x10\xe8\x07\x12\t\n\x04\x46ILE\x10\xe9\x07\x32\x9a\x03\n\x0cModelService\x12l\n\x15\x45nsureModelDownloaded\x12).model_express.model.ModelDownloadRequest\x1a&.model_express.model.ModelStatusUpdate0\x01\x12\\\n\x10StreamModelFiles\x12&.model_express.model.ModelFilesRequest\x1a\x1e.model_express.model.FileChunk0\x01\x12\\\n\x0eListModelFiles\x12&.model_express.model.ModelFilesRequest\x1a\".model_express.model.ModelFileList\x12`\n\x0b\x44\x65leteModel\x12\'.model_express.model.DeleteModelRequest\x1a(.model_express.model.DeleteModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mxserver.wire.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATUS']._serialized_start=1714
-  _globals['_MODELSTATUS']._serialized_end=1771
-  _globals['_MODELPROVIDER']._serialized_start=1773
-  _globals['_MODELPROVIDER']._serialized_end=1855
+  _globals['_MODELSTATUS']._serialized_start=1814
+  _globals['_MODELSTATUS']._serialized_end=1871
+  _globals['_MODELPROVIDER']._serialized_start=1873
+  _globals['_MODELPROVIDER']._serialized_end=1955
   _globals['_MODELDOWNLOADREQUEST']._serialized_start=51
   _globals['_MODELDOWNLOADREQUEST']._serialized_end=221
   _globals['_MODELSTATUSUPDATE']._serialized_start=224
@@ -42,21 +42,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOWNLOADPROGRESS']._serialized_start=515
   _globals['_DOWNLOADPROGRESS']._serialized_end=638
   _globals['_MODELFILESREQUEST']._serialized_start=641
-  _globals['_MODELFILESREQUEST']._serialized_end=926
-  _globals['_FILERANGE']._serialized_start=928
-  _globals['_FILERANGE']._serialized_end=994
-  _globals['_MODELFILESELECTOR']._serialized_start=996
-  _globals['_MODELFILESELECTOR']._serialized_end=1030
-  _globals['_FILECHUNK']._serialized_start=1033
-  _globals['_FILECHUNK']._serialized_end=1237
-  _globals['_MODELFILELIST']._serialized_start=1240
-  _globals['_MODELFILELIST']._serialized_end=1401
-  _globals['_MODELFILEINFO']._serialized_start=1403
-  _globals['_MODELFILEINFO']._serialized_end=1488
-  _globals['_DELETEMODELREQUEST']._serialized_start=1491
-  _globals['_DELETEMODELREQUEST']._serialized_end=1638
-  _globals['_DELETEMODELRESPONSE']._serialized_start=1640
-  _globals['_DELETEMODELRESPONSE']._serialized_end=1712
-  _globals['_MODELSERVICE']._serialized_start=1858
-  _globals['_MODELSERVICE']._serialized_end=2268
+  _globals['_MODELFILESREQUEST']._serialized_end=950
+  _globals['_FILERANGE']._serialized_start=952
+  _globals['_FILERANGE']._serialized_end=1018
+  _globals['_MODELFILESELECTOR']._serialized_start=1020
+  _globals['_MODELFILESELECTOR']._serialized_end=1054
+  _globals['_FILECHUNK']._serialized_start=1057
+  _globals['_FILECHUNK']._serialized_end=1304
+  _globals['_MODELFILELIST']._serialized_start=1307
+  _globals['_MODELFILELIST']._serialized_end=1501
+  _globals['_MODELFILEINFO']._serialized_start=1503
+  _globals['_MODELFILEINFO']._serialized_end=1588
+  _globals['_DELETEMODELREQUEST']._serialized_start=1591
+  _globals['_DELETEMODELREQUEST']._serialized_end=1738
+  _globals['_DELETEMODELRESPONSE']._serialized_start=1740
+  _globals['_DELETEMODELRESPONSE']._serialized_end=1812
+  _globals['_MODELSERVICE']._serialized_start=1958
+  _globals['_MODELSERVICE']._serialized_end=2368
 # @@protoc_insertion_point(module_scope)

@@ -168,12 +168,15 @@ class ModelFilesRequest(google.protobuf.message.Message):
     IGNORE_WEIGHTS_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     RANGES_FIELD_NUMBER: builtins.int
+    CHUNK_DIGESTS_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     provider: global___ModelProvider.ValueType
     chunk_size: builtins.int
     """0: the server chooses"""
     ignore_weights: builtins.bool
     revision: builtins.str
+    chunk_digests: builtins.bool
+    """a digest with every chunk, for those who read parts of files"""
     @property
     def file_selector(self) -> global___ModelFileSelector: ...
     @property
@@ -190,9 +193,10 @@ class ModelFilesRequest(google.protobuf.message.Message):
         ignore_weights: builtins.bool = ...,
         revision: builtins.str | None = ...,
         ranges: collections.abc.Iterable[global___FileRange] | None = ...,
+        chunk_digests: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_revision", b"_revision", "file_selector", b"file_selector", "revision", b"revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_revision", b"_revision", "chunk_size", b"chunk_size", "file_selector", b"file_selector", "ignore_weights", b"ignore_weights", "model_name", b"model_name", "provider", b"provider", "ranges", b"ranges", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_revision", b"_revision", "chunk_digests", b"chunk_digests", "chunk_size", b"chunk_size", "file_selector", b"file_selector", "ignore_weights", b"ignore_weights", "model_name", b"model_name", "provider", b"provider", "ranges", b"ranges", "revision", b"revision"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_revision", b"_revision"]) -> typing.Literal["revision"] | None: ...
 
 global___ModelFilesRequest = ModelFilesRequest
@@ -247,6 +251,7 @@ class FileChunk(google.protobuf.message.Message):
     IS_LAST_FILE_FIELD_NUMBER: builtins.int
     COMMIT_HASH_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
+    DATA_DIGEST_FIELD_NUMBER: builtins.int
     relative_path: builtins.str
     data: builtins.bytes
     offset: builtins.int
@@ -256,6 +261,8 @@ class FileChunk(google.protobuf.message.Message):
     commit_hash: builtins.str
     digest: builtins.str
     """first chunk of each file: xxh3-64:HEX of the whole file"""
+    data_digest: builtins.int
+    """XXH3-64 of data, where it was asked for"""
     def __init__(
         self,
         *,
@@ -267,11 +274,14 @@ class FileChunk(google.protobuf.message.Message):
         is_last_file: builtins.bool = ...,
         commit_hash: builtins.str | None = ...,
         digest: builtins.str | None = ...,
+        data_digest: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_commit_hash", b"_commit_hash", "_digest", b"_digest", "commit_hash", b"commit_hash", "digest", b"digest"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_commit_hash", b"_commit_hash", "_digest", b"_digest", "commit_hash", b"commit_hash", "data", b"data", "digest", b"digest", "is_last_chunk", b"is_last_chunk", "is_last_file", b"is_last_file", "offset", b"offset", "relative_path", b"relative_path", "total_size", b"total_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_commit_hash", b"_commit_hash", "_data_digest", b"_data_digest", "_digest", b"_digest", "commit_hash", b"commit_hash", "data_digest", b"data_digest", "digest", b"digest"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_commit_hash", b"_commit_hash", "_data_digest", b"_data_digest", "_digest", b"_digest", "commit_hash", b"commit_hash", "data", b"data", "data_digest", b"data_digest", "digest", b"digest", "is_last_chunk", b"is_last_chunk", "is_last_file", b"is_last_file", "offset", b"offset", "relative_path", b"relative_path", "total_size", b"total_size"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_commit_hash", b"_commit_hash"]) -> typing.Literal["commit_hash"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_data_digest", b"_data_digest"]) -> typing.Literal["data_digest"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_digest", b"_digest"]) -> typing.Literal["digest"] | None: ...
 
@@ -285,9 +295,12 @@ class ModelFileList(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     TOTAL_SIZE_FIELD_NUMBER: builtins.int
     RESOLVED_REVISION_FIELD_NUMBER: builtins.int
+    FOLDER_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     total_size: builtins.int
     resolved_revision: builtins.str
+    folder: builtins.str
+    """where the server has them, under these names: for workers that share its storage"""
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelFileInfo]: ...
     def __init__(
@@ -297,9 +310,13 @@ class ModelFileList(google.protobuf.message.Message):
         files: collections.abc.Iterable[global___ModelFileInfo] | None = ...,
         total_size: builtins.int = ...,
         resolved_revision: builtins.str | None = ...,
+        folder: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_resolved_revision", b"_resolved_revision", "resolved_revision", b"resolved_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_resolved_revision", b"_resolved_revision", "files", b"files", "model_name", b"model_name", "resolved_revision", b"resolved_revision", "total_size", b"total_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_folder", b"_folder", "_resolved_revision", b"_resolved_revision", "folder", b"folder", "resolved_revision", b"resolved_revision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_folder", b"_folder", "_resolved_revision", b"_resolved_revision", "files", b"files", "folder", b"folder", "model_name", b"model_name", "resolved_revision", b"resolved_revision", "total_size", b"total_size"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_folder", b"_folder"]) -> typing.Literal["folder"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_resolved_revision", b"_resolved_revision"]) -> typing.Literal["resolved_revision"] | None: ...
 
 global___ModelFileList = ModelFileList

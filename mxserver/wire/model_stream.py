@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import grpc
 
 from mxserver.wire import model_pb2
-from mxserver.wire.ahead import made_ahead
-from mxserver.wire.channels import channel_options
-from mxserver.wire.credentials import ClientCredentials, Connection
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerUnreachable, WireError
-from mxserver.wire.file_chunk import BadMessage, split_chunk
+from mxserver.wire.file_chunk import ChunkReader
 from mxserver.wire.partial_file import FileInfo, PartialFile
+from mxserver.wire.patience import Patience
+from mxserver.wire.stream_call import CallFailed, StreamConnection
 
 METHOD = "/model_express.model.ModelService/StreamModelFiles"
 
 MAX_CONTENT_ATTEMPTS = 3
-MESSAGES_AHEAD = 4
-WINDOW_BYTES = 16 * 1024 * 1024  # what may be on its way to one stream
-MAX_FRAME_BYTES = 16 * 1024 * 1024 - 1  # HTTP/2's limit (RFC 9113, 6.5.2)
 _BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
-_BROKEN = (
+BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,  # what a call gets that is cut by the server's end
     grpc.StatusCode.INTERNAL,  # a reset of the stream on the way
@@ -48,30 +42,6 @@ class FetchReport:
     resent_bytes: int = 0
     breaks: int = 0
     seconds: float = 0.0
-
-
-def stream_options() -> list[tuple[str, int]]:
-    """Options of a channel that receives files. A window and frames of this size let the server send while the
-    client works on what has come; with gRPC's own, each waits for the other after every 64 KiB to some MiB.
-    """
-    return [
-        *channel_options(),
-        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-        ("grpc.http2.max_frame_size", MAX_FRAME_BYTES),
-        # A connection of its own for each: one TCP connection is slower than several.
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-
-
-@contextmanager
-def read_ahead(call: Any) -> Iterator[Iterator[bytes]]:
-    """The messages of a call, received by a thread of its own while earlier ones are worked on; a few at most lie
-    ready. The call is cancelled at the end.
-    """
-    try:
-        yield made_ahead(call, MESSAGES_AHEAD, "receive")
-    finally:
-        call.cancel()
 
 
 class FolderFetch:
@@ -102,6 +72,7 @@ class FolderFetch:
         self._as_error = as_error
         self._lock = threading.Lock()
         self._failed = threading.Event()
+        self._open: list[StreamConnection] = []
         self.report = FetchReport()
 
     def run(self, files: list[FileInfo]) -> None:
@@ -117,67 +88,76 @@ class FolderFetch:
                 self._one_stream(batches)
             except BaseException as error:  # noqa: BLE001 - raised again below
                 errors.append(error)
-                self._failed.set()
+                self._end_all()
 
         count = min(self._streams, len(made))
         threads = [threading.Thread(target=work, name=f"stream-{number}", daemon=True) for number in range(count)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C
+            self._end_all()
+            raise
         if errors:
             raise errors[0]
 
+    def _end_all(self) -> None:
+        self._failed.set()
+        with self._lock:
+            for connection in self._open:
+                connection.abort()
+
     def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
-        connection = Connection(self._address, stream_options(), self._credentials)
-        try:
-            serializer = model_pb2.ModelFilesRequest.SerializeToString
+        # A connection of its own for each: one TCP connection is slower than several.
+        with StreamConnection(self._address, self._credentials) as connection:
+            with self._lock:
+                self._open.append(connection)
+            buffer = bytearray()
             while not self._failed.is_set():
-                call: Any = connection.channel().unary_stream(METHOD, request_serializer=serializer)
                 try:
                     batch = batches.get_nowait()
                 except queue.Empty:
                     return
-                self._batch(call, batch)
-        finally:
-            connection.close()
+                buffer = self._batch(connection, batch, buffer)
 
-    def _batch(self, call: Any, batch: list[FileInfo]) -> None:
+    def _batch(self, connection: StreamConnection, batch: list[FileInfo], buffer: bytearray) -> bytearray:
+        """`buffer` takes a chunk at a time; a larger one is returned where it was too small."""
         partials = {info.path: PartialFile(info, self._beside) for info in batch}
         with self._lock:
             self.report.bytes_resumed += sum(partial.offset for partial in partials.values())
         for partial in partials.values():
             self._on_bytes(partial.offset)
         attempts = 0
-        heard_at = time.monotonic()
+        patience = Patience(self._patience_seconds, self._failed)
         try:
             while partials and not self._failed.is_set():
                 before = self.report.bytes_received
                 try:
-                    self._receive(call, partials)
-                except grpc.RpcError as error:
+                    buffer = self._receive(connection, partials, buffer)
+                except CallFailed as error:
                     if self.report.bytes_received != before:
-                        heard_at = time.monotonic()
-                    self._after_break(error, heard_at)
+                        patience.heard()
+                    self._after_break(error, patience)
                 except FileRefused:
+                    connection.close()
                     attempts += 1
                     if attempts >= MAX_CONTENT_ATTEMPTS:
                         raise
         finally:
             for partial in partials.values():
                 partial.close()
+        return buffer
 
-    def _after_break(self, error: grpc.RpcError, heard_at: float) -> None:
+    def _after_break(self, error: CallFailed, patience: Patience) -> None:
         """Returns to try again, or raises."""
-        if cast("grpc.Call", error).code() not in _BROKEN:  # every RpcError of an invocation is one
-            raise self._as_error("StreamModelFiles", error) from error
-        if time.monotonic() - heard_at > self._patience_seconds:
+        if error.code() not in BROKEN or not patience.wait():
             raise self._as_error("StreamModelFiles", error) from error
         with self._lock:
             self.report.breaks += 1
-        self._failed.wait(0.2)
 
-    def _receive(self, call: Any, partials: dict[str, PartialFile]) -> None:
+    def _receive(self, connection: StreamConnection, partials: dict[str, PartialFile], buffer: bytearray) -> bytearray:
         """Receives what is missing of some files. Files that are complete leave `partials`."""
         request = model_pb2.ModelFilesRequest()
         request.CopyFrom(self._request)
@@ -187,19 +167,19 @@ class FolderFetch:
             for path, partial in partials.items()
             if partial.offset
         )
-        with read_ahead(call(request, wait_for_ready=True)) as stream:
-            for message in stream:
-                if self._failed.is_set():
-                    return
-                self._take(message, partials)
-        if partials:
+        connection.call(METHOD, request.SerializeToString())
+        reader = ChunkReader(connection)
+        while not self._failed.is_set() and (fields := reader.next_fields()) is not None:
+            if reader.data_bytes > len(buffer):
+                buffer = bytearray(reader.data_bytes)
+            data = memoryview(buffer)[: reader.data_bytes]
+            reader.read_into(data)
+            self._take(fields, data, partials)
+        if partials and not self._failed.is_set():
             raise ServerUnreachable(f"{self._address} ended the stream before {sorted(partials)[0]} was complete")
+        return buffer
 
-    def _take(self, message: bytes, partials: dict[str, PartialFile]) -> None:
-        try:
-            chunk, data = split_chunk(message)
-        except BadMessage as error:
-            raise FileRefused(f"{self._address} sent a chunk that cannot be read: {error}") from error
+    def _take(self, chunk: model_pb2.FileChunk, data: memoryview, partials: dict[str, PartialFile]) -> None:
         partial = partials.get(chunk.relative_path)
         if partial is None:
             raise FileRefused(f"{self._address} sent {chunk.relative_path[:200]!r}, which was not asked for")
