@@ -38,6 +38,7 @@ def _help(name: str, default: str) -> str:
 @click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
 @click.option("--metrics-port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
+@click.option("--metrics-tls", metavar="auto|off", help=_help("MX_SERVER_METRICS_TLS", "auto"))
 @click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
 @click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
 @click.option("--redis-url", metavar="URL", help=_help("REDIS_URL", "none"))
@@ -114,7 +115,7 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
     if check_config:
         from mxserver.security import setup
 
-        setup.interceptors(chosen)
+        setup.authenticator(chosen)
         setup.credentials(chosen)
         if warning := setup.warning(chosen):
             logging.getLogger("mxserver").warning(warning)

@@ -14,14 +14,16 @@ from mxserver.loads import Loads
 from mxserver.metrics import Metrics
 from mxserver.models.downloads import DownloadJob
 from mxserver.models.opened import OpenCache
+from mxserver.security.interceptors import Authenticator
 from mxserver.store.clock import SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import SourceStore
 from mxserver.store.observed import ObservedStore
 from mxserver.web.cache_view import CacheView
 from mxserver.web.http import HttpServer
-from mxserver.web.pages import all_pages
+from mxserver.web.pages import application
 from mxserver.web.status import StatusView
+from mxserver.wire.credentials import ServerTls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -82,8 +84,19 @@ class Operations:
         if state.error is not None:
             self._events.add("download", f"{job.model.name}: {state.message}")
 
-    def listen(self, host: str, port: int, facts: dict[str, Any]) -> int:
-        """Answers HTTP from now on, not ready yet; returns the port. Raises OSError. Call once."""
+    def listen(
+        self,
+        host: str,
+        port: int,
+        facts: dict[str, Any],
+        *,
+        tls: ServerTls | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> int:
+        """Answers HTTP (with `tls`, HTTPS) from now on, not ready yet; returns the port. Call once.
+
+        With an authenticator, what names models and workers is for who has a token. Raises OSError and SettingError.
+        """
         view = StatusView(
             self.store,
             self.loads,
@@ -94,7 +107,8 @@ class Operations:
             cache=self._cache_view,
         )
         self.metrics.scrape_from(view.observation)
-        self._http = HttpServer(host, port, all_pages(self.metrics.registry, view, self.not_ready))
+        app = application(self.metrics.registry, view, self.not_ready, authenticator)
+        self._http = HttpServer(host, port, app, tls)
         self._http.start()
         return self._http.port
 

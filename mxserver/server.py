@@ -18,6 +18,7 @@ from mxserver.models.eviction import Limits
 from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.operations import Operations
 from mxserver.security import setup
+from mxserver.security.interceptors import Authenticator
 from mxserver.services.cache import CacheService
 from mxserver.services.draining import DrainInterceptor
 from mxserver.services.fleet import FleetService
@@ -76,7 +77,8 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         """Raises StoreUnusable, PortUnavailable, SettingError; CacheUnusable for a cache folder that was asked for."""
-        guards, credentials = setup.interceptors(settings), setup.credentials(settings)
+        judge, credentials = setup.authenticator(settings), setup.credentials(settings)
+        guards = setup.interceptors(settings, judge)
         require_free_port(settings.host, settings.port)
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
@@ -98,7 +100,7 @@ class Server:
                 self._cache.open()
             self._grpc = self._serve(settings, leases, guards)
             self.port = _bind(self._grpc, settings.host, settings.port, credentials)
-            self.metrics_port = self._listen_http(settings)
+            self.metrics_port = self._listen_http(settings, judge)
         except BaseException:
             self._operations.close()
             self._cache.close()
@@ -111,11 +113,12 @@ class Server:
         self._ticker.start()
         self._operations.open()
 
-    def _listen_http(self, settings: ServerSettings) -> int:
+    def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int:
         port = settings.effective_metrics_port
+        facts = {"store": settings.store, "port": self.port}
         try:
             return self._operations.listen(
-                _unbracketed(settings.host), port, {"store": settings.store, "port": self.port}
+                _unbracketed(settings.host), port, facts, tls=setup.metrics_tls(settings), authenticator=judge
             )
         except OSError as error:
             raise PortUnavailable(
@@ -282,7 +285,8 @@ def run(settings: ServerSettings) -> int:
     place = settings.store_path if settings.store == "sqlite" else settings.store
     if warning := setup.warning(settings):
         _LOG.warning("%s", warning)
-    _LOG.info("status page on http://%s", address(settings.host, server.metrics_port))
+    scheme = "http" if setup.metrics_tls(settings) is None else "https"
+    _LOG.info("status page on %s://%s", scheme, address(settings.host, server.metrics_port))
     _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
     try:
         signals.wait(1)

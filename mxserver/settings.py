@@ -26,6 +26,7 @@ LogFormat = Literal["text", "json"]
 Traces = Literal["off", "otlp"]
 Backend = Literal["sqlite", "redis", "memory"]
 Auth = Literal["off", "file", "kubernetes"]
+MetricsTls = Literal["auto", "off"]
 
 
 def _absolute(folder: Path) -> Path:
@@ -103,6 +104,9 @@ class ServerSettings(BaseSettings):
         le=65535,
         alias="MODEL_EXPRESS_SERVER_METRICS_PORT",
         description="a whole number from 0 to 65535",
+    )
+    metrics_tls: Annotated[MetricsTls, BeforeValidator(_lower)] = Field(
+        "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
     )
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = Field(
         "text", alias="MX_LOG_FORMAT", description="text or json"
@@ -255,6 +259,7 @@ FLAGS = {
     "drain_seconds": "--drain",
     "log_level": "--log-level",
     "metrics_port": "--metrics-port",
+    "metrics_tls": "--metrics-tls",
     "log_format": "--log-format",
     "traces": "--traces",
     "not_ready_seconds": "--not-ready",

@@ -8,7 +8,8 @@ import sys
 
 import click
 
-from mxcore.cli.server_calls import json_option, server_option
+from mxcore.cli.connection import Connection, connection_options
+from mxcore.cli.server_calls import json_option
 
 EXIT_FINDINGS = 1
 _MARKS = {"ok": "ok  ", "note": "note", "warn": "WARN", "fail": "FAIL"}
@@ -27,20 +28,20 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@server_option
+@connection_options
 @click.option("--no-server", is_flag=True, help="Look at this machine alone.")
 @json_option
-def doctor(server: str | None, no_server: bool, as_json: bool) -> None:
+def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
     """What works on this machine, what does not, and what to do about it."""
     from mxcore.cli import doctor_machine, doctor_probes, doctor_server
     from mxcore.cli.findings import failed
 
     findings = [*doctor_machine.all_findings(), doctor_probes.nixl(), doctor_probes.same_host()]
     if not no_server:
-        if server is None:
+        if connection.server is None:
             findings += doctor_server.environment(os.environ)
-        if server is not None or doctor_server.is_named(os.environ):
-            findings += doctor_server.server(server)
+        if connection.server is not None or doctor_server.is_named(os.environ):
+            findings += doctor_server.server(connection)
     if as_json:
         shown = [finding.as_json() for finding in findings]
         click.echo(json.dumps({"well": not failed(findings), "findings": shown}))

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping
 
 from mxcore import __version__
+from mxcore.cli.connection import Connection
 from mxcore.cli.findings import Finding
-from mxcore.cli.models import server_address
 from mxserver.wire.client import ServerClient
 from mxserver.wire.environment import is_kubernetes_value, misspelt, setting, without_effect
-from mxserver.wire.errors import SettingError, WireError
+from mxserver.wire.errors import ServerRefused, SettingError, WireError
 
 CALL_SECONDS = 5.0
 SKEW_SECONDS = 2.0
@@ -43,20 +43,25 @@ def environment(environ: Mapping[str, str]) -> list[Finding]:
     return findings or [Finding("setting", "ok", "every name that is set is known")]
 
 
-def server(given: str | None) -> list[Finding]:
-    """Whether the server answers, which version it is, whether it is well, and what time it is there."""
+def server(connection: Connection) -> list[Finding]:
+    """Whether the server answers and lets us in, its version, whether it is well, and what time it is there."""
     try:
-        address = server_address(given)
+        address, credentials = connection.address, connection.credentials
     except SettingError as error:
         return [Finding("server", "fail", str(error), "correct --server, MODEL_EXPRESS_URL or MX_SERVER_ADDRESS")]
     try:
-        with ServerClient(address, timeout_seconds=CALL_SECONDS) as client:
+        with ServerClient(address, timeout_seconds=CALL_SECONDS, credentials=credentials) as client:
             client.health()  # connects, so that the next one tells the way's own time
             sent_ms, started = time.time() * 1000, time.monotonic()
             health = client.health()
             took_seconds = time.monotonic() - started
+            admitted = access(client)
     except WireError as error:
         do = "is it running and is the address right? A NetworkPolicy or firewall may keep port 8001 closed"
+        if address.startswith("https://"):
+            do += "; with https://, does the server take TLS, and is its CA in MX_TLS_CA_FILE (--tls-ca)?"
+        else:
+            do += "; a server with TLS needs https:// before its address"
         return [Finding("server", "fail", str(error), do)]
     fact = f"{address} answers in {took_seconds * 1000:.1f} ms, version {health.version}"
     findings = [Finding("server", "ok", fact)]
@@ -67,8 +72,21 @@ def server(given: str | None) -> list[Finding]:
     if health.version != __version__:
         do = "releases with the same protocol work together; update one side when something is missing"
         findings.append(Finding("server version", "note", f"server {health.version}, here {__version__}", do))
+    findings.append(admitted)
     findings.append(clock(health.now_unix_ms, sent_ms, took_seconds))
     return findings
+
+
+def access(client: ServerClient) -> Finding:
+    """Whether this client may see who has what: a worker needs that, and more."""
+    try:
+        client.list_sources(limit=1)
+    except ServerRefused as error:
+        do = "give a token that the server knows: MX_AUTH_TOKEN_PATH (--token-file), over https:// or to loopback"
+        return Finding("access", "fail", str(error), do)
+    except WireError as error:
+        return Finding("access", "fail", str(error), "look at the server's log and its store")
+    return Finding("access", "ok", "the server lets this client list its workers")
 
 
 def clock(server_ms: int, sent_ms: float, took_seconds: float) -> Finding:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mxserver.wire.address import parse_server_address
-from mxserver.wire.environment import setting
+from mxcore.cli.connection import Connection, connection_options
 from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
 
 if TYPE_CHECKING:
@@ -42,27 +40,16 @@ Examples:
 
 
 @click.group(epilog=EPILOG)
-@click.option(
-    "--server",
-    metavar="ADDRESS",
-    help="The server, host:port. [MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; default localhost:8001]",
-)
+@connection_options
 @click.pass_context
-def models(context: click.Context, server: str | None) -> None:
+def models(context: click.Context, connection: Connection) -> None:
     """The server's model cache: fill it before workers start, look at it, tidy it up."""
-    context.obj = server
+    context.obj = connection
 
 
 name_argument = click.argument("name")
 revision_option = click.option("--revision", metavar="REVISION", help="A branch, tag or commit. [default: main]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-
-
-def server_address(given: str | None) -> str:
-    """The address from the flag or the environment. Raises SettingError."""
-    names = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
-    found = given or next((value for name in names if (value := setting(os.environ, name))), "localhost")
-    return parse_server_address(found)
 
 
 @contextmanager
@@ -71,7 +58,10 @@ def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterat
     from mxserver.wire.model_client import ModelClient
 
     try:
-        with ModelClient(server_address(context.obj), patience_seconds=patience_seconds) as client:
+        connection: Connection = context.obj
+        with ModelClient(
+            connection.address, patience_seconds=patience_seconds, credentials=connection.credentials
+        ) as client:
             yield client
     except MxError as error:
         click.echo(f"mx: {error}", err=True)

@@ -1,4 +1,4 @@
-"""What the commands that ask the server share: the --server option, exit codes, tables."""
+"""What the commands that ask the server share: a client, exit codes, tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mxcore.cli.models import EXIT_FAILED, EXIT_UNREACHABLE, server_address
+from mxcore.cli.connection import Connection
+from mxcore.cli.models import EXIT_FAILED, EXIT_UNREACHABLE
 from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
 
 if TYPE_CHECKING:
@@ -18,21 +19,18 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 CALL_SECONDS = 10.0
 
-server_option = click.option(
-    "--server",
-    metavar="ADDRESS",
-    help="The server, host:port. [MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; default localhost:8001]",
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
 @contextmanager
-def server_client(given: str | None) -> Iterator[ServerClient]:
+def server_client(connection: Connection) -> Iterator[ServerClient]:
     """A client; an error ends the command with one line and its exit code."""
     from mxserver.wire.client import ServerClient
 
     try:
-        with ServerClient(server_address(given), timeout_seconds=CALL_SECONDS) as client:
+        with ServerClient(
+            connection.address, timeout_seconds=CALL_SECONDS, credentials=connection.credentials
+        ) as client:
             yield client
     except MxError as error:
         click.echo(f"mx: {error}", err=True)

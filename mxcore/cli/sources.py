@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mxcore.cli.server_calls import duration, json_option, server_client, server_option, table
+from mxcore.cli.connection import Connection, connection_options
+from mxcore.cli.server_calls import duration, json_option, server_client, table
 from mxcore.cli.status import STATE_NAMES, instances_by_state
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@server_option
+@connection_options
 @click.option("--model", metavar="NAME", help="Only this model, in any case of letters.")
 @click.option("--state", type=click.Choice(STATE_NAMES), help="Only workers in this state.")
 @click.option("--rank", type=click.IntRange(min=0), help="Only this worker rank.")
 @click.option("--identities", is_flag=True, help="Also print what each source id stands for.")
 @json_option
 def sources(
-    server: str | None, model: str | None, state: str | None, rank: int | None, identities: bool, as_json: bool
+    connection: Connection, model: str | None, state: str | None, rank: int | None, identities: bool, as_json: bool
 ) -> None:
     """The workers that the server knows, newest sign of life first."""
-    with server_client(server) as client:
+    with server_client(connection) as client:
         now_ms = client.health().now_unix_ms or time.time_ns() // 1_000_000
         found = instances_by_state(client, model_name=model, worker_rank=rank)
         rows = [

@@ -9,14 +9,18 @@ import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
-from mxcore.cli.server_calls import bytes_text, duration, json_option, server_client, server_option, table
+from mxcore.cli.connection import Connection, connection_options
+from mxcore.cli.server_calls import bytes_text, duration, json_option, server_client, table
+from mxserver.wire.address import split_scheme
 
 if TYPE_CHECKING:
     from mxserver.wire import p2p_pb2
     from mxserver.wire.client import ServerClient
+    from mxserver.wire.credentials import ClientCredentials
 
 EXIT_NOT_WELL = 1
 DEFAULT_METRICS_PORT = 9401
@@ -32,19 +36,20 @@ Examples:
   mx status
   mx status --server mx-server:8001 --json
   mx status --page http://127.0.0.1:9401
+  mx status --server https://mx-server:8001 --tls-ca ca.pem --token-file token
 """
 
 
 @click.command(epilog=EPILOG)
-@server_option
-@click.option("--page", metavar="URL", help="The status page. [default: http://SERVER:9401]")
+@connection_options
+@click.option("--page", metavar="URL", help="The status page. [default: port 9401 of the server]")
 @json_option
-def status(server: str | None, page: str | None, as_json: bool) -> None:
+def status(connection: Connection, page: str | None, as_json: bool) -> None:
     """The server's health, its models, and the loads that run."""
-    with server_client(server) as client:
+    with server_client(connection) as client:
         health = client.health()
         models = model_states(client)
-        data, problem = page_status(page or f"http://{client.address.rpartition(':')[0]}:{DEFAULT_METRICS_PORT}")
+        data, problem = page_status(page or default_page(client.address), connection.credentials)
     well = health.status == "ok" and (data is None or data["server"]["ready"])
     facts: dict[str, Any] = {
         "server": {
@@ -88,18 +93,34 @@ def instances_by_state(client: ServerClient, **filters: Any) -> dict[str, list[p
     }
 
 
-def page_status(page: str) -> tuple[dict[str, Any] | None, str]:
-    """What the status page knows, or why there is nothing."""
-    url = f"{page.rstrip('/')}/status?workers=0"
-    if not url.startswith(("http://", "https://")):
-        raise click.UsageError(f"--page {page!r} must begin with http:// or https://")
+def default_page(address: str) -> str:
+    """The status page beside a server: its host, port 9401, and TLS where the calls have it."""
+    scheme, place = split_scheme(address)
+    return f"{scheme}://{place.rpartition(':')[0]}:{DEFAULT_METRICS_PORT}"
+
+
+def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, Any] | None, str]:
+    """What the status page knows, or why there is nothing. Raises SettingError."""
+    url = urlsplit(f"{page.rstrip('/')}/status?workers=0")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")
+    secure = url.scheme == "https"
+    request = urllib.request.Request(url.geturl())  # noqa: S310 - the scheme is checked above
+    if token := credentials.token_for(url.hostname, secure=secure):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # it is in the same cluster
+    if secure:
+        handlers.append(urllib.request.HTTPSHandler(context=credentials.context()))
     try:
-        with urllib.request.urlopen(url, timeout=PAGE_SECONDS) as answer:  # noqa: S310 - the scheme is checked above
+        with urllib.request.build_opener(*handlers).open(request, timeout=PAGE_SECONDS) as answer:
             data: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return None, f"{url.geturl()}: HTTP {error.code}: {error.read(200).decode(errors='replace').strip()}"
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return None, f"{url}: {error}"
+        return None, f"{url.geturl()}: {error}"
     if "loads" not in data or "server" not in data:
-        return None, f"{url} is no status page of mxserver"
+        return None, f"{url.geturl()} is no status page of mxserver"
     return data, ""
 
 

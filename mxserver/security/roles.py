@@ -20,12 +20,15 @@ class Role(enum.IntEnum):
 _P2P = "/model_express.p2p.P2pService/"
 _MODEL = "/model_express.model.ModelService/"
 _CACHE = "/model_express.mx.CacheService/"
+_FLEET = "/model_express.mx.FleetService/"
 
 ROLE_OF_METHOD: dict[str, Role] = {
     _P2P + "ListSources": Role.READ,
     _P2P + "GetMetadata": Role.READ,
     _P2P + "PublishMetadata": Role.PUBLISH,
     _P2P + "UpdateStatus": Role.PUBLISH,
+    _FLEET + "TakeStorageTurn": Role.PUBLISH,
+    _FLEET + "EndStorageTurn": Role.PUBLISH,
     _MODEL + "ListModelFiles": Role.READ,
     _MODEL + "StreamModelFiles": Role.READ,
     _MODEL + "EnsureModelDownloaded": Role.PUBLISH,

@@ -11,7 +11,7 @@ from mxserver.security.interceptors import AccessInterceptor, Authenticator, Str
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
 from mxserver.wire.channels import channel_options
-from mxserver.wire.credentials import is_loopback, server_credentials
+from mxserver.wire.credentials import ServerTls, is_loopback, server_credentials
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
@@ -29,10 +29,9 @@ def authenticator(settings: ServerSettings) -> Authenticator | None:
     )
 
 
-def interceptors(settings: ServerSettings) -> list[grpc.ServerInterceptor]:
-    """What stands before calls, the outermost first. Raises SettingError."""
+def interceptors(settings: ServerSettings, judge: Authenticator | None) -> list[grpc.ServerInterceptor]:
+    """What stands before calls, the outermost first."""
     found: list[grpc.ServerInterceptor] = []
-    judge = authenticator(settings)
     if judge is not None or settings.tls_client_ca_file is not None:
         found.append(AccessInterceptor(judge))
     found.append(StreamLimit(settings.max_streams))
@@ -56,6 +55,11 @@ def credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
     return server_credentials(settings.tls) if settings.tls is not None else None
 
 
+def metrics_tls(settings: ServerSettings) -> ServerTls | None:
+    """The files for TLS on the HTTP port; None: it is plain."""
+    return settings.tls if settings.metrics_tls == "auto" else None
+
+
 def warning(settings: ServerSettings) -> str | None:
     """What should be known about a server that others can reach; None where all is closed, or stays on this machine."""
     if is_loopback(settings.host):
@@ -65,9 +69,9 @@ def warning(settings: ServerSettings) -> str | None:
             f"NOT PROTECTED: whoever reaches {settings.host} on this port can publish workers and delete models; give "
             "--auth (tokens) or --tls-client-ca (certificates), or let only the fleet's network reach it"
         )
-    if settings.auth != "off" and settings.tls is None:
+    if settings.auth != "off" and metrics_tls(settings) is None:
         return (
             "tokens are taken over connections that are not encrypted: whoever listens to them can use them; give "
-            "--tls-cert and --tls-key, or let a proxy or the network encrypt"
+            "--tls-cert and --tls-key (and not --metrics-tls off), or let a proxy or the network encrypt"
         )
     return None

@@ -1,58 +1,165 @@
-"""What is at which path: probes, metrics, the status page and its data."""
+"""What is at which path: probes, metrics, the status page and its data; and who may see it.
+
+Probes, metrics and the page's own files are open: they name no model, worker or address. What does is behind the
+server's tokens, where it has any: as `Authorization: Bearer`, or as the password that a browser asks for.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
-import json
+import logging
 from collections.abc import Callable
-from http import HTTPStatus
 from importlib import resources
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mxserver.web.http import Answer, Page, Request
+from mxserver.security.interceptors import Authenticator
+from mxserver.security.roles import AccessError, AccessUnknown, Role, Unauthenticated
 from mxserver.web.status import DEFAULT_WORKERS, MOST_WORKERS, StatusView
 
+_LOG = logging.getLogger(__name__)
+
+Endpoint = Callable[[Request], Response]
+
 ASSETS = {
-    "/": ("page.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+PAGE = ("page.html", "text/html")
+COMPRESS_FROM_BYTES = 1024
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "mxserver",
+}
+CHALLENGE = 'Basic realm="mxserver: a token as the password", charset="UTF-8"'
 
 
-def all_pages(registry: CollectorRegistry, view: StatusView, not_ready: Callable[[], str | None]) -> dict[str, Page]:
-    """Path → page. `not_ready` says why the server is not ready, or None."""
-    pages: dict[str, Page] = {path: _asset(*asset) for path, asset in ASSETS.items()}
+def application(
+    registry: CollectorRegistry,
+    view: StatusView,
+    not_ready: Callable[[], str | None],
+    authenticator: Authenticator | None = None,
+) -> ASGIApp:
+    """All pages. `not_ready` says why the server is not ready, or None; without an authenticator all may see all."""
 
-    def livez(_: Request) -> Answer:
-        return Answer(b"ok\n")
+    async def livez(_: Request) -> Response:
+        """Without a thread: it answers also while all of them wait for the store."""
+        return PlainTextResponse("ok\n")
 
-    def readyz(_: Request) -> Answer:
+    def readyz(_: Request) -> Response:
         reason = not_ready()
-        if reason is None:
-            return Answer(b"ok\n")
-        return Answer(f"{reason}\n".encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
+        return PlainTextResponse("ok\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
 
-    def metrics(request: Request) -> Answer:
-        encode, content_type = choose_encoder(request.accept)
-        return Answer(encode(registry), content_type)
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type, "Vary": "Accept"})
 
-    def status(request: Request) -> Answer:
-        text = request.query.get("workers", str(DEFAULT_WORKERS))
+    def status(request: Request) -> Response:
+        text = request.query_params.get("workers", str(DEFAULT_WORKERS))
         if not (text.isascii() and text.isdigit() and len(text) < 9):
-            return Answer(
-                f"workers={text!r} must be a whole number, 0 to {MOST_WORKERS}\n".encode(),
-                status=HTTPStatus.BAD_REQUEST,
-            )
-        data = view.as_json(min(int(text), MOST_WORKERS))
-        return Answer(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), "application/json")
+            return PlainTextResponse(f"workers={text!r} must be a whole number, 0 to {MOST_WORKERS}\n", 400)
+        return JSONResponse(view.as_json(min(int(text), MOST_WORKERS)))
 
-    return pages | {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/status": status}
+    guarded = {"/": _asset(*PAGE), "/status": status}
+    routes = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+    routes += [Route(path, _asset(*asset)) for path, asset in ASSETS.items()]
+    routes += [Route(path, _guarded(endpoint, authenticator)) for path, endpoint in guarded.items()]
+    return with_headers(routes)
 
 
-def _asset(file: str, content_type: str) -> Page:
+def with_headers(routes: list[Route]) -> ASGIApp:
+    """An application of these routes with our headers on every answer, and nothing about a failure but in the log."""
+    paths = " ".join(sorted(route.path for route in routes))
+
+    def not_found(_: Request, __: Exception) -> Response:
+        return PlainTextResponse(f"nothing here; there is {paths}\n", 404)
+
+    def failed(request: Request, _: Exception) -> Response:
+        _LOG.error("page failed path=%s; what uvicorn logs next has the reason", request.url.path)
+        return PlainTextResponse("the page failed; the server's log has the reason\n", 500)
+
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(GZipMiddleware, minimum_size=COMPRESS_FROM_BYTES, compresslevel=3)],
+        exception_handlers={404: not_found, Exception: failed},
+    )
+    app.router.redirect_slashes = False
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await app(scope, receive, send_with_headers)
+
+    return answer
+
+
+def _asset(file: str, content_type: str) -> Endpoint:
     body = (resources.files("mxserver.web") / "assets" / file).read_bytes()
-    answer = Answer(body, content_type, etag=f'"{hashlib.sha256(body).hexdigest()[:16]}"')
-    return lambda _: answer
+    headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"', "Cache-Control": "no-cache"}
+
+    def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type=content_type, headers=headers)
+
+    return answer
+
+
+def _guarded(endpoint: Endpoint, authenticator: Authenticator | None) -> Endpoint:
+    """The endpoint for who has the role read; 401 with a challenge that browsers understand for others."""
+    if authenticator is None:
+        return endpoint
+
+    def answer(request: Request) -> Response:
+        try:
+            caller = authenticator.authenticate(_token(request.headers.get("authorization", "")))
+        except AccessUnknown as error:
+            return PlainTextResponse(f"{error}\n", 503)
+        except Unauthenticated as error:
+            return PlainTextResponse(f"{error}\n", 401, {"WWW-Authenticate": CHALLENGE})
+        except AccessError as error:
+            return PlainTextResponse(f"{error}\n", 403)
+        if caller.role < Role.READ:
+            return PlainTextResponse(f"{caller.subject} may not read\n", 403)
+        return endpoint(request)
+
+    return answer
+
+
+def _token(authorization: str) -> bytes:
+    """The token of `Bearer TOKEN`, or the password of `Basic`. Raises Unauthenticated."""
+    scheme, _, value = authorization.partition(" ")
+    token = value.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            token = base64.b64decode(token, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            token = b""
+    elif scheme.lower() != "bearer":
+        token = b""
+    if not token:
+        raise Unauthenticated("a token is needed: as `Authorization: Bearer TOKEN`, or as the password")
+    return token

@@ -146,6 +146,37 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     )
 
 
+def server_context(tls: ServerTls) -> ssl.SSLContext:
+    """For servers that are not gRPC's: any client is taken, and the files are followed as there. Raises SettingError.
+
+    Clients' certificates are not asked for: `tls.client_ca_file` plays no part.
+    """
+    files = _Files(tls.cert_file, tls.key_file)
+    files.changed()
+
+    def fresh() -> ssl.SSLContext:
+        _read_pair(tls.cert_file, tls.key_file)  # says what is wrong with them
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+        return context
+
+    current = fresh()
+
+    def follow(connection: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+        """At the start of each handshake."""
+        nonlocal current
+        if files.changed():
+            try:
+                current = fresh()
+            except (SettingError, OSError, ssl.SSLError) as error:
+                _LOG.error("the old certificate stays in use reason=%s", error)
+        connection.context = current
+
+    outer = fresh()
+    outer.sni_callback = follow
+    return outer
+
+
 @dataclass(frozen=True)
 class ClientCredentials:
     """What a client trusts and shows. Nothing in it is secret by itself: it has files' names."""
@@ -185,6 +216,23 @@ class ClientCredentials:
     def peers_use_tls(self) -> bool:
         """Whether workers talk TLS to each other: those that have a certificate do."""
         return self.cert_file is not None
+
+    def context(self) -> ssl.SSLContext:
+        """For clients that are not gRPC's. Raises SettingError for files that cannot be used."""
+        context = ssl.create_default_context(cadata=_read_ca(self.ca_file).decode("ascii") if self.ca_file else None)
+        if self.cert_file and self.key_file:
+            _read_pair(self.cert_file, self.key_file)
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+    def token_for(self, host: str, *, secure: bool) -> str | None:
+        """The token that a call to this host may carry; None: there is none, or it would go in clear.
+
+        Raises SettingError for a token file that cannot be used.
+        """
+        if self.token_file is None or not (secure or self.token_in_clear or is_loopback(host)):
+            return None
+        return _Bearer(self.token_file).token()
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Raises SettingError for files that cannot be used."""

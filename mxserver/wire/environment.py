@@ -32,6 +32,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of probes, metrics and the status page; 0 takes a free one"
     ),
+    Variable(
+        "MX_SERVER_METRICS_TLS", "server", "auto: that port takes TLS where the server has a certificate; off: never"
+    ),
     Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
     Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite, redis or memory"),
     Variable("MX_STORE_PATH", "server", "the SQLite file"),

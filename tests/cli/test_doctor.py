@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mxcore.cli import doctor_machine, doctor_probes, doctor_server
+from mxcore.cli.connection import Connection
 from mxcore.cli.findings import Finding, failed
 from tests.cli.mx_process import mx
 from tests.web.conftest import WebServer, start_web, web
@@ -63,7 +64,7 @@ def test_environment_names() -> None:
 
 
 def test_bad_address_is_a_failure() -> None:
-    [finding] = doctor_server.server("http://")
+    [finding] = doctor_server.server(Connection("http://"))
     assert finding.state == "fail"
 
 

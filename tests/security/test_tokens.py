@@ -17,7 +17,7 @@ from mxserver.security.access_file import AccessFile, read_rules
 from mxserver.security.interceptors import guarded
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
 from mxserver.server import Server
-from mxserver.wire import api_pb2, cache_pb2, health_pb2, model_pb2, p2p_pb2
+from mxserver.wire import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from mxserver.wire.channels import channel_options
 from mxserver.wire.client import ServerClient
 from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials, open_channel
@@ -66,6 +66,7 @@ def test_every_method_of_the_server_has_a_role_or_is_open(start_server: StartSer
         module.DESCRIPTOR.services_by_name[name]
         for module, name in (
             (p2p_pb2, "P2pService"),
+            (mx_pb2, "FleetService"),
             (model_pb2, "ModelService"),
             (cache_pb2, "CacheService"),
             (health_pb2, "HealthService"),

@@ -73,6 +73,7 @@ class ServerProcess:
     def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self._more = threading.Condition()
+        self._ended = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", *arguments],
             stderr=subprocess.PIPE,
@@ -95,17 +96,21 @@ class ServerProcess:
             with self._more:
                 self.lines.append(line.rstrip("\n"))
                 self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()
 
-    def wait_for(self, pattern: re.Pattern[str] | str, timeout_seconds: float = 30.0) -> re.Match[str]:
-        """The first match in any log line so far or to come."""
+    def wait_for(self, pattern: re.Pattern[str] | str, timeout_seconds: float = 120.0) -> re.Match[str]:
+        """The first match in any log line so far or to come; fails at once when the process has ended without."""
         matches: list[re.Match[str]] = []
 
         def seen() -> bool:
             matches.extend(match for line in self.lines if (match := re.search(pattern, line)))
-            return bool(matches)
+            return bool(matches) or self._ended
 
         with self._more:
-            assert self._more.wait_for(seen, timeout_seconds), f"no {pattern!r} in {self.lines}"
+            self._more.wait_for(seen, timeout_seconds)
+            assert matches, f"no {pattern!r} in {self.lines}{' and the process has ended' * self._ended}"
         return matches[0]
 
     def signal(self, number: signal.Signals) -> None:
@@ -113,7 +118,7 @@ class ServerProcess:
 
     def wait(self) -> int:
         """The exit code; all log lines are there afterwards."""
-        code = self.process.wait(30)
+        code = self.process.wait(120)
         self._reader.join()
         return code
 

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 @dataclass
 class HttpAnswer:
     status: int
-    headers: dict[str, str]
+    headers: Message  # names in any case of letters
     body: bytes = field(repr=False)
 
     @property
@@ -40,10 +41,10 @@ def ask(url: str, method: str = "GET", **headers: str) -> HttpAnswer:
     request = urllib.request.Request(url, headers=names, method=method)  # noqa: S310 - this machine
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - this machine
-            return HttpAnswer(answer.status, dict(answer.headers), answer.read())
+            return HttpAnswer(answer.status, answer.headers, answer.read())
     except urllib.error.HTTPError as error:
         with error:
-            return HttpAnswer(error.code, dict(error.headers), error.read())
+            return HttpAnswer(error.code, error.headers, error.read())
 
 
 class WebServer(ServerProcess):

@@ -1,6 +1,8 @@
 // Draws /status, and again as long as the page is looked at. All text of workers goes in as text, never as markup.
 "use strict";
 
+// Without what a link may carry before the host (user:token@): fetch refuses that, and the browser sends it anyway.
+const STATUS = new URL("status", location.origin + location.pathname).href;
 const BUSY_MS = 1000;
 const IDLE_MS = 3000;
 const LATE_MS = 10000;
@@ -254,7 +256,7 @@ async function refresh() {
   clearTimeout(timer);
   let pause = IDLE_MS;
   try {
-    const answer = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(LATE_MS) });
+    const answer = await fetch(STATUS, { cache: "no-store", signal: AbortSignal.timeout(LATE_MS) });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     const status = await answer.json();
     draw(status);

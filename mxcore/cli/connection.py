@@ -1,0 +1,82 @@
+"""Which server a command calls, and with what: --server, TLS and the token. The same for all commands that call it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxserver.wire.address import parse_server_address, split_scheme
+from mxserver.wire.environment import setting
+from mxserver.wire.errors import SettingError
+
+if TYPE_CHECKING:
+    from mxserver.wire.credentials import ClientCredentials
+
+_FLAGS = {
+    "tls_ca": ("--tls-ca", "MX_TLS_CA_FILE"),
+    "tls_cert": ("--tls-cert", "MX_TLS_CERT_FILE"),
+    "tls_key": ("--tls-key", "MX_TLS_KEY_FILE"),
+    "token_file": ("--token-file", "MX_AUTH_TOKEN_PATH"),
+}
+_IN_CLEAR = "MX_AUTH_TOKEN_IN_CLEAR"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What was given on the command line; the environment has the rest."""
+
+    server: str | None = None
+    flags: dict[str, str] = field(default_factory=dict)  # environment name -> value
+
+    @property
+    def address(self) -> str:
+        """host:port or https://host:port. Raises SettingError."""
+        names = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
+        given = self.server or next((value for name in names if (value := setting(os.environ, name))), "localhost")
+        address = parse_server_address(given)
+        tls = [flag for flag, name in _FLAGS.values() if name in self.flags and flag.startswith("--tls")]
+        if tls and split_scheme(address)[0] != "https":
+            raise SettingError(
+                f"{', '.join(tls)} would have no effect on {address}: write the address as https://{address}"
+            )
+        return address
+
+    @property
+    def credentials(self) -> ClientCredentials:
+        """What to trust and to show. Raises SettingError."""
+        from mxserver.wire.credentials import ClientCredentials
+
+        return ClientCredentials.from_environ({**os.environ, **self.flags})
+
+
+def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; the command gets them together as `connection`."""
+
+    @click.option(
+        "--server",
+        metavar="ADDRESS",
+        help="The server, host:port or https://host:port. "
+        "[MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; default localhost:8001]",
+    )
+    @click.option("--tls-ca", metavar="FILE", help="Trust this CA, not the system's. [MX_TLS_CA_FILE]")
+    @click.option("--tls-cert", metavar="FILE", help="This client's certificate (mTLS). [MX_TLS_CERT_FILE]")
+    @click.option("--tls-key", metavar="FILE", help="Its key. [MX_TLS_KEY_FILE]")
+    @click.option("--token-file", metavar="FILE", help="The file with the token. [MX_AUTH_TOKEN_PATH]")
+    @click.option(
+        "--token-in-clear",
+        is_flag=True,
+        help="Send the token also where others may read it: not https, not loopback. [MX_AUTH_TOKEN_IN_CLEAR]",
+    )
+    @functools.wraps(command)
+    def with_connection(server: str | None, token_in_clear: bool, **given: Any) -> Any:
+        flags = {name: value for key, (_, name) in _FLAGS.items() if (value := given.pop(key))}
+        if token_in_clear:
+            flags[_IN_CLEAR] = "1"
+        return command(connection=Connection(server, flags), **given)
+
+    return with_connection
