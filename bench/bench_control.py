@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 
-HEARTBEAT_SECONDS = 30.0
 CALLS_PER_WORKER = 5
 
 
@@ -28,6 +27,7 @@ CALLS_PER_WORKER = 5
 @click.option("--fleet-workers", default=200, show_default=True, help="Workers of one model.")
 @click.option("--ranks", default=8, show_default=True, help="Ranks that a model is split over.")
 @click.option("--idle-seconds", default=30.0, show_default=True, help="How long heartbeats are measured.")
+@click.option("--heartbeat-seconds", default=30.0, show_default=True, help="Between two heartbeats of a worker.")
 @click.option("--store", type=click.Choice(["sqlite", "redis", "memory"]), default="sqlite", show_default=True)
 @click.option("--replicas", type=int, help="Servers (default: 2 over Redis, otherwise 1).")
 @click.option("--processes", default=4, show_default=True, help="Processes of simulated workers.")
@@ -39,6 +39,7 @@ def command(
     fleet_workers: int,
     ranks: int,
     idle_seconds: float,
+    heartbeat_seconds: float,
     store: str,
     replicas: int | None,
     processes: int,
@@ -51,7 +52,9 @@ def command(
         raise click.UsageError("only servers over Redis share their state; give --store redis")
     shape = {"fleet_workers": fleet_workers, "ranks": ranks, "at_once": max(1, at_once // processes)}
     with tempfile.TemporaryDirectory(prefix="mx-bench-", dir=folder) as place, ExitStack() as stack:
-        result = _measure(stack, Path(place), store, replicas, processes, workers, shape, idle_seconds)
+        result = _measure(
+            stack, Path(place), store, replicas, processes, workers, shape, idle_seconds, heartbeat_seconds
+        )
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -70,6 +73,7 @@ def _measure(
     workers: int,
     shape: dict[str, int],
     idle_seconds: float,
+    heartbeat_seconds: float,
 ) -> dict[str, Any]:
     from bench.control.processes import Clients, Redis, Server, cpu_seconds
 
@@ -114,7 +118,7 @@ def _measure(
     storm_seconds, storm_used = time.monotonic() - started, used()[0] - used_before
     started, (used_before, redis_before) = time.monotonic(), used()
     for client in clients:
-        client.send(do="idle", seconds=idle_seconds, interval_seconds=HEARTBEAT_SECONDS)
+        client.send(do="idle", seconds=idle_seconds, interval_seconds=heartbeat_seconds)
     idle_calls, idle_errors = all_answers()
     idle_wall, (used_after, redis_after) = time.monotonic() - started, used()
     figures = {

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mxcore.cli.models import models, server_address
+from mxcore.cli.connection import Connection
+from mxcore.cli.models import models
 from mxserver.wire.errors import SettingError
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn
@@ -96,14 +97,14 @@ def test_exit_codes(server: str, hub: HubStandIn) -> None:
 
 
 def test_address_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server_address(None) == "localhost:8001"
+    assert Connection().address == "localhost:8001"
     monkeypatch.setenv("MX_SERVER_ADDRESS", "http://second:1")
-    assert server_address(None) == "second:1"
+    assert Connection().address == "second:1"
     monkeypatch.setenv("MODEL_EXPRESS_URL", "first:2")
-    assert server_address(None) == "first:2"
-    assert server_address("third") == "third:8001"
+    assert Connection().address == "first:2"
+    assert Connection("third").address == "third:8001"
     with pytest.raises(SettingError):
-        server_address("ftp://x")
+        _ = Connection("ftp://x").address
 
 
 def test_help_is_light_and_ends_with_examples() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+DRIVER_TRIES = 20
 FLAGS = (
     "--headless=new",
     "--no-sandbox",  # tests run as root in a container
@@ -42,18 +43,29 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         chromium, driver = require_browser()
-        self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
-        try:
-            self._start_session(chromium, profile)
-        except BaseException:
+        self._base = ""
+        for _ in range(DRIVER_TRIES):
+            self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+            try:
+                if self._is_driver_up():
+                    self._start_session(chromium, profile)
+                    return
+            except BaseException:
+                self._end_driver()
+                raise
             self._end_driver()
-            raise
+        raise AssertionError(f"ChromeDriver found no port in {DRIVER_TRIES} tries")
+
+    def _is_driver_up(self) -> bool:
+        """It takes a free port of IPv4 and wants the same of IPv6; where that is taken, it ends."""
+        assert self._driver.stdout is not None
+        for line in self._driver.stdout:
+            if "started successfully on port" in line:
+                self._base = f"http://127.0.0.1:{line.strip().rstrip('.').rsplit(' ', 1)[1]}"
+                return True
+        return False
 
     def _start_session(self, chromium: str, profile: Path) -> None:
-        assert self._driver.stdout is not None
-        line = next(line for line in self._driver.stdout if "started successfully on port" in line)
-        port = line.strip().rstrip(".").rsplit(" ", 1)[1]
-        self._base = f"http://127.0.0.1:{port}"
         options = {"binary": chromium, "args": [*FLAGS, f"--user-data-dir={profile}"]}
         capabilities = {
             "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}},
@@ -96,7 +108,7 @@ class Browser:
         """What the page wrote to the console, refusals of the content security policy among it."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
-    def wait_until(self, met: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    def wait_until(self, met: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not met():
             assert time.monotonic() < deadline, f"{what}: not within {seconds} s; the page says:\n{self.text()}"

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from mxcore.cli.main import mx
 from mxserver.cli import main
-from mxserver.web.pages import ASSETS
+from mxserver.web import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -38,5 +38,5 @@ def test_flags_files_and_commands_exist() -> None:
 
 def test_assets_are_small_and_all_served() -> None:
     folder = ROOT / "mxserver" / "web" / "assets"
-    assert {path.name for path in folder.iterdir()} == {file for file, _ in ASSETS.values()}
+    assert {path.name for path in folder.iterdir()} == {file for file, _ in (pages.PAGE, *pages.ASSETS.values())}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 40_000
