@@ -72,8 +72,7 @@ def _measure(
     processes: int,
     workers: int,
     shape: dict[str, int],
-    idle_seconds: float,
-    heartbeat_seconds: float,
+    idle: tuple[float, float],
 ) -> dict[str, Any]:
     from bench.control.processes import Clients, Redis, Server, cpu_seconds
 
@@ -118,7 +117,7 @@ def _measure(
     storm_seconds, storm_used = time.monotonic() - started, used()[0] - used_before
     started, (used_before, redis_before) = time.monotonic(), used()
     for client in clients:
-        client.send(do="idle", seconds=idle_seconds, interval_seconds=heartbeat_seconds)
+        client.send(do="idle", seconds=idle[0], interval_seconds=idle[1])
     idle_calls, idle_errors = all_answers()
     idle_wall, (used_after, redis_after) = time.monotonic() - started, used()
     figures = {
