@@ -1,14 +1,16 @@
 """A swarm on a fake clock: the product's own plan (mxcore.transfer.plan) between simulated links.
 
-Each worker's link carries one rate each way; a chunk occupies the holder's way out and the receiver's way in, in the
-order in which chunks were granted, and is passed on only when it is there as a whole. What a worker has is known to
-its readers `news_seconds` later; a death `notice_seconds` later. Run as a module it prints the table of docs/swarm.md.
+Each worker's link carries one rate each way. A holder sends to its readers in turn, a chunk each (connections share a
+link evenly), but not to one whose way in is taken for longer than to another's. A chunk is passed on only when it is
+there as a whole. What a worker has is known to its readers `news_seconds` later; a death `notice_seconds` later. Run
+as a module it prints the table of docs/swarm.md.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 from math import ceil, log2
@@ -52,8 +54,9 @@ class Worker:
     given: Given
     have: int = 0
     alive: bool = True
-    out_free: float = 0.0
+    sending: bool = False
     in_free: float = 0.0
+    queues: dict[str, deque[int]] = field(default_factory=dict)  # what each reader was granted, in the order of turns
     sent: int = 0
     finished_at: float | None = None
     from_storage: bool = False
@@ -145,11 +148,29 @@ class Swarm:
         holder.given.take_back(declined)
         excess = me.plan.in_flight(holder.name).bit_count() - me.plan.limit(holder.name)
         self.most_in_flight_over_limit = max(self.most_in_flight_over_limit, excess)
-        for chunk in taken:
-            holder.out_free = max(self.now, holder.out_free) + self.setting.chunk_seconds
-            me.in_free = max(holder.out_free, me.in_free + self.setting.chunk_seconds)
-            holder.sent += 1
-            self._at(me.in_free, "arrive", me.name, holder.name, chunk)
+        if taken:
+            holder.queues.setdefault(me.name, deque()).extend(taken)
+            if not holder.sending:
+                self._send(holder.name)
+
+    def _send(self, name: str) -> None:
+        """The holder's link is free: the reader whose turn it is, of those that can take a chunk soonest."""
+        holder = self.workers[name]
+        holder.sending = False
+        ready = [reader for reader, queue in holder.queues.items() if queue and self.workers[reader].alive]
+        if not ready or not holder.alive:
+            return
+        spare = self.now + self.setting.chunk_seconds
+        reader = min(ready, key=lambda reader: max(spare, self.workers[reader].in_free))
+        queue = holder.queues.pop(reader)
+        chunk = queue.popleft()
+        holder.queues[reader] = queue  # its next turn comes after the others'
+        me = self.workers[reader]
+        me.in_free = max(self.now, me.in_free) + self.setting.chunk_seconds
+        holder.sent += 1
+        holder.sending = True
+        self._at(self.now + self.setting.chunk_seconds, "send", name)
+        self._at(me.in_free, "arrive", reader, name, chunk)
 
     def _arrive(self, name: str, holder_name: str, chunk: int) -> None:
         me, holder = self.workers[name], self.workers[holder_name]
@@ -187,6 +208,7 @@ class Swarm:
 
     def _disconnect(self, me: Worker, holder: str) -> None:
         me.plan.drop_holder(holder)
+        self.workers[holder].queues.pop(me.name, None)
         me.holders.pop(holder, None)
         self.workers[holder].readers.discard(me.name)
 
