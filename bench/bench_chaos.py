@@ -3,207 +3,96 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import secrets
-import signal
 import sys
-import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from bench.fleet import Fleet, FleetError, Process
+from bench.chaos.failover import kill_at_half
+from bench.chaos.faults import CUTS, FAULTS
+from bench.chaos.flips import flip_bytes
+from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
+from bench.chaos.tally import STALLED, Tally
+from bench.fleet import Fleet, Network
 
-LATE_SECONDS = 5.0
-MODEL_BYTES = 24 << 20
-CHUNK_BYTES = 256 << 10
-RATE_LIMIT = "16MB"  # of a source: slow enough for something to happen in the middle
-FAULTS = (
-    "kill a target while its source is stalled",
-    "kill a source",
-    "stop a source",
-    "kill a target",
-    "stop a target",
-    "kill the server",
-    "kill a source and a target",
-)
-TASK = {
-    "model": "bench/chaos",
-    "content": 5,
-    "model_bytes": MODEL_BYTES,
-    "chunk_bytes": CHUNK_BYTES,
-    "strategy": "swarm",
-    "settings": {
-        "MX_SOURCE_RATE_LIMIT": RATE_LIMIT,
-        "MX_SERVER_TIMEOUT_SECS": 3,
-        "MX_HEARTBEAT_INTERVAL_SECS": 1,
-        "MX_SOURCE_WAIT_SECS": 30,
-        "MX_DRAIN_TIMEOUT_SECS": 1,  # between runs: a killed reader holds its lease for 15 s
-    },
-}
+FAILOVER_REPEATS = 3
+SETTINGS = ("tcp", "same-host", "network")
 
 
-@dataclass
-class Tally:
-    """What came of all runs."""
-
-    runs: int = 0
-    unfinished: int = 0
-    engines_lost: int = 0
-    wrong_weights: int = 0
-    from_storage: int = 0
-    bytes_again: list[float] = field(default_factory=list)  # of a receiver, in models
-    notice_seconds: list[float] = field(default_factory=list)
-    by_fault: dict[str, int] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        """The flat map of a bench."""
-        again = self.bytes_again or [0.0]
-        return {
-            "runs": self.runs,
-            "unfinished": self.unfinished,
-            "engines_lost": self.engines_lost,
-            "wrong_weights": self.wrong_weights,
-            "resent_ratio": round(sum(again) / len(again), 4),
-            "most_resent_ratio": round(max(again), 4),
-            "max_notice_seconds": round(max(self.notice_seconds, default=0.0), 2),
-            "loads_from_storage": self.from_storage,
-            "kills_of_a_target_with_a_stalled_source": self.by_fault.get(FAULTS[0], 0),
-        }
+def choose(chance: random.Random, setting: str, faults: tuple[str, ...]) -> str:
+    """A fault for one run. Without a choice of the user: a target of a stalled source in every third run."""
+    possible = [*FAULTS, *(CUTS if setting == "network" else ())]
+    if faults:
+        return chance.choice([fault for fault in possible if fault in faults] or possible)
+    return STALLED if chance.random() < 1 / 3 else chance.choice(possible)
 
 
-class Chaos:
-    """Two sources and three receivers, all of them replaced or used again from run to run."""
-
-    def __init__(self, fleet: Fleet, chance: random.Random, tally: Tally, transport: str) -> None:
-        self.fleet = fleet
-        self.chance = chance
-        self.tally = tally
-        self.transport = transport
-        self.sources: list[tuple[Process, str]] = []
-        self.targets: list[Process] = []
-
-    def run(self, fault: str) -> None:
-        """One run; what happened goes to the tally."""
-        self._fill()
-        for target in self.targets:
-            target.progress.clear()
-            target.lost.clear()
-            target.send("start")
-        victim = self.chance.choice(self.targets)
-        self._until(victim, self.chance.uniform(0.05, 0.7) * MODEL_BYTES)
-        source, source_id = self.chance.choice(self.sources)
-        at = time.monotonic()
-        spared = self._strike(fault, source, victim)
-        self.tally.runs += 1
-        self.tally.by_fault[fault] = self.tally.by_fault.get(fault, 0) + 1
-        for target in [target for target in self.targets if target in spared]:
-            self._finished(target)
-            if source not in spared:
-                noticed = [(when - at, why) for when, worker, why in target.lost if worker == source_id and when > at]
-                for seconds, why in noticed[:1]:
-                    self.tally.notice_seconds.append(seconds)
-                    if seconds > LATE_SECONDS:
-                        click.echo(f"noticed after {seconds:.1f} s: {why}", err=True)
-        for process in [process for process in (*self.targets, *(p for p, _ in self.sources)) if process in spared]:
-            self.tally.engines_lost += not process.alive
-        if fault == "kill the server":
-            self.fleet.start_server()
-        for process in [p for p in (*self.targets, *(p for p, _ in self.sources)) if p not in spared or not p.alive]:
-            process.end()
-        self.sources = [(process, name) for process, name in self.sources if process.alive]
-        self.targets = [process for process in self.targets if process.alive]
-        for target in self.targets:
-            target.send("again")
-            target.expect("ready")
-
-    def _fill(self) -> None:
-        new_sources = [
-            self.fleet.add({**TASK, "role": "seed"}, transport=self.transport) for _ in range(2 - len(self.sources))
-        ]
-        new = [
-            self.fleet.add({**TASK, "role": "receiver"}, transport=self.transport) for _ in range(3 - len(self.targets))
-        ]
-        self.sources += [(process, process.expect("serving")["worker"]) for process in new_sources]
-        for process in new:
-            process.expect("ready")
-        self.targets += new
-
-    def _until(self, target: Process, count: float) -> None:
-        deadline = time.monotonic() + 60
-        while not target.progress or target.progress[-1][1] < count:
-            if time.monotonic() > deadline or not target.alive:
-                raise FleetError("a receiver did not get going")
-            time.sleep(0.002)
-
-    def _strike(self, fault: str, source: Process, victim: Process) -> set[Process]:
-        """Does it; returns the processes that must live on."""
-        everybody = {*self.targets, *(process for process, _ in self.sources)}
-        if fault == "kill a target while its source is stalled":
-            source.signal(signal.SIGSTOP)
-            time.sleep(self.chance.uniform(0.02, 0.3))
-            victim.signal(signal.SIGKILL)
-            victim.popen.wait()
-            time.sleep(self.chance.uniform(0.0, 0.3))
-            source.signal(signal.SIGCONT)
-            return everybody - {victim}
-        if fault == "kill the server":
-            self.fleet.server.kill()
-            self.fleet.server.wait()
-            return everybody
-        number = signal.SIGSTOP if fault.startswith("stop") else signal.SIGKILL
-        hit = {process for process, name in ((source, "source"), (victim, "target")) if name in fault}
-        for process in hit:
-            process.signal(number)
-        return everybody - hit
-
-    def _finished(self, target: Process) -> None:
-        try:
-            done = target.expect("done", 90)
-        except FleetError as error:
-            self.tally.unfinished += 1
-            click.echo(f"unfinished: {error}", err=True)
-            return
-        self.tally.wrong_weights += not done["right"]
-        self.tally.from_storage += done["path"] == "storage"
-        self.tally.bytes_again.append(done["bytes_again"] / MODEL_BYTES)
+def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random, tally: Tally) -> None:
+    """`runs` runs of one fleet."""
+    with ExitStack() as stack:
+        network = None
+        if setting == "network":
+            network = stack.enter_context(Network(SOURCES + TARGETS, LINK_MEGABITS))
+        fleet = stack.enter_context(Fleet(network))
+        chaos = Chaos(fleet, chance, tally, "tcp" if network else setting)
+        for _ in range(runs):
+            fault = choose(chance, setting, faults)
+            chaos.run(fault)
+            click.echo(f"{tally.runs}: {setting}, {fault}: {json.dumps(tally.figures())}", err=True)
 
 
 @click.command()
-@click.option("--runs", default=20, show_default=True, help="How many runs.")
+@click.option("--runs", default=20, show_default=True, help="How many runs, split over the settings.")
 @click.option("--seed", type=int, help="Of the random choices; printed, so that a run can be repeated.")
 @click.option(
-    "--transport", "transports", multiple=True, type=click.Choice(["tcp", "same-host"]), help="Default: half and half."
-)
-@click.option(
-    "--fault",
-    "faults",
+    "--setting",
+    "settings",
     multiple=True,
-    type=click.Choice(FAULTS),
-    help="Default: all, the first as often as the others together.",
+    type=click.Choice(SETTINGS),
+    help="What they share: TCP, cross-memory attach, or TCP over a link each (needs root). Default: all.",
 )
+@click.option("--fault", "faults", multiple=True, type=click.Choice([*FAULTS, *CUTS]), help="Default: all.")
+@click.option("--flips", default=10_000, show_default=True, help="How many bytes are flipped, one in a chunk.")
+@click.option("--failover/--no-failover", default=True, show_default=True, help="Kill a source at half, and measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(runs: int, seed: int | None, transports: tuple[str, ...], faults: tuple[str, ...], as_json: bool) -> None:
-    """Kills and stops workers and the server in the middle of transfers; whoever is left must end up right."""
+def command(
+    runs: int,
+    seed: int | None,
+    settings: tuple[str, ...],
+    faults: tuple[str, ...],
+    flips: int,
+    failover: bool,
+    as_json: bool,
+) -> None:
+    """Kills, stops and cuts off workers and the server in the middle of transfers; the others must end up right."""
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
     chance = random.Random(seed)
     tally = Tally()
-    used = transports or ("tcp", "same-host")
-    choices = faults or (*FAULTS, *FAULTS[:1] * (len(FAULTS) - 2))
-    for number, transport in enumerate(used):
-        with Fleet() as fleet:
-            chaos = Chaos(fleet, chance, tally, transport)
-            for _ in range(runs * (number + 1) // len(used) - runs * number // len(used)):
-                fault = chance.choice(choices)
-                chaos.run(fault)
-                click.echo(f"{tally.runs}: {transport}, {fault}: {json.dumps(tally.figures())}", err=True)
+    used = settings or SETTINGS
+    if os.geteuid() != 0 and "network" in used:
+        click.echo("without root there are no network namespaces: links are not cut", err=True)
+        used = tuple(setting for setting in used if setting != "network") or ("tcp",)
+    for number, setting in enumerate(used):
+        play(setting, runs * (number + 1) // len(used) - runs * number // len(used), faults, chance, tally)
+    figures: dict[str, Any] = tally.figures()
+    if failover:
+        at_half = kill_at_half("tcp", FAILOVER_REPEATS)
+        figures["killed_at_half_resent_ratio"] = round(at_half.resent_ratio, 4)
+        figures["killed_at_half_seconds_on_top"] = round(at_half.seconds_on_top, 2)
+    if flips:
+        flipped = flip_bytes(flips, seed)
+        figures["flipped_bytes"], figures["flipped_bytes_caught"] = flipped.made, flipped.caught
+        figures["right_chunks_refused"] = flipped.false_alarms
     if as_json:
-        json.dump({"bench": "chaos", "seed": seed, "by_fault": tally.by_fault, "figures": tally.figures()}, sys.stdout)
+        json.dump({"bench": "chaos", "seed": seed, "by_fault": tally.by_fault, "figures": figures}, sys.stdout)
         sys.stdout.write("\n")
     else:
-        for name, value in tally.figures().items():
+        for name, value in figures.items():
             click.echo(f"{name:44} {value}")
 
 

@@ -3,156 +3,163 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import statistics
 import sys
-import threading
 import time
-from array import array
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import click
-import numpy as np
 
-from bench.fleet import Fleet
-from mxcore.digest import xxh3_64
-from mxcore.nixl_agent import NixlAgent
-from mxcore.transfer.transports import ucx_environment
+from bench.fleet import Fleet, Process
+from bench.transfer import limits, registration
+from bench.transfer.shapes import SHAPES, Shape, scaled, total_bytes
 
 MIB = 1 << 20
-_IDLE_SECONDS = 2.0
+REGISTERED_TENSORS, REGISTERED_BYTES = 5000, 50 << 10
+IDLE_SECONDS = 3.0
+TRANSPORTS: tuple[Literal["tcp", "same-host"], ...] = ("tcp", "same-host")
 
 
-def transfer_rate(transport: str, model_bytes: int, tensors: int, repeats: int) -> float:
-    """10^9 bytes a second of `Membership.receive`, verified; the best of some."""
-    task = {
-        "model": "bench/transfer",
-        "content": 5,
-        "model_bytes": model_bytes,
-        "chunk_bytes": 16 * MIB,
-        "strategy": "star",
-        "tensors": tensors,
-    }
-    rates = []
-    with Fleet() as fleet:
-        fleet.add({**task, "role": "seed"}, transport=transport).expect("serving")
-        target = fleet.add({**task, "role": "receiver"}, transport=transport)
-        target.expect("ready")
+@dataclass
+class Rates:
+    """10^9 bytes a second, the best of some rounds, of one shape; `whole` with finding, connecting, registering."""
+
+    moving: float = 0.0
+    whole: float = 0.0
+    unverified: float = 0.0
+    one_descriptor: list[float] = field(default_factory=list)
+
+
+class Pair:
+    """A worker that serves a model and one that receives it, again and again."""
+
+    def __init__(self, fleet: Fleet, transport: str, shape: Shape, gap_bytes: int) -> None:
+        task = {
+            "model": "bench/transfer",
+            "content": 5,
+            "model_bytes": total_bytes(shape),
+            "chunk_bytes": 16 * MIB,
+            "strategy": "star",
+            "shape": shape,
+            "gap_bytes": gap_bytes,
+        }
+        self._bytes = total_bytes(shape)
+        self.source = fleet.add({**task, "role": "seed"}, transport=transport)
+        self.source.expect("serving")
+        self._target = fleet.add({**task, "role": "receiver"}, transport=transport)
+        self._target.expect("ready")
+
+    def receive(self, *, verified: bool) -> tuple[float, float]:
+        """10^9 bytes a second: while moving, and over all."""
+        self._target.send("verify on" if verified else "verify off")
+        self._target.send("start")
+        done = self._target.expect("done")
+        if not done["right"] or done["path"] != "p2p":
+            raise click.ClickException(f"the transfer failed: {done}")
+        self._target.send("again")
+        self._target.expect("ready")
+        return tuple(self._bytes / done[name] / 1e9 for name in ("moving_seconds", "receive_seconds"))  # type: ignore[return-value]
+
+
+def measure(transport: Literal["tcp", "same-host"], shape: Shape, gap_bytes: int, repeats: int) -> Rates:
+    """Rounds of: one descriptor on one region, ours, ours without looking at digests."""
+    rates = Rates()
+    with limits.OneDescriptor(transport, total_bytes(shape)) as limit, Fleet() as fleet:
+        pair = Pair(fleet, transport, shape, gap_bytes)
         for _ in range(repeats):
-            target.send("start")
-            done = target.expect("done")
-            if not done["right"] or done["path"] != "p2p":
-                raise click.ClickException(f"the transfer failed: {done}")
-            rates.append(model_bytes / done["receive_seconds"] / 1e9)
-            target.send("again")
-            target.expect("ready")
-    return max(rates)
+            rates.one_descriptor.append(limit.rate())
+            moving, whole = pair.receive(verified=True)
+            rates.moving, rates.whole = max(rates.moving, moving), max(rates.whole, whole)
+            rates.unverified = max(rates.unverified, pair.receive(verified=False)[0])
+    return rates
 
 
-def socket_rate(count: int) -> float:
-    """10^9 bytes a second of one TCP connection over loopback, between two processes."""
-    data = np.ones(8 * MIB, np.uint8)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        child = os.fork()
-        if child == 0:
-            with socket.create_connection(server.getsockname()) as out:
-                for _ in range(count // data.nbytes):
-                    out.sendall(data)
-            os._exit(0)
-        connection, _ = server.accept()
-        with connection:
-            received, started = 0, time.monotonic()
-            buffer = memoryview(np.ones(MIB, np.uint8)).cast("B")
-            while got := connection.recv_into(buffer):
-                received += got
-            seconds = time.monotonic() - started
-        os.waitpid(child, 0)
-    return received / seconds / 1e9
+def idle_worker_share(transport: str, seconds: float) -> float:
+    """The share of a core of a worker that serves to nobody: agent, gRPC services, heartbeat."""
+    with Fleet() as fleet:
+        source = Pair(fleet, transport, [(8, MIB)], 0).source
+        before, started = _cpu_seconds(source), time.monotonic()
+        time.sleep(seconds)
+        return (_cpu_seconds(source) - before) / (time.monotonic() - started)
 
 
-def memcpy_rate(count: int) -> float:
-    """10^9 bytes a second of a copy by one thread into memory that was touched."""
-    source, target = np.ones(count, np.uint8), np.ones(count, np.uint8)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - started)
-    return count / min(seconds) / 1e9
+def _cpu_seconds(process: Process) -> float:
+    tasks = Path(f"/proc/{process.popen.pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
-def digest_rate(count: int) -> float:
-    """10^9 bytes a second of verification by one thread."""
-    data = np.ones(count, np.uint8)
-    started = time.perf_counter()
-    xxh3_64(data)
-    return count / (time.perf_counter() - started) / 1e9
+def figures_of(rates: dict[tuple[str, str], Rates], machine: dict[str, float]) -> dict[str, Any]:
+    """The ratios that the goals are about: the worse of the transports where there is one for each."""
 
+    def over_one(shapes: Iterable[str]) -> dict[str, float]:
+        return {
+            f"{shape}_vs_one_descriptor_{transport.replace('-', '_')}": rates[transport, shape].moving
+            / max(rates[transport, shape].one_descriptor)
+            for transport in TRANSPORTS
+            for shape in shapes
+        }
 
-def registration_ratio(tensors: int, tensor_bytes: int = 4096) -> float:
-    """How much longer registering tensors one by one takes than registering their region."""
-    memory = np.ones(tensors * tensor_bytes, np.uint8)
-    address = int(memory.ctypes.data)
-
-    def seconds(cut: int) -> float:
-        spent = []
-        for _ in range(3):
-            with ucx_environment("tcp,self"):
-                agent = NixlAgent("mx-bench-registration")
-            started = time.perf_counter()
-            for begin in range(0, memory.nbytes, cut):
-                agent.register(array("Q", [address + begin]), array("Q", [cut]))
-            spent.append(time.perf_counter() - started)
-            agent.destroy()
-        return statistics.median(spent)
-
-    return seconds(tensor_bytes) / seconds(memory.nbytes)
-
-
-def idle_share() -> float:
-    """The share of a core that an idle agent takes."""
-    with ucx_environment("tcp,self"):
-        agent = NixlAgent("mx-bench-idle")
-    before, started = time.process_time(), time.monotonic()
-    threading.Event().wait(_IDLE_SECONDS)
-    share = (time.process_time() - before) / (time.monotonic() - started)
-    agent.destroy()
-    return share
+    each = over_one(SHAPES)
+    few = {transport: rates[transport, "few"] for transport in TRANSPORTS}
+    verify = {transport: rate.unverified / rate.moving - 1 for transport, rate in few.items()}
+    return {
+        "many_vs_one_descriptor": min(value for name, value in each.items() if name.startswith("many_vs")),
+        "registration_vs_one_by_one": machine["registration_ratio"],
+        "verify_overhead_ratio": verify["same-host"],
+        "tcp_vs_raw_socket": few["tcp"].moving / machine["socket_1_gbps"],
+        "same_host_vs_memcpy": few["same-host"].moving / machine["memcpy_gbps"],
+        "idle_agent_core_share": machine["idle_agent_core_share"],
+        "verify_overhead_ratio_tcp": verify["tcp"],
+        **each,
+    }
 
 
 @click.command()
-@click.option("--megabytes", default=1000, show_default=True, help="Size of the model, 20,000 tensors of it or 8.")
-@click.option("--repeats", default=3, show_default=True)
+@click.option("--scale", default=1.0, show_default=True, help="Of the models: 1 is about 1 GB each.")
+@click.option("--repeats", default=4, show_default=True, help="Rounds; the best counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(megabytes: int, repeats: int, as_json: bool) -> None:
-    """Transfer between two processes of this host, against what socket, memcpy and digest do in the same run."""
-    model_bytes = megabytes * 1_000_000 // MIB * MIB
-    socket_gbs, memcpy_gbs = socket_rate(model_bytes), memcpy_rate(model_bytes)
-    verify_gbs = digest_rate(model_bytes)
-    rates: dict[str, float] = {}
-    for transport in ("tcp", "same-host"):
-        for tensors in (1, 20_000):
-            rates[f"{transport}, {tensors} tensors"] = transfer_rate(transport, model_bytes, tensors, repeats)
-            click.echo(f"{transport}, {tensors} tensors: {rates[f'{transport}, {tensors} tensors']:.2f} GB/s", err=True)
-    one_tcp, one_host = rates["tcp, 1 tensors"], rates["same-host, 1 tensors"]
-    figures: dict[str, Any] = {
-        "many_vs_one_tensor_tcp": round(rates["tcp, 20000 tensors"] / one_tcp, 3),
-        "many_vs_one_tensor_same_host": round(rates["same-host, 20000 tensors"] / one_host, 3),
-        "registration_vs_one_by_one": round(registration_ratio(5000), 1),
-        "tcp_vs_raw_socket": round(one_tcp / socket_gbs, 3),
-        "same_host_vs_memcpy": round(one_host / memcpy_gbs, 3),
-        "verify_seconds_over_tcp_seconds": round(one_tcp / verify_gbs, 3),
-        "idle_agent_core_share": round(idle_share(), 4),
-        "socket_gigabytes_per_second": round(socket_gbs, 2),
-        "memcpy_gigabytes_per_second": round(memcpy_gbs, 2),
+def command(scale: float, repeats: int, as_json: bool) -> None:
+    """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
+
+    Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc does; 8
+    of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before.
+    """
+    machine: dict[str, float] = {}
+    size = int(1000 * MIB * scale)
+    for connections in (1, 2, 4):
+        machine[f"socket_{connections}_gbps"] = limits.socket_rate(size, connections)
+    machine["memcpy_gbps"] = limits.memcpy_rate(size)
+    machine["digest_gbps"] = limits.digest_rate(size)
+    registered = registration.measure(REGISTERED_TENSORS, REGISTERED_BYTES)
+    machine["registration_ratio"] = registered.single_seconds / registered.merged_seconds
+    machine["idle_agent_core_share"] = limits.idle_agent_share(IDLE_SECONDS)
+    machine["idle_worker_core_share"] = idle_worker_share("tcp", IDLE_SECONDS)
+    rates: dict[tuple[str, str], Rates] = {}
+    for transport in TRANSPORTS:
+        for name, (shape, gap_bytes) in SHAPES.items():
+            found = rates[transport, name] = measure(transport, scaled(shape, scale), gap_bytes, repeats)
+            click.echo(
+                f"{transport}, {name}: {found.moving:.2f} GB/s ({found.whole:.2f} with finding and connecting), "
+                f"{found.unverified:.2f} unverified, one descriptor {max(found.one_descriptor):.2f}",
+                err=True,
+            )
+    figures = {name: round(value, 4) for name, value in figures_of(rates, machine).items()}
+    details = {
+        **{name: round(value, 4) for name, value in machine.items() if name not in figures},
+        "registered_seconds_merged": round(registered.merged_seconds, 6),
+        "registered_seconds_one_by_one": round(registered.single_seconds, 6),
+        "metadata_bytes_merged": registered.merged_metadata_bytes,
+        "metadata_bytes_one_by_one": registered.single_metadata_bytes,
+        **{f"{transport}_{name}_gbps": round(rate.moving, 3) for (transport, name), rate in rates.items()},
     }
     if as_json:
-        json.dump({"bench": "transfer", "figures": figures, "gigabytes_per_second": rates}, sys.stdout)
+        json.dump({"bench": "transfer", "figures": {**figures, **details}}, sys.stdout)
         sys.stdout.write("\n")
     else:
-        for name, value in figures.items():
-            click.echo(f"{name:36} {value}")
+        for name, value in {**figures, **details}.items():
+            click.echo(f"{name:40} {value}")
 
 
 if __name__ == "__main__":

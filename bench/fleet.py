@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -83,7 +83,10 @@ class Network:
 class Process:
     """A worker; its lines arrive in `lines`."""
 
-    def __init__(self, task: dict[str, Any], environ: dict[str, str], prefix: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, task: dict[str, Any], environ: dict[str, str], prefix: Sequence[str], log: Path, slot: int
+    ) -> None:
+        self.slot = slot  # its place in the network
         names = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "MX_", "MODEL_"))}
         self.log = log
         with log.open("w") as stderr:
@@ -99,7 +102,7 @@ class Process:
             )
         self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.progress: list[tuple[float, int]] = []
-        self.lost: list[tuple[float, str, str]] = []  # when which source was given up on, and why
+        self.lost: list[dict[str, Any]] = []  # when which source was given up on, and why
         threading.Thread(target=self._pump, daemon=True).start()
 
     def _pump(self) -> None:
@@ -109,23 +112,25 @@ class Process:
                 if message["event"] == "progress":
                     self.progress.append((message["at"], message["bytes"]))
                 elif message["event"] == "lost":
-                    self.lost.append((message["at"], message["worker"], message["why"]))
+                    self.lost.append(message)
                 else:
                     self.lines.put(message)
         self.lines.put({"event": "ended", "status": self.popen.wait()})
 
     def send(self, line: str) -> None:
+        """Tells it to do something; in silence when it has died."""
         if self.popen.stdin is not None:
-            self.popen.stdin.write(line + "\n")
+            with suppress(BrokenPipeError):
+                self.popen.stdin.write(line + "\n")
 
     def expect(self, event: str, seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
         """The next line, which must be of this event. Raises FleetError."""
         try:
             message = self.lines.get(timeout=seconds)
         except queue.Empty:
-            raise FleetError(f"no {event!r} within {seconds:g} s; its log ends: {self._tail()}") from None
+            raise FleetError(f"no {event!r} within {seconds:g} s; its log ends: {self.tail()}") from None
         if message["event"] != event:
-            raise FleetError(f"{message} instead of {event!r}; its log ends: {self._tail()}")
+            raise FleetError(f"{message} instead of {event!r}; its log ends: {self.tail()}")
         return message
 
     @property
@@ -141,7 +146,8 @@ class Process:
             self.signal(number)
         self.popen.wait()
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """The end of its log."""
         return self.log.read_text()[-1500:]
 
 
@@ -173,14 +179,23 @@ class Fleet:
         self._port = self.address.rpartition(":")[2]
 
     def add(self, task: dict[str, Any], *, transport: str = "tcp", environ: dict[str, str] | None = None) -> Process:
+        """Starts a worker, in the network in the first place that nobody living has."""
         number = len(self.workers)
+        taken = {worker.slot for worker in self.workers if worker.alive}
+        slot = next(slot for slot in itertools.count() if slot not in taken)
         network = self._network
         names = {"MX_SERVER_ADDRESS": self.address, "MX_TRANSPORT": transport, **(environ or {})}
         if network is not None:
-            names["MX_WORKER_HOST"] = network.address(number)
-        prefix = network.prefix(number) if network is not None else []
-        self.workers.append(Process(task, names, prefix, self._folder / f"worker{number}.log"))
+            names["MX_WORKER_HOST"] = network.address(slot)
+        prefix = network.prefix(slot) if network is not None else []
+        self.workers.append(Process(task, names, prefix, self._folder / f"worker{number}.log", slot))
         return self.workers[-1]
+
+    def link(self, process: Process, *, up: bool) -> None:
+        """Cuts a worker off the network, or restores its link."""
+        if self._network is None:
+            raise FleetError("this fleet has no network of its own")
+        self._network.link(process.slot, up)
 
     def __enter__(self) -> Self:
         return self

@@ -11,17 +11,23 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from bench.transfer.shapes import ALIGNED_BYTES
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
+from mxcore.transfer.intake import Intake
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
 from mxserver.wire import p2p_pb2
 
+Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
 _SAMPLES = 200
+_TENSORS = 64
+_CONTENT_BYTES = (8 << 20) - 13  # repeated: never at the same place of a chunk
 
 
 def say(**values: Any) -> None:
@@ -34,15 +40,23 @@ class _Losses(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if isinstance(record.args, tuple) and "gives no" in str(record.msg):
-            say(event="lost", at=time.monotonic(), worker=str(record.args[0]), why=record.getMessage()[:400])
+            say(
+                event="lost",
+                at=time.monotonic(),
+                worker=str(record.args[0]),
+                asked_seconds=record.args[2],
+                why=record.getMessage()[:400],
+            )
 
 
 class FleetWorker:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
+        self.verifies = Intake.verify
         self.member = self._join()
-        self.memory = np.zeros(task["model_bytes"], np.uint8)  # touched by `fill` or here: first touch is slow
-        self.memory.fill(1)
+        self.stretches = self._stretches()
+        self.memory = np.zeros(self.stretches[-1][1], np.uint8)
+        self.memory.fill(1)  # first touch is slow
         self.layout, self.placement = build_layout("raw", self._tensors())
 
     def _join(self) -> Membership:
@@ -57,9 +71,21 @@ class FleetWorker:
         member.join()
         return member
 
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Where each tensor begins and ends: 64 alike, or `shape`, runs of (how many, bytes of each), aligned."""
+        if "shape" not in self.task:
+            cuts = [self.task["model_bytes"] * i // _TENSORS for i in range(_TENSORS + 1)]
+            return list(itertools.pairwise(cuts))
+        end, stretches = 0, []
+        for count, size in self.task["shape"]:
+            for _ in range(count):
+                begin = -(-(end + self.task["gap_bytes"]) // ALIGNED_BYTES) * ALIGNED_BYTES
+                end = begin + size
+                stretches.append((begin, end))
+        return stretches
+
     def _tensors(self) -> list[LocalTensor]:
-        address, count = int(self.memory.ctypes.data), self.task.get("tensors", 64)
-        cuts = [self.memory.nbytes * i // count for i in range(count + 1)]
+        address = int(self.memory.ctypes.data)
         return [
             LocalTensor(
                 f"t{i:05}",
@@ -73,14 +99,24 @@ class FleetWorker:
                 "cpu",
                 0,
             )
-            for i, (begin, end) in enumerate(itertools.pairwise(cuts))
+            for i, (begin, end) in enumerate(self.stretches)
         ]
 
-    def content(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return np.random.default_rng(self.task["content"]).integers(0, 256, self.memory.nbytes, np.uint8)
+    def content(self) -> Memory:
+        """Random bytes, the same in every worker of one content; no two chunks are alike."""
+        some = np.random.default_rng(self.task["content"]).integers(0, 256, _CONTENT_BYTES, np.uint8)
+        return np.resize(some, self.memory.nbytes)
+
+    def is_right(self) -> bool:
+        content = self.content()
+        return all(np.array_equal(self.memory[begin:end], content[begin:end]) for begin, end in self.stretches)
 
     def from_storage(self) -> None:
         self.memory[:] = self.content()
+
+    def verify(self, on: bool) -> None:
+        """Without, the digests are not looked at: what looking costs is the difference."""
+        Intake.verify = self.verifies if on else lambda intake, chunk: True  # type: ignore[method-assign]
 
     def progress(self, done: int, total: int) -> None:
         step = total // _SAMPLES + 1
@@ -104,6 +140,12 @@ class FleetWorker:
                 self.memory.fill(1)
                 self.member = self._join()
                 say(event="ready", worker=self.member.worker_id)
+            elif line.startswith("verify"):
+                self.verify(line.split()[1] == "on")
+            elif line.startswith("flip"):
+                place = int(line.split()[1]) % (8 * self.memory.nbytes)
+                self.memory[place // 8] ^= 1 << place % 8
+                say(event="flipped")
             elif line.startswith("sent"):
                 holder = self.member.holder
                 say(event="sent", bytes=holder.bytes_granted if holder else 0)
@@ -129,7 +171,7 @@ class FleetWorker:
         seconds = time.monotonic() - started
         if report is None:
             self.from_storage()
-        right = bool(np.array_equal(self.memory, self.content()))
+        right = self.is_right()
         if task["strategy"] != "star":
             self.member.serve(
                 self.layout, self.placement, {}, report.digests if report else None, keep_alive=self.memory
@@ -140,6 +182,7 @@ class FleetWorker:
             path="p2p" if report else "storage",
             seconds=seconds,
             receive_seconds=report.seconds if report else 0.0,
+            moving_seconds=report.moving_seconds if report else 0.0,
             started=started,
             bytes_again=report.bytes_again if report else 0,
             bytes_from=dict(report.bytes_from) if report else {},

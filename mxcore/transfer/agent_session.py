@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from mxcore.descriptors import merge_adjoining
 from mxcore.errors import LayoutUnsupported, NixlError, TransferStalled
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.transfer.layout import Layout, Placement
@@ -97,7 +98,9 @@ class AgentSession:
 
     def post(self, operation: Operation, move: Move, peer: str) -> tuple[Transfer, bool]:
         """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost."""
-        transfer = self._agent.transfer(operation, move.local_addresses, move.remote_addresses, move.lengths, peer)
+        # Both sides register neighbours as one region (`merge_regions`), so that these may be one descriptor as well.
+        local, remote, lengths = merge_adjoining(move.local_addresses, move.remote_addresses, move.lengths)
+        transfer = self._agent.transfer(operation, local, remote, lengths, peer)
         try:
             return transfer, transfer.post()
         except NixlError:

@@ -15,9 +15,11 @@ from dataclasses import replace
 from mxcore.errors import (
     DigestMismatch,
     NotOneSided,
+    PeerLost,
     SourceRefused,
     SourceUnreachable,
     TransferError,
+    TransferStalled,
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import AgentSession
@@ -49,7 +51,7 @@ class HolderPull:
         self.failure: TransferError | None = None
         self.route: Route | None = None
         self.clean = True
-        self.busy_at = time.monotonic()  # when it was last known to fetch
+        self.started_at = self.busy_at = time.monotonic()  # `busy_at`: when it was last known to fetch
         self._intake = intake
         self._settings = settings
         self._worker_id = worker_id
@@ -140,7 +142,11 @@ class HolderPull:
             mover = self._open(lease_id, route, session)
             with mover:
                 self._mover = mover
-                self._fetch(lease_id, mover, verifying)
+                try:
+                    self._fetch(lease_id, mover, verifying)
+                except (SourceUnreachable, TransferStalled, PeerLost):
+                    self._client.cancel()  # a call that waits for a holder that is gone must not hold up the fence
+                    raise
             done = True
         finally:
             self._mover = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,7 +48,8 @@ class Intake:
     """The books of one receive: the plan, and the memory that it fills. Thread-safe.
 
     `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
-    that was admitted. `news` is when something last went forward, in monotonic seconds.
+    that was admitted. `news` is when something last went forward, `first_asked_at` when the
+    first chunk was granted, `done_at` when a chunk was last verified, in monotonic seconds.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Intake:
         self.bytes_from: dict[str, int] = {}
         self.bytes_again = 0  # of chunks that had to be asked for a second time
         self.news = time.monotonic()
+        self.first_asked_at: float | None = None
+        self.done_at = self.news
         self._scalar_names = frozenset(scalar_names)
         self._progress = progress
         self._telling = threading.Lock()
@@ -154,10 +157,13 @@ class Intake:
         with self.changed:
             return self._plan.limit(holder)
 
-    def claim(self, holder: str, granted: Iterable[int]) -> tuple[list[int], list[int]]:
+    def claim(self, holder: str, granted: Collection[int]) -> tuple[list[int], list[int]]:
         """Takes what a holder granted: what to fetch, and what is not needed any more."""
         with self.changed:
-            return self._plan.claim(holder, granted, time.monotonic())
+            now = time.monotonic()
+            if self.first_asked_at is None and granted:
+                self.first_asked_at = now
+            return self._plan.claim(holder, granted, now)
 
     def verify(self, chunk: int) -> bool:
         """Whether the chunk's bytes here are those of the digest."""
@@ -171,7 +177,7 @@ class Intake:
     def accept(self, holder: str, chunk: int) -> None:
         """Takes a verified chunk into the books."""
         with self.changed:
-            self.news = time.monotonic()
+            self.news = self.done_at = time.monotonic()
             self._plan.done(holder, chunk, self.news)
             count = self.chunks.bytes_of(chunk)
             self._bytes_done += count

@@ -59,7 +59,8 @@ class ReceiveReport:
     """What `receive` did. `digests`: 8 bytes little-endian a chunk, so that serving needs no second pass.
 
     `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has them all.
-    `bytes_again` were asked for more than once, since a holder was lost.
+    `bytes_again` were asked for more than once, since a holder was lost. `seconds` are those of the whole receive,
+    `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
     """
 
     bytes: int
@@ -74,6 +75,7 @@ class ReceiveReport:
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0
+    moving_seconds: float = 0.0
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -223,7 +225,7 @@ class Receiver:
             try:
                 pull = HolderPull(self._intake, source, self._settings, self._worker_id)
             except TransferError as error:  # its address or its certificate is of no use
-                self._not_before[source.worker_id] = now + self._failed_holder(source, error)
+                self._not_before[source.worker_id] = now + self._failed_holder(source, error, 0.0)
                 continue
             self._pulls[source.worker_id] = pull
             pull.start()
@@ -252,15 +254,21 @@ class Receiver:
             if pull.failure is None:
                 self._not_before[name] = now + _IDLE_SECONDS
             else:
-                self._not_before[name] = now + self._failed_holder(pull.source, pull.failure)
+                self._not_before[name] = now + self._failed_holder(pull.source, pull.failure, now - pull.started_at)
 
-    def _failed_holder(self, source: Source, error: TransferError) -> float:
+    def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> float:
         """Books a holder's failure; returns the seconds until it is asked again."""
         if isinstance(error, SourceBusy):
             with self._intake.changed:
                 self._intake.news = time.monotonic()  # it lives and gives to others
             return _BUSY_SECONDS
-        logger.warning("worker %s (%s) gives no (more) weights: %s", source.worker_id, source.endpoint, error)
+        logger.warning(
+            "worker %s (%s), asked for %.1f s, gives no (more) weights: %s",
+            source.worker_id,
+            source.endpoint,
+            asked_seconds,
+            error,
+        )
         self._failures.append(error)
         if isinstance(error, OtherContent):
             if not any(content.same_as(error.content) for content in self._other_contents):
@@ -339,6 +347,7 @@ class Receiver:
             raise SourceUnreachable("there is no worker to receive weights from")
         most = max(intake.bytes_from or self._routes, key=lambda name: intake.bytes_from.get(name, 0))
         route = self._routes.get(most)
+        moving_seconds = intake.done_at - intake.first_asked_at if intake.first_asked_at is not None else 0.0
         return ReceiveReport(
             bytes=intake.layout.total_bytes,
             tensors=len(intake.layout.tensors),
@@ -352,4 +361,5 @@ class Receiver:
             failures=tuple(str(error) for error in self._failures),
             bytes_from=dict(intake.bytes_from),
             bytes_again=intake.bytes_again,
+            moving_seconds=moving_seconds,
         )

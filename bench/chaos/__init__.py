@@ -1,0 +1,1 @@
+"""What `mx bench chaos` is made of."""

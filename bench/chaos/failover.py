@@ -1,0 +1,72 @@
+"""A source killed when half of the model is there: what comes twice, and what it costs in time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bench.fleet import Fleet, FleetError, Process
+
+MODEL_BYTES = 192 << 20
+RATE = 48 << 20  # bytes a second of a source
+TASK = {
+    "model": "bench/failover",
+    "content": 5,
+    "model_bytes": MODEL_BYTES,
+    "chunk_bytes": 1 << 20,
+    "strategy": "star",
+    "settings": {"MX_SOURCE_RATE_LIMIT": str(RATE), "MX_DRAIN_TIMEOUT_SECS": 1},
+}
+
+
+@dataclass(frozen=True)
+class Failover:
+    """`resent_ratio` of the model; `seconds_on_top` of what the sources that are left would take for the rest."""
+
+    resent_ratio: float
+    seconds_on_top: float
+
+
+def kill_at_half(transport: str, repeats: int) -> Failover:
+    """The worst of some repeats."""
+    with Fleet() as fleet:
+        stays = _seed(fleet, transport)
+        target = fleet.add({**TASK, "role": "receiver"}, transport=transport)
+        target.expect("ready")
+        alone = _receive(target)
+        rate = MODEL_BYTES / alone["receive_seconds"]
+        resent, on_top = [], []
+        for _ in range(repeats):
+            dies = _seed(fleet, transport)
+            target.send("again")
+            target.expect("ready")
+            target.progress.clear()
+            target.send("start")
+            while not target.progress or target.progress[-1][1] < MODEL_BYTES / 2:
+                if not (target.alive and stays.alive):
+                    raise FleetError(f"a worker died; its log ends: {target.tail()}")
+                time.sleep(0.002)
+            dies.end()
+            struck_at, had = time.monotonic(), target.progress[-1][1]
+            done = _checked(target.expect("done"))
+            resent.append(done["bytes_again"] / MODEL_BYTES)
+            on_top.append(done["started"] + done["seconds"] - struck_at - (MODEL_BYTES - had) / rate)
+        return Failover(max(resent), max(on_top))
+
+
+def _seed(fleet: Fleet, transport: str) -> Process:
+    process = fleet.add({**TASK, "role": "seed"}, transport=transport)
+    process.expect("serving")
+    return process
+
+
+def _receive(target: Process) -> dict[str, Any]:
+    target.send("start")
+    return _checked(target.expect("done"))
+
+
+def _checked(done: dict[str, Any]) -> dict[str, Any]:
+    if not done["right"] or done["path"] != "p2p":
+        raise FleetError(f"a receiver did not get its weights from others: {done}")
+    return done

@@ -1,0 +1,116 @@
+"""Flipped bytes: in a holder's memory after its digests were made, and in a receiver's after they arrived."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.chunks import DIGEST_KIND
+from mxcore.transfer.holder import Holder
+from mxcore.transfer.intake import Intake
+from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout
+from mxcore.transfer.scalars import scalars_digest
+from mxserver.wire import mx_pb2
+
+CHUNK_BYTES = 64 << 10
+CHUNKS = 256
+MODEL_BYTES = CHUNKS * CHUNK_BYTES - 12_345  # the last chunk is short
+TENSORS = 40
+
+Memory = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """`caught` of `made`; `false_alarms`: chunks that were right and refused."""
+
+    made: int
+    caught: int
+    false_alarms: int
+
+
+class _Pair:
+    """A holder and a receiver of this process; the holder WRITEs over TCP, as it does between hosts."""
+
+    def __init__(self, chance: np.random.Generator) -> None:
+        self.there: Memory = chance.integers(0, 256, MODEL_BYTES, np.uint8)
+        self.here: Memory = np.ones(MODEL_BYTES, np.uint8)
+        layout, placement = _layout(self.there)
+        self.holder = Holder(layout, placement, AgentSession("source", tls="tcp,self"), chunk_bytes=CHUNK_BYTES)
+        layout, placement = _layout(self.here)
+        self.session = AgentSession("target", tls="tcp,self")
+        self.session.register(layout, placement)
+        self.intake = Intake(layout, placement, scalar_names=(), progress=None, chunk_bytes=CHUNK_BYTES)
+        self.intake.admit("the source", _answer(self.holder))
+        self.lease = self.holder.grant().lease_id
+        self.holder.open_transfer(self.lease, self.session.metadata(), placement.addresses)
+
+    def move(self) -> None:
+        """All chunks, by NIXL."""
+        for _ in self.holder.push(self.lease, range(CHUNKS), lambda: False):
+            pass
+
+    def refused(self) -> int:
+        """How many chunks are not what their digests promise."""
+        return sum(not self.intake.verify(chunk) for chunk in range(CHUNKS))
+
+    def close(self) -> None:
+        self.holder.close()
+        self.session.fence()
+
+
+def flip_bytes(count: int, seed: int) -> Flips:
+    """Flips `count` bytes, half of them at the source and half on arrival, one in each chunk of a transfer."""
+    chance = np.random.default_rng(seed)
+    pair = _Pair(chance)
+    made = caught = false_alarms = 0
+    try:
+        while made < count:
+            at_source = made < count / 2
+            memory = pair.there if at_source else pair.here
+            if not at_source:
+                pair.move()
+            places = _places(chance, min(CHUNKS, count - made))
+            masks = chance.integers(1, 256, len(places), np.uint8)
+            memory[places] ^= masks
+            if at_source:
+                pair.move()
+            caught += pair.refused()
+            made += len(places)
+            memory[places] ^= masks
+            pair.move()
+            false_alarms += pair.refused()
+    finally:
+        pair.close()
+    return Flips(made, caught, false_alarms)
+
+
+def _places(chance: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A place in each of `count` chunks."""
+    begins = chance.permutation(CHUNKS)[:count] * CHUNK_BYTES
+    lengths = np.minimum(CHUNK_BYTES, MODEL_BYTES - begins)
+    return begins + (chance.random(count) * lengths).astype(np.int64)
+
+
+def _layout(memory: Memory) -> tuple[Layout, Placement]:
+    address = int(memory.ctypes.data)
+    cuts = [MODEL_BYTES * i // TENSORS for i in range(TENSORS + 1)]
+    tensors = [
+        LocalTensor(f"t{i:03}", "torch.uint8", (end - begin,), (1,), address + begin, 1, address, MODEL_BYTES, "cpu", 0)
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts))
+    ]
+    return build_layout("raw", tensors)
+
+
+def _answer(holder: Holder) -> mx_pb2.GetLayoutResponse:
+    return mx_pb2.GetLayoutResponse(
+        fingerprint=holder.layout.fingerprint,
+        chunk_bytes=CHUNK_BYTES,
+        digest_kind=DIGEST_KIND,
+        digests=holder.digests,
+        scalars_digest=scalars_digest({}),
+    )

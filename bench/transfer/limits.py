@@ -1,0 +1,157 @@
+"""What the machine and the transports give at best: memcpy, sockets, one NIXL descriptor on one region, digests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from array import array
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from mxcore.digest import xxh3_64
+from mxcore.nixl_agent import NixlAgent
+from mxcore.transfer.agent_session import AgentSession, Move
+from mxcore.transfer.transports import ucx_environment
+
+MIB = 1 << 20
+_ROUNDS = 3
+
+
+def memcpy_rate(count: int) -> float:
+    """10^9 bytes a second of a copy by one thread into memory that was touched; the best of some."""
+    source, target = np.ones(count, np.uint8), np.ones(count, np.uint8)
+    return _best(count, lambda: np.copyto(target, source))
+
+
+def digest_rate(count: int) -> float:
+    """10^9 bytes a second of XXH3-64 by one thread; the best of some."""
+    data = np.ones(count, np.uint8)
+    return _best(count, lambda: xxh3_64(data))
+
+
+def socket_rate(count: int, connections: int) -> float:
+    """10^9 bytes a second from one process to another by TCP over loopback; the best of some."""
+    return max(_socket_rate(count, connections) for _ in range(_ROUNDS))
+
+
+def _socket_rate(count: int, connections: int) -> float:
+    data = np.ones(8 * MIB, np.uint8)
+    each = max(1, count // data.nbytes // connections)
+    with socket.create_server(("127.0.0.1", 0), backlog=connections) as server:
+        child = os.fork()
+        if child == 0:
+            _in_threads(lambda: _send(server.getsockname(), data, each), connections)
+            os._exit(0)
+        accepted = [server.accept()[0] for _ in range(connections)]
+    buffers = [memoryview(np.ones(MIB, np.uint8)).cast("B") for _ in accepted]
+    pairs = list(zip(accepted, buffers, strict=True))
+    started = time.monotonic()
+    _in_threads(lambda: _drain(*pairs.pop()), connections)
+    seconds = time.monotonic() - started
+    os.waitpid(child, 0)
+    return connections * each * data.nbytes / seconds / 1e9
+
+
+def _send(address: Any, data: np.ndarray[Any, Any], times: int) -> None:
+    with socket.create_connection(address) as out:
+        for _ in range(times):
+            out.sendall(data)
+
+
+def _drain(connection: socket.socket, buffer: memoryview) -> None:
+    with connection:
+        while connection.recv_into(buffer):
+            pass
+
+
+def _in_threads(function: Any, count: int) -> None:
+    threads = [threading.Thread(target=function) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _best(count: int, function: Any) -> float:
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return count / min(seconds) / 1e9
+
+
+class OneDescriptor:
+    """NIXL between two processes, `count` bytes as one descriptor on one region: what a transport gives at best.
+
+    Over TCP this process WRITEs, on one host it READs, as our transfers do.
+    """
+
+    def __init__(self, transport: Literal["tcp", "same-host"], count: int) -> None:
+        self._operation: Literal["read", "write"] = "write" if transport == "tcp" else "read"
+        self._tls = "tcp,self" if transport == "tcp" else "tcp,cma,self"
+        self._memory = np.ones(count, np.uint8)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._peer = context.Process(target=_peer, args=(theirs, self._tls, count), daemon=True)
+        self._peer.start()
+        self._session = AgentSession("bench-limit", tls=self._tls, stall_timeout_seconds=60)
+        _register(self._session, self._memory)
+        metadata, self._remote = self._pipe.recv()
+        self._remote_agent = self._session.connect(metadata)
+
+    def rate(self) -> float:
+        """10^9 bytes a second of one transfer."""
+        address, count = int(self._memory.ctypes.data), self._memory.nbytes
+        move = Move(0, array("Q", [address]), array("Q", [self._remote]), array("Q", [count]))
+        started = time.monotonic()
+        for _ in self._session.run(self._operation, [move], self._remote_agent, in_flight_limit=1):
+            pass
+        return count / (time.monotonic() - started) / 1e9
+
+    def __enter__(self) -> Self:
+        self.rate()  # the first one also connects
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.fence()
+        self._pipe.close()
+        self._peer.join()
+
+
+def _peer(pipe: Connection, tls: str, count: int) -> None:
+    memory = np.ones(count, np.uint8)
+    session = AgentSession("bench-peer", tls=tls)
+    _register(session, memory)
+    pipe.send((session.metadata(), int(memory.ctypes.data)))
+    try:
+        pipe.recv()
+    except EOFError:
+        session.fence()
+
+
+def _register(session: AgentSession, memory: np.ndarray[Any, Any]) -> None:
+    from mxcore.transfer.layout import LocalTensor, build_layout
+
+    address = int(memory.ctypes.data)
+    tensor = LocalTensor("all", "torch.uint8", (memory.nbytes,), (1,), address, 1, address, memory.nbytes, "cpu", 0)
+    session.register(*build_layout("raw", [tensor]))
+
+
+def idle_agent_share(seconds: float) -> float:
+    """The share of a core that this process takes with an agent that does nothing."""
+    with ucx_environment("tcp,self"):
+        agent = NixlAgent("mx-bench-idle")
+    before, started = time.process_time(), time.monotonic()
+    threading.Event().wait(seconds)
+    share = (time.process_time() - before) / (time.monotonic() - started)
+    agent.destroy()
+    return share
