@@ -123,8 +123,8 @@ def figures_of(rates: dict[tuple[str, str], Rates], machine: dict[str, float]) -
 def command(scale: float, repeats: int, as_json: bool) -> None:
     """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
 
-    Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc does; 8
-    of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before.
+    Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc
+    does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before.
     """
     machine: dict[str, float] = {}
     size = int(1000 * MIB * scale)

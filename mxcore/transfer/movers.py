@@ -24,11 +24,11 @@ from mxcore.transfer.source_client import SourceClient
 
 __all__ = ["PullByRead", "PullByWrite"]
 
-_Results: TypeAlias = "queue.SimpleQueue[int | TransferError | None]"
+_Results: TypeAlias = "queue.SimpleQueue[int | TransferError]"
 
 _READS_IN_FLIGHT = 4
 _LATE_READS = 1  # the first one also waits until the two agents are connected
-_PUSH_BATCH = 16  # chunks of one PushChunks call; a stream's start costs about a millisecond
+_CALLS_AT_ONCE = 2  # of PushChunks to one holder
 _CALL_SECONDS = 24 * 3600.0  # a deadline for gRPC; ours is the stall time-out
 
 
@@ -136,7 +136,10 @@ class PullByRead:
 
 
 class PullByWrite:
-    """The holder WRITEs what PushChunks asks for; its answers say which chunks it has written."""
+    """The holder WRITEs what PushChunks asks for; its answers say which chunks it has written.
+
+    Two calls may run at a time, so that the holder has something to do while the next one begins.
+    """
 
     def __init__(self, client: SourceClient, lease_id: str, *, stall_timeout_seconds: float) -> None:
         self._client = client
@@ -145,8 +148,7 @@ class PullByWrite:
         self._asked: deque[int] = deque()
         self._expected: set[int] = set()
         self._results: _Results = queue.SimpleQueue()
-        self._call: Any = None
-        self._thread: threading.Thread | None = None
+        self._calls: dict[threading.Thread, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -154,10 +156,10 @@ class PullByWrite:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._call is not None:
-            self._call.cancel()
-        if self._thread is not None:
-            self._thread.join()
+        for call in self._calls.values():
+            call.cancel()
+        for thread in self._calls:
+            thread.join()
 
     def interrupt(self, error: TransferError) -> None:
         """Makes `arrived` raise `error` instead of waiting on; from any thread."""
@@ -171,38 +173,52 @@ class PullByWrite:
     def ask(self, chunks: Sequence[int]) -> None:
         """Adds chunks to what is fetched."""
         self._asked.extend(chunks)
+        self._start()
 
     def arrived(self) -> Iterator[int]:
         """Waits for the holder; yields chunks that it has written. Raises what the call raised, TransferStalled."""
-        if not self._expected and self._asked:
-            self._start()
-        while self._expected:
+        self._start()
+        if self._expected:
             yield self._next()
-            with contextlib.suppress(queue.Empty):
-                while self._expected:
-                    yield self._taken(self._results.get_nowait())
-            return
+        with contextlib.suppress(queue.Empty):
+            while self._expected:
+                yield self._taken(self._results.get_nowait())
 
     def _start(self) -> None:
-        batch = [self._asked.popleft() for _ in range(min(_PUSH_BATCH, len(self._asked)))]
-        if self._thread is not None:
-            self._thread.join()  # all that its stream promised has arrived, so that it ends at once
-        self._expected = set(batch)
-        self._results = queue.SimpleQueue()
-        self._call = self._client.push_chunks(self._lease_id, batch, _CALL_SECONDS)
-        self._thread = threading.Thread(
-            target=self._pump, args=(self._call, self._results), name="mx-push-results", daemon=True
-        )
-        self._thread.start()
+        """Begins a call with all that is asked for and in none yet, if there is room for one."""
+        for thread in [thread for thread in self._calls if not thread.is_alive()]:
+            del self._calls[thread]
+        if not self._asked or len(self._calls) >= _CALLS_AT_ONCE:
+            return
+        batch = list(self._asked)
+        self._asked.clear()
+        self._expected.update(batch)
+        call = self._client.push_chunks(self._lease_id, batch, _CALL_SECONDS)
+        thread = threading.Thread(target=self._pump, args=(call, batch), name="mx-push-results", daemon=True)
+        self._calls[thread] = call
+        thread.start()
 
-    def _pump(self, call: Any, results: _Results) -> None:
+    def _pump(self, call: Any, batch: Sequence[int]) -> None:
+        """On a thread of its own: a call's answers into the results, each chunk of its batch once, or an error."""
+        left = set(batch)
         try:
             for result in call:
-                results.put(result.chunk if result.written else SourceRefused(result.error))
+                if not result.written:
+                    raise SourceRefused(result.error)
+                if result.chunk not in left:
+                    raise self._wrong(f"wrote chunk {result.chunk}, which was not asked for")
+                left.remove(result.chunk)
+                self._results.put(result.chunk)
+            if left:
+                raise self._wrong(f"ended its answer with chunks {sorted(left)[:5]} missing")
         except grpc.RpcError as error:
-            results.put(self._client.as_error("PushChunks", error))
-        else:
-            results.put(None)
+            self._results.put(self._client.as_error("PushChunks", error))
+        except TransferError as error:
+            call.cancel()
+            self._results.put(error)
+
+    def _wrong(self, what: str) -> SourceRefused:
+        return SourceRefused(f"worker {self._client.source.worker_id} {what}")
 
     def _next(self) -> int:
         started = time.monotonic()
@@ -214,13 +230,8 @@ class PullByWrite:
                 f"{time.monotonic() - started:.1f} s"
             ) from None
 
-    def _taken(self, result: int | TransferError | None) -> int:
+    def _taken(self, result: int | TransferError) -> int:
         if isinstance(result, TransferError):
             raise result
-        if result is None or result not in self._expected:
-            raise SourceRefused(
-                f"worker {self._client.source.worker_id} ended its answer with chunks {sorted(self._expected)[:5]} "
-                f"missing, or wrote {result}, which was not asked for"
-            )
         self._expected.remove(result)
         return result

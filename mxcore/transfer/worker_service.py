@@ -27,7 +27,8 @@ __all__ = ["WorkerServer"]
 
 logger = logging.getLogger(__name__)
 
-_SPARE_THREADS = 24  # besides one a reader that pushes: 16 may wait for news, the rest answers
+_STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
+_SPARE_THREADS = 24  # besides those that push: 16 may wait for news, the rest answers
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
 
@@ -126,7 +127,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._holder = identity.holder
         self._policy = policy
         self._probe = ProbeTarget()
-        self._streams = threading.BoundedSemaphore(self._holder.most_readers)
+        self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
 
     def GetLayout(  # noqa: N802
         self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
@@ -246,7 +247,9 @@ class WorkerServer:
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(holder.most_readers + _SPARE_THREADS, thread_name_prefix="mx-worker-service"),
+            futures.ThreadPoolExecutor(
+                _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS, thread_name_prefix="mx-worker-service"
+            ),
             options=channel_options(),
         )
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
