@@ -26,6 +26,7 @@ from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.movers import PullByRead, PullByWrite
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
+from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source, SourceClient
 from mxcore.transfer.transports import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
@@ -46,7 +47,8 @@ class HolderPull:
     false when something was given up on while it was in flight.
     """
 
-    def __init__(self, intake: Intake, source: Source, settings: WorkerSettings, worker_id: str) -> None:
+    def __init__(self, intake: Intake, source: Source, settings: WorkerSettings, sessions: SessionAhead) -> None:
+        """`sessions` are those of the receiver, with its memory registered."""
         self.source = source
         self.failure: TransferError | None = None
         self.route: Route | None = None
@@ -54,7 +56,7 @@ class HolderPull:
         self.started_at = self.busy_at = time.monotonic()  # `busy_at`: when it was last known to fetch
         self._intake = intake
         self._settings = settings
-        self._worker_id = worker_id
+        self._sessions = sessions
         self._policy = UcxPolicy.from_environment(settings.transport)
         self._client = SourceClient(
             source,  # so that a sign of life and its time-out are within the stall time-out
@@ -130,15 +132,9 @@ class HolderPull:
         name = self.source.worker_id
         self._intake.join(name)
         done = False
-        session = AgentSession(
-            self._worker_id,
-            tls=route.tls,
-            backend=self._settings.nixl_backend,
-            stall_timeout_seconds=self._settings.stall_timeout_seconds,
-        )
+        session = self._sessions.take(route.tls)
         verifying = _Verifier(self._intake, name)
         try:
-            session.register(self._intake.layout, self._intake.placement)
             mover = self._open(lease_id, route, session)
             with mover:
                 self._mover = mover

@@ -12,7 +12,7 @@ from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import AgentSession, require_host_memory
+from mxcore.transfer.agent_session import require_host_memory
 from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.heartbeat import Heartbeat
@@ -24,6 +24,7 @@ from mxcore.transfer.logged import logged
 from mxcore.transfer.plan import all_chunks
 from mxcore.transfer.receiver import Receiver, ReceiveReport
 from mxcore.transfer.relay import ServedRelay
+from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source
 from mxcore.transfer.storage_turn import StorageTurn
 from mxcore.transfer.transports import UcxPolicy
@@ -70,6 +71,7 @@ class Membership:
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport)
+        self._ahead = SessionAhead(settings, self.worker_id, self._policy.tls)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
             if settings.server_address
@@ -123,6 +125,7 @@ class Membership:
         if self._client is None:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
             return False
+        self._ahead.start()  # while the engine builds its model
         try:
             self._publish()
         except WireError as error:
@@ -323,6 +326,7 @@ class Membership:
             self.drain()
         with logged("stopping its services"):
             self._stop_serving()
+            self._ahead.drop()
         if self._turn is not None:
             self._turn.end(shared=False)
         if self._client is not None:
@@ -364,12 +368,7 @@ class Membership:
             holder = Holder(
                 layout,
                 placement,
-                AgentSession(
-                    self.worker_id,
-                    tls=self._policy.tls,
-                    backend=self.settings.nixl_backend,
-                    stall_timeout_seconds=self.settings.stall_timeout_seconds,
-                ),
+                self._ahead.take(self._policy.tls),
                 scalars=scalars,
                 digests=digests,
                 keep_alive=keep_alive,

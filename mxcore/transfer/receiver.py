@@ -32,8 +32,9 @@ from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.load_progress import Standing, Way, peer_path
+from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source
-from mxcore.transfer.transports import Route
+from mxcore.transfer.transports import Route, UcxPolicy
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 
@@ -114,9 +115,13 @@ class Receiver:
     ) -> None:
         require_host_memory(placement)
         self._settings = settings
-        self._worker_id = worker_id
         self._relay = relay
         self._intake = Intake(layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes)
+        policy = UcxPolicy.from_environment(settings.transport)
+        likely = policy.likely(same_host=settings.shares_only_this_host)
+        self._sessions = SessionAhead(
+            settings, worker_id, likely, prepare=lambda session: session.register(layout, placement)
+        )
         self._chance = random.Random(worker_id)  # noqa: S311 - no secret
         self._pulls: dict[str, HolderPull] = {}
         self._candidates: dict[str, Source] = {}
@@ -144,6 +149,7 @@ class Receiver:
         if way is not None:
             way.standing = self.standing
         self._may_find = find_more is not None
+        self._sessions.start()  # while the first holders are asked what they have
         self._add(sources)
         background = [threading.Thread(target=self._relaying, name="mx-relay", daemon=True)] if self._relay else []
         if find_more is not None:
@@ -223,7 +229,7 @@ class Receiver:
     def _start(self, now: float) -> None:
         for source in self._startable(now)[: max(0, _HOLDERS_AT_ONCE - len(self._pulls))]:
             try:
-                pull = HolderPull(self._intake, source, self._settings, self._worker_id)
+                pull = HolderPull(self._intake, source, self._settings, self._sessions)
             except TransferError as error:  # its address or its certificate is of no use
                 self._not_before[source.worker_id] = now + self._failed_holder(source, error, 0.0)
                 continue

@@ -74,6 +74,11 @@ class UcxPolicy:
         """The UCX_TLS for READs on one host: nothing one-sided but what the probe has proven."""
         return _TLS_OF_TRANSPORT["same-host"] if self.tls == _ALL else self.tls
 
+    def likely(self, *, same_host: bool) -> str:
+        """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked."""
+        attach = same_host and self.allows("cma") and self.transport in ("auto", "same-host")
+        return self.attaching if attach else self.tls if self.rdma_only else self.fenceable
+
     @property
     def rdma_only(self) -> bool:
         """Whether a READ cannot be emulated over TCP: rdma mode, and UCX has no TCP."""

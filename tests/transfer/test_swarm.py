@@ -114,8 +114,8 @@ def test_a_receiver_gives_away_what_it_has(new_member: NewMember, client: Server
     receiving = threading.Thread(target=first.receive, args=([source], hold))
     receiving.start()
     assert half.wait(60)
-    wait_for(lambda: first.membership.holder is not None and first.membership.endpoint)
-    [relay] = [found for found in second.membership.find_sources(receiving=True) if found.receiving]
+    listed = second.membership
+    [relay] = wait_for(lambda: [found for found in listed.find_sources(receiving=True) if found.receiving])
     assert relay.worker_id == first.membership.worker_id
     assert [found.worker_id for found in second.membership.find_sources()] == [source.worker_id]  # READY only
     second.membership.join()

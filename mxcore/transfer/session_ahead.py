@@ -1,0 +1,89 @@
+"""An agent that is made before it is needed: UCX takes half a second to start the first one of a process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from mxcore.settings import WorkerSettings
+from mxcore.transfer.agent_session import AgentSession
+from mxserver.wire.errors import MxError
+
+__all__ = ["SessionAhead"]
+
+logger = logging.getLogger(__name__)
+
+
+class SessionAhead:
+    """Makes sessions of one worker; after `start`, one of UCX_TLS `tls` on a thread of its own. Thread-safe.
+
+    `prepare` is called with each session, best with what registers memory. End it with `drop`.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        worker_id: str,
+        tls: str,
+        prepare: Callable[[AgentSession], object] = lambda session: None,
+    ) -> None:
+        self._settings = settings
+        self._worker_id = worker_id
+        self._tls = tls
+        self._prepare = prepare
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._session: AgentSession | None = None
+
+    def start(self) -> None:
+        """Begins; idempotent. Its failure is not told: whoever needs a session gets the same one."""
+        with self._lock:
+            if self._thread is None:
+                # No daemon: a process that ends while UCX starts would tear it down under this thread.
+                self._thread = threading.Thread(target=self._run, name="mx-agent-ahead")
+                self._thread.start()
+
+    def take(self, tls: str) -> AgentSession:
+        """The session that was made ahead, once and if it is of this UCX_TLS, else a new one.
+
+        It is the caller's to fence. Raises NixlMissing, NixlError, and what `prepare` raises.
+        """
+        if tls == self._tls and (session := self._made()) is not None:
+            return session
+        return self._make(tls)
+
+    def drop(self) -> None:
+        """Fences what nobody took. Idempotent."""
+        if (session := self._made()) is not None:
+            session.fence()
+
+    def _made(self) -> AgentSession | None:
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            session, self._session = self._session, None
+        return session
+
+    def _run(self) -> None:
+        try:
+            session = self._make(self._tls)
+        except MxError as error:
+            logger.debug("no agent was made ahead: %s", error)
+            return
+        with self._lock:
+            self._session = session
+
+    def _make(self, tls: str) -> AgentSession:
+        session = AgentSession(
+            self._worker_id,
+            tls=tls,
+            backend=self._settings.nixl_backend,
+            stall_timeout_seconds=self._settings.stall_timeout_seconds,
+        )
+        try:
+            self._prepare(session)
+        except BaseException:
+            session.fence()
+            raise
+        return session

@@ -1,0 +1,99 @@
+"""Agents that are made before they are needed: taken once, fenced when nobody takes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mxcore.errors import NixlError, NixlMissing
+from mxcore.nixl_agent import live_agents
+from mxcore.settings import load_settings
+from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.session_ahead import SessionAhead
+from mxcore.transfer.transports import UcxPolicy
+from tests.transfer.conftest import wait_for
+
+TLS = "tcp,self"
+
+
+def ahead(made: list[AgentSession], **changes: object) -> SessionAhead:
+    return SessionAhead(load_settings(changes, {}), "worker", TLS, prepare=made.append)
+
+
+def test_the_one_made_ahead_is_taken_once() -> None:
+    made: list[AgentSession] = []
+    sessions = ahead(made)
+    sessions.start()
+    sessions.start()
+    wait_for(lambda: made)
+    first, second = sessions.take(TLS), sessions.take(TLS)
+    assert made == [first, second]
+    assert first.name != second.name
+    sessions.drop()
+    assert not first.fenced
+    first.fence()
+    second.fence()
+
+
+def test_what_nobody_took_is_fenced() -> None:
+    made: list[AgentSession] = []
+    sessions = ahead(made)
+    sessions.start()
+    sessions.drop()
+    sessions.drop()
+    assert [session.fenced for session in made] == [True]
+    assert live_agents() == 0
+
+
+def test_another_transport_gets_a_session_of_its_own() -> None:
+    made: list[AgentSession] = []
+    sessions = ahead(made)
+    sessions.start()
+    other = sessions.take("tcp,cma,self")
+    assert len(made) == 2
+    other.fence()
+    sessions.drop()
+    assert all(session.fenced for session in made)
+
+
+def test_without_a_start_it_is_made_when_it_is_taken() -> None:
+    made: list[AgentSession] = []
+    sessions = ahead(made)
+    sessions.drop()
+    assert made == []
+    sessions.take(TLS).fence()
+    assert len(made) == 1
+
+
+def test_a_failure_is_told_to_whoever_needs_one() -> None:
+    sessions = ahead([], MX_NIXL_BACKEND="NO_SUCH_PLUGIN")
+    sessions.start()
+    with pytest.raises((NixlMissing, NixlError), match="NO_SUCH_PLUGIN"):
+        sessions.take(TLS)
+    sessions.drop()
+
+
+def test_a_session_that_cannot_be_prepared_is_fenced() -> None:
+    def refuse(session: AgentSession) -> None:
+        raise NixlError("no memory to register")
+
+    sessions = SessionAhead(load_settings({}, {}), "worker", TLS, prepare=refuse)
+    sessions.start()
+    with pytest.raises(NixlError, match="no memory"):
+        sessions.take(TLS)
+    sessions.drop()
+    assert live_agents() == 0
+
+
+@pytest.mark.parametrize(
+    ("transport", "same_host", "tls"),
+    [
+        ("tcp", True, "tcp,self"),
+        ("auto", True, "tcp,cma,self"),
+        ("auto", False, "^cma,knem,xpmem"),
+        ("same-host", True, "tcp,cma,self"),
+        ("rdma", False, "^tcp"),
+    ],
+)
+def test_what_a_receiver_will_most_likely_need(transport: str, same_host: bool, tls: str) -> None:
+    policy = UcxPolicy.from_environment(transport, {})  # type: ignore[arg-type]  # one of the literals
+    assert policy.likely(same_host=same_host) == tls
