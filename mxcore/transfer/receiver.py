@@ -165,6 +165,7 @@ class Receiver:
                 self._intake.changed.notify_all()
             for thread in background:
                 thread.join()
+            self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if way is not None:
             path, verified = peer_path(report.transport), report.chunks_verified
