@@ -40,8 +40,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mxserver.wire.errors import MxError
+
+if TYPE_CHECKING:
+    from mxcore.transfer.partial import PartialReceive
+    from mxcore.transfer.receiver import ReceiveReport
 
 
 class NotBuilt(MxError, ImportError):
@@ -222,13 +227,22 @@ class ChunksMissing(TransferError):
     """No holder is left that could give the rest; the message has every holder's failure.
 
     `missing` are the chunks that did not come, ascending; the others are verified and in place. `failures` are the
-    errors of the holders, in their order.
+    errors of the holders, in their order. `partial` (a mxcore.transfer.partial.PartialReceive) takes the rest from
+    elsewhere; None when nothing came.
     """
 
     code = "MX_CHUNKS_MISSING"
 
-    def __init__(self, message: str, *, missing: Sequence[int] = (), failures: Sequence[TransferError] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[int] = (),
+        failures: Sequence[TransferError] = (),
+        partial: PartialReceive[ReceiveReport] | None = None,
+    ) -> None:
         super().__init__(message)
+        self.partial = partial
         self.missing = tuple(missing)
         self.failures = tuple(failures)
 

@@ -215,6 +215,12 @@ class Intake:
             self._bytes_done -= sum(map(self.chunks.bytes_of, wrong))
         return wrong
 
+    def adopt(self, chunks: int) -> None:
+        """Missing chunks that came by another way, and were compared with their digests."""
+        with self.changed:
+            self._plan.adopt(chunks)
+            self._bytes_done += sum(map(self.chunks.bytes_of, chunks_of(chunks)))
+
     def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
         scalars = scalars_from_proto(answer.scalars)
         if scalars.keys() != self._scalar_names:

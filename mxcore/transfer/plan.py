@@ -243,6 +243,13 @@ class SwarmPlan:
         self._done &= ~chunks
         self._missing |= chunks
 
+    def adopt(self, chunks: int) -> None:
+        """Missing chunks that came by another way are done."""
+        if chunks & ~self._missing:
+            raise ValueError(f"chunks {list(chunks_of(chunks & ~self._missing))[:5]} are not missing")
+        self._missing &= ~chunks
+        self._done |= chunks
+
     def hopeless(self, now: float) -> list[str]:
         """Holders that hold up the end: nothing is missing but what is in flight, another holder has nothing to do,
         has it, and would be done with it long before. Giving one up costs what it has in flight."""

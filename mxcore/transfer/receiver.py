@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from mxcore.errors import (
@@ -32,6 +32,7 @@ from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.load_progress import Standing, Way, peer_path
+from mxcore.transfer.partial import PartialReceive
 from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source
 from mxcore.transfer.transports import Route, UcxPolicy
@@ -62,6 +63,7 @@ class ReceiveReport:
     `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has them all.
     `bytes_again` were asked for more than once, since a holder was lost. `seconds` are those of the whole receive,
     `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
+    `bytes_otherwise` came from no worker: see `PartialReceive`.
     """
 
     bytes: int
@@ -77,6 +79,7 @@ class ReceiveReport:
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0
     moving_seconds: float = 0.0
+    bytes_otherwise: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -131,6 +134,7 @@ class Receiver:
         self._routes: dict[str, Route] = {}
         self._clean = True
         self._may_find = False
+        self._began = 0.0
         self._over = threading.Event()
 
     def receive(
@@ -145,7 +149,7 @@ class Receiver:
                 chunks, and nothing arrives in it any more.
             TransferError: what the only holder said, when nothing at all came from it.
         """
-        started = time.monotonic()
+        started = self._began = time.monotonic()
         if way is not None:
             way.standing = self.standing
         self._may_find = find_more is not None
@@ -320,7 +324,16 @@ class Receiver:
             f"{len(missing)} of {len(self._intake.chunks)} chunks did not come ({names}): {reasons}",
             missing=missing,
             failures=self._failures,
+            partial=self._partial() if self._intake.verified else None,
         )
+
+    def _partial(self) -> PartialReceive[ReceiveReport]:
+        began = self._began
+
+        def report(other_bytes: int) -> ReceiveReport:
+            return replace(self._report(time.monotonic() - began), bytes_otherwise=other_bytes)
+
+        return PartialReceive(self._intake, report)
 
     def _relaying(self) -> None:
         """On a thread of its own: tells the relay what there is to give away."""
