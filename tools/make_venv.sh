@@ -6,14 +6,21 @@ venv=$1
 shift
 python=${PYTHON:-python3}
 
+# Python's headers, and the one library that vLLM's CPU build takes from the system.
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-if [ ! -f "$include/Python.h" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "Installing the headers of $python: python3-dev" >&2  # Debian has them in a package of their own
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-dev; } \
-        >/dev/null 2>&1 || true
+needed=
+[ -f "$include/Python.h" ] || needed="$needed python3-dev"
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || needed="$needed libnuma1"
+if [ -n "$needed" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing of Debian's packages:$needed" >&2
+    # shellcheck disable=SC2086 # a list of names
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $needed; } \
+        >/dev/null 2>&1 || echo "They could not be installed" >&2
+elif [ -n "$needed" ]; then
+    echo "Please install: apt-get install$needed" >&2
 fi
 if [ ! -f "$include/Python.h" ]; then
-    echo "The headers of $python are missing ($include/Python.h): apt-get install python3-dev" >&2
+    echo "The headers of $python are missing ($include/Python.h)" >&2
     exit 1
 fi
 if ! command -v "${CC:-cc}" >/dev/null; then
