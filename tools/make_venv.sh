@@ -12,7 +12,7 @@ needed=
 [ -f "$include/Python.h" ] || needed="$needed python3-dev"
 "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || needed="$needed libnuma1"
 if [ -n "$needed" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "Installing of Debian's packages:$needed" >&2
+    echo "Installing Debian's packages:$needed" >&2
     # shellcheck disable=SC2086 # a list of names
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $needed; } \
         >/dev/null 2>&1 || echo "They could not be installed" >&2
