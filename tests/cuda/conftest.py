@@ -18,10 +18,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
 
 @pytest.fixture
-def driver(loaded: StandIn) -> Iterator[StandIn]:
+def driver(loaded: StandIn, request: pytest.FixtureRequest) -> Iterator[StandIn]:
     """The stand-in, reset; a test that breaks a rule on purpose ends with `driver.reset()`."""
     loaded.reset()
     yield loaded
+    request.node.funcargs.clear()  # what the other fixtures made
     gc.collect()  # tracebacks hold frames in cycles
     counts = loaded.counts()
     assert counts.violations == 0, loaded.violation()
