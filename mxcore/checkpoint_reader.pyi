@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable
 
+from mxcore.cuda_ring import DeviceRing
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
@@ -29,6 +30,7 @@ def read_jobs(
     slots: HostBuffer | None = None,
     digests: array[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    device: DeviceRing | None = None,
 ) -> Outcome:
     """Reads the jobs whose indices `order` has (int64), and returns when no thread is left.
 
@@ -37,6 +39,10 @@ def read_jobs(
     through the page cache for a file without `open_direct`. DIRECT has one lane a thread. `read_ahead` is in jobs.
     `digests` (int64, one for each group) gets each group's XXH3-64. `progress` is called with the bytes done from this
     thread, about ten times a second, and ends the read by raising.
+
+    With `device` the destinations are addresses of that device's memory, and all bytes pass its ring (BUFFERED or
+    DIRECT, no `slots`); the jobs' pieces have to be the ring's. When this returns, all is on the device, also after an
+    error of which nothing is under way any more. Raises CudaError then.
 
     Destinations are the caller's to keep alive. Raises StorageError, TruncatedRead (also for a mapped file that is cut
     short meanwhile: SIGBUS is caught for our own threads), FileChanged, KeyboardInterrupt, ValueError for arguments

@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/digest_dispatch.h
+# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda_kernels.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
@@ -12,6 +12,7 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
+from mxcore.cuda_ring cimport DeviceRing
 from mxcore.file_set cimport FileSet
 from mxcore.read_jobs cimport _Int64s, JobList
 from mxcore.read_parts cimport mx_file, mx_job, mx_limits, mx_part
@@ -37,6 +38,8 @@ cdef extern from "uring_way.h" nogil:
         int lanes, threads
         int (*tick)(void*) noexcept nogil
         void* tick_data
+        void (*run)(mx_work*, int) noexcept nogil
+        void* run_data
         size_t next, fell_back
         int stopped, register_error, failed_setup, error
         int64_t done_bytes, read_bytes
@@ -50,6 +53,9 @@ cdef extern from "uring_way.h" nogil:
     void mx_bus_guard_end()
     int mx_uring_refused()
     int mx_digest_choose(int allow_wide)
+
+cdef extern from "cuda_load.h" nogil:
+    void mx_device_jobs(mx_work* work, int index)
 
 cdef enum:
     PAGE_BYTES = 4096
@@ -137,7 +143,7 @@ def slot_bytes(JobList jobs not None):
 
 
 def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lanes=1, read_ahead=0, slots=None,
-              digests=None, progress=None):
+              digests=None, progress=None, DeviceRing device=None):
     cdef mx_work work
     cdef Pulse pulse
     cdef FileSet files = jobs.files
@@ -154,7 +160,14 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
         if <int64_t>made.count != jobs.digest_count:
             raise ValueError(f"{jobs.digest_count} digests, but room for {made.count}")
         work.digests = <uint64_t*>made.values
-    if past_cache:
+    if device is not None:
+        device.require_open()
+        if jobs.limits.piece_bytes != device.piece or threads > device.load.threads or mapped:
+            raise ValueError(f"pieces of {jobs.limits.piece_bytes} bytes by {threads} threads on a ring for "
+                             f"{device.piece} and {device.load.threads}, way {way}")
+        work.run = mx_device_jobs
+        work.run_data = &device.load
+    elif past_cache:
         if slots is None or slots.size_bytes < lanes * slot_bytes(jobs) or slots.address % PAGE_BYTES:
             raise ValueError(f"{lanes} lanes want slots of {lanes * slot_bytes(jobs)} bytes")
         work.slots = <char*><uintptr_t>slots.address
@@ -187,6 +200,8 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
             view.release()
     if caller.error is not None:
         raise caller.error
+    if device is not None:
+        device.raise_failure()
     if work.stopped:
         raise failure(files, &work)
     return {

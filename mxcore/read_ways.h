@@ -165,7 +165,9 @@ static inline void mx_uring_jobs(mx_work *work, int index);
 
 static inline void *mx_run_thread(void *data) {
     mx_thread *thread = data;
-    if (thread->work->way == MX_URING) {
+    if (thread->work->run != NULL) {
+        thread->work->run(thread->work, thread->index);
+    } else if (thread->work->way == MX_URING) {
         mx_uring_jobs(thread->work, thread->index);
     } else {
         mx_read_jobs(thread->work, thread->index);

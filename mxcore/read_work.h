@@ -33,6 +33,8 @@ typedef struct mx_work {
     int threads;
     int (*tick)(void *); /* called by the caller's thread now and then; not 0 stops */
     void *tick_data;
+    void (*run)(struct mx_work *, int); /* what a thread does instead of reading into memory; NULL: that */
+    void *run_data;
     /* shared */
     size_t next;
     int stopped;

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mxcore import checkpoint_reader
+from mxcore.cuda_ring import DeviceRing
 from mxcore.file_set import FileSet
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
@@ -18,7 +19,7 @@ from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.memory_limit import MemoryBudget, budget
 from mxcore.storage.progress import Progress
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.ways import Step, chosen_mode, steps, tell_fallbacks
+from mxcore.storage.ways import Step, chosen_mode, for_device, steps, tell_fallbacks
 
 __all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
 
@@ -144,7 +145,10 @@ class Reader:
         *,
         mode: str | None = None,
         memory: MemoryBudget | None = None,
+        device: DeviceRing | None = None,
     ) -> None:
+        """With `device`, rows have addresses of its memory, and all bytes pass that ring."""
+        self._device = device
         self._mode = chosen_mode(mode)
         self._memory = memory or budget()
         self._ring: HostBuffer | None = None
@@ -172,6 +176,8 @@ class Reader:
     def _run(
         self, jobs: JobList, step: Step, digests: array[int], progress: Progress | None, report: LoadReport
     ) -> None:
+        if self._device is not None:
+            step = for_device(step, self._device.threads)
         before = sum(report.bytes_by_way.values())
 
         def tell(done_bytes: int) -> None:
@@ -189,14 +195,18 @@ class Reader:
             slots=self._slots(jobs, step),
             digests=digests,
             progress=None if progress is None else tell,
+            device=self._device,
         )
         tell_fallbacks(outcome)
         report.read_bytes += outcome["read_bytes"]
-        report.ring_bytes = self._ring.size_bytes if self._ring is not None else 0
+        ring = self._ring if self._device is None else self._device.buffer
+        report.ring_bytes = ring.size_bytes if ring is not None else 0
         report.bytes_by_way[step.label] = report.bytes_by_way.get(step.label, 0) + outcome["done_bytes"]
 
     def _affordable_piece(self) -> int:
         """Half of what may still be held is for the ring; with less than one small piece, taking it has to say so."""
+        if self._device is not None:
+            return self._device.piece_bytes
         piece_bytes = PIECE_BYTES
         free_bytes = self._memory.free_bytes + (self._ring.size_bytes if self._ring is not None else 0)
         while piece_bytes > _LEAST_PIECE_BYTES and 12 * piece_bytes > free_bytes:
@@ -205,7 +215,7 @@ class Reader:
 
     def _slots(self, jobs: JobList, step: Step) -> HostBuffer | None:
         """The ring, for the ways that read past the page cache; counted against the ceiling."""
-        if step.way not in (checkpoint_reader.DIRECT, checkpoint_reader.URING):
+        if step.way not in (checkpoint_reader.DIRECT, checkpoint_reader.URING) or self._device is not None:
             return None
         size_bytes = step.lanes * checkpoint_reader.slot_bytes(jobs)
         if self._ring is not None and self._ring.size_bytes < size_bytes:

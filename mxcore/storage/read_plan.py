@@ -55,8 +55,8 @@ def shape_of_box(info: TensorInfo, box: Box | None) -> tuple[int, ...]:
     return tuple(end - first for first, end in box)
 
 
-def parts_of(checkpoint: Checkpoint, want: Want) -> Iterator[Row]:
-    """The parts of one want.
+def parts_of(checkpoint: Checkpoint, want: Want, on: str = "cpu") -> Iterator[Row]:
+    """The parts of one want, whose destination has to be memory of the kind `on` (torch's name of a device type).
 
     Raises KeyError for an unknown name, IndexError for a box that is not within the tensor, DestinationMismatch for a
     destination of another shape, dtype or device, or one that overlaps itself.
@@ -64,7 +64,7 @@ def parts_of(checkpoint: Checkpoint, want: Want) -> Iterator[Row]:
     info = checkpoint.tensors[want.name]
     memory = memory_of(want.to)
     shape = shape_of_box(info, want.box)
-    _check(info, shape, memory)
+    _check(info, shape, memory, on)
     if 0 in shape:
         return
     bits = DTYPES[info.dtype].bits
@@ -85,11 +85,12 @@ def parts_of(checkpoint: Checkpoint, want: Want) -> Iterator[Row]:
     yield from _rows(info.file, start, itemsize, levels, memory.address)
 
 
-def _check(info: TensorInfo, shape: tuple[int, ...], memory: Memory) -> None:
+def _check(info: TensorInfo, shape: tuple[int, ...], memory: Memory, on: str) -> None:
     bits = DTYPES[info.dtype].bits
     names = {info.dtype, "U8"} if bits % 8 or (memory.dtype == "U8" and bits == 8) else {info.dtype}
-    if memory.device != "cpu":
-        raise DestinationMismatch(f"{info.name}: the destination is on {memory.device}; this reads into host memory")
+    if memory.device != on:
+        place = "host memory" if on == "cpu" else f"memory of {on} devices"
+        raise DestinationMismatch(f"{info.name}: the destination is on {memory.device}; this reads into {place}")
     if bits % 8:
         elements = 1
         for size in shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
+from mxcore.cuda_memory import DeviceBuffer
 from mxcore.host_buffer import HostBuffer
 from mxcore.storage.checkpoint import TensorInfo
 from mxcore.storage.dtypes import DTYPES
@@ -21,7 +22,7 @@ class TensorViews:
     uint8 of one dimension. The framework is imported when the first object is made. One thread at a time.
     """
 
-    def __init__(self, buffer: HostBuffer, framework: Framework) -> None:
+    def __init__(self, buffer: HostBuffer | DeviceBuffer, framework: Framework) -> None:
         self._module: Any = importlib.import_module(framework)
         self._framework = framework
         self.misaligned = 0

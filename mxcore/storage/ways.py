@@ -30,7 +30,7 @@ from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
 from mxserver.wire import environment
 
-__all__ = ["ReadMode", "Step", "chosen_mode", "steps", "tell_fallbacks"]
+__all__ = ["ReadMode", "Step", "chosen_mode", "for_device", "steps", "tell_fallbacks"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,14 @@ def steps(files: FileSet, jobs: JobList, mode: ReadMode) -> list[Step]:
         _require_direct(files, mode)
     _tell_once(logging.INFO, f"reading {mode}: asked for")
     return [_step(every, mode)]
+
+
+def for_device(step: Step, threads: int) -> Step:
+    """The same jobs by way of a ring of pinned memory: out of the page cache by reads, past it by direct ones."""
+    past_cache = step.way in (DIRECT, URING)
+    threads = max(1, min(threads, len(step.order), _DIRECT_LANES if past_cache else threads))
+    way, label = (DIRECT, "direct") if past_cache else (BUFFERED, "buffered")
+    return Step(step.order, way, -1, threads, threads, 0, label)
 
 
 def _require_direct(files: FileSet, mode: str) -> None:

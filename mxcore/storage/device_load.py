@@ -1,0 +1,154 @@
+"""Tensors of a checkpoint into device memory: the model's own, or one arena of ours.
+
+Reads go into a small pinned ring, from there to the device on several streams, while the next reads run. With given
+destinations nothing is allocated on the device; on the host it is the ring alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mxcore import cuda_driver
+from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda_stream import context_of
+from mxcore.errors import DestinationMismatch
+from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.device_ring import ring_of
+from mxcore.storage.load import LoadReport, Reader
+from mxcore.storage.memory_limit import MemoryBudget, budget
+from mxcore.storage.progress import Progress
+from mxcore.storage.read_plan import Row, Want, merged, parts_of
+
+__all__ = ["DeviceArena", "load_arena", "load_to_device"]
+
+ARENA_ALIGNMENT_BYTES = 256  # as cudaMalloc aligns
+
+
+def load_to_device(
+    checkpoint: Checkpoint,
+    wants: Mapping[str, Any] | Iterable[Want],
+    *,
+    device_index: int,
+    after: int | None = 0,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> LoadReport:
+    """As `mxcore.storage.load.load`, into memory of one CUDA device; returns when all bytes are there.
+
+    Copies start after what the stream `after` (a CUstream's number; 0: the default stream; None: wait for nothing) was
+    given before the call: allocators hand out memory that earlier work of a stream still uses. Whatever is given to any
+    stream after this returns sees the tensors. Loads to one device follow each other.
+
+    Raises as `load`, DestinationMismatch also for memory of another device, and CudaMissing, CudaError; what the
+    destinations hold is undefined then, and nothing writes to them.
+    """
+    listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
+    rows = [part for want in listed for part in parts_of(checkpoint, want, on="cuda")]
+    return read_rows_to_device(
+        checkpoint, merged(rows), device_index=device_index, after=after, mode=mode, progress=progress, memory=memory
+    )
+
+
+def read_rows_to_device(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    *,
+    device_index: int,
+    after: int | None = 0,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> LoadReport:
+    """Reads parts whose addresses are of that device's memory; see `load_to_device`."""
+    started = time.perf_counter()
+    for row in rows:
+        _require_on_device(checkpoint, row, device_index)
+    used = sorted({row[0] for row in rows})
+    place_of = {file: place for place, file in enumerate(used)}
+    moved = [(place_of[row[0]], *row[1:]) for row in rows]
+    if not moved:
+        return LoadReport()
+    largest = max(moved, key=lambda row: row[2])
+    with ring_of(device_index, (largest[5], largest[2]), after, memory or budget()) as ring:
+        files = [checkpoint.files[file] for file in used]
+        with Reader(files, mode=mode, memory=memory, device=ring) as reader:
+            report = reader.read(moved, progress=progress)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _require_on_device(checkpoint: Checkpoint, row: Row, device_index: int) -> None:
+    first, last = row[5], row[5] + (row[4] - 1) * row[6] + row[2] - 1
+    for address in (first, last):
+        found = cuda_driver.device_of(address)
+        if found != device_index:
+            place = "no device memory" if found < 0 else f"memory of device {found}"
+            raise DestinationMismatch(
+                f"{checkpoint.files[row[0]].name}, byte {row[1]}: its destination {address:#x} is {place}, "
+                f"not memory of device {device_index}"
+            )
+
+
+class DeviceArena:
+    """Tensors of a checkpoint in one stretch of device memory. `places`: name → its first byte in there.
+
+    `buffer` exports itself by DLPack; tensors that are made of it keep it alive.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, buffer: DeviceBuffer, places: Mapping[str, int]) -> None:
+        self.buffer = buffer
+        self.places = places
+        self.report = LoadReport()
+        self._checkpoint = checkpoint
+        self._views: Any = None
+
+    def tensor(self, name: str) -> Any:
+        """A torch tensor on the arena's memory. KeyError for a name that is not in it."""
+        from mxcore.storage.tensor_views import TensorViews
+
+        if self._views is None:
+            self._views = TensorViews(self.buffer, "torch")
+        return self._views.tensor(self._checkpoint[name], self.places[name])
+
+
+def load_arena(
+    checkpoint: Checkpoint,
+    names: Iterable[str] | None = None,
+    *,
+    device_index: int,
+    mode: str | None = None,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> DeviceArena:
+    """Reads tensors (all by default) into device memory of ours, each at a multiple of 256 bytes, in file order.
+
+    Raises KeyError, DeviceMemoryError, and as `load_to_device`; then the memory is freed.
+    """
+    wanted = set(checkpoint.tensors if names is None else names)
+    if unknown := sorted(wanted - checkpoint.tensors.keys()):
+        raise KeyError(unknown[0])
+    places: dict[str, int] = {}
+    size_bytes = 0
+    for name, info in checkpoint.tensors.items():
+        if name in wanted:
+            places[name] = size_bytes
+            size_bytes += -(-info.size_bytes // ARENA_ALIGNMENT_BYTES) * ARENA_ALIGNMENT_BYTES
+    buffer = DeviceBuffer(context_of(device_index), max(size_bytes, 1))
+    arena = DeviceArena(checkpoint, buffer, places)
+    infos = [(checkpoint[name], begin) for name, begin in places.items()]
+    rows = [
+        (info.file, info.offset, info.size_bytes, 0, 1, buffer.address + begin, 0)
+        for info, begin in infos
+        if info.size_bytes
+    ]
+    try:
+        arena.report = read_rows_to_device(
+            checkpoint, merged(rows), device_index=device_index, after=None, mode=mode, progress=progress, memory=memory
+        )
+    except BaseException:
+        buffer.close()
+        raise
+    return arena
