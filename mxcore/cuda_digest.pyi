@@ -11,6 +11,14 @@ PLAN_BYTES: int
 PTX_FILE: Path
 
 @final
+class Kernels:
+    """The kernels on one device, loaded once as long as anybody uses them. For the compiled modules."""
+
+    def __init__(self, context: Context) -> None: ...
+    @property
+    def context(self) -> Context: ...
+
+@final
 class DeviceDigest:
     """Makes digests on one device; any thread may call, one at a time is served.
 
