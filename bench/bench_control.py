@@ -53,7 +53,7 @@ def command(
     shape = {"fleet_workers": fleet_workers, "ranks": ranks, "at_once": max(1, at_once // processes)}
     with tempfile.TemporaryDirectory(prefix="mx-bench-", dir=folder) as place, ExitStack() as stack:
         result = _measure(
-            stack, Path(place), store, replicas, processes, workers, shape, idle_seconds, heartbeat_seconds
+            stack, Path(place), store, replicas, processes, workers, shape, (idle_seconds, heartbeat_seconds)
         )
     if as_json:
         click.echo(json.dumps(result))

@@ -31,7 +31,8 @@ def pinned(cores: set[int]) -> Any:
 class Server:
     """An mxserver on a free port; `core` is the only one that it runs on."""
 
-    def __init__(self, folder: Path, number: int, arguments: list[str], core: int) -> None:
+    def __init__(self, folder: Path, number: int, arguments: list[str], core: int, *, wait: bool = True) -> None:
+        """Without `wait` it may not listen yet, and has no address."""
         self._log = folder / f"server-{number}.log"
         command = [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", "--port", "0"]
         names = {k: v for k, v in os.environ.items() if not k.startswith(("MX_", "MODEL_EXPRESS_", "REDIS_"))}
@@ -43,7 +44,7 @@ class Server:
                 env=names,
                 preexec_fn=pinned({core}),
             )
-        self.address = self._wait()
+        self.address = self._wait() if wait else ""
 
     def _wait(self) -> str:
         deadline = time.monotonic() + START_SECONDS

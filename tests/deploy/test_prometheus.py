@@ -138,7 +138,7 @@ class Prometheus:
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
         url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - this machine
+        with urllib.request.urlopen(url, timeout=120) as answer:  # noqa: S310 - this machine
             data: dict[str, Any] = json.load(answer)
             return data
 
@@ -155,7 +155,7 @@ class Prometheus:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(120)
         self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()

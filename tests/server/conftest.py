@@ -56,7 +56,7 @@ def sqlite_store(opened_stores: list[SourceStore], server: Server) -> SqliteStor
 @pytest.fixture
 def server(tmp_path: Path, opened_stores: list[SourceStore]) -> Iterator[Server]:
     path = str(tmp_path / "state.sqlite3")
-    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store_path": path, "drain_seconds": "5"}))
+    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store_path": path, "drain_seconds": "120"}))
     yield running
     running.close()
 

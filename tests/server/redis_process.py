@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import shutil
 import signal
 import subprocess
@@ -33,7 +32,7 @@ class RedisProcess:
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         pause = threading.Event()
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
-            for _ in range(1500):
+            for _ in range(12_000):
                 try:
                     client.ping()
                 except redis.ConnectionError:  # also while it loads its file
@@ -57,11 +56,19 @@ class RedisProcess:
             self.process.wait()
 
 
-@functools.cache
+_shared: list[RedisProcess] = []
+
+
 def shared_redis() -> RedisProcess:
-    """One for all tests of this process that neither stop it nor look at all of it; it keeps no file."""
+    """One for all tests of this process that neither stop it nor look at all of it; it keeps no file.
+
+    Somebody who tidies up the folder of temporary files takes its socket away: then there is another one.
+    """
+    if _shared and _shared[-1].socket.exists():
+        return _shared[-1]
     folder = Path(tempfile.mkdtemp(prefix="mx-redis-"))
     started = RedisProcess(folder, "--appendonly", "no")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(started.stop)
+    _shared.append(started)
     return started

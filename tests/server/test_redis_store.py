@@ -70,11 +70,11 @@ def open_store(redis_server: RedisProcess) -> Iterator[Callable[..., RedisStore]
 
 def until(condition: Callable[[], bool]) -> None:
     pause = threading.Event()
-    for _ in range(3000):
+    for _ in range(12_000):
         if condition():
             return
         pause.wait(0.01)
-    raise AssertionError("the condition did not come true within 30 s")
+    raise AssertionError("the condition did not come true within two minutes")
 
 
 def works(store: SourceStore) -> bool:

@@ -287,7 +287,7 @@ def test_store_that_is_down_is_unavailable_and_seen_in_health(
 ) -> None:
     client.publish(IDENTITY, WORKER, "w")
     health = standard_pb2_grpc.HealthStub(channel)
-    watch = health.Watch(standard_pb2.HealthCheckRequest(service="model_express.p2p.P2pService"), timeout=30)
+    watch = health.Watch(standard_pb2.HealthCheckRequest(service="model_express.p2p.P2pService"), timeout=120)
     assert next(watch).status == SERVING
     (tmp_path / "state.sqlite3").unlink()
     assert next(watch).status == NOT_SERVING
@@ -303,11 +303,11 @@ def test_store_that_is_down_is_unavailable_and_seen_in_health(
 
 def test_drain_tells_watchers_and_ends_them(server: Server, channel: grpc.Channel) -> None:
     health = standard_pb2_grpc.HealthStub(channel)
-    watches = [health.Watch(standard_pb2.HealthCheckRequest(service=service), timeout=30) for service in SERVICES]
+    watches = [health.Watch(standard_pb2.HealthCheckRequest(service=service), timeout=120) for service in SERVICES]
     assert [next(watch).status for watch in watches] == [SERVING] * len(SERVICES)
     stopped = server.drain()
     assert [[response.status for response in watch] for watch in watches] == [[NOT_SERVING]] * len(SERVICES)
-    assert stopped.wait(4)  # the drain time-out of this server is 5 s: nobody waited for it
+    assert stopped.wait(100)  # the drain time-out of this server is 120 s: nobody waited for it
 
 
 def test_calls_that_run_when_the_drain_begins_are_answered(
@@ -318,11 +318,11 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
 
     def hold(_: object) -> None:
         held.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
 
     holder = threading.Thread(target=sqlite_store._change, args=(hold,))
     holder.start()
-    assert held.wait(30)
+    assert held.wait(120)
     epochs: list[int] = []
     calls = [
         threading.Thread(target=lambda n=n: epochs.append(client.publish(IDENTITY, WORKER, f"w{n}").epoch))
@@ -338,5 +338,5 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
     go_on.set()
     for call in (*calls, holder):
         call.join()
-    assert stopped.wait(30)
+    assert stopped.wait(120)
     assert len(set(epochs)) == len(calls)

@@ -200,7 +200,7 @@ def test_changes_that_wait_together_share_a_commit(store: SqliteStore) -> None:
 
     def hold(batch: Batch) -> None:
         held.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
 
     def note(batch: Batch) -> None:
         batches.append(id(batch))
@@ -208,7 +208,7 @@ def test_changes_that_wait_together_share_a_commit(store: SqliteStore) -> None:
 
     threads = [threading.Thread(target=store._change, args=(hold,))]
     threads[0].start()
-    assert held.wait(30)
+    assert held.wait(120)
     for _ in range(20):
         threads.append(threading.Thread(target=store._change, args=(note,)))
         threads[-1].start()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -195,5 +195,6 @@ class StoreMachine(RuleBasedStateMachine):
 def test_store_behaves_as_the_model(kind: StoreKind) -> None:
     machine = type(f"{kind.name}Machine", (StoreMachine,), {"kind": kind})
     run = machine.TestCase
-    run.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    slow = [HealthCheck.too_slow]  # a loaded machine is no fault
+    run.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=slow)
     run("runTest").runTest()

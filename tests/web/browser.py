@@ -122,7 +122,7 @@ class Browser:
 
     def _end_driver(self) -> None:
         self._driver.terminate()
-        self._driver.wait(30)
+        self._driver.wait(120)
         assert self._driver.stdout is not None
         self._driver.stdout.close()
 

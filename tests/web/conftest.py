@@ -40,7 +40,7 @@ def ask(url: str, method: str = "GET", **headers: str) -> HttpAnswer:
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, headers=names, method=method)  # noqa: S310 - this machine
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - this machine
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - this machine
             return HttpAnswer(answer.status, answer.headers, answer.read())
     except urllib.error.HTTPError as error:
         with error:

@@ -100,7 +100,7 @@ def test_traversal_is_no_path(web: WebServer) -> None:
     ],
 )
 def test_garbage_costs_one_connection(web: WebServer, sent: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", int(web.url.rsplit(":", 1)[1])), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", int(web.url.rsplit(":", 1)[1])), timeout=120) as client:
         client.sendall(sent)
         client.shutdown(socket.SHUT_WR)
         try:

@@ -81,7 +81,7 @@ def test_unknown_methods_make_one_series(web: WebServer) -> None:
         for n in range(5):
             call = channel.unary_unary(f"/no.such.Service{n}/Method{n}")
             with pytest.raises(grpc.RpcError):
-                call(b"", timeout=20)
+                call(b"", timeout=120)
     text = exposition(web)
     assert "no.such" not in text
     assert web.metric('mxserver_call_duration_seconds_count{code="UNIMPLEMENTED",method="unknown"}') == 5

@@ -55,7 +55,7 @@ def test_span_is_a_child_of_the_callers(traced: tuple[str, InMemorySpanExporter,
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthServiceStub(channel)
         metadata = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("junk-bin", b"\xff"))
-        stub.GetHealth(health_pb2.HealthRequest(), metadata=metadata, timeout=20)
+        stub.GetHealth(health_pb2.HealthRequest(), metadata=metadata, timeout=120)
     [span] = exporter.get_finished_spans()
     assert span.name == "model_express.health.HealthService/GetHealth"
     assert span.kind is SpanKind.SERVER
@@ -102,7 +102,7 @@ def test_otlp_reaches_a_collector(start_web: Callable[..., WebServer]) -> None:
         client.health()
     web.process.terminate()
     assert web.wait() == 0
-    request = collector.received.get(timeout=30)
+    request = collector.received.get(timeout=120)
     server.stop(None).wait()
     [resource] = request.resource_spans
     names = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
