@@ -23,11 +23,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def pinned(cores: set[int]) -> Any:
-    """For subprocess' preexec_fn: the process and its threads run on these cores alone."""
-    return lambda: os.sched_setaffinity(0, cores)
-
-
 class Server:
     """An mxserver on a free port; `core` is the only one that it runs on."""
 
@@ -42,8 +37,8 @@ class Server:
                 stderr=stderr,
                 cwd=ROOT,
                 env=names,
-                preexec_fn=pinned({core}),
             )
+        os.sched_setaffinity(self.process.pid, {core})  # before it has threads: they take it over
         self.address = self._wait() if wait else ""
 
     def _wait(self) -> str:
@@ -72,8 +67,8 @@ class Redis:
         self.process = subprocess.Popen(
             [*command, "--appendonly", "yes", "--appendfsync", "always"],
             stdout=subprocess.DEVNULL,
-            preexec_fn=pinned({core}),
         )
+        os.sched_setaffinity(self.process.pid, {core})
         deadline = time.monotonic() + START_SECONDS
         while not (folder / "redis.sock").exists():
             if time.monotonic() > deadline:
@@ -95,8 +90,8 @@ class Clients:
             stdout=subprocess.PIPE,
             cwd=ROOT,
             text=True,
-            preexec_fn=pinned(cores),
         )
+        os.sched_setaffinity(self.process.pid, cores)
 
     def send(self, **what: Any) -> None:
         assert self.process.stdin is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def server(folder: Path) -> Iterator[str]:
         yield process.start()
     finally:
         process.child.stop()
+
+
+@pytest.fixture(scope="session")
+def page(folder: Path, server: str) -> str:
+    """The server's status page: http://host:port."""
+    found = re.search(r"status page on (http://\S+)", (folder / "logs" / "mxserver.log").read_text())
+    assert found is not None
+    return found[1]
 
 
 @pytest.fixture(scope="session")

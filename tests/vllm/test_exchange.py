@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {}, "minilm": {"runn
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_raw_weights_move_between_stock_engines(
-    name: str, source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+    name: str, source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path], page: str
 ) -> None:
     model = model_paths[name]
     expected = references.of(model, **OPTIONS[name])
@@ -37,6 +39,19 @@ def test_raw_weights_move_between_stock_engines(
     assert second.report["tensors"] == first.report["tensors"] > 0
     assert second.report["chunks_verified"] >= 1
     assert f"{second.report['bytes']} bytes" in second.log
+    told = {load["worker_id"]: load for load in finished_loads(page)}
+    assert told[first.report["worker_id"]]["path"] == "storage"
+    one = told[second.report["worker_id"]]
+    assert one["path"].startswith("peer_")
+    assert (one["bytes"], one["from_worker_id"]) == (second.report["bytes"], first.report["worker_id"])
+    assert one["chunks_verified"] == second.report["chunks_verified"]
+
+
+def finished_loads(page: str) -> list[dict[str, Any]]:
+    """What workers have told the server about their loads."""
+    with urllib.request.urlopen(f"{page}/status", timeout=120) as answer:  # noqa: S310 - this machine
+        loads: list[dict[str, Any]] = json.load(answer)["finished_loads"]
+    return loads
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))

@@ -97,7 +97,10 @@ class Browser:
         """The page's own size and colour scheme, as a phone has them with `mobile`."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if mobile else 1, "mobile": mobile}
         self._devtools("Emulation.setDeviceMetricsOverride", metrics)
-        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        features = [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+            {"name": "prefers-reduced-motion", "value": "reduce"},  # bars are where they belong, at once
+        ]
         self._devtools("Emulation.setEmulatedMedia", {"features": features})
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:

@@ -38,8 +38,10 @@ def test_from_the_first_byte_to_the_report(
     assert (load["path"], load["from_worker_id"], load["holders"]) == ("peer_tcp", source_id, 1)
     assert web.metric("mxserver_loads_running") == 1
     browser.open(web.url)
-    browser.wait_until(lambda: f"from {source_id}" in browser.text("#loads"), "the load")
+    browser.wait_until(lambda: f"from {source_id[:12]}" in browser.text("#loads"), "the load")
     assert "peer, TCP" in browser.text("#loads")
+    names = browser.run("return Array.from(document.querySelectorAll('#fleets td[title]'), (cell) => cell.title)")
+    assert source_id in names, "the whole name is in the tooltip"
     target.send(do="go on")
     assert target.read()["equal"]
     target.ask(do="serve")

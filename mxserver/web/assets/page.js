@@ -63,7 +63,9 @@ function duration(seconds) {
 }
 
 const ago = (seconds) => (seconds < 2 ? "now" : seconds < 10 ? `${Math.floor(seconds)} s ago` : `${duration(seconds)} ago`);
-const worker = (id, rank) => `${id} · rank ${rank}`;
+// Our workers are called by 32 hexadecimal digits, of which the first tell them apart; the whole is in the tooltip.
+const short = (id) => (/^[0-9a-f]{32}$/.test(id) ? id.slice(0, 12) : id);
+const worker = (id, rank) => `${short(id)} · rank ${rank}`;
 const percent = (part, whole) => (whole > 0 ? Math.min(100, (100 * part) / whole) : 0);
 
 function drawHeader(status) {
@@ -125,11 +127,12 @@ function drawLoads(loads) {
     setText(card.querySelector(".name"), load.model_name || load.source_id);
     setText(card.querySelector(".right"), `${Math.floor(share)} %`);
     setText(card.querySelector(".soft"), worker(load.worker_id, load.worker_rank));
+    card.querySelector(".soft").title = load.worker_id;
     const bar = card.querySelector("progress");
     bar.value = share;
     bar.setAttribute("aria-label", `${load.worker_id}: ${Math.floor(share)} % loaded`);
     const from = load.from_worker_id
-      ? `from ${load.from_worker_id}${load.holders > 1 ? ` and ${load.holders - 1} more` : ""}` : "";
+      ? `from ${short(load.from_worker_id)}${load.holders > 1 ? ` and ${load.holders - 1} more` : ""}` : "";
     const rate = silent ? `silent for ${duration(load.silent_seconds)}`
       : load.bytes_per_second === null ? "" : `${bytes(load.bytes_per_second)}/s`;
     const left = silent || load.eta_seconds === null ? "" : `${duration(load.eta_seconds)} left`;
@@ -194,6 +197,7 @@ function createWorker() {
 function updateWorker(row, one) {
   const [name, state, accelerator, endpoint, load, heard] = row.children;
   setText(name, worker(one.worker_id, one.worker_rank));
+  name.title = one.worker_id;
   state.firstChild.className = `pill ${one.state}`;
   setText(state.firstChild, STATES[one.state] || one.state);
   setText(accelerator, one.accelerator);
@@ -210,7 +214,7 @@ function drawFinished(loads, nowMs) {
     (row, load) => {
       const rate = load.seconds > 0 ? `${bytes(load.bytes / load.seconds)}/s` : "";
       const texts = [ago((nowMs - load.at_ms) / 1000), load.model_name, worker(load.worker_id, load.worker_rank),
-        PATHS[load.path] || load.path, load.from_worker_id || "–", bytes(load.bytes), duration(load.seconds), rate];
+        PATHS[load.path] || load.path, short(load.from_worker_id) || "–", bytes(load.bytes), duration(load.seconds), rate];
       texts.forEach((text, index) => setText(row.children[index], text));
     });
 }
