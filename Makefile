@@ -1,7 +1,7 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
 # make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
-# make bench-deps  installs what `mx bench load` compares with
+# make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3

@@ -63,7 +63,7 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise click.ClickException("--plot needs matplotlib: pip install matplotlib") from error
+        raise click.ClickException("--plot needs matplotlib: make bench-deps") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -81,7 +81,7 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
 @click.command()
 @click.option("--receivers", default=8, show_default=True, help="How many receive at once.")
 @click.option("--megabytes", default=96, show_default=True, help="Size of the model, MiB.")
-@click.option("--megabits", default=200.0, show_default=True, help="Rate of every link, each way, Mbit/s.")
+@click.option("--megabits", default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s.")
 @click.option("--chunk-mib", default=0.5, show_default=True, help="Size of a chunk, MiB.")
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw progress here.")

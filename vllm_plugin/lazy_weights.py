@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,8 @@ from mxcore.storage.stream import stream
 from mxserver.wire.errors import MxError
 
 __all__ = ["LazyTensor", "lazy_weights"]
+
+Needed: TypeAlias = Callable[[torch.Tensor], Sequence[tuple[int, int]]]
 
 LAZY_LEAST_BYTES = 1024 * 1024  # smaller ones come together through a ring
 
@@ -76,6 +78,19 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
             if dimension not in self._kept:
                 full = full.unsqueeze(dimension)
         self._source.read(Want(self._info.name, full, self._box))
+
+    def copy_into(self, to: torch.Tensor) -> None:
+        """As `read_into`, but only what the iteration's `needed` says of this destination."""
+        needed = self._source.needed
+        if needed is None:
+            self.read_into(to)
+            return
+        to = to.detach()
+        for first, end in needed(to):
+            if self._kept:
+                self.narrowed(0, first, end).read_into(to[first:end])
+            else:
+                self.read_into(to)
 
     def narrowed(self, dimension: int, first: int, end: int) -> LazyTensor:
         """This, from `first` to `end` of a dimension; nothing is read."""
@@ -151,7 +166,7 @@ def _copy(to: Any, tensor: Any, non_blocking: bool = False) -> Any:
         return None
     if to.layout != torch.strided or type(to) not in (torch.Tensor, torch.nn.Parameter):
         return None
-    tensor.read_into(to)
+    tensor.copy_into(to)
     return to
 
 
@@ -177,11 +192,15 @@ _NEEDS_MEMORY = {
 class _Source:
     """What the lazy tensors of one iteration read through."""
 
-    def __init__(self, checkpoint: Checkpoint, mode: str | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, mode: str | None, needed: Needed | None, read: Callable[[int], None]
+    ) -> None:
         self._checkpoint = checkpoint
+        self.needed = needed
+        self.read_bytes = 0
+        self._read = read
         self._mode = mode
         self._reader: Reader | None = Reader(checkpoint.files, mode=mode)
-        self.read_bytes = 0
 
     def read(self, want: Want) -> None:
         try:
@@ -190,6 +209,7 @@ class _Source:
             else:
                 report = self._reader.read(merged(parts_of(self._checkpoint, want)))
             self.read_bytes += report.read_bytes
+            self._read(report.read_bytes)
         except MxError as error:
             self.read_plainly(want, error)
 
@@ -216,17 +236,21 @@ def lazy_weights(
     mode: str | None = None,
     told: Callable[[int], None] | None = None,
     lazy_least_bytes: int = LAZY_LEAST_BYTES,
+    needed: Needed | None = None,
+    read: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
     A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
-    bytes handed over so far. What we fail to read is read with safetensors, and a warning: a tensor raises only what
-    that raises. Raises StorageError if the files cannot be opened, when the first tensor is asked for.
+    bytes handed over so far, `read` with those that a lazy tensor has read. With `needed`, a plain copy of a lazy
+    tensor reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
+    with safetensors, and a warning: a tensor raises only what that raises. Raises StorageError if the files cannot be
+    opened, when the first tensor is asked for.
     """
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
     lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= lazy_least_bytes}
     small = [info.name for info in chosen if info.name not in lazy]
-    source = _Source(checkpoint, mode)
+    source = _Source(checkpoint, mode, needed, read)
     ready = stream(checkpoint, small, mode=mode)
     done_bytes = 0
     try:

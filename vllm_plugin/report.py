@@ -19,7 +19,8 @@ class LoadReport:
 
     `path` is where the weights came from: "p2p" from other workers, "uri" from MX_MODEL_URI, "cache" from the server's
     model cache, "storage" from files by vLLM's default loader. `paths` is what became of each rung of the ladder
-    (mxcore.load_ladder.Step), `fallbacks` one line for everything that did not go as wanted, in order.
+    (mxcore.load_ladder.Step), `bytes_from_storage` what was read for chunks that no worker could give any more (path
+    "p2p"), `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
@@ -30,6 +31,7 @@ class LoadReport:
     bytes: int = 0
     seconds: float = 0.0
     chunks_verified: int = 0
+    bytes_from_storage: int = 0
     source_worker: str = ""
     operation: str = ""
     transport: str = ""
@@ -53,7 +55,7 @@ class LoadReport:
     def forget(self) -> None:
         """What was told of a model that is given up after all."""
         self.path = "storage"
-        self.tensors = self.bytes = self.chunks_verified = 0
+        self.tensors = self.bytes = self.chunks_verified = self.bytes_from_storage = 0
         self.seconds = 0.0
         self.source_worker = self.operation = self.transport = ""
 
@@ -74,6 +76,7 @@ class LoadReport:
             f"{self.tensors} tensors",
             f"{self.bytes} bytes in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)",
             f"{self.chunks_verified} chunks verified",
+            *([f"{self.bytes_from_storage} bytes read from storage"] if self.bytes_from_storage else []),
             f"layout {self.layout or 'none'}",
             f"serving as {self.worker_id}" if self.serving else "not serving",
             f"paths: {', '.join('{rung} {outcome}'.format(**step) for step in self.paths) or 'none'}",

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mxcore.errors import SourceUnreachable, TransferError
+from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.membership import Membership
+from mxcore.transfer.receiver import ReceiveReport
 from mxcore.transfer.source_client import Source
 from mxserver.wire import load_pb2
 from vllm_plugin import compat
+from vllm_plugin.missing_chunks import fill_missing
 from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.weights import FromPeer, FromStorage, Weights
 
@@ -88,7 +91,7 @@ class PeerRung:
             raise SourceUnreachable("no membership: there is nobody to receive from")
         relay_from = None if compat.may_lose_memory(load.model_config) else weights
         try:
-            received = load.membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+            received = self._fetched(load.membership, layout, placement, scalars, relay_from)
         except TransferError:
             load.avoid.update(source.worker_id for source in self._sources)
             self._others_may_do = True
@@ -96,6 +99,27 @@ class PeerRung:
         load.received = received
         load.report.tell_received(received)
         return received.scalars
+
+    def _fetched(
+        self,
+        membership: Membership,
+        layout: Layout,
+        placement: Placement,
+        scalars: Mapping[str, float],
+        relay_from: object,
+    ) -> ReceiveReport:
+        """From workers; what they could not give any more, from storage if the weight files are here."""
+        load, loader = self._load, self._loader
+        try:
+            return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+        except ChunksMissing as error:
+            readable = load.kind == "raw" and not load.any_checkpoint and load.settings.storage_reader != "engine"
+            if error.partial is None or loader is None or loader.model is None or not readable:
+                raise
+            load.report.fallbacks.append(f"{self.name}, the rest from storage: {error}")
+            filled = fill_missing(error.partial, loader.model, load.load_config, load.model_config, load.settings)
+            load.report.bytes_from_storage = filled.read_bytes
+            return filled.report
 
     def undo(self) -> None:
         """Nothing more is relayed; what building computed is back; the report knows of no transfer."""

@@ -21,7 +21,7 @@ from mxcore.storage.memory_limit import SETTING, budget, parse_bytes
 from mxcore.storage.progress import Progress, ProgressDisplay
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat
-from vllm_plugin.lazy_weights import lazy_weights
+from vllm_plugin.lazy_weights import LAZY_LEAST_BYTES, Needed, lazy_weights
 
 _log = logging.getLogger(__name__)
 
@@ -29,16 +29,22 @@ Weights = Generator[tuple[str, torch.Tensor], None, None]
 
 
 class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
-    """One load from storage; raises what vLLM's default loader raises. `progress` hears how far it is."""
+    """One load from storage; raises what vLLM's default loader raises. `progress` hears how far it is.
+
+    With `needed` (`lazy_weights`), only that is read, of what our reader reads; `read_bytes` counts it.
+    """
 
     def __init__(
         self,
         load_config: LoadConfig,
         settings: WorkerSettings,
         progress: Progress = lambda done_bytes, total_bytes: None,
+        needed: Needed | None = None,
     ) -> None:
         super().__init__(compat.plain_load_config(load_config, "auto"))
         self._settings = settings
+        self._needed = needed
+        self.read_bytes = 0
         self._progress = progress
         if settings.host_memory_limit is not None:
             budget().set_limit(parse_bytes(settings.host_memory_limit), SETTING)
@@ -71,7 +77,16 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 if show and compat.is_first_rank():
                     display(done_bytes, total_bytes)
 
+            def count(read_bytes: int) -> None:
+                self.read_bytes += read_bytes
+
             weights: Iterator[tuple[str, torch.Tensor]] = lazy_weights(
-                checkpoint, set(names), mode=self._settings.read_mode, told=tell
+                checkpoint,
+                set(names),
+                mode=self._settings.read_mode,
+                told=tell,
+                lazy_least_bytes=LAZY_LEAST_BYTES if self._needed is None else 0,
+                needed=self._needed,
+                read=count,
             )
             yield from weights

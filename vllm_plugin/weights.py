@@ -120,6 +120,7 @@ class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-check
         self._weights = weights
         self._receive = receive
         self._built: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.model: nn.Module | None = None  # while raw weights are taken: what they are taken for
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing: the weights are with a peer."""
@@ -128,7 +129,11 @@ class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-check
         """Fills `model`; raises TransferError or what the transfer raises."""
         self._built = _derived(model, self._weights.device)
         if self._weights.kind == "raw":
-            self._weights.loaded(model, self._receive)
+            self.model = model
+            try:
+                self._weights.loaded(model, self._receive)
+            finally:
+                self.model = None
         else:
             DummyModelLoader(compat.plain_load_config(self.load_config, "dummy")).load_weights(model, model_config)
             self._weights.loaded(model)

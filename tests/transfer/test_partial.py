@@ -1,0 +1,131 @@
+"""A receive that ended early: what is missing, filled otherwise, is right as a whole or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mxcore.errors import ChunksMissing, DigestMismatch
+from mxcore.settings import load_settings
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.membership import Membership
+from mxcore.transfer.partial import PartialReceive
+from mxcore.transfer.plan import SwarmPlan, all_chunks
+from mxcore.transfer.receiver import Receiver, ReceiveReport
+from mxcore.transfer.source_client import Source
+from tests.transfer.memory import HostTensors, identity, model_specs
+
+SEED = 7
+CHUNK_BYTES = 65536
+SETTINGS = {"MX_TRANSPORT": "tcp", "MX_STALL_TIMEOUT_SECS": 2, "MX_WORKER_GRPC_PORT": 0, "MX_DRAIN_TIMEOUT_SECS": 1}
+
+
+class Half:
+    """A receiver whose only holder has every other chunk and does not lie."""
+
+    def __init__(self) -> None:
+        settings = load_settings(SETTINGS, {})
+        self.source = Membership(settings, identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES)
+        self.there = HostTensors(model_specs(1), SEED)
+        layout, placement = build_layout("raw", self.there.local_tensors())
+        self.source.serve(layout, placement, {"scale": 0.5}, keep_alive=self.there)
+        holder = self.source.holder
+        assert holder is not None
+        self.count = len(holder.chunks)
+        self.given = all_chunks(self.count) // 3  # 0b...010101
+        holder.update(self.given)
+        self.chunks = holder.chunks
+        self.here = HostTensors(model_specs(1), None)
+        layout, self.placement = build_layout("raw", self.here.local_tensors())
+        self.receiver = Receiver(
+            layout,
+            self.placement,
+            settings=settings,
+            worker_id="target",
+            scalar_names=["scale"],
+            chunk_bytes=CHUNK_BYTES,
+        )
+
+    def receive(self) -> PartialReceive[ReceiveReport]:
+        source = Source(self.source.source_id, self.source.worker_id, 0, self.source.endpoint or "")
+        with pytest.raises(ChunksMissing) as raised:
+            self.receiver.receive([source])
+        assert raised.value.missing == tuple(i for i in range(self.count) if not self.given >> i & 1)
+        assert raised.value.partial is not None
+        return raised.value.partial
+
+    def fill(self, partial: PartialReceive[ReceiveReport]) -> int:
+        """Copies what is missing from the holder's memory; returns how many bytes that were."""
+        filled = 0
+        for begin, end in partial.missing_stretches():
+            for name, storage in self.here.storages.items():
+                first = self.here.address(name)
+                low, high = max(begin, first) - first, min(end, first + storage.nbytes) - first
+                if low < high:
+                    storage[low:high] = self.there.storages[name][low:high]
+                    filled += high - low
+        return filled
+
+
+@pytest.fixture
+def half() -> Iterator[Half]:
+    value = Half()
+    yield value
+    value.source.close()
+
+
+def test_the_rest_is_taken_from_elsewhere(half: Half) -> None:
+    partial = half.receive()
+    missing = partial.missing_bytes
+    assert 0 < missing < partial.total_bytes
+    assert half.fill(partial) == missing
+    report = partial.complete()
+    assert half.here.equal_bytes(half.there)
+    assert (report.bytes, report.bytes_otherwise) == (partial.total_bytes, missing)
+    assert report.bytes_from == {half.source.worker_id: partial.total_bytes - missing}
+    assert report.scalars == {"scale": 0.5}
+    assert report.chunks_verified == half.count
+    holder = half.source.holder
+    assert holder is not None
+    assert report.digests == holder.digests
+    assert partial.missing_stretches() == []
+
+
+def test_what_was_not_filled_is_refused(half: Half) -> None:
+    partial = half.receive()
+    with pytest.raises(DigestMismatch, match="of them among the"):
+        partial.complete()
+
+
+def test_a_verified_chunk_that_was_written_over_is_refused(half: Half) -> None:
+    partial = half.receive()
+    half.fill(partial)
+    chunk = (half.given & -half.given).bit_length() - 1
+    segment = half.chunks.segments(chunk)[0]
+    address = half.placement.addresses[segment.extent] + segment.offset
+    for name, storage in half.here.storages.items():
+        if half.here.address(name) <= address < half.here.address(name) + storage.nbytes:
+            storage[address - half.here.address(name)] ^= 1
+    with pytest.raises(DigestMismatch, match=rf"chunks \[{chunk}\] .* 0 of them among"):
+        partial.complete()
+
+
+def test_what_landed_late_counts_as_missing(half: Half) -> None:
+    partial = half.receive()
+    for storage in half.here.storages.values():
+        np.bitwise_not(storage, out=storage)
+    assert partial.missing_bytes == partial.total_bytes
+
+
+def test_chunks_that_came_by_another_way() -> None:
+    plan = SwarmPlan(4, 100)
+    plan.add_holder("a", all_chunks(4))
+    plan.claim("a", [0], 0.0)
+    with pytest.raises(ValueError, match="are not missing"):
+        plan.adopt(0b11)
+    plan.adopt(0b1110)
+    assert plan.completed == 0b1110
+    plan.done("a", 0, 1.0)
+    assert plan.finished

@@ -1,0 +1,45 @@
+"""Which part of a destination is still missing, by addresses."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["MissingBytes"]
+
+
+class MissingBytes:
+    """Stretches of this process' memory, as (first address, address after the last), ascending and apart."""
+
+    def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
+        self._begins = [begin for begin, _ in stretches]
+        self._stretches = stretches
+
+    def rows(self, to: torch.Tensor) -> list[tuple[int, int]]:
+        """Ranges of the first dimension of a tensor in host memory that touch what is missing, ascending and apart.
+
+        A tensor without dimensions is one row. A row that is missing in part is in a range as a whole.
+        """
+        count = to.shape[0] if to.dim() else 1
+        if not to.numel():
+            return []
+        inner = sum((size - 1) * step for size, step in zip(to.shape[1:], to.stride()[1:], strict=True))
+        span = (inner + 1) * to.element_size()  # of a row, from its first byte to its last
+        pitch = to.stride(0) * to.element_size() if count > 1 else span
+        first_byte = to.data_ptr()
+        end_byte = first_byte + (count - 1) * pitch + span
+        found: list[tuple[int, int]] = []
+        for begin, end in self._stretches[max(0, bisect_right(self._begins, first_byte) - 1) :]:
+            if begin >= end_byte:
+                break
+            if end <= first_byte:
+                continue
+            first = max(0, (begin - first_byte - span) // pitch + 1)
+            last = min(count, -(-(end - first_byte) // pitch))
+            if found and found[-1][1] >= first:
+                found[-1] = (found[-1][0], max(found[-1][1], last))
+            elif first < last:
+                found.append((first, last))
+        return found
