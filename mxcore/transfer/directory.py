@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_PARAMETER = "checkpoint"
 """The extra parameter with the digest of the weight files; empty for a worker that has none."""
 
-_ENDPOINT_SECONDS = 5.0  # a worker that stops serving and serves again has another port
+_ENDPOINT_SECONDS = 5.0  # that a record need not be asked for again, unless the worker has told something since
 _CANDIDATES = 16  # of each status: workers whose records are asked for
 
 
@@ -30,7 +30,7 @@ class Directory:
         self._worker_id = worker_id
         self._worker_rank = worker_rank
         self._lock = threading.Lock()
-        self._endpoints: dict[tuple[str, str], tuple[str, float]] = {}  # of workers that were met, and until when
+        self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
         """Complete holders with exactly this identity, the least loaded first, then the newest."""
@@ -84,14 +84,14 @@ class Directory:
             return None
         key = (ref.mx_source_id, ref.worker_id)
         with self._lock:
-            endpoint, until = self._endpoints.get(key, ("", 0.0))
-        if until < time.monotonic():
+            endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
+        if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
             if record is None or not record.worker.worker_grpc_endpoint:
                 return None
             endpoint = record.worker.worker_grpc_endpoint
             with self._lock:
-                self._endpoints[key] = (endpoint, time.monotonic() + _ENDPOINT_SECONDS)
+                self._endpoints[key] = (endpoint, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
         return Source(
             source_id=ref.mx_source_id,
             worker_id=ref.worker_id,

@@ -34,11 +34,12 @@ from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
 CHUNK_BYTES = 65536
 SEED = 7
+PATIENT_SECONDS = 20  # nobody stalls on a busy machine; tests of stalls say so
 TRANSPORTS = [("tcp", "write", "tcp"), ("same-host", "read", "same-host"), ("auto", "read", "same-host")]
 
 
 def settings(transport: str, **changes: Any) -> WorkerSettings:
-    return load_settings({"MX_TRANSPORT": transport, "MX_STALL_TIMEOUT_SECS": 1, **changes}, {})
+    return load_settings({"MX_TRANSPORT": transport, "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS, **changes}, {})
 
 
 class Target:
@@ -190,7 +191,7 @@ def test_a_transfer_goes_on_at_the_next_holder(start_worker: StartWorker, transp
 def test_a_stopped_holder_is_given_up_on(start_worker: StartWorker) -> None:
     worker = start_worker("tcp", seed=SEED, megabytes=200)
     source = worker.serve()
-    target = Target("tcp", model_specs(200), MX_SERVER_TIMEOUT_SECS=2)
+    target = Target("tcp", model_specs(200), MX_SERVER_TIMEOUT_SECS=2, MX_STALL_TIMEOUT_SECS=1)
     target.at_first_chunk.append(lambda: worker.kill(signal.SIGSTOP))
     with failing(ChunksMissing, source.worker_id):
         target.receive(source)
@@ -249,7 +250,7 @@ def test_a_receiver_killed_in_mid_transfer_leaves_the_holder_well(start_worker: 
 
 
 def test_a_stopped_receiver_does_not_stop_the_holder(start_worker: StartWorker) -> None:
-    holder = start_worker("tcp", seed=SEED, megabytes=200, settings={"MX_STALL_TIMEOUT_SECS": 1})
+    holder = start_worker("tcp", seed=SEED, megabytes=200, settings={"MX_STALL_TIMEOUT_SECS": 4})
     source = holder.serve()
     receiver = start_worker("tcp", megabytes=200)
     receiver.ask(do="receive", sources=[asdict(source)], pause_after_bytes=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mxcore.errors import HolderBusy, TransferError
+from mxcore.errors import HolderBusy, SourceUnreachable, TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
@@ -31,7 +31,7 @@ class Member:
 
     def __init__(self, server: str, seed: int | None, megabytes: int, **changes: Any) -> None:
         names = {"MX_SERVER_ADDRESS": server, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
-        names |= {"MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 2}
+        names |= {"MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 20}
         names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.2}
         self.membership = Membership(
             load_settings({**names, **changes}, {}), identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES
@@ -87,7 +87,7 @@ def test_a_lost_holder_costs_what_was_in_flight(
 ) -> None:
     lost = start_worker("tcp", seed=SEED, megabytes=20)
     sources = [lost.serve(), start_worker("tcp", seed=SEED, megabytes=20).serve()]
-    target = new_member(megabytes=20)
+    target = new_member(megabytes=20, MX_STALL_TIMEOUT_SECS=4)
     struck = threading.Event()
 
     def progress(done: int, total: int) -> None:
@@ -237,6 +237,55 @@ def test_withdrawing_waits_for_readers_and_frees_memory(new_member: NewMember, c
     again = seed.serve()
     assert new_member().receive([again]).bytes > 0
     assert lease.ended
+
+
+def test_a_worker_that_slept_serves_again(new_member: NewMember) -> None:
+    """What sleep and reload do: other workers see it go, and come back with other weights at another port."""
+    seed, other = new_member(1), new_member()
+    before = seed.serve()
+    assert [source.endpoint for source in other.membership.find_sources()] == [before.endpoint]
+    assert seed.membership.withdraw()
+    assert seed.membership.withdraw()  # nothing is served any more: nothing to do
+    assert other.membership.find_sources(receiving=True) == []
+    with pytest.raises(TransferError):
+        other.receive([before])
+    for name, storage in HostTensors(seed.tensors.specs, SEED).storages.items():
+        seed.tensors.storages[name][:] = storage
+    again = seed.serve()
+    assert again.worker_id == before.worker_id
+    [found] = wait_for(other.membership.find_sources)
+    assert found.endpoint == again.endpoint
+    assert other.receive([found]).source_worker_id == seed.membership.worker_id
+    assert other.is_right
+
+
+def test_a_withdrawing_worker_refuses_new_readers_and_lets_the_others_end(new_member: NewMember) -> None:
+    seed, target, late = new_member(SEED), new_member(), new_member()
+    source = seed.serve()
+    first_chunk, go_on = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        first_chunk.set()
+        assert go_on.wait(60)
+
+    reading = threading.Thread(target=target.receive, args=([source], hold))
+    reading.start()
+    assert first_chunk.wait(60)
+    drained: list[bool] = []
+    withdrawing = threading.Thread(target=lambda: drained.append(seed.membership.withdraw(60)))
+    withdrawing.start()
+    holder = seed.membership.holder
+    assert holder is not None
+    wait_for(lambda: holder.draining)
+    with pytest.raises(SourceUnreachable, match="UNAVAILABLE"):
+        late.receive([source])
+    assert not holder.session.fenced  # somebody reads
+    go_on.set()
+    reading.join()
+    withdrawing.join()
+    assert drained == [True]
+    assert target.is_right
+    assert holder.session.fenced
 
 
 def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -> None:
