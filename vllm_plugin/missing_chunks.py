@@ -11,8 +11,7 @@ import logging
 from dataclasses import dataclass
 
 from torch import nn
-from vllm.config import ModelConfig
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig, ModelConfig
 
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.partial import PartialReceive
