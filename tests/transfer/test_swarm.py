@@ -151,7 +151,7 @@ def test_a_relay_becomes_a_source_without_a_second_holder(new_member: NewMember)
 
 def test_after_a_failure_nothing_is_served(start_worker: StartWorker, new_member: NewMember) -> None:
     dying = start_worker("tcp", seed=SEED, megabytes=20)
-    target = new_member(megabytes=20)
+    target = new_member(megabytes=20, MX_STALL_TIMEOUT_SECS=2)
     target.membership.join()
     with pytest.raises(TransferError):
         target.receive([dying.serve()], lambda done, total: dying.kill())
