@@ -64,14 +64,15 @@ cdef class Kernels:
         cdef int status
         names[0], names[1] = MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES
         values[0], values[1] = <void*>log, <void*><uintptr_t>LOG_BYTES
-        log[0] = 0
+        log[0] = log[LOG_BYTES - 1] = 0
         self.context = context
         with nogil:
             status = context.enter()
             if status == MX_CUDA_SUCCESS:
                 status = context.leave(context.cuda.module_load(&module, image, 2, names, values))
-        check(status, "cuModuleLoadDataEx", f"device {context.ordinal} takes no kernels of {PTX_FILE.name}: "
-              f"{log[:LOG_BYTES].partition(b'\\0')[0].decode('utf-8', 'replace').strip()}")
+        log[LOG_BYTES - 1] = 0
+        said = (<bytes>log).decode("utf-8", "replace").strip()  # up to its zero byte
+        check(status, "cuModuleLoadDataEx", f"device {context.ordinal} takes no kernels of {PTX_FILE.name}: {said}")
         self.module = module
         self.sum_tiles = self.function(b"mx_sum_tiles")
         self.sum_seams = self.function(b"mx_sum_seams")

@@ -6,18 +6,21 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mxcore.descriptors import merge_adjoining
-from mxcore.errors import LayoutUnsupported, NixlError, TransferStalled
+from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.regions import merge_regions
+from mxcore.transfer.regions import Regions, merge_regions
 from mxcore.transfer.transports import Operation, ucx_environment
 
-__all__ = ["AgentSession", "Move", "require_host_memory"]
+if TYPE_CHECKING:
+    from mxcore.transfer.device_memory import ProvenDevice
+
+__all__ = ["AgentSession", "Move", "require_movable"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +35,19 @@ class Move(NamedTuple):
     local_addresses: array[int]
     remote_addresses: array[int]
     lengths: array[int]
+    remote_device: int | None = None  # None: host memory
 
 
-def require_host_memory(placement: Placement) -> None:
+def require_movable(placement: Placement) -> None:
     """The one check of what kind of memory can be moved.
 
     Raises:
-        LayoutUnsupported: device memory, whose bytes cannot be checked against digests yet.
+        LayoutUnsupported: device memory whose bytes cannot be checked or moved here; the message says what failed.
     """
     if placement.device_type != "cpu":
-        raise LayoutUnsupported(
-            f"all {len(placement.addresses)} extents are in {placement.device_type} memory: digests of device memory "
-            "are not made in this version, and nothing is moved unchecked. Load from storage"
-        )
+        from mxcore.transfer.device_memory import proven_device  # the driver is asked for only where a device is
+
+        proven_device(placement)
 
 
 class AgentSession:
@@ -57,6 +60,8 @@ class AgentSession:
     def __init__(self, worker_id: str, *, tls: str, backend: str = "UCX", stall_timeout_seconds: float = 5.0) -> None:
         """Raises NixlMissing, NixlError."""
         self.stall_timeout_seconds = stall_timeout_seconds
+        self._device: ProvenDevice | None = None  # that the registered memory is on
+        self._local: dict[str, int | bool] = {"device_index": 0, "device_memory": False}
         self.late_moves = 0  # moves that were not complete when they were posted
         with ucx_environment(tls):
             self._agent = NixlAgent(f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend)
@@ -76,12 +81,24 @@ class AgentSession:
 
         Raises NixlError; LayoutUnsupported for device memory.
         """
-        require_host_memory(placement)
+        require_movable(placement)
         count = 0
-        for regions in merge_regions(placement, layout.extent_bytes):
-            self._agent.register(regions.addresses, regions.lengths)
+        for regions in self._regions(layout, placement):
+            self._agent.register(regions.addresses, regions.lengths, **self._local)  # type: ignore[arg-type]
             count += len(regions.addresses)
         return count
+
+    def _regions(self, layout: Layout, placement: Placement) -> list[Regions]:
+        if placement.device_type == "cpu":
+            return merge_regions(placement, layout.extent_bytes)
+        from mxcore.transfer import device_memory
+
+        self._device = device_memory.proven_device(placement)
+        self._local = device_memory.nixl_device(self._device.index)
+        try:
+            return device_memory.allocation_regions(placement, layout.extent_bytes)
+        except CudaError as error:
+            raise NixlError(f"the weights cannot be registered: {error}") from error
 
     def metadata(self) -> bytes:
         """What the other side needs to reach the registered memory."""
@@ -99,14 +116,28 @@ class AgentSession:
     def post(self, operation: Operation, move: Move, peer: str) -> tuple[Transfer, bool]:
         """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost."""
         # Both sides register neighbours as one region (`merge_regions`), so that these may be one descriptor as well.
-        local, remote, lengths = merge_adjoining(move.local_addresses, move.remote_addresses, move.lengths)
-        transfer = self._agent.transfer(operation, local, remote, lengths, peer)
+        # On devices regions end with their allocation, whatever adjoins.
+        local, remote, lengths = move.local_addresses, move.remote_addresses, move.lengths
+        if self._device is None and move.remote_device is None:
+            local, remote, lengths = merge_adjoining(local, remote, lengths)
+        transfer = self._agent.transfer(operation, local, remote, lengths, peer, **self._memory_kinds(move))
         try:
             return transfer, transfer.post()
         except NixlError:
             transfer.release()
             del transfer  # the error's traceback would keep it
             raise
+
+    def _memory_kinds(self, move: Move) -> dict[str, Any]:
+        remote: Mapping[str, int | bool] = {"device_index": 0, "device_memory": False}
+        if move.remote_device is not None:
+            from mxcore.transfer.device_memory import nixl_device
+
+            remote = nixl_device(move.remote_device)
+        return {
+            **{f"local_{name}": value for name, value in self._local.items()},
+            **{f"remote_{name}": value for name, value in remote.items()},
+        }
 
     def run(
         self,
@@ -163,6 +194,8 @@ class AgentSession:
     def fence(self) -> None:
         """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent."""
         self._agent.destroy()
+        if self._device is not None:
+            self._device.context.synchronize()
 
     def __enter__(self) -> Self:
         return self

@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 from mxcore.transfer.layout import Layout, Placement
 
-__all__ = ["CHUNK_BYTES", "DIGEST_BYTES", "DIGEST_KIND", "Chunks", "Segment"]
+__all__ = ["CHUNK_BYTES", "Chunks", "Segment"]
 
 CHUNK_BYTES = 16 * 1024 * 1024
-DIGEST_KIND = "xxh3-64"
-DIGEST_BYTES = 8  # little-endian
 
 
 class Segment(NamedTuple):

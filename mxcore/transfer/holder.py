@@ -16,15 +16,15 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mxcore.digest import xxh3_64_many
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
-from mxcore.transfer.agent_session import AgentSession, Move, require_host_memory
-from mxcore.transfer.chunks import CHUNK_BYTES, DIGEST_BYTES, Chunks
+from mxcore.transfer.agent_session import AgentSession, Move, require_movable
+from mxcore.transfer.chunks import CHUNK_BYTES, Chunks
+from mxcore.transfer.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import Given, Wanted, all_chunks
 from mxcore.transfer.rate_limit import RateLimit
 
-__all__ = ["Answer", "Holder", "Lease", "chunk_digests"]
+__all__ = ["Answer", "Holder", "Lease"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Lease:
     deadline: float  # monotonic seconds; moved by every sign of the receiver
     peer: str | None = None  # the receiver's agent, once a transfer is open
     remote_addresses: array[int] = field(default_factory=lambda: array("Q"))  # of every segment, there
+    remote_device: int | None = None  # that they are on, as its process counts; None: host memory
     pushes: int = 0  # streams that are running
     ended: bool = False
 
@@ -86,17 +87,20 @@ class Holder:
         most_readers: int = MOST_READERS,
         rate_limit: float = 0.0,
     ) -> None:
-        require_host_memory(placement)
+        require_movable(placement)
         self.layout = layout
         self.placement = placement
         self.session = session
         self.scalars = dict(scalars or {})
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
-        self.digests = chunk_digests(self.chunks, self.addresses) if digests is None else digests
+        self.regions = session.register(layout, placement)  # before digests: it looks whose memory that is
+        if digests is None:
+            self.digests = chunk_digests(digester_of(placement), self.chunks, self.addresses)
+        else:
+            self.digests = ChunkDigests.of(digests)
         if len(self.digests) != DIGEST_BYTES * len(self.chunks):
             raise ValueError(f"{len(self.digests)} bytes of digests for {len(self.chunks)} chunks")
-        self.regions = session.register(layout, placement)
         self.lease_seconds = lease_seconds
         self.most_readers = most_readers
         self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
@@ -217,8 +221,10 @@ class Holder:
         with self._changed:
             self._end(self.renew(lease_id))
 
-    def open_transfer(self, lease_id: str, metadata: bytes, extent_addresses: Sequence[int]) -> None:
-        """Makes the receiver's agent and memory known under its lease, for WRITEs into it.
+    def open_transfer(
+        self, lease_id: str, metadata: bytes, extent_addresses: Sequence[int], device: int | None = None
+    ) -> None:
+        """Makes the receiver's agent and memory (on its `device`) known under its lease, for WRITEs into it.
 
         Raises LeaseEnded, LayoutMismatch (another number of extents), NixlError (metadata of no use).
         """
@@ -231,6 +237,7 @@ class Holder:
         with self._changed:
             lease.peer = peer
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
+            lease.remote_device = device
 
     def push(self, lease_id: str, chunks: Sequence[int], cancelled: Callable[[], bool]) -> Iterator[int]:
         """WRITEs chunks into the receiver's memory; yields each one that has arrived there.
@@ -252,7 +259,7 @@ class Holder:
                     self.chunks.slice_of(values, chunk)
                     for values in (self.addresses, lease.remote_addresses, self.chunks.lengths)
                 )
-                yield Move(chunk, local, remote, lengths)
+                yield Move(chunk, local, remote, lengths, lease.remote_device)
 
         try:
             for chunk in self.session.run(
@@ -320,10 +327,3 @@ class Holder:
             self.session.disconnect(peer)
         except NixlError as error:  # the agent was destroyed meanwhile, and the connection with it
             logger.debug("forgetting %s: %s", peer, error)
-
-
-def chunk_digests(chunks: Chunks, addresses: array[int], threads: int = 1) -> bytes:
-    """XXH3-64 of every chunk in this process' memory, 8 bytes little-endian each."""
-    if not len(chunks):
-        return b""
-    return xxh3_64_many(addresses, chunks.lengths, chunks.segment_starts, threads=threads)

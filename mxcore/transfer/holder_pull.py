@@ -110,7 +110,8 @@ class HolderPull:
         self._intake.admit(f"worker {self.source.worker_id}", answer)
         if self._intake.finished:
             return
-        self.route = choose_route(self._policy, answer.transport)
+        on_device = self._intake.placement.device_type != "cpu"
+        self.route = choose_route(self._policy, answer.transport, device_memory=on_device)
         try:
             self._under_lease(self.route)
         except NotOneSided as error:
@@ -213,7 +214,12 @@ class HolderPull:
         reads = route.operation == "read"
         operation = mx_pb2.OPERATION_READ if reads else mx_pb2.OPERATION_WRITE
         answer = self._client.open_transfer(
-            lease_id, self._intake.layout.fingerprint, session.metadata(), extents, operation
+            lease_id,
+            self._intake.layout.fingerprint,
+            session.metadata(),
+            extents,
+            operation,
+            device_memory=placement.device_type != "cpu",
         )
         if answer.operation != operation or len(answer.extents) != len(extents):
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
@@ -222,8 +228,19 @@ class HolderPull:
         peer = session.connect(answer.nixl_metadata)
         chunks = self._intake.chunks
         remote = chunks.addresses([extent.address for extent in answer.extents])
+        devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
+        if len(devices) > 1:
+            raise SourceRefused(f"worker {self.source.worker_id} has weights on devices {sorted(devices)}")
         return PullByRead(
-            self._client, lease_id, session, peer, chunks, self._intake.addresses, remote, route.transport
+            self._client,
+            lease_id,
+            session,
+            peer,
+            chunks,
+            self._intake.addresses,
+            remote,
+            route.transport,
+            next(iter(devices), None),
         )
 
 

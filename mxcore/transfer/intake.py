@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mxcore.digest import xxh3_64_segments
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
-from mxcore.transfer.chunks import DIGEST_BYTES, DIGEST_KIND, Chunks
+from mxcore.transfer.chunks import Chunks
+from mxcore.transfer.digests import DIGEST_BYTES, KINDS, ChunkDigests, digester_of
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
 from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
@@ -25,9 +26,9 @@ _NAMED_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class Content:
-    """What the bytes of a layout are: 8 bytes of digest a chunk, and the numbers that belong to them."""
+    """What the bytes of a layout are: the digests of its chunks, and the numbers that belong to them."""
 
-    digests: bytes
+    digests: ChunkDigests
     scalars_digest: str
     scalars: dict[str, float]
 
@@ -65,6 +66,7 @@ class Intake:
         self.placement = placement
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
+        self._digester = digester_of(placement)
         self.changed = threading.Condition()
         self.content: Content | None = None
         self.bytes_from: dict[str, int] = {}
@@ -110,18 +112,24 @@ class Intake:
         """
         if answer.fingerprint != self.layout.fingerprint:
             raise LayoutMismatch(f"{where} has another layout: {self._differences(answer.layout)}")
-        if answer.chunk_bytes != self.chunks.chunk_bytes or answer.digest_kind != DIGEST_KIND:
+        if answer.chunk_bytes != self.chunks.chunk_bytes or answer.digest_kind not in KINDS:
             raise SourceRefused(
                 f"{where} has chunks of {answer.chunk_bytes} bytes with {answer.digest_kind!r} digests; "
-                f"this worker needs {self.chunks.chunk_bytes} and {DIGEST_KIND!r}"
+                f"this worker needs {self.chunks.chunk_bytes} and one of {KINDS}"
             )
         if len(answer.digests) != DIGEST_BYTES * len(self.chunks):
             raise SourceRefused(f"{where} has {len(answer.digests)} bytes of digests for {len(self.chunks)} chunks")
-        content = Content(answer.digests, answer.scalars_digest, self._check_scalars(where, answer))
+        digests = ChunkDigests(answer.digests, answer.digest_kind)
+        content = Content(digests, answer.scalars_digest, self._check_scalars(where, answer))
         with self.changed:
             if self.content is None:
                 self.content = content
                 self.changed.notify_all()
+            elif digests.kind != self.content.digests.kind:
+                raise SourceRefused(
+                    f"{where} has {digests.kind} digests; whether its bytes are those of the holders before it, "
+                    f"which have {self.content.digests.kind}, cannot be told"
+                )
             elif not self.content.same_as(content):
                 raise OtherContent(
                     f"{where} has other bytes under the same identity and layout than the holders before it", content
@@ -169,10 +177,17 @@ class Intake:
         """Whether the chunk's bytes here are those of the digest."""
         if self.content is None:
             return False
-        expected = self.content.digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
+        expected = self.content.digests
         addresses = self.chunks.slice_of(self.addresses, chunk)
-        digest = xxh3_64_segments(addresses, self.chunks.slice_of(self.chunks.lengths, chunk))
-        return digest.to_bytes(DIGEST_BYTES, "little") == expected
+        lengths = self.chunks.slice_of(self.chunks.lengths, chunk)
+        made = self._digester.many(expected.kind, addresses, lengths, array("Q", [0, len(lengths)]))
+        return made == expected.of_chunk(chunk)
+
+    def digests_here(self, kind: str, threads: int) -> ChunkDigests:
+        """The digests of what all chunks hold here now."""
+        chunks = self.chunks
+        made = self._digester.many(kind, self.addresses, chunks.lengths, chunks.segment_starts, threads=threads)
+        return ChunkDigests(made, kind)
 
     def accept(self, holder: str, chunk: int) -> None:
         """Takes a verified chunk into the books."""

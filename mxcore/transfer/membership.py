@@ -12,7 +12,7 @@ from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_host_memory
+from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.heartbeat import Heartbeat
@@ -265,7 +265,7 @@ class Membership:
         Raises:
             LayoutUnsupported, NixlMissing, NixlError, SettingError: nothing is served.
         """
-        require_host_memory(placement)
+        require_movable(placement)
         with self._lock:
             if self._status == p2p_pb2.SOURCE_STATUS_READY or self._closed or self._superseded:
                 raise TransferError(f"worker {self.worker_id} is serving already, or has left")
@@ -368,7 +368,7 @@ class Membership:
             holder = Holder(
                 layout,
                 placement,
-                self._ahead.take(self._policy.tls),
+                self._ahead.take(self._policy.tls if placement.device_type == "cpu" else self._policy.serving_device),
                 scalars=scalars,
                 digests=digests,
                 keep_alive=keep_alive,

@@ -85,6 +85,7 @@ class PullByRead:
         local: array[int],
         remote: array[int],
         transport: str,
+        remote_device: int | None = None,
     ) -> None:
         self._lease = LeaseKeeper(client, lease_id)
         self._session = session
@@ -92,6 +93,7 @@ class PullByRead:
         self._chunks = chunks
         self._local = local
         self._remote = remote
+        self._remote_device = remote_device
         self._must_be_immediate = transport == "same-host"
         self._asked: deque[int] = deque()
 
@@ -132,7 +134,7 @@ class PullByRead:
         local, remote, lengths = (
             self._chunks.slice_of(values, chunk) for values in (self._local, self._remote, self._chunks.lengths)
         )
-        return Move(chunk, local, remote, lengths)
+        return Move(chunk, local, remote, lengths, self._remote_device)
 
 
 class PullByWrite:

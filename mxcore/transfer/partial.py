@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from mxcore.digest import xxh3_64_many
 from mxcore.errors import DigestMismatch
-from mxcore.transfer.chunks import DIGEST_BYTES
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.plan import chunk_set
 
@@ -69,13 +67,8 @@ class PartialReceive(Generic[Report]):
             raise DigestMismatch("nothing was received: there are no digests to compare with")
         missing = self._missing()
         other_bytes = sum(map(chunks.bytes_of, missing))
-        found = xxh3_64_many(self._intake.addresses, chunks.lengths, chunks.segment_starts, threads=_THREADS)
-        wrong = [
-            chunk
-            for chunk in range(len(chunks))
-            if (span := slice(DIGEST_BYTES * chunk, DIGEST_BYTES * (chunk + 1)))
-            and found[span] != content.digests[span]
-        ]
+        found = self._intake.digests_here(content.digests.kind, _THREADS)
+        wrong = [chunk for chunk in range(len(chunks)) if found.of_chunk(chunk) != content.digests.of_chunk(chunk)]
         if wrong:
             raise DigestMismatch(
                 f"chunks {wrong[:_NAMED_CHUNKS]} ({len(wrong)} of {len(chunks)}) are not what the workers' digests "

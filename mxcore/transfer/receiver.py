@@ -26,7 +26,7 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_host_memory
+from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
@@ -116,12 +116,13 @@ class Receiver:
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
     ) -> None:
-        require_host_memory(placement)
+        require_movable(placement)
         self._settings = settings
         self._relay = relay
         self._intake = Intake(layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes)
         policy = UcxPolicy.from_environment(settings.transport)
-        likely = policy.likely(same_host=settings.shares_only_this_host)
+        on_device = placement.device_type != "cpu"
+        likely = policy.likely(same_host=settings.shares_only_this_host, device_memory=on_device)
         self._sessions = SessionAhead(
             settings, worker_id, likely, prepare=lambda session: session.register(layout, placement)
         )

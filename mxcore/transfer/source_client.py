@@ -84,6 +84,8 @@ class SourceClient:
         metadata: bytes,
         extents: Sequence[mx_pb2.Extent],
         operation: mx_pb2.Operation.ValueType,
+        *,
+        device_memory: bool = False,
     ) -> mx_pb2.OpenTransferResponse:
         """Exchanges agents' metadata and addresses."""
         request = mx_pb2.OpenTransferRequest(
@@ -94,6 +96,7 @@ class SourceClient:
             nixl_metadata=metadata,
             extents=extents,
             operation=operation,
+            device_memory=device_memory,
         )
         return self._call("OpenTransfer", self._transfer.OpenTransfer, request)
 

@@ -44,6 +44,7 @@ UCX_DEFAULTS = {
 
 _TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp"}
 _ATTACHING = ("cma", "knem", "xpmem")  # they reach into another process without its help
+_CUDA_IPC = "cuda_ipc"
 _ALL = "all"
 _environment_lock = threading.Lock()
 
@@ -74,8 +75,10 @@ class UcxPolicy:
         """The UCX_TLS for READs on one host: nothing one-sided but what the probe has proven."""
         return _TLS_OF_TRANSPORT["same-host"] if self.tls == _ALL else self.tls
 
-    def likely(self, *, same_host: bool) -> str:
+    def likely(self, *, same_host: bool, device_memory: bool = False) -> str:
         """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked."""
+        if device_memory:
+            return self.tls if self.rdma_only else self.device_fenceable
         attach = same_host and self.allows("cma") and self.transport in ("auto", "same-host")
         return self.attaching if attach else self.tls if self.rdma_only else self.fenceable
 
@@ -93,6 +96,27 @@ class UcxPolicy:
         if _ALL in names:
             return "^" + ",".join(_ATTACHING)
         return ",".join(name for name in names if name not in (*_ATTACHING, "sm", "shm"))
+
+    @property
+    def serving_device(self) -> str:
+        """The UCX_TLS for an agent that serves device memory."""
+        if self.tls.startswith("^") or _ALL in self.tls.split(",") or "cuda_copy" in self.tls.split(","):
+            return self.tls
+        return f"{self.tls},cuda_copy"
+
+    @property
+    def device_fenceable(self) -> str:
+        """The UCX_TLS for an agent with device memory: also without cuda_ipc, by which the holder's GPU would write.
+
+        cuda_copy is what stages device memory for TCP; RDMA takes it as it is.
+        """
+        if self.tls.startswith("^"):
+            without = [name for name in (*_ATTACHING, _CUDA_IPC) if self.allows(name)]
+            return ",".join([self.tls, *without])
+        if self.fenceable.startswith("^"):
+            return f"{self.fenceable},{_CUDA_IPC}"
+        names = [name for name in self.fenceable.split(",") if name not in (_CUDA_IPC, "cuda")]
+        return ",".join([*names, *(["cuda_copy"] if "cuda_copy" not in names else [])])
 
     def to_proto(self, probe: mx_pb2.SameHostProbe) -> mx_pb2.TransportOffer:
         """What a holder tells receivers about the ways into its memory."""
@@ -135,8 +159,17 @@ class Route:
     tls: str
 
 
-def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer) -> Route:
-    """The way to a holder that offers `offer`; reads the holder's probe where it is on this host."""
+def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_memory: bool = False) -> Route:
+    """The way to a holder that offers `offer`; reads the holder's probe where it is on this host.
+
+    With `device_memory` on either side there is RDMA, or WRITEs that pass the receiver's own agent: cross-memory attach
+    does not reach a device, and what cuda_ipc writes cannot be fenced by the receiver.
+    """
+    if device_memory or offer.device_memory:
+        if policy.rdma_only and offer.rdma_only:
+            return Route("read", "rdma", policy.tls)
+        rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
+        return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable)
     attach = policy.allows("cma") and policy.transport in ("auto", "same-host")
     if attach and offer.same_host_read and can_read(offer.probe):
         return Route("read", "same-host", policy.attaching)

@@ -12,7 +12,6 @@ from typing import NoReturn
 import grpc
 
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
-from mxcore.transfer.chunks import DIGEST_KIND
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
 from mxcore.transfer.same_host import ProbeTarget
@@ -121,6 +120,14 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
         )
 
 
+def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferRequest) -> int:
+    """The one device that the receiver's extents are on."""
+    devices = sorted({extent.device_id for extent in request.extents})
+    if len(devices) != 1:
+        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"extents on devices {devices}: one is supported")
+    return devices[0]
+
+
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
     def __init__(self, identity: _Identity, policy: UcxPolicy) -> None:
         self._identity = identity
@@ -141,12 +148,20 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             fingerprint=holder.layout.fingerprint,
             layout=None if same else holder.layout.to_proto(),
             chunk_bytes=holder.chunks.chunk_bytes,
-            digest_kind=DIGEST_KIND,
+            digest_kind=holder.digests.kind,
             digests=holder.digests,
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
-            transport=self._policy.to_proto(self._probe.to_proto()),
+            transport=self._offer(),
         )
+
+    def _offer(self) -> mx_pb2.TransportOffer:
+        offer = self._policy.to_proto(self._probe.to_proto())
+        if self._holder.placement.device_type != "cpu":  # another process does not reach it by its address
+            offer.device_memory = True
+            offer.same_host_read = False
+            offer.ClearField("probe")
+        return offer
 
     def OpenTransfer(  # noqa: N802
         self, request: mx_pb2.OpenTransferRequest, context: grpc.ServicerContext
@@ -155,17 +170,18 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         holder = self._holder
         if request.fingerprint != holder.layout.fingerprint:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
-        if request.device_memory:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "device memory cannot be written to in this version")
+        on_device = holder.placement.device_type != "cpu"
         reads = request.operation == mx_pb2.OPERATION_READ
-        if reads and not (self._policy.allows("cma") or self._policy.rdma_only):
+        attach = self._policy.allows("cma") and not (on_device or request.device_memory)
+        if reads and not (attach or self._policy.rdma_only):
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:
                 holder.renew(request.lease_id)
             else:
                 addresses = [extent.address for extent in request.extents]
-                holder.open_transfer(request.lease_id, request.nixl_metadata, addresses)
+                device = _device_of(context, request) if request.device_memory else None
+                holder.open_transfer(request.lease_id, request.nixl_metadata, addresses, device)
             metadata = holder.session.metadata()
         placement = holder.placement
         return mx_pb2.OpenTransferResponse(
@@ -176,6 +192,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
                 for address, device in zip(placement.addresses, placement.device_indices, strict=True)
             ),
             operation=request.operation,
+            device_memory=on_device,
             lease_ms=int(holder.lease_seconds * 1000),
         )
 

@@ -198,7 +198,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
-    """"xxh3-64" """
+    """"xxh3-64" or "mixsum-64" (docs/digests.md)"""
     digests: builtins.bytes
     """8 bytes little-endian a chunk"""
     scalars_digest: builtins.str
@@ -238,12 +238,15 @@ class TransportOffer(google.protobuf.message.Message):
     RDMA_ONLY_FIELD_NUMBER: builtins.int
     RDMA_DEVICE_FIELD_NUMBER: builtins.int
     PROBE_FIELD_NUMBER: builtins.int
+    DEVICE_MEMORY_FIELD_NUMBER: builtins.int
     same_host_read: builtins.bool
     """cross-memory attach is allowed here, if the probe can be read"""
     rdma_only: builtins.bool
     """no TCP: a READ is one-sided if the receiver has none either"""
     rdma_device: builtins.bool
     """there is one, and UCX may use it"""
+    device_memory: builtins.bool
+    """the holder's weights are on a device"""
     @property
     def probe(self) -> global___SameHostProbe: ...
     def __init__(
@@ -253,9 +256,10 @@ class TransportOffer(google.protobuf.message.Message):
         rdma_only: builtins.bool = ...,
         rdma_device: builtins.bool = ...,
         probe: global___SameHostProbe | None = ...,
+        device_memory: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["probe", b"probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_memory", b"device_memory", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
 
 global___TransportOffer = TransportOffer
 

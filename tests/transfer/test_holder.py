@@ -97,7 +97,7 @@ def test_digests_of_another_count_are_refused() -> None:
     layout, placement = build_layout("raw", HostTensors(model_specs(1), 3).local_tensors())
     with pytest.raises(ValueError, match="8 bytes of digests"):
         Holder(layout, placement, session, digests=b"\0" * 8, chunk_bytes=65536)
-    device = Placement(placement.addresses, placement.device_indices, "cuda")
+    device = Placement(placement.addresses, placement.device_indices, "xpu")  # type: ignore[arg-type]
     with pytest.raises(LayoutUnsupported):
         Holder(layout, device, session)
     session.fence()
@@ -227,7 +227,9 @@ def test_what_a_transfer_is_refused_for(stubs: Stubs, holder: Holder) -> None:
     assert open_transfer(lease_id="none")[0] is grpc.StatusCode.NOT_FOUND
     assert open_transfer(extents=[])[0] is grpc.StatusCode.ABORTED
     assert open_transfer(fingerprint="other")[0] is grpc.StatusCode.FAILED_PRECONDITION
-    assert open_transfer(device_memory=True)[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert "metadata of 7 bytes" in open_transfer(device_memory=True)[1]
+    two = [mx_pb2.Extent(address=4096, device_id=index % 2) for index in range(len(holder.layout.extent_bytes))]
+    assert open_transfer(device_memory=True, extents=two)[0] is grpc.StatusCode.INVALID_ARGUMENT
     assert "one-sided" in open_transfer(operation=mx_pb2.OPERATION_READ)[1]
 
     def push(chunks: list[int]) -> tuple[grpc.StatusCode, str]:

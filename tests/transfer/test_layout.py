@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.agent_session import require_host_memory
+from mxcore.cuda_stream import Context
+from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
+from mxcore.transfer import device_memory
+from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.layout import Layout, LocalTensor, build_layout
 from mxserver.wire import mx_pb2
 from tests.transfer.memory import HostTensors, Spec, model_specs
@@ -141,11 +143,17 @@ def test_the_first_problems_are_named_and_the_rest_counted() -> None:
         build_layout("raw", [tensor(f"w{i}", 0) for i in range(8)])
 
 
-def test_device_memory_has_a_layout_and_cannot_be_moved_yet() -> None:
+def test_device_memory_has_a_layout_and_is_not_moved_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(index: int) -> Context:
+        raise CudaMissing("no usable CUDA driver (libcuda.so.1: not found)")
+
+    monkeypatch.setattr(device_memory, "context_of", missing)
+    device_memory.release_devices()
     _, placement = build_layout("raw", [tensor("w", 0x1000, device_type="cuda", device_index=1)])
     assert placement.device_indices == (1,)
-    with pytest.raises(LayoutUnsupported, match="cuda memory"):
-        require_host_memory(placement)
+    with pytest.raises(LayoutUnsupported, match=r"device 1: the CUDA driver failed.*Load from storage"):
+        require_movable(placement)
+    device_memory.release_devices()
 
 
 def test_the_same_address_on_two_devices_is_two_extents() -> None:

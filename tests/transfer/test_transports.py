@@ -151,3 +151,32 @@ def test_the_environment_of_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["UCX_TLS"] == "rc"
     for name in UCX_DEFAULTS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("tls", "fenceable", "serving"),
+    [
+        (None, "^cma,knem,xpmem,cuda_ipc", "all"),
+        ("tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy"),
+        ("tcp,cma,cuda_ipc,cuda_copy", "tcp,cuda_copy", "tcp,cma,cuda_ipc,cuda_copy"),
+        ("^tcp", "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp"),
+        ("^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc"),
+    ],
+)
+def test_device_memory_goes_by_ways_that_can_be_fenced(tls: str | None, fenceable: str, serving: str) -> None:
+    policy = UcxPolicy.from_environment("auto", {"UCX_TLS": tls} if tls else {})
+    assert policy.device_fenceable == fenceable
+    assert policy.serving_device == serving
+    assert policy.likely(same_host=True, device_memory=True) == fenceable
+
+
+@pytest.mark.parametrize("where", ["receiver", "holder"])
+def test_device_memory_is_written_or_read_over_rdma(where: str) -> None:
+    policy = UcxPolicy.from_environment("auto", {})
+    offer = mx_pb2.TransportOffer(same_host_read=True, device_memory=where == "holder")
+    route = choose_route(policy, offer, device_memory=where == "receiver")
+    assert (route.operation, route.transport, route.tls) == ("write", "tcp", "^cma,knem,xpmem,cuda_ipc")
+    rdma = UcxPolicy.from_environment("rdma", {})
+    offer = mx_pb2.TransportOffer(rdma_only=True, device_memory=where == "holder")
+    route = choose_route(rdma, offer, device_memory=where == "receiver")
+    assert (route.operation, route.transport, route.tls) == ("read", "rdma", "^tcp")

@@ -244,6 +244,7 @@ static int copy_now(char *to, const char *from, size_t bytes, void *handle, int 
     }
     if (failed == 0) {
         memmove(to, from, bytes);
+        to[bytes / 2] ^= flips_now() ? 4 : 0;
     }
     return failed;
 }
