@@ -8,7 +8,15 @@
     ├── StorageError          MX_STORAGE              reading a file failed
     │   ├── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
     │   ├── FileChanged       MX_FILE_CHANGED         the file was written to while it was read
-    │   └── ModeUnavailable   MX_READ_MODE            a way to read that was asked for does not work here
+    │   ├── ModeUnavailable   MX_READ_MODE            a way to read that was asked for does not work here
+    │   └── ObjectStoreError  MX_OBJECT_STORE         an object store gave no bytes, or not these
+    │       ├── ObjectMissing     MX_OBJECT_MISSING       no such bucket, prefix or object
+    │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are absent, wrong or too weak
+    │       ├── WrongRegion       MX_OBJECT_REGION        the bucket lies in another region
+    │       ├── StoreUnreachable  MX_OBJECT_ENDPOINT      no such endpoint, or none that speaks this protocol
+    │       ├── StoreTimeout      MX_OBJECT_TIMEOUT       no answer in time, or one that broke off, again and again
+    │       ├── ObjectTruncated   MX_OBJECT_TRUNCATED     fewer bytes than the listing promised
+    │       └── StreamerMissing   MX_STREAMER_MISSING     the packages for this kind of store are not installed
     ├── CheckpointError       MX_CHECKPOINT           the files are not one checkpoint
     ├── DestinationMismatch   MX_DESTINATION_MISMATCH a tensor does not fit where it is to go
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
@@ -88,6 +96,54 @@ class ModeUnavailable(StorageError):
     """A way to read that was asked for does not work here; the message says why."""
 
     code = "MX_READ_MODE"
+
+
+class ObjectStoreError(StorageError):
+    """An object store gave no bytes, or not these; the message names bucket, key and cause, and no credentials."""
+
+    code = "MX_OBJECT_STORE"
+
+
+class ObjectMissing(ObjectStoreError):
+    """There is no such bucket, nothing below the prefix, or no such object."""
+
+    code = "MX_OBJECT_MISSING"
+
+
+class ObjectDenied(ObjectStoreError):
+    """The store refuses these credentials, or there are none."""
+
+    code = "MX_OBJECT_DENIED"
+
+
+class WrongRegion(ObjectStoreError):
+    """The bucket lies in another region than the one that is set."""
+
+    code = "MX_OBJECT_REGION"
+
+
+class StoreUnreachable(ObjectStoreError):
+    """Nothing answers at the endpoint, or something that is no such store."""
+
+    code = "MX_OBJECT_ENDPOINT"
+
+
+class StoreTimeout(ObjectStoreError):
+    """The store did not answer in time, or broke off, as often as it was asked."""
+
+    code = "MX_OBJECT_TIMEOUT"
+
+
+class ObjectTruncated(ObjectStoreError):
+    """An object has fewer bytes than its listing promised, or was replaced while it was read."""
+
+    code = "MX_OBJECT_TRUNCATED"
+
+
+class StreamerMissing(ObjectStoreError):
+    """The packages that read this kind of store are not installed; the message has the extra that brings them."""
+
+    code = "MX_STREAMER_MISSING"
 
 
 class CheckpointError(MxError):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.safetensors_header import Header, read_header
 
-__all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_THREADS = 8  # it is latency that is shared
@@ -92,6 +92,16 @@ def _with_files(files: list[Path], weight_map: Mapping[str, str] | None, what: s
         raise CheckpointError(f"{what}: no *.safetensors there: is the download complete?")
     with ThreadPoolExecutor(min(_HEADER_THREADS, len(files))) as pool:
         headers = list(pool.map(read_header, files))
+    return assembled(files, headers, weight_map, what)
+
+
+def assembled(
+    files: Sequence[Path], headers: Sequence[Header], weight_map: Mapping[str, str] | None, what: str
+) -> Checkpoint:
+    """One checkpoint of files with these headers; `weight_map` is an index's, `what` names it all in errors.
+
+    Raises CheckpointError for a name that two files have, and for an index that names what the files do not have.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file, header in enumerate(headers):
         _add(tensors, file, files, header)
@@ -115,9 +125,15 @@ def _add(tensors: dict[str, TensorInfo], file: int, files: Sequence[Path], heade
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        document = json.loads(index.read_bytes())
+        return weight_map_of(index.read_bytes(), str(index))
     except OSError as error:
         raise StorageError(f"{index}: cannot be read: {error.strerror}", file=str(index)) from error
+
+
+def weight_map_of(data: bytes, index: str) -> dict[str, str]:
+    """The map from tensor names to file names of an index; raises CheckpointError for what is none."""
+    try:
+        document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: no JSON: {error}") from error
     weight_map = document.get("weight_map") if isinstance(document, dict) else None

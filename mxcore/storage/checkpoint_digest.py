@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mxcore.digest import xxh3_64
 from mxcore.errors import StorageError
@@ -16,7 +17,18 @@ from mxcore.host_buffer import HostBuffer
 from mxcore.range_reader import RangeReader, ReadRange
 from mxcore.safetensors_header import read_header
 
-__all__ = ["BLOCKS_PER_FILE", "BLOCK_BYTES", "checkpoint_digest"]
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = [
+    "BLOCKS_PER_FILE",
+    "BLOCK_BYTES",
+    "checkpoint_digest",
+    "digest_of_parts",
+    "file_part",
+    "index_part",
+    "sample",
+]
 
 BLOCK_BYTES = 4096
 BLOCKS_PER_FILE = 16
@@ -46,18 +58,31 @@ def checkpoint_digest(weight_files: Sequence[Path], index_file: Path | None) -> 
     names = [path.name for path in paths]
     if len(set(names)) != len(names):
         raise ValueError(f"two weight files have the same name: {sorted(names)}")
-    parts = [_FORMAT, _index_part(index_file)]
     reader = RangeReader(_READER_THREADS)
-    parts.extend(_file_part(reader, path) for path in paths)
-    text = "\0".join(parts)  # no name has a NUL
+    return digest_of_parts(_index_part(index_file), [_file_part(reader, path) for path in paths])
+
+
+def digest_of_parts(index: str, files: Sequence[str]) -> str:
+    """The digest, out of an `index_part` ("" without an index) and the `file_part`s sorted by name."""
+    text = "\0".join([_FORMAT, index, *files])  # no name has a NUL
     return f"{xxh3_64(text.encode('utf-8', 'surrogateescape')):016x}"
+
+
+def index_part(data: bytes) -> str:
+    """What an index file adds to the digest."""
+    return f"{xxh3_64(data):016x}"
+
+
+def file_part(name: str, size_bytes: int, data: Buffer) -> str:
+    """What a weight file adds: `data` is its header, then the blocks of `sample`."""
+    return f"{name}:{size_bytes}:{xxh3_64(data):016x}"
 
 
 def _index_part(index_file: Path | None) -> str:
     if index_file is None:
         return ""
     try:
-        return f"{xxh3_64(index_file.read_bytes()):016x}"
+        return index_part(index_file.read_bytes())
     except OSError as error:
         raise StorageError(f"{index_file}: cannot be read: {error.strerror}", file=str(index_file)) from error
 
@@ -68,7 +93,7 @@ def _file_part(reader: RangeReader, path: Path) -> str:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}", file=str(path)) from error
     data_offset = read_header(path).data_offset if path.name.endswith(".safetensors") else 0
-    ranges = [(0, data_offset), *_sample(data_offset, size_bytes)]
+    ranges = [(0, data_offset), *sample(data_offset, size_bytes)]
     total_bytes = sum(length for _, length in ranges)
     if not total_bytes:
         return f"{path.name}:0:"
@@ -78,10 +103,10 @@ def _file_part(reader: RangeReader, path: Path) -> str:
             reads.append(ReadRange(os.fspath(path), offset, length, at))
             at += length
         reader.read(reads)
-        return f"{path.name}:{size_bytes}:{xxh3_64(buffer):016x}"
+        return file_part(path.name, size_bytes, buffer)
 
 
-def _sample(begin: int, end: int) -> list[tuple[int, int]]:
+def sample(begin: int, end: int) -> list[tuple[int, int]]:
     """(offset, length) of the blocks of the data in [begin, end), in bytes of the file."""
     if end - begin <= BLOCK_BYTES * BLOCKS_PER_FILE:
         return [(begin, end - begin)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mxcore.errors import HostBufferBusy
 from mxcore.host_buffer import HostBuffer
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from mxcore.storage.load import LoadReport, read_rows
+from mxcore.storage.load import read_rows
 from mxcore.storage.memory_limit import MemoryBudget, budget
 from mxcore.storage.progress import Progress
 from mxcore.storage.read_plan import Row, merged
@@ -46,9 +47,10 @@ def stream(
     mode: str | None = None,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    read: Callable[[Sequence[Row]], object] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yields (name, tensor) in file order; `names` picks some. Two batches of `batch_bytes` are held: one is read while
-    the other is used; a larger tensor is a batch of its own.
+    the other is used; a larger tensor is a batch of its own. `read` fills a batch's memory instead of local files.
 
     A tensor lies in the ring, without a copy. Who keeps one keeps its batch's memory: that is left to it, and the ring
     gets new memory, so a kept tensor stays what it is. The ring counts against `memory`, which makes batches smaller;
@@ -62,7 +64,7 @@ def stream(
         raise KeyError(next(name for name in names if name not in checkpoint.tensors))
     batches = _batches(wanted, room)
     total_bytes = sum(info.size_bytes for info in wanted)
-    ring = _BatchRing(checkpoint, framework, mode, ceiling)
+    ring = _BatchRing(framework, ceiling, read or partial(read_rows, checkpoint.files, mode=mode, memory=ceiling))
     try:
         done_bytes = 0
         for number, batch in enumerate(batches):
@@ -116,15 +118,14 @@ def _rows(batch: _Batch, buffer: HostBuffer) -> list[Row]:
 class _BatchRing:
     """Two buffers in turn, and the thread that fills the next one."""
 
-    def __init__(self, checkpoint: Checkpoint, framework: Framework, mode: str | None, memory: MemoryBudget) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, framework: Framework, memory: MemoryBudget, read: Callable[[Sequence[Row]], object]) -> None:
         self._framework: Framework = framework
-        self._mode = mode
         self._memory = memory
+        self._read = read
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mx-stream")
         self._free: list[HostBuffer] = []
         self._used: HostBuffer | None = None
-        self._next: tuple[HostBuffer, Future[LoadReport]] | None = None
+        self._next: tuple[HostBuffer, Future[object]] | None = None
 
     def take(self, batch: _Batch, following: _Batch | None) -> TensorViews:
         """The batch, read; the following one is being read from now on."""
@@ -145,11 +146,10 @@ class _BatchRing:
         else:
             self._free.append(buffer)
 
-    def _start(self, batch: _Batch) -> tuple[HostBuffer, Future[LoadReport]]:
+    def _start(self, batch: _Batch) -> tuple[HostBuffer, Future[object]]:
         buffer = self._buffer(batch.size_bytes)
         rows = _rows(batch, buffer)
-        reading = self._reader.submit(read_rows, self._checkpoint.files, rows, mode=self._mode, memory=self._memory)
-        return buffer, reading
+        return buffer, self._reader.submit(self._read, rows)
 
     def _buffer(self, size_bytes: int) -> HostBuffer:
         while self._free:

@@ -1,25 +1,35 @@
-"""A TCP proxy that cuts connections, once or for good."""
+"""A TCP proxy that makes trouble: cuts connections, once or for good, delays requests, answers them itself, is slow."""
 
 from __future__ import annotations
 
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 
 class TcpProxy:
-    """Forwards to one address. `address` is where it listens; `answered_bytes` counts what came back through it."""
+    """Forwards to one address. `address` is where it listens; `answered_bytes` counts what came back through it.
 
-    def __init__(self, target: str) -> None:
+    `latency_seconds` passes before what a client sends goes on; `bytes_per_second`, where it is set, is the most that
+    each connection answers. Both may be changed at any time.
+    """
+
+    def __init__(self, target: str, *, latency_seconds: float = 0.0) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.answered_bytes = 0
+        self.latency_seconds = latency_seconds
+        self.bytes_per_second = 0.0
         self.cuts = 0
+        self.answered_itself = 0
+        self._own_answer = b""
+        self._own_answers = 0
         self._cut_at: int | None = None
         self._forever = False
         self._lock = threading.Lock()
@@ -30,6 +40,19 @@ class TcpProxy:
     def cut_after(self, answered_bytes: int, *, forever: bool = False) -> None:
         """Resets all connections once so many more bytes were answered; `forever`: later ones at once."""
         self._cut_at, self._forever = self.answered_bytes + answered_bytes, forever
+
+    def answer_next(self, answer: bytes, count: int) -> None:
+        """Answers the next requests itself, and closes their connections."""
+        with self._lock:
+            self._own_answer, self._own_answers = answer, count
+
+    def _answers_itself(self) -> bool:
+        with self._lock:
+            if not self._own_answers:
+                return False
+            self._own_answers -= 1
+            self.answered_itself += 1
+            return True
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -52,9 +75,20 @@ class TcpProxy:
                         self.cuts += 1
                         if not self._forever:
                             self._cut_at = None
-                        break
+                        self._reset()
+                        return
+                    if self.bytes_per_second:
+                        time.sleep(len(data) / self.bytes_per_second)
+                elif self._answers_itself():
+                    source.sendall(self._own_answer)
+                    break
+                elif self.latency_seconds:
+                    time.sleep(self.latency_seconds)
                 sink.sendall(data)
-        self._reset()
+        with self._lock:
+            for one in (source, sink):
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
 
     def _reset(self) -> None:
         with self._lock:

@@ -1,0 +1,229 @@
+"""Checkpoints that lie elsewhere: their headers, tensors through a bounded ring, their digest, their small files.
+
+What reads them is a `RemoteFolder`: an object store (`object_store`) or the server's model cache (`server_cache`).
+Ranges go straight into memory that exists; nothing touches the disk.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from mxcore.errors import CheckpointError
+from mxcore.host_buffer import HostBuffer
+from mxcore.safetensors_header import Header, parse_header
+from mxcore.storage.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
+from mxcore.storage.checkpoint_digest import digest_of_parts, file_part, index_part, sample
+from mxcore.storage.memory_limit import MemoryBudget
+from mxcore.storage.progress import Progress
+from mxcore.storage.read_plan import Row
+from mxcore.storage.stream import stream
+
+__all__ = [
+    "RemoteFile",
+    "RemoteFolder",
+    "RemoteRange",
+    "is_small",
+    "open_remote",
+    "pull_small_files",
+    "remote_digest",
+    "stream_remote",
+]
+
+HEAD_BYTES = 64 * 1024  # holds most headers: one round trip instead of two
+BATCH_BYTES = 256 * 1024 * 1024  # of one submission: long enough to hide a store's latency behind many ranges
+SMALL_FILE_BYTES = 256 * 1024 * 1024  # the largest file that is no weights: tokenizers reach 30 MB
+_PRIMARY = ("consolidated*.safetensors", "*.safetensors")  # as vLLM's default loader looks
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tensors", "*.ckpt")
+
+
+class RemoteFile(NamedTuple):
+    """A file below a remote folder. `version` changes with its content (an ETag, a digest); "" where unknown."""
+
+    path: str
+    size_bytes: int
+    version: str
+
+
+class RemoteRange(NamedTuple):
+    """`length` bytes of a file from `offset` on, and the address of the memory that they go to."""
+
+    path: str
+    offset: int
+    length: int
+    address: int
+
+
+class RemoteFolder(Protocol):
+    """Files that are read by ranges. Thread-safe. All calls raise MxError with the place, the file and the cause."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: without credentials."""
+
+    @property
+    def files(self) -> Sequence[RemoteFile]:
+        """All files below, sorted by path, as they were when it was opened."""
+
+    def whole(self, path: str) -> bytes:
+        """A small file."""
+
+    def read_into(self, ranges: Sequence[RemoteRange]) -> None:
+        """Returns when all bytes are there. After an error nothing arrives in that memory any more."""
+
+    def check_unchanged(self) -> None:
+        """Raises when a file is another one than when the folder was opened."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+def is_small(path: str) -> bool:
+    """Whether a file is one that the engine wants beside the weights: configuration, tokenizer, code."""
+    name = path.rsplit("/", 1)[-1]
+    return not any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _WEIGHTS)
+
+
+def open_remote(folder: RemoteFolder) -> Checkpoint:
+    """Reads the headers of the checkpoint's safetensors files; its `files` are paths below `folder`.
+
+    Raises CheckpointError where there are none or the index does not fit, a SafetensorsError for a broken header, and
+    what the folder raises.
+    """
+    weight_files, weight_map = _weight_files(folder)
+    headers = _headers(folder, weight_files)
+    return assembled([Path(file.path) for file in weight_files], headers, weight_map, folder.name)
+
+
+def _weight_files(folder: RemoteFolder) -> tuple[list[RemoteFile], dict[str, str] | None]:
+    """The top folder's shards as its index lists them; without an index, all that there are."""
+    top = {file.path: file for file in folder.files if "/" not in file.path}
+    index = _index(folder)
+    if index is not None:
+        weight_map = weight_map_of(folder.whole(index), f"{folder.name}/{index}")
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if name not in top]:
+            raise CheckpointError(f"{folder.name}: {index} lists {absent[0]}, which is not there")
+        return [top[name] for name in names], weight_map
+    for pattern in _PRIMARY:
+        found = [file for path, file in sorted(top.items()) if fnmatch.fnmatch(path, pattern)]
+        if found:
+            return found, None
+    raise CheckpointError(f"{folder.name}: no *.safetensors there: is it a model's folder?")
+
+
+def _index(folder: RemoteFolder) -> str | None:
+    names = {file.path for file in folder.files}
+    return next((n for n in (f"model{INDEX_SUFFIX}", f"consolidated{INDEX_SUFFIX}") if n in names), None)
+
+
+def _headers(folder: RemoteFolder, files: Sequence[RemoteFile]) -> list[Header]:
+    firsts = [min(file.size_bytes, HEAD_BYTES) for file in files]
+    heads = _read(folder, [[(file.path, 0, first)] for file, first in zip(files, firsts, strict=True)])
+    longer: dict[int, int] = {}
+    for place, (file, head) in enumerate(zip(files, heads, strict=True)):
+        wanted = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < wanted <= min(file.size_bytes, 100_000_008):  # anything else is for the parser to refuse
+            longer[place] = wanted
+    rest = _read(folder, [[(files[p].path, firsts[p], wanted - firsts[p])] for p, wanted in longer.items()])
+    for place, more in zip(longer, rest, strict=True):
+        heads[place] += more
+    return [
+        parse_header(head, file.size_bytes, file=f"{folder.name}/{file.path}")
+        for file, head in zip(files, heads, strict=True)
+    ]
+
+
+def _read(folder: RemoteFolder, groups: Sequence[Sequence[tuple[str, int, int]]]) -> list[bytes]:
+    """The bytes of groups of (path, offset, length), each group's put together; all in one submission."""
+    total_bytes = sum(length for group in groups for _, _, length in group)
+    if not total_bytes:
+        return [b"" for _ in groups]
+    with HostBuffer(total_bytes, huge_pages=False) as buffer:
+        ranges, at = [], buffer.address
+        for path, offset, length in (part for group in groups for part in group):
+            if length:
+                ranges.append(RemoteRange(path, offset, length, at))
+            at += length
+        folder.read_into(ranges)
+        with memoryview(buffer) as view:
+            made, begin = [], 0
+            for group in groups:
+                end = begin + sum(length for _, _, length in group)
+                made.append(bytes(view[begin:end]))
+                begin = end
+        return made
+
+
+def remote_digest(folder: RemoteFolder) -> str:
+    """What `checkpoint_digest` gives for the same files in a local folder: workers of either kind meet.
+
+    Reads the headers and 16 blocks of 4096 bytes of each file. Raises as `open_remote`.
+    """
+    weight_files, _ = _weight_files(folder)
+    index = _index(folder)
+    headers = _headers(folder, weight_files)
+    groups = [
+        [
+            (file.path, offset, length)
+            for offset, length in ((0, header.data_offset), *sample(header.data_offset, file.size_bytes))
+        ]
+        for file, header in zip(weight_files, headers, strict=True)
+    ]
+    parts = [
+        file_part(file.path, file.size_bytes, data)
+        for file, data in zip(weight_files, _read(folder, groups), strict=True)
+    ]
+    return digest_of_parts(index_part(folder.whole(index)) if index else "", parts)
+
+
+def stream_remote(
+    folder: RemoteFolder,
+    checkpoint: Checkpoint,
+    names: Collection[str] | None = None,
+    *,
+    read: Callable[[Sequence[RemoteRange]], None] | None = None,
+    batch_bytes: int = BATCH_BYTES,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, torch tensor) in file order, through two buffers of at most `batch_bytes`; see `stream`.
+
+    `read` reads instead of the folder itself (`shared_reads`). At the end the folder is asked whether it is the same.
+    """
+    paths = [str(file) for file in checkpoint.files]
+    into = read or folder.read_into
+
+    def read_rows(rows: Sequence[Row]) -> None:
+        into([RemoteRange(paths[row[0]], row[1], row[2], row[5]) for row in rows])
+
+    yield from stream(checkpoint, names, batch_bytes=batch_bytes, progress=progress, memory=memory, read=read_rows)
+    folder.check_unchanged()
+
+
+def pull_small_files(folder: RemoteFolder, to: Path) -> int:
+    """Brings configuration, tokenizer and code into a local folder; returns how many files.
+
+    A file has its name only once it is whole. Raises what the folder raises, and OSError.
+    """
+    from mxserver.wire.relative_path import path_problem
+
+    count = 0
+    for file in folder.files:
+        if not is_small(file.path) or file.size_bytes > SMALL_FILE_BYTES or file.path.endswith(INDEX_SUFFIX):
+            continue
+        if problem := path_problem(file.path):
+            raise CheckpointError(f"{folder.name} has {file.path[:200]!r}, which is refused: {problem}")
+        place = to / file.path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(folder.whole(file.path))
+            beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
+        count += 1
+    return count
