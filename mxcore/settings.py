@@ -59,6 +59,7 @@ class WorkerSettings(BaseModel):
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
+    model_uri: str = Field("", alias="MX_MODEL_URI")
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
 
     @field_validator("server_address")

@@ -62,6 +62,35 @@ def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:
     return dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config={})
 
 
+def before_configuring(prepare: Callable[[Any], None], offline: Callable[[Any, Any], None]) -> None:
+    """Calls `prepare(arguments)` before vLLM makes a configuration of its arguments, and `offline(model, revision)`
+    before it replaces a model's name by its place in the hub's cache. Once a process; without the names, nothing.
+    """
+    from vllm.engine import arg_utils
+
+    for name in ("create_engine_config", "create_model_config"):
+        theirs = getattr(arg_utils.EngineArgs, name, None)
+        if theirs is None or hasattr(theirs, "theirs"):
+            continue
+
+        def made(self: Any, *args: Any, theirs: Callable[..., Any] = theirs, **kwargs: Any) -> Any:
+            prepare(self)
+            return theirs(self, *args, **kwargs)
+
+        functools.update_wrapper(made, theirs)
+        made.theirs = theirs  # type: ignore[attr-defined]
+        setattr(arg_utils.EngineArgs, name, made)
+    found = getattr(arg_utils, "get_model_path", None)
+    if found is not None and not hasattr(found, "theirs"):
+
+        def place(model: Any, revision: Any = None) -> Any:
+            offline(model, revision)
+            return found(model, revision)
+
+        place.theirs = found  # type: ignore[attr-defined]
+        arg_utils.get_model_path = place
+
+
 _READING = threading.local()
 
 
@@ -106,6 +135,15 @@ def wanted_names(checkpoint: Mapping[str, Any], args: tuple[Any, ...], kwargs: M
 def is_first_rank() -> bool:
     """Whether this process is the one that shows progress."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def ranks_here(vllm_config: VllmConfig) -> int:
+    """How many workers of this engine run on this node, data parallelism aside."""
+    parallel = vllm_config.parallel_config
+    try:
+        return int(parallel.local_world_size)
+    except AttributeError:  # before vLLM had engines over several nodes without Ray
+        return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
 
 
 def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:

@@ -33,11 +33,17 @@ _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def source_identity(
-    vllm_config: VllmConfig, model_config: ModelConfig, kind: str, checkpoint: Checkpoint, revision: str = ""
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    kind: str,
+    checkpoint: Checkpoint,
+    revision: str = "",
+    known_digest: str | None = None,
 ) -> p2p_pb2.SourceIdentity:
     """The identity; `kind` is "processed" or "raw", `revision` what the settings say where the engine names none.
 
-    Without weight files `extra_parameters["checkpoint"]` is empty. Raises MxError when a weight file is malformed.
+    `known_digest` is that of weights which come from elsewhere; it is taken instead of that of the files.
+    Without either `extra_parameters["checkpoint"]` is empty. Raises MxError when a weight file is malformed.
     """
     parallel = vllm_config.parallel_config
     return p2p_pb2.SourceIdentity(
@@ -53,8 +59,8 @@ def source_identity(
         extra_parameters={
             "layout": kind,
             "checkpoint": checkpoint_digest(checkpoint.weight_files, checkpoint.index_file)
-            if checkpoint.weight_files
-            else "",
+            if known_digest is None
+            else known_digest,
             "config": digest(model_settings(model_config)),
             "engine": digest(engine_settings(vllm_config, os.environ)) if kind == "processed" else "",
         },

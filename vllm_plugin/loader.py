@@ -10,6 +10,7 @@ environment), and `report_path`: a file to which the load's report is written as
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_plugin import compat
+
+OUR_FORMATS = ("mx", "mx-source", "mx-target")
 
 _log = logging.getLogger("vllm.modelexpress")
 
@@ -59,3 +62,19 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         from vllm_plugin.serving import leave
 
         leave("its weights are loaded anew")
+
+
+def prepare(arguments: Any) -> None:
+    """Before vLLM makes a configuration of its arguments: see `vllm_plugin.small_files`."""
+    if getattr(arguments, "load_format", None) in OUR_FORMATS:
+        from vllm_plugin import small_files
+
+        small_files.prepare(arguments, OUR_FORMATS)
+
+
+def prepare_offline(model: Any, revision: Any) -> None:
+    """Before vLLM looks for a model in the hub's cache alone."""
+    if os.environ.get("MX_MODEL_URI") or os.environ.get("MODEL_EXPRESS_NO_SHARED_STORAGE"):
+        from vllm_plugin import small_files
+
+        small_files.prepare_offline(model, revision)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -30,8 +30,9 @@ from vllm_plugin import compat, serving
 from vllm_plugin.checkpoint import find_checkpoint
 from vllm_plugin.identity import source_identity, worker_rank
 from vllm_plugin.last_will import Record
-from vllm_plugin.report import LoadReport
+from vllm_plugin.report import LoadReport, StoredPath
 from vllm_plugin.rungs import made_rungs
+from vllm_plugin.uri_rung import UriPlace
 from vllm_plugin.weights import Kind, Weights
 
 T = TypeVar("T")
@@ -72,6 +73,9 @@ class Load:
         self.cannot_receive = ""  # why no worker can help, whoever it is
         self.received: ReceiveReport | None = None
         self.weights: Weights | None = None  # what can be offered
+        self.uri: UriPlace | None = None
+        self.checkpoint_digest: str | None = None  # of what was loaded; None: of the engine's own files
+        self._at_end = ExitStack()
 
     def run(self) -> nn.Module:
         started = time.monotonic()
@@ -86,6 +90,7 @@ class Load:
             raise
         finally:
             self.report.paths = [step.as_json() for step in ladder.steps]
+            self.attempt("closing what was read from", self._at_end.close)
         self.attempt("serving", self.serve)
         self.report.load_seconds = round(time.monotonic() - started, 3)
         _log.info("%s", self.report.line())
@@ -122,6 +127,9 @@ class Load:
         extra = dict(self.load_config.model_loader_extra_config or {})
         self.report_path = str(extra.pop("report_path", ""))
         self.settings = load_settings(extra)
+        if self.settings.model_uri:
+            self.uri = UriPlace(self.settings.model_uri)
+            self.on_end(self.uri.close)
         self.report.layout = self.kind
         self.report.rank = worker_rank(self.vllm_config)
         if self.settings.server_address is None:
@@ -132,7 +140,7 @@ class Load:
                 "set MODEL_EXPRESS_URL=host:port to take weights from other workers and to offer them"
             )
             return
-        identity = self.identity()
+        identity = self.identity(self.attempt("looking at MX_MODEL_URI", self.uri.digest) if self.uri else None)
         self.any_checkpoint = not identity.extra_parameters["checkpoint"]
         membership = Membership(self.settings, identity, self.report.rank, compat.accelerator())
         try:
@@ -151,10 +159,35 @@ class Load:
             return self.settings.layout
         return "processed" if compat.processed_weights_can_move() else "raw"
 
-    def identity(self) -> p2p_pb2.SourceIdentity:
-        """What this worker's weights are, by the files that are here now."""
+    def identity(self, digest: str | None = None) -> p2p_pb2.SourceIdentity:
+        """What this worker's weights are: by the checkpoint's digest, or else by the engine's files, as they are."""
         checkpoint = find_checkpoint(self.model_config.model, self.model_config.revision, self.load_config.download_dir)
-        return source_identity(self.vllm_config, self.model_config, self.kind, checkpoint, self.settings.model_revision)
+        return source_identity(
+            self.vllm_config, self.model_config, self.kind, checkpoint, self.settings.model_revision, digest
+        )
+
+    def on_end(self, function: Callable[[], None]) -> None:
+        """To be called when the rungs are through, in reverse order."""
+        self._at_end.callback(function)
+
+    def collecting(self, weights: Weights) -> Callable[[nn.Module], None]:
+        """For loaders from storage: looks at a model right after its weights were read, if they can be offered."""
+
+        def loaded(model: nn.Module) -> None:
+            if self.membership is not None:
+                self.attempt(f"collecting {self.kind} weights", lambda: weights.loaded(model))
+
+        return loaded
+
+    def tell_stored(self, path: StoredPath, weights: Weights, model: nn.Module, seconds: float) -> None:
+        """A load from storage has succeeded."""
+        self.report.path = path
+        self.report.seconds = round(seconds, 6)
+        if self.membership is None:
+            return
+        self.attempt(f"collecting {self.kind} weights", lambda: self.keep(weights, model))
+        self.report.tensors = len(weights.found.tensors)
+        self.report.bytes = weights.layout.total_bytes if weights.layout else 0
 
     def keep(self, weights: Weights, model: nn.Module) -> None:
         """The model's weights may be offered. Raises LayoutUnsupported when these cannot be."""
@@ -187,10 +220,16 @@ class Load:
                 membership.close()
 
     def under_own_name(self, membership: Membership) -> Membership:
-        """The membership to serve in: another one when the load itself brought the checkpoint to this machine."""
-        if self.received is not None or membership.identity.extra_parameters["checkpoint"]:
+        """The membership to serve in: another one when what was loaded is not what this worker joined with."""
+        if self.received is not None:
             return membership
-        self.membership = Membership(self.settings, self.identity(), self.report.rank, compat.accelerator())
+        known = membership.identity.extra_parameters["checkpoint"]
+        if self.checkpoint_digest == known or (self.checkpoint_digest is None and known and self.uri is None):
+            return membership
+        identity = self.identity(self.checkpoint_digest)
+        if identity == membership.identity:
+            return membership
+        self.membership = Membership(self.settings, identity, self.report.rank, compat.accelerator())
         self.membership.take_over_turn(membership)
         membership.close()
         self.membership.join()

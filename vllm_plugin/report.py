@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from mxcore.transfer.receiver import ReceiveReport
 
+StoredPath = Literal["uri", "cache", "storage"]
+
 
 @dataclass
 class LoadReport:

@@ -21,6 +21,7 @@ from mxserver.wire import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.missing_chunks import fill_missing
 from vllm_plugin.storage_loader import StorageLoader
+from vllm_plugin.uri_rung import UriRung
 from vllm_plugin.weights import FromPeer, FromStorage, Weights
 
 if TYPE_CHECKING:
@@ -175,20 +176,11 @@ class EngineRung:
             if load.membership is None:
                 loader = StorageLoader(load.load_config, load.settings)
             else:
-                loader = FromStorage(
-                    load.load_config,
-                    load.settings,
-                    lambda model: load.attempt(f"collecting {load.kind} weights", lambda: weights.loaded(model)),
-                    way,
-                )
+                loader = FromStorage(load.load_config, load.settings, load.collecting(weights), way)
             model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
-        load.report.path = "storage"
-        load.report.seconds = round(time.monotonic() - started, 6)
-        if isinstance(loader, FromStorage):
-            load.report.seconds = loader.seconds
-            load.attempt(f"collecting {load.kind} weights", lambda: load.keep(weights, model))
-            load.report.tensors = len(weights.found.tensors)
-            load.report.bytes = weights.layout.total_bytes if weights.layout else 0
+        seconds = loader.seconds if isinstance(loader, FromStorage) else time.monotonic() - started
+        load.checkpoint_digest = None
+        load.tell_stored("storage", weights, model, seconds)
         return model
 
     def undo(self) -> None:
@@ -197,7 +189,12 @@ class EngineRung:
         self._load.report.forget()
 
 
-_MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {"p2p": PeerRung, "fleet": FleetRung, "engine": EngineRung}
+_MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {
+    "p2p": PeerRung,
+    "fleet": FleetRung,
+    "uri": UriRung,
+    "engine": EngineRung,
+}
 
 
 def made_rungs(load: Load, names: Sequence[str]) -> list[Rung[nn.Module]]:

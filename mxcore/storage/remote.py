@@ -23,6 +23,7 @@ from mxcore.storage.read_plan import Row
 from mxcore.storage.stream import stream
 
 __all__ = [
+    "BATCH_BYTES",
     "RemoteFile",
     "RemoteFolder",
     "RemoteRange",

@@ -96,12 +96,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_READ_MODE", "worker", "how files are read: auto, buffered, mapped, direct or uring"),
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
+    Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     # Names of the protocol that existing images set and that this version does not read.
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "model files come from the server over gRPC", has_effect=False
     ),
-    Variable("MX_MODEL_URI", "worker", "where the first worker streams safetensors from", has_effect=False),
     Variable("MX_METADATA_PORT", "worker", "port of NIXL's own metadata exchange", has_effect=False),
     Variable("MODEL_NAME", "worker", "model of the split loaders", has_effect=False),
     Variable("MX_EXPECTED_WORKERS", "worker", "workers that the split loaders wait for", has_effect=False),

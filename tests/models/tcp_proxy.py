@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -32,13 +33,19 @@ class TcpProxy:
         self._own_answers = 0
         self._cut_at: int | None = None
         self._forever = False
+        self._meanwhile: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
-    def cut_after(self, answered_bytes: int, *, forever: bool = False) -> None:
-        """Resets all connections once so many more bytes were answered; `forever`: later ones at once."""
+    def cut_after(
+        self, answered_bytes: int, *, forever: bool = False, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Resets all connections once so many more bytes were answered; `forever`: later ones at once. Before that
+        `meanwhile` is called.
+        """
+        self._meanwhile = meanwhile
         self._cut_at, self._forever = self.answered_bytes + answered_bytes, forever
 
     def answer_next(self, answer: bytes, count: int) -> None:
@@ -75,6 +82,7 @@ class TcpProxy:
                         self.cuts += 1
                         if not self._forever:
                             self._cut_at = None
+                        self._meanwhile()
                         self._reset()
                         return
                     if self.bytes_per_second:

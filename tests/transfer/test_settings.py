@@ -53,6 +53,7 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_HOST_MEMORY_LIMIT": "8GiB",
             "MX_MODEL_REVISION": "abc",
             "MX_LOAD_PATHS": "engine",
+            "MX_MODEL_URI": "s3://models/m",
         },
     )
     assert settings.model_dump() == {

@@ -162,8 +162,19 @@ def _parameters(signature: Any) -> list[str]:
     return names
 
 
+def setenv(command: dict[str, Any]) -> dict[str, Any]:
+    """Changes this process' environment; None unsets."""
+    for name, value in command["environ"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return {}
+
+
 COMMANDS = {
-    function.__name__: function for function in (load, plain_linear, hiding, corrupt, leave, live, identity, interface)
+    function.__name__: function
+    for function in (load, setenv, plain_linear, hiding, corrupt, leave, live, identity, interface)
 }
 
 

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Loaded:
 class EngineHost:
     """One process for engines. Not thread-safe. End it with `close`."""
 
-    def __init__(self, name: str, folder: Path, server: str | None) -> None:
+    def __init__(self, name: str, folder: Path, server: str | None, environ: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.folder = folder
         self.server = server
@@ -39,7 +40,7 @@ class EngineHost:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.vllm.engine_host"],
             cwd=Path(__file__).parents[2],
-            env={**clean_environment(), **ENGINE_ENVIRONMENT, **cache},
+            env={**clean_environment(), **ENGINE_ENVIRONMENT, **cache, **(environ or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log_file,
@@ -60,7 +61,9 @@ class EngineHost:
         assert answer["ok"], f"{command}: {answer['error']}\n{self.log.read_text(errors='replace')[-6000:]}"
         return answer
 
-    def load(self, model: Path, load_format: str = "mx", extra: dict[str, Any] | None = None, **options: Any) -> Loaded:
+    def load(
+        self, model: Path | str, load_format: str = "mx", extra: dict[str, Any] | None = None, **options: Any
+    ) -> Loaded:
         """Starts an engine, asks it, ends it; `extra` goes into the loader's extra configuration."""
         report = self.folder / f"{self.name}-{self._loads}.json"
         self._loads += 1

@@ -1,0 +1,147 @@
+"""Real engines whose weights come from an S3 server and from the server's cache: the same answers every time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.demo.models import weight_files
+from tests.models.tcp_proxy import TcpProxy
+from tests.object_store.s3_server import SECRET, S3Server, environment
+from tests.vllm.conftest import References
+from tests.vllm.engines import EngineHost
+
+URI = "s3://models/llama"
+
+
+@pytest.fixture(scope="module")
+def bucket(model_paths: dict[str, Path], folder: Path) -> Path:
+    """The folder of buckets: a model in one file, and one in shards; a test changes an object and puts it back."""
+    root = folder / "s3"
+    for name in ("llama", "qwen3"):
+        shutil.copytree(model_paths[name], root / "models" / name)
+        (root / "models" / name / "ready").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def s3(bucket: Path) -> Iterator[S3Server]:
+    with S3Server(bucket) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def proxy(s3: S3Server) -> Iterator[TcpProxy]:
+    with TcpProxy(s3.address) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def _stored_host(folder: Path, server: str, proxy: TcpProxy) -> Iterator[EngineHost]:
+    home = {"HF_HOME": str(folder / "hf-home"), **environment(proxy.address)}
+    host = EngineHost("stored", folder, server, home)
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def stored(_stored_host: EngineHost) -> Iterator[EngineHost]:
+    """The process of workers that reach the store; what they serve ends with the test."""
+    yield _stored_host
+    _stored_host.ask("leave")
+
+
+@pytest.fixture(scope="module")
+def without_weights(model_paths: dict[str, Path], folder: Path) -> Path:
+    """Configuration and tokenizer alone."""
+    small = folder / "models" / "llama-small"
+    shutil.copytree(model_paths["llama"], small, ignore=lambda path, names: [n for n in names if ".safetensors" in n])
+    return small
+
+
+def outcomes(report: dict[str, Any]) -> dict[str, str]:
+    return {step["rung"]: step["outcome"] for step in report["paths"]}
+
+
+def test_from_s3_and_the_next_one_from_that_worker_with_s3_gone(
+    stored: EngineHost,
+    target: EngineHost,
+    references: References,
+    model_paths: dict[str, Path],
+    without_weights: Path,
+    s3: S3Server,
+    folder: Path,
+) -> None:
+    expected = references.of(model_paths["llama"])
+    first = stored.load(without_weights, extra={"model_uri": URI})
+    s3.close()
+    try:
+        second = target.load(without_weights, extra={"model_uri": URI})
+    finally:
+        s3.start()
+
+    assert first.answers == second.answers == expected
+    assert (first.report["path"], first.report["serving"], first.report["fallbacks"]) == ("uri", True, [])
+    assert outcomes(first.report) == {"p2p": "skipped", "fleet": "skipped", "uri": "loaded"}
+    assert f"load path uri (MX_MODEL_URI): taken: {URI}" in first.log
+    assert first.report["bytes"] > 0
+    assert second.report["path"] == "p2p"
+    assert second.report["source_worker"] == first.report["worker_id"]
+    written = [*(folder.glob("*.log")), *folder.glob("*.json"), *folder.glob("server.sqlite3*")]
+    written += [path for path in (folder / "logs").rglob("*") if path.is_file()]
+    assert any(path.name == "server.sqlite3" for path in written)
+    assert not [path.name for path in written if SECRET.encode() in path.read_bytes()]
+
+
+def test_the_model_itself_is_a_uri(stored: EngineHost, references: References, model_paths: dict[str, Path]) -> None:
+    """vLLM refuses a model in a bucket for formats that it does not know: it finds a folder, and we the bucket."""
+    loaded = stored.load(URI)
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert loaded.report["path"] == "uri"
+
+
+def test_a_name_of_the_hub_with_the_files_of_the_store(
+    stored: EngineHost, references: References, model_paths: dict[str, Path], folder: Path
+) -> None:
+    """Offline, and with a hub's cache that has nothing: configuration and tokenizer come from the bucket."""
+    stored.ask("setenv", environ={"MX_MODEL_URI": URI})
+    try:
+        loaded = stored.load("org/from-the-store")
+    finally:
+        stored.ask("setenv", environ={"MX_MODEL_URI": None})
+    assert loaded.answers == references.of(model_paths["llama"])
+    assert loaded.report["path"] == "uri"
+    assert not list((folder / "hf-home").rglob("*.safetensors"))
+
+
+def test_an_object_truncated_in_the_middle_of_a_load_leaves_nothing_behind(
+    stored: EngineHost, references: References, model_paths: dict[str, Path], bucket: Path, proxy: TcpProxy
+) -> None:
+    """Shards before it are in the model already; the next rung's answers are right all the same."""
+    shards = [path for path in weight_files(bucket / "models" / "qwen3") if path.suffix == ".safetensors"]
+    last, whole = shards[-1], shards[-1].read_bytes()
+    assert len(shards) > 3
+    total = sum(path.stat().st_size for path in shards)
+
+    def truncate() -> None:
+        with last.open("r+b") as file:
+            file.truncate(len(whole) // 2)
+
+    proxy.cut_after(total // 2, meanwhile=truncate)
+    try:
+        loaded = stored.load(model_paths["qwen3"], extra={"model_uri": "s3://models/qwen3"})
+    finally:
+        last.write_bytes(whole)
+
+    assert proxy.cuts == 1
+    assert loaded.answers == references.of(model_paths["qwen3"])
+    assert loaded.report["path"] == "storage"
+    assert outcomes(loaded.report)["uri"] == "failed"
+    (fallback,) = loaded.report["fallbacks"]
+    assert f"key 'qwen3/{last.name}'" in fallback
+    assert "MX_OBJECT_TRUNCATED" in fallback
+    assert loaded.report["serving"]
