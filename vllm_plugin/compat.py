@@ -1,8 +1,8 @@
 """Where vLLM's versions differ, and what of vLLM this package touches beside its loader interface.
 
-Everything version-dependent is here and nowhere else. Run with vLLM 0.32; for 0.10 to 0.33 the shapes of what is touched
-are recorded from each version's sources (tests/plugin/vllm_interface.json). Versions are met by looking, never by
-comparing numbers.
+Everything version-dependent is here and nowhere else. Run with vLLM 0.32; for 0.10 to 0.33 the shapes of what is
+touched are recorded from each version's sources (tests/plugin/vllm_interface.json). Versions are met by looking, never
+by comparing numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import inspect
 import logging
 import threading
@@ -64,12 +65,15 @@ def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:
 
 def before_configuring(prepare: Callable[[Any], None], offline: Callable[[Any, Any], None]) -> None:
     """Calls `prepare(arguments)` before vLLM makes a configuration of its arguments, and `offline(model, revision)`
-    before it replaces a model's name by its place in the hub's cache. Once a process; without the names, nothing.
+    before it replaces a model's name by its place in the hub's cache. Idempotent; in a version that lacks one of these
+    names (0.32 was tried), that call is not made.
     """
-    from vllm.engine import arg_utils
-
+    try:
+        arg_utils = importlib.import_module("vllm.engine.arg_utils")
+    except ImportError:
+        return
     for name in ("create_engine_config", "create_model_config"):
-        theirs = getattr(arg_utils.EngineArgs, name, None)
+        theirs = getattr(getattr(arg_utils, "EngineArgs", None), name, None)
         if theirs is None or hasattr(theirs, "theirs"):
             continue
 
@@ -88,7 +92,7 @@ def before_configuring(prepare: Callable[[Any], None], offline: Callable[[Any, A
             return found(model, revision)
 
         place.theirs = found  # type: ignore[attr-defined]
-        arg_utils.get_model_path = place
+        setattr(arg_utils, "get_model_path", place)  # noqa: B010 - a module has no such attribute for mypy
 
 
 _READING = threading.local()

@@ -115,6 +115,7 @@ class PeerRung:
             return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
         except ChunksMissing as error:
             readable = load.kind == "raw" and not load.any_checkpoint and load.settings.storage_reader != "engine"
+            readable = readable and load.uri is None  # the digest is that of files elsewhere
             if error.partial is None or loader is None or loader.model is None or not readable:
                 raise
             load.report.fallbacks.append(f"{self.name}, the rest from storage: {error}")

@@ -76,6 +76,7 @@ def test_everything_comes_from_the_environment() -> None:
         "host_memory_limit": "8GiB",
         "model_revision": "abc",
         "load_paths": ("engine",),
+        "model_uri": "s3://models/m",
     }
 
 

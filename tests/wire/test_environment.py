@@ -87,17 +87,17 @@ def test_setting_is_stripped_and_empty_is_unset() -> None:
 
 
 def test_names_of_later_versions_are_known_and_said_to_have_no_effect() -> None:
-    environ = {"REDIS_URL": "redis://r", "MX_MODEL_URI": "s3://b", "MX_METADATA_PORT": "1", "MX_EXPECTED_WORKERS": ""}
+    environ = {"REDIS_URL": "redis://r", "MX_CONTIGUOUS_REG": "1", "MX_METADATA_PORT": "1", "MX_EXPECTED_WORKERS": ""}
     assert misspelt(environ) == []
     assert without_effect(environ, "server") == []
-    assert [v.name for v in without_effect(environ, "worker")] == ["MX_MODEL_URI", "MX_METADATA_PORT"]
+    assert [v.name for v in without_effect(environ, "worker")] == ["MX_METADATA_PORT", "MX_CONTIGUOUS_REG"]
 
 
 def test_warnings_are_one_line_a_name() -> None:
-    lines = environment.warnings_for({"MX_LAYUOT": "raw", "MX_MODEL_URI": "s3://b"}, "worker")
+    lines = environment.warnings_for({"MX_LAYUOT": "raw", "MX_METADATA_PORT": "1"}, "worker")
     assert lines == [
         "MX_LAYUOT is no setting; the nearest one is MX_LAYOUT",
-        "MX_MODEL_URI (where the first worker streams safetensors from) has no effect in this version",
+        "MX_METADATA_PORT (port of NIXL's own metadata exchange) has no effect in this version",
     ]
 
 
