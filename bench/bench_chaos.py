@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from bench.chaos.failover import kill_at_half
+from bench.chaos.failover import kill_at_half, stop_at_half
 from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import flip_bytes
 from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
@@ -57,7 +57,9 @@ def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random
 )
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*FAULTS, *CUTS]), help="Default: all.")
 @click.option("--flips", default=10_000, show_default=True, help="How many bytes are flipped, one in a chunk.")
-@click.option("--failover/--no-failover", default=True, show_default=True, help="Kill a source at half, and measure.")
+@click.option(
+    "--failover/--no-failover", default=True, show_default=True, help="Kill or stop a source at half, and measure."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     runs: int,
@@ -84,6 +86,9 @@ def command(
         at_half = kill_at_half("tcp", FAILOVER_REPEATS)
         figures["killed_at_half_resent_ratio"] = round(at_half.resent_ratio, 4)
         figures["killed_at_half_seconds_on_top"] = round(at_half.seconds_on_top, 2)
+        stops = {transport: stop_at_half(transport) for transport in ("tcp", "same-host")}
+        figures["stopped_source_noticed_seconds"] = round(max(stops.values()), 2)
+        figures["max_notice_seconds"] = round(max(figures["max_notice_seconds"], *stops.values()), 2)
     if flips:
         flipped = flip_bytes(flips, seed)
         figures["flipped_bytes"], figures["flipped_bytes_caught"] = flipped.made, flipped.caught

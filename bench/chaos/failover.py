@@ -1,7 +1,8 @@
-"""A source killed when half of the model is there: what comes twice, and what it costs in time."""
+"""A source killed or stopped when half of the model is there: what comes twice, what it costs, when it is noticed."""
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from bench.fleet import Fleet, FleetError, Process
 
 MODEL_BYTES = 192 << 20
 RATE = 48 << 20  # bytes a second of a source
+LONGEST_SECONDS = 120.0
 TASK = {
     "model": "bench/failover",
     "content": 5,
@@ -31,7 +33,7 @@ class Failover:
 def kill_at_half(transport: str, repeats: int) -> Failover:
     """The worst of some repeats."""
     with Fleet() as fleet:
-        stays = _seed(fleet, transport)
+        _seed(fleet, transport)
         target = fleet.add({**TASK, "role": "receiver"}, transport=transport)
         target.expect("ready")
         alone = _receive(target)
@@ -43,16 +45,40 @@ def kill_at_half(transport: str, repeats: int) -> Failover:
             target.expect("ready")
             target.progress.clear()
             target.send("start")
-            while not target.progress or target.progress[-1][1] < MODEL_BYTES / 2:
-                if not (target.alive and stays.alive):
-                    raise FleetError(f"a worker died; its log ends: {target.tail()}")
-                time.sleep(0.002)
+            _until_half(target)
             dies.end()
             struck_at, had = time.monotonic(), target.progress[-1][1]
             done = _checked(target.expect("done"))
             resent.append(done["bytes_again"] / MODEL_BYTES)
             on_top.append(done["started"] + done["seconds"] - struck_at - (MODEL_BYTES - had) / rate)
         return Failover(max(resent), max(on_top))
+
+
+def stop_at_half(transport: str) -> float:
+    """Seconds until a receiver gives up on its only source, which was stopped; it must end up right all the same."""
+    with Fleet() as fleet:
+        source = _seed(fleet, transport)
+        target = fleet.add({**TASK, "role": "receiver"}, transport=transport)
+        target.expect("ready")
+        target.send("start")
+        _until_half(target)
+        source.signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        while not target.lost and target.alive and time.monotonic() < stopped_at + LONGEST_SECONDS:
+            time.sleep(0.01)
+        source.signal(signal.SIGCONT)
+        done = target.expect("done")
+        if not target.lost or not done["right"]:
+            raise FleetError(f"a stopped source was not given up on: {done}; the log ends: {target.tail()}")
+        return float(target.lost[0]["at"] - stopped_at)
+
+
+def _until_half(target: Process) -> None:
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while not target.progress or target.progress[-1][1] < MODEL_BYTES / 2:
+        if not target.alive or time.monotonic() > deadline:
+            raise FleetError(f"a receiver did not get half; its log ends: {target.tail()}")
+        time.sleep(0.002)
 
 
 def _seed(fleet: Fleet, transport: str) -> Process:

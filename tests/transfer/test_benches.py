@@ -1,0 +1,77 @@
+"""What the benches of transfers are made of: flips that are caught, figures by their names, faults that are chosen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bench.bench_chaos import choose
+from bench.bench_transfer import TRANSPORTS, Rates, figures_of
+from bench.chaos.faults import CUTS, FAULTS
+from bench.chaos.flips import CHUNKS, flip_bytes
+from bench.chaos.tally import STALLED, Tally
+from bench.transfer import registration
+from bench.transfer.shapes import MANY, MIX, SHAPES, scaled, total_bytes
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_flipped_byte_is_caught(seed: int) -> None:
+    count = 2 * CHUNKS + 100  # at the source, on arrival, and a round that is not full
+    flips = flip_bytes(count, seed)
+    assert (flips.made, flips.caught, flips.false_alarms) == (count, count, 0)
+
+
+def test_the_figures_of_a_transfer_bench() -> None:
+    rates = {
+        (transport, shape): Rates(moving=2.0, whole=1.0, unverified=2.1, one_descriptor=[1.5, 2.5])
+        for transport in TRANSPORTS
+        for shape in SHAPES
+    }
+    rates["tcp", "many"].moving = 1.0
+    rates["same-host", "many_apart"].moving = 0.5
+    machine = {
+        "registration_ratio": 20.0,
+        "socket_1_gbps": 4.0,
+        "memcpy_gbps": 8.0,
+        "idle_agent_core_share": 0.004,
+    }
+    figures = figures_of(rates, machine)
+    assert figures["many_vs_one_descriptor"] == 0.4  # the worse transport, against the best round of the limit
+    assert figures["many_apart_vs_one_descriptor_same_host"] == 0.2
+    assert figures["registration_vs_one_by_one"] == 20.0
+    assert figures["verify_overhead_ratio"] == pytest.approx(0.05)
+    assert figures["tcp_vs_raw_socket"] == 0.5
+    assert figures["same_host_vs_memcpy"] == 0.25
+    assert figures["idle_agent_core_share"] == 0.004
+
+
+def test_the_figures_of_chaos() -> None:
+    tally = Tally(runs=3, bytes_again=[0.0, 0.03], notice_seconds=[0.1, 4.2], by_fault={STALLED: 2, "kill a source": 1})
+    figures = tally.figures()
+    assert {"runs", "unfinished", "engines_lost", "wrong_weights", "resent_ratio", "max_notice_seconds"} <= set(figures)
+    assert (figures["resent_ratio"], figures["max_notice_seconds"]) == (0.015, 4.2)
+    assert figures["kills_of_a_target_with_a_stalled_source"] == 2
+    assert Tally().figures()["max_notice_seconds"] == 0.0
+
+
+def test_which_faults_are_chosen() -> None:
+    chance = random.Random(3)
+    chosen = [choose(chance, "network", ()) for _ in range(600)]
+    assert set(chosen) == {*FAULTS, *CUTS}
+    assert chosen.count(STALLED) > 200
+    assert not {choose(chance, "tcp", ()) for _ in range(300)} & set(CUTS)
+    assert {choose(chance, "network", ("cut off a source",)) for _ in range(9)} == {"cut off a source"}
+
+
+def test_the_shapes_are_what_they_are_called() -> None:
+    assert sum(count for count, _ in MANY) == 20_000
+    assert total_bytes(MANY) == 20_000 * 50 * 1024
+    assert total_bytes(MIX) == 988_065_536  # Qwen2.5-0.5B in bfloat16
+    assert total_bytes(scaled(MANY, 0.1)) == 20_000 * 5 * 1024
+
+
+def test_registering_by_region_makes_little_metadata() -> None:
+    found = registration.measure(200, 4096)
+    assert found.merged_metadata_bytes < 1000 < found.single_metadata_bytes
+    assert found.merged_seconds > 0 < found.single_seconds
