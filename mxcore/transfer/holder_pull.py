@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from mxcore.errors import (
     DigestMismatch,
@@ -27,7 +27,7 @@ from mxcore.transfer.intake import Intake
 from mxcore.transfer.movers import PullByRead, PullByWrite
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
 from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.source_client import Source, SourceClient
+from mxcore.transfer.source_client import PendingCall, Source, SourceClient
 from mxcore.transfer.transports import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
 
@@ -38,6 +38,19 @@ logger = logging.getLogger(__name__)
 _VERIFY_THREADS = 1
 _NEWS_WAIT_SECONDS = 0.25
 _NOTHING = Wanted(0, 0, 0)
+
+
+@dataclass
+class _Asking:
+    """What was last asked of the holder, and what it said: its version and chunks, and when to ask again."""
+
+    call: PendingCall[mx_pb2.AskChunksResponse] | None = None
+    wanted: Wanted = _NOTHING
+    version: int = 0
+    have: int = 0
+    declined: list[int] = field(default_factory=list)
+    asked_at: float = 0.0
+    pause_until: float = 0.0
 
 
 class HolderPull:
@@ -153,10 +166,10 @@ class HolderPull:
             self._intake.drop(name)
 
     def _fetch(self, lease_id: str, mover: PullByRead | PullByWrite, verifying: _Verifier) -> None:
+        """Asks, fetches, verifies; where this thread moves the bytes itself, while an answer is on its way."""
         name = self.source.worker_id
         count = len(self._intake.chunks)
-        version, have, declined = 0, 0, list[int]()
-        asked_at, pause_until = 0.0, 0.0
+        asking = _Asking()
         sign_of_life_seconds = self._settings.stall_timeout_seconds / 4
         while not self._intake.finished:
             if self._given_up is not None:
@@ -166,36 +179,55 @@ class HolderPull:
             leaving = self._stopped.is_set()
             if leaving and idle:
                 return
-            wanted = _NOTHING if leaving or now < pause_until else self._intake.wanted(name)
-            enough = wanted.most >= max(1, self._intake.limit(name) // 2)
-            complete = have == all_chunks(count)
-            if enough or version == 0 or (idle and (not complete or now - asked_at > sign_of_life_seconds)):
-                wait = _NEWS_WAIT_SECONDS if idle and not wanted.chunks and version else 0.0
-                answer = self._client.ask(
-                    lease_id, wanted, count, known_version=version, wait_seconds=wait, declined=declined
-                )
-                asked_at = time.monotonic()
-                if answer.version != version:
-                    have = all_chunks(count) if answer.complete else set_from_bytes(answer.have, count)
-                    self._intake.has(name, have)
-                    version = answer.version
-                taken, declined = self._intake.claim(name, answer.granted)
-                if taken:
-                    self.busy_at = asked_at
-                    mover.ask(taken)
-                if answer.leaving and self._intake.can_do_without(name):
-                    self._stopped.set()
-                elif answer.leaving and idle and not taken and not wanted.chunks:
-                    raise SourceUnreachable(f"worker {name} is leaving")
-                pause_until = asked_at + answer.pause_ms / 1000
+            if asking.call is None:
+                wanted = _NOTHING if leaving or now < asking.pause_until else self._intake.wanted(name)
+                enough = wanted.most >= max(1, self._intake.limit(name) // 2)
+                complete = asking.have == all_chunks(count)
+                first = asking.version == 0
+                if enough or first or (idle and (not complete or now - asking.asked_at > sign_of_life_seconds)):
+                    wait = _NEWS_WAIT_SECONDS if idle and not wanted.chunks and not first else 0.0
+                    asking.wanted = wanted
+                    asking.call = self._client.ask(
+                        lease_id,
+                        wanted,
+                        count,
+                        known_version=asking.version,
+                        wait_seconds=wait,
+                        declined=asking.declined,
+                    )
+            if asking.call is not None and (idle or not mover.needs_this_thread or asking.call.done):
+                self._take_answer(asking, mover, count)
                 idle = mover.idle
             if idle:
-                self._rest(min(_NEWS_WAIT_SECONDS, pause_until - time.monotonic()) if pause_until > now else None)
+                pause = asking.pause_until
+                self._rest(min(_NEWS_WAIT_SECONDS, pause - time.monotonic()) if pause > now else None)
                 continue
             for chunk in mover.arrived():
                 self.busy_at = time.monotonic()
                 verifying.submit(chunk)
             verifying.collect(wait=mover.idle)
+
+    def _take_answer(self, asking: _Asking, mover: PullByRead | PullByWrite, count: int) -> None:
+        """Books what the holder said, and has the mover fetch what it granted."""
+        if asking.call is None:
+            return
+        name = self.source.worker_id
+        answer = asking.call.result()
+        asking.call = None
+        asking.asked_at = time.monotonic()
+        if answer.version != asking.version:
+            asking.have = all_chunks(count) if answer.complete else set_from_bytes(answer.have, count)
+            self._intake.has(name, asking.have)
+            asking.version = answer.version
+        taken, asking.declined = self._intake.claim(name, answer.granted)
+        if answer.leaving and self._intake.can_do_without(name):
+            self._stopped.set()
+        elif answer.leaving and mover.idle and not taken and not asking.wanted.chunks:
+            raise SourceUnreachable(f"worker {name} is leaving")
+        if taken:
+            self.busy_at = asking.asked_at
+            mover.ask(taken)
+        asking.pause_until = asking.asked_at + answer.pause_ms / 1000
 
     def _rest(self, seconds: float | None) -> None:
         """Nothing to do here: until something changes, or for so long."""

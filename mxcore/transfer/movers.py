@@ -75,6 +75,8 @@ class PullByRead:
     nothing else is READ from this holder.
     """
 
+    needs_this_thread = True  # nothing moves unless `arrived` is called
+
     def __init__(
         self,
         client: SourceClient,
@@ -142,6 +144,8 @@ class PullByWrite:
 
     Two calls may run at a time, so that the holder has something to do while the next one begins.
     """
+
+    needs_this_thread = False  # the holder goes on
 
     def __init__(self, client: SourceClient, lease_id: str, *, stall_timeout_seconds: float) -> None:
         self._client = client

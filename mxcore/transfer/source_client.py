@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import grpc
 
@@ -17,7 +17,7 @@ from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import open_channel
 from mxserver.wire.errors import SettingError
 
-__all__ = ["Source", "SourceClient"]
+__all__ = ["PendingCall", "Source", "SourceClient"]
 
 Response = TypeVar("Response")
 
@@ -109,8 +109,8 @@ class SourceClient:
         known_version: int = 0,
         wait_seconds: float = 0.0,
         declined: Sequence[int] = (),
-    ) -> mx_pb2.AskChunksResponse:
-        """Asks for some of `wanted`, out of `count` chunks; waits for news when none of them is there."""
+    ) -> PendingCall[mx_pb2.AskChunksResponse]:
+        """Asks for some of `wanted`, out of `count` chunks; the holder waits for news when none of them is there."""
         request = mx_pb2.AskChunksRequest(
             lease_id=lease_id,
             wanted=set_to_bytes(wanted.chunks, count),
@@ -120,7 +120,7 @@ class SourceClient:
             wait_ms=round(wait_seconds * 1000),
             declined=declined,
         )
-        return self._call("AskChunks", self._transfer.AskChunks, request)
+        return self._begin("AskChunks", self._transfer.AskChunks, request)
 
     def push_chunks(self, lease_id: str, chunks: Sequence[int], timeout_seconds: float) -> Any:
         """Asks the holder to WRITE chunks; a gRPC stream of results, with `cancel`. Its errors: `as_error`."""
@@ -175,18 +175,42 @@ class SourceClient:
         self.close()
 
     def _call(self, name: str, method: _Method[Response], request: object) -> Response:
+        return self._begin(name, method, request).result()
+
+    def _begin(self, name: str, method: _Method[Response], request: object) -> PendingCall[Response]:
         with self._lock:
             if self._cancelled:
                 raise SourceUnreachable(f"{name} at worker {self.source.worker_id}: given up on")
             call = method.future(request, timeout=self.timeout_seconds)
             self._running.add(call)
+        return PendingCall(name, call, self)
+
+    def _ended(self, call: grpc.Future[Any]) -> None:
+        with self._lock:
+            self._running.discard(call)
+
+
+class PendingCall(Generic[Response]):
+    """A call that runs; wait for its `result`, or end it by `SourceClient.cancel`."""
+
+    def __init__(self, name: str, call: grpc.Future[Response], client: SourceClient) -> None:
+        self._name = name
+        self._call = call
+        self._client = client
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return self._call.done()
+
+    def result(self) -> Response:
+        """The answer; waits for it."""
         try:
-            answer: Response = call.result()
+            answer: Response = self._call.result()
             return answer
         except grpc.FutureCancelledError as error:
-            raise SourceUnreachable(f"{name} at worker {self.source.worker_id}: given up on") from error
+            raise SourceUnreachable(f"{self._name} at worker {self._client.source.worker_id}: given up on") from error
         except grpc.RpcError as error:
-            raise self.as_error(name, error) from error
+            raise self._client.as_error(self._name, error) from error
         finally:
-            with self._lock:
-                self._running.discard(call)
+            self._client._ended(self._call)
