@@ -14,6 +14,8 @@ DIRECT: int
 URING: int
 MAX_THREADS: int
 MAX_LANES: int
+SLOT_PIECE_BYTES: int
+"""The longest read past the page cache."""
 
 def slot_bytes(jobs: JobList) -> int:
     """The room that one lane wants in `slots`."""

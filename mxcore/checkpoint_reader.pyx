@@ -60,9 +60,11 @@ cdef extern from "cuda_load.h" nogil:
 cdef enum:
     PAGE_BYTES = 4096
     TICK_NS = 100_000_000
+    MOST_SLOT_BYTES = 2 * 1024 * 1024  # of one read past the page cache: what all lanes hold fits the processor's cache
 
 BUFFERED, MAPPED, DIRECT, URING = MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING
 MAX_THREADS, MAX_LANES = MX_MAX_THREADS, MX_MAX_LANES
+SLOT_PIECE_BYTES = MOST_SLOT_BYTES
 
 mx_digest_choose(True)
 
@@ -139,7 +141,7 @@ cdef int check_files(FileSet files, bint mapped) except -1:
 
 
 def slot_bytes(JobList jobs not None):
-    return jobs.limits.piece_bytes + 2 * PAGE_BYTES
+    return min(jobs.limits.piece_bytes, <int64_t>MOST_SLOT_BYTES) + 2 * PAGE_BYTES
 
 
 def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lanes=1, read_ahead=0, slots=None,
@@ -176,6 +178,8 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
     work.files = files.files
     work.jobs = jobs.jobs
     work.limits = jobs.limits
+    if past_cache and device is None:
+        work.limits.piece_bytes = work.slot_bytes - 2 * PAGE_BYTES
     work.order = chosen.values
     work.count = chosen.count
     work.way, work.other_way = way, other_way

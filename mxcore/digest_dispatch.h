@@ -53,7 +53,7 @@ static void mx_digest_update(XXH3_state_t *state, const void *data, size_t lengt
 }
 
 /* The digest of `count` stretches of memory, one after the other. */
-static uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
+static inline uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
     XXH3_state_t state; /* its type carries the 64-byte alignment that it needs */
     XXH3_INITSTATE(&state);
     XXH3_64bits_reset_withSeed(&state, seed);

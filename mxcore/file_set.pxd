@@ -12,5 +12,6 @@ cdef class FileSet:
     cdef int opened(self, size_t index, int more) except -2
     cdef object error(self, size_t index, str what, int number)
     cdef tuple stamp(self, size_t index)
+    cdef object changed(self, size_t index, before, now, str when)
     cdef void release(self) noexcept
     cdef int require(self, size_t index) except -1

@@ -4,20 +4,29 @@ Not to be closed while another thread reads from it; otherwise any thread may us
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, final
 
 @final
 class FileSet:
-    """Opens all files for reading, which have to be regular ones; raises StorageError for one that cannot be."""
+    """Opens all files for reading, which have to be regular ones; raises StorageError for one that cannot be.
 
-    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None: ...
+    `stamps` has for each file `Header.stamp`, or None: where a file's size or time is another one, it is not the file
+    whose header was read, and this raises FileChanged, or TruncatedRead if it is shorter.
+    """
+
+    def __init__(
+        self, paths: Iterable[str | os.PathLike[str]], stamps: Sequence[tuple[int, int] | None] = ()
+    ) -> None: ...
     @property
     def paths(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def descriptor(self, index: int) -> int:
         """The open file's descriptor, which stays this object's. ValueError for a file that is not open."""
+
+    def file_system(self, index: int) -> int:
+        """The magic number of the file's file system (statfs(2)), 0 where that cannot be found out."""
 
     def map(self, index: int) -> None:
         """Maps the whole file for reading; nothing for an empty one. Raises StorageError if that cannot be had."""

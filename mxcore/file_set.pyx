@@ -23,6 +23,7 @@ cdef extern from *:
     """
     #include <linux/stat.h>
     #include <sys/syscall.h>
+    #include <sys/vfs.h>
     #include <unistd.h>
     /* What O_DIRECT wants on this file, of memory as of offsets; 0: it does not work, -1: the kernel does not say. */
     static int64_t mx_direct_alignment(int fd) {
@@ -36,8 +37,13 @@ cdef extern from *:
     #endif
         return -1;
     }
+    static int64_t mx_file_system(int fd) {
+        struct statfs status;
+        return fstatfs(fd, &status) == 0 ? (int64_t)(uint32_t)status.f_type : 0;
+    }
     """
     int64_t mx_direct_alignment(int fd) nogil
+    int64_t mx_file_system(int fd) nogil
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, MAP_SHARED
@@ -55,7 +61,7 @@ cdef size_t live_maps = 0
 @cython.final
 @cython.auto_pickle(False)
 cdef class FileSet:
-    def __cinit__(self, paths):
+    def __cinit__(self, paths, stamps=()):
         cdef size_t index
         self.paths = tuple(os.fspath(path) for path in paths)
         self.count = <size_t>len(self.paths)
@@ -74,6 +80,9 @@ cdef class FileSet:
             stamp = self.stamp(index)
             self.sizes[index] = stamp[2]
             self.stamps.append(stamp)
+        for index, expected in enumerate(stamps):
+            if expected is not None and expected != self.stamps[index][2:]:
+                raise self.changed(index, expected[0], self.stamps[index][2], "since its header was read")
 
     def __dealloc__(self):
         if self.files != NULL:
@@ -140,8 +149,9 @@ cdef class FileSet:
         self.require(index)
         return self.files[<size_t>index].fd
 
-    def stamps_now(self):
-        return list(self.stamps)
+    def file_system(self, index):
+        self.require(index)
+        return mx_file_system(self.files[<size_t>index].fd)
 
     def map(self, index):
         global live_maps
@@ -172,16 +182,18 @@ cdef class FileSet:
             self.files[place].align_bytes = align
         return self.files[place].align_bytes
 
+    cdef object changed(self, size_t index, before, now, str when):
+        file = str(self.paths[index])
+        if now < before:
+            return TruncatedRead(f"{file} was cut from {before} to {now} bytes {when}: load again once it is complete",
+                                 file=file)
+        return FileChanged(f"{file} was written to, or replaced, {when}: load again once it is complete", file=file)
+
     def check_unchanged(self):
         for index in range(self.count):
             now = self.stamp(index)
-            if now == self.stamps[index]:
-                continue
-            if now[2] < self.stamps[index][2]:
-                raise TruncatedRead(f"{self.paths[index]} was cut from {self.stamps[index][2]} to {now[2]} bytes while "
-                                    "it was read: load again once it is complete", file=str(self.paths[index]))
-            raise FileChanged(f"{self.paths[index]} was written to while it was read: load again once it is complete",
-                              file=str(self.paths[index]))
+            if now != self.stamps[index]:
+                raise self.changed(index, self.stamps[index][2], now[2], "while it was read")
 
 
 def live_file_descriptors():

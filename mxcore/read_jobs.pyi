@@ -39,7 +39,7 @@ class JobList:
     def digest_count(self) -> int: ...
     def __len__(self) -> int: ...
     def resident(self, by_reading: bool = False) -> bytearray:
-        """For each job how much of its first piece is in the page cache, by eight samples: 0 (none) to 255 (all).
+        """For each job how much of its first piece is in the page cache, by four samples: 0 (none) to 255 (all).
 
         It asks mincore, which wants the files mapped (else: 0), and says 255 for all of a file that this user can only
         read. `by_reading` asks by reads that do not wait: the truth for those too, at a page read for each sample.

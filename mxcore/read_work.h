@@ -56,11 +56,13 @@ typedef struct {
 #define mx_add(where, value) __atomic_fetch_add((where), (value), __ATOMIC_RELAXED)
 #define mx_get(where) __atomic_load_n((where), __ATOMIC_RELAXED)
 
-static inline int64_t mx_now_ns(void) {
+static inline int64_t mx_clock_ns(clockid_t clock) {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
+
+static inline int64_t mx_now_ns(void) { return mx_clock_ns(CLOCK_MONOTONIC); }
 
 static inline int mx_fail(mx_work *work, const mx_piece *piece, int64_t got, int error) {
     if (__atomic_exchange_n(&work->stopped, 1, __ATOMIC_ACQ_REL) == 0) {

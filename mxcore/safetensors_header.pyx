@@ -77,6 +77,7 @@ cdef class Header:
     cdef readonly dict metadata
     cdef readonly uint64_t data_offset
     cdef readonly uint64_t header_bytes
+    cdef readonly tuple stamp
     cdef dict entries
 
     def __init__(self):
@@ -283,6 +284,7 @@ def read_header(path):
     cdef uint8_t* text = NULL
     cdef size_t length
     cdef int fd
+    cdef Header header
     if b"\0" in encoded:
         raise StorageError(f"{file!r}: a file's name has no NUL")
     with nogil:
@@ -294,6 +296,7 @@ def read_header(path):
             raise StorageError(f"{file}: its size cannot be read: {os.strerror(errno)}")
         if not S_ISREG(status.st_mode):
             raise StorageError(f"{file}: not a regular file")
+        modified_ns = os.fstat(fd).st_mtime_ns  # before the first read: what is written later has another
         if status.st_size < LENGTH_BYTES:
             raise safetensors_errors.FileTooSmall(f"the file has {status.st_size} bytes", file=file)
         read_exactly(fd, prefix, LENGTH_BYTES, 0, file)
@@ -303,7 +306,9 @@ def read_header(path):
             raise MemoryError
         read_exactly(fd, text, length, LENGTH_BYTES, file)
         text[length] = 0
-        return parse_text(text, length, <uint64_t>status.st_size - LENGTH_BYTES - length, file)
+        header = parse_text(text, length, <uint64_t>status.st_size - LENGTH_BYTES - length, file)
+        header.stamp = (status.st_size, modified_ns)
+        return header
     finally:
         free(text)
         c_close(fd)

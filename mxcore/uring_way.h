@@ -168,6 +168,7 @@ static inline int mx_lane_finish(mx_work *work, mx_lane *lane, int result) {
         return 1;
     }
     mx_hash_end(work, &lane->hash, lane->job);
+    mx_add(&work->probe_bytes[0], lane->job->payload);
     return mx_lane_begin(work, lane);
 }
 
@@ -181,6 +182,11 @@ static inline void mx_uring_loop(mx_work *work, mx_uring *ring, mx_lane *lanes, 
         long sent = syscall(SYS_io_uring_enter, ring->fd, ring->waiting, 1, IORING_ENTER_GETEVENTS, NULL, 0);
         if (sent > 0) {
             ring->waiting -= (unsigned)sent;
+        } else if (sent < 0 && errno != EINTR && errno != EAGAIN && errno != EBUSY) {
+            mx_fail(work, &lanes->piece, 0, errno); /* no more goes out; what the kernel has taken is waited for */
+            in_flight -= ring->waiting;
+            ring->waiting = 0;
+            usleep(1000);
         }
         unsigned head = *ring->cq_head;
         if (head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) {

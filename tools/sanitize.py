@@ -57,7 +57,7 @@ def run(command: list[str]) -> int:
         **os.environ,
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         "ASAN_OPTIONS": f"detect_leaks=1:log_path={reports}/asan:detect_stack_use_after_return=0",
-        "LSAN_OPTIONS": "exitcode=0:fast_unwind_on_malloc=0:print_suppressions=0",
+        "LSAN_OPTIONS": "exitcode=0:fast_unwind_on_malloc=1:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(TREE),

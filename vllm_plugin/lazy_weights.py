@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import safe_open
 
+from mxcore.errors import FileChanged, TruncatedRead
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo
 from mxcore.storage.dtypes import DTYPES
 from mxcore.storage.load import Reader, load
@@ -26,6 +27,9 @@ __all__ = ["LazyTensor", "lazy_weights"]
 Needed: TypeAlias = Callable[[torch.Tensor], Sequence[tuple[int, int]]]
 
 LAZY_LEAST_BYTES = 1024 * 1024  # smaller ones come together through a ring
+
+# What was read before is of another file than what would be read now: no loader makes one model of both.
+_NOT_THE_SAME_FILE = (FileChanged, TruncatedRead)
 
 _ATEN = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -200,7 +204,7 @@ class _Source:
         self.read_bytes = 0
         self._read = read
         self._mode = mode
-        self._reader: Reader | None = Reader(checkpoint.files, mode=mode)
+        self._reader: Reader | None = Reader(checkpoint.files, mode=mode, stamps=checkpoint.stamps)
 
     def read(self, want: Want) -> None:
         try:
@@ -210,6 +214,8 @@ class _Source:
                 report = self._reader.read(merged(parts_of(self._checkpoint, want)))
             self.read_bytes += report.read_bytes
             self._read(report.read_bytes)
+        except _NOT_THE_SAME_FILE:
+            raise
         except MxError as error:
             self.read_plainly(want, error)
 
@@ -244,8 +250,9 @@ def lazy_weights(
     A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
     bytes handed over so far, `read` with those that a lazy tensor has read. With `needed`, a plain copy of a lazy
     tensor reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
-    with safetensors, and a warning: a tensor raises only what that raises. Raises StorageError if the files cannot be
-    opened, when the first tensor is asked for.
+    with safetensors, and a warning: a tensor raises what that raises, and FileChanged or TruncatedRead for a file that
+    is not what it was when its header was read. Raises StorageError if the files cannot be opened, when the first
+    tensor is asked for.
     """
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
     lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= lazy_least_bytes}
@@ -271,6 +278,8 @@ def _next_small(ready: Iterator[tuple[str, torch.Tensor]], source: _Source, name
     """A stream that has failed is exhausted: what is left comes from safetensors."""
     try:
         found, tensor = next(ready, ("", None))
+    except _NOT_THE_SAME_FILE:
+        raise
     except MxError as error:
         _log.warning("%s: %s; read with safetensors instead", name, error)
         return source.plain(name)

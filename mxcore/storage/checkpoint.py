@@ -18,6 +18,7 @@ __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkp
 INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_THREADS = 8  # it is latency that is shared
 PathLike = str | os.PathLike[str]
+Stamp = tuple[int, int]
 
 
 class TensorInfo(NamedTuple):
@@ -34,11 +35,15 @@ class TensorInfo(NamedTuple):
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint by name, in file order (files as given, tensors by their place). Immutable.
 
-    It holds no open file: reading opens them, and finds out if one has changed its size meanwhile.
+    It holds no open file: reading opens them, and refuses one that is not what it was when its header was read; of that
+    `stamps` has each file's size and time of the last change, None if unknown.
     """
 
-    def __init__(self, files: Sequence[Path], tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self, files: Sequence[Path], tensors: Mapping[str, TensorInfo], stamps: Sequence[Stamp | None] = ()
+    ) -> None:
         self.files: tuple[Path, ...] = tuple(files)
+        self.stamps: tuple[Stamp | None, ...] = tuple(stamps) or (None,) * len(self.files)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -108,7 +113,7 @@ def assembled(
     if weight_map is not None:
         _check_index(tensors, files, weight_map, what)
         tensors = {name: tensor for name, tensor in tensors.items() if name in weight_map}
-    return Checkpoint(files, tensors)
+    return Checkpoint(files, tensors, [header.stamp for header in headers])
 
 
 def _add(tensors: dict[str, TensorInfo], file: int, files: Sequence[Path], header: Header) -> None:

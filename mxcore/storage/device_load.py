@@ -74,7 +74,8 @@ def read_rows_to_device(
     largest = max(moved, key=lambda row: row[2])
     with ring_of(device_index, (largest[5], largest[2]), after, memory or budget()) as ring:
         files = [checkpoint.files[file] for file in used]
-        with Reader(files, mode=mode, memory=memory, device=ring) as reader:
+        stamps = [checkpoint.stamps[file] for file in used]
+        with Reader(files, mode=mode, memory=memory, device=ring, stamps=stamps) as reader:
             report = reader.read(moved, progress=progress)
     report.seconds = time.perf_counter() - started
     return report

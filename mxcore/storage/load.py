@@ -15,16 +15,16 @@ from mxcore.cuda_ring import DeviceRing
 from mxcore.file_set import FileSet
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
-from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.checkpoint import Checkpoint, Stamp
 from mxcore.storage.memory_limit import MemoryBudget, budget
 from mxcore.storage.progress import Progress
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.ways import Step, chosen_mode, for_device, steps, tell_fallbacks
+from mxcore.storage.ways import DIRECT_LANES, NAMES, Step, chosen_mode, for_device, steps, tell_fallbacks
 
 __all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
 
-PIECE_BYTES = 8 * 1024 * 1024  # of one read: long enough for a disk, short enough to share between threads
-_LEAST_PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 8 * 1024 * 1024  # what a thread takes: long enough to be worth it, short enough to share
+_LEAST_PIECE_BYTES = 128 * 1024
 _GAP_BYTES = 64 * 1024  # read past the cache, a gap this short costs less than a second read
 
 
@@ -66,8 +66,9 @@ def load(
     `memory` (default: the process' budget); it gets smaller where that is short.
 
     Raises before anything is read: KeyError, IndexError, DestinationMismatch (see `parts_of`), StorageError,
-    TruncatedRead, ModeUnavailable, HostMemoryLimit. While reading: StorageError, TruncatedRead, FileChanged, what
-    `progress` raises, KeyboardInterrupt; what the destinations hold is undefined then, and nothing writes to them.
+    TruncatedRead, FileChanged (it is not the file whose header was read), ModeUnavailable, HostMemoryLimit. While
+    reading: StorageError, TruncatedRead, FileChanged, what `progress` raises, KeyboardInterrupt; what the destinations
+    hold is undefined then, and nothing writes to them.
     """
     listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
     rows = [part for want in listed for part in parts_of(checkpoint, want)]
@@ -78,6 +79,7 @@ def load(
         progress=progress,
         leave_cache_clean=leave_cache_clean,
         memory=memory,
+        stamps=checkpoint.stamps,
     )
 
 
@@ -102,7 +104,9 @@ def load_digested(
         if len(rows) > starts[-1]:
             starts.append(len(rows))
             places.append(place)
-    report = read_rows(checkpoint.files, rows, mode=mode, progress=progress, memory=memory, groups=starts)
+    report = read_rows(
+        checkpoint.files, rows, mode=mode, progress=progress, memory=memory, groups=starts, stamps=checkpoint.stamps
+    )
     digests = [_DIGEST_OF_NOTHING] * len(groups)
     for place, digest in zip(places, report.digests, strict=True):
         digests[place] = digest
@@ -122,12 +126,14 @@ def read_rows(
     leave_cache_clean: bool = False,
     memory: MemoryBudget | None = None,
     groups: array[int] | None = None,
+    stamps: Sequence[Stamp | None] = (),
 ) -> LoadReport:
-    """Reads parts as the plan gives them (mxcore.storage.read_plan); raises as `load`."""
+    """Reads parts as the plan gives them (mxcore.storage.read_plan); raises as `load`. `stamps`: see FileSet."""
     started = time.perf_counter()
     used = sorted({part[0] for part in rows})
     place_of = {file: place for place, file in enumerate(used)}
-    with Reader([files[file] for file in used], mode=mode, memory=memory) as reader:
+    known = [stamps[file] for file in used] if stamps else []
+    with Reader([files[file] for file in used], mode=mode, memory=memory, stamps=known) as reader:
         moved = [(place_of[part[0]], *part[1:]) for part in rows]
         report = reader.read(moved, progress=progress, groups=groups)
         if leave_cache_clean:
@@ -146,13 +152,14 @@ class Reader:
         mode: str | None = None,
         memory: MemoryBudget | None = None,
         device: DeviceRing | None = None,
+        stamps: Sequence[Stamp | None] = (),
     ) -> None:
         """With `device`, rows have addresses of its memory, and all bytes pass that ring."""
         self._device = device
         self._mode = chosen_mode(mode)
         self._memory = memory or budget()
         self._ring: HostBuffer | None = None
-        self._files = FileSet(files)
+        self._files = FileSet(files, stamps)
 
     def read(
         self, rows: Sequence[Row], *, progress: Progress | None = None, groups: array[int] | None = None
@@ -201,15 +208,20 @@ class Reader:
         report.read_bytes += outcome["read_bytes"]
         ring = self._ring if self._device is None else self._device.buffer
         report.ring_bytes = ring.size_bytes if ring is not None else 0
-        report.bytes_by_way[step.label] = report.bytes_by_way.get(step.label, 0) + outcome["done_bytes"]
+        read = outcome["bytes"] if self._device is None else (outcome["done_bytes"], 0)
+        for way, size_bytes in zip((step.way, step.other_way), read, strict=True):
+            if size_bytes:
+                report.bytes_by_way[NAMES[way]] = report.bytes_by_way.get(NAMES[way], 0) + size_bytes
 
     def _affordable_piece(self) -> int:
-        """Half of what may still be held is for the ring; with less than one small piece, taking it has to say so."""
+        """Half of what may still be held is for the ring; with less than small pieces want, taking it has to say so."""
         if self._device is not None:
             return self._device.piece_bytes
-        piece_bytes = PIECE_BYTES
         free_bytes = self._memory.free_bytes + (self._ring.size_bytes if self._ring is not None else 0)
-        while piece_bytes > _LEAST_PIECE_BYTES and 12 * piece_bytes > free_bytes:
+        if free_bytes >= 2 * DIRECT_LANES * checkpoint_reader.SLOT_PIECE_BYTES:
+            return PIECE_BYTES
+        piece_bytes = checkpoint_reader.SLOT_PIECE_BYTES
+        while piece_bytes > _LEAST_PIECE_BYTES and 2 * DIRECT_LANES * piece_bytes > free_bytes:
             piece_bytes //= 2
         return piece_bytes
 

@@ -64,7 +64,11 @@ def stream(
         raise KeyError(next(name for name in names if name not in checkpoint.tensors))
     batches = _batches(wanted, room)
     total_bytes = sum(info.size_bytes for info in wanted)
-    ring = _BatchRing(framework, ceiling, read or partial(read_rows, checkpoint.files, mode=mode, memory=ceiling))
+    ring = _BatchRing(
+        framework,
+        ceiling,
+        read or partial(read_rows, checkpoint.files, mode=mode, memory=ceiling, stamps=checkpoint.stamps),
+    )
     try:
         done_bytes = 0
         for number, batch in enumerate(batches):
@@ -217,7 +221,7 @@ class Arena:
             at += -(-image.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
         buffer = self._room(max(at, 1))
         rows = _rows(_Batch(images, at, 0), buffer)
-        read_rows(checkpoint.files, rows, mode=mode, progress=progress)
+        read_rows(checkpoint.files, rows, mode=mode, progress=progress, stamps=checkpoint.stamps)
         views = TensorViews(buffer, framework)
         result = {info.name: views.tensor(info, begin) for info, begin in images}
         self.misaligned = views.misaligned

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from PIL import Image
 
-NAMES = ("ours", "safetensors_mmap", "safetensors_pread", "readinto", "memcpy", "disk_limit")
+NAMES = (
+    "ours",
+    "ours_mapped",
+    "ours_uring",
+    "safetensors_mmap",
+    "safetensors_pread",
+    "readinto",
+    "memcpy",
+    "disk_limit",
+)
 
 
 def test_the_figures_and_the_chart(tmp_path: Path) -> None:
@@ -28,15 +37,21 @@ def test_the_figures_and_the_chart(tmp_path: Path) -> None:
         "warm_vs_safetensors_pread",
         "cold_vs_disk_limit",
         "cold_vs_best",
+        "warm_auto_vs_best_forced",
+        "cold_auto_vs_best_forced",
+        "auto_vs_best_forced",
         "extra_memory_bytes",
         "header_us_per_tensor",
     }
     assert wanted <= set(document["figures"])
     assert all(isinstance(value, int | float) for value in document["figures"].values())
-    assert set(document["seconds"]["warm"]) == set(NAMES) - {"disk_limit"}
-    assert set(document["seconds"]["cold"]) == set(NAMES) - {"memcpy"}
+    assert set(document["seconds"]["warm"]) == set(NAMES) - {"disk_limit", "ours_uring"}
+    assert set(document["seconds"]["cold"]) == set(NAMES) - {"memcpy", "ours_mapped"}
     with Image.open(tmp_path / "bars.png") as chart:
         assert chart.size[0] == 960
+        assert {(0x25, 0x63, 0xEB), (0x94, 0xA3, 0xB8)} <= set(
+            chart.convert("RGB").get_flattened_data()
+        )  # ours, and others
     assert list(tmp_path.iterdir()) == [tmp_path / "bars.png"]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,13 @@ from mxcore.errors import FileChanged, ModeUnavailable, StorageError, TruncatedR
 from mxcore.file_set import FileSet
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
+from mxcore.storage import ways
 from mxcore.storage.load import Reader, load
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.ways import chosen_mode
+from mxcore.storage.stream import stream
+from mxcore.storage.ways import chosen_mode, tell_fallbacks
 from tests.storage.conftest import MODES, Maker
+from tests.storage.limited import IO_URING_ENTER, IO_URING_SETUP, in_child, refuse
 
 FORCED = MODES[1:]
 WAYS = {"buffered": BUFFERED, "mapped": MAPPED, "direct": DIRECT, "uring": URING}
@@ -149,6 +153,42 @@ def test_what_progress_raises_ends_the_read(long_read: Callable[..., None], mode
 
 
 @pytest.mark.parametrize("mode", FORCED)
+def test_a_file_cut_short_in_the_middle_of_a_read(long_read: Callable[..., None], tmp_path: Path, mode: str) -> None:
+    """By who is told of the progress: all threads are in the file then."""
+
+    def cut(done_bytes: int) -> None:
+        os.truncate(tmp_path / "sparse", 1 << 20)
+
+    with pytest.raises(TruncatedRead, match="was cut from 67108864 to 1048576 bytes while it was read"):
+        long_read(mode, cut)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["replaced", "written to", "cut"])
+def test_a_file_that_is_not_the_one_whose_header_was_read(made: Maker, tmp_path: Path, mode: str, how: str) -> None:
+    """Of the same size and layout, so that it would be read without an error: half an old model, half a new one."""
+    checkpoint = made({"a": torch.ones(1000), "b": torch.ones(1000)})
+    file = checkpoint.files[0]
+    if how == "replaced":
+        other = made({"a": torch.zeros(1000), "b": torch.zeros(1000)}).files[0]
+        os.utime(other, ns=(0, 1_000_000_000))
+        other.replace(file)
+    elif how == "written to":
+        with file.open("r+b") as opened:
+            opened.seek(-4, os.SEEK_END)
+            opened.write(b"\0\0\0\0")
+        os.utime(file, ns=(0, 1_000_000_000))
+    else:
+        os.truncate(file, file.stat().st_size - 4)
+    there = torch.full((1000,), 5.0)
+    with pytest.raises(TruncatedRead if how == "cut" else FileChanged, match="since its header was read"):
+        load(checkpoint, {"a": there}, mode=mode)
+    assert bool((there == 5).all())
+    with pytest.raises(TruncatedRead if how == "cut" else FileChanged, match="since its header was read"):
+        list(stream(checkpoint, mode=mode))
+
+
+@pytest.mark.parametrize("mode", FORCED)
 def test_a_signals_exception_ends_the_read(long_read: Callable[..., None], mode: str) -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -181,23 +221,24 @@ def test_signals_that_go_on_harm_nothing(made: Maker, mode: str) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Runs it in a fork, which may limit itself; fails with what that raised."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os.write(theirs, b"done")
-        except BaseException as error:  # noqa: BLE001 - the parent fails with it
-            os.write(theirs, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    os.waitpid(child, 0)
-    said = os.read(ours, 65536)
-    os.close(ours)
-    assert said == b"done"
+class _Told(logging.Handler):
+    """What was logged; in a child pytest's own capture does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += record.getMessage() + "\n"
+
+    def __enter__(self) -> _Told:
+        ways._told.clear()
+        ways._log.addHandler(self)
+        ways._log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        ways._log.removeHandler(self)
 
 
 def test_memory_that_may_not_be_pinned_is_read_into_all_the_same(made: Maker) -> None:
@@ -220,6 +261,67 @@ def test_memory_that_may_not_be_pinned_is_read_into_all_the_same(made: Maker) ->
         slots.close()
 
     in_child(unprivileged)
+
+
+def test_a_load_says_that_its_memory_is_not_pinned(made: Maker) -> None:
+    written = np.arange(3_000_000, dtype=np.float32)  # torch's threads are not in a fork
+    checkpoint = made({"x": torch.from_numpy(written)})
+    checkpoint.files[0].chmod(0o644)
+    checkpoint.files[0].parent.chmod(0o755)
+
+    def unprivileged() -> None:
+        files = [os.open(file, os.O_RDONLY) for file in checkpoint.files]  # pytest's folders are for this user only
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+        os.setresuid(65534, 65534, 65534)
+        there = np.zeros(3_000_000, np.float32)
+        told = _Told()
+        with told, Reader([f"/proc/self/fd/{files[0]}"], mode="uring") as reader:
+            report = reader.read(merged(parts_of(checkpoint, Want("x", there))))
+        assert (there == written).all()
+        assert report.bytes_by_way == {"uring": written.nbytes}
+        assert "not pinned: RLIMIT_MEMLOCK is too small" in told.text, told.text
+
+    in_child(unprivileged)
+
+
+def test_io_uring_that_a_container_refuses(made: Maker) -> None:
+    """EPERM is what Docker's seccomp profile answers. `auto` needs none; what is asked for by name is refused."""
+    written = np.arange(3_000_000, dtype=np.float32)
+    checkpoint = made({"x": torch.from_numpy(written)})
+
+    def without_io_uring() -> None:
+        refuse(IO_URING_SETUP, errno.EPERM)
+        there = np.zeros(3_000_000, np.float32)
+        load(checkpoint, {"x": there})
+        assert (there == written).all()
+        with pytest.raises(ModeUnavailable, match=r"not allowed here \(Operation not permitted.*MX_READ_MODE=auto"):
+            load(checkpoint, {"x": there}, mode="uring")
+        # where it goes only after it was looked at, blocking reads do the work, and that is said
+        there[:] = 0
+        with FileSet(checkpoint.files) as files, HostBuffer(36 << 20) as slots:
+            files.open_direct(0)
+            jobs = JobList(files, row(merged(parts_of(checkpoint, Want("x", there)))))
+            order = array("q", range(len(jobs)))
+            outcome = checkpoint_reader.read_jobs(jobs, order, way=URING, lanes=4, slots=slots)
+        assert outcome["setup_error"] == errno.EPERM
+        assert (there == written).all()
+        told = _Told()
+        with told:
+            tell_fallbacks(outcome)
+        assert "io_uring was refused (Operation not permitted): direct reads instead" in told.text
+
+    in_child(without_io_uring)
+
+
+def test_io_uring_that_takes_no_reads_is_an_error(made: Maker) -> None:
+    checkpoint = made({"x": torch.ones(3_000_000)})
+
+    def without_reads() -> None:
+        refuse(IO_URING_ENTER, errno.EACCES)
+        with pytest.raises(StorageError, match="Permission denied"):
+            load(checkpoint, {"x": np.zeros(3_000_000, np.float32)}, mode="uring")
+
+    in_child(without_reads)
 
 
 def test_io_uring_that_is_refused_is_said(made: Maker) -> None:

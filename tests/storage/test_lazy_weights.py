@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from mxcore import checkpoint_reader
+from mxcore.errors import FileChanged
 from mxcore.storage.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
 from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
@@ -133,15 +138,28 @@ def test_memory_is_asked_for(checkpoint: Checkpoint, written: Tensors) -> None:
     assert tensor.has_been_read
 
 
-def test_a_file_we_fail_on_is_safetensors_matter(
+def test_what_we_fail_to_read_is_safetensors_matter(
     checkpoint: Checkpoint, written: Tensors, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file replaced by the same one: ours refuses what changed, safetensors reads it."""
+    """As with a way to read that is forced and does not work here."""
     names = {}
-    for name, tensor in lazy_weights(checkpoint, lazy_least_bytes=100):
+    for name, tensor in lazy_weights(checkpoint, lazy_least_bytes=100, mode="uring"):
         names[name] = torch.zeros_like(written[name])
-        data = checkpoint.files[0].read_bytes()
-        checkpoint.files[0].write_bytes(data)
-        names[name].copy_(tensor)
+        with patch.object(checkpoint_reader, "uring_refused", return_value=errno.EPERM):
+            names[name].copy_(tensor)
     assert all(same(names[name], written[name]) for name in written)
+    assert "io_uring is not allowed here" in caplog.text
     assert "read with safetensors instead" in caplog.text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_changes_under_a_load_is_an_error(checkpoint: Checkpoint, first: bool) -> None:
+    """Also one that becomes the same again: nobody can tell a model that is half of each from a right one."""
+    weights = lazy_weights(checkpoint, lazy_least_bytes=100)
+    if not first:
+        next(weights)
+    file = checkpoint.files[0]
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(0, 1_000_000_000))
+    with pytest.raises(FileChanged, match="load again once it is complete"):
+        {name: tensor.clone() for name, tensor in weights}
