@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mxcore.transfer.agent_session import AgentSession
-from mxcore.transfer.chunks import DIGEST_KIND
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout
@@ -110,7 +109,7 @@ def _answer(holder: Holder) -> mx_pb2.GetLayoutResponse:
     return mx_pb2.GetLayoutResponse(
         fingerprint=holder.layout.fingerprint,
         chunk_bytes=CHUNK_BYTES,
-        digest_kind=DIGEST_KIND,
+        digest_kind=holder.digests.kind,
         digests=holder.digests,
         scalars_digest=scalars_digest({}),
     )
