@@ -287,8 +287,10 @@ class ModelCache:
                 if (removal or time.time() - folder.stat().st_mtime > ABANDONED_SECONDS) and (
                     lease := self.leases.try_acquire(key)
                 ):
-                    self._clear(self.staging(lease))
-                    self.leases.release(lease)
+                    try:
+                        self._clear(self.staging(lease))
+                    finally:
+                        self.leases.release(lease)
 
     def _clear(self, folder: Path) -> None:
         hidden = folder / HIDDEN_RECORD

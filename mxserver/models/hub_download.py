@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mxserver.models.cache_layout import CacheLayout
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName, is_commit
 from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
+
+_LOG = logging.getLogger(__name__)
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
@@ -43,6 +46,10 @@ def _hub() -> Any:
             logging.getLogger(name).setLevel(logging.WARNING)
         if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
             huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined] # it is documented
+        if "HF_HUB_DISABLE_XET" not in os.environ:
+            # Only what a file has on the disk is counted as progress and against the limits, and Xet keeps a cache of
+            # chunks elsewhere. Whoever wants it says so.
+            huggingface_hub.constants.HF_HUB_DISABLE_XET = True
         return huggingface_hub
 
 
@@ -86,6 +93,11 @@ class HubSource:
             )
             found = Path(os.path.realpath(name, strict=True))
         except Exception as error:
+            if _comes_from_xet(error):
+                # The hub serves the same file over HTTP.
+                _hub().constants.HF_HUB_DISABLE_XET = True
+                _LOG.warning("Xet failed, files come over HTTP from now on reason=%s", error)
+                raise DownloadInterrupted(f"{model.name}@{commit}: {file.path}: Xet failed: {error}") from error
             raise _as_model_error(f"{model.name}@{commit}: {file.path}", error) from error
         if not found.is_relative_to(os.path.realpath(scratch)):
             raise DownloadFailed(f"{model.name}: {file.path} was put into {found}, outside of the download's folder")
@@ -154,6 +166,12 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     if any(isinstance(cause, (OSError, *_network_errors())) for cause in chain):
         return DownloadInterrupted(f"{what}: {type(error).__name__}: {text}")
     raise error
+
+
+def _comes_from_xet(error: Exception) -> bool:
+    """Whether the library had left the download to `hf_xet`, whose errors are of no kind of their own."""
+    frames = (frame for cause in _causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__))
+    return not is_disk_full(error) and any(frame.f_code.co_name == "xet_get" for frame in frames)
 
 
 def _causes(error: BaseException | None) -> Any:

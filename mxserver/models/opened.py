@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mxserver.models.cache import ModelCache
 from mxserver.models.downloads import DownloadJob, Downloads
-from mxserver.models.errors import CacheFull, CacheUnusable
+from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
 from mxserver.models.eviction import Limits
 from mxserver.models.folder_download import FolderSource
 from mxserver.models.hub_download import HubSource
@@ -21,6 +21,8 @@ from mxserver.models.transfer import RetryPolicy
 from mxserver.wire import model_pb2
 
 _LOG = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5.0  # how long the folder's file system may take to let go of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,26 @@ class OpenCache:
                 self._opened[0].stopping.set()
 
     def close(self) -> None:
-        """Ends downloads and lets go of the folder; idempotent."""
+        """Ends downloads and lets go of the folder; idempotent. A file system that does not answer is not waited
+        for: leases in it end with this process, or by their time.
+        """
         with self._lock:
             self._closed = True
             opened, self._opened = self._opened, None
-        if opened:
-            cache, downloads, keeper = opened
-            downloads.close()
+        if opened is None:
+            return
+        cache, downloads, keeper = opened
+        downloads.close()
+
+        def let_go() -> None:
             keeper.join()
             cache.close()
+
+        closing = threading.Thread(target=let_go, name="cache-close", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
+        if closing.is_alive():
+            _LOG.warning("the cache folder does not answer, it is left as it is folder=%s", cache.layout.root)
 
     def _open(self) -> tuple[ModelCache, Downloads]:
         with self._lock:
@@ -122,6 +135,8 @@ class OpenCache:
             except CacheFull as error:
                 self._show_state(True)
                 _LOG.warning("the cache is over its limits reason=%s", error)
+            except LeaseLost as error:  # another replica clears up, or this one stops
+                _LOG.debug("clearing up was left off reason=%s", error)
             except OSError as error:
                 self._show_state(False)
                 _LOG.error("the cache folder does not work reason=%s", error)

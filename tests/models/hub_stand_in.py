@@ -31,6 +31,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     listed: dict[str, list[str]] = field(default_factory=dict)  # commit → names that are listed beside the real ones
     gated: bool = False
+    xet: bool = False  # large files are offered through Xet too, at a storage service that answers 403
 
 
 @dataclass
@@ -124,8 +125,24 @@ class HubStandIn:
                     hub.cdn_tokens.add(token)
                     data = hub.repositories[match[2]].commits[match[1]][match[3]]
                     self.body(match[3], data, {"ETag": f'"cdn-{len(data)}"'})
+                elif path.startswith("/xet/"):
+                    self.xet(path)
                 else:
                     self.refuse(404, "EntryNotFound")
+
+            def xet(self, path: str) -> None:
+                hub.requests["xet"] += 1
+                if path != "/xet/token":
+                    return self.refuse(403, "")
+                token = {"casUrl": f"{hub.url}/xet", "exp": 2**33, "accessToken": "t"}
+                return self.send(
+                    token,
+                    {
+                        "X-Xet-Cas-Url": str(token["casUrl"]),
+                        "X-Xet-Access-Token": "t",
+                        "X-Xet-Token-Expiration": str(token["exp"]),
+                    },
+                )
 
             def api(self, name: str, revision: str) -> None:
                 hub.requests["api"] += 1
@@ -160,6 +177,9 @@ class HubStandIn:
                         "X-Linked-Size": str(len(data)),
                         "Location": f"{hub.cdn_url}/cdn/{commit}/{name}/-/{path}",
                     }
+                    if found.xet:
+                        headers["X-Xet-Hash"] = hashlib.sha256(data).hexdigest()
+                        headers["X-Xet-Refresh-Route"] = f"{hub.url}/xet/token"
                     if self.command == "HEAD" and (fault := hub.take_fault(f"HEAD {path}")):
                         return self.refuse(fault.status, "", fault.retry_after)
                     self.send_response(302)
@@ -216,9 +236,11 @@ class HubStandIn:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            def send(self, data: object) -> None:
+            def send(self, data: object, headers: dict[str, str] | None = None) -> None:
                 body = json.dumps(data).encode()
                 self.send_response(200)
+                for key, value in (headers or {}).items():
+                    self.send_header(key, value)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

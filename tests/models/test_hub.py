@@ -236,6 +236,24 @@ def test_hub_that_is_away_does_not_take_cached_models_along(start_server: StartS
             client.ensure("org/other")
 
 
+def test_xet_is_left_aside_unless_it_is_asked_for(client: ModelClient, hub: HubStandIn, cache_folder: Path) -> None:
+    """hf_xet is installed here."""
+    hub.repositories[REPOSITORY].xet = True
+    commit = client.ensure(REPOSITORY)
+    assert hub.requests["xet"] == 0
+    assert files_below(snapshot(cache_folder, commit)) == FILE_DIGESTS
+
+
+def test_xet_that_fails_gives_way_to_http(start_server: StartServer, hub: HubStandIn, cache_folder: Path) -> None:
+    hub.repositories[REPOSITORY].xet = True
+    process = start_server(HF_HUB_DISABLE_XET="0")
+    with ModelClient(process.address) as client:
+        commit = client.ensure(REPOSITORY)
+    process.wait_for("Xet failed")
+    assert hub.requests["xet"] > 1
+    assert files_below(snapshot(cache_folder, commit)) == FILE_DIGESTS
+
+
 def test_names_that_make_no_sense(client: ModelClient) -> None:
     for name in ("", "a/b/c", "../x", "org/..", "a--b", "s3://", "s3://bucket/../x", "file://host/x", "gs://b\x00/x"):
         with pytest.raises(ServerRefused, match="INVALID_ARGUMENT"):
