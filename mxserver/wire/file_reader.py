@@ -63,6 +63,8 @@ class FileReader:
         patience = Patience(self._patience_seconds, self._stop)
         done = attempts = 0
         while done < len(into):
+            if self._stop.is_set():
+                raise ServerUnreachable(f"{path} was not read from {self._address} any further: it was aborted")
             before = done
             try:
                 for count in self._chunks(path, offset + done, into[done:]):
