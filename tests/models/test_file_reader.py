@@ -118,7 +118,7 @@ class OtherServer(model_pb2_grpc.ModelServiceServicer):
 
     def __init__(self) -> None:
         self.knows_ranges = True
-        self.digests: list[int | None] = []  # in turn; then none
+        self.digests: list[list[int]] = []  # of each call; none without
         self.calls = 0
         self.gate = threading.Event()
         self.sent_as = "file"
@@ -128,6 +128,7 @@ class OtherServer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
     ) -> Iterator[model_pb2.FileChunk]:
         self.calls += 1
+        digests = self.digests.pop(0) if self.digests else []
         begin = request.ranges[0].offset if self.knows_ranges else 0
         end = begin + request.ranges[0].length if self.knows_ranges else 5_000
         for offset in range(begin, min(end, self.stops_after), 1_000):
@@ -137,7 +138,7 @@ class OtherServer(model_pb2_grpc.ModelServiceServicer):
                 offset=offset,
                 total_size=5_000,
                 is_last_chunk=offset + 1_000 >= end,
-                data_digest=self.digests.pop(0) if self.digests else None,
+                data_digest=digests.pop(0) if digests else None,
             )
         if request.model_name == "org/waits":
             self.gate.wait(60)
@@ -170,7 +171,7 @@ def test_server_without_digests(other: tuple[OtherServer, ModelClient]) -> None:
 
 def test_wrong_chunk_is_asked_for_again(other: tuple[OtherServer, ModelClient]) -> None:
     service, client = other
-    service.digests = [RIGHT, 1, RIGHT, RIGHT]
+    service.digests = [[RIGHT, 1, RIGHT], [RIGHT, RIGHT]]
     with client.reader("org/x") as reader:
         reader.read_into("file", 0, memoryview(bytearray(3_000)))
         assert reader.bytes_unverified == 0
@@ -180,7 +181,7 @@ def test_wrong_chunk_is_asked_for_again(other: tuple[OtherServer, ModelClient]) 
 
 def test_chunk_that_stays_wrong_is_refused(other: tuple[OtherServer, ModelClient]) -> None:
     service, client = other
-    service.digests = [1, 1, 1]
+    service.digests = [[1], [1], [1]]
     with client.reader("org/x") as reader, pytest.raises(FileRefused, match="0000000000000001"):
         reader.read_into("file", 0, memoryview(bytearray(1_000)))
     assert service.calls == 3
