@@ -15,12 +15,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import mxserver.models.opened
 from mxserver.models.cache import ModelCache
 from mxserver.models.downloads import Downloads
-from mxserver.models.errors import CacheUnusable, DownloadInterrupted, ModelInUse, ModelNotCached
+from mxserver.models.errors import CacheUnusable, DownloadInterrupted, LeaseLost, ModelInUse, ModelNotCached
 from mxserver.models.eviction import Limits
 from mxserver.models.folder_download import FolderSource
 from mxserver.models.names import ModelName, model_name
+from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
 from mxserver.settings import default_cache_directory
@@ -232,3 +234,54 @@ def test_health_shows_a_folder_that_is_gone(start_server: StartServer, cache_fol
     process.wait_for("the cache folder does not work")
     assert health(process.address, SERVICES[0]) == health_pb2.HealthCheckResponse.NOT_SERVING
     assert health(process.address, "") == health_pb2.HealthCheckResponse.SERVING
+
+
+def opened_in(folder: Path) -> OpenCache:
+    return OpenCache(CacheSettings(folder, lease_seconds=60), lambda _: None)
+
+
+def test_keeper_that_loses_its_lease_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the server stops while another replica holds what is to be cleared up."""
+    met = threading.Event()
+
+    def lost(_: ModelCache) -> None:
+        met.set()
+        raise LeaseLost("it stops")
+
+    monkeypatch.setattr(ModelCache, "sweep", lost)
+    opened = opened_in(tmp_path)
+    opened.open()
+    assert met.wait(60)
+    opened.close()
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_folder_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mxserver.models.opened, "_CLOSE_SECONDS", 0.05)
+    hangs, goes_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(_: ModelCache) -> None:
+        hangs.set()
+        goes_on.wait(120)
+
+    close = ModelCache.close
+
+    def note_close(cache: ModelCache) -> None:
+        close(cache)
+        closed.set()
+
+    monkeypatch.setattr(ModelCache, "sweep", hang)
+    monkeypatch.setattr(ModelCache, "close", note_close)
+    opened = opened_in(tmp_path)
+    opened.open()
+    assert hangs.wait(60)
+    opened.close()
+    assert "does not answer" in caplog.text
+    goes_on.set()
+    assert closed.wait(60)
+    with pytest.raises(CacheUnusable, match="stops"):
+        opened.open()

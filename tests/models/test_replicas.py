@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from mxserver.wire import model_pb2
 from mxserver.wire.errors import WireError
 from mxserver.wire.model_client import ModelClient
+from mxserver.wire.stream_call import StreamConnection
 from tests.models.conftest import (
     FILE_DIGESTS,
     FILES,
@@ -195,6 +198,47 @@ def test_server_that_is_told_to_stop_keeps_what_is_complete(
     assert nothing_half_written(cache_folder)
 
 
+def test_sigterm_while_another_replica_downloads(start_server: StartServer, hub: HubStandIn) -> None:
+    gate = held_back(hub)
+    first = Ensure(start_server().address)
+    hub.wait_at_gate()
+    waiting = start_server("--drain", "1")
+    second = Ensure(waiting.address, patience_seconds=0)
+    second.wait_for_message("another replica")
+    waiting.process.send_signal(signal.SIGTERM)
+    assert waiting.process.wait(timeout=120) == 0
+    second.join()
+    assert second.error is not None
+    gate.set()
+    assert first.result()
+
+
+def test_sigterm_while_the_hub_does_not_answer(start_server: StartServer, hub: HubStandIn) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = start_server("--drain", "1", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        caller = Ensure(process.address, patience_seconds=0)
+        asked, _ = silent.accept()
+        with asked:
+            process.process.send_signal(signal.SIGTERM)
+            assert process.process.wait(timeout=120) == 0
+        caller.join()
+    assert caller.error is not None
+    assert not any("Traceback" in line for line in process.lines)
+
+
+def test_sigterm_while_a_stream_is_not_taken(start_server: StartServer, hub: HubStandIn) -> None:
+    hub.add("org/long", {"model.safetensors": pattern(40_000_000, 30)})
+    process = start_server("--drain", "1")
+    with ModelClient(process.address) as client, StreamConnection(process.address) as stream:
+        client.ensure("org/long")
+        request = model_pb2.ModelFilesRequest(model_name="org/long")
+        stream.call("/model_express.model.ModelService/StreamModelFiles", request.SerializeToString())
+        assert stream.next_message()
+        process.process.send_signal(signal.SIGTERM)
+        assert process.process.wait(timeout=120) == 0
+    assert not any("Traceback" in line for line in process.lines)
+
+
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -202,7 +246,10 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("seed", range(5))
+KILL_SEEDS = int(os.environ.get("TEST_KILL_SEEDS", "5"))  # of two kills each; more by this name
+
+
+@pytest.mark.parametrize("seed", range(KILL_SEEDS))
 def test_kills_at_random_moments(start_server: StartServer, hub: HubStandIn, cache_folder: Path, seed: int) -> None:
     """Whatever the moment: nothing half-written is visible, and the next server brings the download to its end."""
     files = {f"part-{number}.safetensors": pattern(600_000, 10 + number) for number in range(8)} | FILES
