@@ -36,7 +36,12 @@ def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
     from mxcore.cli import doctor_machine, doctor_probes, doctor_server
     from mxcore.cli.findings import failed
 
-    findings = [*doctor_machine.all_findings(), doctor_probes.nixl(), doctor_probes.same_host()]
+    findings = [
+        *doctor_machine.all_findings(),
+        doctor_probes.nixl(),
+        doctor_probes.nixl_backends(),
+        doctor_probes.same_host(),
+    ]
     if not no_server:
         if connection.server is None:
             findings += doctor_server.environment(os.environ)

@@ -11,6 +11,7 @@ import platform
 import resource
 from pathlib import Path
 
+import mxcore
 from mxcore.cli.findings import Finding
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
@@ -18,7 +19,8 @@ _SYS_IO_URING_SETUP = 425  # the same number on every architecture
 _IO_URING_PARAMETERS_BYTES = 120
 _SHM_ENOUGH_BYTES = 1 << 30
 
-COMPILED = ("digest", "host_buffer", "nixl_agent", "range_reader", "safetensors_header")
+COMPILED = tuple(sorted(path.stem for path in Path(mxcore.__file__).parent.glob("*.pyi")))
+"""The compiled modules: each has its types beside it."""
 
 
 def versions() -> list[Finding]:

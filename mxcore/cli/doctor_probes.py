@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from pathlib import Path
 from mxcore.cli.findings import Finding
 
 PROBE_SECONDS = 30.0
+_LOADS = "loads"
+_NO_LIBRARY = re.compile(r"(\S+): cannot open shared object file: No such file or directory")
 
 
 def nixl() -> Finding:
@@ -23,6 +27,22 @@ def nixl() -> Finding:
     reason = _last_line(ran) or f"the probe ended with {ran.returncode}"
     do = "pip install 'mx-modelexpress[nixl]'; without NIXL every worker loads from storage"
     return Finding("nixl", "fail", reason, do)
+
+
+def nixl_backends() -> Finding:
+    """Which of NIXL's backend plugins could be used here: those whose own libraries are all there."""
+    ran = _run("backends")
+    tried = [line.partition("\t") for line in ran.stdout.splitlines()]
+    fitting = [name for name, _, reason in tried if reason == _LOADS]
+    failing = [f"{name} ({reason or 'the probe ended here'})" for name, _, reason in tried if reason != _LOADS]
+    if not tried:
+        do = "set NIXL_PLUGIN_DIR to the folder with libplugin_UCX.so, where NIXL is no wheel"
+        return Finding("nixl backends", "note", _last_line(ran) or "no plugins beside NIXL's library", do)
+    fact = f"load: {', '.join(fitting) or 'none'}"
+    if not failing:
+        return Finding("nixl backends", "ok", fact)
+    do = "UCX (MX_NIXL_BACKEND) is all that weights move by; install what another one names to use that"
+    return Finding("nixl backends", "note", f"{fact}; do not: {', '.join(failing)}", do)
 
 
 def same_host() -> Finding:
@@ -40,6 +60,10 @@ def same_host() -> Finding:
     hint = f"kernel.yama.ptrace_scope={scope.read_text().strip()}; " if scope.is_file() else ""
     do = f"{hint}workers on this host use TCP instead; the capability SYS_PTRACE, or ptrace_scope=0, lifts it"
     return Finding("same host", "warn", "one process may not read another's memory", do)
+
+
+def all_findings() -> list[Finding]:
+    return [nixl(), nixl_backends(), same_host()]
 
 
 def _command(name: str) -> list[str]:
@@ -65,18 +89,37 @@ def _agent() -> None:
 
     from mxcore.host_buffer import HostBuffer
     from mxcore.nixl_agent import NixlAgent, load_library
+    from mxcore.settings import load_settings
     from mxcore.transfer.transports import UcxPolicy, ucx_environment
 
     library = load_library()
     with ucx_environment(UcxPolicy.from_environment("auto").tls):
-        agent = NixlAgent("mx-doctor")
+        backend = load_settings({}).nixl_backend
+        agent = NixlAgent("mx-doctor", backend=backend)
     buffer = HostBuffer(1 << 20)
     try:
         agent.register(array("Q", [buffer.address]), array("Q", [buffer.size_bytes]))
-        print(f"{Path(library).name} opens, UCX makes an agent and registers memory")  # noqa: T201
+        print(f"{Path(library).name} opens, {backend} makes an agent and registers memory")  # noqa: T201
     finally:
         agent.destroy()
         buffer.close()
+
+
+def _backends() -> None:
+    """Opens one plugin after the other, each in a line that begins before it is opened."""
+    import ctypes
+
+    from mxcore.nixl_agent import load_library
+
+    folder = Path(os.environ.get("NIXL_PLUGIN_DIR") or Path(load_library()).parent / "plugins")
+    for path in sorted(folder.glob("libplugin_*.so")):
+        print(path.stem.removeprefix("libplugin_"), end="\t", flush=True)  # noqa: T201
+        try:
+            ctypes.CDLL(str(path))
+            reason = _LOADS
+        except OSError as error:
+            reason = _NO_LIBRARY.sub(r"no \1", str(error).replace(f"{path}: ", "").replace("\n", " "))
+        print(reason, flush=True)  # noqa: T201
 
 
 def _hold() -> None:
@@ -94,7 +137,7 @@ def _read() -> None:
     sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.stdin.readline().strip()))) else 1)
 
 
-_PROBES: dict[str, Callable[[], None]] = {"agent": _agent, "hold": _hold, "read": _read}
+_PROBES: dict[str, Callable[[], None]] = {"agent": _agent, "backends": _backends, "hold": _hold, "read": _read}
 
 if __name__ == "__main__":
     _PROBES[sys.argv[1]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def test_everything_is_looked_at_and_nothing_fails(web: WebServer) -> None:
     by_name = {finding["name"]: finding for finding in facts["findings"]}
     assert {
         "versions", "compiled core", "cuda", "rdma", "memlock", "huge pages", "shared memory", "io_uring",
-        "nixl", "same host", "setting", "server", "clock",
+        "nixl", "nixl backends", "same host", "setting", "server", "clock",
     } <= set(by_name)  # fmt: skip
     assert (ran.code, facts["well"]) == (0, True), ran.out
     assert by_name["nixl"]["state"] == "ok"
@@ -148,6 +149,44 @@ def test_missing_nixl_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     finding = doctor_probes.nixl()
     assert finding.state == "fail"
     assert "pip install" in finding.do
+
+
+def test_every_compiled_module_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"digest", "nixl_agent", "checkpoint_reader"} <= set(doctor_machine.COMPILED)
+    assert doctor_machine.compiled_core().state == "ok"
+    monkeypatch.setattr(doctor_machine, "COMPILED", ("digest", "not_built"))
+    finding = doctor_machine.compiled_core()
+    assert (finding.state, "mxcore.not_built" in finding.fact, "make build" in finding.do) == ("fail", True, True)
+
+
+def test_backends_say_which_library_they_miss() -> None:
+    """The wheel's plugins on a machine as it is: UCX is there, and each that is not names what it lacks."""
+    finding = doctor_probes.nixl_backends()
+    loading, _, missing = finding.fact.partition("; do not: ")
+    assert "UCX" in loading
+    assert all(reason.endswith(")") for reason in missing.split("), ")[-1:] if reason)
+    assert (finding.state, bool(finding.do)) == (("note", True) if missing else ("ok", False))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"no library", r"note load: none; do not: BROKEN \(.*(too short|invalid ELF).*\)"), (None, "note")],
+)
+def test_plugins_of_a_folder_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "libplugin_BROKEN.so").write_bytes(content)
+    monkeypatch.setenv("NIXL_PLUGIN_DIR", str(tmp_path))
+    finding = doctor_probes.nixl_backends()
+    assert re.match(said, f"{finding.state} {finding.fact}")
+    assert finding.do
+
+
+def test_backend_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MX_NIXL_BACKEND", "NOWHERE")
+    finding = doctor_probes.nixl()
+    assert (finding.state, "NOWHERE" in finding.fact) == ("fail", True)
 
 
 def test_probe_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
