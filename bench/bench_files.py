@@ -225,7 +225,7 @@ def _measured(
 
 @click.command()
 @click.option("--mib", default=1024, show_default=True, help="Size of the model.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds; the best of each counts.")
+@click.option("--rounds", default=8, show_default=True, help="Rounds; the best of each counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(mib: int, rounds: int, as_json: bool) -> None:
     """Model files from the server, against the best bare gRPC stream of the same run."""
