@@ -35,7 +35,7 @@ HEADER_TENSORS = 20_000
 
 @click.command("load")
 @click.option("--size-mib", default=2048, show_default=True, help="Size of the checkpoint.")
-@click.option("--rounds", default=5, show_default=True, help="Loads of each candidate and state.")
+@click.option("--rounds", default=3, show_default=True, help="Loads of each candidate and state.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
 @click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw bars into this PNG.")

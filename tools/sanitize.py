@@ -4,7 +4,8 @@
     python tools/sanitize.py fuzz [fuzz arguments]        python -m fuzz
 
 Needs gcc with its libasan. The interpreter and torch are not ours and leak at their end: only what has a frame of
-mxcore in its stack counts as a leak.
+mxcore in its stack counts as a leak. Stacks are taken by frame pointers, which our code has: a leak made on purpose in
+the core is found by its line, and all tests run in about a minute (unwinding by tables took 15 times as long).
 """
 
 from __future__ import annotations
