@@ -1,7 +1,7 @@
 """How much host memory reading may hold at once, beside the destinations: one ceiling for the process.
 
-MX_HOST_MEMORY_LIMIT, or a quarter of what the cgroup, or the machine, leaves when first asked. Rings, batches of a stream and pinned
-memory count while they are held.
+MX_HOST_MEMORY_LIMIT, or a quarter of what the cgroup, or the machine, leaves when first asked. Rings, batches of a
+stream and pinned memory count while they are held; an arena is a destination and does not.
 """
 
 from __future__ import annotations
