@@ -60,6 +60,8 @@ class WorkerSettings(BaseModel):
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
     model_uri: str = Field("", alias="MX_MODEL_URI")
+    no_shared_storage: bool = Field(False, alias="MODEL_EXPRESS_NO_SHARED_STORAGE")
+    cache_weights: bool = Field(True, alias="MX_CACHE_WEIGHTS")
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
 
     @field_validator("server_address")

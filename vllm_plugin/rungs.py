@@ -19,6 +19,7 @@ from mxcore.transfer.receiver import ReceiveReport
 from mxcore.transfer.source_client import Source
 from mxserver.wire import load_pb2
 from vllm_plugin import compat
+from vllm_plugin.cache_rung import CacheRung
 from vllm_plugin.missing_chunks import fill_missing
 from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.uri_rung import UriRung
@@ -194,6 +195,7 @@ _MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {
     "p2p": PeerRung,
     "fleet": FleetRung,
     "uri": UriRung,
+    "cache": CacheRung,
     "engine": EngineRung,
 }
 

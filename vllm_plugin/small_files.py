@@ -20,6 +20,7 @@ from mxcore.storage.model_uri import OBJECT_SCHEMES, parse_model_uri
 from mxcore.storage.object_store import ObjectFolder
 from mxcore.storage.remote import RemoteFolder, pull_small_files
 from mxserver.wire.errors import MxError
+from mxserver.wire.model_client import ModelClient
 
 __all__ = ["prepare", "prepare_offline"]
 
@@ -96,6 +97,11 @@ def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, do
         finally:
             folder.close()
         _log.info("configuration and tokenizer of %s come from %s: %s", model, uri.text, place)
+    elif settings.no_shared_storage and settings.server_address:
+        with ModelClient(settings.server_address) as client:
+            client.ensure(model, revision=revision, ignore_weights=True)
+            place = client.fetch_to_hub_cache(model, cache, revision=revision, ignore_weights=True)
+        _log.info("configuration and tokenizer of %s come from %s: %s", model, settings.server_address, place)
 
 
 def _is_cached(model: str, revision: str | None, download_dir: str | None) -> bool:

@@ -97,11 +97,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
+    Variable(
+        "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
+    ),
+    Variable("MX_CACHE_WEIGHTS", "worker", "0: weights from the server go into the model without touching the disk"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     # Names of the protocol that existing images set and that this version does not read.
-    Variable(
-        "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "model files come from the server over gRPC", has_effect=False
-    ),
     Variable("MX_METADATA_PORT", "worker", "port of NIXL's own metadata exchange", has_effect=False),
     Variable("MODEL_NAME", "worker", "model of the split loaders", has_effect=False),
     Variable("MX_EXPECTED_WORKERS", "worker", "workers that the split loaders wait for", has_effect=False),

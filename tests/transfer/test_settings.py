@@ -54,6 +54,8 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_MODEL_REVISION": "abc",
             "MX_LOAD_PATHS": "engine",
             "MX_MODEL_URI": "s3://models/m",
+            "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+            "MX_CACHE_WEIGHTS": "0",
         },
     )
     assert settings.model_dump() == {
@@ -77,6 +79,8 @@ def test_everything_comes_from_the_environment() -> None:
         "model_revision": "abc",
         "load_paths": ("engine",),
         "model_uri": "s3://models/m",
+        "no_shared_storage": True,
+        "cache_weights": False,
     }
 
 

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from bench.demo.models import weight_files
+from mxserver.wire.model_client import ModelClient
+from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.s3_server import SECRET, S3Server, environment
+from tests.server.conftest import ServerProcess
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
@@ -61,6 +64,28 @@ def without_weights(model_paths: dict[str, Path], folder: Path) -> Path:
     small = folder / "models" / "llama-small"
     shutil.copytree(model_paths["llama"], small, ignore=lambda path, names: [n for n in names if ".safetensors" in n])
     return small
+
+
+@pytest.fixture(scope="module")
+def filled(model_paths: dict[str, Path], folder: Path) -> Iterator[ServerProcess]:
+    """A server whose cache has two models of a hub that is gone."""
+    with hub_stand_in() as hub:
+        for name in ("llama", "qwen3"):
+            files = {path.name: path.read_bytes() for path in model_paths[name].iterdir() if path.name != "ready"}
+            hub.add(f"org/{name}", files)
+        environ = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "server-hf-home"),
+            "HF_HUB_OFFLINE": "0",
+            "MODEL_EXPRESS_CACHE_DIRECTORY": str(folder / "server-cache"),
+            "MX_METADATA_BACKEND": "memory",
+        }
+        server = ServerProcess("--port", "0", environ=environ)
+        with ModelClient(server.address) as client:
+            client.ensure("org/llama")
+            client.ensure("org/qwen3")
+    yield server
+    server.close()
 
 
 def outcomes(report: dict[str, Any]) -> dict[str, str]:
@@ -145,3 +170,51 @@ def test_an_object_truncated_in_the_middle_of_a_load_leaves_nothing_behind(
     assert f"key 'qwen3/{last.name}'" in fallback
     assert "MX_OBJECT_TRUNCATED" in fallback
     assert loaded.report["serving"]
+
+
+@pytest.mark.parametrize("cached", ["1", "0"])
+def test_from_the_servers_cache_with_no_hub_and_no_shared_storage(
+    cached: str,
+    stored: EngineHost,
+    filled: ServerProcess,
+    references: References,
+    model_paths: dict[str, Path],
+    folder: Path,
+) -> None:
+    """Configuration and tokenizer first, into the hub's cache; weights there as well, or straight into the model."""
+    name = "qwen3" if cached == "1" else "llama"
+    environ = {
+        "MODEL_EXPRESS_URL": filled.address,
+        "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+        "MX_CACHE_WEIGHTS": cached,
+    }
+    stored.ask("setenv", environ=environ)
+    try:
+        loaded = stored.load(f"org/{name}", extra={"server_address": filled.address})
+    finally:
+        stored.ask("setenv", environ=dict.fromkeys(environ))
+
+    assert loaded.answers == references.of(model_paths[name])
+    assert (loaded.report["path"], loaded.report["fallbacks"]) == ("cache", [])
+    assert outcomes(loaded.report)["cache"] == "loaded"
+    assert loaded.report["serving"]
+    here = folder / "hf-home" / "hub" / f"models--org--{name}"
+    assert list(here.rglob("config.json"))
+    assert bool(list(here.rglob("*.safetensors"))) == (cached == "1")
+
+
+def test_from_the_servers_folder_where_both_see_it(
+    stored: EngineHost,
+    filled: ServerProcess,
+    references: References,
+    model_paths: dict[str, Path],
+    folder: Path,
+) -> None:
+    small = folder / "hub-names" / "models--org--qwen3" / "snapshots"
+    (commit,) = (folder / "server-cache" / "models--org--qwen3" / "snapshots").iterdir()
+    shutil.copytree(commit, small / commit.name, ignore=lambda path, names: [n for n in names if ".safetensors" in n])
+    loaded = stored.load(small / commit.name, extra={"server_address": filled.address})
+
+    assert loaded.answers == references.of(model_paths["qwen3"])
+    assert loaded.report["path"] == "cache"
+    assert "files of the same sizes" in next(s["reason"] for s in loaded.report["paths"] if s["rung"] == "cache")
