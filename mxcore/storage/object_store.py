@@ -21,7 +21,7 @@ from mxcore.storage.store_errors import as_store_error
 
 __all__ = ["ObjectFolder"]
 
-PIECE_BYTES = 8 * 1024 * 1024  # of one request: what a failure costs again, and what runs side by side
+PIECE_BYTES = 4 * 1024 * 1024  # of one request: what a failure costs again, and what runs side by side
 ATTEMPTS = 4
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 5.0

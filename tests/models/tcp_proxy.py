@@ -33,6 +33,7 @@ class TcpProxy:
         self._own_answers = 0
         self._cut_at: int | None = None
         self._forever = False
+        self._only_one = False
         self._meanwhile: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -40,11 +41,17 @@ class TcpProxy:
         self._threads[0].start()
 
     def cut_after(
-        self, answered_bytes: int, *, forever: bool = False, meanwhile: Callable[[], None] = lambda: None
+        self,
+        answered_bytes: int,
+        *,
+        forever: bool = False,
+        only_one: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """Resets all connections once so many more bytes were answered; `forever`: later ones at once. Before that
-        `meanwhile` is called.
+        """Resets all connections once so many more bytes were answered, or `only_one` of them; `forever`: later ones
+        at once. Before that `meanwhile` is called.
         """
+        self._only_one = only_one
         self._meanwhile = meanwhile
         self._cut_at, self._forever = self.answered_bytes + answered_bytes, forever
 
@@ -83,7 +90,7 @@ class TcpProxy:
                         if not self._forever:
                             self._cut_at = None
                         self._meanwhile()
-                        self._reset()
+                        self._reset({source, sink} if self._only_one else None)
                         return
                     if self.bytes_per_second:
                         time.sleep(len(data) / self.bytes_per_second)
@@ -98,14 +105,15 @@ class TcpProxy:
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
 
-    def _reset(self) -> None:
+    def _reset(self, ones: set[socket.socket] | None = None) -> None:
         with self._lock:
-            for one in self._open:
+            chosen = self._open if ones is None else ones
+            for one in chosen:
                 with suppress(OSError):
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     one.shutdown(socket.SHUT_RDWR)
                 one.close()
-            self._open.clear()
+            self._open = self._open - chosen
 
     def __enter__(self) -> Self:
         return self

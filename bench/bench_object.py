@@ -1,0 +1,137 @@
+"""`mx bench object`: a checkpoint from S3 into memory, ours against Run:ai's streamer alone and boto3.
+
+The server is rclone, over HTTP with real signatures, behind a proxy that adds latency and cuts connections. Every
+candidate runs in a fresh process, in turns; every tensor's digest is compared. Ratios are of medians of one run.
+`fetched_over_model` is what came through the proxy, over the size of the checkpoint's files: in all runs of ours, the
+one included in which a connection is cut in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 1024 * 1024
+URI = "s3://models/bench"
+RUN_SECONDS = 600
+CUT_OURS = "ours, one connection cut"
+
+
+@click.command("object")
+@click.option("--size-mib", default=512, show_default=True, help="Size of the checkpoint.")
+@click.option("--rounds", default=3, show_default=True, help="Loads of each candidate and latency.")
+@click.option("--latency-ms", default=20.0, show_default=True, help="Added to each request, beside 0.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> None:
+    """S3 into memory, with and without latency, against Run:ai alone and boto3."""
+    from bench.load import made
+    from tests.models.tcp_proxy import TcpProxy
+    from tests.object_store.s3_server import S3Server, environment
+
+    with tempfile.TemporaryDirectory(prefix="mx-bench-object-") as place:
+        folder = Path(place) / "s3" / "models" / "bench"
+        folder.mkdir(parents=True)
+        made.checkpoint(folder, size_mib * MIB)
+        total_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        with S3Server(folder.parents[1]) as server, TcpProxy(server.address) as proxy:
+            runs = _measure(proxy, environment(proxy.address), total_bytes, rounds, latency_ms)
+    figures = _figures(runs, total_bytes)
+    if as_json:
+        document = {
+            "bench": "object",
+            "size_bytes": total_bytes,
+            "rounds": rounds,
+            "latency_ms": latency_ms,
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average": os.getloadavg(),
+            "runs": runs,
+            "figures": {name: round(value, 4) for name, value in figures.items()},
+        }
+        click.echo(json.dumps(document))
+        return
+    for name, value in figures.items():
+        click.echo(f"{name:28} {value:.3f}")
+
+
+def _measure(
+    proxy: Any, environ: dict[str, str], total_bytes: int, rounds: int, latency_ms: float
+) -> list[dict[str, Any]]:
+    """One row a load; raises click.ClickException when a candidate fails or has other bytes than the others."""
+    from bench.object_store.candidates import CANDIDATES
+
+    names = list(CANDIDATES)
+    runs: list[dict[str, Any]] = []
+    digests: dict[str, int] = {}
+
+    def run(name: str, latency: float) -> None:
+        nonlocal digests
+        click.echo(f"\r{latency:g} ms, {name:30}", err=True, nl=False)
+        before = proxy.answered_bytes
+        candidate = "ours" if name == CUT_OURS else name
+        ran = subprocess.run(
+            [sys.executable, "-m", "bench.object_store.candidates", candidate, URI],
+            cwd=ROOT,
+            env={**os.environ, "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0", **environ},
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+            check=False,
+        )
+        if ran.returncode:
+            raise click.ClickException(f"{name}: {ran.stderr.strip().splitlines()[-1:]}")
+        told = json.loads(ran.stdout.splitlines()[-1])
+        digests = digests or told["digests"]
+        if told["digests"] != digests:
+            raise click.ClickException(f"{name} has other bytes than {runs[0]['name']}")
+        fetched = proxy.answered_bytes - before
+        runs.append({"name": name, "latency_ms": latency, "seconds": told["seconds"], "fetched_bytes": fetched})
+
+    for latency in (0.0, latency_ms):
+        proxy.latency_seconds = latency / 1000
+        for number in range(rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always first
+                run(name, latency)
+    proxy.latency_seconds = 0.0
+    cuts = proxy.cuts
+    proxy.cut_after(total_bytes // 2, only_one=True)
+    run(CUT_OURS, 0.0)
+    if proxy.cuts != cuts + 1:
+        raise click.ClickException("no connection was cut")
+    click.echo(f"\r{'':50}\r", err=True, nl=False)
+    return runs
+
+
+def _figures(runs: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    vs_runai: list[float] = []
+    for latency in sorted({run["latency_ms"] for run in runs}):
+        medians: dict[str, float] = {}
+        for name in {run["name"] for run in runs} - {CUT_OURS}:
+            seconds = [run["seconds"] for run in runs if (run["name"], run["latency_ms"]) == (name, latency)]
+            medians[name] = statistics.median(seconds)
+        for name in sorted(medians):
+            figures[f"{name}_{latency:g}ms_gbps"] = total_bytes / medians[name] / 1e9
+        for other in ("runai", "boto3"):
+            figures[f"vs_{other}_{latency:g}ms"] = medians[other] / medians["ours"]
+        figures[f"stream_vs_runai_{latency:g}ms"] = medians["runai"] / medians["ours_stream"]
+        vs_runai.append(medians["runai"] / medians["ours"])
+    figures["vs_runai"] = min(vs_runai)
+    ours = [run["fetched_bytes"] / total_bytes for run in runs if run["name"].startswith("ours")]
+    figures["fetched_over_model"] = max(ours)
+    figures["fetched_over_model_after_cut"] = max(
+        run["fetched_bytes"] / total_bytes for run in runs if run["name"] == CUT_OURS
+    )
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(command())

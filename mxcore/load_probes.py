@@ -1,0 +1,135 @@
+"""What each rung of the ladder would say here and now, found out without loading and without an engine.
+
+An engine knows more: its identity, its rank, its own files. So `p2p` looks for any worker with the model's name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mxcore.load_ladder import reason_of
+from mxcore.settings import WorkerSettings
+from mxcore.storage.model_uri import missing_packages, parse_model_uri
+
+__all__ = ["Probe", "probe"]
+
+Verdict = Literal["take", "wait", "skip"]
+
+
+class Probe(NamedTuple):
+    """What a rung would do; `wait` is for what depends on others."""
+
+    rung: str
+    verdict: Verdict
+    reason: str
+
+
+def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
+    """Asks for one rung (a key of RUNGS); never raises for what it finds. Credentials never show in the reason."""
+    try:
+        verdict, reason = _PROBES[rung](model, settings)
+    except Exception as error:  # noqa: BLE001 - that is what it is asked for
+        verdict, reason = "skip", reason_of(error)
+    return Probe(rung, verdict, reason)
+
+
+def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+    from mxcore.nixl_agent import load_library
+    from mxserver.wire import p2p_pb2
+    from mxserver.wire.client import ServerClient
+
+    if settings.server_address is None:
+        return "skip", "no server is set (MODEL_EXPRESS_URL)"
+    with ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds) as client:
+        refs = client.list_sources(model_name=model or None, status=p2p_pb2.SOURCE_STATUS_READY, limit=100)
+    if not refs:
+        what = f"workers with {model}" if model else "workers"
+        return "skip", f"the server at {settings.server_address} knows no {what} that are READY"
+    load_library()  # raises NixlMissing
+    ranks = sorted({ref.worker_rank for ref in refs})
+    return (
+        "take",
+        f"{len(refs)} workers are READY (ranks {', '.join(map(str, ranks))}), if their layout is this worker's",
+    )
+
+
+def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+    from mxserver.wire import p2p_pb2
+    from mxserver.wire.client import ServerClient
+
+    if settings.server_address is None:
+        return "skip", "no server is set (MODEL_EXPRESS_URL)"
+    with ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds) as client:
+        refs = client.list_sources(model_name=model or None, status=p2p_pb2.SOURCE_STATUS_INITIALIZING, limit=100)
+    if refs:
+        return "wait", f"{len(refs)} workers load now: waited for, at most {settings.source_wait_seconds:g} s"
+    return "wait", "nobody loads now: of workers that start together one reads storage, and the others wait for it"
+
+
+def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+    from mxcore.storage.local_folder import LocalFolder
+    from mxcore.storage.object_store import ObjectFolder
+    from mxcore.storage.remote import RemoteFolder, open_remote
+
+    if not settings.model_uri:
+        return "skip", "MX_MODEL_URI is not set"
+    uri = parse_model_uri(settings.model_uri)
+    if missing := missing_packages(uri):
+        return "skip", f"{uri.text}: {missing}"
+    folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri)
+    try:
+        checkpoint = open_remote(folder)
+    finally:
+        folder.close()
+    return "take", (
+        f"{uri.text}: {len(checkpoint)} tensors in {len(checkpoint.files)} files, {checkpoint.total_bytes} bytes"
+    )
+
+
+def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+    from mxcore.storage.server_cache import has_weights, same_files_here
+    from mxserver.wire.errors import ModelNotFound
+    from mxserver.wire.model_client import ModelClient
+
+    if settings.server_address is None:
+        return "skip", "no server is set (MODEL_EXPRESS_URL)"
+    if not model:
+        return "skip", "no MODEL was given to ask the server for"
+    if Path(model).is_absolute():
+        return "skip", f"{model} is a folder of this machine, and no model that the server could have"
+    revision = settings.model_revision or None
+    with ModelClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds) as client:
+        try:
+            listed = client.list_files(model, revision=revision)
+        except ModelNotFound:
+            listed = None
+    over_grpc = settings.no_shared_storage
+    if listed is None or not has_weights(listed):
+        if over_grpc:
+            return "take", f"MODEL_EXPRESS_NO_SHARED_STORAGE=1: the server downloads {model} and streams it"
+        return "skip", f"the server's cache does not have the weights of {model}"
+    if over_grpc:
+        where = "to the disk" if settings.cache_weights else "straight into the model (MX_CACHE_WEIGHTS=0)"
+        return "take", f"MODEL_EXPRESS_NO_SHARED_STORAGE=1: {listed.size_bytes} bytes over gRPC, {where}"
+    shared, reason = same_files_here(listed)
+    return ("take" if shared else "skip"), reason
+
+
+def _engine(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+    if importlib.util.find_spec("vllm") is None:
+        return "skip", "vLLM is not installed here"
+    if model and Path(model).is_absolute() and not Path(model).is_dir():
+        return "skip", f"there is no folder {model}"
+    return "take", f"vLLM's default loader, files read by MX_STORAGE_READER={settings.storage_reader}"
+
+
+_PROBES: dict[str, Callable[[str, WorkerSettings], tuple[Verdict, str]]] = {
+    "p2p": _p2p,
+    "fleet": _fleet,
+    "uri": _uri,
+    "cache": _cache,
+    "engine": _engine,
+}
