@@ -27,6 +27,7 @@
     │   ├── CudaMissing       MX_CUDA_MISSING         no usable CUDA driver or device on this machine
     │   └── DeviceMemoryError MX_DEVICE_MEMORY        the device gives no (more) memory
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
+    ├── NoSource              MX_NO_SOURCE            a worker that only pulls found nobody to pull from
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -211,6 +212,12 @@ class LoadPathsExhausted(MxError):
     """No rung of the ladder gave a model; the message has the reason of each."""
 
     code = "MX_LOAD_PATHS_EXHAUSTED"
+
+
+class NoSource(MxError):
+    """A worker that may only pull (mx-target) got no weights; the message says for how long it waited and why."""
+
+    code = "MX_NO_SOURCE"
 
 
 class TransferError(MxError):

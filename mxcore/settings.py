@@ -62,6 +62,11 @@ class WorkerSettings(BaseModel):
     model_uri: str = Field("", alias="MX_MODEL_URI")
     no_shared_storage: bool = Field(False, alias="MODEL_EXPRESS_NO_SHARED_STORAGE")
     cache_weights: bool = Field(True, alias="MX_CACHE_WEIGHTS")
+    source_keep: Literal["processed", "raw", "both"] | None = Field(None, alias="MX_SOURCE_KEEP")
+    model_name: str = Field("", alias="MODEL_NAME")
+    expected_workers: int = Field(0, alias="MX_EXPECTED_WORKERS", ge=0, le=65536)
+    sync_publish: bool = Field(False, alias="MX_SYNC_PUBLISH")
+    sync_start: bool = Field(False, alias="MX_SYNC_START")
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
 
     @field_validator("server_address")

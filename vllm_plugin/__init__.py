@@ -14,8 +14,8 @@ _log = logging.getLogger("vllm.modelexpress")  # below vLLM's logger, so that it
 
 __all__ = ["LOAD_FORMATS", "register"]
 
-LOAD_FORMATS = ("mx", "modelexpress")
-"""The load formats; the second only where neither vLLM (from 0.22 on) nor another package has taken the name."""
+LOAD_FORMATS = ("mx", "mx-source", "mx-target", "modelexpress")
+"""The load formats; the last only where neither vLLM (from 0.22 on) nor another package has taken the name."""
 
 if importlib.util.find_spec("vllm") is None:
     warnings.warn(

@@ -14,12 +14,15 @@ import functools
 import importlib
 import inspect
 import logging
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.distributed import get_world_group
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -195,9 +198,92 @@ def architecture() -> str:
     return f"sm_{capability.major}{capability.minor}"
 
 
-def may_lose_memory(model_config: ModelConfig) -> str | None:
-    """A mode of the engine in which weights vanish or move while it runs, so that they cannot be served."""
-    return "sleep mode" if getattr(model_config, "enable_sleep_mode", False) else None
+def may_lose_memory(vllm_config: VllmConfig, model_config: ModelConfig) -> str | None:
+    """A mode of the engine in which weights vanish or move and nobody tells us; None when there is none."""
+    if getattr(vllm_config.parallel_config, "enable_eplb", False):
+        return "expert load balancing"
+    if getattr(model_config, "enable_sleep_mode", False) and worker_class(vllm_config) is None:
+        return "sleep mode, with a worker class that cannot be watched,"
+    return None
+
+
+def platform_worker() -> type:
+    """The worker class that vLLM takes on this machine when none is named."""
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker  # type: ignore[no-any-return]
+    if current_platform.is_xpu():
+        from vllm.v1.worker.xpu_worker import XPUWorker
+
+        return XPUWorker  # type: ignore[no-any-return]
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker  # type: ignore[no-any-return]
+
+
+class Watch(Protocol):
+    """Who is told what the engine does to weights; see vllm_plugin.serving.EngineWatch."""
+
+    def sleeping(self, level: int) -> None: ...
+
+    def awake(self, tags: Sequence[str] | None) -> None: ...
+
+    def changing(self, what: str) -> None: ...
+
+    def ending(self) -> None: ...
+
+
+_CHANGES = ("reload_weights", "start_weight_update", "update_weights", "reset_weights")
+
+
+def worker_class(vllm_config: VllmConfig) -> type | None:
+    """The engine's worker class in this process; None when it is not one that can sleep, or not known by name."""
+    module, _, name = str(vllm_config.parallel_config.worker_cls).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) and hasattr(found, "sleep") and hasattr(found, "wake_up") else None
+
+
+def watch_worker(vllm_config: VllmConfig, watch: Watch) -> bool:
+    """Has `watch` told before the worker sleeps, changes its weights or ends, and after it woke up. Idempotent.
+
+    vLLM offers no event for that; each is a method of the worker, which is wrapped. What `watch` raises is logged.
+    False when there is no worker class to watch.
+    """
+    kind = worker_class(vllm_config)
+    if kind is None:
+        return False
+    _wrap(kind, "sleep", before=lambda level=1: watch.sleeping(level))
+    _wrap(kind, "wake_up", after=lambda tags=None: watch.awake(tags))
+    _wrap(kind, "shutdown", before=watch.ending)
+    for name in _CHANGES:
+        _wrap(kind, name, before=lambda *_args, _name=name, **_kwargs: watch.changing(_name))
+    return True
+
+
+def _wrap(
+    kind: Any, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    method = getattr(kind, name, None)
+    if method is None or hasattr(method, "watched"):
+        return
+
+    def tell(listener: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
+        if listener is not None:
+            try:
+                listener(*args, **kwargs)
+            except Exception:
+                logging.getLogger("vllm.modelexpress").exception("hearing of the engine's %s failed", name)
+
+    @functools.wraps(method)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tell(before, *args, **kwargs)
+        result = method(self, *args, **kwargs)
+        tell(after, *args, **kwargs)
+        return result
+
+    watched.watched = True  # type: ignore[attr-defined]
+    setattr(kind, name, watched)
 
 
 def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
@@ -218,6 +304,40 @@ def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
                 value.update(before)
 
     return restore
+
+
+def processing_reads_values(model: Any, model_config: ModelConfig) -> bool:
+    """Whether weights must have sane values before processing: quantisation does arithmetic with them, and may refuse.
+
+    Without it, what is in fresh memory does no harm: all of it is overwritten, and a layout that came out different
+    for it is refused.
+    """
+    return model_config.quantization is not None or any(tensor.is_meta for tensor in model.parameters())
+
+
+def world_barrier(timeout_seconds: float) -> str:
+    """Waits until all workers of this engine are here; what went wrong, else an empty text."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return ""
+    group = get_world_group().cpu_group
+    try:
+        torch.distributed.monitored_barrier(group, timedelta(seconds=max(timeout_seconds, 1.0)), wait_all_ranks=True)
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def world_size(vllm_config: VllmConfig) -> int:
+    """Workers that hold one copy of the model, or with expert parallelism all of its experts."""
+    parallel = vllm_config.parallel_config
+    replicas = parallel.data_parallel_size if parallel.enable_expert_parallel else 1
+    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size * replicas)
+
+
+def synchronize_all() -> None:
+    """Waits for what was queued on this process' accelerator, if it has one."""
+    if not current_platform.is_cpu():
+        torch.accelerator.synchronize()
 
 
 def synchronize(device: torch.device) -> None:

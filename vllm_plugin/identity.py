@@ -42,11 +42,12 @@ def source_identity(
 ) -> p2p_pb2.SourceIdentity:
     """The identity; `kind` is "processed" or "raw", `revision` what the settings say where the engine names none.
 
-    `known_digest` is that of weights which come from elsewhere; it is taken instead of that of the files.
-    Without either `extra_parameters["checkpoint"]` is empty. Raises MxError when a weight file is malformed.
+    `known_digest` is that of weights which come from elsewhere; it is taken instead of that of the files. Without either
+    `extra_parameters["checkpoint"]` is empty. Raw weights do not depend on the engine, torch, CUDA or the device: their
+    identity leaves these out. Raises MxError when a weight file is malformed.
     """
     parallel = vllm_config.parallel_config
-    return p2p_pb2.SourceIdentity(
+    identity = p2p_pb2.SourceIdentity(
         mx_version=PROTOCOL_VERSION,
         mx_source_type=p2p_pb2.MX_SOURCE_TYPE_WEIGHTS,
         model_name=model_name(model_config.model),
@@ -61,15 +62,19 @@ def source_identity(
             "checkpoint": checkpoint_digest(checkpoint.weight_files, checkpoint.index_file)
             if known_digest is None
             else known_digest,
-            "config": digest(model_settings(model_config)),
-            "engine": digest(engine_settings(vllm_config, os.environ)) if kind == "processed" else "",
+            "config": digest(written_settings(model_config, checkpoint)),
+            "engine": "",
         },
         revision=checkpoint.commit or model_config.revision or revision,
-        backend_framework_version=vllm.__version__,
-        torch_version=torch.__version__,
-        cuda_version=torch.version.cuda or "",
-        gpu_arch=compat.architecture(),
     )
+    if kind == "processed":
+        identity.extra_parameters["config"] = digest(model_settings(model_config))
+        identity.extra_parameters["engine"] = digest(engine_settings(vllm_config, os.environ))
+        identity.backend_framework_version = vllm.__version__
+        identity.torch_version = torch.__version__
+        identity.cuda_version = torch.version.cuda or ""
+        identity.gpu_arch = compat.architecture()
+    return identity
 
 
 def worker_rank(vllm_config: VllmConfig) -> int:
@@ -85,6 +90,24 @@ def model_settings(model_config: ModelConfig) -> dict[str, Any]:
     """The model's own configuration, overrides of the command line included, without where it was found."""
     values = model_config.hf_config.to_dict()
     return {key: value for key, value in values.items() if key not in _NOT_OF_THE_MODEL}
+
+
+def written_settings(model_config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's configuration as its files have it, which no version of transformers or vLLM has added to.
+
+    Overrides of the command line are part of it: they change what is computed from it, such as rotary caches. Without
+    the file, the engine's own view of it has to do.
+    """
+    try:
+        written = json.loads((checkpoint.folder / "config.json").read_bytes()) if checkpoint.folder else None
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict):
+        return model_settings(model_config)
+    return {
+        "file": {key: value for key, value in written.items() if key not in _NOT_OF_THE_MODEL},
+        "overrides": getattr(model_config, "hf_overrides", None) or {},
+    }
 
 
 def engine_settings(vllm_config: VllmConfig, environ: Mapping[str, str]) -> dict[str, Any]:

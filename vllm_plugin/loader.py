@@ -1,4 +1,4 @@
-"""The model loader behind `--load-format mx`: weights from a worker that has them, else from storage.
+"""The model loader behind `--load-format mx`, `mx-source` and `mx-target` (vllm_plugin.roles).
 
 Kept light: vLLM imports this in each of its processes. The work is in `vllm_plugin.loading`, imported when a model is
 loaded.
@@ -32,18 +32,22 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """A model that is ready to run.
 
-        Raises only what vLLM's default loader raises: whatever fails in ours is a line in the log, and storage.
+        Raises only what vLLM's default loader raises: whatever fails in ours is a line in the log, and storage. For
+        mx-target there is no storage: it raises NoSource, or what keeps us from working at all.
         """
         try:
             from vllm_plugin.loading import load_model
-        except Exception:  # noqa: BLE001 - the engine must start; the log has the traceback
+        except Exception:
+            if self.load_config.load_format == "mx-target":
+                raise
             _log.exception("ModelExpress cannot be used here: loading from storage, alone")
             return compat.load_model(self._storage(), vllm_config, model_config, prefix)
         return load_model(self.load_config, vllm_config, model_config, prefix)
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """As vLLM's default loader."""
-        self._storage().download_model(model_config)
+        """As vLLM's default loader; nothing for mx-target, which has no use for files."""
+        if self.load_config.load_format != "mx-target":
+            self._storage().download_model(model_config)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Loads from storage into a model that exists, as vLLM's default loader; first we stop serving it."""

@@ -22,7 +22,8 @@ class LoadReport:
     `path` is where the weights came from: "p2p" from other workers, "uri" from MX_MODEL_URI, "cache" from the server's
     model cache, "storage" from files by vLLM's default loader. `paths` is what became of each rung of the ladder
     (mxcore.load_ladder.Step), `bytes_from_storage` what was read for chunks that no worker could give any more (path
-    "p2p"), `fallbacks` one line for everything that did not go as wanted, in order.
+    "p2p"), `steps` the seconds of the load's parts (join, build and process, which are the engine's, fill, keep, offer),
+    `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
@@ -40,7 +41,9 @@ class LoadReport:
     serving: bool = False
     source_id: str = ""
     worker_id: str = ""
+    offers: list[dict[str, str]] = field(default_factory=list)
     load_seconds: float = 0.0
+    steps: dict[str, float] = field(default_factory=dict)
     paths: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
 
@@ -54,11 +57,18 @@ class LoadReport:
         self.operation = received.operation
         self.transport = received.transport
 
+    def tell_offer(self, layout: str, source_id: str, worker_id: str) -> None:
+        """Weights of one kind are served; the first ones are those that `source_id` and `worker_id` name."""
+        if not self.serving:
+            self.serving, self.source_id, self.worker_id = True, source_id, worker_id
+        self.offers.append({"layout": layout, "source_id": source_id, "worker_id": worker_id})
+
     def forget(self) -> None:
         """What was told of a model that is given up after all."""
         self.path = "storage"
         self.tensors = self.bytes = self.chunks_verified = self.bytes_from_storage = 0
         self.seconds = 0.0
+        self.steps = {step: seconds for step, seconds in self.steps.items() if step == "join"}
         self.source_worker = self.operation = self.transport = ""
 
     @property

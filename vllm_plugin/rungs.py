@@ -14,7 +14,7 @@ from torch import nn
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.membership import Membership
+from mxcore.transfer.membership import CHECKPOINT_PARAMETER, Membership
 from mxcore.transfer.receiver import ReceiveReport
 from mxcore.transfer.source_client import Source
 from mxserver.wire import load_pb2
@@ -23,7 +23,7 @@ from vllm_plugin.cache_rung import CacheRung
 from vllm_plugin.missing_chunks import fill_missing
 from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.uri_rung import UriRung
-from vllm_plugin.weights import FromPeer, FromStorage, Weights
+from vllm_plugin.weights import FromPeer, FromStorage, Kind, Weights
 
 if TYPE_CHECKING:
     from vllm_plugin.loading import Load
@@ -38,8 +38,9 @@ class PeerRung:
     tries = 1
     is_last_resort = False
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, kind: Kind | None = None) -> None:
         self._load = load
+        self._kind = kind or load.kind
         self._sources: Sequence[Source] = ()
         self._loader: FromPeer | None = None
         self._others_may_do = False
@@ -59,14 +60,19 @@ class PeerRung:
 
     def _found(self) -> Sequence[Source]:
         load = self._load
-        if load.membership is None:
+        membership = self._membership()
+        if membership is None:
             return ()
         found = [
             source
-            for source in load.membership.find_sources(match_any_checkpoint=load.any_checkpoint, receiving=True)
+            for source in membership.find_sources(match_any_checkpoint=load.any_checkpoint, receiving=True)
             if source.worker_id not in load.avoid
         ]
         return found if any(not source.receiving for source in found) else ()
+
+    def _membership(self) -> Membership | None:
+        """Where sources are looked for, and who receives."""
+        return self._load.membership
 
     def _nobody(self) -> str:
         others = f" but those that failed ({', '.join(sorted(self._load.avoid))})" if self._load.avoid else ""
@@ -75,30 +81,44 @@ class PeerRung:
     def load(self) -> nn.Module:
         """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
         load = self._load
-        weights = Weights(load.kind, load.device)
-        self._loader = FromPeer(load.load_config, weights, lambda *what: self._receive(weights, *what))
+        weights = Weights(self._kind, load.device)
+        self._loader = FromPeer(
+            load.load_config,
+            weights,
+            lambda *what: self._receive(weights, *what),
+            lambda model: load.filled(model, weights),
+        )
         self._others_may_do = False
-        model = compat.load_model(self._loader, load.vllm_config, load.model_config, load.prefix)
-        self._loader.finish(model)
+        model = load.build(self._loader)
+        with load.step("fill"):
+            self._loader.finish(model)
         self._loader.forget()
         load.report.path = "p2p"
-        load.attempt("checking the raw weights after processing", lambda: load.keep(weights, model))
+        load.report.layout = self._kind
+        with load.step("keep"):
+            load.keep(model)
         return model
 
     def _receive(
         self, weights: Weights, layout: Layout, placement: Placement, scalars: Mapping[str, float]
     ) -> Mapping[str, float]:
-        load = self._load
-        if load.membership is None:
+        load, membership = self._load, self._membership()
+        if membership is None:
             raise SourceUnreachable("no membership: there is nobody to receive from")
-        relay_from = None if compat.may_lose_memory(load.model_config) else weights
+        relays = (
+            membership is load.membership
+            and self._kind in load.kept_kinds
+            and not compat.may_lose_memory(load.vllm_config, load.model_config)
+        )
+        relay_from = weights if relays else None
         try:
-            received = self._fetched(load.membership, layout, placement, scalars, relay_from)
+            received = self._fetched(membership, layout, placement, scalars, relay_from)
         except TransferError:
             load.avoid.update(source.worker_id for source in self._sources)
             self._others_may_do = True
             raise
-        load.received = received
+        load.received, load.received_weights = received, weights
+        load.received_checkpoint = membership.identity.extra_parameters[CHECKPOINT_PARAMETER]
         load.report.tell_received(received)
         return received.scalars
 
@@ -115,7 +135,8 @@ class PeerRung:
         try:
             return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
         except ChunksMissing as error:
-            readable = load.kind == "raw" and not load.any_checkpoint and load.settings.storage_reader != "engine"
+            readable = self._kind == "raw" and load.role.reads_storage and not load.any_checkpoint
+            readable = readable and load.settings.storage_reader != "engine"
             readable = readable and load.uri is None  # the digest is that of files elsewhere
             if error.partial is None or loader is None or loader.model is None or not readable:
                 raise
@@ -129,8 +150,7 @@ class PeerRung:
         load = self._load
         if not self._others_may_do:
             load.cannot_receive = "this model's weights cannot be taken from a worker, whoever it is"
-        load.received = None
-        load.report.forget()
+        load.forget_model()
         if load.membership is not None:
             load.attempt("withdrawing what was relayed", load.membership.withdraw)
         loader, self._loader = self._loader, None
@@ -154,6 +174,25 @@ class FleetRung(PeerRung):
         return "nobody else loads them, or not in time: this worker's turn to read storage"
 
 
+class RawRung(PeerRung):
+    """Raw weights of a source whose processed layout is another one, or which offers only raw ones: processed here."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__(load, "raw")
+
+    def _membership(self) -> Membership | None:
+        return self._load.raw_membership()
+
+    def _nobody(self) -> str:
+        return f"no worker has the raw weights for rank {self._load.report.rank} either"
+
+    def undo(self) -> None:
+        """As PeerRung; that raw weights failed says nothing of others."""
+        before = self._load.cannot_receive
+        super().undo()
+        self._load.cannot_receive = before
+
+
 class EngineRung:
     """vLLM's default loader, with the bytes of safetensors files read by mxcore.storage."""
 
@@ -172,23 +211,21 @@ class EngineRung:
     def load(self) -> nn.Module:
         """A model as vLLM's default loader makes it; raises what that raises."""
         load = self._load
-        weights = Weights(load.kind, load.device)
         started = time.monotonic()
         with load.loading(load_pb2.LOAD_PATH_STORAGE) as way:
             if load.membership is None:
                 loader = StorageLoader(load.load_config, load.settings)
             else:
-                loader = FromStorage(load.load_config, load.settings, load.collecting(weights), way)
-            model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
+                loader = FromStorage(load.load_config, load.settings, load.filled, way)
+            model = load.build(loader)
         seconds = loader.seconds if isinstance(loader, FromStorage) else time.monotonic() - started
         load.checkpoint_digest = None
-        load.tell_stored("storage", weights, model, seconds)
+        load.tell_stored("storage", model, seconds)
         return model
 
     def undo(self) -> None:
         """What was found of a model that is given up may not be offered."""
-        self._load.weights = None
-        self._load.report.forget()
+        self._load.forget_model()
 
 
 _MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {
@@ -201,5 +238,12 @@ _MADE: dict[str, Callable[[Load], Rung[nn.Module]]] = {
 
 
 def made_rungs(load: Load, names: Sequence[str]) -> list[Rung[nn.Module]]:
-    """The rungs of these names, in this order; names of rungs that this engine does not have are left out."""
-    return [_MADE[name](load) for name in names if name in _MADE]
+    """The rungs of these names, in this order; names of rungs that this engine does not have are left out.
+
+    After the workers that have processed weights come those that have raw ones.
+    """
+    rungs = [_MADE[name](load) for name in names if name in _MADE]
+    if load.kind == "processed" and "p2p" in names:
+        after = next(place for place, rung in enumerate(rungs) if rung.name == "p2p")
+        rungs.insert(after + 1, RawRung(load))
+    return rungs

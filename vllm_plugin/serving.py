@@ -1,4 +1,4 @@
-"""The memberships of this process: kept while its engines live, left on the way out.
+"""What this process offers: kept while its engines live, paused while they sleep, left on the way out.
 
 vLLM's engine core and workers are children of `multiprocessing`, which run no `atexit` functions;
 `multiprocessing.util.Finalize` runs in them and at the end of an ordinary process. For those that are killed there is
@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from multiprocessing import util
 from typing import Protocol
 
+from mxserver.wire.errors import MxError
 from vllm_plugin.last_will import LastWill, Record
 
 _log = logging.getLogger(__name__)
@@ -22,7 +24,13 @@ _owner: list[int] = []  # the process that registered the exit function: a fork 
 
 
 class Member(Protocol):
-    """What can be left."""
+    """What can be paused and left."""
+
+    def pause(self) -> bool:
+        """Serves nothing for a while; False when readers were cut off. Idempotent."""
+
+    def resume(self) -> bool:
+        """Serves again; False when what was served is no longer there. May raise."""
 
     def close(self) -> None:
         """Drains, says goodbye; idempotent, never raises."""
@@ -54,3 +62,56 @@ def leave(reason: str) -> int:
         if will is not None:
             will.revoke()
     return len(members)
+
+
+class EngineWatch:
+    """Called around what the engine does to its weights (`compat.watch_worker`), on the engine's thread."""
+
+    def sleeping(self, level: int) -> None:
+        """Before the engine sleeps: at level 1 it keeps its weights in host memory, above it drops them."""
+        if level > 1:
+            leave("the engine sleeps and drops its weights")
+            return
+        for member, _will in _present():
+            drained = member.pause()
+            _log.info("not serving while the engine sleeps%s", "" if drained else "; readers were cut off")
+
+    def awake(self, tags: Sequence[str] | None) -> None:
+        """After the engine woke up; `tags` as vLLM has them: None, or what of its memory is back."""
+        if tags is not None and "weights" not in tags:
+            return
+        for member, will in _present():
+            if _resumed(member):
+                _log.info("the engine is awake and its weights are what they were: serving again")
+                continue
+            _log.warning("the engine is awake, but its weights are not what was served: no longer serving")
+            _forget(member, will)
+
+    def changing(self, what: str) -> None:
+        """Before weights are written to."""
+        leave(f"the engine's weights are changed ({what})")
+
+    def ending(self) -> None:
+        """Before the engine gives its memory back."""
+        leave("the engine ends")
+
+
+def _present() -> list[tuple[Member, LastWill | None]]:
+    with _lock:
+        return list(_members) if os.getpid() in _owner else []
+
+
+def _resumed(member: Member) -> bool:
+    try:
+        return member.resume()
+    except MxError as error:
+        _log.warning("serving again after sleep failed: %s", error)
+        return False
+
+
+def _forget(member: Member, will: LastWill | None) -> None:
+    with _lock:
+        _members[:] = [entry for entry in _members if entry[0] is not member]
+    member.close()
+    if will is not None:
+        will.revoke()

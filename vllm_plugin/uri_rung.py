@@ -19,7 +19,6 @@ from mxserver.wire import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import Checkpoint, find_checkpoint
 from vllm_plugin.remote_loader import FolderLoader, RemoteLoader
-from vllm_plugin.weights import Weights
 
 if TYPE_CHECKING:
     from vllm_plugin.loading import Load
@@ -101,20 +100,19 @@ class UriRung:
         load = self._load
         if load.uri is None:
             raise CheckpointError("MX_MODEL_URI is not set")
-        weights = Weights(load.kind, load.device)
         path = load_pb2.LOAD_PATH_STORAGE if load.uri.uri.is_local else load_pb2.LOAD_PATH_OBJECT_STORE
         started = time.monotonic()
         digest = load.uri.digest()
         with load.loading(path) as way:
-            loader = self._loader(load.uri, weights, way)
-            model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
+            loader = self._loader(load.uri, way)
+            model = load.build(loader)
         load.checkpoint_digest = digest
-        load.tell_stored("uri", weights, model, loader.seconds or time.monotonic() - started)
+        load.tell_stored("uri", model, loader.seconds or time.monotonic() - started)
         return model
 
-    def _loader(self, place: UriPlace, weights: Weights, way: Progress) -> FolderLoader | RemoteLoader:
+    def _loader(self, place: UriPlace, way: Progress) -> FolderLoader | RemoteLoader:
         load = self._load
-        common = (load.load_config, load.settings, load.collecting(weights), way, load.model_config.model)
+        common = (load.load_config, load.settings, load.filled, way, load.model_config.model)
         if place.uri.is_local:
             return FolderLoader(*common, place.files().folder or place.uri.folder)
         folder = place.objects()
@@ -137,7 +135,6 @@ class UriRung:
 
     def undo(self) -> None:
         """What was found of a model that is given up may not be offered; the store's connections are closed."""
-        self._load.weights = None
-        self._load.report.forget()
+        self._load.forget_model()
         if self._load.uri is not None:
             self._load.uri.close()

@@ -77,6 +77,12 @@ class Weights:
         if changed:
             raise LayoutUnsupported(f"{len(changed)} raw tensors are not what was loaded: {shown(changed)}")
 
+    def bytes_beside(self, model: nn.Module) -> int:
+        """What holding these weights costs: bytes of storages that the finished `model` does not use itself."""
+        used = {tensor.storage_address for tensor in collect(model, self.device).tensors}
+        held = {tensor.storage_address: tensor.storage_bytes for tensor in self.found.tensors}
+        return sum(size for address, size in held.items() if address not in used)
+
     def _take(self, found: Collected, receive: Receive | None) -> None:
         found.require_movable()
         self.layout, self.placement = build_layout(self.kind, found.tensors)
@@ -109,16 +115,20 @@ class FromStorage(StorageLoader):
 
 
 class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
-    """Fills a model from a peer: raw weights before processing; processed ones, over random ones, after it.
+    """Fills a model from a peer: raw weights before processing; processed ones after it, over what it made of nothing.
 
-    After a failure `undo` puts back what building had put there: modules such as rotary embeddings are kept by vLLM
-    for the next model of the process, which must not find half of a transfer in them.
+    `filled` sees the model before it is processed. After a failure `undo` puts back what building had put there:
+    modules such as rotary embeddings are kept by vLLM for the next model of the process, which must not find half of a
+    transfer in them.
     """
 
-    def __init__(self, load_config: LoadConfig, weights: Weights, receive: Receive) -> None:
+    def __init__(
+        self, load_config: LoadConfig, weights: Weights, receive: Receive, filled: Callable[[nn.Module], None]
+    ) -> None:
         super().__init__(load_config)
         self._weights = weights
         self._receive = receive
+        self._filled = filled
         self._built: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.model: nn.Module | None = None  # while raw weights are taken: what they are taken for
 
@@ -135,8 +145,10 @@ class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-check
             finally:
                 self.model = None
         else:
-            DummyModelLoader(compat.plain_load_config(self.load_config, "dummy")).load_weights(model, model_config)
+            if compat.processing_reads_values(model, model_config):
+                DummyModelLoader(compat.plain_load_config(self.load_config, "dummy")).load_weights(model, model_config)
             self._weights.loaded(model)
+        self._filled(model)
 
     def finish(self, model: nn.Module) -> None:
         """After `load_model`: takes processed weights. Raises as `load_weights`."""

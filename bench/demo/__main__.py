@@ -1,8 +1,9 @@
 """The main job, shown: worker A loads from storage, worker B takes its weights from A, the answers are compared.
 
-For each model three real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while
-the checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights.
-Exit code 0 only if A's and B's answers equal those of vLLM's default loader in every bit, and B's path was p2p.
+For each model real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while the
+checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights. One model
+also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Exit code 0 only if every
+answer equals that of vLLM's default loader in every bit, and whoever pulls got its weights by p2p.
 """
 
 from __future__ import annotations
@@ -27,18 +28,34 @@ FOLDER = Path(__file__).parents[2] / ".demo"
 COLUMNS = ("model", "worker", "path", "tensors", "bytes", "seconds", "GB/s", "verified chunks", "equal")
 
 
+class Start(NamedTuple):
+    """One worker: its name in the table and its load format."""
+
+    worker: str
+    load_format: str
+
+
+MX_PAIR = (Start("A", "mx"), Start("B", "mx"))
+
+
 class Case(NamedTuple):
-    """One model of the demo."""
+    """One model of the demo. `ranks` is the tensor-parallel size; `pairs` are who gives and who takes, in turn."""
 
     name: str
     make: Callable[[Path], Path]
-    pooling: bool
+    pooling: bool = False
+    ranks: int = 1
+    pairs: tuple[tuple[Start, Start], ...] = (MX_PAIR,)
 
 
 CASES = (
+    Case(
+        "qwen3-generated", models.qwen3, pairs=(MX_PAIR, (Start("source", "mx-source"), Start("target", "mx-target")))
+    ),
     Case("all-MiniLM-L6-v2", models.minilm, pooling=True),
-    Case("qwen3-generated", models.qwen3, pooling=False),
+    Case("qwen3-generated-tp2", models.qwen3, ranks=2),
 )
+AT_ONCE = 2  # cases; more start no faster on two cores
 
 
 class Progress:
@@ -59,15 +76,17 @@ class Progress:
 
 
 def run_case(case: Case, server: str, say: Progress) -> dict[str, Any]:
-    """All three workers of one model; the result is what --json prints for it. Raises DemoError."""
+    """All workers of one model; the result is what --json prints for it. Raises DemoError."""
     bring_back(FOLDER / "models" / case.name)
     model = case.make(FOLDER / "models" / case.name)
 
     def start(stack: ExitStack, worker: str, load_format: str) -> Worker:
         say(f"{case.name}: {worker} starts (--load-format {load_format})")
         name = f"{case.name}-{worker.replace(' ', '-')}"
-        url = server if load_format == "mx" else None
-        started = Worker(name, model, FOLDER, load_format=load_format, pooling=case.pooling, server=url)
+        url = None if load_format == "auto" else server
+        started = Worker(
+            name, model, FOLDER, load_format=load_format, pooling=case.pooling, server=url, ranks=case.ranks
+        )
         stack.callback(started.child.stop)
         started.start()
         path = started.report().get("path", "storage")
@@ -78,18 +97,20 @@ def run_case(case: Case, server: str, say: Progress) -> dict[str, Any]:
         reference = start(stack, "default loader", "auto")
         expected = reference.answers()
         reference.child.stop()
-        worker_a = start(stack, "worker A", "mx")
-        answers_a = worker_a.answers()
-        with files_away(models.weight_files(model)):
-            worker_b = start(stack, "worker B", "mx")
-            answers_b = worker_b.answers()
-        workers = [
-            {"worker": "A", "equal": answers_a == expected, **worker_a.report()},
-            {"worker": "B", "equal": answers_b == expected, **worker_b.report()},
-        ]
-    equal = all(worker["equal"] for worker in workers)
+    rows: list[dict[str, Any]] = []
+    for giver, taker in case.pairs:
+        with ExitStack() as stack:
+            first = start(stack, f"worker {giver.worker}", giver.load_format)
+            answers = first.answers()
+            with files_away(models.weight_files(model)):
+                second = start(stack, f"worker {taker.worker}", taker.load_format)
+                answers_of_second = second.answers()
+            rows.append({"worker": giver.worker, "equal": answers == expected, **first.report()})
+            rows.append({"worker": taker.worker, "equal": answers_of_second == expected, **second.report()})
+    equal = all(row["equal"] for row in rows)
     say(f"{case.name}: answers {'equal' if equal else 'DIFFER FROM'} those of vLLM's default loader")
-    return {"name": case.name, "equal": equal, "path": workers[1].get("path", "storage"), "workers": workers}
+    path = "p2p" if all(row.get("path") == "p2p" for row in rows[1::2]) else "storage"
+    return {"name": case.name, "equal": equal, "path": path, "workers": rows}
 
 
 def run(say: Progress) -> dict[str, Any]:
@@ -99,7 +120,7 @@ def run(say: Progress) -> dict[str, Any]:
         stack.callback(server.child.stop)
         address = server.start()
         say(f"mxserver listens on {address}")
-        pool = stack.enter_context(ThreadPoolExecutor(len(CASES)))
+        pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
         stack.callback(cancelled.set)  # before the pool waits for its threads
         results = list(pool.map(lambda case: run_case(case, address, say), CASES))
     return {
@@ -152,7 +173,11 @@ def main() -> int:
         print(json.dumps(result, indent=2))
     else:
         print(table(result))
-        verdict = "B's weights came from A and every answer is equal" if passed else "NOT as it should be"
+        verdict = (
+            "whoever pulls got its weights from a worker, and every answer is equal"
+            if passed
+            else "NOT as it should be"
+        )
         print(f"{verdict} ({result['seconds']} s; logs in {FOLDER / 'logs'})")
     return 0 if passed else 1
 

@@ -47,21 +47,32 @@ class Server:
 
 
 class Worker:
-    """One `vllm serve`."""
+    """One `vllm serve`, of `ranks` worker processes."""
 
     def __init__(
-        self, name: str, model: Path, folder: Path, *, load_format: str, pooling: bool, server: str | None = None
+        self,
+        name: str,
+        model: Path,
+        folder: Path,
+        *,
+        load_format: str,
+        pooling: bool,
+        server: str | None = None,
+        ranks: int = 1,
     ) -> None:
         self.pooling = pooling
+        self.ranks = ranks
         self.report_path = folder / "reports" / f"{name}.json"
         self.report_path.parent.mkdir(parents=True, exist_ok=True)
-        self.report_path.unlink(missing_ok=True)
+        for path in self._report_paths():
+            path.unlink(missing_ok=True)
         self.port = free_port()
         command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--load-format", load_format]
         command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4", "--seed", "0"]
         command += ["--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
         command += ["--runner", "pooling"] if pooling else []
+        command += ["--tensor-parallel-size", str(ranks)] if ranks > 1 else []
         environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache")}
         if server is not None:
             command += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]
@@ -77,9 +88,22 @@ class Worker:
         return [self._embedding(prompt) if self.pooling else self._completion(prompt) for prompt in PROMPTS]
 
     def report(self) -> dict[str, Any]:
-        """What the loader wrote (vllm_plugin.report); empty with vLLM's own loaders."""
-        loaded: dict[str, Any] = json.loads(self.report_path.read_text()) if self.report_path.exists() else {}
-        return loaded
+        """What the loader wrote (vllm_plugin.report), of all ranks together; empty with vLLM's own loaders."""
+        reports = [json.loads(path.read_text()) for path in self._report_paths() if path.exists()]
+        if len(reports) < self.ranks:
+            return {}
+        whole: dict[str, Any] = {**reports[0], "ranks": len(reports)}
+        for name in ("tensors", "bytes", "chunks_verified"):
+            whole[name] = sum(report[name] for report in reports)
+        whole["seconds"] = max(report["seconds"] for report in reports)
+        whole["gigabytes_per_second"] = whole["bytes"] / whole["seconds"] / 1e9 if whole["seconds"] else 0.0
+        if any(report["path"] != "p2p" for report in reports):
+            whole["path"] = "storage"
+        return whole
+
+    def _report_paths(self) -> list[Path]:
+        others = [self.report_path.with_name(f"{self.report_path.name}.rank{rank}") for rank in range(1, self.ranks)]
+        return [self.report_path, *others]
 
     def _healthy(self) -> bool:
         try:

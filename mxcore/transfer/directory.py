@@ -47,6 +47,12 @@ class Directory:
         )
         return [source for ref in refs if (source := self._source(ref, receiving=True)) is not None]
 
+    def ranks(self, identity: p2p_pb2.SourceIdentity, *, ready: bool) -> set[int]:
+        """Ranks of all workers with this identity that are READY, or else that are READY or INITIALIZING."""
+        statuses = [p2p_pb2.SOURCE_STATUS_READY, *([] if ready else [p2p_pb2.SOURCE_STATUS_INITIALIZING])]
+        refs = [ref for status in statuses for ref in self._client.list_sources(identity, status=status)]
+        return {ref.worker_rank for ref in refs}
+
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The one identity of complete holders that equals `identity` in all but the checkpoint.
 

@@ -142,6 +142,10 @@ class Holder:
         ours = (self.layout.fingerprint, self.placement, self.scalars, self.digests)
         return ours == (layout.fingerprint, placement, dict(scalars), digests) and not self._draining
 
+    def unchanged(self) -> bool:
+        """Whether the memory has the bytes that the digests are of; also after `close`, while the memory is kept."""
+        return chunk_digests(self.chunks, self.addresses) == self.digests
+
     def keep(self, keep_alive: object) -> None:
         """Holds another object as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)

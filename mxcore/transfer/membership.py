@@ -200,6 +200,10 @@ class Membership:
             self._leaving.wait(pause)
         return []
 
+    def published_ranks(self, *, ready: bool) -> set[int]:
+        """Ranks with this identity that are READY, or else that are there at all. Raises WireError."""
+        return self._directory.ranks(self._identity, ready=ready) if self._directory else set()
+
     def take_over_turn(self, other: Membership) -> None:
         """Another membership of this process had the turn to read storage, and loaded: both end with this one."""
         with self._lock:

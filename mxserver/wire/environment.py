@@ -102,13 +102,24 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_CACHE_WEIGHTS", "worker", "0: weights from the server go into the model without touching the disk"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
+    Variable(
+        "MX_SOURCE_KEEP",
+        "worker",
+        "which weights a source keeps and offers: processed, raw, or both (costs memory: docs/vllm.md)",
+    ),
+    # The load formats mx-source and mx-target alone.
+    Variable("MODEL_NAME", "worker", "mx-source, mx-target: the model's name, by which the two find each other"),
+    Variable("MX_EXPECTED_WORKERS", "worker", "mx-source, mx-target: ranks to wait for; 0: those of the engine itself"),
+    Variable("MX_SYNC_PUBLISH", "worker", "mx-source: 1: a rank is offered when all ranks of the source are published"),
+    Variable("MX_SYNC_START", "worker", "mx-target: 1: ranks begin together, when every rank has a source"),
     # Names of the protocol that existing images set and that this version does not read.
     Variable("MX_METADATA_PORT", "worker", "port of NIXL's own metadata exchange", has_effect=False),
-    Variable("MODEL_NAME", "worker", "model of the split loaders", has_effect=False),
-    Variable("MX_EXPECTED_WORKERS", "worker", "workers that the split loaders wait for", has_effect=False),
-    Variable("MX_SYNC_PUBLISH", "worker", "split loaders: publish before serving", has_effect=False),
-    Variable("MX_SYNC_START", "worker", "split loaders: start together", has_effect=False),
-    Variable("MX_CONTIGUOUS_REG", "worker", "split loaders: register contiguous regions", has_effect=False),
+    Variable(
+        "MX_CONTIGUOUS_REG",
+        "worker",
+        "register neighbouring tensors as one region: always done, so 0 changes nothing",
+        has_effect=False,
+    ),
     # Read by setup.py.
     Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),
     Variable("MX_CFLAGS", "build", "more compiler and linker flags"),

@@ -6,23 +6,28 @@ after the engine is gone, as the memory is the loader's. `tests.vllm.engines` is
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from bench.demo.workers import PROMPTS
 
 TOKENS = 10
 
+command_state: dict[str, Any] = {}
+
 
 def load(command: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine, asks it, ends it; the result has its answers."""
     import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
 
+    end({})
     options = {
         "enforce_eager": True,
         "max_model_len": 128,
@@ -33,17 +38,90 @@ def load(command: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": True,
         **command["options"],
     }
-    llm = vllm.LLM(model=command["model"], load_format=command["load_format"], **options)
+    with steps_of_the_default_loader() as steps:
+        llm = vllm.LLM(model=command["model"], load_format=command["load_format"], **options)
     try:
         if options.get("runner") == "pooling":
             answers = [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
         else:
             answers = [_complete(llm, prompt) for prompt in PROMPTS]
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        command_state["engine"] = llm
         del llm
+        if not command["keep"]:
+            with kept_serving():
+                end({})
+    return {"answers": answers, "steps": steps}
+
+
+@contextlib.contextmanager
+def steps_of_the_default_loader() -> Iterator[dict[str, float]]:
+    """Seconds of vLLM's own default loader: build, fill, process; empty when another loader was used."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load_model, load_weights = DefaultModelLoader.load_model, DefaultModelLoader.load_weights
+    times: list[float] = []
+
+    def timed_load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        times.append(time.monotonic())
+        model = load_model(self, *args, **kwargs)
+        times.append(time.monotonic())
+        return model
+
+    def timed_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        times.append(time.monotonic())
+        load_weights(self, *args, **kwargs)
+        times.append(time.monotonic())
+
+    steps: dict[str, float] = {}
+    DefaultModelLoader.load_model, DefaultModelLoader.load_weights = timed_load, timed_weights
+    try:
+        yield steps
+    finally:
+        del DefaultModelLoader.load_model  # it is the base class' again
+        DefaultModelLoader.load_weights = load_weights
+        steps.update(
+            (step, after - before)
+            for step, before, after in zip(("build", "fill", "process"), times, times[1:], strict=False)
+        )
+
+
+def end(command: dict[str, Any]) -> dict[str, Any]:
+    """Ends the engine that was kept."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if "engine" in command_state:
+        command_state.pop("engine").llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
-    return {"answers": answers}
+    return {}
+
+
+def sleep(command: dict[str, Any]) -> dict[str, Any]:
+    """The kept engine sleeps."""
+    command_state["engine"].sleep(level=command["level"])
+    return {}
+
+
+def wake_up(command: dict[str, Any]) -> dict[str, Any]:
+    """The kept engine wakes up, or some of its memory does."""
+    command_state["engine"].wake_up(tags=command["tags"])
+    return {}
+
+
+def reload(command: dict[str, Any]) -> dict[str, Any]:
+    """The kept engine loads its weights anew, in place."""
+    command_state["engine"].collective_rpc("reload_weights")
+    return {}
+
+
+@contextlib.contextmanager
+def kept_serving() -> Iterator[None]:
+    """What is served outlives the engine that ends within it, so that the next one of this process has a source."""
+    from vllm_plugin import serving
+
+    members, serving._members[:] = serving._members[:], []
+    yield
+    serving._members[:] = members
 
 
 def _complete(llm: Any, prompt: str) -> Any:
@@ -70,9 +148,6 @@ def plain_linear(command: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-command_state: dict[str, Any] = {}
-
-
 def hiding(command: dict[str, Any]) -> dict[str, Any]:
     """Registers the quantisation configs of tests.vllm.hiding."""
     from tests.vllm import hiding as configs
@@ -88,6 +163,7 @@ def corrupt(command: dict[str, Any]) -> dict[str, Any]:
     from vllm_plugin.weights import Weights
 
     flipped = 0
+    gc.unfreeze()  # vLLM hides what it built from the collector
     for weights in [held for held in gc.get_objects() if isinstance(held, Weights)]:
         for name, tensor in weights.found.kept.items():
             if command["name"] in name and tensor.numel():
@@ -107,6 +183,7 @@ def live(command: dict[str, Any]) -> dict[str, Any]:
     """How many models' weights this process holds on to."""
     from vllm_plugin.weights import Weights
 
+    gc.unfreeze()
     gc.collect()
     return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
 
@@ -174,7 +251,21 @@ def setenv(command: dict[str, Any]) -> dict[str, Any]:
 
 COMMANDS = {
     function.__name__: function
-    for function in (load, setenv, plain_linear, hiding, corrupt, leave, live, identity, interface)
+    for function in (
+        load,
+        setenv,
+        end,
+        sleep,
+        wake_up,
+        reload,
+        plain_linear,
+        hiding,
+        corrupt,
+        leave,
+        live,
+        identity,
+        interface,
+    )
 }
 
 
@@ -182,12 +273,13 @@ def main() -> None:
     """Serves commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print belongs to the log
-    from vllm.plugins import load_general_plugins
+    if os.environ.get("VLLM_PLUGINS") != "":  # without discovery a worker class has to do it
+        from vllm.plugins import load_general_plugins
 
-    import vllm_plugin
+        import vllm_plugin
 
-    load_general_plugins()
-    vllm_plugin.register()  # once more: that must change nothing
+        load_general_plugins()
+        vllm_plugin.register()  # once more: that must change nothing
     for line in sys.stdin:
         command = json.loads(line)
         try:

@@ -25,6 +25,13 @@ class Loaded:
     answers: list[Any]
     report: dict[str, Any]
     log: str
+    report_path: Path
+    default_steps: dict[str, float]  # seconds of vLLM's default loader, where it was that
+
+    def ranks(self, count: int) -> list[dict[str, Any]]:
+        """The reports of all ranks of an engine of several workers."""
+        others = [self.report_path.with_name(f"{self.report_path.name}.rank{rank}") for rank in range(1, count)]
+        return [self.report, *(json.loads(path.read_text()) for path in others)]
 
 
 class EngineHost:
@@ -62,18 +69,27 @@ class EngineHost:
         return answer
 
     def load(
-        self, model: Path | str, load_format: str = "mx", extra: dict[str, Any] | None = None, **options: Any
+        self,
+        model: Path | str,
+        load_format: str = "mx",
+        extra: dict[str, Any] | None = None,
+        keep: bool = False,
+        **options: Any,
     ) -> Loaded:
-        """Starts an engine, asks it, ends it; `extra` goes into the loader's extra configuration."""
+        """Starts an engine, asks it, and ends it unless it is to be kept until the command `end`.
+
+        `extra` goes into the loader's extra configuration.
+        """
         report = self.folder / f"{self.name}-{self._loads}.json"
         self._loads += 1
         if load_format != "auto":
             settings = {"server_address": self.server} if self.server else {}
             options["model_loader_extra_config"] = {**settings, "report_path": str(report), **(extra or {})}
         before = self.log.stat().st_size
-        answers = self.ask("load", model=str(model), load_format=load_format, options=options)["answers"]
+        answer = self.ask("load", model=str(model), load_format=load_format, keep=keep, options=options)
         log = self.log.read_bytes()[before:].decode(errors="replace")
-        return Loaded(answers, json.loads(report.read_text()) if report.exists() else {}, log)
+        told = json.loads(report.read_text()) if report.exists() else {}
+        return Loaded(answer["answers"], told, log, report, answer["steps"])
 
     def freeze(self) -> None:
         """SIGSTOP: there, and silent."""

@@ -58,6 +58,20 @@ def test_what_changes_the_weights_changes_the_id(ask: Any, options: dict[str, An
     assert ask(**options)["source_id"] != ask()["source_id"]
 
 
+def test_raw_weights_do_not_depend_on_the_engine(ask: Any) -> None:
+    identity = ask(kind="raw")["identity"]
+    versions = ("backend_framework_version", "torch_version", "cuda_version", "gpu_arch")
+    assert not identity.keys() & set(versions)
+    assert identity["extra_parameters"]["engine"] == ""
+
+
+def test_raw_weights_depend_on_what_changes_their_meaning(ask: Any) -> None:
+    """Rotary caches travel with them."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    assert ask(kind="raw", hf_overrides=rope)["source_id"] != ask(kind="raw")["source_id"]
+    assert ask(kind="raw", dtype="float32")["source_id"] != ask(kind="raw")["source_id"]
+
+
 def test_raw_weights_do_not_depend_on_kernels(ask: Any) -> None:
     environ = {"VLLM_CPU_SGL_KERNEL": "1"}
     assert ask(kind="raw", environ=environ)["source_id"] == ask(kind="raw")["source_id"]

@@ -8,11 +8,11 @@ from tests.vllm.engines import EngineHost
 from tools.record_vllm_interface import load_records
 
 
-def test_the_installed_version_equals_its_record(_source_host: EngineHost) -> None:
+def test_the_installed_version_equals_its_record(source: EngineHost) -> None:
     record = load_records()[version("vllm").split("+")[0]]
     keys = [key for key in record if "xpu_worker" not in key]  # that module needs a library of Intel's
 
-    live = _source_host.ask("interface", keys=keys)["shapes"]
+    live = source.ask("interface", keys=keys)["shapes"]
 
     of_instances = {"vllm.config:ModelConfig.runner_type"}
     differing = {key: (record[key], live[key]) for key in keys if record[key] != live[key]}

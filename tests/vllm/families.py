@@ -1,0 +1,69 @@
+"""Small random models of the families that docs/vllm.md lists, by the names of transformers' configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.demo import models
+
+_DECODER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_MLA = {
+    **_DECODER,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "tie_word_embeddings": False,
+}
+
+
+class Family(NamedTuple):
+    """One model: its type in transformers, its shape, and what the written config.json must say in addition."""
+
+    model_type: str
+    shape: dict[str, Any]
+    also: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+
+FAMILIES = {
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {
+            **_DECODER,
+            "head_dim": 32,
+            "moe_intermediate_size": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mixtral": Family("mixtral", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma": Family("gemma2", {**_DECODER, "head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
+    "deepseek_v3": Family("deepseek_v3", {**_MLA, "n_group": 2, "topk_group": 1}, {"topk_method": "noaux_tc"}),
+}
+
+
+def generate(folder: Path, name: str) -> Path:
+    """Writes the checkpoint of a family; returns `folder`."""
+    family = FAMILIES[name]
+    models.generate(folder, family.model_type, family.shape)
+    if family.also:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **family.also}))
+    return folder

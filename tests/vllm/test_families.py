@@ -1,0 +1,53 @@
+"""Each family of models: raw weights on the stock CPU build, processed ones where nothing packs them away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.demo.models import weight_files
+from bench.demo.processes import files_away
+from tests.vllm import families
+from tests.vllm.conftest import References
+from tests.vllm.engines import EngineHost
+
+
+@pytest.fixture(scope="module", params=sorted(families.FAMILIES))
+def model(request: pytest.FixtureRequest, folder: Path) -> Path:
+    return families.generate(folder / "families" / request.param, request.param)
+
+
+@pytest.fixture
+def unpacked(source: EngineHost, target: EngineHost) -> Iterator[None]:
+    for host in (source, target):
+        host.ask("plain_linear", on=True)
+    yield
+    for host in (source, target):
+        host.ask("plain_linear", on=False)
+
+
+def test_raw_weights(source: EngineHost, target: EngineHost, references: References, model: Path) -> None:
+    expected = references.of(model)
+
+    first = source.load(model)
+    with files_away(weight_files(model)):
+        second = target.load(model)
+
+    assert first.answers == second.answers == expected
+    assert (first.report["path"], second.report["path"]) == ("storage", "p2p")
+    assert second.report["layout"] == "raw"
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []
+
+
+def test_processed_weights(source: EngineHost, target: EngineHost, unpacked: None, model: Path) -> None:
+    expected = source.load(model, "auto").answers
+
+    first = source.load(model, extra={"layout": "processed"})
+    with files_away(weight_files(model)):
+        second = target.load(model, extra={"layout": "processed"})
+
+    assert first.answers == second.answers == expected
+    assert (second.report["path"], second.report["layout"]) == ("p2p", "processed")
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []

@@ -1,0 +1,100 @@
+"""An engine that sleeps, reloads or ends: what it served meanwhile, and after it.
+
+vLLM's CPU worker takes the calls and leaves its weights where they are; a test changes them where a real sleep would
+have lost them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.demo.models import weight_files
+from bench.demo.processes import files_away
+from mxserver.wire import p2p_pb2
+from mxserver.wire.client import ServerClient
+from tests.vllm.conftest import References
+from tests.vllm.engines import EngineHost
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[ServerClient]:
+    with ServerClient(server) as connected:
+        yield connected
+
+
+def status(client: ServerClient, report: dict[str, Any]) -> p2p_pb2.SourceStatus.ValueType:
+    record = client.get_metadata(report["source_id"], report["worker_id"])
+    assert record is not None
+    return record.worker.status
+
+
+@pytest.fixture
+def awake(source: EngineHost, model_paths: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """The report of an engine in the source's process that stays."""
+    loaded = source.load(model_paths["llama"], keep=True)
+    yield loaded.report
+    source.ask("end")
+
+
+def test_asleep_it_serves_nothing_and_awake_it_serves_again(
+    awake: dict[str, Any],
+    client: ServerClient,
+    source: EngineHost,
+    target: EngineHost,
+    references: References,
+    model_paths: dict[str, Path],
+) -> None:
+    model = model_paths["llama"]
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_READY
+
+    source.ask("sleep", level=1)
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    source.ask("wake_up", tags=["kv_cache"])
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    source.ask("wake_up", tags=["weights"])
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_READY
+
+    with files_away(weight_files(model)):
+        loaded = target.load(model)
+    assert loaded.answers == references.of(model)
+    assert loaded.report["source_worker"] == awake["worker_id"]
+
+
+def test_weights_that_changed_during_sleep_are_not_served_again(
+    awake: dict[str, Any], client: ServerClient, source: EngineHost
+) -> None:
+    source.ask("sleep", level=1)
+    assert source.ask("corrupt", name="down_proj.weight")["flipped"] > 0
+    source.ask("wake_up", tags=None)
+
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+    assert source.ask("leave")["left"] == 0
+
+
+def test_a_deep_sleep_ends_the_offer(awake: dict[str, Any], client: ServerClient, source: EngineHost) -> None:
+    source.ask("sleep", level=2)
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+    source.ask("wake_up", tags=None)
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+
+
+def test_reloading_ends_the_offer(awake: dict[str, Any], client: ServerClient, source: EngineHost) -> None:
+    source.ask("reload")
+    assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+    assert source.ask("leave")["left"] == 0
+
+
+def test_the_engines_end_frees_the_memory(
+    client: ServerClient, source: EngineHost, model_paths: dict[str, Path]
+) -> None:
+    before = source.ask("live")["weights"]
+    report = source.load(model_paths["llama"], keep=True).report
+    assert source.ask("live")["weights"] == before + 1
+    source.ask("end")
+
+    assert status(client, report) == p2p_pb2.SOURCE_STATUS_STALE
+    assert source.ask("live")["weights"] == before
