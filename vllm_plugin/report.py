@@ -22,7 +22,7 @@ class LoadReport:
     `path` is where the weights came from: "p2p" from other workers, "uri" from MX_MODEL_URI, "cache" from the server's
     model cache, "storage" from files by vLLM's default loader. `paths` is what became of each rung of the ladder
     (mxcore.load_ladder.Step), `bytes_from_storage` what was read for chunks that no worker could give any more (path
-    "p2p"), `steps` the seconds of the load's parts (join, build and process, which are the engine's, fill, keep, offer),
+    "p2p"), `steps` the seconds of the load's parts (join, fill, keep, offer; build and process are the engine's),
     `fallbacks` one line for everything that did not go as wanted, in order.
     """
 

@@ -144,7 +144,9 @@ class Holder:
 
     def unchanged(self) -> bool:
         """Whether the memory has the bytes that the digests are of; also after `close`, while the memory is kept."""
-        return chunk_digests(self.chunks, self.addresses) == self.digests
+        kind, chunks = self.digests.kind, self.chunks
+        made = digester_of(self.placement).many(kind, self.addresses, chunks.lengths, chunks.segment_starts)
+        return made == bytes(self.digests)
 
     def keep(self, keep_alive: object) -> None:
         """Holds another object as well until it is closed."""

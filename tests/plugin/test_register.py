@@ -94,7 +94,7 @@ def found(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_registering_is_idempotent_and_takes_no_name_away(
     found: dict[str, Any], result: subprocess.CompletedProcess[str]
 ) -> None:
-    assert found["new"] == ["mx"]  # vLLM has a modelexpress of its own since 0.22
+    assert found["new"] == ["mx", "mx-source", "mx-target"]  # vLLM has a modelexpress of its own since 0.22
     assert found["same"]
     assert found["loader"] == "vllm_plugin.loader.MxModelLoader"
     assert found["abstract"] == []

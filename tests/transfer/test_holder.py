@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import socket
 import threading
@@ -86,6 +87,22 @@ def test_digests_are_those_of_the_chunks(holder: Holder) -> None:
             holder.chunks.slice_of(holder.addresses, chunk), holder.chunks.slice_of(holder.chunks.lengths, chunk)
         )
         assert holder.digests[8 * chunk : 8 * chunk + 8] == digest.to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_changed_byte_is_noticed_also_after_the_end(closed: bool) -> None:
+    tensors = HostTensors(model_specs(1), 3)
+    layout, placement = build_layout("raw", tensors.local_tensors())
+    holder = Holder(layout, placement, AgentSession(WORKER_ID, tls=POLICY.tls), chunk_bytes=65536)
+    if closed:
+        holder.close()
+    assert holder.unchanged()
+    byte = ctypes.c_uint8.from_address(holder.addresses[-1])
+    byte.value ^= 1
+    assert not holder.unchanged()
+    byte.value ^= 1
+    assert holder.unchanged()
+    holder.close()
 
 
 def test_extents_of_one_allocation_are_one_region(holder: Holder) -> None:

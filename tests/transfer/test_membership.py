@@ -107,6 +107,15 @@ def test_only_the_same_rank_and_identity_are_sources(new_member: NewMember) -> N
     assert len(new_member(rank=1).find_sources()) == 1
 
 
+def test_ranks_that_are_there_and_ranks_that_are_ready(new_member: NewMember) -> None:
+    serve(new_member(rank=0))
+    new_member(rank=1).join()
+    serve(new_member("another checkpoint", rank=2))
+    asked = new_member(rank=3)
+    assert asked.published_ranks(ready=True) == {0}
+    assert asked.published_ranks(ready=False) == {0, 1}
+
+
 def test_serving_twice_or_after_leaving_is_refused(new_member: NewMember) -> None:
     member = new_member()
     serve(member)

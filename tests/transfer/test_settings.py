@@ -56,6 +56,11 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_MODEL_URI": "s3://models/m",
             "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
             "MX_CACHE_WEIGHTS": "0",
+            "MX_SOURCE_KEEP": "both",
+            "MODEL_NAME": "org/model",
+            "MX_EXPECTED_WORKERS": "8",
+            "MX_SYNC_PUBLISH": "1",
+            "MX_SYNC_START": "true",
         },
     )
     assert settings.model_dump() == {
@@ -81,6 +86,11 @@ def test_everything_comes_from_the_environment() -> None:
         "model_uri": "s3://models/m",
         "no_shared_storage": True,
         "cache_weights": False,
+        "source_keep": "both",
+        "model_name": "org/model",
+        "expected_workers": 8,
+        "sync_publish": True,
+        "sync_start": True,
     }
 
 
