@@ -167,11 +167,8 @@ class Membership:
         began = heard = time.monotonic()
         told = False
         while not self._leaving.is_set():
-            found = [
-                source
-                for source in self.find_sources(match_any_checkpoint=match_any_checkpoint, receiving=True)
-                if source.worker_id not in avoid
-            ]
+            listed = self.find_sources(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            found = [source for source in listed if source.worker_id not in avoid]
             if any(not source.receiving for source in found):
                 return found
             pause = _FIRST_RETRY_SECONDS
