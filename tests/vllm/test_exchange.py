@@ -102,13 +102,19 @@ def test_a_received_worker_is_a_source(
     assert third.answers == references.of(model)
 
 
-def test_kinds_never_mix(source: EngineHost, target: EngineHost, model_paths: dict[str, Path]) -> None:
+def test_kinds_never_mix(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """Who wants processed weights does not take raw ones for such; it may take them as what they are."""
     model = model_paths["llama"]
     raw = source.load(model)
-    processed = target.load(model, extra={"layout": "processed"})
+    second = target.load(model, extra={"layout": "processed"})
 
     assert raw.report["serving"]
-    assert processed.report["path"] == "storage"
+    steps = [(step["rung"], step["outcome"]) for step in second.report["paths"]]
+    assert steps == [("p2p", "skipped"), ("p2p", "loaded")]
+    assert (second.report["path"], second.report["layout"]) == ("p2p", "raw")
+    assert second.answers == references.of(model)
 
 
 def test_memory_is_held_while_it_is_served_and_no_longer(source: EngineHost, model_paths: dict[str, Path]) -> None:
