@@ -42,9 +42,9 @@ def source_identity(
 ) -> p2p_pb2.SourceIdentity:
     """The identity; `kind` is "processed" or "raw", `revision` what the settings say where the engine names none.
 
-    `known_digest` is that of weights which come from elsewhere; it is taken instead of that of the files. Without either
-    `extra_parameters["checkpoint"]` is empty. Raw weights do not depend on the engine, torch, CUDA or the device: their
-    identity leaves these out. Raises MxError when a weight file is malformed.
+    `known_digest` is that of weights which come from elsewhere; it is taken instead of that of the files. Without
+    either `extra_parameters["checkpoint"]` is empty. Raw weights do not depend on the engine, torch, CUDA or the
+    device: their identity leaves these out. Raises MxError when a weight file is malformed.
     """
     parallel = vllm_config.parallel_config
     identity = p2p_pb2.SourceIdentity(

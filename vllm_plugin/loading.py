@@ -179,7 +179,7 @@ class Load:
         extra = dict(self.load_config.model_loader_extra_config or {})
         self.report_path = str(extra.pop("report_path", ""))
         self.settings = load_settings(extra)
-        if self.settings.model_uri:
+        if self.settings.model_uri and self.role.reads_storage:
             self.uri = UriPlace(self.settings.model_uri)
             self.on_end(self.uri.close)
         self.report.layout = self.kind
@@ -322,7 +322,11 @@ class Load:
         if weights.layout is None or weights.placement is None or self.membership is None:
             return
         ours = weights.kind == self.kind
-        membership = self.under_own_name(self.membership) if ours else self.new_membership(self.identity(weights.kind, self.loaded_digest))
+        membership = (
+            self.under_own_name(self.membership)
+            if ours
+            else self.new_membership(self.identity(weights.kind, self.loaded_digest))
+        )
         digests = self.received.digests if self.received is not None and weights is self.received_weights else None
         offer = Offer(membership, weights.layout, weights.placement, weights.found.scalars, keep_alive=weights)
         try:
