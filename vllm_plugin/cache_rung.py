@@ -23,7 +23,6 @@ from mxserver.wire.model_client import ModelClient, ModelFiles
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import find_checkpoint, model_name
 from vllm_plugin.remote_loader import FolderLoader, RemoteLoader
-from vllm_plugin.weights import Weights
 
 if TYPE_CHECKING:
     from vllm_plugin.loading import Load
@@ -90,7 +89,6 @@ class CacheRung:
     def load(self) -> nn.Module:
         """A model with the cache's weights; raises MxError, OSError, and what building a model raises."""
         load, client = self._load, self._opened()
-        weights = Weights(load.kind, load.device)
         started = time.monotonic()
         shared = self._shared is not None
         with load.loading(load_pb2.LOAD_PATH_STORAGE if shared else load_pb2.LOAD_PATH_SERVER) as way:
@@ -98,14 +96,14 @@ class CacheRung:
                 client.ensure(self._model, revision=self._revision)
                 self._listed = client.list_files(self._model, revision=self._revision)
             if self._shared is None and load.settings.cache_weights:
-                loader, digest = self._from_folder(self._fetched(client, self._listed, way), weights, way)
+                loader, digest = self._from_folder(self._fetched(client, self._listed, way), way)
             elif self._shared is not None:
-                loader, digest = self._from_folder(self._shared, weights, way)
+                loader, digest = self._from_folder(self._shared, way)
             else:
-                loader, digest = self._streamed(client, self._listed, weights, way)
-            model = compat.load_model(loader, load.vllm_config, load.model_config, load.prefix)
+                loader, digest = self._streamed(client, self._listed, way)
+            model = load.build(loader)
         load.checkpoint_digest = digest
-        load.tell_stored("cache", weights, model, time.monotonic() - started)
+        load.tell_stored("cache", model, time.monotonic() - started)
         return model
 
     def _fetched(self, client: ModelClient, listed: ModelFiles, way: Progress) -> Path:
@@ -120,18 +118,15 @@ class CacheRung:
         cache = hub_cache(self._load.load_config.download_dir)
         return client.fetch_to_hub_cache(self._model, cache, revision=self._revision, on_bytes=on_bytes)
 
-    def _from_folder(self, folder: Path, weights: Weights, way: Progress) -> tuple[FolderLoader, str]:
+    def _from_folder(self, folder: Path, way: Progress) -> tuple[FolderLoader, str]:
         load = self._load
         found = find_checkpoint(str(folder))
         if not found.weight_files:
             raise CheckpointError(f"{folder}: no complete checkpoint there")
         digest = checkpoint_digest(found.weight_files, found.index_file)
-        collecting = load.collecting(weights)
-        return FolderLoader(load.load_config, load.settings, collecting, way, load.model_config.model, folder), digest
+        return FolderLoader(load.load_config, load.settings, load.filled, way, load.model_config.model, folder), digest
 
-    def _streamed(
-        self, client: ModelClient, listed: ModelFiles, weights: Weights, way: Progress
-    ) -> tuple[RemoteLoader, str]:
+    def _streamed(self, client: ModelClient, listed: ModelFiles, way: Progress) -> tuple[RemoteLoader, str]:
         """MX_CACHE_WEIGHTS=0: nothing touches the disk."""
         load = self._load
         folder = ServerFolder(client, self._model, listed)
@@ -144,7 +139,7 @@ class CacheRung:
         loader = RemoteLoader(
             load.load_config,
             load.settings,
-            load.collecting(weights),
+            load.filled,
             way,
             load.model_config.model,
             checkpoint,
@@ -156,5 +151,4 @@ class CacheRung:
 
     def undo(self) -> None:
         """What was found of a model that is given up may not be offered."""
-        self._load.weights = None
-        self._load.report.forget()
+        self._load.forget_model()
