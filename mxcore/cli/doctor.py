@@ -33,11 +33,12 @@ Examples:
 @json_option
 def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
     """What works on this machine, what does not, and what to do about it."""
-    from mxcore.cli import doctor_machine, doctor_probes, doctor_server
+    from mxcore.cli import doctor_cuda, doctor_machine, doctor_probes, doctor_server
     from mxcore.cli.findings import failed
 
     findings = [
         *doctor_machine.all_findings(),
+        *doctor_cuda.all_findings(),
         doctor_probes.nixl(),
         doctor_probes.nixl_backends(),
         doctor_probes.same_host(),

@@ -136,23 +136,5 @@ def io_uring(root: Path = Path("/")) -> Finding:
     return Finding("io_uring", "note", f"the kernel refuses rings ({reason})", do)
 
 
-def cuda() -> Finding:
-    """The driver, asked through its own library as the loader finds it."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        do = "on a GPU machine: install the driver, and give the container the GPU (nvidia-container-toolkit)"
-        return Finding("cuda", "note", "no libcuda.so.1: weights stay in host memory", do)
-    version, count = ctypes.c_int(), ctypes.c_int()
-    if code := driver.cuInit(0):
-        return Finding("cuda", "warn", f"libcuda.so.1 is there, cuInit failed with {code}", "look at nvidia-smi")
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    fact = f"{count.value} devices, driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    if count.value == 0:
-        return Finding("cuda", "warn", fact, "check CUDA_VISIBLE_DEVICES and the pod's GPU limits")
-    return Finding("cuda", "ok", fact)
-
-
 def all_findings() -> list[Finding]:
-    return [*versions(), compiled_core(), cuda(), rdma(), memlock(), huge_pages(), shared_memory(), io_uring()]
+    return [*versions(), compiled_core(), rdma(), memlock(), huge_pages(), shared_memory(), io_uring()]

@@ -1,0 +1,137 @@
+"""`mx bench gpu`: page cache to device, digests, copies, NIXL between two processes, on one CUDA device.
+
+Self-contained: a checkout, this package's wheels, no network. Without torch with CUDA the other loaders are left out,
+and said; nothing else needs torch. docs/gpu-testing.md says how to run it where nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+MIB = 1024 * 1024
+ROOM = 1.25  # of the checkpoint's size, free where it is put
+
+
+@click.command("gpu")
+@click.option("--size-mib", default=4096, show_default=True, help="Size of the checkpoint, and of device buffers.")
+@click.option("--rounds", default=3, show_default=True, help="Of each measurement; the fastest counts.")
+@click.option("--device", default=0, show_default=True, help="As CUDA counts.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Default: /dev/shm if there is room.")
+@click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:
+    """Storage to a CUDA device, digests there, and NIXL between two processes, against the machine's limits."""
+    from mxcore import cuda_driver
+    from mxserver.wire.errors import MxError
+
+    if stand_in is not None:
+        cuda_driver._load_stand_in(stand_in)
+    place = folder or _roomy(size_mib * MIB)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mx-bench-gpu-", dir=place) as made:
+            document = _measured(Path(made), size_mib * MIB, rounds, device, stand_in)
+    except MxError as error:
+        raise click.ClickException(str(error)) from error
+    document["folder"] = str(place)
+    if cuda_driver.is_stand_in():
+        document = _without_figures(document)
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    if document["stand_in"]:
+        click.echo("the stand-in is no GPU: that the bench runs was checked, its figures are not printed")
+    for name, value in document["figures"].items():
+        click.echo(f"{name:28} {value:.4g}")
+    for name, reason in document["left_out"].items():
+        click.echo(f"left out: {name}: {reason}", err=True)
+
+
+def _roomy(size_bytes: int) -> Path:
+    """Shared memory, unless it is too small (containers have 64 MiB): then the temporary folder, by its page cache."""
+    memory = Path("/dev/shm")  # noqa: S108 - it is meant
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM * size_bytes
+    return memory if roomy else Path(tempfile.gettempdir())
+
+
+def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: str | None) -> dict[str, Any]:
+    from bench.gpu import measure, nixl_pair, peers
+    from bench.load import made
+    from mxcore import cuda_driver
+    from mxcore.cuda_digest import DeviceDigest
+    from mxcore.cuda_memory import DeviceBuffer
+    from mxcore.cuda_stream import context_of
+    from mxcore.errors import TransferError
+    from mxcore.storage.checkpoint import open_checkpoint
+    from mxcore.storage.device_ring import release_rings
+
+    card = cuda_driver.Device(index)
+    context = context_of(index)
+    made.checkpoint(place, size_bytes)
+    files = sorted(place.iterdir())
+    checkpoint = open_checkpoint(files)
+    target = DeviceBuffer(context, measure.arena_rows(checkpoint, 0)[2])
+    digester = DeviceDigest(context)
+    left_out: dict[str, str] = {}
+    try:
+        pinned = measure.pinned_copy(context, target, rounds)
+        loaded = measure.load(checkpoint, target, rounds)
+        measure.check(checkpoint, digester, target)
+        digests = measure.digest(digester, target, rounds)
+        copied = measure.device_copy(context, target, rounds)
+    finally:
+        digester.close()
+        target.close()
+        release_rings()
+    figures = {
+        "tmpfs_vs_pinned_copy": loaded["bytes_per_second"] / pinned,
+        "digest_tb_per_second": digests / 1e12,
+        "tmpfs_gbps": loaded["bytes_per_second"] / 1e9,
+        "pinned_copy_gbps": pinned / 1e9,
+        "device_copy_gbps": copied / 1e9,
+        **{name: loaded[name] for name in ("first_seconds", "ring_bytes", "extra_device_bytes", "extra_host_bytes")},
+    }
+    try:
+        moved = nixl_pair.read(context, size_bytes // 2, rounds, stand_in)
+        figures |= {"nixl_vs_device_copy": moved / copied, "nixl_gbps": moved / 1e9}
+    except (TransferError, ValueError) as error:
+        left_out["nixl"] = str(error)
+    left_out |= peers.missing()
+    ours = sum(info.size_bytes for info in checkpoint.tensors.values()) / loaded["bytes_per_second"]
+    taken: dict[str, float] = {}
+    for name in [name for name in peers.NEEDS if name not in left_out]:
+        try:
+            taken[name] = peers.seconds(name, index, rounds, files)
+        except ValueError as error:
+            left_out[name] = str(error)
+    figures |= {f"vs_{name}": seconds / ours for name, seconds in taken.items()}
+    if taken:
+        figures["vs_best_peer"] = min(taken.values()) / ours
+    return {
+        "bench": "gpu",
+        "stand_in": False,
+        "device": {"name": card.name, "capability": card.capability, "bytes": card.total_bytes},
+        "driver": cuda_driver.driver_version(),
+        "size_bytes": size_bytes,
+        "rounds": rounds,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg(),
+        "left_out": left_out,
+        "figures": {name: round(value, 6) for name, value in figures.items()},
+    }
+
+
+def _without_figures(document: dict[str, Any]) -> dict[str, Any]:
+    """What ran is told by name; nobody takes the speed of host memory for a GPU's."""
+    return {**document, "stand_in": True, "ran": sorted(document["figures"]), "figures": {}}
+
+
+if __name__ == "__main__":
+    sys.exit(command())

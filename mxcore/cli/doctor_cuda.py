@@ -1,0 +1,98 @@
+"""`mx doctor`: CUDA. Looked at in a process of its own: a driver that hangs or crashes takes nothing else along."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from mxcore.cli.findings import Finding
+
+_SECONDS = 120.0  # a first context on a machine with many GPUs takes a while
+_PINNED_BYTES = 64 * 1024 * 1024
+
+
+def all_findings() -> list[Finding]:
+    """Driver and devices, pinned memory, what a worker would prove, GPUDirect Storage."""
+    command = [sys.executable, "-m", "mxcore.cli.doctor_cuda"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [
+            Finding("cuda", "warn", f"the driver gave no answer within {_SECONDS:g} s", "look at nvidia-smi, dmesg")
+        ]
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or [f"the probe ended with {ran.returncode}"])[-1]
+        return [Finding("cuda", "warn", last, "look at nvidia-smi, dmesg")]
+    return [Finding(**found) for found in json.loads(ran.stdout)]
+
+
+def look() -> list[Finding]:
+    """The findings, made in this process."""
+    from mxcore import cuda_driver
+    from mxcore.errors import CudaError, CudaMissing
+
+    try:
+        library, count = cuda_driver.load_driver(), cuda_driver.device_count()
+    except CudaMissing as error:
+        there = "cuInit failed" in str(error)
+        do = "on a GPU machine: install the driver, and give the container the GPU (nvidia-container-toolkit)"
+        fact = str(error) if there else "no CUDA driver (libcuda.so.1): weights stay in host memory"
+        return [Finding("cuda", "warn" if there else "note", fact, "look at nvidia-smi" if there else do)]
+    except CudaError as error:
+        return [Finding("cuda", "warn", str(error), "look at nvidia-smi")]
+    version = ".".join(map(str, cuda_driver.driver_version()))
+    if count == 0:
+        do = "check CUDA_VISIBLE_DEVICES and the pod's GPU limits"
+        return [Finding("cuda", "warn", f"no device, driver for CUDA {version}", do)]
+    names = ", ".join(sorted({cuda_driver.Device(index).name for index in range(count)}))
+    found = [Finding("cuda", "ok", f"{count} devices ({names}), driver for CUDA {version}, {library}")]
+    return [*found, _pinned(), *[_proof(index) for index in range(count)], _direct_storage()]
+
+
+def _pinned() -> Finding:
+    from mxcore.cuda_memory import PinnedBuffer, Registration
+    from mxcore.cuda_stream import context_of
+    from mxcore.errors import CudaError
+    from mxcore.host_buffer import HostBuffer
+
+    size = f"{_PINNED_BYTES >> 20} MiB"
+    try:
+        PinnedBuffer(context_of(0), _PINNED_BYTES).close()
+        with HostBuffer(_PINNED_BYTES) as buffer:
+            Registration(context_of(0), buffer).close()
+    except CudaError as error:
+        do = "ulimit -l unlimited, or the capability IPC_LOCK in the pod's securityContext; without, loads are slower"
+        return Finding("pinned memory", "warn", f"{size} cannot be pinned: {error}", do)
+    return Finding("pinned memory", "ok", f"{size} can be pinned")
+
+
+def _proof(index: int) -> Finding:
+    from mxcore.errors import LayoutUnsupported
+    from mxcore.transfer.device_memory import proven_device, release_devices
+    from mxcore.transfer.layout import Placement
+
+    name = f"device {index}"
+    try:
+        proven_device(Placement((0,), (index,), "cuda"))
+    except LayoutUnsupported as error:
+        do = "workers on it load from storage; with NIXL: its UCX needs CUDA (nixl-cu12 or nixl-cu13 as the driver is)"
+        return Finding(name, "warn", str(error), do)
+    finally:
+        release_devices()
+    return Finding(name, "ok", "digests are right, and NIXL moves its memory")
+
+
+def _direct_storage() -> Finding:
+    from mxcore.storage.device_direct import probe
+
+    found = probe()
+    library = f"libcufile {found.version}".strip() if found.library else "no libcufile"
+    fact = f"{library}; not used: {found.not_used_because}"
+    return Finding(
+        "gpudirect storage", "note", fact, "nothing: files are read into pinned memory, and copied from there"
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps([finding.as_json() for finding in look()]))  # noqa: T201

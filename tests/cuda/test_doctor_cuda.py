@@ -1,0 +1,78 @@
+"""`mx doctor`'s findings of CUDA, on the stand-in and without a driver."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from mxcore.cli import doctor_cuda
+from mxcore.storage import device_direct
+from mxcore.transfer.transports import UcxPolicy
+from tests.cuda.stand_in import StandIn
+
+
+@pytest.fixture(autouse=True)
+def _tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UcxPolicy, "device_fenceable", "tcp,self")  # the stand-in's devices are no CUDA to UCX
+
+
+def test_all_is_well(driver: StandIn) -> None:
+    found = {finding.name: finding for finding in doctor_cuda.look()}
+    assert list(found) == ["cuda", "pinned memory", "device 0", "device 1", "gpudirect storage"]
+    assert found["cuda"].fact.startswith("2 devices (stand-in 0 (no GPU), stand-in 1 (no GPU)), driver for CUDA 12.8")
+    assert [finding.state for finding in found.values()] == ["ok", "ok", "ok", "ok", "note"]
+    assert "not used" in found["gpudirect storage"].fact
+
+
+def test_what_does_not_work_is_told_with_what_to_do(driver: StandIn) -> None:
+    driver.fail("cuMemHostRegister_v2", 2)
+    driver.fail_later("launch", 719)
+    found = {finding.name: finding for finding in doctor_cuda.look()}
+    assert found["pinned memory"].state == "warn"
+    assert "IPC_LOCK" in found["pinned memory"].do
+    assert (found["device 0"].state, found["device 1"].state) == ("warn", "ok")
+    assert "digests of known bytes failed" in found["device 0"].fact
+    assert "load from storage" in found["device 0"].do
+    driver.reset()
+    driver.devices(0)
+    [only] = doctor_cuda.look()
+    assert (only.state, "CUDA_VISIBLE_DEVICES" in only.do) == ("warn", True)
+    driver.reset()
+
+
+def test_a_process_of_its_own_tells_it() -> None:
+    found = doctor_cuda.all_findings()
+    assert found[0].name == "cuda"
+    assert found[0].state in ("ok", "note", "warn")  # whatever this machine has
+    assert all(finding.state == "ok" or finding.do for finding in found)
+
+
+def test_a_probe_that_crashes_or_hangs_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cuda.sys, "executable", "/bin/false")
+    [finding] = doctor_cuda.all_findings()
+    assert (finding.state, finding.fact) == ("warn", "the probe ended with 1")
+    monkeypatch.setattr(doctor_cuda.sys, "executable", "/usr/bin/env")
+
+    def hang(*_: object, **__: object) -> None:
+        raise doctor_cuda.subprocess.TimeoutExpired("probe", 1)
+
+    monkeypatch.setattr(doctor_cuda.subprocess, "run", hang)
+    [finding] = doctor_cuda.all_findings()
+    assert "no answer within" in finding.fact
+
+
+def test_direct_storage_is_looked_for_and_never_used(tmp_path: Path) -> None:
+    assert device_direct.probe(tmp_path, "libcufile_of_nobody.so.0") == (
+        False, False, "", "libcufile_of_nobody.so.0 is not there",
+    )  # fmt: skip
+    there = "libm.so.6"  # any library
+    assert ctypes.CDLL(there)
+    without = device_direct.probe(tmp_path, there)
+    assert (without.library, without.kernel_module) == (True, False)
+    assert "nvidia-fs" in without.not_used_because
+    (tmp_path / "proc/driver/nvidia-fs").mkdir(parents=True)
+    with_module = device_direct.probe(tmp_path, there)
+    assert with_module.kernel_module
+    assert "pinned host memory" in with_module.not_used_because
