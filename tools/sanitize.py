@@ -1,6 +1,6 @@
 """Builds the core under AddressSanitizer and UndefinedBehaviorSanitizer, apart from the tree, and runs something on it.
 
-    python tools/sanitize.py tests [pytest arguments]     tests/core and tests/storage, with leak detection
+    python tools/sanitize.py tests [pytest arguments]     tests/core, tests/storage and tests/cuda, with leak detection
     python tools/sanitize.py fuzz [fuzz arguments]        python -m fuzz
 
 Needs gcc with its libasan. The interpreter and torch are not ours and leak at their end: only what has a frame of
@@ -22,7 +22,16 @@ TREE = BUILD / "tree"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 COPIED = ("tests", "fuzz", "bench", "docs", "pyproject.toml")
 # What starts other programs, or looks at the tree itself, says nothing about memory here.
-LEFT_OUT = ("core/test_package.py", "storage/test_vllm_layers.py", "storage/test_bench_load.py")
+LEFT_OUT = (
+    "core/test_package.py",
+    "storage/test_vllm_layers.py",
+    "storage/test_bench_load.py",
+    "cuda/test_ptx.py",
+    "cuda/test_driver.py",
+    "cuda/test_bench_gpu.py",
+    "cuda/test_doctor_cuda.py",
+    "cuda/test_transfer.py",
+)
 
 
 def build() -> None:
@@ -37,6 +46,8 @@ def build() -> None:
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, copy)
+    for header in (ROOT / "mxcore").glob("*.h"):  # for the stand-in driver, which the tests compile
+        shutil.copy2(header, TREE / "mxcore" / header.name)
 
 
 def library(name: str) -> str:
@@ -60,6 +71,7 @@ def run(command: list[str]) -> int:
         "ASAN_OPTIONS": f"detect_leaks=1:log_path={reports}/asan:detect_stack_use_after_return=0",
         "LSAN_OPTIONS": "exitcode=0:fast_unwind_on_malloc=1:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "MX_CFLAGS": FLAGS,  # for the stand-in driver, which the tests compile
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(TREE),
         "OMP_NUM_THREADS": "1",
@@ -87,7 +99,9 @@ def main() -> int:
     if what == "fuzz":
         return run(["-m", "fuzz", *rest])
     left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
-    return run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *left_out, "tests/core", "tests/storage", *rest])
+    return run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *left_out, "tests/core", "tests/storage", "tests/cuda", *rest]
+    )
 
 
 if __name__ == "__main__":
