@@ -1,42 +1,44 @@
-"""A fork that may limit itself: less memory to pin, fewer descriptors, system calls that are refused."""
+"""A process of its own that limits itself: less memory to pin, fewer descriptors, system calls that are refused."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import signal
+import multiprocessing
 import struct
 from collections.abc import Callable
-
-import pytest
+from multiprocessing.connection import Connection
+from typing import Any
 
 IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER = 425, 426, 427  # the same on every architecture
+_CHILD_SECONDS = 300.0
+_SPAWN = multiprocessing.get_context("spawn")  # a fork has this process' locks, and none of its threads
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Runs it in a fork, which may limit itself; fails with what that raised, or says nothing for two minutes.
+def in_child(work: Callable[..., None], *arguments: Any) -> None:
+    """Runs a module's function in a new process, which may limit itself; fails with what that raised."""
+    ours, theirs = _SPAWN.Pipe(duplex=False)
+    child = _SPAWN.Process(target=_told, args=(theirs, work, arguments))
+    child.start()
+    theirs.close()
+    try:
+        said = ours.recv() if ours.poll(_CHILD_SECONDS) else f"no answer within {_CHILD_SECONDS:g} s"
+    except EOFError:
+        said = "it ended without a word"
+    finally:
+        ours.close()
+        child.join(10)
+        child.kill()
+        child.join()
+    assert said == "done", f"{said} (exit code {child.exitcode})"
 
-    Skipped under sanitizers: a fork of them has been seen to wait for ever for a lock that no thread of it holds.
-    """
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("forks of a process under AddressSanitizer may hang")
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(120)
-        try:
-            work()
-            os.write(theirs, b"done")
-        except BaseException as error:  # noqa: BLE001 - the parent fails with it
-            os.write(theirs, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    os.waitpid(child, 0)
-    said = os.read(ours, 65536)
-    os.close(ours)
-    assert said == b"done", said.decode()
+
+def _told(answers: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        work(*arguments)
+    except BaseException as error:  # noqa: BLE001 - the parent fails with it
+        answers.send(f"{type(error).__name__}: {error}")
+    else:
+        answers.send("done")
 
 
 def refuse(system_call: int, number: int) -> None:

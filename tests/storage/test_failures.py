@@ -5,30 +5,28 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 import signal
 from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import pytest
 import torch
 
 from mxcore import checkpoint_reader
 from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
-from mxcore.errors import FileChanged, ModeUnavailable, StorageError, TruncatedRead
+from mxcore.errors import FileChanged, StorageError, TruncatedRead
 from mxcore.file_set import FileSet
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
-from mxcore.storage import ways
 from mxcore.storage.load import Reader, load
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
 from mxcore.storage.stream import stream
-from mxcore.storage.ways import chosen_mode, tell_fallbacks
+from mxcore.storage.ways import chosen_mode
+from tests.storage import limited_reads
 from tests.storage.conftest import MODES, Maker
-from tests.storage.limited import IO_URING_ENTER, IO_URING_SETUP, in_child, refuse
+from tests.storage.limited import in_child
 
 FORCED = MODES[1:]
 WAYS = {"buffered": BUFFERED, "mapped": MAPPED, "direct": DIRECT, "uring": URING}
@@ -221,125 +219,33 @@ def test_signals_that_go_on_harm_nothing(made: Maker, mode: str) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-class _Told(logging.Handler):
-    """What was logged; in a child pytest's own capture does not reach."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text += record.getMessage() + "\n"
-
-    def __enter__(self) -> _Told:
-        ways._told.clear()
-        ways._log.addHandler(self)
-        ways._log.setLevel(logging.INFO)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        ways._log.removeHandler(self)
-
-
 def test_memory_that_may_not_be_pinned_is_read_into_all_the_same(made: Maker) -> None:
-    file, rows = rows_for(made, torch.zeros(1000))
+    file, rows = rows_for(made, torch.ones(1000))
     file.chmod(0o644)
-
-    def unprivileged() -> None:
-        there = HostBuffer(8192)
-        slots = HostBuffer(8 << 20)
-        with FileSet([file]) as files:
-            files.open_direct(0)
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
-            os.setresuid(65534, 65534, 65534)
-            offset, size = rows[0][1], rows[0][2]
-            parts = row([(0, offset, size, 0, 1, there.address, 0)])
-            jobs = JobList(files, parts, piece_bytes=1 << 20)
-            outcome = checkpoint_reader.read_jobs(jobs, array("q", [0]), way=URING, lanes=4, slots=slots)
-        assert outcome["register_error"] == errno.ENOMEM, outcome
-        assert memoryview(there)[:size].cast("f").tolist() == [1.0] * 1000
-        slots.close()
-
-    in_child(unprivileged)
+    in_child(limited_reads.unpinned_reads, file, rows[0][1], rows[0][2])
 
 
 def test_a_load_says_that_its_memory_is_not_pinned(made: Maker) -> None:
-    written = np.arange(3_000_000, dtype=np.float32)  # torch's threads are not in a fork
-    checkpoint = made({"x": torch.from_numpy(written)})
-    checkpoint.files[0].chmod(0o644)
+    checkpoint = made({"x": torch.from_numpy(limited_reads.NUMBERS)})
+    checkpoint.files[0].chmod(0o644)  # the child reads it as nobody
     checkpoint.files[0].parent.chmod(0o755)
-
-    def unprivileged() -> None:
-        files = [os.open(file, os.O_RDONLY) for file in checkpoint.files]  # pytest's folders are for this user only
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
-        os.setresuid(65534, 65534, 65534)
-        there = np.zeros(3_000_000, np.float32)
-        told = _Told()
-        with told, Reader([f"/proc/self/fd/{files[0]}"], mode="uring") as reader:
-            report = reader.read(merged(parts_of(checkpoint, Want("x", there))))
-        assert (there == written).all()
-        assert report.bytes_by_way == {"uring": written.nbytes}
-        assert "not pinned: RLIMIT_MEMLOCK is too small" in told.text, told.text
-
-    in_child(unprivileged)
+    in_child(limited_reads.unpinned_load, checkpoint.files[0])
 
 
 def test_io_uring_that_a_container_refuses(made: Maker) -> None:
     """EPERM is what Docker's seccomp profile answers. `auto` needs none; what is asked for by name is refused."""
-    written = np.arange(3_000_000, dtype=np.float32)
-    checkpoint = made({"x": torch.from_numpy(written)})
-
-    def without_io_uring() -> None:
-        refuse(IO_URING_SETUP, errno.EPERM)
-        there = np.zeros(3_000_000, np.float32)
-        load(checkpoint, {"x": there})
-        assert (there == written).all()
-        with pytest.raises(ModeUnavailable, match=r"not allowed here \(Operation not permitted.*MX_READ_MODE=auto"):
-            load(checkpoint, {"x": there}, mode="uring")
-        # where it goes only after it was looked at, blocking reads do the work, and that is said
-        there[:] = 0
-        with FileSet(checkpoint.files) as files, HostBuffer(36 << 20) as slots:
-            files.open_direct(0)
-            jobs = JobList(files, row(merged(parts_of(checkpoint, Want("x", there)))))
-            order = array("q", range(len(jobs)))
-            outcome = checkpoint_reader.read_jobs(jobs, order, way=URING, lanes=4, slots=slots)
-        assert outcome["setup_error"] == errno.EPERM
-        assert (there == written).all()
-        told = _Told()
-        with told:
-            tell_fallbacks(outcome)
-        assert "io_uring was refused (Operation not permitted): direct reads instead" in told.text
-
-    in_child(without_io_uring)
+    checkpoint = made({"x": torch.from_numpy(limited_reads.NUMBERS)})
+    in_child(limited_reads.without_io_uring, checkpoint.files[0])
 
 
 def test_io_uring_that_takes_no_reads_is_an_error(made: Maker) -> None:
-    checkpoint = made({"x": torch.ones(3_000_000)})
-
-    def without_reads() -> None:
-        refuse(IO_URING_ENTER, errno.EACCES)
-        with pytest.raises(StorageError, match="Permission denied"):
-            load(checkpoint, {"x": np.zeros(3_000_000, np.float32)}, mode="uring")
-
-    in_child(without_reads)
+    checkpoint = made({"x": torch.from_numpy(limited_reads.NUMBERS)})
+    in_child(limited_reads.without_reads_by_io_uring, checkpoint.files[0])
 
 
 def test_io_uring_that_is_refused_is_said(made: Maker) -> None:
-    there = torch.zeros(1000)
-    file, rows = rows_for(made, there)
-
-    def without_descriptors() -> None:
-        with Reader([file], mode="uring") as reader:
-            reader.read(rows)
-            free = os.open("/dev/null", os.O_RDONLY)
-            os.close(free)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
-            with pytest.raises(ModeUnavailable, match=r"io_uring is not allowed here.*MX_READ_MODE=auto"):
-                reader.read(rows)
-            parts = row(rows)
-        assert len(parts) == 7
-
-    in_child(without_descriptors)
+    checkpoint = made({"x": torch.from_numpy(limited_reads.NUMBERS)})
+    in_child(limited_reads.without_descriptors, checkpoint.files[0])
 
 
 def test_a_file_system_without_o_direct(monkeypatch: pytest.MonkeyPatch) -> None:
