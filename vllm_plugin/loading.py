@@ -252,10 +252,11 @@ class Load:
         """To be called when the rungs are through, in reverse order."""
         self._at_end.callback(function)
 
-    def tell_stored(self, path: StoredPath, model: nn.Module, seconds: float) -> None:
-        """A load from storage has succeeded."""
+    def tell_stored(self, path: StoredPath, model: nn.Module, seconds: float, size_bytes: int = 0) -> None:
+        """A load from storage has succeeded; `size_bytes` of its checkpoint, where nothing else tells them."""
         self.report.path = path
         self.report.seconds = round(seconds, 6)
+        self.report.bytes = size_bytes
         with self.step("keep"):
             self.keep(model)
 

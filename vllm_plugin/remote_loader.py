@@ -61,7 +61,7 @@ class RemoteLoader(StorageLoader):
         super().__init__(load_config, settings, progress)
         self._loaded = loaded
         self._model = model
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._tensors = tensors
         self.seconds = 0.0  # of reading, without building and processing
 
@@ -79,7 +79,7 @@ class RemoteLoader(StorageLoader):
         if source.model_or_path != self._model:
             return super()._get_weights_iterator(source)
         experts = {"local_expert_ids": getattr(self, "local_expert_ids", None)}
-        names = compat.wanted_names(self._checkpoint, (), experts)
+        names = compat.wanted_names(self.checkpoint, (), experts)
         return ((source.prefix + name, tensor) for name, tensor in self._shown(None if names is None else set(names)))
 
     def _shown(self, names: set[str] | None) -> Iterator[tuple[str, torch.Tensor]]:

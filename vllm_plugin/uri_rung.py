@@ -107,7 +107,8 @@ class UriRung:
             loader = self._loader(load.uri, way)
             model = load.build(loader)
         load.checkpoint_digest = digest
-        load.tell_stored("uri", model, loader.seconds or time.monotonic() - started)
+        size_bytes = loader.checkpoint.total_bytes if isinstance(loader, RemoteLoader) else 0
+        load.tell_stored("uri", model, loader.seconds or time.monotonic() - started, size_bytes)
         return model
 
     def _loader(self, place: UriPlace, way: Progress) -> FolderLoader | RemoteLoader:

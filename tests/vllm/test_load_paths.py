@@ -124,9 +124,10 @@ def test_from_s3_and_the_next_one_from_that_worker_with_s3_gone(
 
 def test_the_model_itself_is_a_uri(stored: EngineHost, references: References, model_paths: dict[str, Path]) -> None:
     """vLLM refuses a model in a bucket for formats that it does not know: it finds a folder, and we the bucket."""
-    loaded = stored.load(URI)
+    loaded = stored.load(URI, extra={"server_address": None})
     assert loaded.answers == references.of(model_paths["llama"])
-    assert loaded.report["path"] == "uri"
+    assert (loaded.report["path"], loaded.report["serving"]) == ("uri", False)
+    assert loaded.report["bytes"] > 0
 
 
 def test_a_name_of_the_hub_with_the_files_of_the_store(
