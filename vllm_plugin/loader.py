@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -70,15 +71,21 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
 
 def prepare(arguments: Any) -> None:
     """Before vLLM makes a configuration of its arguments: see `vllm_plugin.small_files`."""
-    if getattr(arguments, "load_format", None) in OUR_FORMATS:
-        from vllm_plugin import small_files
-
+    if getattr(arguments, "load_format", None) in OUR_FORMATS and (small_files := _small_files()):
         small_files.prepare(arguments, OUR_FORMATS)
 
 
 def prepare_offline(model: Any, revision: Any) -> None:
     """Before vLLM looks for a model in the hub's cache alone."""
-    if os.environ.get("MX_MODEL_URI") or os.environ.get("MODEL_EXPRESS_NO_SHARED_STORAGE"):
-        from vllm_plugin import small_files
-
+    wanted = os.environ.get("MX_MODEL_URI") or os.environ.get("MODEL_EXPRESS_NO_SHARED_STORAGE")
+    if wanted and (small_files := _small_files()):
         small_files.prepare_offline(model, revision)
+
+
+def _small_files() -> ModuleType | None:
+    try:
+        from vllm_plugin import small_files
+    except Exception:  # noqa: BLE001 - vLLM must start; the log has the traceback
+        _log.exception("ModelExpress cannot bring configuration and tokenizer here")
+        return None
+    return small_files

@@ -45,6 +45,8 @@ def _told(model: str, function: Callable[[], None]) -> None:
         function()
     except (MxError, OSError, ImportError) as error:
         _log.warning("configuration and tokenizer of %s could not be brought here: %s", model, error)
+    except Exception:  # noqa: BLE001 - vLLM says itself what it misses; the log has the traceback
+        _log.exception("configuration and tokenizer of %s could not be brought here, by a fault of ours", model)
 
 
 def _wants(environ: Any) -> bool:

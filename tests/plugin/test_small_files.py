@@ -1,0 +1,78 @@
+"""What is done before vLLM reads its configuration: it never ends vLLM's start."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_plugin import small_files
+
+FORMATS = ("mx", "mx-source")
+
+
+@dataclass
+class Arguments:
+    """As much of vLLM's EngineArgs as is looked at."""
+
+    model: Any
+    load_format: str = "mx"
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    served_model_name: list[str] | None = None
+    model_loader_extra_config: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("MX_MODEL_URI", "MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS", "MODEL_EXPRESS_NO_SHARED_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_another_load_format_and_a_model_that_is_no_name_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        pytest.fail("it was not to be looked at")
+
+    monkeypatch.setattr(small_files, "_prepare", never)
+    small_files.prepare(Arguments("s3://bucket/model", load_format="auto"), FORMATS)
+    small_files.prepare(Arguments(None), FORMATS)
+
+
+def test_a_folder_stays_what_it_is(tmp_path: Path) -> None:
+    arguments = Arguments(str(tmp_path))
+    small_files.prepare(arguments, FORMATS)
+    assert arguments == Arguments(str(tmp_path))
+
+
+def test_what_goes_wrong_is_a_line_and_vllm_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MX_MODEL_URI", str(tmp_path / "nowhere"))
+    arguments = Arguments("org/name")
+    with caplog.at_level(logging.WARNING):
+        small_files.prepare(arguments, FORMATS)
+    assert arguments.model == "org/name"
+    assert "configuration and tokenizer of org/name could not be brought here" in caplog.text
+    assert "nowhere" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [ValueError("odd"), RuntimeError("a library's own"), KeyError("x")])
+def test_a_fault_of_ours_is_logged_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(small_files, "_prepare", broken)
+    monkeypatch.setattr(small_files, "_to_hub_cache", broken)
+    monkeypatch.setenv("MX_MODEL_URI", "s3://bucket/model")
+    with caplog.at_level(logging.WARNING):
+        small_files.prepare(Arguments("org/name"), FORMATS)
+        small_files.prepare_offline("org/name", None)
+    assert caplog.text.count("by a fault of ours") == 2
+    assert str(fault.args[0]) in caplog.text
