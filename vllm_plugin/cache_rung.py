@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from mxcore.storage.remote import BATCH_BYTES, open_remote, remote_digest, strea
 from mxcore.storage.server_cache import ServerFolder, has_weights, same_files_here
 from mxcore.storage.shared_reads import SHARED_BATCH_BYTES, SharedReads
 from mxserver.wire import load_pb2
-from mxserver.wire.errors import ModelNotFound
+from mxserver.wire.errors import DiskFull, ModelNotFound
 from mxserver.wire.model_client import ModelClient, ModelFiles
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import find_checkpoint, model_name
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vllm_plugin.loading import Load
 
 __all__ = ["CacheRung"]
+
+_log = logging.getLogger("vllm.modelexpress")
 
 
 class CacheRung:
@@ -95,10 +98,11 @@ class CacheRung:
             if self._listed is None:
                 client.ensure(self._model, revision=self._revision)
                 self._listed = client.list_files(self._model, revision=self._revision)
-            if self._shared is None and load.settings.cache_weights:
-                loader, digest = self._from_folder(self._fetched(client, self._listed, way), way)
-            elif self._shared is not None:
-                loader, digest = self._from_folder(self._shared, way)
+            folder = self._shared
+            if folder is None and load.settings.cache_weights:
+                folder = self._fetched(client, self._listed, way)
+            if folder is not None:
+                loader, digest = self._from_folder(folder, way)
             else:
                 loader, digest = self._streamed(client, self._listed, way)
             model = load.build(loader)
@@ -106,8 +110,11 @@ class CacheRung:
         load.tell_stored("cache", model, time.monotonic() - started)
         return model
 
-    def _fetched(self, client: ModelClient, listed: ModelFiles, way: Progress) -> Path:
-        """The snapshot in the hub's cache. Ranks of a node fetch one after the other: all but the first find it."""
+    def _fetched(self, client: ModelClient, listed: ModelFiles, way: Progress) -> Path | None:
+        """The snapshot in the hub's cache, or None where that has no room: weights need no disk.
+
+        Ranks of a node fetch one after the other: all but the first find it.
+        """
         done_bytes, lock = [0], threading.Lock()
 
         def on_bytes(count: int) -> None:
@@ -116,7 +123,12 @@ class CacheRung:
             way(done_bytes[0], listed.size_bytes)
 
         cache = hub_cache(self._load.load_config.download_dir)
-        return client.fetch_to_hub_cache(self._model, cache, revision=self._revision, on_bytes=on_bytes)
+        try:
+            return client.fetch_to_hub_cache(self._model, cache, revision=self._revision, on_bytes=on_bytes)
+        except DiskFull as error:
+            _log.warning("the weights go straight into the model, as with MX_CACHE_WEIGHTS=0: %s", error)
+            self._load.report.fallbacks.append(f"{self.name}, past the disk: {error}")
+            return None
 
     def _from_folder(self, folder: Path, way: Progress) -> tuple[FolderLoader, str]:
         load = self._load

@@ -56,6 +56,9 @@ def place_in_hub_cache(cache: Path, name: str, commit: str, fill: Callable[[Path
     named = repository / "refs" / ref
     named.parent.mkdir(parents=True, exist_ok=True)
     made = named.with_name(f".{named.name}.{os.getpid()}")
-    made.write_text(commit)
-    made.replace(named)
+    try:
+        made.write_text(commit)
+        made.replace(named)
+    finally:
+        made.unlink(missing_ok=True)
     return snapshot

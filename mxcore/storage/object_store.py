@@ -7,11 +7,13 @@ process; credentials pass through nothing of ours, and what goes into messages i
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from mxcore.errors import ObjectMissing, ObjectStoreError, ObjectTruncated, StoreTimeout, StreamerMissing
@@ -26,7 +28,13 @@ ATTEMPTS = 4
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 5.0
 _SILENCE_SECONDS = 120.0  # no answer of the streamer for so long: it is given up
-_PLAIN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_REQUEST_SILENCE_MS = 10_000  # the streamer's own second is a pause that a busy store, or a busy machine, may make
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "STORAGE_EMULATOR_HOST"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+_GOOGLE_ACCOUNTS = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
 
 
 class ObjectFolder:
@@ -209,9 +217,13 @@ def _pieces(ranges: Sequence[RemoteRange]) -> Iterator[RemoteRange]:
 def _store(uri: ModelUri) -> Any:
     from obstore import store as stores
 
-    # Plain HTTP is refused unless whoever runs the worker names such an endpoint.
-    plain = any(os.environ.get(name, "").startswith("http://") for name in _PLAIN)
+    # Plain HTTP is refused unless whoever runs the worker names such an endpoint for this kind of store.
+    plain = any(url.startswith("http://") for url in _endpoints(uri.scheme))
     options: Any = {"retry_config": {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}}
+    if uri.scheme == "gs" and (url := next(_google_urls(), "")):
+        options["base_url"] = url
+        if os.environ.get("RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS"):
+            options["skip_signature"] = True
     options["client_options"] = {"allow_http": plain, "connect_timeout": "10s", "timeout": "60s"}
     kinds: dict[str, Any] = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
     try:
@@ -220,10 +232,29 @@ def _store(uri: ModelUri) -> Any:
         raise as_store_error(error, uri, uri.prefix, "opening") from None
 
 
+def _google_urls() -> Iterator[str]:
+    yield from filter(None, map(os.environ.get, _ENDPOINTS["gs"]))
+
+
+def _endpoints(scheme: str) -> Iterator[str]:
+    """The endpoints that the environment names for a kind of store."""
+    if scheme != "gs":
+        yield from filter(None, map(os.environ.get, _ENDPOINTS[scheme]))
+        return
+    yield from _google_urls()
+    accounts = [
+        Path(path).read_text() for path in filter(None, map(os.environ.get, _GOOGLE_ACCOUNTS)) if Path(path).is_file()
+    ]
+    for text in (*accounts, os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", "")):
+        with suppress(ValueError, AttributeError):
+            yield str(json.loads(text).get("gcs_base_url", ""))
+
+
 def _started(uri: ModelUri) -> Any:
     """The streamer, with defaults for what it reads from the environment when it begins. Never overrides one."""
     from runai_model_streamer.libstreamer import libstreamer
 
+    os.environ.setdefault("RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS", str(_REQUEST_SILENCE_MS))
     if uri.scheme == "s3":
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if os.environ.get("AWS_ENDPOINT_URL") else "false")
         if os.environ.get("AWS_ENDPOINT_URL"):

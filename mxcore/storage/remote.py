@@ -208,8 +208,9 @@ def stream_remote(
 def pull_small_files(folder: RemoteFolder, to: Path) -> int:
     """Brings configuration, tokenizer and code into a local folder; returns how many files.
 
-    A file has its name only once it is whole. Raises what the folder raises, and OSError.
+    A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
+    from mxserver.wire.disk_room import full_disk_is_told
     from mxserver.wire.relative_path import path_problem
 
     count = 0
@@ -219,12 +220,14 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
         if problem := path_problem(file.path):
             raise CheckpointError(f"{folder.name} has {file.path[:200]!r}, which is refused: {problem}")
         place = to / file.path
-        place.parent.mkdir(parents=True, exist_ok=True)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            beside.write_bytes(folder.whole(file.path))
-            beside.replace(place)
-        finally:
-            beside.unlink(missing_ok=True)
+        data = folder.whole(file.path)
+        with full_disk_is_told(to, len(data)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_bytes(data)
+                beside.replace(place)
+            finally:
+                beside.unlink(missing_ok=True)
         count += 1
     return count

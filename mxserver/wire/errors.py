@@ -11,6 +11,7 @@
     │   ├── ModelNotFound       MX_MODEL_NOT_FOUND    the server, or its provider, has no such model, revision or file
     │   ├── ModelDownloadError  MX_MODEL_DOWNLOAD     the server could not download the model
     │   └── FileRefused         MX_FILE_REFUSED       a file came with another name or other bytes than it may
+    ├── DiskFull                MX_DISK_FULL          no room here for files that were to come
     ├── StoreError              (mxserver.store)
     └── (mxcore.errors)         what the compiled core and the transfer raise
 """
@@ -70,6 +71,12 @@ class ModelDownloadError(ServerRefused):
     """The server could not download the model; the message carries its reason."""
 
     code = "MX_MODEL_DOWNLOAD"
+
+
+class DiskFull(MxError):
+    """The disk here has no room for files from elsewhere; the message has the path, the bytes wanted and those free."""
+
+    code = "MX_DISK_FULL"
 
 
 class FileRefused(WireError):

@@ -16,7 +16,9 @@ import grpc
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import ClientCredentials, Connection
+from mxserver.wire.disk_room import check_room, full_disk_is_told
 from mxserver.wire.errors import (
+    DiskFull,
     FileRefused,
     ModelDownloadError,
     ModelNotFound,
@@ -26,7 +28,7 @@ from mxserver.wire.errors import (
 )
 from mxserver.wire.file_reader import FileReader
 from mxserver.wire.model_stream import FetchReport, FolderFetch
-from mxserver.wire.partial_file import FileInfo, has_content
+from mxserver.wire.partial_file import FileInfo, has_content, partial_path
 from mxserver.wire.patience import Patience
 from mxserver.wire.relative_path import path_problem
 
@@ -203,12 +205,13 @@ class ModelClient:
 
         Raises:
             FileRefused: a name leads out of the folder, or bytes are wrong after three attempts.
+            DiskFull: there is no room, before the first byte or later; all that this fetch brought is gone then.
             OSError: the folder cannot be written.
         """
         listed = self.list_files(name, revision=revision, ignore_weights=ignore_weights)
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / PARTIAL_FOLDER
-        with _locked(beside):
+        with full_disk_is_told(folder, listed.size_bytes), _locked(beside):
             return self._fetch(name, listed, folder, beside, streams, chunk_bytes, on_bytes)
 
     def fetch_to_hub_cache(
@@ -227,7 +230,7 @@ class ModelClient:
         appears only once it is complete.
 
         Raises:
-            FileRefused, OSError: as `fetch`.
+            FileRefused, DiskFull, OSError: as `fetch`.
             ServerRefused: the server names no commit.
         """
         listed = self.list_files(name, revision=revision, ignore_weights=ignore_weights)
@@ -239,7 +242,7 @@ class ModelClient:
         repository = cache / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / commit
         beside = repository / PARTIAL_FOLDER
-        with _locked(beside):
+        with full_disk_is_told(cache, listed.size_bytes), _locked(beside):
             whole = snapshot if snapshot.exists() else beside / commit
             whole.mkdir(parents=True, exist_ok=True)
             self._fetch(name, listed, whole, beside, streams, 0, on_bytes)
@@ -282,7 +285,11 @@ class ModelClient:
         )
         fetch.report.files_kept = len(listed.files) - len(missing)
         on_bytes(listed.size_bytes - sum(info.size for info in missing))
-        fetch.run(missing)
+        try:
+            _run(fetch, missing, folder, beside)
+        except DiskFull:
+            _remove(missing, folder, beside)
+            raise
         fetch.report.seconds = time.monotonic() - started
         return fetch.report
 
@@ -337,6 +344,23 @@ class ModelClient:
         if status is grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(text)
         return ServerRefused(text)
+
+
+def _run(fetch: FolderFetch, missing: list[FileInfo], folder: Path, beside: Path) -> None:
+    """Raises DiskFull before the first byte where it can be told that there is no room: nothing comes in vain."""
+    partials = [partial_path(info, beside) for info in missing]
+    here_bytes = sum(path.stat().st_size for path in partials if path.exists())
+    wanted_bytes = sum(info.size for info in missing) - here_bytes
+    check_room(folder, wanted_bytes)
+    with full_disk_is_told(folder, wanted_bytes):
+        fetch.run(missing)
+
+
+def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
+    """What a fetch brought that did not fit: others need the room, and half a checkpoint is no use."""
+    for info in missing:
+        (folder / info.path).unlink(missing_ok=True)
+        partial_path(info, beside).unlink(missing_ok=True)
 
 
 @contextmanager

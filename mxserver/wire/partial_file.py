@@ -51,14 +51,19 @@ def _hash_up_to(handle: int, end: int, hasher: xxhash.xxh3_64) -> int:
     return offset
 
 
+def partial_path(info: FileInfo, beside: Path) -> Path:
+    """Where a file lies until it is whole; another place for other bytes."""
+    known = "\n".join((info.path, str(info.size), info.digest)).encode("utf-8", "surrogatepass")
+    return beside / hashlib.sha256(known).hexdigest()[:32]
+
+
 class PartialFile:
     """One arriving file. Not thread-safe. `close` must be called; what has come stays for the next attempt."""
 
     def __init__(self, info: FileInfo, beside: Path) -> None:
         """`beside`: a folder on the same file system as the final place. Raises OSError."""
         self.info = info
-        known = "\n".join((info.path, str(info.size), info.digest)).encode("utf-8", "surrogatepass")
-        self._path = beside / hashlib.sha256(known).hexdigest()[:32]
+        self._path = partial_path(info, beside)
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._hasher = xxhash.xxh3_64()
         self.offset = 0

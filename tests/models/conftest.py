@@ -14,6 +14,7 @@ import pytest
 from mxserver.wire.model_client import ModelClient
 from tests.models.hub_stand_in import HubStandIn, hub_stand_in
 from tests.server.conftest import ServerProcess
+from tests.small_disk import SmallDisk
 
 CONFIG = b'{"model_type": "tiny"}'
 
@@ -55,6 +56,13 @@ def hub() -> Iterator[HubStandIn]:
 @pytest.fixture
 def cache_folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A file system of 8 MiB."""
+    with SmallDisk(tmp_path / "disk") as disk:
+        yield disk
 
 
 StartServer = Callable[..., ServerProcess]

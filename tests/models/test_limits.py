@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from mxserver.wire.errors import ModelDownloadError, ServerRefused
 from mxserver.wire.model_client import ModelClient
 from tests.models.conftest import StartServer, digest_of, pattern
 from tests.models.hub_stand_in import Fault, HubStandIn
+from tests.small_disk import SmallDisk
 
 MB = 1_000_000
 
@@ -153,36 +152,22 @@ def test_delete_of_what_is_downloaded_is_refused(small: ModelClient, models: lis
     assert [info.path for info in small.list_files(models[0]).files] == ["more.safetensors"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_full_disk_evicts_first(start_server: StartServer, small_disk: Path, hub: HubStandIn) -> None:
+def test_full_disk_evicts_first(start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn) -> None:
     for number in range(3):
         hub.add(f"org/d{number}", {"model.safetensors": pattern(3 * MB, 70 + number)})
-    with ModelClient(start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk)).address) as client:
+    with ModelClient(start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder)).address) as client:
         for number in range(3):
             client.ensure(f"org/d{number}")
         assert cached(client) == {"org/d1", "org/d2"}
 
 
-def test_disk_that_others_filled(start_server: StartServer, small_disk: Path, hub: HubStandIn) -> None:
+def test_disk_that_others_filled(start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn) -> None:
     """The disk fills up while a download runs: an error that says so, and nothing of it stays."""
     gate = threading.Event()
     hub.add("org/d", {"model.safetensors": pattern(5 * MB, 80), "config.json": b"{}"})
     # The library writes in steps of 10 MiB: hold the answer back until the disk is full.
     hub.faults["GET model.safetensors"].append(Fault(gate=gate))
-    with ModelClient(start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk)).address) as client:
+    with ModelClient(start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder)).address) as client:
         failed: list[ModelDownloadError] = []
 
         def download() -> None:
@@ -193,23 +178,21 @@ def test_disk_that_others_filled(start_server: StartServer, small_disk: Path, hu
         thread = threading.Thread(target=download)
         thread.start()
         hub.wait_at_gate()
-        with (small_disk / "foreign").open("wb") as foreign:
-            disk = os.statvfs(small_disk)
-            foreign.write(b"x" * (disk.f_bavail * disk.f_frsize - MB))
+        small_disk.fill(MB)
         gate.set()
         thread.join()
         assert "MX_CACHE_FULL" in str(failed[0])
         assert not cached(client)
-        assert not list((small_disk / ".modelexpress" / "staging").iterdir())
-        (small_disk / "foreign").unlink()
+        assert not list((small_disk.folder / ".modelexpress" / "staging").iterdir())
+        (small_disk.folder / "foreign").unlink()
         client.ensure("org/d")
         assert cached(client) == {"org/d"}
 
 
-def test_free_space_limit(start_server: StartServer, small_disk: Path, hub: HubStandIn) -> None:
+def test_free_space_limit(start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn) -> None:
     for number in range(2):
         hub.add(f"org/f{number}", {"model.safetensors": pattern(2 * MB, 90 + number)})
-    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk), MX_CACHE_MIN_FREE_BYTES="5MB")
+    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder), MX_CACHE_MIN_FREE_BYTES="5MB")
     with ModelClient(server.address) as client:
         for number in range(2):
             client.ensure(f"org/f{number}")
@@ -220,13 +203,13 @@ def test_free_space_limit(start_server: StartServer, small_disk: Path, hub: HubS
 
 
 def test_limit_that_others_break_is_held_by_itself(
-    start_server: StartServer, small_disk: Path, hub: HubStandIn
+    start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn
 ) -> None:
     """The keeper evicts when something else fills the disk, without anybody asking for a model."""
     hub.add("org/k", {"model.safetensors": pattern(2 * MB, 100)})
-    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk), MX_CACHE_MIN_FREE_BYTES="5MB")
+    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder), MX_CACHE_MIN_FREE_BYTES="5MB")
     with ModelClient(server.address) as client:
         client.ensure("org/k")
-        (small_disk / "foreign").write_bytes(b"x" * 2 * MB)
+        (small_disk.folder / "foreign").write_bytes(b"x" * 2 * MB)
         server.wait_for("removed model=org/k")
         assert not cached(client)

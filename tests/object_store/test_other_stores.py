@@ -1,4 +1,4 @@
-"""gs:// and az://: the right client for the scheme, and errors with bucket and key. No store of theirs runs here."""
+"""gs:// and az://: a model out of Google's emulator; the right client for the scheme, errors with bucket and key."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mxcore.errors import ObjectDenied, ObjectStoreError, StoreTimeout, StoreUnreachable
+from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTimeout, StoreUnreachable
+from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.storage.model_uri import parse_model_uri
 from mxcore.storage.object_store import ObjectFolder
+from mxcore.storage.remote import open_remote, pull_small_files, remote_digest, stream_remote
 from tests.models.tcp_proxy import TcpProxy
+from tests.object_store.conftest import SMALL, make_checkpoint
+from tests.object_store.google_store import BUCKET, GoogleStore
 from tests.object_store.s3_server import S3Server
 from tests.object_store.test_object_folder import answer
 
@@ -34,7 +39,6 @@ def google(monkeypatch: pytest.MonkeyPatch, folder: Path, url: str) -> None:
     account = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
     (folder / "account.json").write_text(json.dumps(account))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(folder / "account.json"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)  # plain HTTP is allowed only where such an endpoint is named
 
 
 def test_azure_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +69,31 @@ def test_google_that_refuses(server: S3Server, monkeypatch: pytest.MonkeyPatch, 
         proxy.answer_next(answer(403, b"Forbidden", b"<Error><Code>AccessDenied</Code></Error>"), 9)
         with pytest.raises(ObjectDenied, match="gs bucket 'bucket'"):
             ObjectFolder(parse_model_uri("gs://bucket/models/m"))
+
+
+def test_a_model_out_of_googles_emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights are read by Run:ai's streamer from the emulator itself, listing and small files by obstore."""
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator (requirements/dev.txt) is not installed")
+    tensors = make_checkpoint(tmp_path / "model", rows=300)
+    with GoogleStore() as store:
+        store.put_folder(tmp_path / "model", "team/tiny")
+        monkeypatch.setenv("GOOGLE_BASE_URL", store.xml_url)
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", store.url)
+        monkeypatch.setenv("RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS", "1")
+        folder = ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/tiny"))
+        try:
+            checkpoint = open_remote(folder)
+            found = {name: tensor.numpy().copy() for name, tensor in stream_remote(folder, checkpoint)}
+            digest = remote_digest(folder)
+            assert pull_small_files(folder, tmp_path / "small") == len(SMALL)
+        finally:
+            folder.close()
+        with pytest.raises(ObjectMissing, match="has nothing below 'team/none'"):
+            ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/none"))
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    assert folder.bytes_read >= sum(tensor.nbytes for tensor in tensors.values())
+    assert digest == checkpoint_digest(
+        sorted((tmp_path / "model").glob("*.safetensors")), tmp_path / "model" / "model.safetensors.index.json"
+    )
+    assert (tmp_path / "small" / "config.json").read_bytes() == SMALL["config.json"]

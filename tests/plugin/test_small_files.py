@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.object_store.conftest import make_checkpoint
+from tests.small_disk import SmallDisk
 from vllm_plugin import small_files
 
 FORMATS = ("mx", "mx-source")
@@ -59,6 +62,36 @@ def test_what_goes_wrong_is_a_line_and_vllm_goes_on(
     assert arguments.model == "org/name"
     assert "configuration and tokenizer of org/name could not be brought here" in caplog.text
     assert "nowhere" in caplog.text
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_and_room_helps(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    make_checkpoint(model, rows=4)
+    (model / "tokenizer.json").write_bytes(b" " * 3_000_000)
+    with SmallDisk(tmp_path / "disk", "2m") as disk:
+        arguments = Arguments(
+            "org/name", download_dir=str(disk.folder), model_loader_extra_config={"model_uri": f"file://{model}"}
+        )
+        free_bytes = disk.free_bytes
+        with caplog.at_level(logging.WARNING):
+            small_files.prepare(arguments, FORMATS)
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "MX_DISK_FULL" in line
+        assert str(disk.folder) in line
+        assert "3000000 bytes are to be written" in line
+        assert re.search(r"and \d+ are free", line)
+        assert not [path for path in disk.folder.rglob("*") if path.is_file()]
+        assert disk.free_bytes > free_bytes - 50_000
+
+        disk.resize("16m")
+        caplog.clear()
+        small_files.prepare(arguments, FORMATS)
+        assert not caplog.records
+        found = {path.name: path.stat().st_size for path in disk.folder.rglob("snapshots/*/*") if path.is_file()}
+        assert found["tokenizer.json"] == 3_000_000
+        assert found["config.json"] == (model / "config.json").stat().st_size
 
 
 @pytest.mark.parametrize("fault", [ValueError("odd"), RuntimeError("a library's own"), KeyError("x")])

@@ -15,6 +15,7 @@ from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.s3_server import SECRET, S3Server, environment
 from tests.server.conftest import ServerProcess
+from tests.small_disk import SmallDisk
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
@@ -70,8 +71,9 @@ def without_weights(model_paths: dict[str, Path], folder: Path) -> Path:
 def filled(model_paths: dict[str, Path], folder: Path) -> Iterator[ServerProcess]:
     """A server whose cache has two models of a hub that is gone."""
     with hub_stand_in() as hub:
-        for name in ("llama", "qwen3"):
-            files = {path.name: path.read_bytes() for path in model_paths[name].iterdir() if path.name != "ready"}
+        for name in ("llama", "qwen3", "full-disk"):
+            path_of = model_paths["llama" if name == "full-disk" else name]
+            files = {path.name: path.read_bytes() for path in path_of.iterdir() if path.name != "ready"}
             hub.add(f"org/{name}", files)
         environ = {
             "HF_ENDPOINT": hub.url,
@@ -84,6 +86,7 @@ def filled(model_paths: dict[str, Path], folder: Path) -> Iterator[ServerProcess
         with ModelClient(server.address) as client:
             client.ensure("org/llama")
             client.ensure("org/qwen3")
+            client.ensure("org/full-disk")
     yield server
     server.close()
 
@@ -202,6 +205,45 @@ def test_from_the_servers_cache_with_no_hub_and_no_shared_storage(
     here = folder / "hf-home" / "hub" / f"models--org--{name}"
     assert list(here.rglob("config.json"))
     assert bool(list(here.rglob("*.safetensors"))) == (cached == "1")
+
+
+def test_a_worker_whose_disk_is_full_streams_past_it_and_the_next_one_with_room_does_not(
+    stored: EngineHost,
+    filled: ServerProcess,
+    references: References,
+    model_paths: dict[str, Path],
+    folder: Path,
+) -> None:
+    """A worker that went on without its disk leaves no weights there; a later load puts them there after all."""
+    here = folder / "hf-home" / "hub" / "models--org--full-disk"
+    weight_bytes = sum(path.stat().st_size for path in weight_files(model_paths["llama"]))
+    small_bytes = sum(path.stat().st_size for path in model_paths["llama"].iterdir()) - weight_bytes
+    environ = {"MODEL_EXPRESS_URL": filled.address, "MODEL_EXPRESS_NO_SHARED_STORAGE": "1"}
+    extra = {"server_address": filled.address, "load_paths": "cache,engine"}
+    with SmallDisk(here, str(small_bytes + 200_000)) as disk:
+        assert disk.free_bytes < weight_bytes
+        stored.ask("setenv", environ=environ)
+        try:
+            without_room = stored.load("org/full-disk", extra=extra)
+            left = [path for path in here.rglob("*") if path.is_file() and path.stat().st_size and "safe" in path.name]
+            partial = [path for path in (here / ".mx-partial").iterdir() if path.name != "lock"]
+            disk.resize("64m")
+            with_room = stored.load("org/full-disk", extra=extra)
+        finally:
+            stored.ask("setenv", environ=dict.fromkeys(environ))
+        kept_bytes = sum(path.stat().st_size for path in here.rglob("*.safetensors"))
+
+    assert without_room.answers == with_room.answers == references.of(model_paths["llama"])
+    assert without_room.report["path"] == with_room.report["path"] == "cache"
+    (fallback,) = without_room.report["fallbacks"]
+    assert "MX_DISK_FULL" in fallback
+    assert str(here) in fallback
+    assert f"{weight_bytes} bytes are to be written" in fallback
+    assert "the weights go straight into the model" in without_room.log
+    assert not left
+    assert not partial
+    assert with_room.report["fallbacks"] == []
+    assert kept_bytes == weight_bytes
 
 
 def test_from_the_servers_folder_where_both_see_it(
