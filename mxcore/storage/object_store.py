@@ -28,7 +28,6 @@ ATTEMPTS = 4
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 5.0
 _SILENCE_SECONDS = 120.0  # no answer of the streamer for so long: it is given up
-_REQUEST_SILENCE_MS = 10_000  # the streamer's own second is a pause that a busy store, or a busy machine, may make
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "STORAGE_EMULATOR_HOST"),
@@ -254,7 +253,6 @@ def _started(uri: ModelUri) -> Any:
     """The streamer, with defaults for what it reads from the environment when it begins. Never overrides one."""
     from runai_model_streamer.libstreamer import libstreamer
 
-    os.environ.setdefault("RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS", str(_REQUEST_SILENCE_MS))
     if uri.scheme == "s3":
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if os.environ.get("AWS_ENDPOINT_URL") else "false")
         if os.environ.get("AWS_ENDPOINT_URL"):

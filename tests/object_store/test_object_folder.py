@@ -178,19 +178,6 @@ def test_latency_and_a_slow_store_change_nothing(proxy: TcpProxy, made: Made) ->
         folder.close()
 
 
-def test_a_store_that_pauses_for_seconds_is_not_asked_twice(proxy: TcpProxy, made: Made) -> None:
-    """Run:ai's streamer by itself gives a request up after one second of silence."""
-    folder = opened()
-    try:
-        checkpoint = open_remote(folder)
-        proxy.latency_seconds = 2.5
-        found = {name: tensor.numpy().copy() for name, tensor in stream_remote(folder, checkpoint, batch_bytes=8 << 20)}
-        assert equal(found, made[1])
-        assert folder.retried_bytes == 0
-    finally:
-        folder.close()
-
-
 @pytest.fixture
 def own(made: Made, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A checkpoint of the test's own on the server."""
