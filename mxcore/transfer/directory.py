@@ -31,6 +31,7 @@ class Directory:
         self._worker_rank = worker_rank
         self._lock = threading.Lock()
         self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
+        self._refused: set[str] = set()  # checkpoints that were told of, none of which was taken
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
         """Complete holders with exactly this identity, the least loaded first, then the newest."""
@@ -56,7 +57,8 @@ class Directory:
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The one identity of complete holders that equals `identity` in all but the checkpoint.
 
-        None when there is none, or (logged) several, which a worker without weight files cannot choose from.
+        None when there is none, or (a warning, once for the same ones) several, which a worker without weight files
+        cannot choose from.
         """
         refs = self._client.list_sources(
             model_name=identity.model_name,
@@ -74,8 +76,10 @@ class Directory:
                 continue
             if _without_checkpoint(record.identity) == ours:
                 found[record.identity.extra_parameters[CHECKPOINT_PARAMETER]] = record.identity
+        told, self._refused = self._refused, set(found) if len(found) > 1 else set()
         if len(found) > 1:
-            logger.warning(
+            logger.log(
+                logging.DEBUG if self._refused == told else logging.WARNING,  # a target looks every second
                 "sources of %s have %d different checkpoints (%s) and this worker has no weight files to tell which "
                 "is meant: none is taken. Give it the weight files, or stop the other sources",
                 identity.model_name,

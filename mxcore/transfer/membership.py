@@ -20,7 +20,7 @@ from mxcore.transfer.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.intake import Content, Progress
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.load_progress import LoadPath, LoadReporter, Way
-from mxcore.transfer.logged import logged
+from mxcore.transfer.logged import Trouble, logged
 from mxcore.transfer.plan import all_chunks
 from mxcore.transfer.receiver import Receiver, ReceiveReport
 from mxcore.transfer.relay import ServedRelay
@@ -85,6 +85,7 @@ class Membership:
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
         self._turn: StorageTurn | None = None
+        self._listing = Trouble(logger, "sources cannot be listed")
         self._loads = LoadReporter(self._tell_progress)
         self._leaving = threading.Event()
         self._holder: Holder | None = None
@@ -145,7 +146,7 @@ class Membership:
         directory = self._directory
         if directory is None:
             return []
-        try:
+        with self._listing:
             if match_any_checkpoint and not self._identity.extra_parameters[CHECKPOINT_PARAMETER]:
                 adopted = directory.fitting(self._identity)
                 if adopted is None:
@@ -153,9 +154,7 @@ class Membership:
                 self._change_identity(adopted)
             found = directory.ready(self._identity)
             return [*found, *directory.receiving(self._identity)] if receiving else found
-        except WireError as error:
-            logger.warning("sources cannot be listed: %s", error)
-            return []
+        return []
 
     def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
         """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,21 @@ import pytest
 
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
-from tests.vllm import families
+from tests.vllm import families, quantised
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
+GENERATORS = {
+    **dict.fromkeys(families.FAMILIES, families.generate),
+    **dict.fromkeys(quantised.QUANTISATIONS, quantised.generate),
+}
+OPAQUE = "compressed_tensors"  # its processed weights are in a oneDNN object on a CPU
+models_of = functools.partial(pytest.mark.parametrize, "model", indirect=True)
 
-@pytest.fixture(scope="module", params=sorted(families.FAMILIES))
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, folder: Path) -> Path:
-    return families.generate(folder / "families" / request.param, request.param)
+    return GENERATORS[request.param](folder / "families" / request.param, request.param)
 
 
 @pytest.fixture
@@ -28,6 +36,7 @@ def unpacked(source: EngineHost, target: EngineHost) -> Iterator[None]:
         host.ask("plain_linear", on=False)
 
 
+@models_of(sorted(GENERATORS))
 def test_raw_weights(source: EngineHost, target: EngineHost, references: References, model: Path) -> None:
     expected = references.of(model)
 
@@ -41,6 +50,7 @@ def test_raw_weights(source: EngineHost, target: EngineHost, references: Referen
     assert first.report["fallbacks"] == second.report["fallbacks"] == []
 
 
+@models_of(sorted(GENERATORS.keys() - {OPAQUE}))
 def test_processed_weights(source: EngineHost, target: EngineHost, unpacked: None, model: Path) -> None:
     expected = source.load(model, "auto").answers
 
@@ -51,3 +61,16 @@ def test_processed_weights(source: EngineHost, target: EngineHost, unpacked: Non
     assert first.answers == second.answers == expected
     assert (second.report["path"], second.report["layout"]) == ("p2p", "processed")
     assert first.report["fallbacks"] == second.report["fallbacks"] == []
+
+
+@models_of([OPAQUE])
+def test_processed_weights_in_an_opaque_object_are_refused_by_name(
+    source: EngineHost, unpacked: None, model: Path
+) -> None:
+    expected = source.load(model, "auto").answers
+
+    first = source.load(model, extra={"layout": "processed"})
+
+    assert first.answers == expected
+    assert not first.report["serving"]
+    assert "qkv_proj.scheme.kernel.dnnl_handler" in " ".join(first.report["fallbacks"])

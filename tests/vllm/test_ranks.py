@@ -38,7 +38,10 @@ def test_tensor_parallel_workers_take_from_their_own_rank(
     assert [[report["rank"] for report in reports] for reports in ranks] == [[0, 1], [0, 1]]
     assert {report["path"] for report in ranks[1]} == {"p2p"}
     assert [report["source_worker"] for report in ranks[1]] == [report["worker_id"] for report in ranks[0]]
-    assert len({report["source_id"] for reports in ranks for report in reports}) == 1
+    offered = {report["source_id"] for report in ranks[0]}
+    assert len(offered) == 1
+    assert offered != {""}
+    assert [report["serving"] for report in ranks[1]] == [False, False]  # a target offers nothing
 
 
 def test_two_checkpoints_under_one_path_never_mix(source: EngineHost, target: EngineHost, tmp_path: Path) -> None:
