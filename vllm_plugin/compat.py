@@ -154,8 +154,11 @@ def ranks_here(vllm_config: VllmConfig) -> int:
 
 
 def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:
-    """Calls a loader's `load_model`; `prefix` exists from vLLM 0.15.1 on."""
-    if "prefix" in inspect.signature(loader.load_model).parameters:
+    """Calls a loader's `load_model`; `prefix` exists from vLLM 0.15.1 on, and a wrapper's `**kwargs` may hide it."""
+    parameters = inspect.signature(loader.load_model).parameters.values()
+    is_named = any(parameter.name == "prefix" for parameter in parameters)
+    is_open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if is_named or (is_open and prefix):
         return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     return loader.load_model(vllm_config=vllm_config, model_config=model_config)
 

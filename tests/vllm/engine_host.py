@@ -7,6 +7,7 @@ after the engine is gone, as the memory is the loader's. `tests.vllm.engines` is
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -62,12 +63,14 @@ def steps_of_the_default_loader() -> Iterator[dict[str, float]]:
     load_model, load_weights = DefaultModelLoader.load_model, DefaultModelLoader.load_weights
     times: list[float] = []
 
+    @functools.wraps(load_model)
     def timed_load(self: Any, *args: Any, **kwargs: Any) -> Any:
         times.append(time.monotonic())
         model = load_model(self, *args, **kwargs)
         times.append(time.monotonic())
         return model
 
+    @functools.wraps(load_weights)
     def timed_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         times.append(time.monotonic())
         load_weights(self, *args, **kwargs)
