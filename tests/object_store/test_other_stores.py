@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTimeout, StoreUnreachable
 from mxcore.storage.checkpoint_digest import checkpoint_digest
@@ -20,6 +22,7 @@ from tests.object_store.conftest import SMALL, make_checkpoint
 from tests.object_store.google_store import BUCKET, GoogleStore
 from tests.object_store.s3_server import S3Server
 from tests.object_store.test_object_folder import answer
+from tests.storage.limited import in_child
 
 ACCOUNT_KEY = base64.b64encode(b"the-azure-key-of-the-tests").decode()
 
@@ -71,29 +74,36 @@ def test_google_that_refuses(server: S3Server, monkeypatch: pytest.MonkeyPatch, 
             ObjectFolder(parse_model_uri("gs://bucket/models/m"))
 
 
-def test_a_model_out_of_googles_emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Weights are read by Run:ai's streamer from the emulator itself, listing and small files by obstore."""
+def test_a_model_out_of_googles_emulator(tmp_path: Path) -> None:
+    """Weights are read by Run:ai's streamer from the emulator itself, listing and small files by obstore.
+
+    In a process of its own: the streamer keeps what its first store in a process was told.
+    """
     pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator (requirements/dev.txt) is not installed")
-    tensors = make_checkpoint(tmp_path / "model", rows=300)
+    make_checkpoint(tmp_path / "model", rows=300)
     with GoogleStore() as store:
         store.put_folder(tmp_path / "model", "team/tiny")
-        monkeypatch.setenv("GOOGLE_BASE_URL", store.xml_url)
-        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", store.url)
-        monkeypatch.setenv("RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS", "1")
-        folder = ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/tiny"))
-        try:
-            checkpoint = open_remote(folder)
-            found = {name: tensor.numpy().copy() for name, tensor in stream_remote(folder, checkpoint)}
-            digest = remote_digest(folder)
-            assert pull_small_files(folder, tmp_path / "small") == len(SMALL)
-        finally:
-            folder.close()
-        with pytest.raises(ObjectMissing, match="has nothing below 'team/none'"):
-            ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/none"))
+        in_child(_load_from_google, store.xml_url, store.url, tmp_path / "model", tmp_path / "small")
+
+
+def _load_from_google(xml_url: str, url: str, model: Path, small: Path) -> None:
+    os.environ["GOOGLE_BASE_URL"] = xml_url
+    os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"] = url
+    os.environ["RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS"] = "1"
+    files = sorted(model.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    folder = ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/tiny"))
+    try:
+        checkpoint = open_remote(folder)
+        found = {name: tensor.numpy().copy() for name, tensor in stream_remote(folder, checkpoint)}
+        digest = remote_digest(folder)
+        assert pull_small_files(folder, small) == len(SMALL)
+    finally:
+        folder.close()
+    with pytest.raises(ObjectMissing, match="has nothing below 'team/none'"):
+        ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/none"))
     assert found.keys() == tensors.keys()
     assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
     assert folder.bytes_read >= sum(tensor.nbytes for tensor in tensors.values())
-    assert digest == checkpoint_digest(
-        sorted((tmp_path / "model").glob("*.safetensors")), tmp_path / "model" / "model.safetensors.index.json"
-    )
-    assert (tmp_path / "small" / "config.json").read_bytes() == SMALL["config.json"]
+    assert digest == checkpoint_digest(files, model / "model.safetensors.index.json")
+    assert (small / "config.json").read_bytes() == SMALL["config.json"]
