@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,11 +74,13 @@ class _Guarding(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] # g
             known = self._guarded[method] = (handler, guarded(method, handler, self._guard))
         return known[1]
 
+    @abstractmethod
     def _guards(self, method: str, handler: Handler) -> bool:
-        raise NotImplementedError
+        """Whether calls of this method are guarded."""
 
+    @abstractmethod
     def _guard(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
-        raise NotImplementedError
+        """Held around a call; what it raises or aborts ends the call."""
 
 
 class Authenticator(Protocol):

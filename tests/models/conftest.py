@@ -120,3 +120,17 @@ def files_below(folder: Path) -> dict[str, FileDigest]:
 
 
 FILE_DIGESTS = digests_of(FILES)
+
+
+@pytest.fixture(scope="module")
+def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one server for all tests that only read, with the model in its cache."""
+    scratch = tmp_path_factory.mktemp("warm")
+    with hub_stand_in() as hub:
+        hub.add(REPOSITORY, FILES)
+        environ = {"HF_ENDPOINT": hub.url, "HF_HOME": str(scratch / "hf"), "MX_METADATA_BACKEND": "memory"}
+        process = ServerProcess("--port", "0", "--cache-dir", str(scratch / "cache"), environ=environ)
+        with ModelClient(process.address) as client:
+            client.ensure(REPOSITORY)
+        yield process.address
+        process.close()

@@ -17,25 +17,10 @@ from mxserver.wire.file_reader import FileReader
 from mxserver.wire.model_client import ModelClient
 from mxserver.wire.patience import Patience
 from tests.models.conftest import FILES, REPOSITORY, digest_of
-from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
-from tests.server.conftest import ServerProcess
 
 LARGE = "model-00001-of-00002.safetensors"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    scratch = tmp_path_factory.mktemp("warm")
-    with hub_stand_in() as hub:
-        hub.add(REPOSITORY, FILES)
-        environ = {"HF_ENDPOINT": hub.url, "HF_HOME": str(scratch / "hf"), "MX_METADATA_BACKEND": "memory"}
-        process = ServerProcess("--port", "0", "--cache-dir", str(scratch / "cache"), environ=environ)
-        with ModelClient(process.address) as client:
-            client.ensure(REPOSITORY)
-        yield process.address
-        process.close()
 
 
 @pytest.fixture

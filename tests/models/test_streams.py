@@ -25,26 +25,10 @@ from tests.models.conftest import (
     digests_of,
     files_below,
 )
-from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
-from tests.server.conftest import ServerProcess
 
 LARGE = "model-00001-of-00002.safetensors"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of one server for all tests that only read, with the model in its cache."""
-    scratch = tmp_path_factory.mktemp("warm")
-    with hub_stand_in() as hub:
-        hub.add(REPOSITORY, FILES)
-        environ = {"HF_ENDPOINT": hub.url, "HF_HOME": str(scratch / "hf"), "MX_METADATA_BACKEND": "memory"}
-        process = ServerProcess("--port", "0", "--cache-dir", str(scratch / "cache"), environ=environ)
-        with ModelClient(process.address) as client:
-            client.ensure(REPOSITORY)
-        yield process.address
-        process.close()
 
 
 @pytest.fixture
