@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grpc
 
@@ -14,6 +13,7 @@ from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, Transfer
 from mxcore.transfer.plan import Wanted, set_to_bytes
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import open_channel
 from mxserver.wire.errors import SettingError
 
@@ -43,7 +43,7 @@ class Source:
     receiving: bool = False  # it has only a part yet
 
 
-class SourceClient:
+class SourceClient(Closing):
     """One channel to one holder; a context manager. Thread-safe.
 
     All calls raise SourceUnreachable without an answer within the deadline (also when the holder is leaving), and
@@ -165,14 +165,6 @@ class SourceClient:
     def close(self) -> None:
         """Closes the channel; idempotent."""
         self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _call(self, name: str, method: _Method[Response], request: object) -> Response:
         return self._begin(name, method, request).result()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import TypeVar, cast
 
 import grpc
 
 from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 
@@ -22,7 +22,7 @@ ERROR_CODE_METADATA = "mx-error-code"
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
-class ServerClient:
+class ServerClient(Closing):
     """Calls to one server over one channel, which connects at the first call and again after an outage.
 
     Thread-safe. Create it after a fork, never before. Works against a server that knows only the protocol's
@@ -178,14 +178,6 @@ class ServerClient:
     def close(self) -> None:
         """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:

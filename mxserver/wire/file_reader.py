@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 import grpc
 import xxhash
 
 from mxserver.wire import model_pb2
+from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerRefused, ServerUnreachable, WireError
 from mxserver.wire.file_chunk import ChunkReader
@@ -19,7 +18,7 @@ from mxserver.wire.patience import Patience
 from mxserver.wire.stream_call import CallFailed, StreamConnection
 
 
-class FileReader:
+class FileReader(Closing):
     """Reads parts of the files of one revision of a model. Made by `ModelClient.reader`; `close` must be called.
 
     Not thread-safe, but for `abort`: use one for each thread, for each has a connection of its own. Bytes go from the
@@ -129,11 +128,3 @@ class FileReader:
     def close(self) -> None:
         """Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

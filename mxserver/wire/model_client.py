@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import grpc
 
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
+from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials, Connection
 from mxserver.wire.disk_room import check_room, full_disk_is_told
 from mxserver.wire.errors import (
@@ -68,7 +68,7 @@ class ModelFiles(NamedTuple):
         return sum(info.size for info in self.files)
 
 
-class ModelClient:
+class ModelClient(Closing):
     """Calls about models to one server. Thread-safe. Create it after a fork, never before.
 
     A model is named as its provider does: `org/name` for the hub, or `s3://bucket/prefix`, `gs://…`, `az://…`,
@@ -108,14 +108,6 @@ class ModelClient:
     def close(self) -> None:
         """Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def ensure(
         self,

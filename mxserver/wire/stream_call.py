@@ -9,14 +9,13 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
-from types import TracebackType
-from typing import Self
 from urllib.parse import unquote
 
 import grpc
 
 from mxserver.wire.address import split_scheme
 from mxserver.wire.channels import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS, MAX_MESSAGE_BYTES
+from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.http2 import Headers, Http2Connection, Http2Error, StreamReset
 
@@ -55,7 +54,7 @@ class CallFailed(grpc.RpcError):
         return self._details
 
 
-class StreamConnection:
+class StreamConnection(Closing):
     """Calls one after the other, over a connection that the first one opens. Not thread-safe, but for `abort`.
 
     All methods raise CallFailed, with the status that grpcio would show: UNAVAILABLE where the connection broke or
@@ -160,14 +159,6 @@ class StreamConnection:
         http, self._http, self._left = self._http, None, 0
         if http is not None:
             http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open(self) -> Http2Connection:
         if self._http is None:
