@@ -65,9 +65,9 @@ def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: s
     from bench.gpu import measure, nixl_pair, peers
     from bench.load import made
     from mxcore import cuda_driver
+    from mxcore.cuda_context import context_of
     from mxcore.cuda_digest import DeviceDigest
     from mxcore.cuda_memory import DeviceBuffer
-    from mxcore.cuda_stream import context_of
     from mxcore.errors import TransferError
     from mxcore.storage.checkpoint import open_checkpoint
     from mxcore.storage.device_ring import release_rings

@@ -1,10 +1,11 @@
 # cython: language_level=3
-from mxcore.cuda_driver cimport mx_function, mx_module
-from mxcore.cuda_stream cimport Context
+from mxcore.cuda_context cimport Context, ContextObject
+from mxcore.cuda_driver cimport mx_function
 
-cdef class Kernels:
-    cdef readonly Context context
-    cdef mx_module module
+cdef class Kernels(ContextObject):
+    cdef bytes image  # `handle` is an mx_module
+    cdef const char* text
+    cdef char* log  # the compiler's words, while it is at work
     cdef mx_function sum_tiles, sum_seams, stitch
     cdef object __weakref__
     cdef mx_function function(self, bytes name) except NULL

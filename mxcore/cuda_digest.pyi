@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import final
 
-from mxcore.cuda_stream import Context
+from mxcore.cuda_context import Context, ContextObject
 from mxcore.nixl_agent import Uint64Buffer
 
 PLAN_BYTES: int
@@ -11,12 +11,10 @@ PLAN_BYTES: int
 PTX_FILE: Path
 
 @final
-class Kernels:
+class Kernels(ContextObject):
     """The kernels on one device, loaded once as long as anybody uses them. For the compiled modules."""
 
     def __init__(self, context: Context) -> None: ...
-    @property
-    def context(self) -> Context: ...
 
 @final
 class DeviceDigest:

@@ -13,13 +13,13 @@ from cpython.bytes cimport PyBytes_AsString
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+from mxcore.cuda_context cimport Context, ContextObject
 from mxcore.cuda_driver cimport (
     MX_CUDA_SUCCESS, MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES, check, mx_cuda_table, mx_function, mx_module, mx_stream,
-    warn_failed,
 )
 from mxcore.cuda_digest cimport Kernels
 from mxcore.cuda_memory cimport PinnedBuffer
-from mxcore.cuda_stream cimport Context, Stream
+from mxcore.cuda_stream cimport Stream
 
 from mxcore.errors import CudaError
 
@@ -53,47 +53,43 @@ cdef object kernels = weakref.WeakKeyDictionary()  # Context -> Kernels
 @cython.final
 @cython.no_gc
 @cython.auto_pickle(False)
-cdef class Kernels:
+cdef class Kernels(ContextObject):
     def __cinit__(self, Context context not None):
-        cdef bytes text = PTX_FILE.read_bytes()  # ends with a zero byte in memory, as the driver wants it
-        cdef const char* image = PyBytes_AsString(text)
         cdef char log[LOG_BYTES]
-        cdef int[2] names
-        cdef void* values[2]
-        cdef mx_module module = NULL
         cdef int status
-        names[0], names[1] = MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES
-        values[0], values[1] = <void*>log, <void*><uintptr_t>LOG_BYTES
+        self.image = PTX_FILE.read_bytes()  # ends with a zero byte in memory, as the driver wants it
+        self.text = PyBytes_AsString(self.image)
+        self.log = log
         log[0] = log[LOG_BYTES - 1] = 0
-        self.context = context
-        with nogil:
-            status = context.enter()
-            if status == MX_CUDA_SUCCESS:
-                status = context.leave(context.cuda.module_load(&module, image, 2, names, values))
+        status = self.attempt(context)
+        self.log = NULL
         log[LOG_BYTES - 1] = 0
         said = (<bytes>log).decode("utf-8", "replace").strip()  # up to its zero byte
         check(status, "cuModuleLoadDataEx", f"device {context.ordinal} takes no kernels of {PTX_FILE.name}: {said}")
-        self.module = module
         self.sum_tiles = self.function(b"mx_sum_tiles")
         self.sum_seams = self.function(b"mx_sum_seams")
         self.stitch = self.function(b"mx_stitch")
+
+    def __dealloc__(self):
+        self.end("cuModuleUnload", "the kernels")
+
+    cdef int create(self) noexcept nogil:
+        cdef int[2] names
+        cdef void* values[2]
+        names[0], names[1] = MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES
+        values[0], values[1] = <void*>self.log, <void*><uintptr_t>LOG_BYTES
+        return self.context.cuda.module_load(<mx_module*>&self.handle, self.text, 2, names, values)
+
+    cdef int release(self, uintptr_t handle) noexcept nogil:
+        return self.context.cuda.module_unload(<mx_module>handle)
 
     cdef mx_function function(self, bytes name) except NULL:
         cdef mx_function found = NULL
         cdef int status = self.context.enter()
         if status == MX_CUDA_SUCCESS:
-            status = self.context.leave(self.context.cuda.module_function(&found, self.module, name))
+            status = self.context.leave(self.context.cuda.module_function(&found, <mx_module>self.handle, name))
         check(status, "cuModuleGetFunction", name.decode())
         return found
-
-    def __dealloc__(self):
-        cdef int status
-        if self.module != NULL:
-            with nogil:
-                status = self.context.enter()
-                if status == MX_CUDA_SUCCESS:
-                    status = self.context.leave(self.context.cuda.module_unload(self.module))
-            warn_failed(status, "cuModuleUnload", "the kernels")
 
 
 cdef Kernels kernels_of(Context context):
@@ -163,13 +159,13 @@ cdef class DeviceDigest:
         if sums == NULL:
             raise MemoryError
         try:
-            if self.memory.base == NULL:
+            if self.memory.handle == 0:
                 raise CudaError("this digest is closed")
             plan.cuda = self.context.cuda
-            plan.stream = self.stream.handle
+            plan.stream = <mx_stream>self.stream.handle
             plan.sum_tiles = self.kernels.sum_tiles
             plan.sum_seams = self.kernels.sum_seams
-            plan.memory = <mx_plan_memory*>self.memory.base
+            plan.memory = <mx_plan_memory*>self.memory.handle
             plan.tile_groups = self.groups
             plan.seam_groups = self.groups + MX_PLAN_TILES
             plan.sums = sums

@@ -1,16 +1,19 @@
 # cython: language_level=3
+from mxcore.cuda_context cimport ContextObject
 from mxcore.cuda_driver cimport mx_device_address
-from mxcore.cuda_stream cimport Context
 
-cdef class PinnedBuffer:
-    cdef readonly Context context
-    cdef void* base
-    cdef size_t length
-    cdef int free(self) noexcept
+cdef class Memory(ContextObject):
+    cdef size_t length  # `handle` is the first byte's address
+    cdef void counted(self, Py_ssize_t by) noexcept  # adds to what lives
 
-cdef class DeviceBuffer:
-    cdef readonly Context context
-    cdef mx_device_address base
-    cdef size_t length
+cdef class PinnedBuffer(Memory):
+    pass
+
+cdef class Registration(Memory):
+    cdef object buffer
+    cdef object view  # held: nobody closes the buffer meanwhile
+    cdef mx_device_address on_device
+    cdef int mapped
+
+cdef class DeviceBuffer(Memory):
     cdef size_t export_count
-    cdef int free(self) noexcept

@@ -7,13 +7,20 @@ the driver at best. Calls release the GIL and may be made from any thread.
 
 from typing import final
 
-from mxcore.cuda_stream import Context, Stream
+from mxcore.cuda_context import Context, ContextObject
+from mxcore.cuda_stream import Stream
 from mxcore.host_buffer import HostBuffer
 
 MAX_BYTES: int
 
+class Memory(ContextObject):
+    """The base of the three kinds below."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
 @final
-class PinnedBuffer:
+class PinnedBuffer(Memory):
     """Host memory that the driver made (cuMemHostAlloc): portable, and readable by kernels at the same address.
 
     Raises ValueError for a size that cannot be, CudaError (DeviceMemoryError) where there is no such memory.
@@ -21,17 +28,13 @@ class PinnedBuffer:
 
     def __init__(self, context: Context, size_bytes: int) -> None: ...
     @property
-    def context(self) -> Context: ...
-    @property
     def address(self) -> int:
         """Of the first byte; HostBufferClosed after `close`."""
 
-    @property
-    def size_bytes(self) -> int: ...
     def close(self) -> None: ...
 
 @final
-class Registration:
+class Registration(Memory):
     """A HostBuffer that is pinned as long as this lives (cuMemHostRegister), and cannot be closed meanwhile.
 
     Raises CudaError where the driver pins no (more) memory, such as under a small RLIMIT_MEMLOCK.
@@ -39,17 +42,13 @@ class Registration:
 
     def __init__(self, context: Context, buffer: HostBuffer) -> None: ...
     @property
-    def context(self) -> Context: ...
-    @property
     def device_address(self) -> int:
         """Where kernels find the buffer's first byte."""
 
-    @property
-    def size_bytes(self) -> int: ...
     def close(self) -> None: ...
 
 @final
-class DeviceBuffer:
+class DeviceBuffer(Memory):
     """Device memory (cuMemAlloc), exported by DLPack as bytes to torch and others, without a copy.
 
     An export may be taken only after what fills the memory is done: it is not ordered with any stream. While exports
@@ -58,13 +57,9 @@ class DeviceBuffer:
 
     def __init__(self, context: Context, size_bytes: int) -> None: ...
     @property
-    def context(self) -> Context: ...
-    @property
     def address(self) -> int:
         """Of the first byte; HostBufferClosed after `close`."""
 
-    @property
-    def size_bytes(self) -> int: ...
     @property
     def exports(self) -> int: ...
     def __dlpack__(

@@ -3,11 +3,12 @@
 cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 
+from mxcore.cuda_context cimport Context, ContextObject
 from mxcore.cuda_driver cimport (
-    MX_CUDA_SUCCESS, MX_HOST_MAPPED, MX_HOST_PORTABLE, check, mx_cuda_table, mx_device_address, mx_stream, warn_failed,
+    MX_CUDA_SUCCESS, MX_HOST_MAPPED, MX_HOST_PORTABLE, check, mx_cuda_table, mx_device_address, mx_stream,
 )
-from mxcore.cuda_memory cimport DeviceBuffer, PinnedBuffer
-from mxcore.cuda_stream cimport Context, Stream
+from mxcore.cuda_memory cimport DeviceBuffer, Memory, PinnedBuffer, Registration
+from mxcore.cuda_stream cimport Stream
 from mxcore.dlpack cimport DL_CUDA, Bytes, export_bytes
 
 from mxcore.errors import HostBufferBusy, HostBufferClosed
@@ -24,50 +25,44 @@ cdef size_t checked(object size_bytes) except 0:
     return size_bytes
 
 
-@cython.final
 @cython.no_gc
 @cython.auto_pickle(False)
-cdef class PinnedBuffer:
-    def __cinit__(self, Context context not None, size_bytes):
+cdef class Memory(ContextObject):
+    cdef void counted(self, Py_ssize_t by) noexcept:
         global pinned_bytes
-        cdef size_t length = checked(size_bytes)
-        cdef void* base = NULL
-        cdef int status
-        self.context = context
-        with nogil:
-            status = context.enter()
-            if status == MX_CUDA_SUCCESS:
-                status = context.leave(context.cuda.host_alloc(&base, length, MX_HOST_PORTABLE | MX_HOST_MAPPED))
-        check(status, "cuMemHostAlloc", f"{length} bytes of pinned host memory")
-        self.base = base
-        self.length = length
-        pinned_bytes += length
+        pinned_bytes += by
 
-    def __dealloc__(self):
-        warn_failed(self.free(), "cuMemFreeHost", f"{self.length} bytes of pinned host memory")
-
-    cdef int free(self) noexcept:
-        global pinned_bytes
-        cdef void* base = self.base
-        cdef int status = MX_CUDA_SUCCESS
-        if base != NULL:
-            self.base = NULL
-            pinned_bytes -= self.length
-            with nogil:
-                status = self.context.enter()
-                if status == MX_CUDA_SUCCESS:
-                    status = self.context.leave(self.context.cuda.host_free(base))
-        return status
-
-    @property
-    def address(self):
-        if self.base == NULL:
-            raise HostBufferClosed(f"the pinned buffer of {self.length} bytes is closed")
-        return <uintptr_t>self.base
+    cdef void released(self) noexcept:
+        self.counted(-<Py_ssize_t>self.length)
 
     @property
     def size_bytes(self):
         return self.length
+
+
+@cython.final
+@cython.no_gc
+@cython.auto_pickle(False)
+cdef class PinnedBuffer(Memory):
+    def __cinit__(self, Context context not None, size_bytes):
+        self.length = checked(size_bytes)
+        self.make(context, "cuMemHostAlloc", f"{self.length} bytes of pinned host memory")
+        self.counted(self.length)
+
+    def __dealloc__(self):
+        self.end("cuMemFreeHost", f"{self.length} bytes of pinned host memory")
+
+    cdef int create(self) noexcept nogil:
+        return self.context.cuda.host_alloc(<void**>&self.handle, self.length, MX_HOST_PORTABLE | MX_HOST_MAPPED)
+
+    cdef int release(self, uintptr_t handle) noexcept nogil:
+        return self.context.cuda.host_free(<void*>handle)
+
+    @property
+    def address(self):
+        if self.handle == 0:
+            raise HostBufferClosed(f"the pinned buffer of {self.length} bytes is closed")
+        return self.handle
 
     def close(self):
         check(self.free(), "cuMemFreeHost")
@@ -76,61 +71,44 @@ cdef class PinnedBuffer:
 @cython.final
 @cython.no_gc
 @cython.auto_pickle(False)
-cdef class Registration:
-    cdef readonly Context context
-    cdef object buffer
-    cdef object view  # held: nobody closes the buffer meanwhile
-    cdef void* base
-    cdef size_t length
-    cdef mx_device_address on_device
-
+cdef class Registration(Memory):
     def __cinit__(self, Context context not None, buffer):
-        global pinned_bytes
-        cdef void* base = <void*><uintptr_t>buffer.address
-        cdef size_t length = buffer.size_bytes
-        cdef int status, mapped = MX_CUDA_SUCCESS
-        self.context = context
-        with nogil:
-            status = context.enter()
-            if status == MX_CUDA_SUCCESS:
-                status = context.cuda.host_register(base, length, MX_HOST_PORTABLE | MX_HOST_MAPPED)
-                if status == MX_CUDA_SUCCESS:
-                    mapped = context.cuda.host_device_address(&self.on_device, base, 0)
-                    if mapped != MX_CUDA_SUCCESS:
-                        context.cuda.host_unregister(base)
-                status = context.leave(status)
-        check(status, "cuMemHostRegister", f"{length} bytes of host memory")
-        check(mapped, "cuMemHostGetDevicePointer", f"{length} bytes of host memory")
+        cdef int status
+        self.length = buffer.size_bytes
+        self.on_device = <uintptr_t>buffer.address  # until it is pinned, where it is
+        status = self.attempt(context)
+        check(self.mapped, "cuMemHostGetDevicePointer", f"{self.length} bytes of host memory")
+        check(status, "cuMemHostRegister", f"{self.length} bytes of host memory")
         self.buffer = buffer
         self.view = memoryview(buffer)
-        self.base = base
-        self.length = length
-        pinned_bytes += length
+        self.counted(self.length)
 
     def __dealloc__(self):
-        warn_failed(self.free(), "cuMemHostUnregister", f"the pinning of {self.length} bytes of host memory")
+        self.end("cuMemHostUnregister", f"the pinning of {self.length} bytes of host memory")
 
-    cdef int free(self) noexcept:
-        global pinned_bytes
-        cdef void* base = self.base
-        cdef int status = MX_CUDA_SUCCESS
-        if base != NULL:
-            self.base = NULL
-            pinned_bytes -= self.length
-            with nogil:
-                status = self.context.enter()
-                if status == MX_CUDA_SUCCESS:
-                    status = self.context.leave(self.context.cuda.host_unregister(base))
-            self.view = None
+    cdef int create(self) noexcept nogil:
+        cdef const mx_cuda_table* cuda = self.context.cuda
+        cdef void* base = <void*><uintptr_t>self.on_device
+        cdef int status = cuda.host_register(base, self.length, MX_HOST_PORTABLE | MX_HOST_MAPPED)
+        if status != MX_CUDA_SUCCESS:
+            return status
+        self.mapped = cuda.host_device_address(&self.on_device, base, 0)
+        if self.mapped != MX_CUDA_SUCCESS:
+            cuda.host_unregister(base)
+            return self.mapped
+        self.handle = <uintptr_t>base
         return status
+
+    cdef int release(self, uintptr_t handle) noexcept nogil:
+        return self.context.cuda.host_unregister(<void*>handle)
+
+    cdef void released(self) noexcept:
+        self.counted(-<Py_ssize_t>self.length)
+        self.view = None
 
     @property
     def device_address(self):
         return self.on_device
-
-    @property
-    def size_bytes(self):
-        return self.length
 
     def close(self):
         check(self.free(), "cuMemHostUnregister")
@@ -139,47 +117,30 @@ cdef class Registration:
 @cython.final
 @cython.no_gc
 @cython.auto_pickle(False)
-cdef class DeviceBuffer:
+cdef class DeviceBuffer(Memory):
     def __cinit__(self, Context context not None, size_bytes):
-        global device_bytes
-        cdef size_t length = checked(size_bytes)
-        cdef mx_device_address base = 0
-        cdef int status
-        self.context = context
-        with nogil:
-            status = context.enter()
-            if status == MX_CUDA_SUCCESS:
-                status = context.leave(context.cuda.memory_alloc(&base, length))
-        check(status, "cuMemAlloc", f"{length} bytes on device {context.ordinal}")
-        self.base = base
-        self.length = length
-        device_bytes += length
+        self.length = checked(size_bytes)
+        self.make(context, "cuMemAlloc", f"{self.length} bytes on device {context.ordinal}")
+        self.counted(self.length)
 
     def __dealloc__(self):
-        warn_failed(self.free(), "cuMemFree", f"{self.length} bytes of device memory")
+        self.end("cuMemFree", f"{self.length} bytes of device memory")
 
-    cdef int free(self) noexcept:
+    cdef int create(self) noexcept nogil:
+        return self.context.cuda.memory_alloc(<mx_device_address*>&self.handle, self.length)
+
+    cdef int release(self, uintptr_t handle) noexcept nogil:
+        return self.context.cuda.memory_free(handle)
+
+    cdef void counted(self, Py_ssize_t by) noexcept:
         global device_bytes
-        cdef mx_device_address base = self.base
-        cdef int status = MX_CUDA_SUCCESS
-        if base != 0:
-            self.base = 0
-            device_bytes -= self.length
-            with nogil:
-                status = self.context.enter()
-                if status == MX_CUDA_SUCCESS:
-                    status = self.context.leave(self.context.cuda.memory_free(base))
-        return status
+        device_bytes += by
 
     @property
     def address(self):
-        if self.base == 0:
+        if self.handle == 0:
             raise HostBufferClosed(f"the device buffer of {self.length} bytes is closed")
-        return self.base
-
-    @property
-    def size_bytes(self):
-        return self.length
+        return self.handle
 
     @property
     def exports(self):
@@ -214,7 +175,7 @@ cdef int copy(int direction, object to, object source, object size_bytes, Stream
     cdef size_t length = size_bytes
     cdef Context context = stream.context
     cdef const mx_cuda_table* cuda = context.cuda
-    cdef mx_stream place = stream.handle
+    cdef mx_stream place = <mx_stream>stream.handle
     cdef int status
     with nogil:
         status = context.enter()

@@ -2,7 +2,8 @@
 
 from typing import final
 
-from mxcore.cuda_stream import Context, Stream
+from mxcore.cuda_context import Context
+from mxcore.cuda_stream import Stream
 from mxcore.host_buffer import HostBuffer
 
 MAX_THREADS: int

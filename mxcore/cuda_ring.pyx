@@ -7,10 +7,11 @@ cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memset
 
+from mxcore.cuda_context cimport Context
 from mxcore.cuda_digest cimport kernels_of
 from mxcore.cuda_driver cimport MX_CUDA_SUCCESS, check, mx_event, mx_stream
 from mxcore.cuda_ring cimport DeviceRing
-from mxcore.cuda_stream cimport Context, Event, Stream
+from mxcore.cuda_stream cimport Event, Stream
 
 from mxcore.cuda_memory import Registration
 from mxcore.errors import CudaError
@@ -49,10 +50,10 @@ cdef class DeviceRing:
         self.load.slot_bytes = slot_bytes(piece_bytes)
         for index in range(threads):
             self.streams.append(Stream(context))
-            self.load.streams[index] = (<Stream>self.streams[index]).handle
+            self.load.streams[index] = <mx_stream>(<Stream>self.streams[index]).handle
         for index in range(threads * slots):
             self.events.append(Event(context))
-            self.load.events[index] = (<Event>self.events[index]).handle
+            self.load.events[index] = <mx_event>(<Event>self.events[index]).handle
         self.after = Event(context)
         self.buffer = buffer
         self.view = memoryview(buffer)
@@ -101,7 +102,7 @@ cdef class DeviceRing:
             self.load.after = NULL
         else:
             self.after.record(stream)
-            self.load.after = self.after.handle
+            self.load.after = <mx_event>self.after.handle
 
     def close(self):
         self.load.slots = NULL

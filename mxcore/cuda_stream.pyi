@@ -1,47 +1,18 @@
-"""Contexts, streams and events of the CUDA driver, compiled.
+"""Streams and events of the CUDA driver, compiled.
 
-A handle that exists is valid: making one that cannot be raises (CudaError, CudaMissing), and whoever depends on another
-holds it. Destructors never raise; what they could not free is a ResourceWarning. All calls release the GIL; objects may
-be used from any thread, and every thread finds its own current context unchanged after each call.
+A handle that exists is valid: making one that cannot be raises (CudaError, CudaMissing). Destructors never raise; what
+they could not free is a ResourceWarning. All calls release the GIL; objects may be used from any thread.
 """
 
 from typing import final
 
-@final
-class Context:
-    """A device's primary context, which torch uses too: retained, never made beside it, given back with the object.
-
-    Take it by `context_of`, which hands out one object a device.
-    """
-
-    def __init__(self, index: int) -> None: ...
-    @property
-    def index(self) -> int:
-        """The device, as CUDA counts in this process."""
-
-    @property
-    def address(self) -> int:
-        """The driver's handle (CUcontext)."""
-
-    def synchronize(self) -> None:
-        """Waits for everything that was given to the device in this context, by whomever. Raises CudaError."""
-
-    def memory_info(self) -> tuple[int, int]:
-        """(free, all) bytes of the device's memory."""
-
-def context_of(index: int) -> Context:
-    """The context of a device; the same object as long as anybody holds it."""
-
-def current_context() -> int:
-    """The handle of the context that this thread has current; 0: none."""
+from mxcore.cuda_context import Context, ContextObject
 
 @final
-class Stream:
+class Stream(ContextObject):
     """A stream that does not wait for the default one. Destroying it lets what was given to it come to its end."""
 
     def __init__(self, context: Context) -> None: ...
-    @property
-    def context(self) -> Context: ...
     @property
     def address(self) -> int:
         """The driver's handle (CUstream)."""
@@ -56,12 +27,10 @@ class Stream:
         """What is given to it from now on starts after the event."""
 
 @final
-class Event:
+class Event(ContextObject):
     """A point in a stream. Waiting for it sleeps instead of spinning; only with `timing` it keeps the time."""
 
     def __init__(self, context: Context, *, timing: bool = False) -> None: ...
-    @property
-    def context(self) -> Context: ...
     @property
     def address(self) -> int:
         """The driver's handle (CUevent)."""

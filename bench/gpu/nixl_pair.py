@@ -14,9 +14,9 @@ from array import array
 from typing import Any
 
 from mxcore import cuda_driver
+from mxcore.cuda_context import Context, context_of
 from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer
-from mxcore.cuda_stream import Context, context_of
 from mxcore.nixl_agent import NixlAgent
 from mxcore.transfer.device_memory import nixl_device
 from mxcore.transfer.transports import ucx_environment

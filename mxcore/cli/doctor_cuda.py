@@ -51,8 +51,8 @@ def look() -> list[Finding]:
 
 
 def _pinned() -> Finding:
+    from mxcore.cuda_context import context_of
     from mxcore.cuda_memory import PinnedBuffer, Registration
-    from mxcore.cuda_stream import context_of
     from mxcore.errors import CudaError
     from mxcore.host_buffer import HostBuffer
 

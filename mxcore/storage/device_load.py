@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mxcore import cuda_driver
+from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer
-from mxcore.cuda_stream import context_of
 from mxcore.errors import DestinationMismatch
 from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.device_ring import ring_of

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 
 from mxcore import cuda_driver
+from mxcore.cuda_context import Context, context_of
 from mxcore.cuda_memory import PinnedBuffer, copy_to_device
 from mxcore.cuda_ring import DeviceRing, slot_bytes
-from mxcore.cuda_stream import Context, Event, Stream, context_of
+from mxcore.cuda_stream import Event, Stream
 from mxcore.errors import CudaError
 from mxcore.host_buffer import HostBuffer
 from mxcore.storage.memory_limit import MemoryBudget

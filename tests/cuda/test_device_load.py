@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer, copy_on_device, live_pinned_bytes
 from mxcore.cuda_ring import DeviceRing, slot_bytes
-from mxcore.cuda_stream import Stream, context_of
+from mxcore.cuda_stream import Stream
 from mxcore.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
 from mxcore.host_buffer import HostBuffer
@@ -385,7 +386,7 @@ def test_rings_end_with_the_process(loaded: StandIn, checkpoint: Checkpoint) -> 
 import torch
 from pathlib import Path
 from mxcore import cuda_driver
-from mxcore.cuda_stream import context_of
+from mxcore.cuda_context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.device_load import load_arena
 cuda_driver._load_stand_in({str(loaded.path)!r})

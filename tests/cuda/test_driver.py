@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mxcore import cuda_driver
+from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer
-from mxcore.cuda_stream import context_of
 from mxcore.errors import CudaError
 from tests.cuda.stand_in import ROOT, SOURCES, StandIn
 
@@ -27,7 +27,7 @@ def test_importing_opens_nothing() -> None:
     code = """
 import sys, mxcore
 assert not any(name.startswith("mxcore.cuda") for name in sys.modules)
-import mxcore.cuda_driver, mxcore.cuda_stream, mxcore.cuda_memory
+import mxcore.cuda_driver, mxcore.cuda_context, mxcore.cuda_stream, mxcore.cuda_memory
 assert "libcuda" not in open("/proc/self/maps").read()
 """
     ran = run(code)

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 
+from mxcore.cuda_context import context_of, current_context
 from mxcore.cuda_memory import (
     MAX_BYTES,
     DeviceBuffer,
@@ -20,10 +21,10 @@ from mxcore.cuda_memory import (
     live_device_bytes,
     live_pinned_bytes,
 )
-from mxcore.cuda_stream import Event, Stream, context_of, current_context
+from mxcore.cuda_stream import Event, Stream
 from mxcore.errors import CudaError, DeviceMemoryError, HostBufferBusy, HostBufferClosed
 from mxcore.host_buffer import HostBuffer
-from tests.cuda.stand_in import StandIn
+from tests.cuda.stand_in import ROOT, StandIn
 
 SIZE = 100_000
 
@@ -47,6 +48,29 @@ def test_a_context_is_shared_and_given_back(driver: StandIn) -> None:
     stream.context.synchronize()
     del stream
     assert driver.counts().live == (0,) * 7
+
+
+def test_a_context_is_the_one_that_somebody_else_made(driver: StandIn) -> None:
+    """As torch does: it retains the device's primary context, and goes on with it when ours are gone."""
+    library, theirs = ctypes.CDLL(str(driver.path)), ctypes.c_void_p()
+    assert library.cuDevicePrimaryCtxRetain(ctypes.byref(theirs), 1) == 0
+    stream = Stream(context_of(1))
+    assert stream.context.address == theirs.value
+    stream.synchronize()
+    del stream
+    assert driver.counts().contexts == 1
+    popped = ctypes.c_void_p()
+    assert library.cuCtxPushCurrent_v2(theirs) == 0
+    assert context_of(1).memory_info()[0] > 0
+    assert current_context() == theirs.value
+    assert library.cuCtxPopCurrent_v2(ctypes.byref(popped)) == 0
+    assert library.cuDevicePrimaryCtxRelease_v2(1) == 0
+
+
+def test_no_function_that_makes_a_context_is_even_looked_up() -> None:
+    table = (ROOT / "mxcore" / "cuda_driver.h").read_text()
+    assert "cuDevicePrimaryCtxRetain" in table
+    assert not [word for word in ("cuCtxCreate", "cuDevicePrimaryCtxReset", "cuCtxSetCurrent") if word in table]
 
 
 def test_what_a_thread_has_current_stays(driver: StandIn) -> None:

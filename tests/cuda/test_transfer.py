@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from mxcore import cuda_driver
+from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer
-from mxcore.cuda_stream import context_of
 from mxcore.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
 from mxcore.nixl_agent import NixlAgent, live_agents
