@@ -24,6 +24,7 @@ typedef CUdevice_attribute mx_device_attribute;
 typedef CUjit_option mx_jit_option;
 typedef CUresult mx_result;
 typedef CUdeviceptr mx_device_address;
+typedef CUipcMemHandle mx_ipc_handle;
 #else
 typedef void *mx_context;
 typedef void *mx_stream;
@@ -35,6 +36,9 @@ typedef int mx_device_attribute;
 typedef int mx_jit_option;
 typedef int mx_result;
 typedef unsigned long long mx_device_address;
+typedef struct {
+    char reserved[64];
+} mx_ipc_handle;
 #endif
 
 enum {
@@ -55,11 +59,13 @@ enum {
     MX_POINTER_MEMORY_TYPE = 2,
     MX_POINTER_IS_MANAGED = 8,
     MX_POINTER_DEVICE = 9,
+    MX_POINTER_IPC_CAPABLE = 10, /* by cuIpcGetMemHandle: not what cuMemCreate made */
     MX_MEMORY_HOST = 1,
     MX_MEMORY_DEVICE = 2,
     MX_STREAM_NON_BLOCKING = 1,
     MX_EVENT_BLOCKING_SYNC = 1,
     MX_EVENT_NO_TIMING = 2,
+    MX_IPC_LAZY_PEER_ACCESS = 1,
     MX_HOST_PORTABLE = 1, /* pinned for every context */
     MX_HOST_MAPPED = 2,   /* kernels may read it */
     MX_JIT_ERROR_LOG = 5,
@@ -102,6 +108,9 @@ enum {
     F(address_range, cuMemGetAddressRange_v2, (mx_device_address *base, size_t *bytes, mx_device_address address))   \
     F(pointer_attribute, cuPointerGetAttribute,                                                                      \
       (void *data, mx_pointer_attribute attribute, mx_device_address address))                                       \
+    F(ipc_handle, cuIpcGetMemHandle, (mx_ipc_handle *handle, mx_device_address address))                             \
+    F(ipc_open, cuIpcOpenMemHandle_v2, (mx_device_address *address, mx_ipc_handle handle, unsigned int flags))       \
+    F(ipc_close, cuIpcCloseMemHandle, (mx_device_address address))                                                   \
     F(host_alloc, cuMemHostAlloc, (void **address, size_t bytes, unsigned int flags))                                \
     F(host_free, cuMemFreeHost, (void *address))                                                                     \
     F(host_register, cuMemHostRegister_v2, (void *address, size_t bytes, unsigned int flags))                        \

@@ -8,10 +8,13 @@ cdef extern from "cuda_driver.h" nogil:
     ctypedef void* mx_module
     ctypedef void* mx_function
     ctypedef unsigned long long mx_device_address
+    ctypedef struct mx_ipc_handle:
+        char reserved[64]
     enum:
         MX_CUDA_SUCCESS, MX_CUDA_OUT_OF_MEMORY, MX_CUDA_DEINITIALIZED, MX_CUDA_NOT_READY
         MX_DEVICE_MULTIPROCESSORS, MX_DEVICE_UNIFIED_ADDRESSING, MX_DEVICE_CAPABILITY_MAJOR, MX_DEVICE_CAPABILITY_MINOR
         MX_POINTER_CONTEXT, MX_POINTER_MEMORY_TYPE, MX_POINTER_IS_MANAGED, MX_POINTER_DEVICE
+        MX_POINTER_IPC_CAPABLE, MX_IPC_LAZY_PEER_ACCESS
         MX_MEMORY_HOST, MX_MEMORY_DEVICE
         MX_STREAM_NON_BLOCKING, MX_EVENT_BLOCKING_SYNC, MX_EVENT_NO_TIMING, MX_HOST_PORTABLE, MX_HOST_MAPPED
         MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES
@@ -49,6 +52,9 @@ cdef extern from "cuda_driver.h" nogil:
         int (*memory_free)(mx_device_address) noexcept nogil
         int (*address_range)(mx_device_address*, size_t*, mx_device_address) noexcept nogil
         int (*pointer_attribute)(void*, int, mx_device_address) noexcept nogil
+        int (*ipc_handle)(mx_ipc_handle*, mx_device_address) noexcept nogil
+        int (*ipc_open)(mx_device_address*, mx_ipc_handle, unsigned int) noexcept nogil
+        int (*ipc_close)(mx_device_address) noexcept nogil
         int (*host_alloc)(void**, size_t, unsigned int) noexcept nogil
         int (*host_free)(void*) noexcept nogil
         int (*host_register)(void*, size_t, unsigned int) noexcept nogil

@@ -275,7 +275,7 @@ class SourceRefused(TransferError):
 
 
 class NotOneSided(SourceRefused):
-    """A READ that should go by cross-memory attach took another way; the holder can still WRITE."""
+    """A READ that should go by cross-memory attach or cuda_ipc took another way; the holder can still WRITE."""
 
     code = "MX_NOT_ONE_SIDED"
 

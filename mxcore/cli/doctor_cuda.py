@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ from mxcore.cli.findings import Finding
 
 _SECONDS = 120.0  # a first context on a machine with many GPUs takes a while
 _PINNED_BYTES = 64 * 1024 * 1024
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def all_findings() -> list[Finding]:
-    """Driver and devices, pinned memory, what a worker would prove, GPUDirect Storage."""
+    """Driver and devices, pinned memory, what a worker would prove, cuda_ipc, GPUDirect Storage."""
     command = [sys.executable, "-m", "mxcore.cli.doctor_cuda"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
@@ -47,7 +49,8 @@ def look() -> list[Finding]:
         return [Finding("cuda", "warn", f"no device, driver for CUDA {version}", do)]
     names = ", ".join(sorted({cuda_driver.Device(index).name for index in range(count)}))
     found = [Finding("cuda", "ok", f"{count} devices ({names}), driver for CUDA {version}, {library}")]
-    return [*found, _pinned(), *[_proof(index) for index in range(count)], _direct_storage()]
+    proofs = [_proof(index) for index in range(count)]
+    return [*found, _pinned(), *proofs, _between_processes(_holder_command()), _direct_storage()]
 
 
 def _pinned() -> Finding:
@@ -81,6 +84,32 @@ def _proof(index: int) -> Finding:
     finally:
         release_devices()
     return Finding(name, "ok", "digests are right, and NIXL moves its memory")
+
+
+def _holder_command() -> list[str]:
+    return [sys.executable, "-m", "mxcore.transfer.same_device", "0"]
+
+
+def _between_processes(command: list[str]) -> Finding:
+    """Whether one process reads device memory of another one, which `command` starts, as two workers do."""
+    from mxcore.transfer.same_device import cannot_read
+    from mxserver.wire import mx_pb2
+
+    name, do = "cuda_ipc", "nothing, if one worker runs here: others on this machine send to it over TCP"
+    mapped = [name for name in _ALLOCATOR_SETTINGS if "expandable_segments:true" in os.environ.get(name, "").lower()]
+    if mapped:
+        fact = f"{mapped[0]} has expandable_segments: such memory is not read by other processes"
+        return Finding(name, "note", fact, f"{do}; leave expandable_segments out to have it")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None  # noqa: S101 - both are pipes
+        assert holder.stdout is not None  # noqa: S101
+        line = holder.stdout.readline().strip()
+        because = cannot_read(mx_pb2.DeviceProbe.FromString(bytes.fromhex(line)), 0) if line else "none can be exported"
+        holder.stdin.close()
+        holder.wait(_SECONDS)
+    if because:
+        return Finding(name, "warn", f"one process does not read another's device memory: {because}", do)
+    return Finding(name, "ok", "processes of this PID namespace read each other's device memory")
 
 
 def _direct_storage() -> Finding:

@@ -192,7 +192,13 @@ class AgentSession:
             in_flight.clear()
 
     def fence(self) -> None:
-        """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent."""
+        """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent.
+
+        What the agent gave to a device (READs by cuda_ipc) is waited for first: it copies from another process' memory,
+        which destroying the agent takes out of this process.
+        """
+        if self._device is not None:
+            self._device.context.synchronize()
         self._agent.destroy()
         if self._device is not None:
             self._device.context.synchronize()

@@ -28,6 +28,7 @@ from mxcore.transfer.movers import PullByRead, PullByWrite
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
 from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import PendingCall, Source, SourceClient
+from mxcore.transfer.tcp_received import TcpReceived
 from mxcore.transfer.transports import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
 
@@ -123,13 +124,17 @@ class HolderPull:
         self._intake.admit(f"worker {self.source.worker_id}", answer)
         if self._intake.finished:
             return
-        on_device = self._intake.placement.device_type != "cpu"
-        self.route = choose_route(self._policy, answer.transport, device_memory=on_device)
+        placement = self._intake.placement
+        device = None if placement.device_type == "cpu" else next(iter(placement.device_indices), None)
+        self.route = choose_route(self._policy, answer.transport, device_index=device)
+        if self.route.because:
+            logger.info("worker %s WRITEs by %s: %s", self.source.worker_id, self.route.transport, self.route.because)
         try:
             self._under_lease(self.route)
         except NotOneSided as error:
             logger.info("%s; it WRITEs instead", error)
-            self.route = replace(self.route, operation="write", transport="tcp", tls=self._policy.fenceable)
+            tls = self._policy.fenceable if device is None else self._policy.device_fenceable
+            self.route = replace(self.route, operation="write", transport="tcp", tls=tls)
             self._under_lease(self.route)
 
     def _under_lease(self, route: Route) -> None:
@@ -257,6 +262,7 @@ class HolderPull:
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         if not reads:
             return PullByWrite(self._client, lease_id, stall_timeout_seconds=self._settings.stall_timeout_seconds)
+        tcp = TcpReceived() if route.transport == "cuda-ipc" else None
         peer = session.connect(answer.nixl_metadata)
         chunks = self._intake.chunks
         remote = chunks.addresses([extent.address for extent in answer.extents])
@@ -273,6 +279,7 @@ class HolderPull:
             remote,
             route.transport,
             next(iter(devices), None),
+            tcp,
         )
 
 

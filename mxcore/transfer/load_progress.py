@@ -32,13 +32,14 @@ LoadPath: TypeAlias = load_pb2.LoadPath.ValueType
 
 _PEER_PATHS: dict[str, LoadPath] = {
     "same-host": load_pb2.LOAD_PATH_PEER_SAME_HOST,
+    "cuda-ipc": load_pb2.LOAD_PATH_PEER_SAME_HOST,
     "tcp": load_pb2.LOAD_PATH_PEER_TCP,
     "rdma": load_pb2.LOAD_PATH_PEER_RDMA,
 }
 
 
 def peer_path(transport: str) -> LoadPath:
-    """The path that stands for a route's transport: same-host, tcp or rdma."""
+    """The path that stands for a route's transport."""
     return _PEER_PATHS.get(transport, load_pb2.LOAD_PATH_UNSPECIFIED)
 
 

@@ -21,6 +21,7 @@ from mxcore.errors import NotOneSided, SourceRefused, TransferError, TransferSta
 from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.source_client import SourceClient
+from mxcore.transfer.tcp_received import TcpReceived
 
 __all__ = ["PullByRead", "PullByWrite"]
 
@@ -72,7 +73,8 @@ class PullByRead:
 
     On one host a READ by cross-memory attach is complete when it is posted (the first may have to wait for the
     connection). One that is not shows that UCX took another way, which may be TCP: then it is waited for, and
-    nothing else is READ from this holder.
+    nothing else is READ from this holder. A READ by cuda_ipc is waited for in any case; so the first chunk is READ
+    alone, and `tcp` tells after each batch whether it came through a socket.
     """
 
     needs_this_thread = True  # nothing moves unless `arrived` is called
@@ -88,7 +90,9 @@ class PullByRead:
         remote: array[int],
         transport: str,
         remote_device: int | None = None,
+        tcp: TcpReceived | None = None,
     ) -> None:
+        """`tcp`, made before the two agents were connected: for cuda-ipc."""
         self._lease = LeaseKeeper(client, lease_id)
         self._session = session
         self._peer = peer
@@ -97,6 +101,8 @@ class PullByRead:
         self._remote = remote
         self._remote_device = remote_device
         self._must_be_immediate = transport == "same-host"
+        self._tcp = tcp
+        self._tried = False
         self._asked: deque[int] = deque()
 
     def __enter__(self) -> Self:
@@ -121,9 +127,13 @@ class PullByRead:
         """Fetches; yields chunks whose bytes are there. Raises PeerLost, TransferStalled, SourceRefused."""
         self._lease.check()
         if not self._must_be_immediate:
-            batch = [self._asked.popleft() for _ in range(len(self._asked))]
+            trial = self._tcp is not None and not self._tried
+            batch = [self._asked.popleft() for _ in range(min(1, len(self._asked)) if trial else len(self._asked))]
             moves = (self._move(chunk) for chunk in batch)
-            yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
+            if self._tcp is None:
+                yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
+            elif batch:
+                yield from self._watched(self._tcp, batch, moves)
         elif self._asked:
             move = self._move(self._asked.popleft())
             yield from self._session.run("read", iter([move]), self._peer, in_flight_limit=1)
@@ -131,6 +141,14 @@ class PullByRead:
                 raise NotOneSided(
                     f"a READ from {self._peer} did not go by cross-memory attach although its memory can be read"
                 )
+
+    def _watched(self, tcp: TcpReceived, batch: Sequence[int], moves: Iterator[Move]) -> Iterator[int]:
+        """READs a batch; raises NotOneSided after it if half of its bytes or more came over TCP."""
+        tcp.reset()
+        yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
+        self._tried = True
+        if 2 * tcp.bytes() >= sum(map(self._chunks.bytes_of, batch)):
+            raise NotOneSided(f"a READ of device memory from {self._peer} came over TCP although cuda_ipc works here")
 
     def _move(self, chunk: int) -> Move:
         local, remote, lengths = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mxserver.wire import mx_pb2
 
-__all__ = ["ProbeTarget", "can_read"]
+__all__ = ["ProbeTarget", "can_read", "host_identity"]
 
 _NONCE_BYTES = 32
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -35,7 +35,7 @@ class ProbeTarget:
     def to_proto(self) -> mx_pb2.SameHostProbe:
         """Where they are. Empty where /proc is not there to tell."""
         try:
-            boot_id, namespace = _host_identity()
+            boot_id, namespace = host_identity()
         except OSError:
             return mx_pb2.SameHostProbe()
         return mx_pb2.SameHostProbe(
@@ -52,14 +52,15 @@ def can_read(probe: mx_pb2.SameHostProbe) -> bool:
     if len(probe.nonce) != _NONCE_BYTES or probe.pid == 0:
         return False
     try:
-        if _host_identity() != (probe.boot_id, probe.pid_namespace):
+        if host_identity() != (probe.boot_id, probe.pid_namespace):
             return False
         return _read_memory(probe.pid, probe.address, _NONCE_BYTES) == probe.nonce
     except OSError:
         return False
 
 
-def _host_identity() -> tuple[str, int]:
+def host_identity() -> tuple[str, int]:
+    """Which boot of which machine, and the PID namespace of this process. Raises OSError without /proc."""
     return _BOOT_ID.read_text(encoding="ascii").strip(), _PID_NAMESPACE.stat().st_ino
 
 

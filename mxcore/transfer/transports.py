@@ -2,8 +2,9 @@
 
 A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
 moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
-certain: on one host by cross-memory attach (proven by a real read, `mxcore.transfer.same_host`), or when both sides
-are in rdma mode, in which UCX has no TCP. Everywhere else the holder WRITEs what the receiver asks for.
+certain: on one host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read,
+`mxcore.transfer.same_host` and `same_device`), or when both sides are in rdma mode, in which UCX has no TCP. Everywhere
+else the holder WRITEs what the receiver asks for.
 
 A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
 receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
@@ -38,6 +39,8 @@ UCX_DEFAULTS = {
     "UCX_RC_RETRY_COUNT": "3",
     "UCX_RC_VERBS_TIMEOUT": "50ms",
     "UCX_RC_VERBS_RETRY_COUNT": "3",
+    # UCX reads device memory by cuda_ipc only over NVLink, unless it is told to: without, over TCP, silently.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
     # UCX complains about the above on machines without RDMA.
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
@@ -45,8 +48,12 @@ UCX_DEFAULTS = {
 _TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp"}
 _ATTACHING = ("cma", "knem", "xpmem")  # they reach into another process without its help
 _CUDA_IPC = "cuda_ipc"
+_CUDA_COPY = "cuda_copy"  # stages device memory for TCP
+_CUDA = (_CUDA_COPY, _CUDA_IPC)
 _ALL = "all"
-_environment_lock = threading.Lock()
+_environment_lock = threading.Lock()  # one agent at a time is made
+_tls_lock = threading.Lock()  # held for moments: os.environ and the next line change together
+_users_tls: list[str | None] = []  # the user's UCX_TLS, while an agent is made and the environment has another one
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,25 @@ class UcxPolicy:
 
     transport: Transport
     tls: str
+    chosen: bool = False  # by the user
 
     @classmethod
     def from_environment(cls, transport: Transport, environ: Mapping[str, str] | None = None) -> UcxPolicy:
         """What holds for agents of this process; the user's UCX_TLS wins over `transport`."""
-        values = os.environ if environ is None else environ
-        return cls(transport, values.get("UCX_TLS") or _TLS_OF_TRANSPORT.get(transport, _ALL))
+        if environ is None:
+            with _tls_lock:
+                found = _users_tls[0] if _users_tls else os.environ.get("UCX_TLS")
+        else:
+            found = environ.get("UCX_TLS")
+        tls = found or ""
+        return cls(transport, tls or _TLS_OF_TRANSPORT.get(transport, _ALL), bool(tls))
 
     def allows(self, name: str) -> bool:
         """Whether UCX may use the transport `name` (tcp, cma, rc)."""
         names = [part.strip() for part in self.tls.lstrip("^").split(",")]
         if self.tls.startswith("^"):
             return name not in names
-        group = "ib" if name == "rc" else "sm" if name in _ATTACHING else name
+        group = "ib" if name == "rc" else "sm" if name in _ATTACHING else "cuda" if name in _CUDA else name
         return any(part in (_ALL, name, group) or part.startswith(f"{name}_") for part in names)
 
     @property
@@ -78,6 +91,8 @@ class UcxPolicy:
     def likely(self, *, same_host: bool, device_memory: bool = False) -> str:
         """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked."""
         if device_memory:
+            if same_host and self.reads_devices:
+                return self.device_reading
             return self.tls if self.rdma_only else self.device_fenceable
         attach = same_host and self.allows("cma") and self.transport in ("auto", "same-host")
         return self.attaching if attach else self.tls if self.rdma_only else self.fenceable
@@ -100,15 +115,27 @@ class UcxPolicy:
     @property
     def serving_device(self) -> str:
         """The UCX_TLS for an agent that serves device memory."""
-        if self.tls.startswith("^") or _ALL in self.tls.split(",") or "cuda_copy" in self.tls.split(","):
+        if self.tls.startswith("^") or self.tls == _ALL:
             return self.tls
-        return f"{self.tls},cuda_copy"
+        wanted = [_CUDA_COPY, _CUDA_IPC] if self.reads_devices else [_CUDA_COPY]
+        return ",".join([self.tls, *(name for name in wanted if not self.allows(name))])
+
+    @property
+    def reads_devices(self) -> bool:
+        """Whether device memory may be READ within this host, by cuda_ipc: the user's list, if there is one, has it."""
+        allowed = self.allows(_CUDA_IPC) if self.chosen else True
+        return allowed and self.transport in ("auto", "same-host")
+
+    @property
+    def device_reading(self) -> str:
+        """The UCX_TLS for READs of device memory within this host; TCP connects the two agents."""
+        return self.tls if self.chosen else f"{_CUDA_IPC},{_CUDA_COPY},tcp,self"
 
     @property
     def device_fenceable(self) -> str:
         """The UCX_TLS for an agent with device memory: also without cuda_ipc, by which the holder's GPU would write.
 
-        cuda_copy is what stages device memory for TCP; RDMA takes it as it is.
+        RDMA takes device memory as it is; for TCP it is staged.
         """
         if self.tls.startswith("^"):
             without = [name for name in (*_ATTACHING, _CUDA_IPC) if self.allows(name)]
@@ -116,7 +143,7 @@ class UcxPolicy:
         if self.fenceable.startswith("^"):
             return f"{self.fenceable},{_CUDA_IPC}"
         names = [name for name in self.fenceable.split(",") if name not in (_CUDA_IPC, "cuda")]
-        return ",".join([*names, *(["cuda_copy"] if "cuda_copy" not in names else [])])
+        return ",".join([*names, *([_CUDA_COPY] if _CUDA_COPY not in names else [])])
 
     def to_proto(self, probe: mx_pb2.SameHostProbe) -> mx_pb2.TransportOffer:
         """What a holder tells receivers about the ways into its memory."""
@@ -139,15 +166,19 @@ def ucx_environment(tls: str) -> Iterator[None]:
     with _environment_lock:
         for name, value in UCX_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        before = os.environ.get("UCX_TLS")
-        os.environ["UCX_TLS"] = tls
+        with _tls_lock:
+            before = os.environ.get("UCX_TLS")
+            _users_tls.append(before)
+            os.environ["UCX_TLS"] = tls
         try:
             yield
         finally:
-            if before is None:
-                del os.environ["UCX_TLS"]
-            else:
-                os.environ["UCX_TLS"] = before
+            with _tls_lock:
+                _users_tls.clear()
+                if before is None:
+                    del os.environ["UCX_TLS"]
+                else:
+                    os.environ["UCX_TLS"] = before
 
 
 @dataclass(frozen=True)
@@ -155,21 +186,20 @@ class Route:
     """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent."""
 
     operation: Operation
-    transport: Literal["same-host", "tcp", "rdma"]
+    transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
     tls: str
+    because: str = ""  # why not by a faster way of this host, for device memory
 
 
-def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_memory: bool = False) -> Route:
+def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:
     """The way to a holder that offers `offer`; reads the holder's probe where it is on this host.
 
-    With `device_memory` on either side there is RDMA, or WRITEs that pass the receiver's own agent: cross-memory attach
-    does not reach a device, and what cuda_ipc writes cannot be fenced by the receiver.
+    `device_index`: where the receiver's memory is, None for the host. With device memory on both sides of one host it
+    is READ by cuda_ipc. With it on either side there is RDMA, or WRITEs that pass the receiver's own agent:
+    cross-memory attach does not reach a device, and what cuda_ipc writes cannot be fenced by the receiver.
     """
-    if device_memory or offer.device_memory:
-        if policy.rdma_only and offer.rdma_only:
-            return Route("read", "rdma", policy.tls)
-        rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
-        return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable)
+    if device_index is not None or offer.device_memory:
+        return _device_route(policy, offer, device_index)
     attach = policy.allows("cma") and policy.transport in ("auto", "same-host")
     if attach and offer.same_host_read and can_read(offer.probe):
         return Route("read", "same-host", policy.attaching)
@@ -177,6 +207,28 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_memo
         return Route("read", "rdma", policy.tls)
     rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
     return Route("write", "rdma" if rdma else "tcp", policy.fenceable)
+
+
+def _device_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> Route:
+    if policy.rdma_only and offer.rdma_only:
+        return Route("read", "rdma", policy.tls)
+    rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
+    because = _no_device_read(policy, offer, device_index)
+    if not because:
+        return Route("read", "cuda-ipc", policy.device_reading)
+    return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable, because)
+
+
+def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:
+    if device_index is None or not offer.device_memory:
+        return "only one side's memory is on a device"
+    if not policy.reads_devices:
+        return "the settings of this worker (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
+    if not offer.HasField("device_probe"):
+        return offer.no_device_read or "the holder offers none"
+    from mxcore.transfer.same_device import cannot_read  # opens the driver
+
+    return cannot_read(offer.device_probe, device_index)
 
 
 def has_rdma_device() -> bool:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent import futures
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
@@ -21,6 +21,9 @@ from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
+
+if TYPE_CHECKING:
+    from mxcore.transfer.same_device import DeviceProbeTarget
 
 __all__ = ["WorkerServer"]
 
@@ -134,7 +137,20 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._holder = identity.holder
         self._policy = policy
         self._probe = ProbeTarget()
+        self._device_probe: DeviceProbeTarget | None = None
+        self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
+        if self._holder.placement.device_type != "cpu" and policy.reads_devices:
+            from mxcore.transfer import same_device  # opens the driver
+
+            self._device_probe, self._no_device_read = same_device.offer(self._holder.placement)
+            if self._no_device_read:
+                logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
+
+    def close(self) -> None:
+        """Frees what it shows to others. Idempotent."""
+        if self._device_probe is not None:
+            self._device_probe.close()
 
     def GetLayout(  # noqa: N802
         self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
@@ -161,6 +177,9 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             offer.device_memory = True
             offer.same_host_read = False
             offer.ClearField("probe")
+            offer.no_device_read = self._no_device_read
+            if self._device_probe is not None:
+                offer.device_probe.CopyFrom(self._device_probe.to_proto())
         return offer
 
     def OpenTransfer(  # noqa: N802
@@ -173,7 +192,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         on_device = holder.placement.device_type != "cpu"
         reads = request.operation == mx_pb2.OPERATION_READ
         attach = self._policy.allows("cma") and not (on_device or request.device_memory)
-        if reads and not (attach or self._policy.rdma_only):
+        ipc = self._device_probe is not None and request.device_memory
+        if reads and not (attach or ipc or self._policy.rdma_only):
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:
@@ -270,7 +290,8 @@ class WorkerServer:
             options=channel_options(),
         )
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
-        mx_pb2_grpc.add_TransferServiceServicer_to_server(_TransferService(identity, policy), self._server)
+        self._transfers = _TransferService(identity, policy)
+        mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         listen = _bracketed(host) if loopback else "[::]"
         tls = worker_tls()
         self.port = _bind(self._server, listen, port, server_credentials(tls) if tls else None)
@@ -280,6 +301,7 @@ class WorkerServer:
     def stop(self) -> None:
         """Ends all calls. Idempotent."""
         self._server.stop(_STOP_GRACE_SECONDS).wait()
+        self._transfers.close()
 
 
 def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerCredentials | None) -> int:

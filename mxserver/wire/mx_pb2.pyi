@@ -239,6 +239,8 @@ class TransportOffer(google.protobuf.message.Message):
     RDMA_DEVICE_FIELD_NUMBER: builtins.int
     PROBE_FIELD_NUMBER: builtins.int
     DEVICE_MEMORY_FIELD_NUMBER: builtins.int
+    DEVICE_PROBE_FIELD_NUMBER: builtins.int
+    NO_DEVICE_READ_FIELD_NUMBER: builtins.int
     same_host_read: builtins.bool
     """cross-memory attach is allowed here, if the probe can be read"""
     rdma_only: builtins.bool
@@ -247,8 +249,14 @@ class TransportOffer(google.protobuf.message.Message):
     """there is one, and UCX may use it"""
     device_memory: builtins.bool
     """the holder's weights are on a device"""
+    no_device_read: builtins.str
+    """why there is none"""
     @property
     def probe(self) -> global___SameHostProbe: ...
+    @property
+    def device_probe(self) -> global___DeviceProbe:
+        """another process of this machine may read them there (cuda_ipc), if this can be read"""
+
     def __init__(
         self,
         *,
@@ -257,11 +265,45 @@ class TransportOffer(google.protobuf.message.Message):
         rdma_device: builtins.bool = ...,
         probe: global___SameHostProbe | None = ...,
         device_memory: builtins.bool = ...,
+        device_probe: global___DeviceProbe | None = ...,
+        no_device_read: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["probe", b"probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_memory", b"device_memory", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["device_probe", b"device_probe", "probe", b"probe"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
 
 global___TransportOffer = TransportOffer
+
+@typing.final
+class DeviceProbe(google.protobuf.message.Message):
+    """Lets a receiver find out for itself whether it may read the holder's device memory on this host: it compares
+    the host and the PID namespace, opens the allocation, and reads `nonce` at `offset` of it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    PID_NAMESPACE_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
+    boot_id: builtins.str
+    pid_namespace: builtins.int
+    handle: builtins.bytes
+    """CUipcMemHandle"""
+    offset: builtins.int
+    nonce: builtins.bytes
+    def __init__(
+        self,
+        *,
+        boot_id: builtins.str = ...,
+        pid_namespace: builtins.int = ...,
+        handle: builtins.bytes = ...,
+        offset: builtins.int = ...,
+        nonce: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "handle", b"handle", "nonce", b"nonce", "offset", b"offset", "pid_namespace", b"pid_namespace"]) -> None: ...
+
+global___DeviceProbe = DeviceProbe
 
 @typing.final
 class SameHostProbe(google.protobuf.message.Message):

@@ -27,5 +27,5 @@ def driver(loaded: StandIn, request: pytest.FixtureRequest) -> Iterator[StandIn]
     counts = loaded.counts()
     assert counts.violations == 0, loaded.violation()
     loaded.reset()
-    assert counts.live == (0,) * 7, counts
+    assert counts.live == (0,) * 8, counts
     assert (live_pinned_bytes(), live_device_bytes(), live_host_buffers()) == (0, 0, 0)

@@ -20,7 +20,7 @@ FILES = ("control.c", "handles.c", "memory.c", "kernels.c")
 
 
 class Counts(NamedTuple):
-    """What lives (up to modules), and what has happened since the last reset."""
+    """What lives (up to what other processes exported), and what has happened since the last reset."""
 
     contexts: int
     streams: int
@@ -29,6 +29,7 @@ class Counts(NamedTuple):
     host_allocations: int
     registrations: int
     modules: int
+    opened: int
     violations: int
     copies: int
     unpinned_copies: int
@@ -36,7 +37,7 @@ class Counts(NamedTuple):
 
     @property
     def live(self) -> tuple[int, ...]:
-        return tuple(self[:7])
+        return tuple(self[:8])
 
 
 def build(folder: Path) -> Path:
@@ -106,6 +107,10 @@ class StandIn:
     def memory(self, size_bytes: int) -> None:
         """What each device has."""
         self._library.mx_stand_in_memory(ctypes.c_size_t(size_bytes))
+
+    def share(self, share: bool = True) -> None:
+        """Device memory that is made from now on can be exported, as cudaMalloc's; at first it cannot."""
+        self._library.mx_stand_in_share(int(share))
 
     def devices(self, number: int) -> None:
         """How many devices can be seen (up to 2)."""

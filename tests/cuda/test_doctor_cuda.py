@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +12,28 @@ import pytest
 from mxcore.cli import doctor_cuda
 from mxcore.storage import device_direct
 from mxcore.transfer.transports import UcxPolicy
-from tests.cuda.stand_in import StandIn
+from tests.cuda.stand_in import ROOT, StandIn
+
+
+def holder(driver: StandIn, share: bool) -> list[str]:
+    task = json.dumps({"library": str(driver.path), "mode": "probe", "share": share})
+    return [sys.executable, "-m", "tests.cuda.holder", task]
 
 
 @pytest.fixture(autouse=True)
-def _tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_the_stand_in(monkeypatch: pytest.MonkeyPatch, loaded: StandIn) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor_cuda, "_holder_command", lambda: holder(loaded, share=True))
     monkeypatch.setattr(UcxPolicy, "device_fenceable", "tcp,self")  # the stand-in's devices are no CUDA to UCX
 
 
 def test_all_is_well(driver: StandIn) -> None:
     found = {finding.name: finding for finding in doctor_cuda.look()}
-    assert list(found) == ["cuda", "pinned memory", "device 0", "device 1", "gpudirect storage"]
+    assert list(found) == ["cuda", "pinned memory", "device 0", "device 1", "cuda_ipc", "gpudirect storage"]
     assert found["cuda"].fact.startswith("2 devices (stand-in 0 (no GPU), stand-in 1 (no GPU)), driver for CUDA 12.8")
-    assert [finding.state for finding in found.values()] == ["ok", "ok", "ok", "ok", "note"]
+    assert [finding.state for finding in found.values()] == ["ok", "ok", "ok", "ok", "ok", "note"]
     assert "not used" in found["gpudirect storage"].fact
 
 
@@ -40,6 +51,19 @@ def test_what_does_not_work_is_told_with_what_to_do(driver: StandIn) -> None:
     [only] = doctor_cuda.look()
     assert (only.state, "CUDA_VISIBLE_DEVICES" in only.do) == ("warn", True)
     driver.reset()
+
+
+def test_device_memory_between_processes(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor_cuda._between_processes(holder(driver, share=True)).state == "ok"
+    failing = doctor_cuda._between_processes([sys.executable, "-c", ""])
+    assert (failing.state, failing.fact.rpartition(": ")[2]) == ("warn", "none can be exported")
+    driver.fail("cuIpcOpenMemHandle_v2", 101)
+    failing = doctor_cuda._between_processes(holder(driver, share=True))
+    assert "CUDA_ERROR_INVALID_DEVICE" in failing.fact
+    assert "TCP" in failing.do
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native,expandable_segments:True")
+    mapped = doctor_cuda._between_processes(["/nobody"])
+    assert (mapped.state, "expandable_segments" in mapped.do) == ("note", True)
 
 
 def test_a_process_of_its_own_tells_it() -> None:

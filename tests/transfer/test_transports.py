@@ -144,39 +144,69 @@ def test_the_environment_of_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["UCX_TLS"] == "tcp"
         assert os.environ["UCX_TCP_TX_SEG_SIZE"] == "1m"  # the user's
         assert os.environ["UCX_TCP_USER_TIMEOUT"] == "4s"
+        assert os.environ["UCX_CUDA_IPC_ENABLE_GET_ZCOPY"] == "on"
     assert "UCX_TLS" not in os.environ
     monkeypatch.setenv("UCX_TLS", "rc")
     with ucx_environment("tcp"):
         assert os.environ["UCX_TLS"] == "tcp"
     assert os.environ["UCX_TLS"] == "rc"
+    with ucx_environment("tcp"):  # on another thread, say: what the user chose is still known
+        assert UcxPolicy.from_environment("auto").tls == "rc"
+    monkeypatch.delenv("UCX_TLS")
+    with ucx_environment("tcp"):
+        assert not UcxPolicy.from_environment("auto").chosen
     for name in UCX_DEFAULTS:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
-    ("tls", "fenceable", "serving"),
+    ("transport", "tls", "fenceable", "serving", "reading"),
     [
-        (None, "^cma,knem,xpmem,cuda_ipc", "all"),
-        ("tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy"),
-        ("tcp,cma,cuda_ipc,cuda_copy", "tcp,cuda_copy", "tcp,cma,cuda_ipc,cuda_copy"),
-        ("^tcp", "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp"),
-        ("^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc"),
+        ("auto", None, "^cma,knem,xpmem,cuda_ipc", "all", "cuda_ipc,cuda_copy,tcp,self"),
+        ("same-host", None, "tcp,self,cuda_copy", "tcp,cma,self,cuda_copy,cuda_ipc", "cuda_ipc,cuda_copy,tcp,self"),
+        ("tcp", None, "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
+        ("rdma", None, "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp", None),
+        ("auto", "tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
+        (
+            "auto",
+            "tcp,cma,cuda_ipc,cuda_copy",
+            "tcp,cuda_copy",
+            "tcp,cma,cuda_ipc,cuda_copy",
+            "tcp,cma,cuda_ipc,cuda_copy",
+        ),
+        ("auto", "tcp,cuda", "tcp,cuda_copy", "tcp,cuda", "tcp,cuda"),
+        ("auto", "^tcp", "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp", "^tcp"),
+        ("auto", "^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc", None),
     ],
 )
-def test_device_memory_goes_by_ways_that_can_be_fenced(tls: str | None, fenceable: str, serving: str) -> None:
-    policy = UcxPolicy.from_environment("auto", {"UCX_TLS": tls} if tls else {})
-    assert policy.device_fenceable == fenceable
-    assert policy.serving_device == serving
-    assert policy.likely(same_host=True, device_memory=True) == fenceable
+def test_device_memory_is_written_by_ways_that_can_be_fenced_and_read_where_the_settings_allow(
+    transport: str, tls: str | None, fenceable: str, serving: str, reading: str | None
+) -> None:
+    chosen = policy(transport, tls or "")
+    assert chosen.device_fenceable == fenceable
+    assert chosen.serving_device == serving
+    assert chosen.reads_devices == (reading is not None)
+    if reading is not None:
+        assert chosen.device_reading == reading
+        assert chosen.likely(same_host=True, device_memory=True) == reading
+    assert chosen.likely(same_host=False, device_memory=True) == ("^tcp" if transport == "rdma" else fenceable)
 
 
-@pytest.mark.parametrize("where", ["receiver", "holder"])
+@pytest.mark.parametrize("where", ["receiver", "holder", "both"])
 def test_device_memory_is_written_or_read_over_rdma(where: str) -> None:
-    policy = UcxPolicy.from_environment("auto", {})
-    offer = mx_pb2.TransportOffer(same_host_read=True, device_memory=where == "holder")
-    route = choose_route(policy, offer, device_memory=where == "receiver")
+    """Without a probe of the holder's device."""
+    device = None if where == "holder" else 0
+    offer = mx_pb2.TransportOffer(same_host_read=True, device_memory=where != "receiver", no_device_read="it is asleep")
+    route = choose_route(policy("auto"), offer, device_index=device)
     assert (route.operation, route.transport, route.tls) == ("write", "tcp", "^cma,knem,xpmem,cuda_ipc")
-    rdma = UcxPolicy.from_environment("rdma", {})
-    offer = mx_pb2.TransportOffer(rdma_only=True, device_memory=where == "holder")
-    route = choose_route(rdma, offer, device_memory=where == "receiver")
+    assert route.because == ("it is asleep" if where == "both" else "only one side's memory is on a device")
+    offer = mx_pb2.TransportOffer(rdma_only=True, device_memory=where != "receiver")
+    route = choose_route(policy("rdma"), offer, device_index=device)
     assert (route.operation, route.transport, route.tls) == ("read", "rdma", "^tcp")
+
+
+def test_settings_that_leave_cuda_ipc_out_are_named() -> None:
+    offer = mx_pb2.TransportOffer(device_memory=True, device_probe=mx_pb2.DeviceProbe(nonce=b"1" * 32))
+    for transport, tls in (("tcp", ""), ("auto", "tcp,cuda_copy"), ("auto", "^cuda_ipc")):
+        route = choose_route(policy(transport, tls), offer, device_index=0)
+        assert (route.operation, "MX_TRANSPORT, UCX_TLS" in route.because) == ("write", True)

@@ -11,6 +11,7 @@ pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t progress = PTHREAD_COND_INITIALIZER;
 counts count;
 int held;
+int shared;
 int visible_devices = DEVICES;
 
 typedef struct {
@@ -105,6 +106,13 @@ EXPORT void mx_stand_in_memory(size_t bytes) {
     pthread_mutex_unlock(&lock);
 }
 
+/* Whether device memory that is made from now on is as cudaMalloc's, or as cuMemCreate's, which cuIpc* do not export. */
+EXPORT void mx_stand_in_share(int share) {
+    pthread_mutex_lock(&lock);
+    shared = share;
+    pthread_mutex_unlock(&lock);
+}
+
 EXPORT void mx_stand_in_devices(int number) { visible_devices = number < DEVICES ? number : DEVICES; }
 
 EXPORT void mx_stand_in_counts(counts *out) {
@@ -122,6 +130,7 @@ EXPORT void mx_stand_in_violation(char *text, size_t bytes) {
 /* No faults, no errors, nothing held, no complaints; what lives stays. */
 EXPORT void mx_stand_in_reset(void) {
     mx_stand_in_hold(0);
+    mx_stand_in_share(0);
     mx_stand_in_memory((size_t)1 << 32);
     pthread_mutex_lock(&lock);
     memset(faults, 0, sizeof faults);

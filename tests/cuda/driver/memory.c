@@ -1,7 +1,11 @@
 /* Memory and copies of the stand-in. Every use of an address is looked up. */
+#define _GNU_SOURCE
 #include "stand_in.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define GRANULE 512 /* as on a device: a kernel may load aligned words around what it was given */
 
@@ -50,6 +54,7 @@ static memory *remember(uintptr_t base, size_t bytes, memory_kind kind) {
     made->base = base;
     made->bytes = bytes;
     made->kind = kind;
+    made->fd = -1;
     made->device = current_device()->index;
     made->next = all;
     all = made;
@@ -59,7 +64,7 @@ static memory *remember(uintptr_t base, size_t bytes, memory_kind kind) {
 /* Takes the memory that begins there out of use; NULL: there is none. */
 static memory *forget(uintptr_t base, memory_kind kind, const char *what) {
     for (memory *each = all; each != NULL; each = each->next) {
-        if (!each->freed && each->base == base && each->kind == kind) {
+        if (!each->freed && each->base == base && each->kind == kind && !each->opened) {
             each->freed = 1;
             return each;
         }
@@ -78,6 +83,21 @@ EXPORT int cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
     return 0;
 }
 
+/* Device memory that another process can map, by its file; -1: there is none to be had. */
+static int map_shared(void **address, size_t bytes) {
+    int fd = memfd_create("stand-in", MFD_CLOEXEC);
+    if (fd >= 0 && ftruncate(fd, (off_t)bytes) == 0) {
+        *address = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (*address != MAP_FAILED) {
+            return fd;
+        }
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return -1;
+}
+
 static int allocate(void **address, size_t bytes, memory_kind kind) {
     pthread_mutex_lock(&lock);
     device *owner = current_device();
@@ -86,12 +106,16 @@ static int allocate(void **address, size_t bytes, memory_kind kind) {
                  : bytes == 0  ? MX_CUDA_INVALID_VALUE
                  : kind == DEVICE_MEMORY && owner->used_bytes + bytes > owner->total_bytes ? MX_CUDA_OUT_OF_MEMORY
                                                                                            : 0;
-    if (status == 0 && posix_memalign(address, kind == DEVICE_MEMORY ? GRANULE : 4096, whole) != 0) {
+    int fd = -1;
+    if (status == 0 && kind == DEVICE_MEMORY && shared) {
+        fd = map_shared(address, whole);
+        status = fd < 0 ? MX_CUDA_OUT_OF_MEMORY : 0;
+    } else if (status == 0 && posix_memalign(address, kind == DEVICE_MEMORY ? GRANULE : 4096, whole) != 0) {
         status = MX_CUDA_OUT_OF_MEMORY;
     }
     if (status == 0) {
         memset(*address, 0xA5, whole); /* new memory is not zero on a device either */
-        remember((uintptr_t)*address, bytes, kind);
+        remember((uintptr_t)*address, bytes, kind)->fd = fd;
         if (kind == DEVICE_MEMORY) {
             owner->used_bytes += bytes;
         }
@@ -128,7 +152,12 @@ static int release(uintptr_t address, memory_kind kind, const char *what) {
         count.registrations -= kind == REGISTERED_MEMORY;
         if (kind != REGISTERED_MEMORY) {
             memset((void *)address, 0x5A, found->bytes); /* whoever looks later, sees that it is gone */
-            free((void *)address);
+            if (found->fd >= 0) {
+                munmap((void *)address, (found->bytes + GRANULE - 1) / GRANULE * GRANULE);
+                close(found->fd);
+            } else {
+                free((void *)address);
+            }
         }
     }
     pthread_mutex_unlock(&lock);
@@ -195,8 +224,77 @@ EXPORT int cuPointerGetAttribute(void *data, int attribute, mx_device_address ad
         *(unsigned *)data = found->kind == DEVICE_MEMORY ? MX_MEMORY_DEVICE : MX_MEMORY_HOST;
     } else if (status == 0 && attribute == MX_POINTER_DEVICE) {
         *(int *)data = found->device;
+    } else if (status == 0 && attribute == MX_POINTER_IPC_CAPABLE) {
+        *(int *)data = found->fd >= 0;
     } else {
         status = MX_CUDA_INVALID_VALUE;
+    }
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+/* ---- memory of other processes ---- */
+
+#define HANDLE_MARK 0x6d78697063ull
+
+typedef struct {
+    uint64_t mark, bytes;
+    int64_t pid, fd;
+} exported; /* what an mx_ipc_handle holds */
+
+EXPORT int cuIpcGetMemHandle(mx_ipc_handle *handle, mx_device_address address) {
+    FAULT("cuIpcGetMemHandle");
+    pthread_mutex_lock(&lock);
+    memory *found = find_memory((uintptr_t)address, 1);
+    int status = current_device() == NULL             ? violation(INVALID_CONTEXT, "exporting without a context")
+                 : found == NULL || found->fd < 0 ? MX_CUDA_INVALID_VALUE
+                                                      : 0;
+    if (status == 0) {
+        exported what = {HANDLE_MARK, found->bytes, getpid(), found->fd};
+        memset(handle, 0, sizeof *handle);
+        memcpy(handle, &what, sizeof what);
+    }
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+EXPORT int cuIpcOpenMemHandle_v2(mx_device_address *address, mx_ipc_handle handle, unsigned flags) {
+    FAULT("cuIpcOpenMemHandle_v2");
+    exported what;
+    char path[64];
+    memcpy(&what, &handle, sizeof what);
+    if (what.mark != HANDLE_MARK || flags != MX_IPC_LAZY_PEER_ACCESS) {
+        return MX_CUDA_INVALID_VALUE;
+    }
+    if (what.pid == getpid()) {
+        return INVALID_CONTEXT; /* as the driver: a process does not open its own */
+    }
+    snprintf(path, sizeof path, "/proc/%lld/fd/%lld", (long long)what.pid, (long long)what.fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    void *mapped = fd < 0 ? MAP_FAILED : mmap(NULL, what.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (mapped == MAP_FAILED) {
+        return NOT_MAPPED;
+    }
+    pthread_mutex_lock(&lock);
+    remember((uintptr_t)mapped, what.bytes, DEVICE_MEMORY)->opened = 1;
+    count.opened++;
+    pthread_mutex_unlock(&lock);
+    *address = (uintptr_t)mapped;
+    return 0;
+}
+
+EXPORT int cuIpcCloseMemHandle(mx_device_address address) {
+    FAULT("cuIpcCloseMemHandle");
+    pthread_mutex_lock(&lock);
+    memory *found = find_memory((uintptr_t)address, 1);
+    int status = found == NULL || !found->opened ? complain((uintptr_t)address, 1, "cuIpcCloseMemHandle") : 0;
+    if (status == 0) {
+        found->freed = 1;
+        count.opened--;
+        munmap((void *)found->base, found->bytes);
     }
     pthread_mutex_unlock(&lock);
     return status;

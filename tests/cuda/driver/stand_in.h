@@ -18,6 +18,7 @@
 
 enum {
     NOT_INITIALIZED = 3,
+    NOT_MAPPED = 205,
     INVALID_DEVICE = 101,
     INVALID_PTX = 218,
     INVALID_CONTEXT = 201,
@@ -37,7 +38,9 @@ typedef struct memory {
     size_t bytes;
     memory_kind kind;
     int device;
-    int freed; /* kept, so that a late use is seen as such */
+    int freed;  /* kept, so that a late use is seen as such */
+    int fd;     /* of memory that other processes can reach; -1: of this process alone */
+    int opened; /* another process' */
 } memory;
 
 typedef struct device {
@@ -80,7 +83,7 @@ typedef struct event {
 } event;
 
 typedef struct {
-    int64_t contexts, streams, events, device_allocations, host_allocations, registrations, modules;
+    int64_t contexts, streams, events, device_allocations, host_allocations, registrations, modules, opened;
     int64_t violations, copies, unpinned_copies, launches;
 } counts;
 
@@ -88,7 +91,8 @@ extern pthread_mutex_t lock;
 extern pthread_cond_t progress;
 extern counts count;
 extern device devices[DEVICES];
-extern int held; /* streams wait */
+extern int held;   /* streams wait */
+extern int shared; /* device memory that is made now can be exported */
 extern int visible_devices;
 extern stream *streams;
 

@@ -1,0 +1,57 @@
+"""How much this process' TCP connections have received, as the kernel counts: what tells that a READ was none.
+
+UCX says nowhere by which way bytes came. A READ by cross-memory attach is complete when it is posted; one by cuda_ipc
+is not, as one over TCP is not. But that one comes through a socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["TcpReceived", "tcp_received"]
+
+_DESCRIPTORS = Path("/proc/self/fd")
+_TCP_INFO_BYTES = 136
+_BYTES_RECEIVED_AT = 128  # tcpi_bytes_received of linux/tcp.h's struct tcp_info
+
+
+def tcp_received() -> dict[int, int]:
+    """Bytes received so far by each TCP connection of this process, by its socket's inode."""
+    counts: dict[int, int] = {}
+    for entry in os.scandir(_DESCRIPTORS):
+        try:
+            copied = os.dup(int(entry.name))
+        except OSError:  # closed meanwhile
+            continue
+        try:
+            found = socket.socket(fileno=copied)
+        except OSError:  # no socket
+            os.close(copied)
+            continue
+        with found:
+            if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
+                info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                if len(info) == _TCP_INFO_BYTES:
+                    counts[os.fstat(copied).st_ino] = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
+    return counts
+
+
+class TcpReceived:
+    """What connections that were made since this was made have received since `reset`; by whomever: it may be more."""
+
+    def __init__(self) -> None:
+        self._others = tcp_received().keys()
+        self._before: Mapping[int, int] = {}
+
+    def reset(self) -> None:
+        """Counts from now on."""
+        self._before = tcp_received()
+
+    def bytes(self) -> int:
+        """Since then; what a connection had received that is closed by now is lost."""
+        now = tcp_received()
+        return sum(count - self._before.get(inode, 0) for inode, count in now.items() if inode not in self._others)

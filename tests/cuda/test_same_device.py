@@ -1,0 +1,280 @@
+"""Device memory of another process, on the stand-in: what is exported, proven, and READ; what is taken instead.
+
+Not shown: UCX's cuda_ipc, which wants a GPU. NIXL moves the stand-in's memory as host memory, by cross-memory attach or
+TCP; which of the two it was is found out as on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mxcore.cuda_context import context_of
+from mxcore.cuda_ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memory
+from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer
+from mxcore.errors import CudaError
+from mxcore.nixl_agent import live_agents
+from mxcore.transfer import same_device, same_host
+from mxcore.transfer.device_memory import release_devices
+from mxcore.transfer.layout import Placement, build_layout
+from mxcore.transfer.same_device import DeviceProbeTarget, cannot_export, cannot_read
+from mxcore.transfer.source_client import Source
+from mxcore.transfer.transports import UcxPolicy, choose_route
+from mxserver.wire import mx_pb2
+from tests.cuda.device_tensors import MADE, DeviceTensors
+from tests.cuda.holder import SEED, member
+from tests.cuda.stand_in import ROOT, StandIn
+from tests.transfer.memory import HostTensors, model_specs
+
+BY_ATTACHING, BY_TCP = "tcp,cma,self", "tcp,self"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("UCX_", "MX_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+
+
+@contextmanager
+def holder(driver: StandIn, mode: str, *, share: bool = True, tls: str = BY_TCP) -> Iterator[str]:
+    """What a holder's process says, while it lives; it has to end well."""
+    task = json.dumps({"library": str(driver.path), "mode": mode, "share": share, "tls": tls})
+    command = [sys.executable, "-m", "tests.cuda.holder", task]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline()
+        finally:
+            process.stdin.close()
+            assert process.wait(120) == 0
+
+
+def probe_of(line: str) -> mx_pb2.DeviceProbe:
+    return mx_pb2.DeviceProbe.FromString(bytes.fromhex(line))
+
+
+def test_the_driver_says_what_can_be_exported(driver: StandIn) -> None:
+    context = context_of(0)
+    mapped = DeviceBuffer(context, 5000)
+    driver.share()
+    allocated = DeviceBuffer(context, 5000)
+    assert not can_export(mapped.address)
+    assert can_export(allocated.address + 4999)
+    handle, offset = export_memory(context, allocated.address + 100)
+    assert (len(handle), offset) == (HANDLE_BYTES, 100) == (64, 100)
+    with pytest.raises(CudaError, match="cuIpcGetMemHandle"):
+        export_memory(context, mapped.address)
+    with pytest.raises(CudaError, match="cuPointerGetAttribute"):
+        can_export(64)
+    assert cannot_export([allocated.address, allocated.address + 8]) == ""
+    because = cannot_export([mapped.address, mapped.address + 8, allocated.address])
+    assert because.startswith(f"1 of 2 allocations, the first at {mapped.address:#x}, were made by cuMemCreate")
+    assert "expandable_segments" in because
+    assert "sleep mode" in because
+    mapped.close()
+    allocated.close()
+
+
+def test_memory_of_this_process_is_not_opened_and_nothing_is_left(driver: StandIn) -> None:
+    context = context_of(0)
+    driver.share()
+    allocated = DeviceBuffer(context, 5000)
+    handle, _ = export_memory(context, allocated.address)
+    with pytest.raises(CudaError, match="cuIpcOpenMemHandle failed with CUDA_ERROR_INVALID_CONTEXT"):
+        OpenedMemory(context, handle)
+    with pytest.raises(CudaError, match="cuIpcOpenMemHandle"):
+        OpenedMemory(context, bytes(HANDLE_BYTES))
+    with pytest.raises(ValueError, match="63 bytes"):
+        OpenedMemory(context, handle[1:])
+    allocated.close()
+
+
+def test_another_processes_bytes_are_read(driver: StandIn) -> None:
+    with holder(driver, "probe") as line:
+        probe = probe_of(line)
+        assert cannot_read(probe, 0) == ""
+        assert cannot_read(probe, 1) == ""  # from another device, as peers do
+        opened = OpenedMemory(context_of(0), probe.handle)
+        assert driver.counts().opened == 1
+        assert opened.address
+        opened.close()
+        opened.close()
+        assert opened.address == 0
+        assert driver.counts().opened == 0
+    assert "cuIpcOpenMemHandle failed with CUDA_ERROR_MAP_FAILED" in cannot_read(probe, 0), "its process is gone"
+
+
+@pytest.mark.parametrize(
+    ("change", "because"),
+    [
+        ({"boot_id": "another"}, "another machine"),
+        ({"pid_namespace": 1}, "another PID namespace"),
+        ({"nonce": b"\1" * 32}, "other bytes"),
+        ({"nonce": b"short"}, "no bytes"),
+        ({"handle": b"\0" * 64}, "cuIpcOpenMemHandle failed"),
+        ({"handle": b"short"}, "a handle of 5 bytes"),
+        ({"offset": (2 << 20) - 31}, "begin at 2097121 of 2097152"),
+    ],
+)
+def test_a_probe_that_is_not_so_is_no_proof(driver: StandIn, change: dict[str, Any], because: str) -> None:
+    with holder(driver, "probe") as line:
+        probe = probe_of(line)
+        for name, value in change.items():
+            setattr(probe, name, value)
+        assert because in cannot_read(probe, 0)
+
+
+@pytest.mark.parametrize("function", ["cuIpcOpenMemHandle_v2", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"])
+def test_a_device_that_fails_meanwhile_is_no_proof(driver: StandIn, function: str) -> None:
+    with holder(driver, "probe") as line:
+        driver.fail(function, 719)
+        assert "CUDA_ERROR_LAUNCH_FAILED" in cannot_read(probe_of(line), 0)
+        assert cannot_read(probe_of(line), 0) == ""
+
+
+def test_from_another_pid_namespace_it_is_not_even_tried(driver: StandIn) -> None:
+    namespaced = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*namespaced, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("making a PID namespace needs CAP_SYS_ADMIN")
+    code = """
+import sys
+from mxcore import cuda_driver
+from mxcore.transfer.same_device import cannot_read
+from mxserver.wire import mx_pb2
+cuda_driver._load_stand_in(sys.argv[1])
+print(cannot_read(mx_pb2.DeviceProbe.FromString(bytes.fromhex(sys.argv[2])), 0))
+"""
+    with holder(driver, "probe") as line:
+        command = [*namespaced, sys.executable, "-c", code, str(driver.path), line.strip()]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "it runs in another PID namespace", ran.stderr
+
+
+def test_a_target_that_cannot_be_made_leaves_nothing(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CudaError, match="cuIpcGetMemHandle"):
+        DeviceProbeTarget(context_of(0))  # memory as cuMemCreate's
+    driver.share()
+    driver.fail("cuMemcpyHtoDAsync_v2", 700)
+    with pytest.raises(CudaError):
+        DeviceProbeTarget(context_of(0))
+    target = DeviceProbeTarget(context_of(0))
+    monkeypatch.setattr(same_host, "_BOOT_ID", same_host._BOOT_ID.parent / "nobody")
+    assert not target.to_proto().nonce
+    assert "does not know where it runs" in cannot_read(mx_pb2.DeviceProbe(nonce=b"1" * 32), 0)
+    target.close()
+    target.close()
+
+
+def test_what_a_holder_offers(driver: StandIn) -> None:
+    context = context_of(1)
+    mapped = DeviceBuffer(context, 5000)
+    target, because = same_device.offer(Placement((mapped.address,), (1,), "cuda"))
+    assert target is None
+    assert "cuMemCreate" in because
+    driver.share()
+    allocated = DeviceBuffer(context, 5000)
+    driver.fail("cuIpcGetMemHandle", 1)
+    target, because = same_device.offer(Placement((allocated.address,), (1,), "cuda"))
+    assert target is None
+    assert "cuIpcGetMemHandle failed" in because
+    target, because = same_device.offer(Placement((allocated.address,), (1,), "cuda"))
+    assert target is not None
+    assert because == ""
+    target.close()
+    mapped.close()
+    allocated.close()
+
+
+def test_the_route_follows_the_proof(driver: StandIn) -> None:
+    policy = UcxPolicy.from_environment("auto", {})
+    with holder(driver, "probe") as line:
+        offer = mx_pb2.TransportOffer(device_memory=True, device_probe=probe_of(line), rdma_device=True)
+        route = choose_route(policy, offer, device_index=0)
+        assert (route.operation, route.transport, route.tls, route.because) == (
+            "read", "cuda-ipc", "cuda_ipc,cuda_copy,tcp,self", "",
+        )  # fmt: skip
+        offer.device_probe.nonce = b"\1" * 32
+        route = choose_route(policy, offer, device_index=0)
+        assert (route.operation, route.because) == ("write", "other bytes are there than it shows")
+        assert not UcxPolicy("auto", route.tls).allows("cuda_ipc")
+
+
+@pytest.fixture
+def receiving(driver: StandIn) -> Iterator[DeviceTensors]:
+    tensors = DeviceTensors(model_specs(1), None)
+    yield tensors
+    release_devices()
+    MADE.remove(tensors)
+    tensors.close()
+    assert live_agents() == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "reading", "expected", "said"),
+    [
+        (True, BY_ATTACHING, ("read", "cuda-ipc"), ""),
+        (True, BY_TCP, ("write", "tcp"), "came over TCP although cuda_ipc works here"),
+        (False, BY_ATTACHING, ("write", "tcp"), "WRITEs by tcp: 14 of 14 allocations"),
+    ],
+)
+def test_weights_on_one_machine(
+    driver: StandIn,
+    receiving: DeviceTensors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    share: bool,
+    reading: str,
+    expected: tuple[str, str],
+    said: str,
+) -> None:
+    """READ where it is one-sided; where UCX takes TCP all the same, that is noticed, and the holder WRITEs."""
+    for name, tls in (("device_fenceable", BY_TCP), ("serving_device", BY_TCP), ("device_reading", reading)):
+        monkeypatch.setattr(UcxPolicy, name, tls)
+    with holder(driver, "serve", share=share, tls=reading) as line, caplog.at_level(logging.INFO):
+        source = json.loads(line)
+        membership = member()
+        found = Source(source["source_id"], source["worker_id"], 0, source["endpoint"])
+        report = membership.receive(*build_layout("raw", receiving.local_tensors()), {}, [found])
+        membership.close()
+    receiving.fetch()
+    assert receiving.equal_bytes(HostTensors(model_specs(1), SEED))
+    assert (report.operation, report.transport) == expected
+    assert said in caplog.text
+    caplog.clear()  # its records hold the error, and that the frames it went through
+
+
+def test_a_fence_waits_for_the_device_before_the_agent_goes(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxcore.transfer import agent_session
+
+    done: list[str] = []
+
+    class Agent:
+        destroyed = False
+
+        def destroy(self) -> None:
+            done.append("agent")
+
+    class Device:
+        class context:  # noqa: N801
+            @staticmethod
+            def synchronize() -> None:
+                done.append("device")
+
+    session = agent_session.AgentSession.__new__(agent_session.AgentSession)
+    session._agent, session._device = Agent(), Device()  # type: ignore[assignment]
+    session.fence()
+    assert done == ["device", "agent", "device"]
+    pinned = PinnedBuffer(context_of(0), 16)  # host memory is nobody's to export
+    with pytest.raises(CudaError):
+        cannot_export([pinned.address])
+    pinned.close()
