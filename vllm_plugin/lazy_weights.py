@@ -1,8 +1,9 @@
 """Tensors of a checkpoint that are read when somebody needs their elements, and only as much of them as he takes.
 
 vLLM's weight loaders take their rank's part with `narrow`, slicing or indexing, and end with `copy_` into a parameter.
-Up to the copy nothing is read; then the part goes from the file straight into the parameter. Whatever else a loader
-does gets an ordinary tensor with the same elements.
+Up to the copy nothing is read; then the part goes from the file straight into the parameter: in host memory, or through
+the pinned ring in a CUDA device's. What cannot go straight (another dtype, elements strewn over device memory) goes by
+way of a bounded piece of host memory. Whatever else a loader does gets an ordinary tensor with the same elements.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import safe_open
 
-from mxcore.errors import FileChanged, TruncatedRead
+from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo
 from mxcore.storage.dtypes import DTYPES
-from mxcore.storage.load import Reader, load
+from mxcore.storage.load import LoadReport, Reader, load
 from mxcore.storage.read_plan import Box, Want, merged, parts_of
 from mxcore.storage.stream import stream
 from mxserver.wire.errors import MxError
@@ -27,6 +28,8 @@ __all__ = ["LazyTensor", "lazy_weights"]
 Needed: TypeAlias = Callable[[torch.Tensor], Sequence[tuple[int, int]]]
 
 LAZY_LEAST_BYTES = 1024 * 1024  # smaller ones come together through a ring
+STAGED_BYTES = 64 * 1024 * 1024  # of host memory, for what cannot go straight
+_LEAST_RUN_BYTES = 256  # shorter ones are strewn over a device faster by torch
 
 # What was read before is of another file than what would be read now: no loader makes one model of both.
 _NOT_THE_SAME_FILE = (FileChanged, TruncatedRead)
@@ -76,12 +79,26 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
         return self._real
 
     def read_into(self, to: torch.Tensor) -> None:
-        """Reads the box into a tensor of host memory of this shape and dtype."""
+        """Reads the box into a tensor of this shape: straight where that can be, else by way of host memory."""
         full = to
         for dimension in range(len(self._info.shape)):
             if dimension not in self._kept:
                 full = full.unsqueeze(dimension)
-        self._source.read(Want(self._info.name, full, self._box))
+        want = Want(self._info.name, full, self._box)
+        if to.dtype != self.dtype or not (
+            self._source.read(want) if to.device.type == "cpu" else self._source.read_to_device(want)
+        ):
+            self._read_staged(to)
+
+    def _read_staged(self, to: torch.Tensor) -> None:
+        """Rows of the first dimension, as many at a time as fit into STAGED_BYTES; torch copies them on."""
+        if not self._kept or self.nbytes <= STAGED_BYTES:
+            to.copy_(self.materialized())
+            return
+        rows = max(1, STAGED_BYTES * self.shape[0] // self.nbytes)
+        for first in range(0, self.shape[0], rows):
+            end = min(first + rows, self.shape[0])
+            to[first:end].copy_(self.narrowed(0, first, end).materialized())
 
     def copy_into(self, to: torch.Tensor) -> None:
         """As `read_into`, but only what the iteration's `needed` says of this destination."""
@@ -163,15 +180,22 @@ def _alias(tensor: Any) -> Any:
 
 
 def _copy(to: Any, tensor: Any, non_blocking: bool = False) -> Any:
-    """Straight into the destination if it is host memory of that dtype and shape, and apart from itself."""
+    """Into a destination of that shape, apart from itself: straight, or by pieces; None: as torch does it."""
     if not isinstance(tensor, LazyTensor) or isinstance(to, LazyTensor) or tensor.has_been_read:
-        return None
-    if to.device.type != "cpu" or to.dtype != tensor.dtype or to.shape != tensor.shape or 0 in to.stride():
         return None
     if to.layout != torch.strided or type(to) not in (torch.Tensor, torch.nn.Parameter):
         return None
+    return to if _fill(to, tensor) else None
+
+
+def _fill(to: Any, tensor: LazyTensor) -> bool:
+    """False: torch's own copy of an ordinary tensor does it as well, or has to say what is wrong."""
+    if to.device.type not in ("cpu", "cuda") or to.shape != tensor.shape or 0 in to.stride():
+        return False
+    if to.dtype != tensor.dtype and (tensor._source.needed is not None or tensor.nbytes <= STAGED_BYTES):
+        return False
     tensor.copy_into(to)
-    return to
+    return True
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
@@ -205,19 +229,55 @@ class _Source:
         self._read = read
         self._mode = mode
         self._reader: Reader | None = Reader(checkpoint.files, mode=mode, stamps=checkpoint.stamps)
+        self._no_ring = False  # to any device: one that failed once is not tried again
 
-    def read(self, want: Want) -> None:
+    def read(self, want: Want) -> bool:
+        """Into host memory. Always True: what we fail to read is read with safetensors, or raises."""
         try:
-            if self._reader is None:  # kept beyond the iteration
-                report = load(self._checkpoint, [want], mode=self._mode)
-            else:
-                report = self._reader.read(merged(parts_of(self._checkpoint, want)))
-            self.read_bytes += report.read_bytes
-            self._read(report.read_bytes)
+            self._count(self._load(want))
         except _NOT_THE_SAME_FILE:
             raise
         except MxError as error:
             self.read_plainly(want, error)
+        return True
+
+    def _load(self, want: Want) -> LoadReport:
+        if self._reader is None:  # kept beyond the iteration
+            return load(self._checkpoint, [want], mode=self._mode)
+        return self._reader.read(merged(parts_of(self._checkpoint, want)))
+
+    def read_to_device(self, want: Want) -> bool:
+        """Into a CUDA device's memory, through its ring; False if it cannot be so: then nothing writes there.
+
+        Starts after what torch's current stream was given, and returns when the bytes are there. Raises FileChanged,
+        TruncatedRead.
+        """
+        rows = list(parts_of(self._checkpoint, want, on="cuda"))
+        if self._no_ring or any(row[4] > 1 and row[2] < _LEAST_RUN_BYTES for row in rows):
+            return False
+        from mxcore.storage import device_load  # the driver is asked for only where there is a device
+
+        after = torch.cuda.current_stream(want.to.device).cuda_stream
+        index, files = want.to.device.index, self._checkpoint.files
+        try:
+            if self._reader is None:
+                report = device_load.read_rows_to_device(
+                    self._checkpoint, merged(rows), device_index=index, after=after, mode=self._mode
+                )
+            else:
+                report = device_load.read_open_files(self._reader, files, merged(rows), device_index=index, after=after)
+        except _NOT_THE_SAME_FILE:
+            raise
+        except MxError as error:
+            self._no_ring = isinstance(error, (CudaError, HostMemoryError))
+            _log.warning("%s goes to the device by way of ordinary host memory: %s", want.name, error)
+            return False
+        self._count(report)
+        return True
+
+    def _count(self, report: LoadReport) -> None:
+        self.read_bytes += report.read_bytes
+        self._read(report.read_bytes)
 
     def read_plainly(self, want: Want, error: MxError) -> None:
         """With safetensors, as the engine's own loader; raises what that raises."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mxcore import cuda_driver
@@ -21,7 +22,7 @@ from mxcore.storage.memory_limit import MemoryBudget, budget
 from mxcore.storage.progress import Progress
 from mxcore.storage.read_plan import Row, Want, merged, parts_of
 
-__all__ = ["DeviceArena", "load_arena", "load_to_device"]
+__all__ = ["DeviceArena", "load_arena", "load_to_device", "read_open_files", "read_rows_to_device"]
 
 ARENA_ALIGNMENT_BYTES = 256  # as cudaMalloc aligns
 
@@ -63,34 +64,52 @@ def read_rows_to_device(
     memory: MemoryBudget | None = None,
 ) -> LoadReport:
     """Reads parts whose addresses are of that device's memory; see `load_to_device`."""
-    started = time.perf_counter()
-    for row in rows:
-        _require_on_device(checkpoint, row, device_index)
     used = sorted({row[0] for row in rows})
     place_of = {file: place for place, file in enumerate(used)}
     moved = [(place_of[row[0]], *row[1:]) for row in rows]
+    files = [checkpoint.files[file] for file in used]
+    stamps = [checkpoint.stamps[file] for file in used]
+    _require_on_device(files, moved, device_index)  # before a file is opened
     if not moved:
         return LoadReport()
-    largest = max(moved, key=lambda row: row[2])
+    with Reader(files, mode=mode, memory=memory, stamps=stamps) as reader:
+        return read_open_files(
+            reader, files, moved, device_index=device_index, after=after, progress=progress, memory=memory
+        )
+
+
+def read_open_files(
+    reader: Reader,
+    files: Sequence[Path],
+    rows: Sequence[Row],
+    *,
+    device_index: int,
+    after: int | None = 0,
+    progress: Progress | None = None,
+    memory: MemoryBudget | None = None,
+) -> LoadReport:
+    """As `read_rows_to_device`, for a caller who reads often: `reader` has those `files` open."""
+    started = time.perf_counter()
+    _require_on_device(files, rows, device_index)
+    if not rows:
+        return LoadReport()
+    largest = max(rows, key=lambda row: row[2])
     with ring_of(device_index, (largest[5], largest[2]), after, memory or budget()) as ring:
-        files = [checkpoint.files[file] for file in used]
-        stamps = [checkpoint.stamps[file] for file in used]
-        with Reader(files, mode=mode, memory=memory, device=ring, stamps=stamps) as reader:
-            report = reader.read(moved, progress=progress)
+        report = reader.read(rows, progress=progress, device=ring)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _require_on_device(checkpoint: Checkpoint, row: Row, device_index: int) -> None:
-    first, last = row[5], row[5] + (row[4] - 1) * row[6] + row[2] - 1
-    for address in (first, last):
-        found = cuda_driver.device_of(address)
-        if found != device_index:
-            place = "no device memory" if found < 0 else f"memory of device {found}"
-            raise DestinationMismatch(
-                f"{checkpoint.files[row[0]].name}, byte {row[1]}: its destination {address:#x} is {place}, "
-                f"not memory of device {device_index}"
-            )
+def _require_on_device(files: Sequence[Path], rows: Sequence[Row], device_index: int) -> None:
+    for row in rows:
+        for address in (row[5], row[5] + (row[4] - 1) * row[6] + row[2] - 1):
+            found = cuda_driver.device_of(address)
+            if found != device_index:
+                place = "no device memory" if found < 0 else f"memory of device {found}"
+                raise DestinationMismatch(
+                    f"{files[row[0]].name}, byte {row[1]}: its destination {address:#x} is {place}, "
+                    f"not memory of device {device_index}"
+                )
 
 
 class DeviceArena:

@@ -19,6 +19,7 @@ from mxcore.errors import CudaError
 from mxcore.host_buffer import HostBuffer
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.near_device import node_of, prefer_node
+from mxcore.storage.ring_proof import prove
 
 __all__ = ["release_rings", "ring_of"]
 
@@ -40,6 +41,7 @@ class _Kept:
         self.lock = threading.Lock()  # held while a load uses the ring
         self.ring: DeviceRing | None = None
         self.memory: MemoryBudget | None = None
+        self.refused = ""  # why there will be none
 
     def close(self) -> None:
         if self.ring is not None:
@@ -62,14 +64,24 @@ def ring_of(
     """The device's ring, for one load at a time; others wait.
 
     `target`: (address, bytes) of device memory that is going to be overwritten by the load; a new ring measures copies
-    there. `after`: see DeviceRing.start_after. The ring counts against `memory` from its making on. Raises
-    HostMemoryLimit, HostMemoryError, CudaError.
+    there, and is tried on known bytes (`ring_proof`). `after`: see DeviceRing.start_after. The ring counts against
+    `memory` from its making on. Raises HostMemoryLimit, HostMemoryError, CudaError; the last also at every later call
+    for a ring that failed its trial.
     """
     with _rings_lock:
         kept = _rings.setdefault(device_index, _Kept())
     with kept.lock:
+        if kept.refused:
+            raise CudaError(kept.refused)
         if kept.ring is None:
             kept.ring, kept.memory = _made(context_of(device_index), target, after, memory), memory
+            try:
+                prove(kept.ring, target)
+            except BaseException as error:
+                kept.close()
+                if isinstance(error, CudaError):
+                    kept.refused = error.args[0]
+                raise
         kept.ring.start_after(after)
         yield kept.ring
 

@@ -151,21 +151,28 @@ class Reader:
         *,
         mode: str | None = None,
         memory: MemoryBudget | None = None,
-        device: DeviceRing | None = None,
         stamps: Sequence[Stamp | None] = (),
     ) -> None:
-        """With `device`, rows have addresses of its memory, and all bytes pass that ring."""
-        self._device = device
+        self._device: DeviceRing | None = None  # of the read that is under way
         self._mode = chosen_mode(mode)
         self._memory = memory or budget()
         self._ring: HostBuffer | None = None
         self._files = FileSet(files, stamps)
 
     def read(
-        self, rows: Sequence[Row], *, progress: Progress | None = None, groups: array[int] | None = None
+        self,
+        rows: Sequence[Row],
+        *,
+        progress: Progress | None = None,
+        groups: array[int] | None = None,
+        device: DeviceRing | None = None,
     ) -> LoadReport:
-        """Reads parts into their memory; raises as `load`."""
+        """Reads parts into their memory; raises as `load`.
+
+        With `device`, rows have addresses of its memory, and all bytes pass that ring.
+        """
         started = time.perf_counter()
+        self._device = device
         report = LoadReport()
         piece_bytes = self._affordable_piece()
         jobs = JobList(self._files, row(rows), piece_bytes=piece_bytes, gap_bytes=_GAP_BYTES, groups=groups)

@@ -17,7 +17,7 @@ class _Device(NamedTuple):
 
 
 class DeviceTensor:
-    """Shape, strides and dtype of `like`, its elements in device memory of its own."""
+    """Shape, strides and dtype of `like`, its elements in device memory of its own. No tensor of torch's."""
 
     def __init__(self, context: Context, like: torch.Tensor) -> None:
         self._like = like
@@ -25,6 +25,12 @@ class DeviceTensor:
         self.buffer = DeviceBuffer(context, self._storage_bytes)
         self.device = _Device("cuda", context.index)
         self.shape, self.dtype = like.shape, like.dtype
+        self.copied: list[tuple[int, ...]] = []  # shapes of what `copy_` took
+
+    def _view(self, like: torch.Tensor) -> DeviceTensor:
+        made = DeviceTensor.__new__(DeviceTensor)
+        made.__dict__ = {**self.__dict__, "_like": like, "shape": like.shape}
+        return made
 
     def data_ptr(self) -> int:
         return self.buffer.address + self._like.storage_offset() * self._like.element_size()
@@ -41,12 +47,30 @@ class DeviceTensor:
     def is_contiguous(self) -> bool:
         return self._like.is_contiguous()
 
-    def on_host(self) -> torch.Tensor:
-        """The elements, copied: on the stand-in the host reaches device memory."""
+    def detach(self) -> DeviceTensor:
+        return self
+
+    def unsqueeze(self, dimension: int) -> DeviceTensor:
+        return self._view(self._like.unsqueeze(dimension))
+
+    def __getitem__(self, place: Any) -> DeviceTensor:
+        return self._view(self._like[place])
+
+    def copy_(self, tensor: torch.Tensor) -> None:
+        """As torch copies from host memory: done when it returns."""
+        self.copied.append(tuple(tensor.shape))
+        self._on_device().copy_(tensor)
+
+    def _on_device(self) -> torch.Tensor:
         size = self._like.untyped_storage().nbytes()
-        storage = torch.frombuffer(bytearray(ctypes.string_at(self.buffer.address, max(size, 1))), dtype=torch.uint8)
+        array = (ctypes.c_uint8 * max(size, 1)).from_address(self.buffer.address)
+        storage = torch.frombuffer(array, dtype=torch.uint8)
         whole = storage[:size].view(self.dtype) if size else torch.empty(0, dtype=self.dtype)
         return torch.as_strided(whole, self.shape, self.stride(), self._like.storage_offset())
+
+    def on_host(self) -> torch.Tensor:
+        """The elements, copied: on the stand-in the host reaches device memory."""
+        return self._on_device().clone(memory_format=torch.preserve_format)
 
 
 def same_bits(one: torch.Tensor, other: Any) -> bool:

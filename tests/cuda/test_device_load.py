@@ -218,8 +218,8 @@ def test_digests_are_made_on_the_way(checkpoint: Checkpoint, tensors: dict[str, 
     with HostBuffer(2 * 2 * slot_bytes(piece_bytes)) as buffer:
         ring = DeviceRing(context_of(0), buffer, piece_bytes=piece_bytes, threads=2)
         rows = [row for name in made for row in parts_of(checkpoint, Want(name, made[name]), on="cuda")]
-        with Reader(checkpoint.files, device=ring) as reader:
-            report = reader.read(rows, groups=array("q", [0, 1, 2]))
+        with Reader(checkpoint.files) as reader:
+            report = reader.read(rows, groups=array("q", [0, 1, 2]), device=ring)
         ring.close()
     assert report.digests == [xxh3_64(tensors[name].view(torch.uint8).numpy()) for name in made]
     close(made)
@@ -281,6 +281,28 @@ def test_a_flipped_bit_of_a_copy_is_there_to_be_seen(
     driver.flip()
     load_to_device(checkpoint, made, device_index=0, memory=memory)
     assert not same_bits(made["large"].on_host(), tensors["large"])
+    close(made)
+
+
+def test_a_ring_is_tried_before_it_is_used_and_stays_refused(
+    driver: StandIn, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], memory: MemoryBudget
+) -> None:
+    made = destinations(tensors)
+    driver.flip(after=12)  # the copies that measure the bus come first
+    for _ in range(2):
+        with pytest.raises(CudaError, match="device 0: known bytes came out of its ring changed"):
+            load_to_device(checkpoint, made, device_index=0, memory=memory)
+        assert memory.held_bytes == live_pinned_bytes() == 0
+    release_rings()
+    driver.fail_later("launch", 719)  # the kernel for small runs
+    with pytest.raises(CudaError, match="LAUNCH_FAILED"):
+        load_to_device(checkpoint, made, device_index=0, memory=memory)
+    driver.reset()
+    with pytest.raises(CudaError, match="LAUNCH_FAILED"):
+        load_to_device(checkpoint, made, device_index=0, memory=memory)
+    release_rings()
+    load_to_device(checkpoint, made, device_index=0, memory=memory)
+    assert all(same_bits(made[name].on_host(), tensor) for name, tensor in tensors.items())
     close(made)
 
 
@@ -361,8 +383,8 @@ def test_wrong_rings_are_refused(driver: StandIn, checkpoint: Checkpoint, tensor
         rows = merged(parts_of(checkpoint, Want("odd", made["odd"]), on="cuda"))
         ring.close()
         ring.close()
-        with Reader(checkpoint.files, device=ring) as reader, pytest.raises(CudaError, match="closed"):
-            reader.read(rows)
+        with Reader(checkpoint.files) as reader, pytest.raises(CudaError, match="closed"):
+            reader.read(rows, device=ring)
         close(made)
 
 
