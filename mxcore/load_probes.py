@@ -71,15 +71,15 @@ def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     from mxcore.storage.local_folder import LocalFolder
-    from mxcore.storage.object_store import ObjectFolder
+    from mxcore.storage.object_store import ObjectFolder, ObjectOptions
     from mxcore.storage.remote import RemoteFolder, open_remote
 
     if not settings.model_uri:
         return "skip", "MX_MODEL_URI is not set"
     uri = parse_model_uri(settings.model_uri)
-    if missing := missing_packages(uri):
+    if missing := missing_packages(uri, streamer=settings.object_reader == "runai"):
         return "skip", f"{uri.text}: {missing}"
-    folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri)
+    folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri, ObjectOptions.of(settings))
     try:
         checkpoint = open_remote(folder)
     finally:

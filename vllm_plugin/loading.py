@@ -180,7 +180,7 @@ class Load:
         self.report_path = str(extra.pop("report_path", ""))
         self.settings = load_settings(extra)
         if self.settings.model_uri and self.role.reads_storage:
-            self.uri = UriPlace(self.settings.model_uri)
+            self.uri = UriPlace(self.settings.model_uri, self.settings)
             self.on_end(self.uri.close)
         self.report.layout = self.kind
         self.report.rank = worker_rank(self.vllm_config)

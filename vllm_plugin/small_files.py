@@ -17,7 +17,7 @@ from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.hub_cache import hub_cache, listing_commit, place_in_hub_cache
 from mxcore.storage.local_folder import LocalFolder
 from mxcore.storage.model_uri import OBJECT_SCHEMES, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder
+from mxcore.storage.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.remote import RemoteFolder, pull_small_files
 from mxserver.wire.errors import MxError
 from mxserver.wire.model_client import ModelClient
@@ -59,7 +59,7 @@ def _prepare(arguments: Any) -> None:
     scheme = arguments.model.partition("://")[0]
     if "://" in arguments.model and scheme in OBJECT_SCHEMES:
         uri = arguments.model
-        folder = _mirror(uri)
+        folder = _mirror(uri, settings)
         for name in ("model", "tokenizer"):
             if getattr(arguments, name, None) in (uri, None):
                 setattr(arguments, name, str(folder))
@@ -71,9 +71,9 @@ def _prepare(arguments: Any) -> None:
     _to_hub_cache(settings, arguments.model, arguments.revision, arguments.download_dir)
 
 
-def _mirror(text: str) -> Path:
+def _mirror(text: str, settings: WorkerSettings) -> Path:
     """The small files of a URI in a folder of their own."""
-    folder = ObjectFolder(parse_model_uri(text))
+    folder = ObjectFolder(parse_model_uri(text), ObjectOptions.of(settings))
     try:
         place = hub_cache() / ".mx-uri" / hashlib.sha256(folder.name.encode()).hexdigest()[:24]
         count = pull_small_files(folder, place)
@@ -90,7 +90,9 @@ def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, do
     cache = hub_cache(download_dir)
     if settings.model_uri:
         uri = parse_model_uri(settings.model_uri)
-        folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri)
+        folder: RemoteFolder = (
+            LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri, ObjectOptions.of(settings))
+        )
         try:
             commit = listing_commit(folder.files)
             place = place_in_hub_cache(

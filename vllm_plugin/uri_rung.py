@@ -9,9 +9,10 @@ from torch import nn
 
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import Look, skip, take
+from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.storage.model_uri import ModelUri, missing_packages, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder
+from mxcore.storage.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.progress import Progress
 from mxcore.storage.remote import BATCH_BYTES, open_remote, remote_digest, stream_remote
 from mxcore.storage.shared_reads import SHARED_BATCH_BYTES, SharedReads
@@ -29,8 +30,9 @@ __all__ = ["UriPlace", "UriRung"]
 class UriPlace:
     """What MX_MODEL_URI names, opened at its first use and kept for the load. One thread at a time."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, settings: WorkerSettings) -> None:
         self._text = text
+        self._settings = settings
         self._uri: ModelUri | None = None
         self._folder: ObjectFolder | None = None
         self._digest = ""
@@ -45,7 +47,7 @@ class UriPlace:
     def objects(self) -> ObjectFolder:
         """The folder in the store; raises ObjectStoreError."""
         if self._folder is None:
-            self._folder = ObjectFolder(self.uri)
+            self._folder = ObjectFolder(self.uri, ObjectOptions.of(self._settings))
         return self._folder
 
     def files(self) -> Checkpoint:
@@ -87,7 +89,7 @@ class UriRung:
         place = self._load.uri
         if place is None:
             return skip("MX_MODEL_URI is not set")
-        if missing := missing_packages(place.uri):
+        if missing := missing_packages(place.uri, streamer=self._load.settings.object_reader == "runai"):
             return skip(f"{place.uri.text}: {missing}")
         if place.uri.is_local:
             return take(f"{place.uri.text}: {len(place.files().weight_files)} weight files")

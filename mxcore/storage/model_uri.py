@@ -17,7 +17,7 @@ EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
 """The extra of our package for each kind of store."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,251}")
-_PACKAGES = ("obstore", "runai_model_streamer", "tenacity")
+_STREAMER = ("runai_model_streamer", "tenacity")
 _BACKENDS = {"s3": "runai_model_streamer_s3", "gs": "runai_model_streamer_gcs", "az": "runai_model_streamer_azure"}
 
 
@@ -66,11 +66,12 @@ def parse_model_uri(text: str) -> ModelUri:
     return ModelUri(parts.scheme, parts.netloc, prefix, text.rstrip("/"))
 
 
-def missing_packages(uri: ModelUri) -> str:
-    """What has to be installed to read from there, as a sentence; "" when all is."""
+def missing_packages(uri: ModelUri, *, streamer: bool = False) -> str:
+    """What has to be installed to read from there, as a sentence; "" when all is. `streamer`: by Run:ai's streamer."""
     if uri.is_local:
         return ""
-    absent = [name for name in (*_PACKAGES, _BACKENDS[uri.scheme]) if importlib.util.find_spec(name) is None]
+    wanted = ("obstore", *_STREAMER, _BACKENDS[uri.scheme]) if streamer else ("obstore",)
+    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
     if not absent:
         return ""
     install = f"pip install 'mx-modelexpress[{EXTRAS[uri.scheme]}]'"

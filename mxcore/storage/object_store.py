@@ -1,6 +1,5 @@
-"""Model files below a prefix of S3, Google Cloud Storage or Azure: listed by obstore, read by Run:ai's streamer.
+"""Model files below a prefix of S3, Google Cloud Storage or Azure, by obstore or by Run:ai's model streamer.
 
-The streamer takes ranges and the addresses that they go to, so bytes land where they are wanted without another copy.
 Both libraries read the usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, …) by themselves in this
 process; credentials pass through nothing of ours, and what goes into messages is cleaned of them (`store_errors`).
 """
@@ -8,32 +7,64 @@ process; credentials pass through nothing of ours, and what goes into messages i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from mxcore.errors import ObjectMissing, ObjectStoreError, ObjectTruncated, StoreTimeout, StreamerMissing
+from mxcore.settings import WorkerSettings
+from mxcore.storage.model_streamer import ModelStreamer
 from mxcore.storage.model_uri import ModelUri, missing_packages
+from mxcore.storage.ranged_gets import RangedGets
 from mxcore.storage.remote import RemoteFile, RemoteRange
-from mxcore.storage.store_errors import as_store_error
+from mxcore.storage.store_errors import RangesIgnored, as_store_error
 
-__all__ = ["ObjectFolder"]
+__all__ = ["ObjectFolder", "ObjectOptions", "Reader"]
 
-PIECE_BYTES = 4 * 1024 * 1024  # of one request: what a failure costs again, and what runs side by side
-ATTEMPTS = 4
-_FIRST_WAIT_SECONDS = 0.2
-_LONGEST_WAIT_SECONDS = 5.0
-_SILENCE_SECONDS = 120.0  # no answer of the streamer for so long: it is given up
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "STORAGE_EMULATOR_HOST"),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 _GOOGLE_ACCOUNTS = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
+
+_log = logging.getLogger(__name__)
+
+Reader = Literal["auto", "obstore", "runai"]
+
+
+class ObjectOptions(NamedTuple):
+    """How a store is read; the defaults are those of the settings MX_OBJECT_READER, _CONNECTIONS and _TIMEOUT_SECS.
+
+    `reader`: "obstore", "runai" (Run:ai's model streamer), or "auto": obstore, and the streamer for a store that does
+    not answer ranges as HTTP says. `timeout_seconds` without a byte end a request, which is then begun again.
+    """
+
+    reader: Reader = "auto"
+    connections: int = 16
+    timeout_seconds: float = 30.0
+
+    @classmethod
+    def of(cls, settings: WorkerSettings) -> Self:
+        """Those of a worker."""
+        return cls(settings.object_reader, settings.object_connections, settings.object_timeout_seconds)
+
+
+_DEFAULTS = ObjectOptions()
+
+
+class _RangeReader(Protocol):
+    bytes_read: int
+    resumed: int
+
+    def read(self, ranges: Sequence[RemoteRange]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ObjectFolder:
@@ -43,20 +74,35 @@ class ObjectFolder:
     StoreTimeout.
     """
 
-    def __init__(self, uri: ModelUri) -> None:
-        if missing := missing_packages(uri):
+    def __init__(self, uri: ModelUri, options: ObjectOptions = _DEFAULTS) -> None:
+        if missing := missing_packages(uri, streamer=options.reader == "runai"):
             raise StreamerMissing(f"{uri.text}: {missing}", file=uri.text)
         self.uri = uri
         self.name = uri.text
-        self.bytes_read = 0
-        self.retried_bytes = 0
+        self._options = options
         self._lock = threading.Lock()
-        self._streamer: Any = None
-        self._store = _store(uri)
+        self._store = _store(uri, options.timeout_seconds)
+        self._versions: dict[str, str] = {}  # the ETag of an object's first answer
         self.files = self._listed()
         if not self.files:
             raise ObjectMissing(f"{uri.text}: bucket {uri.bucket!r} has nothing below {uri.prefix!r}", file=uri.text)
         self._sizes = {file.path: file.size_bytes for file in self.files}
+        self._readers: list[_RangeReader] = [
+            self._streamer() if options.reader == "runai" else RangedGets(self._opened, self._why, options.connections)
+        ]
+
+    @property
+    def bytes_read(self) -> int:
+        """Of ranges, over all readers."""
+        return sum(reader.bytes_read for reader in self._readers)
+
+    @property
+    def resumed(self) -> int:
+        """How often requests that failed were asked for again."""
+        return sum(reader.resumed for reader in self._readers)
+
+    def _streamer(self) -> ModelStreamer:
+        return ModelStreamer(self.uri, self._key, self._cause, self._options.timeout_seconds)
 
     def _key(self, path: str) -> str:
         return f"{self.uri.prefix}/{path}" if self.uri.prefix else path
@@ -76,95 +122,91 @@ class ObjectFolder:
 
     def whole(self, path: str) -> bytes:
         """A small object."""
-        import obstore
-
-        with self._errors("reading", self._key(path)):
-            data = bytes(obstore.get(self._store, self._key(path)).bytes())
+        try:
+            data = bytes(self._opened(path).bytes())
+        except Exception as error:  # noqa: BLE001 - becomes one of ours
+            raise self._why(error, path) from None
         if len(data) != self._sizes.get(path, len(data)):
             raise ObjectTruncated(self._sizes_differ(path, len(data)), file=self._key(path))
         return data
 
     def read_into(self, ranges: Sequence[RemoteRange]) -> None:
-        """All ranges, in pieces side by side; pieces that failed are asked for again, if that can help.
+        """All ranges, in pieces side by side; what failed is asked for again, if that can help.
 
         Raises as the constructor, and ObjectTruncated.
         """
-        import tenacity
+        reader = self._readers[-1]
+        try:
+            reader.read(ranges)
+        except RangesIgnored as error:
+            self._change_reader(reader, error)
+            self._readers[-1].read(ranges)
 
-        left = list(_pieces(ranges))
-        retries = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS),
-            retry=tenacity.retry_if_exception_type(StoreTimeout),
-            reraise=True,
-        )
-        for attempt in retries:
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    self.retried_bytes += sum(piece.length for piece in left)
-                failed = self._submit(left)
-                left = [piece for piece, _ in failed]
-                if failed:
-                    raise self._cause(*failed[0])
-
-    def _submit(self, pieces: Sequence[RemoteRange]) -> list[tuple[RemoteRange, str]]:
-        """The pieces that failed, with what the streamer says. One submission at a time."""
-        from runai_model_streamer.libstreamer import libstreamer
-
-        by_path: dict[str, list[RemoteRange]] = {}
-        for piece in pieces:
-            by_path.setdefault(piece.path, []).append(piece)
-        groups = list(by_path.values())
-        flat = [piece for group in groups for piece in group]
-        failed: list[tuple[RemoteRange, str]] = []
+    def _change_reader(self, reader: _RangeReader, error: RangesIgnored) -> None:
+        """To Run:ai's streamer, which does not look at an answer's status; raises where that may not or cannot be."""
         with self._lock:
-            if self._streamer is None:
-                self._streamer = _started(self.uri)
-            base = f"{self.uri.scheme}://{self.uri.bucket}/"
-            try:
-                libstreamer.runai_request(
-                    self._streamer,
-                    [base + self._key(path) for path in by_path],
-                    [len(group) for group in groups],
-                    [piece.offset for piece in flat],
-                    [piece.length for piece in flat],
-                    [piece.address for piece in flat],
-                )
-                for _ in flat:
-                    answer = libstreamer.runai_response(self._streamer, round(_SILENCE_SECONDS * 1000))
-                    if answer is None:
-                        raise StoreTimeout(f"{self.name}: the streamer ended", file=self.name)
-                    code, _, file, place, _ = answer
-                    piece = groups[file][place]
-                    if code:
-                        said = libstreamer.runai_response_str(code)
-                        failed.append((piece, said.decode() if isinstance(said, bytes) else str(said)))
-                    else:
-                        self.bytes_read += piece.length
-            except (ValueError, TimeoutError) as error:
-                self._end()  # returns when nothing arrives in memory any more
-                raise StoreTimeout(f"{self.name}: {error}", file=self.name) from error
-            except BaseException:
-                self._end()
-                raise
-        return failed
+            if self._readers[-1] is not reader:
+                return
+            if self._options.reader != "auto":
+                raise error
+            if missing := missing_packages(self.uri, streamer=True):
+                raise StreamerMissing(f"{error}; Run:ai's streamer could read it: {missing}", file=self.name) from error
+            _log.warning("%s; Run:ai's model streamer reads on", error)
+            self._readers.append(self._streamer())
 
-    def _cause(self, piece: RemoteRange, said: str) -> ObjectStoreError:
-        """Why a piece failed: the streamer says little, so the store is asked about the object."""
+    def _opened(self, path: str, begin: int = 0, end: int | None = None) -> Any:
+        """obstore's answer to a GET. Raises ObjectTruncated when the object is not the one of earlier answers."""
         import obstore
 
-        key = self._key(piece.path)
+        options: Any = {} if end is None else {"range": (begin, end)}
+        version = self._versions.get(path, "")
+        if version and not version.startswith("W/"):
+            options["if_match"] = version
+        answer = obstore.get(self._store, self._key(path), options=options)
+        found = answer.meta
+        if found["size"] != self._sizes.get(path, found["size"]):
+            raise ObjectTruncated(self._sizes_differ(path, found["size"]), file=self._key(path))
+        if found["e_tag"] and self._versions.setdefault(path, found["e_tag"]) != found["e_tag"]:
+            raise ObjectTruncated(self._replaced(path), file=self._key(path))
+        return answer
+
+    def _why(self, error: Exception, path: str) -> ObjectStoreError:
+        """Our error for one of a GET; where the library's says little, the store is asked about the object."""
+        if isinstance(error, ObjectStoreError):
+            return error
+        told = as_store_error(error, self.uri, self._key(path), "reading")
+        if type(told) is not ObjectStoreError or path not in self._sizes:
+            return told
+        return self._state_of(path) or told
+
+    def _state_of(self, path: str) -> ObjectStoreError | None:
+        """What is wrong with the object itself; None when it is as it was."""
+        import obstore
+
+        key = self._key(path)
         try:
             with self._errors("reading", key):
                 now = obstore.head(self._store, key)
         except ObjectStoreError as error:
             return error
-        if now["size"] != self._sizes[piece.path]:
-            return ObjectTruncated(self._sizes_differ(piece.path, now["size"]), file=key)
-        return StoreTimeout(
-            f"{self.uri.scheme} bucket {self.uri.bucket!r}, key {key!r}: {piece.length} bytes from {piece.offset} "
-            f"did not come, although the object is there ({said}): slow, overloaded, or cut off",
-            file=key,
+        if now["size"] != self._sizes[path]:
+            return ObjectTruncated(self._sizes_differ(path, now["size"]), file=key)
+        if now["e_tag"] and self._versions.get(path, now["e_tag"]) != now["e_tag"]:
+            return ObjectTruncated(self._replaced(path), file=key)
+        return None
+
+    def _replaced(self, path: str) -> str:
+        return (
+            f"{self.uri.scheme} bucket {self.uri.bucket!r}, key {self._key(path)!r} was replaced while it was read: "
+            "its ETag is another one now"
+        )
+
+    def _cause(self, piece: RemoteRange, said: str) -> ObjectStoreError:
+        """Why a piece failed of which the streamer says little."""
+        return self._state_of(piece.path) or StoreTimeout(
+            f"{self.uri.scheme} bucket {self.uri.bucket!r}, key {self._key(piece.path)!r}: {piece.length} bytes from "
+            f"{piece.offset} did not come, although the object is there ({said}): slow, overloaded, or cut off",
+            file=self._key(piece.path),
             offset=piece.offset,
             wanted=piece.length,
         )
@@ -194,26 +236,13 @@ class ObjectFolder:
         except Exception as error:  # noqa: BLE001 - becomes one of ours
             raise as_store_error(error, self.uri, key, doing) from None  # the cause may repeat what was signed
 
-    def _end(self) -> None:
-        from runai_model_streamer.libstreamer import libstreamer
-
-        streamer, self._streamer = self._streamer, None
-        if streamer is not None:
-            libstreamer.runai_end(streamer)
-
     def close(self) -> None:
         """Idempotent."""
-        with self._lock:
-            self._end()
+        for reader in self._readers:
+            reader.close()
 
 
-def _pieces(ranges: Sequence[RemoteRange]) -> Iterator[RemoteRange]:
-    for path, offset, length, address in ranges:
-        for begin in range(0, length, PIECE_BYTES):
-            yield RemoteRange(path, offset + begin, min(PIECE_BYTES, length - begin), address + begin)
-
-
-def _store(uri: ModelUri) -> Any:
+def _store(uri: ModelUri, timeout_seconds: float) -> Any:
     from obstore import store as stores
 
     # Plain HTTP is refused unless whoever runs the worker names such an endpoint for this kind of store.
@@ -223,7 +252,13 @@ def _store(uri: ModelUri) -> Any:
         options["base_url"] = url
         if os.environ.get("RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS"):
             options["skip_signature"] = True
-    options["client_options"] = {"allow_http": plain, "connect_timeout": "10s", "timeout": "60s"}
+    silence = timedelta(seconds=timeout_seconds)
+    options["client_options"] = {
+        "allow_http": plain,
+        "connect_timeout": min(silence, timedelta(seconds=10)),
+        "read_timeout": silence,
+        "timeout": timedelta(hours=1),  # of a whole GET: a slow one is none that has died
+    }
     kinds: dict[str, Any] = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
     try:
         return kinds[uri.scheme](uri.bucket, **options)
@@ -247,16 +282,3 @@ def _endpoints(scheme: str) -> Iterator[str]:
     for text in (*accounts, os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", "")):
         with suppress(ValueError, AttributeError):
             yield str(json.loads(text).get("gcs_base_url", ""))
-
-
-def _started(uri: ModelUri) -> Any:
-    """The streamer, with defaults for what it reads from the environment when it begins. Never overrides one."""
-    from runai_model_streamer.libstreamer import libstreamer
-
-    if uri.scheme == "s3":
-        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if os.environ.get("AWS_ENDPOINT_URL") else "false")
-        if os.environ.get("AWS_ENDPOINT_URL"):
-            os.environ.setdefault("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")  # what other S3 servers understand
-        if not os.environ.get("AWS_DEFAULT_REGION") and os.environ.get("AWS_REGION"):
-            os.environ["AWS_DEFAULT_REGION"] = os.environ["AWS_REGION"]
-    return libstreamer.runai_start()

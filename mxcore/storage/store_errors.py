@@ -9,13 +9,14 @@ from mxcore.errors import (
     ObjectDenied,
     ObjectMissing,
     ObjectStoreError,
+    ObjectTruncated,
     StoreTimeout,
     StoreUnreachable,
     WrongRegion,
 )
 from mxcore.storage.model_uri import ModelUri
 
-__all__ = ["as_store_error", "without_secrets"]
+__all__ = ["RangesIgnored", "as_store_error", "without_secrets"]
 
 _STATUS = re.compile(r"(?:status code: |HTTP error: |\()(\d{3})\b")
 _SECRET_NAMES = re.compile(r"(SECRET|TOKEN|PASSWORD|_KEY$|KEY_ID$|CONNECTION_STRING|SAS)", re.IGNORECASE)
@@ -42,6 +43,10 @@ _ENDPOINT = (
 )
 
 
+class RangesIgnored(StoreUnreachable):
+    """The store answers a range with 200 and not 206, so that nobody knows what those bytes are."""
+
+
 def without_secrets(text: str) -> str:
     """The text in one line, without signatures, and without the value of any variable that holds a credential."""
     text = _SIGNED.sub("…", " ".join(text.split()))
@@ -62,6 +67,10 @@ def as_store_error(error: Exception, uri: ModelUri, key: str, doing: str) -> Obj
     def made(kind: type[ObjectStoreError], cause: str) -> ObjectStoreError:
         return kind(f"{doing} {where}: {cause} ({said})", file=key)
 
+    if "non-partial response" in low:
+        return made(RangesIgnored, f"{_endpoint(uri)} does not answer ranges of objects as HTTP says (206)")
+    if type(error).__name__ == "PreconditionError" or status == 412:
+        return made(ObjectTruncated, "it was replaced while it was read")
     if any(word in low for word in _REGION):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "unset"
         return made(WrongRegion, f"the bucket lies in another region than AWS_REGION={region}")

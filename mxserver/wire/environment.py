@@ -97,6 +97,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
+    Variable("MX_OBJECT_READER", "worker", "what reads objects: auto, obstore, or runai (docs/loading.md)"),
+    Variable("MX_OBJECT_CONNECTIONS", "worker", "connections at once to an object store, by obstore"),
+    Variable("MX_OBJECT_TIMEOUT_SECS", "worker", "silence of an object store after which a request is begun again"),
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
     ),

@@ -11,21 +11,25 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+_WHOLE = b"HTTP/1.1 200 OK\r\n"
+
 
 class TcpProxy:
     """Forwards to one address. `address` is where it listens; `answered_bytes` counts what came back through it.
 
     `latency_seconds` passes before what a client sends goes on; `bytes_per_second`, where it is set, is the most that
-    each connection answers. Both may be changed at any time.
+    each connection answers. Both may be changed at any time. `ranges_are_partial`: an answer with a range that calls
+    itself 200 OK becomes 206 OK, as HTTP wants it; that changes no byte count.
     """
 
-    def __init__(self, target: str, *, latency_seconds: float = 0.0) -> None:
+    def __init__(self, target: str, *, latency_seconds: float = 0.0, ranges_are_partial: bool = False) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.answered_bytes = 0
         self.latency_seconds = latency_seconds
+        self._ranges_are_partial = ranges_are_partial
         self.bytes_per_second = 0.0
         self.cuts = 0
         self.answered_itself = 0
@@ -72,7 +76,11 @@ class TcpProxy:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # nobody is there now
+                    near.close()
+                    continue
                 with self._lock:
                     self._open |= {near, far}
                 for source, sink, answers in ((near, far, False), (far, near, True)):
@@ -84,6 +92,8 @@ class TcpProxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 if answers:
+                    if self._ranges_are_partial and data.startswith(_WHOLE):
+                        data = _partial(data)
                     self.answered_bytes += len(data)
                     if self._cut_at is not None and self.answered_bytes >= self._cut_at:
                         self.cuts += 1
@@ -126,3 +136,9 @@ class TcpProxy:
         self._reset()
         for thread in self._threads:
             thread.join()
+
+
+def _partial(data: bytes) -> bytes:
+    """An answer's beginning; a server sends a head of less than a packet in one piece."""
+    head = data.split(b"\r\n\r\n", 1)[0]
+    return data.replace(b"200", b"206", 1) if b"\r\nContent-Range:" in head else data

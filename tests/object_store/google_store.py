@@ -1,12 +1,13 @@
 """Google's emulator (PyPI `gcp-storage-emulator`) with a model in it, and what it lacks of Google's XML interface.
 
-The emulator knows the JSON interface alone, by which Run:ai's streamer reads. obstore lists and asks by the XML one:
+The emulator knows the JSON interface alone, by which Run:ai's streamer reads. obstore lists and reads by the XML one:
 that is answered here, out of the emulator.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -110,8 +111,14 @@ class _Front(BaseHTTPRequestHandler):
         except _RefusedError as error:
             self.send_error(error.status)
             return
-        self.send_response(200)
-        for name, value in (("Content-Length", str(len(data))), ("Last-Modified", _DATE), ("ETag", '"1"')):
+        headers = {"Last-Modified": _DATE, "ETag": '"1"'}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if key else None
+        if wanted:
+            begin, end = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+            data = data[begin:end]
+        self.send_response(206 if wanted else 200)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":

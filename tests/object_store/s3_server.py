@@ -1,4 +1,7 @@
-"""A real S3 server (rclone) over a folder: HTTP, signatures checked. Buckets are folders, objects files."""
+"""A real S3 server (rclone) over a folder: HTTP, signatures checked. Buckets are folders, objects files.
+
+rclone answers a range with 200 and Content-Range where S3 says 206: a proxy before it puts that right.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.models.tcp_proxy import TcpProxy
+
 KEY_ID = "AKLADDERTESTKEYID"
 SECRET = "the-secret-of-the-ladder-tests"  # noqa: S105 - looked for in everything that is written
 RCLONE = Path(sys.executable).with_name("rclone")
@@ -17,18 +22,25 @@ START_SECONDS = 60.0
 
 
 class S3Server:
-    """Started by the constructor; `address` is host:port. `start` after `close` begins again there."""
+    """Started by the constructor. `address` is host:port, with partial answers; `own_address` rclone's, without.
 
-    def __init__(self, root: Path) -> None:
+    `start` after `close` begins again there. `changing`: files that are changed are other objects at once, for which
+    rclone digests a whole object at every request.
+    """
+
+    def __init__(self, root: Path, *, changing: bool = True) -> None:
         self.root = root
+        self._changing = changing
         with socket.create_server(("127.0.0.1", 0)) as found:
             self.port = found.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
+        self.own_address = f"127.0.0.1:{self.port}"
+        self._front = TcpProxy(self.own_address, ranges_are_partial=True)
+        self.address = self._front.address
         self.start()
 
     def start(self) -> None:
-        command = [RCLONE, "serve", "s3", "--addr", self.address, "--auth-key", f"{KEY_ID},{SECRET}", "--config", ""]
-        command += ["--dir-cache-time", "0s"]  # files that a test changes are other objects at once
+        command = [RCLONE, "serve", "s3", "--addr", self.own_address, "--auth-key", f"{KEY_ID},{SECRET}"]
+        command += ["--config", "", "--dir-cache-time", "0s" if self._changing else "1h"]
         self.process = subprocess.Popen(
             [*command, self.root], stderr=subprocess.DEVNULL, env={"HOME": str(self.root.parent), "PATH": ""}
         )
@@ -43,7 +55,7 @@ class S3Server:
                 time.sleep(0.02)
 
     def close(self) -> None:
-        self.process.terminate()
+        self.process.kill()  # it keeps nothing, and would wait for connections that clients hold open
         self.process.wait()
 
     def __enter__(self) -> Self:
@@ -53,6 +65,7 @@ class S3Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._front.__exit__(kind, error, trace)
 
 
 def environment(address: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.storage.hub_cache import listing_commit, place_in_hub_cache
 from mxcore.storage.local_folder import LocalFolder
 from mxcore.storage.model_uri import missing_packages, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder
+from mxcore.storage.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.remote import is_small, open_remote, pull_small_files, remote_digest
 from mxserver.wire.errors import SettingError
 from tests.object_store.conftest import make_checkpoint
@@ -53,8 +53,12 @@ def test_the_extra_is_named_where_packages_lack(scheme: str, extra: str, monkeyp
     find: Any = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "runai" in name else find(name, *rest))
     uri = parse_model_uri(f"{scheme}://bucket/x")
-    assert f"pip install 'mx-modelexpress[{extra}]'" in missing_packages(uri)
+    assert missing_packages(uri) == ""
+    assert f"pip install 'mx-modelexpress[{extra}]'" in missing_packages(uri, streamer=True)
     with pytest.raises(StreamerMissing, match="runai_model_streamer"):
+        ObjectFolder(uri, ObjectOptions("runai"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(StreamerMissing, match=rf"obstore is not installed: pip install 'mx-modelexpress\[{extra}\]'"):
         ObjectFolder(uri)
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTimeout, StoreUnreachable
 from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.storage.model_uri import parse_model_uri
-from mxcore.storage.object_store import ObjectFolder
+from mxcore.storage.object_store import ObjectFolder, ObjectOptions, Reader
 from mxcore.storage.remote import open_remote, pull_small_files, remote_digest, stream_remote
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL, make_checkpoint
@@ -74,8 +74,9 @@ def test_google_that_refuses(server: S3Server, monkeypatch: pytest.MonkeyPatch, 
             ObjectFolder(parse_model_uri("gs://bucket/models/m"))
 
 
-def test_a_model_out_of_googles_emulator(tmp_path: Path) -> None:
-    """Weights are read by Run:ai's streamer from the emulator itself, listing and small files by obstore.
+@pytest.mark.parametrize("reader", ["obstore", "runai"])
+def test_a_model_out_of_googles_emulator(tmp_path: Path, reader: Reader) -> None:
+    """Run:ai's streamer reads from the emulator itself, obstore by the XML interface before it.
 
     In a process of its own: the streamer keeps what its first store in a process was told.
     """
@@ -83,16 +84,16 @@ def test_a_model_out_of_googles_emulator(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model", rows=300)
     with GoogleStore() as store:
         store.put_folder(tmp_path / "model", "team/tiny")
-        in_child(_load_from_google, store.xml_url, store.url, tmp_path / "model", tmp_path / "small")
+        in_child(_load_from_google, store.xml_url, store.url, tmp_path / "model", tmp_path / "small", reader)
 
 
-def _load_from_google(xml_url: str, url: str, model: Path, small: Path) -> None:
+def _load_from_google(xml_url: str, url: str, model: Path, small: Path, reader: Reader) -> None:
     os.environ["GOOGLE_BASE_URL"] = xml_url
     os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"] = url
     os.environ["RUNAI_STREAMER_GCS_USE_ANONYMOUS_CREDENTIALS"] = "1"
     files = sorted(model.glob("*.safetensors"))
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    folder = ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/tiny"))
+    folder = ObjectFolder(parse_model_uri(f"gs://{BUCKET}/team/tiny"), ObjectOptions(reader))
     try:
         checkpoint = open_remote(folder)
         found = {name: tensor.numpy().copy() for name, tensor in stream_remote(folder, checkpoint)}
