@@ -169,7 +169,7 @@ class ModelService:
         except errors.ModelError as error:
             refuse(context, error)
         if not keys:
-            return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached")
+            return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []
         for key in keys:
             try:

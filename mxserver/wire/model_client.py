@@ -289,14 +289,16 @@ class ModelClient(Closing):
         """Removes a model from the server's cache; without a revision, all of them. Returns what the server says.
 
         Raises:
-            ServerRefused: it is in use, pinned (and not `force`), or not there.
+            ModelNotFound: it is not there.
+            ServerRefused: it is in use, or pinned (and not `force`).
         """
         request = model_pb2.DeleteModelRequest(
             model_name=name, provider=provider_of(name), revision=revision, force=force
         )
         response = self._call("DeleteModel", lambda: self._models.DeleteModel(request, timeout=self._timeout_seconds))
         if not response.success:
-            raise ServerRefused(f"DeleteModel at {self.address} was refused: {response.message}")
+            kind = ModelNotFound if response.not_cached else ServerRefused
+            raise kind(f"DeleteModel at {self.address} was refused: {response.message}")
         return response.message
 
     def cached_models(self) -> cache_pb2.ListModelsResponse:

@@ -379,16 +379,20 @@ class DeleteModelResponse(google.protobuf.message.Message):
 
     SUCCESS_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    NOT_CACHED_FIELD_NUMBER: builtins.int
     success: builtins.bool
     message: builtins.str
+    not_cached: builtins.bool
+    """why it is no success: there is nothing to remove"""
     def __init__(
         self,
         *,
         success: builtins.bool = ...,
         message: builtins.str | None = ...,
+        not_cached: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_message", b"_message", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_message", b"_message", "message", b"message", "success", b"success"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_message", b"_message", "message", b"message", "not_cached", b"not_cached", "success", b"success"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_message", b"_message"]) -> typing.Literal["message"] | None: ...
 
 global___DeleteModelResponse = DeleteModelResponse

@@ -11,7 +11,7 @@ import pytest
 
 from mxserver.wire import model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
-from mxserver.wire.errors import ModelDownloadError, ServerRefused
+from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
 from mxserver.wire.model_client import ModelClient
 from tests.models.conftest import StartServer, digest_of, pattern
 from tests.models.hub_stand_in import Fault, HubStandIn
@@ -134,7 +134,7 @@ def test_delete(small: ModelClient, models: list[str], cache_folder: Path) -> No
     assert "removed" in small.delete(models[0], force=True)
     assert not cached(small)
     assert not list(cache_folder.glob("models--*"))
-    with pytest.raises(ServerRefused, match="not cached"):
+    with pytest.raises(ModelNotFound, match="not cached"):
         small.delete(models[0])
 
 

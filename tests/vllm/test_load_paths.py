@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.demo import models
 from bench.demo.models import weight_files
 from mxserver.wire.model_client import ModelClient
 from tests.models.hub_stand_in import hub_stand_in
@@ -16,7 +17,7 @@ from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.s3_server import SECRET, S3Server, environment
 from tests.server.conftest import ServerProcess
 from tests.small_disk import SmallDisk
-from tests.vllm.conftest import References
+from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engines import EngineHost
 
 URI = "s3://models/llama"
@@ -131,6 +132,25 @@ def test_the_model_itself_is_a_uri(stored: EngineHost, references: References, m
     assert loaded.answers == references.of(model_paths["llama"])
     assert (loaded.report["path"], loaded.report["serving"]) == ("uri", False)
     assert loaded.report["bytes"] > 0
+
+
+def test_ranks_of_one_engine_share_what_they_read(
+    stored: EngineHost, bucket: Path, proxy: TcpProxy, folder: Path
+) -> None:
+    """Tensor parallelism over two processes: the store gives the weights about once, and both ranks have them."""
+    wide = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3}
+    model = models.generate(folder / "models" / "llama-wide", "llama", wide, seed=3)
+    shutil.copytree(model, bucket / "models" / "llama-wide")
+    weight_bytes = sum(path.stat().st_size for path in weight_files(model))
+    expected = stored.load(model, "auto", tensor_parallel_size=2).answers
+    before = proxy.answered_bytes
+    extra = {"server_address": None, "model_uri": "s3://models/llama-wide", "load_paths": "uri"}
+    loaded = stored.load(model, extra=extra, tensor_parallel_size=2)
+    fetched_bytes = proxy.answered_bytes - before
+
+    assert loaded.answers == expected
+    assert [report["path"] for report in loaded.ranks(2)] == ["uri", "uri"]
+    assert 20e6 < weight_bytes <= fetched_bytes < 1.5 * weight_bytes  # headers and samples are read by each rank
 
 
 def test_a_name_of_the_hub_with_the_files_of_the_store(
