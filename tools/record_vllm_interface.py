@@ -48,6 +48,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "hf_config",
         "runner_type",
         "enable_sleep_mode",
+        "get_num_experts",
+        "hf_text_config",
     ),
     "vllm.config:VllmConfig": (
         "model_config",
@@ -67,6 +69,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "data_parallel_rank",
         "enable_expert_parallel",
         "enable_eplb",
+        "expert_placement_strategy",
+        "prefill_context_parallel_size",
         "worker_cls",
     ),
     "vllm.config:CacheConfig": ("cache_dtype", "calculate_kv_scales"),
@@ -74,6 +78,7 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "vllm.config:SpeculativeConfig": ("draft_model_config",),
     "vllm.distributed:get_pp_group": (),
     "vllm.distributed:get_world_group": (),
+    "vllm.distributed.parallel_state:get_pcp_group": (),
     "vllm.distributed:get_tensor_model_parallel_rank": (),
     "vllm.platforms:current_platform": (),
     "vllm.platforms.interface:Platform": (

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
-from vllm.distributed import get_world_group
+from vllm.distributed import get_world_group, parallel_state
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -330,11 +330,34 @@ def world_barrier(timeout_seconds: float) -> str:
     return ""
 
 
-def world_size(vllm_config: VllmConfig) -> int:
-    """Workers that hold one copy of the model, or with expert parallelism all of its experts."""
+def has_experts(model_config: ModelConfig) -> bool:
+    """Whether the model is a mixture of experts: by vLLM (from 0.11 on), or by a setting of the model's that says so.
+
+    Better one model too many, whose replicas then share nothing, than one whose parts are mixed up.
+    """
+    count = getattr(model_config, "get_num_experts", None)
+    settings = getattr(model_config, "hf_text_config", model_config.hf_config).to_dict()
+    return bool(count and count() > 0) or any("expert" in name and value for name, value in settings.items())
+
+
+def context_parallel_size(vllm_config: VllmConfig) -> int:
+    """Ranks that share one prompt (from 0.12 on); 1 elsewhere."""
+    return int(getattr(vllm_config.parallel_config, "prefill_context_parallel_size", 1))
+
+
+def context_rank() -> int:
+    """This worker's place among the ranks that share one prompt; 0 where there are none."""
+    group = getattr(parallel_state, "get_pcp_group", None)
+    return 0 if group is None else int(group().rank_in_group)
+
+
+def world_size(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
+    """Workers that hold one copy of the model: experts are spread over data and context parallelism as well."""
     parallel = vllm_config.parallel_config
-    replicas = parallel.data_parallel_size if parallel.enable_expert_parallel else 1
-    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size * replicas)
+    size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if has_experts(model_config):
+        size *= parallel.data_parallel_size * context_parallel_size(vllm_config)
+    return int(size)
 
 
 def synchronize_all() -> None:

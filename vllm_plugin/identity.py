@@ -54,7 +54,7 @@ def source_identity(
         backend_framework=p2p_pb2.BACKEND_FRAMEWORK_VLLM,
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
-        expert_parallel_size=_expert_parallel_size(parallel),
+        expert_parallel_size=_expert_parallel_size(vllm_config),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=model_config.quantization or "",
         extra_parameters={
@@ -67,6 +67,8 @@ def source_identity(
         },
         revision=checkpoint.commit or model_config.revision or revision,
     )
+    if experts := split_of_experts(vllm_config, model_config):
+        identity.extra_parameters["experts"] = experts
     if kind == "processed":
         identity.extra_parameters["config"] = digest(model_settings(model_config))
         identity.extra_parameters["engine"] = digest(engine_settings(vllm_config, os.environ))
@@ -77,13 +79,33 @@ def source_identity(
     return identity
 
 
-def worker_rank(vllm_config: VllmConfig) -> int:
-    """Which part of the model this worker holds, counted over pipeline, tensor and, with experts, data parallelism."""
+def worker_rank(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
+    """Which part of the model this worker holds.
+
+    Counted over pipeline and tensor parallelism; where the model has experts over data and context parallelism too,
+    whose ranks hold different parts of them, with expert parallelism and without.
+    """
     parallel = vllm_config.parallel_config
     rank = get_pp_group().rank_in_group * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
-    if _expert_parallel_size(parallel):
-        rank += parallel.data_parallel_rank * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if compat.has_experts(model_config):
+        replica = parallel.data_parallel_rank * compat.context_parallel_size(vllm_config) + compat.context_rank()
+        rank += replica * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     return int(rank)
+
+
+def split_of_experts(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
+    """How experts are spread beyond tensor parallelism; empty where they are not, or the model has none.
+
+    The parts have equal shapes however they are chosen, so that no layout tells them apart.
+    """
+    if not compat.has_experts(model_config):
+        return ""
+    parallel = vllm_config.parallel_config
+    sizes = parallel.data_parallel_size, compat.context_parallel_size(vllm_config)
+    placement = str(getattr(parallel, "expert_placement_strategy", "linear")) if parallel.enable_expert_parallel else ""
+    if max(sizes) == 1 and placement in ("", "linear"):
+        return ""
+    return f"data={sizes[0]} context={sizes[1]} placement={placement}"
 
 
 def model_settings(model_config: ModelConfig) -> dict[str, Any]:
@@ -131,8 +153,9 @@ def digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _expert_parallel_size(parallel: Any) -> int:
+def _expert_parallel_size(vllm_config: VllmConfig) -> int:
+    parallel = vllm_config.parallel_config
     if not parallel.enable_expert_parallel:
         return 0
-    context = getattr(parallel, "prefill_context_parallel_size", 1)
+    context = compat.context_parallel_size(vllm_config)
     return int(parallel.data_parallel_size * parallel.tensor_parallel_size * context)

@@ -183,7 +183,7 @@ class Load:
             self.uri = UriPlace(self.settings.model_uri, self.settings)
             self.on_end(self.uri.close)
         self.report.layout = self.kind
-        self.report.rank = worker_rank(self.vllm_config)
+        self.report.rank = worker_rank(self.vllm_config, self.model_config)
         if self.settings.server_address is None:
             self.alone = "no server is set"
             self.report.fallbacks.append("joining: no server is set")

@@ -90,7 +90,7 @@ class Wait:
 
 def ranks_wanted(load: Load) -> int:
     """MX_EXPECTED_WORKERS, or all that hold a part of the model."""
-    return load.settings.expected_workers or compat.world_size(load.vllm_config)
+    return load.settings.expected_workers or compat.world_size(load.vllm_config, load.model_config)
 
 
 def wait_for_ranks(membership: Membership, wait: Wait, wanted: int, *, ready: bool) -> bool:

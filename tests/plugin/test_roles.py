@@ -61,8 +61,16 @@ def parallel(tp, pp, dp, ep):
     return types.SimpleNamespace(parallel_config=types.SimpleNamespace(
         tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, enable_expert_parallel=ep))
 
+class Dense:
+    def __init__(self, **settings): self.hf_config = types.SimpleNamespace(to_dict=lambda: settings)
+
+class Counting(Dense):
+    def __init__(self, count): super().__init__(); self.get_num_experts = lambda: count
+
 sizes = ((1, 1, 1, False), (2, 3, 4, False), (2, 3, 4, True))
-found["world"] = [compat.world_size(parallel(*each)) for each in sizes]
+found["world"] = [[compat.world_size(parallel(*each), model) for each in sizes] for model in (Dense(), Counting(8))]
+models = Dense(), Dense(num_experts=0, num_experts_per_tok=None), Dense(moe_num_experts=4), Counting(0), Counting(8)
+found["experts"] = [compat.has_experts(model) for model in models]
 found["barrier"] = compat.world_barrier(1.0)
 
 class Load:
@@ -71,7 +79,7 @@ class Load:
         self.report = types.SimpleNamespace(rank=0)
         self.membership, self.alone, self.cannot_receive = self, "alone", ""
         self.any_checkpoint, self.avoid, self.sources = False, set(), sources
-        self.vllm_config = parallel(1, 1, 1, False)
+        self.vllm_config, self.model_config = parallel(1, 1, 1, False), Dense()
     def what(self): return "raw weights of m, rank 0"
     def find_sources(self, **kwargs):
         answer = self.sources.pop(0) if len(self.sources) > 1 else self.sources[0]
@@ -166,7 +174,8 @@ def test_ranks_are_waited_for(found: dict[str, Any]) -> None:
 
 
 def test_how_many_ranks_there_are(found: dict[str, Any]) -> None:
-    assert found["world"] == [1, 6, 24]
+    assert found["world"] == [[1, 6, 6], [1, 24, 24]]  # experts are split over replicas too
+    assert found["experts"] == [False, False, True, False, True]
     assert found["barrier"] == ""  # one worker alone
 
 

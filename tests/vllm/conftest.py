@@ -90,6 +90,16 @@ def target(_target_host: EngineHost, _source_host: EngineHost) -> Iterator[Engin
     _target_host.ask("leave")
 
 
+@pytest.fixture
+def unpacked(source: EngineHost, target: EngineHost) -> Iterator[None]:
+    """Linear layers are not packed away, so that processed weights can move on a CPU."""
+    for host in (source, target):
+        host.ask("plain_linear", on=True)
+    yield
+    for host in (source, target):
+        host.ask("plain_linear", on=False)
+
+
 class References:
     """Answers of vLLM's default loader, each made once."""
 

@@ -25,7 +25,7 @@ command_state: dict[str, Any] = {}
 
 
 def load(command: dict[str, Any]) -> dict[str, Any]:
-    """Starts an engine, asks it, ends it; the result has its answers."""
+    """Starts an engine, asks it, ends it; the result has its answers, or those of its workers' method `ask`."""
     import vllm
 
     end({})
@@ -42,7 +42,9 @@ def load(command: dict[str, Any]) -> dict[str, Any]:
     with steps_of_the_default_loader() as steps:
         llm = vllm.LLM(model=command["model"], load_format=command["load_format"], **options)
     try:
-        if options.get("runner") == "pooling":
+        if command["ask"] is not None:
+            answers = llm.collective_rpc(command["ask"])
+        elif options.get("runner") == "pooling":
             answers = [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
         else:
             answers = [_complete(llm, prompt) for prompt in PROMPTS]
@@ -287,10 +289,9 @@ def save_seconds() -> None:
     Collecting walks all that vLLM has imported, a million objects, ten times an engine: those are frozen, and engines
     are not frozen with them. A model's class is inspected in a process of its own, for CUDA's sake: here it is not.
     """
-    import vllm.entrypoints.llm
+    import vllm.entrypoints.llm  # noqa: F401 - all of it, now
     from vllm.model_executor.models import registry
 
-    vllm.entrypoints.llm.LLM  # noqa: B018 - imported now, while nothing is measured
     registry._run_in_subprocess = lambda inspect: inspect()
     gc.collect()
     gc.freeze()

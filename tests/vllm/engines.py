@@ -74,11 +74,12 @@ class EngineHost:
         load_format: str = "mx",
         extra: dict[str, Any] | None = None,
         keep: bool = False,
+        ask: str | None = None,
         **options: Any,
     ) -> Loaded:
         """Starts an engine, asks it, and ends it unless it is to be kept until the command `end`.
 
-        `extra` goes into the loader's extra configuration.
+        `extra` goes into the loader's extra configuration; `ask` is a method of its workers, to be asked instead.
         """
         report = self.folder / f"{self.name}-{self._loads}.json"
         self._loads += 1
@@ -86,7 +87,7 @@ class EngineHost:
             settings = {"server_address": self.server} if self.server else {}
             options["model_loader_extra_config"] = {**settings, "report_path": str(report), **(extra or {})}
         before = self.log.stat().st_size
-        answer = self.ask("load", model=str(model), load_format=load_format, keep=keep, options=options)
+        answer = self.ask("load", model=str(model), load_format=load_format, keep=keep, ask=ask, options=options)
         log = self.log.read_bytes()[before:].decode(errors="replace")
         told = json.loads(report.read_text()) if report.exists() else {}
         return Loaded(answer["answers"], told, log, report, answer["steps"])

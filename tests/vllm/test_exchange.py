@@ -56,20 +56,14 @@ def finished_loads(page: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_processed_weights_move_where_nothing_packs_them(
-    name: str, source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+    name: str, source: EngineHost, target: EngineHost, unpacked: None, model_paths: dict[str, Path]
 ) -> None:
     model = model_paths[name]
     options = {**OPTIONS[name], "extra": {"layout": "processed"}}
-    for host in (source, target):
-        host.ask("plain_linear", on=True)
-    try:
-        expected = source.load(model, "auto", **OPTIONS[name]).answers
-        first = source.load(model, **options)
-        with files_away(weight_files(model)):
-            second = target.load(model, **options)
-    finally:
-        for host in (source, target):
-            host.ask("plain_linear", on=False)
+    expected = source.load(model, "auto", **OPTIONS[name]).answers
+    first = source.load(model, **options)
+    with files_away(weight_files(model)):
+        second = target.load(model, **options)
 
     assert first.answers == second.answers == expected
     assert (second.report["path"], second.report["layout"]) == ("p2p", "processed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ models_of = functools.partial(pytest.mark.parametrize, "model", indirect=True)
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, folder: Path) -> Path:
     return GENERATORS[request.param](folder / "families" / request.param, request.param)
-
-
-@pytest.fixture
-def unpacked(source: EngineHost, target: EngineHost) -> Iterator[None]:
-    for host in (source, target):
-        host.ask("plain_linear", on=True)
-    yield
-    for host in (source, target):
-        host.ask("plain_linear", on=False)
 
 
 @models_of(sorted(GENERATORS))

@@ -3,37 +3,78 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.demo import models
 from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from bench.demo.processes import files_away, free_port
 from tests.vllm import families
 from tests.vllm.conftest import LLAMA
-from tests.vllm.engines import EngineHost
+from tests.vllm.engines import EngineHost, Loaded
+
+REPLICA = [f"VLLM_DP_{name}" for name in ("SIZE", "RANK", "RANK_LOCAL", "MASTER_IP", "MASTER_PORT")]
+Replicas = Callable[..., list[Loaded]]
+WORKER = {"worker_cls": "tests.vllm.parallel_worker.ParallelWorker"}
+FIXED = (("mx-source", {"sync_publish": True}), ("mx-target", {"sync_start": True}))
+PROCESSED = (("mx", {"layout": "processed"}), ("mx", {"layout": "processed"}))
 
 
-def test_tensor_parallel_workers_take_from_their_own_rank(
-    source: EngineHost, target: EngineHost, model_paths: dict[str, Path]
+@pytest.fixture(scope="module")
+def experts(folder: Path) -> Path:
+    return families.generate(folder / "families" / "qwen3_moe", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def ranked(folder: Path, server: str) -> Iterator[tuple[EngineHost, EngineHost]]:
+    """Two processes whose engines have workers in processes of their own."""
+    hosts = EngineHost("ranked-source", folder, server), EngineHost("ranked-target", folder, server)
+    for host in hosts:
+        host.ask("fork_workers")
+        host.ask("plain_linear", on=True)
+    yield hosts
+    for host in hosts:
+        host.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "options"),
+    [
+        ("llama", FIXED, {"tensor_parallel_size": 2}),
+        ("llama", FIXED, {"pipeline_parallel_size": 2, **WORKER}),
+        ("qwen3_moe", PROCESSED, {"tensor_parallel_size": 2, "enable_expert_parallel": True, **WORKER}),
+    ],
+    ids=["tensor", "pipeline", "expert"],
+)
+def test_workers_take_from_their_own_rank(
+    name: str,
+    formats: tuple[tuple[str, dict[str, Any]], ...],
+    options: dict[str, Any],
+    ranked: tuple[EngineHost, EngineHost],
+    model_paths: dict[str, Path],
+    experts: Path,
 ) -> None:
-    """Two processes an engine: each rank of the target has the bytes of the same rank of the source.
+    """Two workers an engine: each rank of the target has the bytes of the same rank of the source.
 
-    The barriers are on: ranks of the source are offered together, those of the target begin together.
+    With fixed roles the barriers are on: ranks of the source are offered together, those of the target begin together.
     """
-    model = model_paths["llama"]
-    expected = source.load(model, "auto", tensor_parallel_size=2).answers
+    source, target = ranked
+    model = experts if name == "qwen3_moe" else model_paths[name]
+    (first_format, first_extra), (second_format, second_extra) = formats
+    expected = source.load(model, "auto", **options).answers
 
-    first = source.load(model, "mx-source", {"sync_publish": True}, keep=True, tensor_parallel_size=2)
+    first = source.load(model, first_format, first_extra, keep=True, **options)
     try:
         with files_away(weight_files(model)):
-            second = target.load(model, "mx-target", {"sync_start": True}, tensor_parallel_size=2)
+            second = target.load(model, second_format, second_extra, **options)
     finally:
         source.ask("end")
 
     assert first.answers == second.answers == expected
-    assert "waiting for all 2 ranks of this source" in first.log
     ranks = [first.ranks(2), second.ranks(2)]
     assert [[report["rank"] for report in reports] for reports in ranks] == [[0, 1], [0, 1]]
     assert {report["path"] for report in ranks[1]} == {"p2p"}
@@ -41,7 +82,48 @@ def test_tensor_parallel_workers_take_from_their_own_rank(
     offered = {report["source_id"] for report in ranks[0]}
     assert len(offered) == 1
     assert offered != {""}
-    assert [report["serving"] for report in ranks[1]] == [False, False]  # a target offers nothing
+    if formats is FIXED:
+        assert "waiting for all 2 ranks of this source" in first.log
+        assert [report["serving"] for report in ranks[1]] == [False, False]  # a target offers nothing
+
+
+@pytest.fixture
+def replicas(source: EngineHost, target: EngineHost, unpacked: None) -> Iterator[Replicas]:
+    """The two processes as replicas of one engine with data parallelism."""
+    hosts = source, target
+
+    def load(model: Path, *args: Any, **kwargs: Any) -> list[Loaded]:
+        port = str(free_port())  # another one each time: what listened on the last one may still be there
+        for rank, host in enumerate(hosts):
+            values = ("2", str(rank), str(rank), "127.0.0.1", port)
+            host.ask("setenv", environ=dict(zip(REPLICA, values, strict=True)))
+        with ThreadPoolExecutor(2) as pool:
+            begun = [pool.submit(host.load, model, *args, **kwargs) for host in hosts]
+            return [each.result() for each in begun]
+
+    yield load
+    for host in hosts:
+        host.ask("setenv", environ=dict.fromkeys(REPLICA))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["split", "expert_parallel"])
+def test_replicas_hold_different_parts_of_the_experts(together: bool, replicas: Replicas, experts: Path) -> None:
+    """With and without expert parallelism the shapes are the same on both replicas, and the experts are not.
+
+    Bytes are compared: vLLM's CPU build cannot pass activations between replicas.
+    """
+    options = {"enable_expert_parallel": together, "distributed_executor_backend": "uni", **WORKER}
+    expected = [loaded.answers for loaded in replicas(experts, "auto", ask="weights_digest", **options)]
+    first = replicas(experts, ask="weights_digest", **options)
+    with files_away(weight_files(experts)):
+        second = replicas(experts, ask="weights_digest", **options)
+
+    assert expected[0] != expected[1]
+    assert [loaded.answers for loaded in first] == [loaded.answers for loaded in second] == expected
+    before, after = ([load.ranks(rank + 1)[rank] for rank, load in enumerate(loads)] for loads in (first, second))
+    assert [report["rank"] for report in after] == [0, 1]
+    assert [report["path"] for report in after] == ["p2p", "p2p"]
+    assert [report["source_worker"] for report in after] == [report["worker_id"] for report in before]
 
 
 def test_two_checkpoints_under_one_path_never_mix(source: EngineHost, target: EngineHost, tmp_path: Path) -> None:
@@ -62,18 +144,30 @@ def test_two_checkpoints_under_one_path_never_mix(source: EngineHost, target: En
         target.load(model)  # nothing tells here which of the two it is: no guess
 
 
-def test_parallel_settings_in_the_identity(source: EngineHost, folder: Path) -> None:
-    model = families.generate(folder / "families" / "qwen3_moe", "qwen3_moe")
+def identity(source: EngineHost, model: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    """The fields, and what is said of experts beside them."""
+    found = source.ask("identity", model=str(model), kind="raw", environ={}, options=options)["identity"]
+    return found, found["extra_parameters"].pop("experts", "")
 
-    def identity(**options: object) -> dict[str, object]:
-        answer = source.ask("identity", model=str(model), kind="raw", environ={}, options=options)
-        found: dict[str, object] = answer["identity"]
-        return found
 
-    alone = identity()
-    assert identity(tensor_parallel_size=2) == {**alone, "tensor_parallel_size": 2}
-    assert identity(pipeline_parallel_size=2) == {**alone, "pipeline_parallel_size": 2}
-    assert identity(data_parallel_size=2) == alone  # replicas of one layout
-    experts = identity(tensor_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True)
-    assert experts == {**alone, "tensor_parallel_size": 2, "expert_parallel_size": 4}
-    assert identity(enable_lora=True) == alone
+def test_parallel_settings_in_the_identity(source: EngineHost, model_paths: dict[str, Path]) -> None:
+    model = model_paths["llama"]
+    alone, said = identity(source, model)
+    assert identity(source, model, tensor_parallel_size=2) == ({**alone, "tensor_parallel_size": 2}, "")
+    assert identity(source, model, pipeline_parallel_size=2) == ({**alone, "pipeline_parallel_size": 2}, "")
+    assert identity(source, model, data_parallel_size=2) == (alone, said) == (alone, "")  # replicas of one layout
+    assert identity(source, model, enable_lora=True) == (alone, "")
+
+
+def test_experts_in_the_identity(source: EngineHost, experts: Path) -> None:
+    alone, said = identity(source, experts)
+    two = {**alone, "tensor_parallel_size": 2}
+    assert said == ""
+    assert identity(source, experts, tensor_parallel_size=2) == (two, "")
+    assert identity(source, experts, data_parallel_size=2) == (alone, "data=2 context=1 placement=")
+    together = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    assert identity(source, experts, **together) == ({**two, "expert_parallel_size": 2}, "")
+    four = {**two, "expert_parallel_size": 4}
+    assert identity(source, experts, data_parallel_size=2, **together) == (four, "data=2 context=1 placement=linear")
+    dealt_out = identity(source, experts, expert_placement_strategy="round_robin", **together)[1]
+    assert dealt_out == "data=1 context=1 placement=round_robin"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,15 +15,6 @@ from tests.vllm.conftest import References
 from tests.vllm.engines import ANSWER_SECONDS, EngineHost
 
 PROCESSED = {"layout": "processed"}
-
-
-@pytest.fixture
-def unpacked(source: EngineHost, target: EngineHost) -> Iterator[None]:
-    for host in (source, target):
-        host.ask("plain_linear", on=True)
-    yield
-    for host in (source, target):
-        host.ask("plain_linear", on=False)
 
 
 def test_a_target_takes_raw_weights_of_a_source(
