@@ -8,13 +8,12 @@ release the GIL. Thread-safe throughout. NIXL checks no bytes: digests are the c
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from mxcore.nixl_table import load_library as load_library
+
 class Uint64Buffer(Protocol):
     """A contiguous buffer of uint64: `array.array("Q")`, a numpy uint64 array, a cast memoryview."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
-
-def load_library() -> str:
-    """Opens NIXL's C library once; returns its path. Raises NixlMissing with all places that were tried."""
 
 def live_agents() -> int:
     """Agents that exist and are not destroyed."""
@@ -28,6 +27,9 @@ class NixlAgent:
     `backend_params` are handed to the backend's plugin. `progress_delay_us`: the longest sleep of the progress
     thread; events wake it earlier, so that throughput does not depend on it. Raises NixlMissing (no library, no
     plugin, backend does not start) and NixlError.
+
+    Without a `progress_thread` nothing moves but while somebody asks a transfer whether it is `done`, or another thread
+    is in `keep_progressing`; nor do peers connect.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class NixlAgent:
         backend: str = "UCX",
         backend_params: Mapping[str, str] | None = None,
         progress_delay_us: int = 4000,
+        progress_thread: bool = True,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -87,6 +90,15 @@ class NixlAgent:
 
         Raises NixlError for addresses outside of registered regions and for an unknown peer.
         """
+
+    def keep_progressing(self) -> None:
+        """Moves what there is to move, again and again with pauses of about 0.1 ms, until it is told to stop.
+
+        For a thread of its own, one at a time; without the GIL. Raises NixlError when the agent is destroyed already.
+        """
+
+    def stop_progressing(self, stopped: bool = True) -> None:
+        """Ends `keep_progressing`, or (False) lets the next one begin."""
 
     def destroy(self) -> None:
         """Waits for calls in progress, drops all transfers, then the agent: afterwards no byte arrives any more.

@@ -15,42 +15,22 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memset
 
-from mxcore.nixl_library import NIXL_PACKAGES, library_candidates
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 
-from mxcore.nixl_capi cimport (
-    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_open, mx_nixl_region_list,
-    mx_nixl_table, mx_nixl_transfer_list,
-)
+from mxcore.nixl_table import load_library
 
-cdef mx_nixl_table nixl  # filled by load_library, never changed afterwards
-cdef object load_lock = threading.Lock()
-cdef object library_path = None  # until it is loaded
+from mxcore.nixl_capi cimport (
+    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_progress_until,
+    mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list,
+)
+from mxcore.nixl_table cimport nixl_table
+
+cdef const mx_nixl_table *nixl = NULL  # until the first agent
 cdef object agents = weakref.WeakSet()
 cdef Py_ssize_t transfer_count = 0
 
 cdef dict STATUS_NAMES = {-1: "invalid parameter", -2: "backend error", -3: "invalid state", -4: "exception"}
 cdef dict OPERATIONS = {"read": 0, "write": 1}
-
-
-def load_library():
-    global library_path
-    cdef char reason[512]
-    with load_lock:
-        if library_path is not None:
-            return library_path
-        attempts = []
-        for path in library_candidates():
-            encoded = path.encode()
-            if mx_nixl_open(encoded, &nixl, reason, sizeof(reason)) == 0:
-                library_path = path
-                return path
-            attempts.append(f"{path}: {reason.decode('utf-8', 'replace')}")
-        raise NixlMissing(
-            "no usable NIXL library; looked beside the packages "
-            f"{' and '.join(NIXL_PACKAGES)} and on the loader's path ({'; '.join(attempts)}). "
-            "Install nixl-cu12 or nixl-cu13"
-        )
 
 
 def live_agents():
@@ -74,6 +54,7 @@ cdef class NixlAgent:
     cdef object guard  # a Condition over the four below
     cdef Py_ssize_t calls  # threads inside NIXL
     cdef bint closing
+    cdef int stopped  # written and read atomically: ends `keep_progressing`
     cdef dict registrations  # number -> address of the registration list
     cdef set requests  # addresses of transfer requests that NIXL still knows
     cdef Py_ssize_t next_registration
@@ -81,8 +62,10 @@ cdef class NixlAgent:
     cdef readonly str backend
     cdef object __weakref__
 
-    def __cinit__(self, str name not None, *, str backend="UCX", backend_params=None, int progress_delay_us=4000):
-        load_library()
+    def __cinit__(self, str name not None, *, str backend="UCX", backend_params=None, int progress_delay_us=4000,
+                  bint progress_thread=True):
+        global nixl
+        nixl = nixl_table()
         self.name = name
         self.backend = backend
         self.guard = threading.Condition()  # re-entrant: a garbage collection may release transfers anywhere
@@ -94,7 +77,7 @@ cdef class NixlAgent:
         cdef const char *c_name = encoded
         cdef int status
         memset(&config, 0, sizeof(config))
-        config.enable_progress_thread = True
+        config.enable_progress_thread = progress_thread
         config.thread_sync_new = config.thread_sync_old = MX_NIXL_THREAD_SYNC_RW
         config.num_workers_old = 1
         config.progress_delay_us = progress_delay_us
@@ -120,7 +103,7 @@ cdef class NixlAgent:
             status = nixl.get_plugin_params(self.agent, c_backend, &memory_kinds, &params)
         if status != MX_NIXL_SUCCESS:
             raise NixlMissing(
-                f"NIXL at {library_path} has no usable plugin {self.backend!r} (status {status}); "
+                f"NIXL at {load_library()} has no usable plugin {self.backend!r} (status {status}); "
                 "see its log above for what could not be loaded"
             )
         nixl.destroy_mem_list(memory_kinds)
@@ -172,7 +155,7 @@ cdef class NixlAgent:
         cdef int status
         self._enter()
         with nogil:
-            status = mx_nixl_region_list(&nixl, device_memory, &addresses[0], &lengths[0], count, device_index,
+            status = mx_nixl_region_list(nixl, device_memory, &addresses[0], &lengths[0], count, device_index,
                                          &regions)
             if status == MX_NIXL_SUCCESS:
                 status = nixl.register_mem(self.agent, regions, self.options)
@@ -212,7 +195,7 @@ cdef class NixlAgent:
         try:
             return (<char *> data)[:length]
         finally:
-            mx_nixl_free(&nixl, data)
+            mx_nixl_free(nixl, data)
 
     def load_remote(self, bytes metadata not None):
         cdef char *name = NULL
@@ -229,7 +212,7 @@ cdef class NixlAgent:
         try:
             return name.decode()
         finally:
-            mx_nixl_free(&nixl, name)
+            mx_nixl_free(nixl, name)
 
     def forget_remote(self, str remote_agent not None):
         cdef bytes encoded = remote_agent.encode()
@@ -258,10 +241,10 @@ cdef class NixlAgent:
         cdef Transfer transfer = Transfer.__new__(Transfer, self, operation, remote_agent)
         self._enter()
         with nogil:
-            status = mx_nixl_transfer_list(&nixl, local_device_memory, &local_addresses[0], &lengths[0], count,
+            status = mx_nixl_transfer_list(nixl, local_device_memory, &local_addresses[0], &lengths[0], count,
                                            local_device_index, &local)
             if status == MX_NIXL_SUCCESS:
-                status = mx_nixl_transfer_list(&nixl, remote_device_memory, &remote_addresses[0], &lengths[0], count,
+                status = mx_nixl_transfer_list(nixl, remote_device_memory, &remote_addresses[0], &lengths[0], count,
                                                remote_device_index, &remote)
             if status == MX_NIXL_SUCCESS:
                 status = nixl.create_xfer_req(self.agent, c_operation, local, remote, c_remote, &request,
@@ -278,6 +261,15 @@ cdef class NixlAgent:
             raise failure(f"preparing a {operation} of {count} descriptors with {remote_agent!r}", status,
                           self.name, ": addresses outside of the registered regions, or an unknown peer")
         return transfer
+
+    def keep_progressing(self):
+        self._enter()
+        with nogil:
+            mx_nixl_progress_until(nixl, self.agent, self.options, &self.stopped)
+        self._leave()
+
+    def stop_progressing(self, bint stopped=True):
+        mx_nixl_stop(&self.stopped, stopped)
 
     cdef void _release_request(self, uintptr_t request) noexcept:
         with nogil:
@@ -325,6 +317,7 @@ cdef class NixlAgent:
                     self.guard.wait()
                 return
             self.closing = True
+            mx_nixl_stop(&self.stopped, True)
             while self.calls:
                 self.guard.wait()
         status = self._free_handles()

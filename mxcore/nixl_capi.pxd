@@ -42,6 +42,10 @@ cdef extern from "nixl_capi.h" nogil:
         int (*get_xfer_status)(void *, void *) noexcept nogil
         int (*release_xfer_req)(void *, void *) noexcept nogil
         int (*destroy_xfer_req)(void *) noexcept nogil
+        int (*create_notif_map)(void **) noexcept nogil
+        int (*destroy_notif_map)(void *) noexcept nogil
+        int (*notif_map_clear)(void *) noexcept nogil
+        int (*get_notifs)(void *, void *, void *) noexcept nogil
         void (*mem_free)(void *) noexcept nogil
 
     int mx_nixl_open(const char *path, mx_nixl_table *table, char *reason, size_t reason_bytes)
@@ -49,4 +53,6 @@ cdef extern from "nixl_capi.h" nogil:
                               const uint64_t *lengths, Py_ssize_t count, uint64_t device, void **list)
     int mx_nixl_region_list(const mx_nixl_table *table, int memory_kind, const uint64_t *addresses,
                             const uint64_t *lengths, Py_ssize_t count, uint64_t device, void **list)
+    void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, const int *stopped)
+    void mx_nixl_stop(int *stopped, int value)
     void mx_nixl_free(const mx_nixl_table *table, void *memory)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -57,14 +59,30 @@ class AgentSession:
     and only that makes sure that no byte lands any more; leaving the context does the same.
     """
 
-    def __init__(self, worker_id: str, *, tls: str, backend: str = "UCX", stall_timeout_seconds: float = 5.0) -> None:
-        """Raises NixlMissing, NixlError."""
+    def __init__(
+        self,
+        worker_id: str,
+        *,
+        tls: str,
+        backend: str = "UCX",
+        stall_timeout_seconds: float = 5.0,
+        progress_thread: bool = True,
+    ) -> None:
+        """Without a `progress_thread` of NIXL's own, peers move or connect only within `progressing`.
+
+        Raises NixlMissing, NixlError.
+        """
         self.stall_timeout_seconds = stall_timeout_seconds
         self._device: ProvenDevice | None = None  # that the registered memory is on
         self._local: dict[str, int | bool] = {"device_index": 0, "device_memory": False}
-        self.late_moves = 0  # moves that were not complete when they were posted
         with ucx_environment(tls):
-            self._agent = NixlAgent(f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend)
+            self._agent = NixlAgent(
+                f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend, progress_thread=progress_thread
+            )
+        self._has_thread = progress_thread
+        self._progress_lock = threading.Lock()
+        self._progress_users = 0
+        self._progress: threading.Thread | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +93,32 @@ class AgentSession:
     def fenced(self) -> bool:
         """Whether the agent is gone."""
         return self._agent.destroyed
+
+    @contextmanager
+    def progressing(self) -> Iterator[None]:
+        """While it lasts, what peers do moves on, by a thread that looks often; from any number of threads."""
+        if self._has_thread:
+            yield
+            return
+        with self._progress_lock:
+            self._progress_users += 1
+            if self._progress is None:
+                self._agent.stop_progressing(False)
+                self._progress = threading.Thread(target=self._keep_progressing, name="mx-progress", daemon=True)
+                self._progress.start()
+        try:
+            yield
+        finally:
+            with self._progress_lock:
+                self._progress_users -= 1
+                if not self._progress_users and self._progress is not None:
+                    self._agent.stop_progressing()
+                    self._progress.join()
+                    self._progress = None
+
+    def _keep_progressing(self) -> None:
+        with suppress(NixlError):  # the agent was destroyed before this began
+            self._agent.keep_progressing()
 
     def register(self, layout: Layout, placement: Placement) -> int:
         """Registers all extents, neighbours as one region; returns the number of regions.
@@ -170,8 +214,6 @@ class AgentSession:
                     if complete:
                         in_flight.pop(move.chunk).release()
                         completed.append(move.chunk)
-                    else:
-                        self.late_moves += 1
                 if completed:
                     yield from completed
                     pause = _FIRST_POLL_SECONDS

@@ -268,15 +268,16 @@ class Holder:
                 yield Move(chunk, local, remote, lengths, lease.remote_device)
 
         try:
-            for chunk in self.session.run(
-                "write",
-                moves(),
-                lease.peer,
-                in_flight_limit=_PUSHES_IN_FLIGHT,
-                cancelled=lambda: lease.ended or cancelled(),
-            ):
-                self.renew(lease_id)
-                yield chunk
+            with self.session.progressing():
+                for chunk in self.session.run(
+                    "write",
+                    moves(),
+                    lease.peer,
+                    in_flight_limit=_PUSHES_IN_FLIGHT,
+                    cancelled=lambda: lease.ended or cancelled(),
+                ):
+                    self.renew(lease_id)
+                    yield chunk
         except TransferError:
             with self._changed:
                 self._end(lease)  # the receiver is gone, or as good as

@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from mxcore.errors import (
     DigestMismatch,
@@ -23,6 +25,7 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.attached_pull import PullByAttach
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.movers import PullByRead, PullByWrite
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
@@ -33,6 +36,8 @@ from mxcore.transfer.transports import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
 
 __all__ = ["HolderPull"]
+
+_Mover: TypeAlias = PullByAttach | PullByRead | PullByWrite
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class HolderPull:
         )
         self._stopped = threading.Event()
         self._given_up: TransferError | None = None
-        self._mover: PullByRead | PullByWrite | None = None
+        self._mover: _Mover | None = None
         self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
 
     @property
@@ -151,11 +156,11 @@ class HolderPull:
         name = self.source.worker_id
         self._intake.join(name)
         done = False
-        session = self._sessions.take(route.tls)
+        session = self._sessions.take(route.tls) if route.transport != "same-host" else None
         verifying = _Verifier(self._intake, name)
         try:
             mover = self._open(lease_id, route, session)
-            with mover:
+            with session.progressing() if session is not None else nullcontext(), mover:
                 self._mover = mover
                 try:
                     self._fetch(lease_id, mover, verifying)
@@ -165,12 +170,13 @@ class HolderPull:
             done = True
         finally:
             self._mover = None
-            session.fence()
+            if session is not None:
+                session.fence()
             verifying.close()
             self.clean = self.clean and (done or self._intake.finished)
             self._intake.drop(name)
 
-    def _fetch(self, lease_id: str, mover: PullByRead | PullByWrite, verifying: _Verifier) -> None:
+    def _fetch(self, lease_id: str, mover: _Mover, verifying: _Verifier) -> None:
         """Asks, fetches, verifies; where this thread moves the bytes itself, while an answer is on its way."""
         name = self.source.worker_id
         count = len(self._intake.chunks)
@@ -209,10 +215,10 @@ class HolderPull:
                 continue
             for chunk in mover.arrived():
                 self.busy_at = time.monotonic()
-                verifying.submit(chunk)
+                verifying.submit(chunk, mover.digest_of(chunk))
             verifying.collect(wait=mover.idle)
 
-    def _take_answer(self, asking: _Asking, mover: PullByRead | PullByWrite, count: int) -> None:
+    def _take_answer(self, asking: _Asking, mover: _Mover, count: int) -> None:
         """Books what the holder said, and has the mover fetch what it granted."""
         if asking.call is None:
             return
@@ -242,7 +248,7 @@ class HolderPull:
             elif not self._intake.wanted(self.source.worker_id).most and not self._intake.finished:
                 self._intake.changed.wait(_NEWS_WAIT_SECONDS / 10)
 
-    def _open(self, lease_id: str, route: Route, session: AgentSession) -> PullByRead | PullByWrite:
+    def _open(self, lease_id: str, route: Route, session: AgentSession | None) -> _Mover:
         placement = self._intake.placement
         extents = [
             mx_pb2.Extent(address=address, device_id=device)
@@ -253,7 +259,7 @@ class HolderPull:
         answer = self._client.open_transfer(
             lease_id,
             self._intake.layout.fingerprint,
-            session.metadata(),
+            session.metadata() if session is not None else b"",
             extents,
             operation,
             device_memory=placement.device_type != "cpu",
@@ -262,10 +268,13 @@ class HolderPull:
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         if not reads:
             return PullByWrite(self._client, lease_id, stall_timeout_seconds=self._settings.stall_timeout_seconds)
-        tcp = TcpReceived() if route.transport == "cuda-ipc" else None
-        peer = session.connect(answer.nixl_metadata)
         chunks = self._intake.chunks
         remote = chunks.addresses([extent.address for extent in answer.extents])
+        if session is None:
+            local, hashed = self._intake.addresses, self._intake.hashed_on_arrival
+            return PullByAttach(self._client, lease_id, route.process, chunks, local, remote, hashed=hashed)
+        tcp = TcpReceived() if route.transport == "cuda-ipc" else None
+        peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
         if len(devices) > 1:
             raise SourceRefused(f"worker {self.source.worker_id} has weights on devices {sorted(devices)}")
@@ -277,7 +286,6 @@ class HolderPull:
             chunks,
             self._intake.addresses,
             remote,
-            route.transport,
             next(iter(devices), None),
             tcp,
         )
@@ -292,18 +300,25 @@ class _Verifier:
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
         self._running: dict[Future[bool], int] = {}
 
-    def submit(self, chunk: int) -> None:
+    def submit(self, chunk: int, made: bytes = b"") -> None:
+        """Takes a chunk that has arrived, with its digest if there is one. Raises DigestMismatch in that case."""
+        if made:
+            self._book(chunk, self._intake.verify(chunk, made))
+            return
         self._running[self._pool.submit(self._intake.verify, chunk)] = chunk
 
     def collect(self, *, wait: bool) -> None:
         """Books what is verified; with `wait`, all of it. Raises DigestMismatch."""
         for future in [future for future in self._running if wait or future.done()]:
             chunk = self._running.pop(future)
-            if not future.result():
-                raise DigestMismatch(
-                    f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
-                )
-            self._intake.accept(self._holder, chunk)
+            self._book(chunk, future.result())
+
+    def _book(self, chunk: int, right: bool) -> None:
+        if not right:
+            raise DigestMismatch(
+                f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
+            )
+        self._intake.accept(self._holder, chunk)
 
     def close(self) -> None:
         """Waits for what runs: nothing reads the memory afterwards."""

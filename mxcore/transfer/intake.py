@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
 from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.digests import DIGEST_BYTES, KINDS, ChunkDigests, digester_of
+from mxcore.transfer.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, digester_of
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
 from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
@@ -173,15 +173,22 @@ class Intake:
                 self.first_asked_at = now
             return self._plan.claim(holder, granted, now)
 
-    def verify(self, chunk: int) -> bool:
-        """Whether the chunk's bytes here are those of the digest."""
+    def verify(self, chunk: int, made: bytes = b"") -> bool:
+        """Whether the chunk's bytes here are those of the digest; `made` is their XXH3-64 if it is known already."""
         if self.content is None:
             return False
         expected = self.content.digests
+        if made and expected.kind == XXH3:
+            return made == expected.of_chunk(chunk)
         addresses = self.chunks.slice_of(self.addresses, chunk)
         lengths = self.chunks.slice_of(self.chunks.lengths, chunk)
         made = self._digester.many(expected.kind, addresses, lengths, array("Q", [0, len(lengths)]))
         return made == expected.of_chunk(chunk)
+
+    @property
+    def hashed_on_arrival(self) -> bool:
+        """Whether the digests that chunks are compared with are of the kind that is made on their way here."""
+        return self.content is not None and self.content.digests.kind == XXH3
 
     def digests_here(self, kind: str, threads: int) -> ChunkDigests:
         """The digests of what all chunks hold here now."""

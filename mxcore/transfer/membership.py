@@ -71,7 +71,7 @@ class Membership:
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport)
-        self._ahead = SessionAhead(settings, self.worker_id, self._policy.tls)
+        self._ahead = SessionAhead(settings, self.worker_id, *self._policy.serving(accelerator))
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
             if settings.server_address
@@ -368,7 +368,7 @@ class Membership:
             holder = Holder(
                 layout,
                 placement,
-                self._ahead.take(self._policy.tls if placement.device_type == "cpu" else self._policy.serving_device),
+                self._ahead.take(*self._policy.serving(placement.device_type)),
                 scalars=scalars,
                 digests=digests,
                 keep_alive=keep_alive,

@@ -1,4 +1,4 @@
-"""The two ways in which asked-for chunks come: the receiver READs them, or the holder WRITEs them.
+"""The two ways in which asked-for chunks come by NIXL: the receiver READs them, or the holder WRITEs them.
 
 A mover is asked for chunks and says which have arrived. Arrived is not verified.
 """
@@ -23,12 +23,11 @@ from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.source_client import SourceClient
 from mxcore.transfer.tcp_received import TcpReceived
 
-__all__ = ["PullByRead", "PullByWrite"]
+__all__ = ["LeaseKeeper", "PullByRead", "PullByWrite"]
 
 _Results: TypeAlias = "queue.SimpleQueue[int | TransferError]"
 
 _READS_IN_FLIGHT = 4
-_LATE_READS = 1  # the first one also waits until the two agents are connected
 _CALLS_AT_ONCE = 2  # of PushChunks to one holder
 _CALL_SECONDS = 24 * 3600.0  # a deadline for gRPC; ours is the stall time-out
 
@@ -71,10 +70,8 @@ class LeaseKeeper:
 class PullByRead:
     """READs by this process' agent: for routes that are one-sided for certain.
 
-    On one host a READ by cross-memory attach is complete when it is posted (the first may have to wait for the
-    connection). One that is not shows that UCX took another way, which may be TCP: then it is waited for, and
-    nothing else is READ from this holder. A READ by cuda_ipc is waited for in any case; so the first chunk is READ
-    alone, and `tcp` tells after each batch whether it came through a socket.
+    By cuda_ipc the first chunk is READ alone, and `tcp` tells after each batch whether it came through a socket: then
+    nothing else is READ from this holder.
     """
 
     needs_this_thread = True  # nothing moves unless `arrived` is called
@@ -88,7 +85,6 @@ class PullByRead:
         chunks: Chunks,
         local: array[int],
         remote: array[int],
-        transport: str,
         remote_device: int | None = None,
         tcp: TcpReceived | None = None,
     ) -> None:
@@ -100,7 +96,6 @@ class PullByRead:
         self._local = local
         self._remote = remote
         self._remote_device = remote_device
-        self._must_be_immediate = transport == "same-host"
         self._tcp = tcp
         self._tried = False
         self._asked: deque[int] = deque()
@@ -126,21 +121,17 @@ class PullByRead:
     def arrived(self) -> Iterator[int]:
         """Fetches; yields chunks whose bytes are there. Raises PeerLost, TransferStalled, SourceRefused."""
         self._lease.check()
-        if not self._must_be_immediate:
-            trial = self._tcp is not None and not self._tried
-            batch = [self._asked.popleft() for _ in range(min(1, len(self._asked)) if trial else len(self._asked))]
-            moves = (self._move(chunk) for chunk in batch)
-            if self._tcp is None:
-                yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
-            elif batch:
-                yield from self._watched(self._tcp, batch, moves)
-        elif self._asked:
-            move = self._move(self._asked.popleft())
-            yield from self._session.run("read", iter([move]), self._peer, in_flight_limit=1)
-            if self._session.late_moves > _LATE_READS:
-                raise NotOneSided(
-                    f"a READ from {self._peer} did not go by cross-memory attach although its memory can be read"
-                )
+        trial = self._tcp is not None and not self._tried
+        batch = [self._asked.popleft() for _ in range(min(1, len(self._asked)) if trial else len(self._asked))]
+        moves = (self._move(chunk) for chunk in batch)
+        if self._tcp is None:
+            yield from self._session.run("read", moves, self._peer, in_flight_limit=_READS_IN_FLIGHT)
+        elif batch:
+            yield from self._watched(self._tcp, batch, moves)
+
+    def digest_of(self, chunk: int) -> bytes:
+        """None is made on the way: empty."""
+        return b""
 
     def _watched(self, tcp: TcpReceived, batch: Sequence[int], moves: Iterator[Move]) -> Iterator[int]:
         """READs a batch; raises NotOneSided after it if half of its bytes or more came over TCP."""
@@ -207,6 +198,10 @@ class PullByWrite:
         with contextlib.suppress(queue.Empty):
             while self._expected:
                 yield self._taken(self._results.get_nowait())
+
+    def digest_of(self, chunk: int) -> bytes:
+        """None is made on the way: empty."""
+        return b""
 
     def _start(self) -> None:
         """Begins a call with all that is asked for and in none yet, if there is room for one."""

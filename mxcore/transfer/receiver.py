@@ -124,7 +124,11 @@ class Receiver:
         on_device = placement.device_type != "cpu"
         likely = policy.likely(same_host=settings.shares_only_this_host, device_memory=on_device)
         self._sessions = SessionAhead(
-            settings, worker_id, likely, prepare=lambda session: session.register(layout, placement)
+            settings,
+            worker_id,
+            likely,
+            progress_thread=False,  # it has something to do only while a holder gives
+            prepare=lambda session: session.register(layout, placement),
         )
         self._chance = random.Random(worker_id)  # noqa: S311 - no secret
         self._pulls: dict[str, HolderPull] = {}

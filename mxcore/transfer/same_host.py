@@ -12,6 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
+from mxcore.attached_memory import read_attached
 from mxserver.wire import mx_pb2
 
 __all__ = ["ProbeTarget", "can_read", "host_identity"]
@@ -19,10 +20,6 @@ __all__ = ["ProbeTarget", "can_read", "host_identity"]
 _NONCE_BYTES = 32
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
-
-
-class _IoVector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 class ProbeTarget:
@@ -65,21 +62,6 @@ def host_identity() -> tuple[str, int]:
 
 
 def _read_memory(pid: int, address: int, length: int) -> bytes:
-    process_vm_readv = ctypes.CDLL(None, use_errno=True).process_vm_readv
-    process_vm_readv.restype = ctypes.c_ssize_t
-    process_vm_readv.argtypes = (
-        ctypes.c_int,
-        ctypes.POINTER(_IoVector),
-        ctypes.c_ulong,
-        ctypes.POINTER(_IoVector),
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    )
     buffer = ctypes.create_string_buffer(length)
-    local = _IoVector(ctypes.addressof(buffer), length)
-    remote = _IoVector(address, length)
-    count = process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    if count < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return buffer.raw[:count]
+    read_attached(pid, [ctypes.addressof(buffer)], [address], [length], hashed=False)
+    return buffer.raw

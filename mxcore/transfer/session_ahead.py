@@ -18,20 +18,23 @@ logger = logging.getLogger(__name__)
 class SessionAhead:
     """Makes sessions of one worker; after `start`, one of UCX_TLS `tls` on a thread of its own. Thread-safe.
 
-    `prepare` is called with each session, best with what registers memory. End it with `drop`.
+    Without a `tls` none is made ahead. `prepare` is called with each session, best with what registers memory.
+    `progress_thread`: see AgentSession. End it with `drop`.
     """
 
     def __init__(
         self,
         settings: WorkerSettings,
         worker_id: str,
-        tls: str,
+        tls: str | None,
+        progress_thread: bool,
         prepare: Callable[[AgentSession], object] = lambda session: None,
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
         self._tls = tls
         self._prepare = prepare
+        self._progress_thread = progress_thread
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._session: AgentSession | None = None
@@ -39,19 +42,20 @@ class SessionAhead:
     def start(self) -> None:
         """Begins; idempotent. Its failure is not told: whoever needs a session gets the same one."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None and self._tls is not None:
                 # No daemon: a process that ends while UCX starts would tear it down under this thread.
-                self._thread = threading.Thread(target=self._run, name="mx-agent-ahead")
+                self._thread = threading.Thread(target=self._run, args=(self._tls,), name="mx-agent-ahead")
                 self._thread.start()
 
-    def take(self, tls: str) -> AgentSession:
-        """The session that was made ahead, once and if it is of this UCX_TLS, else a new one.
+    def take(self, tls: str, progress_thread: bool = False) -> AgentSession:
+        """The session that was made ahead, once and if it is of this kind, else a new one.
 
         It is the caller's to fence. Raises NixlMissing, NixlError, and what `prepare` raises.
         """
-        if tls == self._tls and (session := self._made()) is not None:
+        fits = (tls, progress_thread) == (self._tls, self._progress_thread)
+        if fits and (session := self._made()) is not None:
             return session
-        return self._make(tls)
+        return self._make(tls, progress_thread)
 
     def drop(self) -> None:
         """Fences what nobody took. Idempotent."""
@@ -65,21 +69,22 @@ class SessionAhead:
             session, self._session = self._session, None
         return session
 
-    def _run(self) -> None:
+    def _run(self, tls: str) -> None:
         try:
-            session = self._make(self._tls)
+            session = self._make(tls, self._progress_thread)
         except MxError as error:
             logger.debug("no agent was made ahead: %s", error)
             return
         with self._lock:
             self._session = session
 
-    def _make(self, tls: str) -> AgentSession:
+    def _make(self, tls: str, progress_thread: bool) -> AgentSession:
         session = AgentSession(
             self._worker_id,
             tls=tls,
             backend=self._settings.nixl_backend,
             stall_timeout_seconds=self._settings.stall_timeout_seconds,
+            progress_thread=progress_thread,
         )
         try:
             self._prepare(session)

@@ -32,6 +32,8 @@ UCX_DEFAULTS = {
     # The default of 8 KiB halves the throughput of TCP.
     "UCX_TCP_TX_SEG_SIZE": "256k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
+    # Threads that wait for each other sleep; by default they spin, on a core that the other side needs.
+    "UCX_USE_MT_MUTEX": "y",
     # A cut link is an error after this long, instead of never.
     "UCX_TCP_USER_TIMEOUT": "4s",
     # A dead RDMA peer is an error after 0.3 s, instead of 47.
@@ -84,23 +86,33 @@ class UcxPolicy:
         return any(part in (_ALL, name, group) or part.startswith(f"{name}_") for part in names)
 
     @property
-    def attaching(self) -> str:
-        """The UCX_TLS for READs on one host: nothing one-sided but what the probe has proven."""
-        return _TLS_OF_TRANSPORT["same-host"] if self.tls == _ALL else self.tls
+    def attaches(self) -> bool:
+        """Whether host memory may be read by cross-memory attach."""
+        return self.allows("cma") and self.transport in ("auto", "same-host")
 
-    def likely(self, *, same_host: bool, device_memory: bool = False) -> str:
-        """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked."""
+    def likely(self, *, same_host: bool, device_memory: bool = False) -> str | None:
+        """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked; None: it needs none."""
         if device_memory:
             if same_host and self.reads_devices:
                 return self.device_reading
             return self.tls if self.rdma_only else self.device_fenceable
-        attach = same_host and self.allows("cma") and self.transport in ("auto", "same-host")
-        return self.attaching if attach else self.tls if self.rdma_only else self.fenceable
+        if same_host and self.attaches:
+            return None
+        return self.tls if self.rdma_only else self.fenceable
 
     @property
     def rdma_only(self) -> bool:
         """Whether a READ cannot be emulated over TCP: rdma mode, and UCX has no TCP."""
         return self.transport == "rdma" and not self.allows("tcp")
+
+    def serving(self, device_type: str) -> tuple[str, bool]:
+        """The UCX_TLS for an agent that serves such memory, and whether it needs a progress thread all the time.
+
+        It does where receivers READ by NIXL, and connect when they like; else it WRITEs, when it is asked to.
+        """
+        if device_type == "cpu":
+            return self.tls, self.rdma_only
+        return self.serving_device, True
 
     @property
     def fenceable(self) -> str:
@@ -147,12 +159,11 @@ class UcxPolicy:
 
     def to_proto(self, probe: mx_pb2.SameHostProbe) -> mx_pb2.TransportOffer:
         """What a holder tells receivers about the ways into its memory."""
-        attach = self.allows("cma") and self.transport in ("auto", "same-host")
         return mx_pb2.TransportOffer(
-            same_host_read=attach,
+            same_host_read=self.attaches,
             rdma_only=self.rdma_only,
             rdma_device=has_rdma_device() and self.allows("rc"),
-            probe=probe if attach else None,
+            probe=probe if self.attaches else None,
         )
 
 
@@ -183,11 +194,15 @@ def ucx_environment(tls: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Route:
-    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent."""
+    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent.
+
+    On one host there is no agent; `process` is the holder's.
+    """
 
     operation: Operation
     transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
     tls: str
+    process: int = 0
     because: str = ""  # why not by a faster way of this host, for device memory
 
 
@@ -200,9 +215,8 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_inde
     """
     if device_index is not None or offer.device_memory:
         return _device_route(policy, offer, device_index)
-    attach = policy.allows("cma") and policy.transport in ("auto", "same-host")
-    if attach and offer.same_host_read and can_read(offer.probe):
-        return Route("read", "same-host", policy.attaching)
+    if policy.attaches and offer.same_host_read and can_read(offer.probe):
+        return Route("read", "same-host", "", process=offer.probe.pid)
     if policy.rdma_only and offer.rdma_only:
         return Route("read", "rdma", policy.tls)
     rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
@@ -216,7 +230,7 @@ def _device_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index:
     because = _no_device_read(policy, offer, device_index)
     if not because:
         return Route("read", "cuda-ipc", policy.device_reading)
-    return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable, because)
+    return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable, because=because)
 
 
 def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ import pytest
 from mxcore.errors import (
     ChunksMissing,
     LayoutMismatch,
-    NotOneSided,
     SourceRefused,
     SourceUnreachable,
     TransferError,
@@ -21,14 +21,11 @@ from mxcore.errors import (
 )
 from mxcore.nixl_agent import live_agents
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.transfer.agent_session import AgentSession
-from mxcore.transfer.chunks import Chunks
+from mxcore.transfer import attached_pull
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import Membership
-from mxcore.transfer.movers import PullByRead
 from mxcore.transfer.receiver import Receiver
-from mxcore.transfer.source_client import Source, SourceClient
-from mxserver.wire import mx_pb2
+from mxcore.transfer.source_client import Source
 from tests.transfer.conftest import StartWorker
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
@@ -274,30 +271,17 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
         assert receiver.read()["equal"]
 
 
-def test_a_read_that_takes_another_way_is_noticed(start_worker: StartWorker) -> None:
-    source = start_worker("auto", seed=SEED).serve()
+def test_memory_that_may_not_be_read_any_more_is_written_instead(
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> bytes:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(attached_pull, "read_attached", denied)
     target = Target("auto")
-    chunks = Chunks(target.layout, CHUNK_BYTES)
-    arrived: list[int] = []
-    with (
-        failing(NotOneSided, "did not go by cross-memory attach"),
-        SourceClient(source, timeout_seconds=10) as client,
-        AgentSession("target", tls="tcp,self") as session,  # so that UCX emulates READs over TCP
-    ):
-        session.register(target.layout, target.placement)
-        lease_id = client.prepare()
-        extents = [mx_pb2.Extent(address=address) for address in target.placement.addresses]
-        answer = client.open_transfer(
-            lease_id, target.layout.fingerprint, session.metadata(), extents, mx_pb2.OPERATION_READ
-        )
-        peer = session.connect(answer.nixl_metadata)
-        remote = chunks.addresses([extent.address for extent in answer.extents])
-        local = chunks.local_addresses(target.placement)
-        with PullByRead(client, lease_id, session, peer, chunks, local, remote, "same-host") as mover:
-            mover.ask(range(len(chunks)))
-            while not mover.idle:
-                arrived.extend(mover.arrived())
-    assert arrived == [0, 1]  # the first may wait for the connection, the second may not; both were waited for
+    report = target.receive(start_worker("auto", seed=SEED).serve())
+    assert target.is_right()
+    assert (report.operation, report.transport) == ("write", "tcp")
 
 
 @pytest.mark.parametrize("transport", ["tcp", "same-host"])

@@ -15,6 +15,7 @@ import pytest
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
 from mxcore.nixl_library import library_candidates
+from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.transports import ucx_environment
 from tests.transfer.conftest import ROOT, StartWorker, wait_for
 
@@ -231,6 +232,66 @@ def test_threads_may_use_it_while_it_is_destroyed(pair: Pair) -> None:
         thread.join(60)
     assert len(ends) == 4
     assert all("is destroyed" in end for end in ends), ends
+
+
+def test_without_a_progress_thread_nothing_moves_but_in_progressing() -> None:
+    with ucx_environment("tcp,self"):
+        a, b = NixlAgent("a", progress_thread=False), NixlAgent("b", progress_thread=False)
+    try:
+        memory = np.zeros(2 * SIZE, np.uint8)
+        memory[:SIZE] = 7
+        address = memory.ctypes.data
+        for agent in (a, b):
+            agent.register(q(address), q(2 * SIZE))
+        assert a.load_remote(b.metadata()) == "b"
+        transfer = a.transfer("write", q(address), q(address + SIZE), q(SIZE), "b")
+        assert not transfer.post()
+        assert not any(transfer.done() for _ in range(1000))  # b does not even accept the connection
+        for _ in range(2):
+            threads = [threading.Thread(target=agent.keep_progressing) for agent in (a, b)]
+            for thread in threads:
+                thread.start()
+            wait_for(transfer.done)
+            for agent, thread in zip((a, b), threads, strict=True):
+                agent.stop_progressing()
+                thread.join(60)
+                assert not thread.is_alive()
+                agent.stop_progressing(False)  # once more
+        assert (memory == 7).all()
+    finally:
+        a.destroy()
+        b.destroy()
+    with pytest.raises(NixlError, match="is destroyed"):
+        a.keep_progressing()
+
+
+def test_destroying_an_agent_ends_its_progress() -> None:
+    with ucx_environment("tcp,self"):
+        agent = NixlAgent("a", progress_thread=False)
+    thread = threading.Thread(target=agent.keep_progressing)
+    thread.start()
+    agent.metadata()
+    agent.destroy()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_progress_is_shared_by_those_who_need_it() -> None:
+    with AgentSession("shared", tls="tcp,self", progress_thread=False) as session:
+
+        def running() -> bool:
+            return any(thread.name == "mx-progress" for thread in threading.enumerate())
+
+        for _ in range(2):
+            with session.progressing():
+                with session.progressing():
+                    assert running()
+                assert running()
+            assert not running()
+        with session.progressing():
+            session.fence()  # also while somebody needs it
+    with AgentSession("threaded", tls="tcp,self") as session, session.progressing():
+        assert not running()
 
 
 def test_an_idle_agent_costs_next_to_nothing(start_worker: StartWorker) -> None:

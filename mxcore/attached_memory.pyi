@@ -1,0 +1,21 @@
+"""Another process' memory, read by cross-memory attach (process_vm_readv): over when the call returns."""
+
+from collections.abc import Iterable
+
+def read_attached(
+    pid: int,
+    local_addresses: Iterable[int],
+    remote_addresses: Iterable[int],
+    lengths: Iterable[int],
+    *,
+    hashed: bool = True,
+) -> bytes:
+    """Copies stretches of `lengths` bytes from process `pid` (as this PID namespace counts) to addresses here.
+
+    Returns the XXH3-64 of all of them, one after the other, as they are here afterwards: 8 bytes little-endian, as
+    `mxcore.digest.xxh3_64_many` makes them; empty unless `hashed`. Releases the GIL. Thread-safe; the addresses here
+    are the caller's to keep mapped. The process may be another one by now than was meant: look at the digest.
+
+    Raises OSError: ESRCH (no such process), EPERM (it may not be read), EFAULT (not mapped, on either side); some
+    bytes may have been copied. ValueError: not as many addresses as lengths, no process, nothing to hash.
+    """

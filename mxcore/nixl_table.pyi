@@ -1,0 +1,4 @@
+"""NIXL's C library, opened once at the first use."""
+
+def load_library() -> str:
+    """Opens it; returns its path. Thread-safe. Raises NixlMissing with all places that were tried."""
