@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mxcore.descriptors import merge_extents
 from mxcore.transfer.layout import Placement
 
 __all__ = ["PAGE_BYTES", "Regions", "merge_regions"]
@@ -27,19 +28,5 @@ def merge_regions(placement: Placement, extent_bytes: Sequence[int]) -> list[Reg
     Two extents are one region when one ends in the page where the next begins, or in the page before it: then every
     byte between them is in a page that holds a byte of either, so that it is mapped as long as they are.
     """
-    stretches = sorted(zip(placement.device_indices, placement.addresses, extent_bytes, strict=True))
-    regions: list[Regions] = []
-    for device_index, address, length in stretches:
-        if not regions or regions[-1].device_index != device_index:
-            regions.append(Regions(device_index, array("Q"), array("Q")))
-        _, addresses, lengths = regions[-1]
-        if addresses and _adjoin(addresses[-1] + lengths[-1], address):
-            lengths[-1] = address + length - addresses[-1]
-        else:
-            addresses.append(address)
-            lengths.append(length)
-    return regions
-
-
-def _adjoin(end: int, begin: int) -> bool:
-    return begin // PAGE_BYTES - (end - 1) // PAGE_BYTES <= 1
+    found = merge_extents(placement.device_indices, placement.addresses, extent_bytes, PAGE_BYTES)
+    return [Regions(*regions) for regions in found]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.descriptors import merge_adjoining
+from mxcore.descriptors import merge_adjoining, merge_extents
 
 
 def expanded(local: array[int], remote: array[int], lengths: array[int]) -> list[tuple[int, int]]:
@@ -58,3 +58,30 @@ def test_the_same_bytes_go_to_the_same_places(steps: list[tuple[int, int, int]])
     merged = merge_adjoining(local, remote, lengths)
     assert expanded(*merged) == expanded(array("Q", local), array("Q", remote), array("Q", lengths))
     assert len(merged[0]) == 1 + sum(bool(gap or other_gap) for gap, other_gap, _ in steps)
+
+
+def test_regions_come_sorted_by_device_and_address() -> None:
+    found = merge_extents((1, 0, 1, 0), (0x9000, 0x5000, 0x1000, 0x1000), [8, 8, 8, 8], 4096)
+    assert found == [
+        (0, array("Q", [0x1000, 0x5000]), array("Q", [8, 8])),
+        (1, array("Q", [0x1000, 0x9000]), array("Q", [8, 8])),
+    ]
+
+
+def test_no_extents_are_no_regions() -> None:
+    assert merge_extents((), (), (), 4096) == []
+
+
+def test_extents_at_the_end_of_all_addresses() -> None:
+    last = 2**64 - 4096
+    assert merge_extents((0, 0), (last, last - 4096), (4095, 4096), 4096) == [
+        (0, array("Q", [last - 4096]), array("Q", [8191]))
+    ]
+
+
+def test_what_are_no_extents_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 addresses, 1 devices, 2 lengths"):
+        merge_extents((0,), (1,), (1, 2), 4096)
+    for wrong in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            merge_extents((0,), (wrong,), (1,), 4096)
