@@ -50,6 +50,7 @@ class Pair:
             "strategy": "star",
             "shape": shape,
             "gap_bytes": gap_bytes,
+            "tells": False,
         }
         self._bytes = total_bytes(shape)
         self.source = fleet.add({**task, "role": "seed"}, transport=transport)

@@ -171,7 +171,8 @@ class FleetWorker:
                 break
             try:
                 relay = self.memory if task["strategy"] == "swarm" else None
-                report = self.member.receive(self.layout, self.placement, {}, sources, self.progress, relay_from=relay)
+                told = self.progress if task.get("tells", True) else None  # the telling takes its time from a transfer
+                report = self.member.receive(self.layout, self.placement, {}, sources, told, relay_from=relay)
                 break
             except TransferError as error:
                 failures.append(str(error)[:300])
