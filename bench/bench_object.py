@@ -101,7 +101,8 @@ def _measure(
         if told["digests"] != digests:
             raise click.ClickException(f"{name} has other bytes than {runs[0]['name']}")
         fetched = proxy.answered_bytes - before
-        runs.append({"name": name, "latency_ms": latency, "seconds": told["seconds"], "fetched_bytes": fetched})
+        times = {key: told[key] for key in ("seconds", "cpu_seconds")}
+        runs.append({"name": name, "latency_ms": latency, **times, "fetched_bytes": fetched})
 
     run("runai", 0.0)  # the server digests every object once
     runs.clear()
@@ -136,6 +137,9 @@ def _figures(runs: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
         figures[f"stream_vs_runai_{latency:g}ms"] = medians["runai"] / medians["ours_stream"]
         vs_runai.append(medians["runai"] / medians["ours"])
     figures["vs_runai"] = min(vs_runai)
+    for name in ("ours", "runai", "boto3"):
+        burnt = statistics.median(run["cpu_seconds"] for run in runs if run["name"] == name)
+        figures[f"{name}_cpu_seconds_per_gb"] = burnt / total_bytes * 1e9
     ours = [run["fetched_bytes"] / total_bytes for run in runs if run["name"].startswith("ours")]
     figures["fetched_over_model"] = max(ours)
     figures["fetched_over_model_after_cut"] = max(
