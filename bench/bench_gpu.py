@@ -1,7 +1,8 @@
 """`mx bench gpu`: page cache to device, digests, copies, NIXL between two processes, on one CUDA device.
 
-Self-contained: a checkout, this package's wheels, no network. Without torch with CUDA the other loaders are left out,
-and said; nothing else needs torch. docs/gpu-testing.md says how to run it where nothing else is.
+Self-contained: a checkout, this package's wheels, no network. Each part runs in a process of its own: what fails, and
+what is not there (torch with CUDA, for the other loaders), is told under `left_out`, and the other figures come.
+docs/gpu-testing.md says how to run it where nothing else is.
 """
 
 from __future__ import annotations
@@ -62,57 +63,32 @@ def _roomy(size_bytes: int) -> Path:
 
 
 def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: str | None) -> dict[str, Any]:
-    from bench.gpu import measure, nixl_pair, peers
+    from bench.gpu import peers, sections
     from bench.load import made
     from mxcore import cuda_driver
-    from mxcore.cuda_context import context_of
-    from mxcore.cuda_digest import DeviceDigest
-    from mxcore.cuda_memory import DeviceBuffer
-    from mxcore.errors import TransferError
-    from mxcore.storage.checkpoint import open_checkpoint
-    from mxcore.storage.device_ring import release_rings
 
     card = cuda_driver.Device(index)
-    context = context_of(index)
     made.checkpoint(place, size_bytes)
-    files = sorted(place.iterdir())
-    checkpoint = open_checkpoint(files)
-    target = DeviceBuffer(context, measure.arena_rows(checkpoint, 0)[2])
-    digester = DeviceDigest(context)
+    task = sections.Task(index, size_bytes, rounds, place, stand_in)
+    found: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
-    try:
-        pinned = measure.pinned_copy(context, target, rounds)
-        loaded = measure.load(checkpoint, target, rounds)
-        measure.check(checkpoint, digester, target)
-        digests = measure.digest(digester, target, rounds)
-        copied = measure.device_copy(context, target, rounds)
-    finally:
-        digester.close()
-        target.close()
-        release_rings()
-    figures = {
-        "tmpfs_vs_pinned_copy": loaded["bytes_per_second"] / pinned,
-        "digest_tb_per_second": digests / 1e12,
-        "tmpfs_gbps": loaded["bytes_per_second"] / 1e9,
-        "pinned_copy_gbps": pinned / 1e9,
-        "device_copy_gbps": copied / 1e9,
-        **{name: loaded[name] for name in ("first_seconds", "ring_bytes", "extra_device_bytes", "extra_host_bytes")},
-    }
-    try:
-        moved = nixl_pair.read(context, size_bytes // 2, rounds, stand_in)
-        figures |= {"nixl_vs_device_copy": moved / copied, "nixl_gbps": moved / 1e9}
-    except (TransferError, ValueError) as error:
-        left_out["nixl"] = str(error)
+    for name in sections.PARTS:
+        try:
+            found[name] = sections.run(name, task)
+        except ValueError as error:
+            left_out[name] = str(error)
+    figures = sections.figures(found)
     left_out |= peers.missing()
-    ours = sum(info.size_bytes for info in checkpoint.tensors.values()) / loaded["bytes_per_second"]
     taken: dict[str, float] = {}
     for name in [name for name in peers.NEEDS if name not in left_out]:
         try:
-            taken[name] = peers.seconds(name, index, rounds, files)
+            taken[name] = peers.seconds(name, index, rounds, sorted(place.iterdir()))
         except ValueError as error:
             left_out[name] = str(error)
-    figures |= {f"vs_{name}": seconds / ours for name, seconds in taken.items()}
-    if taken:
+    figures |= {f"{name}_seconds": seconds for name, seconds in taken.items()}
+    if taken and "load" in found:
+        ours = found["load"]["bytes"] / found["load"]["bytes_per_second"]
+        figures |= {f"vs_{name}": seconds / ours for name, seconds in taken.items()}
         figures["vs_best_peer"] = min(taken.values()) / ours
     return {
         "bench": "gpu",

@@ -5,12 +5,15 @@ python -m bench.gpu.nixl_pair DEVICE BYTES [STAND-IN]   is the holder: prints on
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import time
 from array import array
+from pathlib import Path
 from typing import Any
 
 from mxcore import cuda_driver
@@ -19,6 +22,7 @@ from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer
 from mxcore.nixl_agent import NixlAgent
 from mxcore.transfer.device_memory import nixl_device
+from mxcore.transfer.tcp_received import TcpReceived
 from mxcore.transfer.transports import ucx_environment
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
@@ -27,7 +31,17 @@ PIECE_BYTES = 64 * 1024 * 1024
 GIVE_UP_SECONDS = 60.0
 
 
+def _load_runtime() -> None:
+    """UCX's CUDA module wants libcudart by its name: torch's packages have it, in no folder that is searched."""
+    for folder in map(Path, sys.path):
+        for library in sorted(folder.glob("nvidia/*/lib/libcudart.so.*")):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
 def _agent(name: str, buffer: DeviceBuffer) -> NixlAgent:
+    if not cuda_driver.is_stand_in():
+        _load_runtime()
     with ucx_environment(STAND_IN_TLS if cuda_driver.is_stand_in() else TLS):
         agent = NixlAgent(name)
     device: dict[str, Any] = nixl_device(buffer.context.index)
@@ -71,9 +85,12 @@ def read(context: Context, size_bytes: int, rounds: int, stand_in: str | None) -
             if not text:
                 raise ValueError(f"the holder's process ended with {holder.wait()}")
             line = json.loads(text)
+            tcp = TcpReceived()
             peer = agent.load_remote(bytes.fromhex(line["metadata"]))
             seconds = min(_once(agent, buffer, line["address"], peer) for _ in range(rounds + 1))
             context.synchronize()
+            if 2 * tcp.bytes() >= size_bytes * (rounds + 1):
+                raise ValueError("the READs came over TCP: UCX took another way than cuda_ipc")
             if _digest(buffer) != line["digest"]:
                 raise ValueError("other bytes arrived than the holder has")
             holder.stdin.close()

@@ -36,7 +36,10 @@ def missing() -> dict[str, str]:
 def seconds(name: str, device: int, rounds: int, files: list[Path]) -> float:
     """Of its fastest round. Raises ValueError with the last line that it said."""
     command = [sys.executable, "-m", "bench.gpu.peers", name, str(device), str(rounds), *map(str, files)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{name}: no end within {TIMEOUT_SECONDS} s") from None
     if ran.returncode:
         said = ran.stderr.strip().splitlines() or [f"it ended with {ran.returncode}"]
         raise ValueError(f"{name}: {said[-1]}")

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from bench.gpu import peers, sections
 from tests.cuda.stand_in import ROOT, StandIn
 
 MAIN = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "bench", "gpu"]
@@ -25,6 +28,46 @@ def test_all_of_it_runs_and_no_figure_comes_out(loaded: StandIn, tmp_path: Path)
     assert "no GPU" in document["device"]["name"]
     assert document["left_out"]["safetensors"] == "this torch has no CUDA device"
     assert list(tmp_path.iterdir()) == []
+
+
+ALL = {
+    "copies": {"pinned": 50e9, "device": 2e12},
+    "load": {"bytes_per_second": 45e9, "first_seconds": 1.0, "ring_bytes": 1.0, "extra_device_bytes": 0.0,
+             "extra_host_bytes": 0.0, "bytes": 4e9},
+    "digest": {"bytes_per_second": 2e12},
+    "nixl": {"bytes_per_second": 1e12},
+}  # fmt: skip
+NEED = {
+    "tmpfs_vs_pinned_copy": {"copies", "load"},
+    "digest_tb_per_second": {"digest"},
+    "nixl_vs_device_copy": {"copies", "nixl"},
+    "pinned_copy_gbps": {"copies"},
+    "ring_bytes": {"load"},
+}
+
+
+@pytest.mark.parametrize("failed", list(sections.PARTS))
+def test_a_part_that_fails_costs_its_own_figures(failed: str) -> None:
+    assert sections.figures(ALL)["tmpfs_vs_pinned_copy"] == 0.9
+    assert sections.figures(ALL)["nixl_vs_device_copy"] == 0.5
+    left = sections.figures({name: found for name, found in ALL.items() if name != failed})
+    assert {name for name in NEED if name in left} == {name for name, parts in NEED.items() if failed not in parts}
+
+
+def test_a_part_in_its_process(loaded: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    task = sections.Task(0, 8 << 20, 1, tmp_path, str(loaded.path))
+    assert sections.run("digest", task)["bytes_per_second"] > 0
+    with pytest.raises(ValueError, match="there is no device 7"):
+        sections.run("digest", task._replace(device=7))
+    with pytest.raises(ValueError, match="OUT_OF_MEMORY"):
+        sections.run("copies", task._replace(size_bytes=1 << 40))
+    monkeypatch.setattr(sections, "TIMEOUT_SECONDS", 0.001)
+    with pytest.raises(ValueError, match=r"no end within 0.001 s"):
+        sections.run("digest", task)
+    monkeypatch.setattr(peers, "TIMEOUT_SECONDS", 0.001)
+    with pytest.raises(ValueError, match="safetensors: no end"):
+        peers.seconds("safetensors", 0, 1, [])
 
 
 def test_without_a_driver_it_says_so(tmp_path: Path) -> None:
