@@ -51,8 +51,10 @@ class Registration(Memory):
 class DeviceBuffer(Memory):
     """Device memory (cuMemAlloc), exported by DLPack as bytes to torch and others, without a copy.
 
-    An export may be taken only after what fills the memory is done: it is not ordered with any stream. While exports
-    are out, the memory stays, and `close` raises HostBufferBusy. Raises DeviceMemoryError where there is none left.
+    An export may be taken only after what fills the memory is done: it is not ordered with any stream, whichever the
+    consumer names. While exports are out, the memory stays, and `close` raises HostBufferBusy. What cannot be exported
+    as asked for (a copy, another device, stream 0) raises BufferError. Raises DeviceMemoryError where there is no
+    memory left.
     """
 
     def __init__(self, context: Context, size_bytes: int) -> None: ...

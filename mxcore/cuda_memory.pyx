@@ -149,6 +149,10 @@ cdef class DeviceBuffer(Memory):
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         cdef Bytes what = Bytes(<void*><uintptr_t>self.address, <int64_t>self.length, DL_CUDA, self.context.ordinal,
                                 &self.export_count)
+        # None and 1: the default stream, 2: the thread's, -1: no stream, others: a handle. All the same here, since
+        # nothing is under way in memory that is exported; 0 may mean either default stream, and is not allowed.
+        if stream is not None and (not isinstance(stream, int) or stream == 0 or stream < -1):
+            raise BufferError(f"stream is {stream!r}: None, -1, 1, 2 or a stream's handle")
         if dl_device is not None and tuple(dl_device) != (DL_CUDA, self.context.ordinal):
             raise BufferError(f"dl_device is {dl_device!r}: this memory is on ({DL_CUDA}, {self.context.ordinal})")
         if copy:
