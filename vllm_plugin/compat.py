@@ -228,13 +228,18 @@ def platform_worker() -> type:
 class Watch(Protocol):
     """Who is told what the engine does to weights; see vllm_plugin.serving.EngineWatch."""
 
-    def sleeping(self, level: int) -> None: ...
+    def sleeping(self, engine: str, level: int) -> None: ...
 
-    def awake(self, tags: Sequence[str] | None) -> None: ...
+    def awake(self, engine: str, tags: Sequence[str] | None) -> None: ...
 
-    def changing(self, what: str) -> None: ...
+    def changing(self, engine: str, what: str) -> None: ...
 
-    def ending(self) -> None: ...
+    def ending(self, engine: str) -> None: ...
+
+
+def engine_of(vllm_config: VllmConfig | None) -> str:
+    """Which of a process' engines this is the configuration of; empty where that cannot be said."""
+    return str(getattr(vllm_config, "instance_id", ""))
 
 
 _CHANGES = ("reload_weights", "start_weight_update", "update_weights", "reset_weights")
@@ -256,11 +261,11 @@ def watch_worker(vllm_config: VllmConfig, watch: Watch) -> bool:
     kind = worker_class(vllm_config)
     if kind is None:
         return False
-    _wrap(kind, "sleep", before=lambda level=1: watch.sleeping(level))
-    _wrap(kind, "wake_up", after=lambda tags=None: watch.awake(tags))
+    _wrap(kind, "sleep", before=lambda engine, level=1: watch.sleeping(engine, level))
+    _wrap(kind, "wake_up", after=lambda engine, tags=None: watch.awake(engine, tags))
     _wrap(kind, "shutdown", before=watch.ending)
     for name in _CHANGES:
-        _wrap(kind, name, before=lambda *_args, _name=name, **_kwargs: watch.changing(_name))
+        _wrap(kind, name, before=lambda engine, *_args, _name=name, **_kwargs: watch.changing(engine, _name))
     return True
 
 
@@ -280,9 +285,10 @@ def _wrap(
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tell(before, *args, **kwargs)
+        engine = engine_of(getattr(self, "vllm_config", None))
+        tell(before, engine, *args, **kwargs)
         result = method(self, *args, **kwargs)
-        tell(after, *args, **kwargs)
+        tell(after, engine, *args, **kwargs)
         return result
 
     watched.watched = True  # type: ignore[attr-defined]
@@ -309,13 +315,18 @@ def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
     return restore
 
 
-def processing_reads_values(model: Any, model_config: ModelConfig) -> bool:
+def quantised_while_loaded(model: Any) -> bool:
+    """Whether weights have no memory before they are filled: only vLLM's own loaders know how to fill such layers."""
+    return any(tensor.is_meta for tensor in model.parameters())
+
+
+def processing_reads_values(model_config: ModelConfig) -> bool:
     """Whether weights must have sane values before processing: quantisation does arithmetic with them, and may refuse.
 
     Without it, what is in fresh memory does no harm: all of it is overwritten, and a layout that came out different
     for it is refused.
     """
-    return model_config.quantization is not None or any(tensor.is_meta for tensor in model.parameters())
+    return model_config.quantization is not None
 
 
 def world_barrier(timeout_seconds: float) -> str:

@@ -341,7 +341,8 @@ class Load:
         self.report.tell_offer(weights.kind, membership.source_id, membership.worker_id)
         compat.watch_worker(self.vllm_config, serving.EngineWatch())
         address = self.settings.server_address or ""
-        serving.stay(offer, Record(address, membership.source_id, membership.worker_id, membership.worker_rank))
+        record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
+        serving.stay(offer, record, compat.engine_of(self.vllm_config))
 
     def wait_for_siblings(self, membership: Membership) -> None:
         """MX_SYNC_PUBLISH: until all ranks of this source have loaded and said so, in bounded time."""

@@ -19,7 +19,7 @@ from vllm_plugin.last_will import LastWill, Record
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_members: list[tuple[Member, LastWill | None]] = []
+_members: list[tuple[Member, LastWill | None, str]] = []  # the last one names the engine whose weights these are
 _owner: list[int] = []  # the process that registered the exit function: a fork must not say its parent's goodbye
 
 
@@ -36,8 +36,11 @@ class Member(Protocol):
         """Drains, says goodbye; idempotent, never raises."""
 
 
-def stay(member: Member, record: Record) -> None:
-    """Keeps a membership until this process ends, and sees to its goodbye however that comes. Thread-safe."""
+def stay(member: Member, record: Record, engine: str = "") -> None:
+    """Keeps a membership until its engine or this process ends, and sees to its goodbye however that comes.
+
+    `engine` is what `EngineWatch` is told. Thread-safe.
+    """
     try:
         will = LastWill(record)
     except OSError as error:
@@ -48,57 +51,59 @@ def stay(member: Member, record: Record) -> None:
             _members.clear()
             _owner[:] = [os.getpid()]
             util.Finalize(None, leave, args=("the process ends",), exitpriority=100)
-        _members.append((member, will))
+        _members.append((member, will, engine))
 
 
-def leave(reason: str) -> int:
-    """Leaves all memberships of this process; returns how many. Idempotent, thread-safe, never raises."""
+def leave(reason: str, engine: str = "") -> int:
+    """Leaves the memberships of an engine, or all of this process; how many. Idempotent, thread-safe, never raises."""
+    leaving = _of(engine)
     with _lock:
-        members = list(_members) if os.getpid() in _owner else []
-        _members.clear()
-    for member, will in members:
+        _members[:] = [entry for entry in _members if entry not in leaving]
+    for member, will, _engine in leaving:
         _log.info("no longer serving: %s", reason)
         member.close()
         if will is not None:
             will.revoke()
-    return len(members)
+    return len(leaving)
 
 
 class EngineWatch:
-    """Called around what the engine does to its weights (`compat.watch_worker`), on the engine's thread."""
+    """Called around what an engine does to its weights (`compat.watch_worker`), on the engine's thread."""
 
-    def sleeping(self, level: int) -> None:
+    def sleeping(self, engine: str, level: int) -> None:
         """Before the engine sleeps: at level 1 it keeps its weights in host memory, above it drops them."""
         if level > 1:
-            leave("the engine sleeps and drops its weights")
+            leave("the engine sleeps and drops its weights", engine)
             return
-        for member, _will in _present():
+        for member, _will, _engine in _of(engine):
             drained = member.pause()
             _log.info("not serving while the engine sleeps%s", "" if drained else "; readers were cut off")
 
-    def awake(self, tags: Sequence[str] | None) -> None:
+    def awake(self, engine: str, tags: Sequence[str] | None) -> None:
         """After the engine woke up; `tags` as vLLM has them: None, or what of its memory is back."""
         if tags is not None and "weights" not in tags:
             return
-        for member, will in _present():
+        for member, will, _engine in _of(engine):
             if _resumed(member):
                 _log.info("the engine is awake and its weights are what they were: serving again")
                 continue
             _log.warning("the engine is awake, but its weights are not what was served: no longer serving")
             _forget(member, will)
 
-    def changing(self, what: str) -> None:
+    def changing(self, engine: str, what: str) -> None:
         """Before weights are written to."""
-        leave(f"the engine's weights are changed ({what})")
+        leave(f"the engine's weights are changed ({what})", engine)
 
-    def ending(self) -> None:
+    def ending(self, engine: str) -> None:
         """Before the engine gives its memory back."""
-        leave("the engine ends")
+        leave("the engine ends", engine)
 
 
-def _present() -> list[tuple[Member, LastWill | None]]:
+def _of(engine: str) -> list[tuple[Member, LastWill | None, str]]:
+    """What an engine offers; of one that is not known, everything: rather too little is served than what is gone."""
     with _lock:
-        return list(_members) if os.getpid() in _owner else []
+        present = list(_members) if os.getpid() in _owner else []
+    return [entry for entry in present if entry[2] == engine != ""] or present
 
 
 def _resumed(member: Member) -> bool:

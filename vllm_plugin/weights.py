@@ -27,6 +27,7 @@ from vllm_plugin.collect import Collected, collect, emptied, shown
 from vllm_plugin.storage_loader import StorageLoader
 
 Kind = Literal["processed", "raw"]
+_SMALL = 2.0**-6  # a value of every floating-point type but those of four bits, which torch cannot fill
 
 
 class Receive(Protocol):
@@ -145,8 +146,10 @@ class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-check
             finally:
                 self.model = None
         else:
-            if compat.processing_reads_values(model, model_config):
+            if compat.quantised_while_loaded(model):
                 DummyModelLoader(compat.plain_load_config(self.load_config, "dummy")).load_weights(model, model_config)
+            elif compat.processing_reads_values(model_config):
+                _fill(model)
             self._weights.loaded(model)
         self._filled(model)
 
@@ -166,6 +169,14 @@ class FromPeer(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-check
                 tensor.copy_(before)
         compat.synchronize(self._weights.device)
         self._built.clear()
+
+
+def _fill(model: nn.Module) -> None:
+    """One small value everywhere: enough for quantisation to do its arithmetic with, as fast as memory is written."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and not str(tensor.dtype).startswith("torch.float4"):
+                tensor.fill_(_SMALL)
 
 
 def _derived(model: nn.Module, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

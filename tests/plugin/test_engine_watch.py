@@ -34,10 +34,10 @@ class Worker(Base):
     def shutdown(self): done.append(["shutdown", None])
 
 class Watch:
-    def sleeping(self, level): told.append(["sleeping", level]); raise ValueError("a fault of ours")
-    def awake(self, tags): told.append(["awake", tags, list(done[-1])])
-    def changing(self, what): told.append(["changing", what])
-    def ending(self): told.append(["ending", None])
+    def sleeping(self, engine, level): told.append(["sleeping", engine, level]); raise ValueError("a fault of ours")
+    def awake(self, engine, tags): told.append(["awake", engine, tags, list(done[-1])])
+    def changing(self, engine, what): told.append(["changing", engine, what])
+    def ending(self, engine): told.append(["ending", engine])
 
 module = sys.modules["workers"] = types.ModuleType("workers")
 module.Worker, module.Other = Worker, object
@@ -56,6 +56,7 @@ try:
     worker.update_weights({})
 except KeyError as error:
     found["raised"] = str(error)
+worker.vllm_config = types.SimpleNamespace(instance_id="e1")
 worker.shutdown()
 sleeps = types.SimpleNamespace(enable_sleep_mode=True)
 found["risks"] = [
@@ -80,11 +81,11 @@ def found() -> dict[str, Any]:
 def test_each_call_is_heard_of_once_and_in_order(found: dict[str, Any]) -> None:
     assert found["twice"] == [True, True]
     assert found["told"] == [
-        ["sleeping", 1],
-        ["awake", ["weights"], ["wake_up", ["weights"]]],
-        ["changing", "reload_weights"],
-        ["changing", "update_weights"],
-        ["ending", None],
+        ["sleeping", "", 1],
+        ["awake", "", ["weights"], ["wake_up", ["weights"]]],
+        ["changing", "", "reload_weights"],
+        ["changing", "", "update_weights"],
+        ["ending", "e1"],
     ]
 
 
@@ -130,8 +131,8 @@ class Member:
 
 @pytest.fixture
 def staying() -> Iterator[Any]:
-    def stay(member: Member) -> Member:
-        serving.stay(member, Record("127.0.0.1:1", "s", "w", 0))
+    def stay(member: Member, engine: str = "e1") -> Member:
+        serving.stay(member, Record("127.0.0.1:1", "s", "w", 0), engine)
         return member
 
     yield stay
@@ -140,10 +141,10 @@ def staying() -> Iterator[Any]:
 
 def test_an_offer_is_paused_and_resumed(staying: Any) -> None:
     member, watch = staying(Member()), serving.EngineWatch()
-    watch.sleeping(1)
-    watch.awake(["kv_cache"])
+    watch.sleeping("e1", 1)
+    watch.awake("e1", ["kv_cache"])
     assert member.calls == ["pause"]
-    watch.awake(["weights"])
+    watch.awake("e1", ["weights"])
     assert member.calls == ["pause", "resume"]
     assert serving.leave("done") == 1
 
@@ -151,8 +152,8 @@ def test_an_offer_is_paused_and_resumed(staying: Any) -> None:
 @pytest.mark.parametrize("still", [False, MxError("no agent")])
 def test_an_offer_that_cannot_be_resumed_ends(staying: Any, still: Any) -> None:
     member, watch = staying(Member(still)), serving.EngineWatch()
-    watch.sleeping(1)
-    watch.awake(None)
+    watch.sleeping("e1", 1)
+    watch.awake("e1", None)
     assert member.calls == ["pause", "resume", "close"]
     assert serving.leave("done") == 0
 
@@ -161,10 +162,27 @@ def test_an_offer_that_cannot_be_resumed_ends(staying: Any, still: Any) -> None:
 def test_what_ends_an_offer(staying: Any, event: str) -> None:
     member, watch = staying(Member()), serving.EngineWatch()
     if event == "deep sleep":
-        watch.sleeping(2)
+        watch.sleeping("e1", 2)
     elif event == "change":
-        watch.changing("update_weights")
+        watch.changing("e1", "update_weights")
     else:
-        watch.ending()
-    watch.awake(None)
+        watch.ending("e1")
+    watch.awake("e1", None)
     assert member.calls == ["close"]
+
+
+def test_what_one_engine_does_leaves_the_others_offers_alone(staying: Any) -> None:
+    one, other, watch = staying(Member()), staying(Member(), "e2"), serving.EngineWatch()
+    watch.sleeping("e2", 1)
+    watch.awake("e2", None)
+    watch.ending("e1")
+    assert one.calls == ["close"]
+    assert other.calls == ["pause", "resume"]
+
+
+@pytest.mark.parametrize("unknown", ["", "e3"])
+def test_what_an_unknown_engine_does_ends_all_offers(staying: Any, unknown: str) -> None:
+    """Better to serve too little than what may be gone."""
+    members = [staying(Member()), staying(Member(), "e2")]
+    serving.EngineWatch().ending(unknown)
+    assert [member.calls for member in members] == [["close"], ["close"]]

@@ -1,7 +1,7 @@
 """An engine that sleeps, reloads or ends: what it served meanwhile, and after it.
 
-vLLM's CPU worker takes the calls and leaves its weights where they are; a test changes them where a real sleep would
-have lost them.
+vLLM's CPU worker takes the calls and leaves its weights where they are; a worker class of the tests overwrites them, as
+a sleep on an accelerator takes their memory away.
 """
 
 from __future__ import annotations
@@ -62,6 +62,48 @@ def test_asleep_it_serves_nothing_and_awake_it_serves_again(
         loaded = target.load(model)
     assert loaded.answers == references.of(model)
     assert loaded.report["source_worker"] == awake["worker_id"]
+
+
+def test_memory_that_is_gone_is_never_served(
+    client: ServerClient, source: EngineHost, target: EngineHost, unpacked: None, model_paths: dict[str, Path]
+) -> None:
+    """Asleep the source's memory holds no weights: who asks then takes storage, who asks after it gets the weights."""
+    model, processed = model_paths["llama"], {"layout": "processed"}
+    expected = source.load(model, "auto").answers
+    first = source.load(model, extra=processed, keep=True, worker_cls="tests.vllm.sleeping_worker.SleepingWorker")
+    try:
+        source.ask("sleep", level=1)
+        meanwhile = target.load(model, extra=processed)
+        target.ask("leave")
+        source.ask("wake_up", tags=["kv_cache"])
+        assert status(client, first.report) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+        source.ask("wake_up", tags=["weights"])
+        with files_away(weight_files(model)):
+            after = target.load(model, extra=processed)
+        source.ask("sleep", level=2)
+        assert status(client, first.report) == p2p_pb2.SOURCE_STATUS_STALE
+        source.ask("wake_up", tags=None)
+        assert status(client, first.report) == p2p_pb2.SOURCE_STATUS_STALE
+    finally:
+        source.ask("end")
+
+    assert first.answers == meanwhile.answers == after.answers == expected
+    assert [loaded.report["path"] for loaded in (meanwhile, after)] == ["storage", "p2p"]
+    assert after.report["source_worker"] == first.report["worker_id"]
+
+
+def test_an_engine_that_ends_leaves_the_offers_of_another_alone(
+    client: ServerClient, source: EngineHost, model_paths: dict[str, Path]
+) -> None:
+    """Two engines of one process; what the first one offers, this process' `load` keeps."""
+    first = source.load(model_paths["qwen3"]).report
+    second = source.load(model_paths["llama"], keep=True).report
+    source.ask("sleep", level=1)
+    assert status(client, second) == p2p_pb2.SOURCE_STATUS_INITIALIZING
+    assert status(client, first) == p2p_pb2.SOURCE_STATUS_READY
+    source.ask("end")
+    assert status(client, second) == p2p_pb2.SOURCE_STATUS_STALE
+    assert status(client, first) == p2p_pb2.SOURCE_STATUS_READY
 
 
 def test_weights_that_changed_during_sleep_are_not_served_again(
