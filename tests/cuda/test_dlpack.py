@@ -23,6 +23,8 @@ from tests.cuda.stand_in import StandIn
 
 SIZE = 100_000
 DL_CUDA, DL_UINT = 2, 1
+# A capsule does not copy its name: these outlive all of them.
+USED = {b"dltensor": b"used_dltensor", b"dltensor_versioned": b"used_dltensor_versioned"}
 
 
 class DLTensor(ctypes.Structure):
@@ -61,8 +63,7 @@ class Consumer:
         name = api.PyCapsule_GetName(capsule)
         self.versioned = name == b"dltensor_versioned"
         self._pointer = api.PyCapsule_GetPointer(capsule, name)
-        self._name = b"used_" + name  # a capsule does not copy its name
-        api.PyCapsule_SetName(capsule, self._name)
+        api.PyCapsule_SetName(capsule, USED[name])
         self._capsule = capsule
         self.managed = (Versioned if self.versioned else Legacy).from_address(self._pointer)
         self.tensor: DLTensor = self.managed.tensor
