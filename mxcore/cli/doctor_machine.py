@@ -13,8 +13,8 @@ from pathlib import Path
 
 import mxcore
 from mxcore.cli.findings import Finding
+from mxcore.transfer.rdma_devices import pinnable_bytes, pins_too_little, rdma_ports, usable_ports
 
-_CAP_IPC_LOCK = 14  # linux/capability.h
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture
 _IO_URING_PARAMETERS_BYTES = 120
 _SHM_ENOUGH_BYTES = 1 << 30
@@ -50,24 +50,27 @@ def compiled_core() -> Finding:
 
 def rdma(root: Path = Path("/")) -> Finding:
     """RDMA devices with an active port that this user may open."""
-    devices = sorted((root / "sys/class/infiniband").glob("*"))
-    if not devices:
+    ports = rdma_ports(root)
+    if not ports:
         return Finding("rdma", "note", "no RDMA device", "none is needed: workers use TCP, or this host's memory")
-    states = {
-        f"{device.name}/{port.name}": (port / "state").read_text().strip()
-        for device in devices
-        for port in sorted((device / "ports").glob("*"))
-    }
-    listed = ", ".join(f"{name} {state}" for name, state in states.items())
-    if not any("ACTIVE" in state for state in states.values()):
+    listed = ", ".join(f"{port.name} {port.state}" for port in ports)
+    active = [port for port in ports if port.active]
+    if not active:
         return Finding(
             "rdma", "warn", f"no port is active: {listed}", "check cable, switch and subnet manager (ibstat)"
         )
-    verbs = sorted((root / "dev/infiniband").glob("uverbs*"))
-    if not any(os.access(path, os.R_OK | os.W_OK) for path in verbs):
-        do = "give the container the RDMA resource of your device plugin, or /dev/infiniband"
-        return Finding("rdma", "warn", f"{listed}; but no /dev/infiniband/uverbs* can be opened", do)
-    return Finding("rdma", "ok", listed)
+    if not any(port.openable for port in active):
+        do = (
+            "give the container the RDMA resource of your device plugin, or /dev/infiniband; workers use TCP until then"
+        )
+        return Finding("rdma", "warn", f"{listed}; but no /dev/infiniband/uverbs* of theirs can be opened", do)
+    if pins_too_little(root):
+        return Finding("rdma", "warn", f"{listed}; but too little memory may be pinned", "see memlock; workers use TCP")
+    if not (usable := usable_ports(root)):
+        chosen = os.environ.get("UCX_NET_DEVICES")
+        do = "add one of them there, or unset it; workers use TCP until then"
+        return Finding("rdma", "warn", f"{listed}; but UCX_NET_DEVICES={chosen} leaves them out", do)
+    return Finding("rdma", "ok", f"{listed}; weights are READ over {', '.join(usable)}")
 
 
 def memlock(root: Path = Path("/")) -> Finding:
@@ -75,18 +78,12 @@ def memlock(root: Path = Path("/")) -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("memlock", "ok", "unlimited")
-    if _effective_capabilities(root) & (1 << _CAP_IPC_LOCK):
+    if pinnable_bytes(root) is None:
         return Finding("memlock", "ok", f"{soft // 1024} KiB, and CAP_IPC_LOCK lifts it")
     needed = any((root / "sys/class/infiniband").glob("*"))
     do = "for RDMA: ulimit -l unlimited, or the capability IPC_LOCK in the pod's securityContext"
-    return Finding("memlock", "warn" if needed else "note", f"{soft // 1024} KiB may be pinned", do)
-
-
-def _effective_capabilities(root: Path) -> int:
-    for line in (root / "proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+    left_out = "; too little for RDMA, which is left out" if pins_too_little(root) else ""
+    return Finding("memlock", "warn" if needed else "note", f"{soft // 1024} KiB may be pinned{left_out}", do)
 
 
 def huge_pages(root: Path = Path("/")) -> Finding:

@@ -16,8 +16,9 @@ from mxcore.descriptors import merge_adjoining
 from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
 from mxcore.transfer.regions import Regions, merge_regions
-from mxcore.transfer.transports import Operation, ucx_environment
+from mxcore.transfer.transports import Operation, UcxPolicy, ucx_environment
 
 if TYPE_CHECKING:
     from mxcore.transfer.device_memory import ProvenDevice
@@ -70,8 +71,10 @@ class AgentSession:
     ) -> None:
         """Without a `progress_thread` of NIXL's own, peers move or connect only within `progressing`.
 
-        Raises NixlMissing, NixlError.
+        Raises NixlMissing, NixlError: also where UCX would use RDMA and hardly any memory may be pinned.
         """
+        if pins_too_little() and UcxPolicy("auto", tls).allows("rc"):  # UCX would complain for minutes, then fail
+            raise NixlError(f"no agent is made{pinning_advice()}")
         self.stall_timeout_seconds = stall_timeout_seconds
         self._device: ProvenDevice | None = None  # that the registered memory is on
         self._local: dict[str, int | bool] = {"device_index": 0, "device_memory": False}
@@ -128,7 +131,10 @@ class AgentSession:
         require_movable(placement)
         count = 0
         for regions in self._regions(layout, placement):
-            self._agent.register(regions.addresses, regions.lengths, **self._local)  # type: ignore[arg-type]
+            try:
+                self._agent.register(regions.addresses, regions.lengths, **self._local)  # type: ignore[arg-type]
+            except NixlError as error:
+                raise NixlError(f"{error.args[0]}{pinning_advice(sum(regions.lengths))}") from error
             count += len(regions.addresses)
         return count
 

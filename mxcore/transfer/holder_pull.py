@@ -11,11 +11,12 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from mxcore.errors import (
     DigestMismatch,
+    NixlError,
     NotOneSided,
     PeerLost,
     SourceRefused,
@@ -83,6 +84,7 @@ class HolderPull:
         )
         self._stopped = threading.Event()
         self._given_up: TransferError | None = None
+        self._anything_came = False
         self._mover: _Mover | None = None
         self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
 
@@ -136,11 +138,20 @@ class HolderPull:
             logger.info("worker %s WRITEs by %s: %s", self.source.worker_id, self.route.transport, self.route.because)
         try:
             self._under_lease(self.route)
-        except NotOneSided as error:
-            logger.info("%s; it WRITEs instead", error)
-            tls = self._policy.fenceable if device is None else self._policy.device_fenceable
-            self.route = replace(self.route, operation="write", transport="tcp", tls=tls)
+        except (NotOneSided, NixlError, TransferStalled) as error:
+            unreachable = self._may_be_unreachable()
+            if not (unreachable or isinstance(error, NotOneSided)):
+                raise
+            logger.warning("worker %s: %s; it WRITEs instead", self.source.worker_id, error)
+            on_device = device is not None or answer.transport.device_memory
+            self.route = self._policy.written(device_memory=on_device, without_rdma=unreachable)
             self._under_lease(self.route)
+
+    def _may_be_unreachable(self) -> bool:
+        """Whether RDMA, rather than the holder, may have failed: nothing came, and other ways are allowed."""
+        route = self.route
+        over_rdma = route is not None and route.transport == "rdma" and not self._policy.rdma_only
+        return over_rdma and not self._anything_came and self._given_up is None
 
     def _under_lease(self, route: Route) -> None:
         lease_id = self._client.prepare()
@@ -215,6 +226,7 @@ class HolderPull:
                 continue
             for chunk in mover.arrived():
                 self.busy_at = time.monotonic()
+                self._anything_came = True
                 verifying.submit(chunk, mover.digest_of(chunk))
             verifying.collect(wait=mover.idle)
 

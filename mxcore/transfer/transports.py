@@ -3,8 +3,9 @@
 A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
 moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
 certain: on one host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read,
-`mxcore.transfer.same_host` and `same_device`), or when both sides are in rdma mode, in which UCX has no TCP. Everywhere
-else the holder WRITEs what the receiver asks for.
+`mxcore.transfer.same_host` and `same_device`), or where both sides have an RDMA port, by an agent without TCP and
+without shared memory, over which UCX emulates a READ as well. Where that fails before the first byte, and everywhere
+else, the holder WRITEs what the receiver asks for.
 
 A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
 receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
@@ -16,14 +17,14 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mxcore.transfer.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.same_host import can_read
 from mxserver.wire import mx_pb2
 
-__all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "has_rdma_device", "ucx_environment"]
+__all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "ucx_environment"]
 
 Transport = Literal["auto", "same-host", "tcp", "rdma"]
 Operation = Literal["read", "write"]
@@ -47,15 +48,39 @@ UCX_DEFAULTS = {
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 
-_TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp"}
+_TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp,sysv,posix"}
 _ATTACHING = ("cma", "knem", "xpmem")  # they reach into another process without its help
+_TWO_SIDED = ("tcp", "sysv", "posix")  # the other process answers a READ
+_SHARED_MEMORY = ("sm", "shm")  # UCX's names for several
+_GROUPS = {
+    **dict.fromkeys(("cma", "knem"), _SHARED_MEMORY),
+    **dict.fromkeys(("xpmem", "sysv", "posix"), ("mm", *_SHARED_MEMORY)),
+    "rc": ("ib",),
+    "cuda_copy": ("cuda",),
+    "cuda_ipc": ("cuda",),
+}
 _CUDA_IPC = "cuda_ipc"
 _CUDA_COPY = "cuda_copy"  # stages device memory for TCP
-_CUDA = (_CUDA_COPY, _CUDA_IPC)
 _ALL = "all"
+_WITHOUT_RDMA = "^ib"
+_OVER_RDMA = ("ib", "rc", "dc", "ud")
 _environment_lock = threading.Lock()  # one agent at a time is made
 _tls_lock = threading.Lock()  # held for moments: os.environ and the next line change together
 _users_tls: list[str | None] = []  # the user's UCX_TLS, while an agent is made and the environment has another one
+
+
+@dataclass(frozen=True)
+class Route:
+    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent.
+
+    On one host there is no agent; `process` is the holder's.
+    """
+
+    operation: Operation
+    transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
+    tls: str
+    process: int = 0
+    because: str = ""  # why not by a faster way of this host, for device memory
 
 
 @dataclass(frozen=True)
@@ -75,15 +100,16 @@ class UcxPolicy:
         else:
             found = environ.get("UCX_TLS")
         tls = found or ""
-        return cls(transport, tls or _TLS_OF_TRANSPORT.get(transport, _ALL), bool(tls))
+        everything = _WITHOUT_RDMA if transport == "auto" and pins_too_little() else _ALL
+        return cls(transport, tls or _TLS_OF_TRANSPORT.get(transport, everything), bool(tls))
 
     def allows(self, name: str) -> bool:
         """Whether UCX may use the transport `name` (tcp, cma, rc)."""
         names = [part.strip() for part in self.tls.lstrip("^").split(",")]
+        listed = any(part in (name, *_GROUPS.get(name, ())) for part in names)
         if self.tls.startswith("^"):
-            return name not in names
-        group = "ib" if name == "rc" else "sm" if name in _ATTACHING else "cuda" if name in _CUDA else name
-        return any(part in (_ALL, name, group) or part.startswith(f"{name}_") for part in names)
+            return not listed
+        return listed or _ALL in names or any(part.startswith(f"{name}_") for part in names)
 
     @property
     def attaches(self) -> bool:
@@ -95,15 +121,32 @@ class UcxPolicy:
         if device_memory:
             if same_host and self.reads_devices:
                 return self.device_reading
-            return self.tls if self.rdma_only else self.device_fenceable
-        if same_host and self.attaches:
+        elif same_host and self.attaches:
             return None
-        return self.tls if self.rdma_only else self.fenceable
+        if self.rdma_only or self.reads_by_rdma:
+            return self.one_sided(device_memory=device_memory)
+        return self.device_fenceable if device_memory else self.fenceable
 
     @property
     def rdma_only(self) -> bool:
-        """Whether a READ cannot be emulated over TCP: rdma mode, and UCX has no TCP."""
-        return self.transport == "rdma" and not self.allows("tcp")
+        """Whether a READ cannot be emulated: rdma mode, and UCX has neither TCP nor shared memory."""
+        return self.transport == "rdma" and not any(map(self.allows, _TWO_SIDED))
+
+    @property
+    def reads_by_rdma(self) -> bool:
+        """Whether UCX may use RDMA here, and there is a port that it could use."""
+        return self.transport in ("auto", "rdma") and self.allows("rc") and bool(usable_ports())
+
+    def one_sided(self, *, device_memory: bool = False) -> str:
+        """The UCX_TLS for an agent that READs over RDMA: no transport that emulates it."""
+        if self.tls.startswith("^"):
+            return ",".join([self.tls, *filter(self.allows, _TWO_SIDED)])
+        names = [part.strip() for part in self.tls.split(",")]
+        if _ALL in names:
+            return "^" + ",".join(_TWO_SIDED)
+        left = [name for name in names if name not in (*_TWO_SIDED, "mm", *_SHARED_MEMORY)]
+        staging = [_CUDA_COPY] if device_memory and not self.allows(_CUDA_COPY) else []
+        return ",".join([*left, *staging])
 
     def serving(self, device_type: str) -> tuple[str, bool]:
         """The UCX_TLS for an agent that serves such memory, and whether it needs a progress thread all the time.
@@ -111,7 +154,7 @@ class UcxPolicy:
         It does where receivers READ by NIXL, and connect when they like; else it WRITEs, when it is asked to.
         """
         if device_type == "cpu":
-            return self.tls, self.rdma_only
+            return self.tls, self.rdma_only or self.reads_by_rdma
         return self.serving_device, True
 
     @property
@@ -122,7 +165,19 @@ class UcxPolicy:
         names = [part.strip() for part in self.tls.split(",")]
         if _ALL in names:
             return "^" + ",".join(_ATTACHING)
-        return ",".join(name for name in names if name not in (*_ATTACHING, "sm", "shm"))
+        return ",".join(name for name in names if name not in (*_ATTACHING, "mm", *_SHARED_MEMORY))
+
+    def written(self, *, device_memory: bool = False, without_rdma: bool = False) -> Route:
+        """The way where no READ is one-sided for certain; `without_rdma` where that was tried and does not get there.
+
+        UCX would choose it again: it knows no reachability but that of addresses.
+        """
+        tls = self.device_fenceable if device_memory else self.fenceable
+        if without_rdma:
+            names = tls.split(",")
+            left = [name for name in names if name.partition("_")[0] not in _OVER_RDMA]
+            tls = ",".join([*names, "ib"] if tls.startswith("^") else left)
+        return Route("write", "tcp", tls)
 
     @property
     def serving_device(self) -> str:
@@ -162,7 +217,7 @@ class UcxPolicy:
         return mx_pb2.TransportOffer(
             same_host_read=self.attaches,
             rdma_only=self.rdma_only,
-            rdma_device=has_rdma_device() and self.allows("rc"),
+            rdma_device=self.reads_by_rdma,
             probe=probe if self.attaches else None,
         )
 
@@ -192,20 +247,6 @@ def ucx_environment(tls: str) -> Iterator[None]:
                     os.environ["UCX_TLS"] = before
 
 
-@dataclass(frozen=True)
-class Route:
-    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent.
-
-    On one host there is no agent; `process` is the holder's.
-    """
-
-    operation: Operation
-    transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
-    tls: str
-    process: int = 0
-    because: str = ""  # why not by a faster way of this host, for device memory
-
-
 def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:
     """The way to a holder that offers `offer`; reads the holder's probe where it is on this host.
 
@@ -213,24 +254,19 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_inde
     is READ by cuda_ipc. With it on either side there is RDMA, or WRITEs that pass the receiver's own agent:
     cross-memory attach does not reach a device, and what cuda_ipc writes cannot be fenced by the receiver.
     """
-    if device_index is not None or offer.device_memory:
-        return _device_route(policy, offer, device_index)
-    if policy.attaches and offer.same_host_read and can_read(offer.probe):
+    on_device = device_index is not None or offer.device_memory
+    because = ""
+    if policy.rdma_only and offer.rdma_only:
+        return Route("read", "rdma", policy.one_sided(device_memory=on_device))
+    if on_device:
+        because = _no_device_read(policy, offer, device_index)
+        if not because:
+            return Route("read", "cuda-ipc", policy.device_reading)
+    elif policy.attaches and offer.same_host_read and can_read(offer.probe):
         return Route("read", "same-host", "", process=offer.probe.pid)
-    if policy.rdma_only and offer.rdma_only:
-        return Route("read", "rdma", policy.tls)
-    rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
-    return Route("write", "rdma" if rdma else "tcp", policy.fenceable)
-
-
-def _device_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> Route:
-    if policy.rdma_only and offer.rdma_only:
-        return Route("read", "rdma", policy.tls)
-    rdma = offer.rdma_device and has_rdma_device() and policy.allows("rc")
-    because = _no_device_read(policy, offer, device_index)
-    if not because:
-        return Route("read", "cuda-ipc", policy.device_reading)
-    return Route("write", "rdma" if rdma else "tcp", policy.device_fenceable, because=because)
+    if policy.reads_by_rdma and offer.rdma_device:
+        return Route("read", "rdma", policy.one_sided(device_memory=on_device))
+    return replace(policy.written(device_memory=on_device), because=because)
 
 
 def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:
@@ -243,9 +279,3 @@ def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_inde
     from mxcore.transfer.same_device import cannot_read  # opens the driver
 
     return cannot_read(offer.device_probe, device_index)
-
-
-def has_rdma_device() -> bool:
-    """Whether the kernel knows an RDMA device."""
-    devices = Path("/sys/class/infiniband")
-    return devices.is_dir() and any(devices.iterdir())

@@ -193,7 +193,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         reads = request.operation == mx_pb2.OPERATION_READ
         attach = self._policy.allows("cma") and not (on_device or request.device_memory)
         ipc = self._device_probe is not None and request.device_memory
-        if reads and not (attach or ipc or self._policy.rdma_only):
+        rdma = self._policy.rdma_only or self._policy.reads_by_rdma
+        if reads and not (attach or ipc or rdma):
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:

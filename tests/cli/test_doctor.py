@@ -86,15 +86,27 @@ def make(root: Path, path: str, text: str = "") -> None:
     file.write_text(text)
 
 
-def test_rdma_ports(tmp_path: Path) -> None:
+def test_rdma_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor_machine.rdma(tmp_path).state == "note"
     make(tmp_path, "sys/class/infiniband/mlx5_0/ports/1/state", "1: DOWN\n")
     down = doctor_machine.rdma(tmp_path)
-    assert (down.state, down.fact) == ("warn", "no port is active: mlx5_0/1 1: DOWN")
+    assert (down.state, down.fact) == ("warn", "no port is active: mlx5_0:1 1: DOWN")
     make(tmp_path, "sys/class/infiniband/mlx5_1/ports/1/state", "4: ACTIVE\n")
-    assert "no /dev/infiniband/uverbs* can be opened" in doctor_machine.rdma(tmp_path).fact
+    make(tmp_path, "sys/class/infiniband_verbs/uverbs0/ibdev", "mlx5_0\n")
+    make(tmp_path, "sys/class/infiniband_verbs/uverbs1/ibdev", "mlx5_1\n")
+    make(tmp_path, "dev/infiniband/uverbs0")  # of the port that is down
+    assert "no /dev/infiniband/uverbs* of theirs can be opened" in doctor_machine.rdma(tmp_path).fact
     make(tmp_path, "dev/infiniband/uverbs1")
-    assert doctor_machine.rdma(tmp_path) == Finding("rdma", "ok", "mlx5_0/1 1: DOWN, mlx5_1/1 4: ACTIVE")
+    make(tmp_path, "proc/self/status", "CapEff:\t0\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (65536, 65536))
+    assert "too little memory may be pinned" in doctor_machine.rdma(tmp_path).fact
+    make(tmp_path, "proc/self/status", "CapEff:\t4000\n")
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    fact = "mlx5_0:1 1: DOWN, mlx5_1:1 4: ACTIVE; weights are READ over mlx5_1:1"
+    assert doctor_machine.rdma(tmp_path) == Finding("rdma", "ok", fact)
+    monkeypatch.setenv("UCX_NET_DEVICES", "mlx5_0:1,eth0")
+    left_out = doctor_machine.rdma(tmp_path)
+    assert (left_out.state, "UCX_NET_DEVICES=mlx5_0:1,eth0 leaves them out" in left_out.fact) == ("warn", True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,24 @@ from mxcore.transfer.source_client import Source
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 60.0
 
+# The RDMA ports of workers and of this process; none but in `make test-rdma`.
+RDMA_PORTS = [name for name in os.environ.get("TEST_RDMA", "").split(",") if name]
+if RDMA_PORTS:
+    os.environ["UCX_NET_DEVICES"] = f"{RDMA_PORTS[-1]},lo"
+# As if on another node: neither this host's memory nor UCX's shared memory reaches it.
+OTHER_NODE = ("unshare", "--pid", "--ipc", "--uts", "--fork", "--mount-proc", "--kill-child")
+
 
 class WorkerProcess:
-    """A `tests.transfer.worker`; `ask` sends one line and returns the answer."""
+    """A `tests.transfer.worker`; `ask` sends one line and returns the answer.
 
-    def __init__(self, task: dict[str, Any], environ: dict[str, str]) -> None:
+    `launcher` is a command that starts another one, as the worker's only parent.
+    """
+
+    def __init__(self, task: dict[str, Any], environ: dict[str, str], launcher: Sequence[str] = ()) -> None:
         names = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "MX_"))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.transfer.worker", json.dumps(task)],
+            [*launcher, sys.executable, "-m", "tests.transfer.worker", json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -38,6 +48,7 @@ class WorkerProcess:
             text=True,
             bufsize=1,
         )
+        self._launched = bool(launcher)
 
     def send(self, **line: Any) -> None:
         assert self.process.stdin is not None
@@ -62,7 +73,11 @@ class WorkerProcess:
         return Source(answer["source_id"], answer["worker_id"], 0, answer["endpoint"])
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        self.process.send_signal(number)
+        """Sends a signal to the worker, which has answered before."""
+        pid = self.process.pid
+        if self._launched:
+            [pid] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        os.kill(pid, number)
         if number == signal.SIGKILL:
             self.process.wait()
 
@@ -79,11 +94,20 @@ StartWorker = Callable[..., WorkerProcess]
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Starts workers; ended after the test. `transport` is MX_TRANSPORT of the process."""
+    """Starts workers; ended after the test. `transport` is MX_TRANSPORT of the process.
+
+    With RDMA ports, each is on a node of its own, at the first port.
+    """
     workers: list[WorkerProcess] = []
 
-    def start(transport: str = "tcp", environ: dict[str, str] | None = None, **task: Any) -> WorkerProcess:
-        workers.append(WorkerProcess(task, {"MX_TRANSPORT": transport, **(environ or {})}))
+    def start(
+        transport: str = "tcp", environ: dict[str, str] | None = None, launcher: Sequence[str] = (), **task: Any
+    ) -> WorkerProcess:
+        values = {"MX_TRANSPORT": transport, **(environ or {})}
+        if RDMA_PORTS:
+            values.setdefault("UCX_NET_DEVICES", f"{RDMA_PORTS[0]},lo")
+            launcher = (*OTHER_NODE, *launcher)
+        workers.append(WorkerProcess(task, values, launcher))
         return workers[-1]
 
     yield start
@@ -138,9 +162,10 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Every agent and transfer that a test makes is gone after it."""
     yield
+    caplog.get_records("call").clear()  # they hold errors, these their tracebacks, and those the transfers
     gc.collect()  # tracebacks of errors hold frames in cycles
     assert live_agents() == 0
     assert live_transfers() == 0

@@ -32,7 +32,19 @@ from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 CHUNK_BYTES = 65536
 SEED = 7
 PATIENT_SECONDS = 20  # nobody stalls on a busy machine; tests of stalls say so
-TRANSPORTS = [("tcp", "write", "tcp"), ("same-host", "read", "same-host"), ("auto", "read", "same-host")]
+RDMA = pytest.param("rdma", marks=pytest.mark.rdma)
+TRANSPORTS = [
+    ("tcp", "write", "tcp"),
+    ("same-host", "read", "same-host"),
+    ("auto", "read", "same-host"),
+    pytest.param("rdma", "read", "rdma", marks=pytest.mark.rdma),
+]
+LARGE_MEGABYTES = {"rdma": 20}  # the machine of `make test-rdma` moves about 20 MB a second
+
+
+def large(transport: str) -> int:
+    """Megabytes of a model that is still on its way when the test does what it does."""
+    return LARGE_MEGABYTES.get(transport, 200)
 
 
 def settings(transport: str, **changes: Any) -> WorkerSettings:
@@ -136,7 +148,7 @@ def test_other_scalars_are_refused_with_names(start_worker: StartWorker) -> None
         target.receive(source)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
 def test_a_flipped_bit_is_refused_and_another_source_serves(start_worker: StartWorker, transport: str) -> None:
     bad_worker, good_worker = (start_worker(transport, seed=SEED) for _ in range(2))
     bad, good = bad_worker.serve(), good_worker.serve()
@@ -160,24 +172,24 @@ def test_other_bytes_under_the_same_layout_start_anew(start_worker: StartWorker)
     assert target.is_right(int(report.source_worker_id == second.worker_id) * (SEED - 1) + 1)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
 def test_a_holder_killed_in_mid_transfer_is_an_error_and_no_crash(start_worker: StartWorker, transport: str) -> None:
-    worker = start_worker(transport, seed=SEED, megabytes=200)
-    target = Target(transport, model_specs(200))
+    worker = start_worker(transport, seed=SEED, megabytes=large(transport))
+    target = Target(transport, model_specs(large(transport)))
     source = worker.serve()
     target.at_first_chunk.append(worker.kill)
     with failing(TransferError):
         target.receive(source)
-    again = start_worker(transport, seed=SEED, megabytes=200).serve()
+    again = start_worker(transport, seed=SEED, megabytes=large(transport)).serve()
     target.receive(again)
     assert target.is_right()
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
 def test_a_transfer_goes_on_at_the_next_holder(start_worker: StartWorker, transport: str) -> None:
-    dying = start_worker(transport, seed=SEED, megabytes=50)
-    sources = [dying.serve(), start_worker(transport, seed=SEED, megabytes=50).serve()]
-    target = Target(transport, model_specs(50))
+    dying = start_worker(transport, seed=SEED, megabytes=large(transport) // 4)
+    sources = [dying.serve(), start_worker(transport, seed=SEED, megabytes=large(transport) // 4).serve()]
+    target = Target(transport, model_specs(large(transport) // 4))
     target.at_first_chunk.append(dying.kill)
     report = target.receive(*sources)
     assert target.is_right()
@@ -231,17 +243,17 @@ def test_a_transfer_that_takes_too_long_is_given_up_on(start_worker: StartWorker
         Target("tcp", MX_TRANSFER_TIMEOUT=1e-9).receive(source)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
 def test_a_receiver_killed_in_mid_transfer_leaves_the_holder_well(start_worker: StartWorker, transport: str) -> None:
-    holder = start_worker(transport, seed=SEED, megabytes=200)
+    holder = start_worker(transport, seed=SEED, megabytes=large(transport))
     source = holder.serve()
     for _ in range(3):
-        receiver = start_worker(transport, megabytes=200)
+        receiver = start_worker(transport, megabytes=large(transport))
         paused = receiver.ask(do="receive", sources=[asdict(source)], pause_after_bytes=1)
         assert paused["paused_at"] < paused["total"]
         receiver.kill()
     assert holder.process.poll() is None
-    target = Target(transport, model_specs(200))
+    target = Target(transport, model_specs(large(transport)))
     target.receive(source)
     assert target.is_right()
 
@@ -259,7 +271,7 @@ def test_a_stopped_receiver_does_not_stop_the_holder(start_worker: StartWorker) 
     receiver.kill(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host"])
+@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
 def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> None:
     source = asdict(start_worker(transport, seed=SEED, megabytes=20).serve())
     receivers = [start_worker(transport, megabytes=20) for _ in range(2)]

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from mxcore.transfer import transports
 from mxcore.transfer.same_host import ProbeTarget, can_read
-from mxcore.transfer.transports import UCX_DEFAULTS, UcxPolicy, choose_route, has_rdma_device, ucx_environment
+from mxcore.transfer.transports import UCX_DEFAULTS, UcxPolicy, choose_route, ucx_environment
 from mxserver.wire import mx_pb2
 from tests.transfer.conftest import ROOT
 
@@ -68,7 +69,10 @@ def test_a_probe_that_is_not_so_is_no_proof(change: dict[str, object]) -> None:
         ("^tcp", ["cma", "rc"], ["tcp"]),
         ("^cma,tcp", ["rc"], ["cma", "tcp"]),
         ("rc_mlx5,self", ["rc"], ["cma", "tcp"]),
-        ("ib,sm", ["rc", "cma"], ["tcp"]),
+        ("ib,sm", ["rc", "cma", "sysv"], ["tcp"]),
+        ("^sm", ["rc", "tcp"], ["cma", "xpmem", "posix"]),
+        ("^ib", ["tcp", "cma"], ["rc"]),
+        ("rc,mm", ["rc", "xpmem", "posix"], ["cma", "tcp"]),
     ],
 )
 def test_what_a_list_of_transports_allows(tls: str, allowed: list[str], forbidden: list[str]) -> None:
@@ -83,7 +87,7 @@ def test_what_a_list_of_transports_allows(tls: str, allowed: list[str], forbidde
         ("auto", "", "all", "^cma,knem,xpmem"),
         ("tcp", "", "tcp,self", "tcp,self"),
         ("same-host", "", "tcp,cma,self", "tcp,self"),
-        ("rdma", "", "^tcp", "^tcp,cma,knem,xpmem"),
+        ("rdma", "", "^tcp,sysv,posix", "^tcp,sysv,posix,cma,knem,xpmem"),
         ("tcp", "rc,tcp,cma", "rc,tcp,cma", "rc,tcp"),
         ("auto", "^cma", "^cma", "^cma,knem,xpmem"),
     ],
@@ -95,6 +99,16 @@ def test_the_users_list_wins_and_writes_come_by_fenceable_ways(
     assert chosen.tls == effective
     assert chosen.fenceable == fenceable
     assert not UcxPolicy("auto", chosen.fenceable).allows("cma")
+
+
+@pytest.fixture
+def no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "usable_ports", list)
+
+
+@pytest.fixture
+def a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "usable_ports", lambda: ["mlx5_0:1"])
 
 
 def offer(holder: UcxPolicy, target: ProbeTarget) -> mx_pb2.TransportOffer:
@@ -111,11 +125,13 @@ def offer(holder: UcxPolicy, target: ProbeTarget) -> mx_pb2.TransportOffer:
         (("auto", "tcp,self"), ("auto", ""), "write", "tcp"),
         (("auto", ""), ("auto", "^cma"), "write", "tcp"),
         (("rdma", ""), ("rdma", ""), "read", "rdma"),
-        (("rdma", ""), ("auto", ""), "write", "rdma" if has_rdma_device() else "tcp"),
+        (("rdma", ""), ("auto", ""), "write", "tcp"),
         (("rdma", "tcp"), ("rdma", ""), "write", "tcp"),  # TCP is there: a READ could be emulated
-        (("rdma", ""), ("rdma", "all"), "write", "rdma" if has_rdma_device() else "tcp"),
+        (("rdma", "^tcp"), ("rdma", ""), "write", "tcp"),  # or over shared memory
+        (("rdma", ""), ("rdma", "all"), "write", "tcp"),
     ],
 )
+@pytest.mark.usefixtures("no_port")
 def test_read_only_where_it_is_one_sided_for_certain(
     receiver: tuple[str, str], holder: tuple[str, str], operation: str, transport: str
 ) -> None:
@@ -128,6 +144,76 @@ def test_read_only_where_it_is_one_sided_for_certain(
         assert not UcxPolicy("auto", route.tls).allows("rc")  # nothing one-sided but what was proven
 
 
+@pytest.mark.parametrize(
+    ("receiver", "holder", "tls"),
+    [
+        (("auto", ""), ("auto", "^cma"), "^tcp,sysv,posix"),
+        (("rdma", ""), ("auto", ""), "^tcp,sysv,posix"),
+        (("rdma", "all"), ("auto", ""), "^tcp,sysv,posix"),
+        (("auto", "^cma"), ("rdma", ""), "^cma,tcp,sysv,posix"),
+        (("auto", "rc,tcp,sm,self"), ("auto", ""), "rc,self"),
+        (("tcp", ""), ("auto", ""), None),
+        (("auto", "tcp"), ("auto", ""), None),
+        (("auto", "^cma"), ("same-host", ""), None),
+        (("auto", "^ib,cma"), ("auto", ""), None),
+    ],
+)
+@pytest.mark.usefixtures("a_port")
+def test_with_ports_on_both_sides_a_read_goes_by_nothing_that_emulates_it(
+    receiver: tuple[str, str], holder: tuple[str, str], tls: str | None
+) -> None:
+    route = choose_route(policy(*receiver), offer(policy(*holder), ProbeTarget()))
+    if tls is None:
+        assert (route.operation, route.transport) == ("write", "tcp")
+    else:
+        assert (route.operation, route.transport, route.tls) == ("read", "rdma", tls)
+        assert not any(UcxPolicy("auto", route.tls).allows(name) for name in ("tcp", "sysv", "posix"))
+        assert policy(*receiver).likely(same_host=False) == tls  # the agent that is made ahead is of use
+
+
+@pytest.mark.parametrize(
+    ("tls", "written"),
+    [
+        ("", "^cma,knem,xpmem,ib"),
+        ("^tcp", "^tcp,cma,knem,xpmem,ib"),
+        ("rc_mlx5,ud,tcp,self", "tcp,self"),
+        ("ib,tcp,cma", "tcp"),
+    ],
+)
+def test_where_rdma_was_tried_in_vain_it_is_left_out(tls: str, written: str) -> None:
+    route = policy("auto", tls).written(without_rdma=True)
+    assert (route.operation, route.transport, route.tls) == ("write", "tcp", written)
+
+
+@pytest.mark.usefixtures("a_port")
+def test_on_one_host_memory_is_read_there_and_not_through_the_port() -> None:
+    assert choose_route(policy("auto"), offer(policy("auto"), ProbeTarget())).transport == "same-host"
+    assert policy("auto").likely(same_host=True) is None
+    assert policy("auto").serving("cpu") == ("all", True)  # a reader over the port connects when it likes
+
+
+def test_where_too_little_may_be_pinned_nothing_touches_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX would open it, complain on every turn, and register nothing."""
+    monkeypatch.setattr(transports, "pins_too_little", lambda: True)
+    monkeypatch.setattr(transports, "usable_ports", list)
+    assert policy("auto").tls == "^ib"
+    assert policy("auto").fenceable == "^ib,cma,knem,xpmem"
+    assert not policy("auto").allows("rc")
+    assert policy("auto", "rc,self").tls == "rc,self"  # the user's wins
+    assert policy("rdma").tls == "^tcp,sysv,posix"  # fails with advice, rather than by TCP in silence
+
+
+@pytest.mark.usefixtures("a_port")
+def test_device_memory_is_read_over_a_port() -> None:
+    for tls, expected in (("", "^tcp,sysv,posix"), ("rc,tcp,self", "rc,self,cuda_copy")):
+        receiver = policy("auto", tls)
+        promised = offer(policy("auto"), ProbeTarget())
+        route = choose_route(receiver, promised, device_index=0)
+        assert (route.operation, route.transport, route.tls) == ("read", "rdma", expected)
+        assert receiver.likely(same_host=False, device_memory=True) == expected
+
+
+@pytest.mark.usefixtures("no_port")
 def test_without_proof_no_read() -> None:
     target = ProbeTarget()
     promised = offer(policy("auto"), target)
@@ -165,7 +251,7 @@ def test_the_environment_of_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", None, "^cma,knem,xpmem,cuda_ipc", "all", "cuda_ipc,cuda_copy,tcp,self"),
         ("same-host", None, "tcp,self,cuda_copy", "tcp,cma,self,cuda_copy,cuda_ipc", "cuda_ipc,cuda_copy,tcp,self"),
         ("tcp", None, "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
-        ("rdma", None, "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp", None),
+        ("rdma", None, "^tcp,sysv,posix,cma,knem,xpmem,cuda_ipc", "^tcp,sysv,posix", None),
         ("auto", "tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
         (
             "auto",
@@ -179,6 +265,7 @@ def test_the_environment_of_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", "^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc", None),
     ],
 )
+@pytest.mark.usefixtures("no_port")
 def test_device_memory_is_written_by_ways_that_can_be_fenced_and_read_where_the_settings_allow(
     transport: str, tls: str | None, fenceable: str, serving: str, reading: str | None
 ) -> None:
@@ -189,10 +276,13 @@ def test_device_memory_is_written_by_ways_that_can_be_fenced_and_read_where_the_
     if reading is not None:
         assert chosen.device_reading == reading
         assert chosen.likely(same_host=True, device_memory=True) == reading
-    assert chosen.likely(same_host=False, device_memory=True) == ("^tcp" if transport == "rdma" else fenceable)
+    assert chosen.likely(same_host=False, device_memory=True) == (
+        "^tcp,sysv,posix" if transport == "rdma" else fenceable
+    )
 
 
 @pytest.mark.parametrize("where", ["receiver", "holder", "both"])
+@pytest.mark.usefixtures("no_port")
 def test_device_memory_is_written_or_read_over_rdma(where: str) -> None:
     """Without a probe of the holder's device."""
     device = None if where == "holder" else 0
@@ -202,9 +292,10 @@ def test_device_memory_is_written_or_read_over_rdma(where: str) -> None:
     assert route.because == ("it is asleep" if where == "both" else "only one side's memory is on a device")
     offer = mx_pb2.TransportOffer(rdma_only=True, device_memory=where != "receiver")
     route = choose_route(policy("rdma"), offer, device_index=device)
-    assert (route.operation, route.transport, route.tls) == ("read", "rdma", "^tcp")
+    assert (route.operation, route.transport, route.tls) == ("read", "rdma", "^tcp,sysv,posix")
 
 
+@pytest.mark.usefixtures("no_port")
 def test_settings_that_leave_cuda_ipc_out_are_named() -> None:
     offer = mx_pb2.TransportOffer(device_memory=True, device_probe=mx_pb2.DeviceProbe(nonce=b"1" * 32))
     for transport, tls in (("tcp", ""), ("auto", "tcp,cuda_copy"), ("auto", "^cuda_ipc")):
