@@ -18,7 +18,10 @@ from math import ceil
 __all__ = ["Given", "SwarmPlan", "Wanted", "all_chunks", "chunk_set", "chunks_of", "set_from_bytes", "set_to_bytes"]
 
 FIRST_IN_FLIGHT = 2  # chunks, as long as a holder's speed is unknown
-MOST_IN_FLIGHT = 8
+MOST_IN_FLIGHT = 16
+FEWEST_AT_MOST = 8  # also of large chunks, and of a small model: what a lost holder costs is asked for again
+_MOST_BYTES_IN_FLIGHT = 256 << 20
+_MOST_SHARE = 4  # a quarter of the model
 AHEAD_SECONDS = 0.1  # what a holder is asked for at a time takes about so long; more makes the end of all longer
 _SPEED_WEIGHT = 0.3  # of the newest measurement
 _HOPELESS_FACTOR = 4.0  # a holder this much slower than the others may be given up on for the last chunks
@@ -181,11 +184,16 @@ class SwarmPlan:
         return self._holders[holder].in_flight
 
     def limit(self, holder: str) -> int:
-        """How many chunks may be in flight at this holder: a tenth of a second's worth, within limits."""
+        """How many chunks may be in flight at this holder: a tenth of a second's worth, within limits.
+
+        Every question costs milliseconds of both processors, so that few at a time make a fast holder slow.
+        """
         speed = self._holders[holder].bytes_per_second
         if not speed:
             return FIRST_IN_FLIGHT
-        return max(FIRST_IN_FLIGHT, min(MOST_IN_FLIGHT, ceil(speed * AHEAD_SECONDS / self.chunk_bytes)))
+        sensible = min(_MOST_BYTES_IN_FLIGHT // self.chunk_bytes, self.count // _MOST_SHARE)
+        most = max(FEWEST_AT_MOST, min(MOST_IN_FLIGHT, sensible))
+        return max(FIRST_IN_FLIGHT, min(most, ceil(speed * AHEAD_SECONDS / self.chunk_bytes)))
 
     def wanted(self, holder: str) -> Wanted:
         """What to ask `holder` for now; `most` is 0 when it may get nothing, or has nothing that is missing."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcore.transfer.plan import (
+    FEWEST_AT_MOST,
     FIRST_IN_FLIGHT,
     MOST_IN_FLIGHT,
     Given,
@@ -67,17 +68,19 @@ def test_what_is_granted_is_in_flight_once() -> None:
         plan.reopen(3)
 
 
-def test_a_fast_holder_is_asked_for_more() -> None:
-    plan = new_plan(200, fast=all_chunks(200), slow=all_chunks(200))
+@pytest.mark.parametrize(("count", "most"), [(200, MOST_IN_FLIGHT), (40, 10), (12, FEWEST_AT_MOST)])
+def test_a_fast_holder_is_asked_for_more(count: int, most: int) -> None:
+    """Of a small model for a quarter at most: a holder that is lost costs what it was asked for."""
+    plan = new_plan(count, fast=all_chunks(count), slow=all_chunks(count))
     assert plan.limit("fast") == FIRST_IN_FLIGHT
     plan.claim("fast", [0, 1], 0.0)
     plan.claim("slow", [2, 3], 0.0)
     for at, chunk in enumerate([0, 1]):
-        plan.done("fast", chunk, 0.01 * (at + 1))  # 10,000 bytes a second: 10 chunks in a tenth of a second
+        plan.done("fast", chunk, 0.005 * (at + 1))  # 20,000 bytes a second: 20 chunks in a tenth of a second
     plan.done("slow", 2, 10.0)
-    assert plan.limit("fast") == MOST_IN_FLIGHT
+    assert plan.limit("fast") == most
     assert plan.limit("slow") == FIRST_IN_FLIGHT
-    assert plan.wanted("fast").most == MOST_IN_FLIGHT
+    assert plan.wanted("fast").most == most
 
 
 def test_a_burst_does_not_make_a_holder_look_fast() -> None:
