@@ -92,7 +92,7 @@ def test_a_session_that_cannot_be_prepared_is_fenced() -> None:
         ("auto", True, None),
         ("auto", False, "^cma,knem,xpmem"),
         ("same-host", True, None),
-        ("rdma", False, "^tcp"),
+        ("rdma", False, "^tcp,sysv,posix"),
     ],
 )
 def test_what_a_receiver_will_most_likely_need(transport: str, same_host: bool, tls: str | None) -> None:
