@@ -52,7 +52,7 @@ def measure(rounds: int, say: Callable[[str], None]) -> dict[str, dict[str, dict
         hosts = []
         try:
             address = server.start()
-            hosts = [EngineHost(name, folder, address) for name in ("source", "target")]
+            hosts = [EngineHost(name, folder, address, stock=True) for name in ("source", "target")]
             for name, (make, options) in CASES.items():
                 model = make(folder / "models" / name)
                 best: dict[str, dict[str, float]] = {}

@@ -302,7 +302,8 @@ def main() -> None:
     """Serves commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print belongs to the log
-    save_seconds()
+    if "--stock" not in sys.argv:
+        save_seconds()
     if os.environ.get("VLLM_PLUGINS") != "":  # without discovery a worker class has to do it
         from vllm.plugins import load_general_plugins
 

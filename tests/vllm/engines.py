@@ -35,9 +35,20 @@ class Loaded:
 
 
 class EngineHost:
-    """One process for engines. Not thread-safe. End it with `close`."""
+    """One process for engines. Not thread-safe. End it with `close`.
 
-    def __init__(self, name: str, folder: Path, server: str | None, environ: Mapping[str, str] | None = None) -> None:
+    `stock` leaves vLLM as it is, for measurements: without `engine_host.save_seconds`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        server: str | None,
+        environ: Mapping[str, str] | None = None,
+        *,
+        stock: bool = False,
+    ) -> None:
         self.name = name
         self.folder = folder
         self.server = server
@@ -45,7 +56,7 @@ class EngineHost:
         cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "MX_WORKER_HOST": "127.0.0.1"}
         self._log_file = self.log.open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.engine_host"],
+            [sys.executable, "-m", "tests.vllm.engine_host", *(["--stock"] if stock else [])],
             cwd=Path(__file__).parents[2],
             env={**clean_environment(), **ENGINE_ENVIRONMENT, **cache, **(environ or {})},
             stdin=subprocess.PIPE,
