@@ -49,7 +49,7 @@ def test_another_transport_gets_a_session_of_its_own() -> None:
     sessions = ahead(made)
     sessions.start()
     others = [sessions.take("tcp,cma,self"), sessions.take(TLS, True)]  # or another kind of progress
-    assert len(made) == 3
+    wait_for(lambda: len(made) == 3)  # the one made ahead may be the last
     for other in others:
         other.fence()
     sessions.drop()
