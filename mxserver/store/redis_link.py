@@ -18,7 +18,7 @@ try:
     from redis.retry import Retry
 except ImportError as error:
     raise SettingError(
-        "the store redis needs the package redis, which is not installed; install it with "
+        f"the store redis needs the package redis, which cannot be imported ({error}); install it with "
         "pip install 'mx-modelexpress[redis]'"
     ) from error
 
