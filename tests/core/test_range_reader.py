@@ -333,9 +333,10 @@ def test_ctrl_c_ends_a_long_read(tmp_path: Path) -> None:
     path.write_bytes(b"")
     os.truncate(path, 1 << 42)  # 4 TiB of holes: minutes of reading
     script = (
-        "import sys, threading\n"
+        "import signal, sys, threading\n"
         "from mxcore.host_buffer import HostBuffer\n"
         "from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "buffer = HostBuffer(8 << 20)\n"
         "reads = [ReadRange(sys.argv[1], at, 8 << 20, buffer.address) for at in range(0, 1 << 42, 8 << 20)]\n"
         "def tell():\n"
@@ -352,6 +353,9 @@ def test_ctrl_c_ends_a_long_read(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert output == "interrupted 0\n"
     assert process.returncode == 0
