@@ -175,8 +175,9 @@ class HolderPull:
                 self._mover = mover
                 try:
                     self._fetch(lease_id, mover, verifying)
-                except (SourceUnreachable, TransferStalled, PeerLost):
-                    self._client.cancel()  # a call that waits for a holder that is gone must not hold up the fence
+                except (SourceUnreachable, TransferStalled, PeerLost) as error:
+                    if isinstance(error, SourceUnreachable) or not self._may_be_unreachable():
+                        self._client.cancel()  # a call that waits for a holder that is gone holds up the fence
                     raise
             done = True
         finally:
