@@ -25,7 +25,7 @@ __all__ = ["READERS", "PullByAttach"]
 
 READERS = min(4, len(os.sched_getaffinity(0)))  # threads a holder; each is bound by a core's way to memory
 
-_Results: TypeAlias = "queue.SimpleQueue[tuple[int, bytes] | TransferError]"
+_Results: TypeAlias = "queue.SimpleQueue[tuple[int, bytes] | Exception]"
 
 
 class PullByAttach:
@@ -102,14 +102,16 @@ class PullByAttach:
             self._results.put((chunk, read_attached(self._process, local, remote, lengths, hashed=self._hashed)))
         except OSError as error:
             self._results.put(self._as_error(chunk, error))
+        except Exception as error:  # noqa: BLE001 - raised by `arrived`, which would wait for this chunk for ever
+            self._results.put(error)
 
     def _as_error(self, chunk: int, error: OSError) -> TransferError:
         text = f"reading chunk {chunk} from process {self._process} of worker {self._holder}: {error.strerror}"
         return NotOneSided(text) if error.errno == errno.EPERM else PeerLost(text)
 
-    def _taken(self, result: tuple[int, bytes] | TransferError) -> int:
+    def _taken(self, result: tuple[int, bytes] | Exception) -> int:
         self._expected -= 1
-        if isinstance(result, TransferError):
+        if isinstance(result, Exception):
             raise result
         chunk, digest = result
         self._digests[chunk] = digest

@@ -296,6 +296,18 @@ def test_memory_that_may_not_be_read_any_more_is_written_instead(
     assert (report.operation, report.transport) == ("write", "tcp")
 
 
+def test_a_reader_that_fails_by_a_fault_of_ours_ends_the_transfer(
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> bytes:
+        raise MemoryError("no room for a list of addresses")
+
+    monkeypatch.setattr(attached_pull, "read_attached", broken)
+    source = start_worker("same-host", seed=SEED).serve()
+    with failing(SourceRefused, source.worker_id, "MemoryError: no room for a list of addresses"):
+        Target("same-host").receive(source)
+
+
 @pytest.mark.parametrize("transport", ["tcp", "same-host"])
 def test_torch_tensors_of_every_dtype(start_worker: StartWorker, transport: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is the engine's")
