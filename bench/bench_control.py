@@ -7,14 +7,17 @@ they are answered: the rate is what one core sustains. Then all of them send hea
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -74,67 +77,29 @@ def _measure(
     shape: dict[str, int],
     idle: tuple[float, float],
 ) -> dict[str, Any]:
-    from bench.control.processes import Clients, Redis, Server, cpu_seconds
-
     cores = sorted(os.sched_getaffinity(0))
-    server_core, client_cores = cores[0], set(cores[1:] or cores)
-    arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
-    redis_pids = []
-    if store == "redis":
-        redis = Redis(place, server_core)
-        stack.callback(redis.stop)
-        redis_pids.append(redis.process.pid)
-        arguments += ["--redis-url", redis.url]
-    servers = [Server(place, number, arguments, server_core) for number in range(replicas)]
-    for server in servers:
-        stack.callback(server.stop)
-    clients = [Clients(client_cores) for _ in range(processes)]
-    for client in clients:
-        stack.callback(client.stop)
-    server_pids = [server.process.pid for server in servers]
-
-    def used() -> tuple[float, float]:
-        """CPU seconds so far, of all and of Redis among them."""
-        of_redis = sum(cpu_seconds(pid) for pid in redis_pids)
-        return sum(cpu_seconds(pid) for pid in server_pids) + of_redis, of_redis
-
-    def all_answers() -> tuple[list[float], dict[str, int]]:
-        seconds: list[float] = []
-        errors: dict[str, int] = {}
-        for client in clients:
-            answer = client.read()
-            seconds += answer["seconds"]
-            for reason, count in answer["errors"].items():
-                errors[reason] = errors.get(reason, 0) + count
-        return sorted(seconds), errors
-
-    addresses = [server.address for server in servers]
+    fleet = _Fleet(stack, place, cores, store, replicas, processes)
     cuts = [workers * number // processes for number in range(processes + 1)]
-    started, (used_before, _) = time.monotonic(), used()
-    for client, first, end in zip(clients, cuts, cuts[1:], strict=False):
-        client.send(do="storm", task={"addresses": addresses, "first": first, "count": end - first, **shape})
-    storm_calls, storm_errors = all_answers()
-    storm_seconds, storm_used = time.monotonic() - started, used()[0] - used_before
-    started, (used_before, redis_before) = time.monotonic(), used()
-    for client in clients:
-        client.send(do="idle", seconds=idle[0], interval_seconds=idle[1])
-    idle_calls, idle_errors = all_answers()
-    idle_wall, (used_after, redis_after) = time.monotonic() - started, used()
+    storm = fleet.measured(
+        {"do": "storm", "task": {"addresses": fleet.addresses, "first": first, "count": end - first, **shape}}
+        for first, end in itertools.pairwise(cuts)
+    )
+    rest = fleet.measured({"do": "idle", "seconds": idle[0], "interval_seconds": idle[1]} for _ in range(processes))
     figures = {
         "storm_workers": workers,
-        "storm_errors": sum(storm_errors.values()) + workers * CALLS_PER_WORKER - len(storm_calls),
-        "storm_p50_seconds": _quantile(storm_calls, 0.5),
-        "storm_p99_seconds": _quantile(storm_calls, 0.99),
-        "storm_max_seconds": storm_calls[-1],
-        "storm_seconds": storm_seconds,
-        "storm_calls_per_second": len(storm_calls) / storm_seconds,
-        "storm_core_share": storm_used / storm_seconds,
-        "storm_calls_per_core_second": len(storm_calls) / storm_used,
-        "idle_errors": sum(idle_errors.values()),
-        "idle_calls_per_second": len(idle_calls) / idle_wall,
-        "idle_p99_seconds": _quantile(idle_calls, 0.99),
-        "idle_core_share": (used_after - used_before) / idle_wall,
-        "idle_redis_core_share": (redis_after - redis_before) / idle_wall,
+        "storm_errors": sum(storm.errors.values()) + workers * CALLS_PER_WORKER - len(storm.calls),
+        "storm_p50_seconds": _quantile(storm.calls, 0.5),
+        "storm_p99_seconds": _quantile(storm.calls, 0.99),
+        "storm_max_seconds": _quantile(storm.calls, 1.0),
+        "storm_seconds": storm.seconds,
+        "storm_calls_per_second": len(storm.calls) / storm.seconds,
+        "storm_core_share": storm.cpu_seconds / storm.seconds,
+        "storm_calls_per_core_second": len(storm.calls) / storm.cpu_seconds,
+        "idle_errors": sum(rest.errors.values()),
+        "idle_calls_per_second": len(rest.calls) / rest.seconds,
+        "idle_p99_seconds": _quantile(rest.calls, 0.99),
+        "idle_core_share": rest.cpu_seconds / rest.seconds,
+        "idle_redis_core_share": rest.redis_cpu_seconds / rest.seconds,
     }
     return {
         "bench": "control",
@@ -143,9 +108,67 @@ def _measure(
         "cores": len(cores),
         "load_average": os.getloadavg(),
         "shape": shape,
-        "errors": storm_errors | idle_errors,
+        "errors": storm.errors | rest.errors,
         "figures": {name: round(value, 4) for name, value in figures.items()},
     }
+
+
+class _Phase(NamedTuple):
+    """What one task of all clients took: seconds of each call, sorted, and of the servers' CPU."""
+
+    calls: list[float]
+    errors: dict[str, int]
+    seconds: float
+    cpu_seconds: float  # Redis' included
+    redis_cpu_seconds: float
+
+
+class _Fleet:
+    """Servers (and their Redis) on the first core, processes of simulated workers on the others; `stack` ends them."""
+
+    def __init__(
+        self, stack: ExitStack, place: Path, cores: list[int], store: str, replicas: int, processes: int
+    ) -> None:
+        from bench.control.processes import Clients, Redis, Server
+
+        arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
+        self._redis_pids = []
+        if store == "redis":
+            redis = Redis(place, cores[0])
+            stack.callback(redis.stop)
+            self._redis_pids.append(redis.process.pid)
+            arguments += ["--redis-url", redis.url]
+        servers = []
+        for number in range(replicas):
+            servers.append(Server(place, number, arguments, cores[0]))
+            stack.callback(servers[-1].stop)
+        self._server_pids = [server.process.pid for server in servers]
+        self.addresses = [server.address for server in servers]
+        self._clients = []
+        for _ in range(processes):
+            self._clients.append(Clients(set(cores[1:] or cores)))
+            stack.callback(self._clients[-1].stop)
+
+    def measured(self, tasks: Iterable[dict[str, Any]]) -> _Phase:
+        """One task for each client, at once; returns when all have answered."""
+        started, (used, redis_used) = time.monotonic(), self._cpu_seconds()
+        for client, task in zip(self._clients, tasks, strict=True):
+            client.send(**task)
+        calls: list[float] = []
+        errors: Counter[str] = Counter()
+        for client in self._clients:
+            answer = client.read()
+            calls += answer["seconds"]
+            errors.update(answer["errors"])
+        seconds, (used_after, redis_after) = time.monotonic() - started, self._cpu_seconds()
+        return _Phase(sorted(calls), dict(errors), seconds, used_after - used, redis_after - redis_used)
+
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """So far, of all and of Redis among them."""
+        from bench.control.processes import cpu_seconds
+
+        of_redis = sum(cpu_seconds(pid) for pid in self._redis_pids)
+        return sum(cpu_seconds(pid) for pid in self._server_pids) + of_redis, of_redis
 
 
 def _quantile(values: list[float], share: float) -> float:

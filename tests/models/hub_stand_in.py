@@ -58,8 +58,9 @@ class HubStandIn:
         self.cdn_tokens: set[str] = set()
         self.reached = threading.Condition()  # notified whenever a body has come to a gate
         self.at_gate = 0
+        handler = type("Handler", (_Handler,), {"hub": self})
         # Two origins, as with the real one: the client follows redirects to another origin without its token.
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
         self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
         self._threads = [
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}) for server in self._servers
@@ -96,158 +97,159 @@ class HubStandIn:
         faults = self.faults.get(key)
         return faults.pop(0) if faults else None
 
-    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            timeout = 120
 
-            def log_message(self, *_: Any) -> None:
-                pass
+class _Handler(BaseHTTPRequestHandler):
+    """One connection; each server makes a subclass that knows its self.hub."""
 
-            def do_HEAD(self) -> None:
-                self.answer()
+    hub: HubStandIn
+    protocol_version = "HTTP/1.1"
+    timeout = 120
 
-            def do_GET(self) -> None:
-                self.answer()
+    def log_message(self, *_: Any) -> None:
+        pass
 
-            def answer(self) -> None:
-                path = unquote(urlsplit(self.path).path)
-                token = self.headers.get("Authorization", "")
-                if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
-                    self.tree(match[1], match[2])
-                elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
-                    hub.tokens.add(token)
-                    self.api(match[1], match[2] or "main")
-                elif match := re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
-                    hub.tokens.add(token)
-                    self.resolve(match[1], match[2], match[3])
-                elif match := re.fullmatch(r"/cdn/([0-9a-f]{40})/((?:[^/]+/)?[^/]+)/-/(.+)", path):
-                    hub.cdn_tokens.add(token)
-                    data = hub.repositories[match[2]].commits[match[1]][match[3]]
-                    self.body(match[3], data, {"ETag": f'"cdn-{len(data)}"'})
-                elif path.startswith("/xet/"):
-                    self.xet(path)
-                else:
-                    self.refuse(404, "EntryNotFound")
+    def do_HEAD(self) -> None:
+        self.answer()
 
-            def xet(self, path: str) -> None:
-                hub.requests["xet"] += 1
-                if path != "/xet/token":
-                    return self.refuse(403, "")
-                token = {"casUrl": f"{hub.url}/xet", "exp": 2**33, "accessToken": "t"}
-                return self.send(
-                    token,
-                    {
-                        "X-Xet-Cas-Url": str(token["casUrl"]),
-                        "X-Xet-Access-Token": "t",
-                        "X-Xet-Token-Expiration": str(token["exp"]),
-                    },
-                )
+    def do_GET(self) -> None:
+        self.answer()
 
-            def api(self, name: str, revision: str) -> None:
-                hub.requests["api"] += 1
-                if fault := hub.take_fault("api"):
-                    return self.refuse(fault.status, "", fault.retry_after)
-                found = hub.repositories.get(name)
-                if found is None:
-                    return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
-                if found.gated and self.headers.get("Authorization") != "Bearer right":
-                    return self.refuse(403, "GatedRepo")
-                commit = found.refs.get(revision, revision)
-                if commit not in found.commits:
-                    return self.refuse(404, "RevisionNotFound")
-                siblings = [sibling(path, data) for path, data in found.commits[commit].items()]
-                siblings += [{"rfilename": path, "size": 1, "blobId": "0" * 40} for path in found.listed[commit]]
-                return self.send({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization", "")
+        if match := re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)", path):
+            self.tree(match[1], match[2])
+        elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+            self.hub.tokens.add(token)
+            self.api(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.hub.tokens.add(token)
+            self.resolve(match[1], match[2], match[3])
+        elif match := re.fullmatch(r"/cdn/([0-9a-f]{40})/((?:[^/]+/)?[^/]+)/-/(.+)", path):
+            self.hub.cdn_tokens.add(token)
+            data = self.hub.repositories[match[2]].commits[match[1]][match[3]]
+            self.body(match[3], data, {"ETag": f'"cdn-{len(data)}"'})
+        elif path.startswith("/xet/"):
+            self.xet(path)
+        else:
+            self.refuse(404, "EntryNotFound")
 
-            def tree(self, name: str, commit: str) -> None:
-                files = hub.repositories[name].commits[commit]
-                self.send([tree_entry(path, data) for path, data in files.items()])
+    def xet(self, path: str) -> None:
+        self.hub.requests["xet"] += 1
+        if path != "/xet/token":
+            return self.refuse(403, "")
+        token = {"casUrl": f"{self.hub.url}/xet", "exp": 2**33, "accessToken": "t"}
+        return self.send(
+            token,
+            {
+                "X-Xet-Cas-Url": str(token["casUrl"]),
+                "X-Xet-Access-Token": "t",
+                "X-Xet-Token-Expiration": str(token["exp"]),
+            },
+        )
 
-            def resolve(self, name: str, revision: str, path: str) -> None:
-                found = hub.repositories[name]
-                commit = found.refs.get(revision, revision)
-                data = found.commits.get(commit, {}).get(path)
-                if data is None:
-                    return self.refuse(404, "EntryNotFound")
-                headers = {"X-Repo-Commit": commit}
-                if len(data) >= LARGE_BYTES:
-                    headers |= {
-                        "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-                        "X-Linked-Size": str(len(data)),
-                        "Location": f"{hub.cdn_url}/cdn/{commit}/{name}/-/{path}",
-                    }
-                    if found.xet:
-                        headers["X-Xet-Hash"] = hashlib.sha256(data).hexdigest()
-                        headers["X-Xet-Refresh-Route"] = f"{hub.url}/xet/token"
-                    if self.command == "HEAD" and (fault := hub.take_fault(f"HEAD {path}")):
-                        return self.refuse(fault.status, "", fault.retry_after)
-                    self.send_response(302)
-                    for key, value in {**headers, "Content-Length": "0"}.items():
-                        self.send_header(key, value)
-                    return self.end_headers()
-                return self.body(path, data, headers | {"ETag": f'"{git_sha1(data)}"'})
+    def api(self, name: str, revision: str) -> None:
+        self.hub.requests["api"] += 1
+        if fault := self.hub.take_fault("api"):
+            return self.refuse(fault.status, "", fault.retry_after)
+        found = self.hub.repositories.get(name)
+        if found is None:
+            return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
+        if found.gated and self.headers.get("Authorization") != "Bearer right":
+            return self.refuse(403, "GatedRepo")
+        commit = found.refs.get(revision, revision)
+        if commit not in found.commits:
+            return self.refuse(404, "RevisionNotFound")
+        siblings = [sibling(path, data) for path, data in found.commits[commit].items()]
+        siblings += [{"rfilename": path, "size": 1, "blobId": "0" * 40} for path in found.listed[commit]]
+        return self.send({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
 
-            def body(self, path: str, data: bytes, headers: dict[str, str]) -> None:
-                hub.requests[f"{self.command} {path}"] += 1
-                fault = hub.take_fault(f"{self.command} {path}") or Fault()
-                if fault.status:
-                    self.refuse(fault.status, "", fault.retry_after)
-                    return
-                data = data if fault.replace_with is None else fault.replace_with
-                begin = 0
-                if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-                    begin = int(match[1])
-                self.send_response(206 if begin else 200)
-                headers["Content-Length"] = str(len(data) - begin)
-                if begin:
-                    headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.pour(path, data[begin:], fault)
+    def tree(self, name: str, commit: str) -> None:
+        files = self.hub.repositories[name].commits[commit]
+        self.send([tree_entry(path, data) for path, data in files.items()])
 
-            def pour(self, path: str, data: bytes, fault: Fault) -> None:
-                for at in range(0, len(data), PIECE_BYTES):
-                    if fault.gate and at >= fault.gate_after:
-                        with hub.reached:
-                            hub.at_gate += 1
-                            hub.reached.notify_all()
-                        fault.gate.wait()
-                        fault.gate = None
-                    if 0 <= fault.cut_after <= at:
-                        self.close_connection = True
-                        return
-                    try:
-                        self.wfile.write(data[at : at + PIECE_BYTES])
-                    except OSError:  # the client is gone
-                        self.close_connection = True
-                        return
-                    hub.bytes_sent[path] += len(data[at : at + PIECE_BYTES])
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        found = self.hub.repositories[name]
+        commit = found.refs.get(revision, revision)
+        data = found.commits.get(commit, {}).get(path)
+        if data is None:
+            return self.refuse(404, "EntryNotFound")
+        headers = {"X-Repo-Commit": commit}
+        if len(data) >= LARGE_BYTES:
+            headers |= {
+                "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+                "X-Linked-Size": str(len(data)),
+                "Location": f"{self.hub.cdn_url}/cdn/{commit}/{name}/-/{path}",
+            }
+            if found.xet:
+                headers["X-Xet-Hash"] = hashlib.sha256(data).hexdigest()
+                headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/xet/token"
+            if self.command == "HEAD" and (fault := self.hub.take_fault(f"HEAD {path}")):
+                return self.refuse(fault.status, "", fault.retry_after)
+            self.send_response(302)
+            for key, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(key, value)
+            return self.end_headers()
+        return self.body(path, data, headers | {"ETag": f'"{git_sha1(data)}"'})
 
-            def refuse(self, status: int, code: str, retry_after: str = "") -> None:
-                self.send_response(status)
-                if code:
-                    self.send_header("X-Error-Code", code)
-                    self.send_header("X-Error-Message", code)
-                if retry_after:
-                    self.send_header("Retry-After", retry_after)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+    def body(self, path: str, data: bytes, headers: dict[str, str]) -> None:
+        self.hub.requests[f"{self.command} {path}"] += 1
+        fault = self.hub.take_fault(f"{self.command} {path}") or Fault()
+        if fault.status:
+            self.refuse(fault.status, "", fault.retry_after)
+            return
+        data = data if fault.replace_with is None else fault.replace_with
+        begin = 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            begin = int(match[1])
+        self.send_response(206 if begin else 200)
+        headers["Content-Length"] = str(len(data) - begin)
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.pour(path, data[begin:], fault)
 
-            def send(self, data: object, headers: dict[str, str] | None = None) -> None:
-                body = json.dumps(data).encode()
-                self.send_response(200)
-                for key, value in (headers or {}).items():
-                    self.send_header(key, value)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
+    def pour(self, path: str, data: bytes, fault: Fault) -> None:
+        for at in range(0, len(data), PIECE_BYTES):
+            if fault.gate and at >= fault.gate_after:
+                with self.hub.reached:
+                    self.hub.at_gate += 1
+                    self.hub.reached.notify_all()
+                fault.gate.wait()
+                fault.gate = None
+            if 0 <= fault.cut_after <= at:
+                self.close_connection = True
+                return
+            try:
+                self.wfile.write(data[at : at + PIECE_BYTES])
+            except OSError:  # the client is gone
+                self.close_connection = True
+                return
+            self.hub.bytes_sent[path] += len(data[at : at + PIECE_BYTES])
 
-        return Handler
+    def refuse(self, status: int, code: str, retry_after: str = "") -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
+        if retry_after:
+            self.send_header("Retry-After", retry_after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send(self, data: object, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(data).encode()
+        self.send_response(200)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
 
 
 def git_sha1(data: bytes) -> str:
