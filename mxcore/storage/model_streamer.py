@@ -5,11 +5,11 @@ It reads the store's variables by itself. A request that breaks is begun anew: t
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mxcore.c_environment import c_getenv, c_setenv
 from mxcore.errors import ObjectStoreError, StoreTimeout
 from mxcore.storage.model_uri import ModelUri
 from mxcore.storage.remote import RemoteRange
@@ -134,12 +134,18 @@ def _started(uri: ModelUri, timeout_seconds: float) -> Any:
     from runai_model_streamer.libstreamer import libstreamer
 
     if uri.scheme == "s3":
-        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true" if os.environ.get("AWS_ENDPOINT_URL") else "false")
-        if os.environ.get("AWS_ENDPOINT_URL"):
-            os.environ.setdefault("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")  # what other S3 servers understand
-        if not os.environ.get("AWS_DEFAULT_REGION") and os.environ.get("AWS_REGION"):
-            os.environ["AWS_DEFAULT_REGION"] = os.environ["AWS_REGION"]
-        # Its own: 1 s below some rate, which a busy store does not keep.
-        os.environ.setdefault("RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS", str(round(timeout_seconds * 1000)))
-        os.environ.setdefault("RUNAI_STREAMER_S3_LOW_SPEED_LIMIT", "1")
+        endpoint, region = c_getenv("AWS_ENDPOINT_URL"), c_getenv("AWS_REGION")
+        defaults = {
+            "AWS_EC2_METADATA_DISABLED": "true" if endpoint else "false",
+            # Its own: 1 s below some rate, which a busy store does not keep.
+            "RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS": str(round(timeout_seconds * 1000)),
+            "RUNAI_STREAMER_S3_LOW_SPEED_LIMIT": "1",
+        }
+        if endpoint:
+            defaults["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] = "0"  # what other S3 servers understand
+        if region:
+            defaults["AWS_DEFAULT_REGION"] = region
+        for name, value in defaults.items():
+            if not c_getenv(name):
+                c_setenv(name, value)
     return libstreamer.runai_start()

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mxcore.c_environment import c_getenv, c_setenv
 from mxcore.transfer.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.same_host import can_read
 from mxserver.wire import mx_pb2
@@ -65,8 +66,6 @@ _ALL = "all"
 _WITHOUT_RDMA = "^ib"
 _OVER_RDMA = ("ib", "rc", "dc", "ud")
 _environment_lock = threading.Lock()  # one agent at a time is made
-_tls_lock = threading.Lock()  # held for moments: os.environ and the next line change together
-_users_tls: list[str | None] = []  # the user's UCX_TLS, while an agent is made and the environment has another one
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,7 @@ class UcxPolicy:
     @classmethod
     def from_environment(cls, transport: Transport, environ: Mapping[str, str] | None = None) -> UcxPolicy:
         """What holds for agents of this process; the user's UCX_TLS wins over `transport`."""
-        if environ is None:
-            with _tls_lock:
-                found = _users_tls[0] if _users_tls else os.environ.get("UCX_TLS")
-        else:
-            found = environ.get("UCX_TLS")
-        tls = found or ""
+        tls = (os.environ if environ is None else environ).get("UCX_TLS", "")
         everything = _WITHOUT_RDMA if transport == "auto" and pins_too_little() else _ALL
         return cls(transport, tls or _TLS_OF_TRANSPORT.get(transport, everything), bool(tls))
 
@@ -224,27 +218,21 @@ class UcxPolicy:
 
 @contextmanager
 def ucx_environment(tls: str) -> Iterator[None]:
-    """UCX's environment while an agent is created; afterwards UCX_TLS is as it was.
+    """UCX's environment while an agent is created; afterwards UCX_TLS is as it was. `os.environ` does not see it.
 
     The other names are set where the user has not set them, and stay. UCX reads UCX_TLS when a backend is created
     and NIXL has no other way to set it, hence the lock: one agent at a time.
     """
     with _environment_lock:
         for name, value in UCX_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        with _tls_lock:
-            before = os.environ.get("UCX_TLS")
-            _users_tls.append(before)
-            os.environ["UCX_TLS"] = tls
+            if c_getenv(name) is None:
+                c_setenv(name, value)
+        before = c_getenv("UCX_TLS")
+        c_setenv("UCX_TLS", tls)
         try:
             yield
         finally:
-            with _tls_lock:
-                _users_tls.clear()
-                if before is None:
-                    del os.environ["UCX_TLS"]
-                else:
-                    os.environ["UCX_TLS"] = before
+            c_setenv("UCX_TLS", before)
 
 
 def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:
