@@ -40,7 +40,8 @@ class _NotBuiltFinder:
 
 sys.meta_path.append(_NotBuiltFinder)
 
-if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
+_COMMAND = getattr(sys, "argv", [""])[0].rpartition("/")[2] == "mx"  # it looks at servers from machines without torch
+if not _COMMAND and "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
     warnings.warn(
         "mxcore: torch is not installed; loading tensors into a model needs it: pip install torch",
         RuntimeWarning,

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+NOT_HERE = f"Benches are not installed: run this from a source checkout, not from {ROOT}."
 
 
 def bench_modules() -> dict[str, str]:
@@ -25,11 +26,16 @@ class BenchGroup(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted(bench_modules())
 
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        if not bench_modules():
+            formatter.write_paragraph()
+            formatter.write_text(NOT_HERE)
+
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         module = bench_modules().get(name)
         if module is None:
-            if not (ROOT / "bench").is_dir():
-                raise click.UsageError(f"benches are not installed: run this from a source checkout, not from {ROOT}")
+            if not bench_modules():
+                raise click.UsageError(NOT_HERE)
             return None
         if str(ROOT) not in sys.path:  # an editable install maps the packages alone, not the folder they lie in
             sys.path.append(str(ROOT))

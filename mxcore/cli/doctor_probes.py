@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mxcore.cli.findings import Finding
+from mxcore.errors import NixlMissing
 
 PROBE_SECONDS = 30.0
 _LOADS = "loads"
+_NO_NIXL = f"[{NixlMissing.code}]"
+_CLASS_NAME = re.compile(r"^mxcore\.\w+(\.\w+)*: ")
 _NO_LIBRARY = re.compile(r"(\S+): cannot open shared object file: No such file or directory")
 
 
@@ -32,6 +35,8 @@ def nixl() -> Finding:
 def nixl_backends() -> Finding:
     """Which of NIXL's backend plugins could be used here: those whose own libraries are all there."""
     ran = _run("backends")
+    if _NO_NIXL in ran.stderr:
+        return Finding("nixl backends", "note", "none: there is no NIXL")
     tried = [line.partition("\t") for line in ran.stdout.splitlines()]
     fitting = [name for name, _, reason in tried if reason == _LOADS]
     failing = [f"{name} ({reason or 'the probe ended here'})" for name, _, reason in tried if reason != _LOADS]
@@ -67,7 +72,7 @@ def all_findings() -> list[Finding]:
 
 
 def _command(name: str) -> list[str]:
-    return [sys.executable, "-m", "mxcore.cli.doctor_probes", name]
+    return [sys.executable, "-W", "ignore", "-m", "mxcore.cli.doctor_probes", name]  # the last line is the reason
 
 
 def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -80,8 +85,9 @@ def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(ran: subprocess.CompletedProcess[str]) -> str:
+    """What it ended with, without the name of the exception's class where the error says its code."""
     lines = ran.stderr.strip().splitlines()
-    return lines[-1] if lines else ""
+    return _CLASS_NAME.sub("", lines[-1]) if lines else ""
 
 
 def _agent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -90,3 +91,26 @@ def test_server_starts_there(python: Path, tmp_path: Path) -> None:
     done = run(python.parent / "mxserver", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8001" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["bench", "--help"], ["models", "get", "--help"]])
+def test_mx_there_says_nothing_beside_what_was_asked(python: Path, tmp_path: Path, words: list[str]) -> None:
+    done = run(python.parent / "mx", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_mx_bench_there_says_that_benches_are_not_installed(python: Path, tmp_path: Path) -> None:
+    shown = run(python.parent / "mx", "bench", "--help", cwd=tmp_path)
+    assert "not installed" in shown.stdout
+    refused = run(python.parent / "mx", "bench", "load", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "source checkout" in refused.stderr
+
+
+def test_doctor_there_names_the_missing_nixl_once(python: Path, tmp_path: Path) -> None:
+    done = run(python.parent / "mx", "doctor", "--no-server", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert [finding["state"] for finding in findings.values()].count("fail") == 1
+    assert findings["nixl"]["fact"].startswith("no usable NIXL library")
+    assert findings["nixl backends"]["fact"] == "none: there is no NIXL"
