@@ -99,7 +99,9 @@ class Chaos:
             target.end()
             return
         self.tally.wrong_weights += not done["right"]
-        self.tally.from_storage += done["path"] == "storage"
+        if done["path"] == "storage":
+            self.tally.from_storage += 1
+            click.echo(f"from storage, after {done['failures']}; its log ends: {target.tail()}", err=True)
         self.tally.bytes_again.append(done["bytes_again"] / MODEL_BYTES)
 
     def _noticed(self, target: Process, source_id: str, struck_at: float) -> None:

@@ -143,18 +143,22 @@ class Membership:
         `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are
         equal in everything else are taken if they all have one checkpoint, which becomes this worker's.
         """
+        with self._listing:
+            return self._listed(match_any_checkpoint=match_any_checkpoint, receiving=receiving)
+        return []
+
+    def _listed(self, *, match_any_checkpoint: bool, receiving: bool) -> list[Source]:
+        """What `find_sources` says. Raises WireError."""
         directory = self._directory
         if directory is None:
             return []
-        with self._listing:
-            if match_any_checkpoint and not self._identity.extra_parameters[CHECKPOINT_PARAMETER]:
-                adopted = directory.fitting(self._identity)
-                if adopted is None:
-                    return []
-                self._change_identity(adopted)
-            found = directory.ready(self._identity)
-            return [*found, *directory.receiving(self._identity)] if receiving else found
-        return []
+        if match_any_checkpoint and not self._identity.extra_parameters[CHECKPOINT_PARAMETER]:
+            adopted = directory.fitting(self._identity)
+            if adopted is None:
+                return []
+            self._change_identity(adopted)
+        found = directory.ready(self._identity)
+        return [*found, *directory.receiving(self._identity)] if receiving else found
 
     def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
         """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.
@@ -164,24 +168,29 @@ class Membership:
         within seconds. Whoever reads keeps its turn until `serve`, or `close` (then nobody waits for it any more).
         """
         began = heard = time.monotonic()
-        told = False
+        told = away = False
         while not self._leaving.is_set():
-            listed = self.find_sources(match_any_checkpoint=match_any_checkpoint, receiving=True)
-            found = [source for source in listed if source.worker_id not in avoid]
-            if any(not source.receiving for source in found):
-                return found
             pause = _FIRST_RETRY_SECONDS
             try:
+                listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+                found = [source for source in listed if source.worker_id not in avoid]
+                if any(not source.receiving for source in found):
+                    return found
                 answer = self._take_turn()
                 if answer is None:
                     return []
                 pause = answer.retry_ms / 1000
                 heard = time.monotonic()
-            except WireError as error:
-                if isinstance(error, ServerRefused) or not told or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
+            except WireError as error:  # it does not mean that nobody has them
+                known = told or self._published
+                if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
                     logger.warning("nobody can be waited for, weights come from storage: %s", error)
                     return []
+                if not away:
+                    logger.warning("the server is waited for, at most %g s: %s", _SERVER_AWAY_SECONDS, error)
+                away = True
             else:
+                away = False
                 if not told:
                     logger.info(
                         "worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another"

@@ -18,6 +18,7 @@ from mxcore.transfer.receiver import ReceiveReport
 from mxcore.transfer.source_client import Source
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
+from mxserver.wire.errors import ServerUnreachable
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
 from tests.transfer.memory import HostTensors, identity, model_specs
 
@@ -187,6 +188,44 @@ def test_a_reader_that_cannot_share_lets_all_go(new_member: NewMember) -> None:
     assert first.membership.wait_for_source() == []
     first.membership.close()
     assert second.membership.wait_for_source() == []
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_sources_that_cannot_be_listed_for_a_moment_are_waited_for(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    """A call that timed out, or a store that was away, says nothing of who has weights: no reason to read storage."""
+    seed, late = new_member(SEED), new_member()
+    served = seed.serve()
+    late.membership.join()
+    listed = ServerClient.list_sources
+    left = iter(range(failures))
+
+    def failing(self: ServerClient, *args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is not None:
+            raise ServerUnreachable("ListSources: no answer within 3 s")
+        return listed(self, *args, **kwargs)
+
+    monkeypatch.setattr(ServerClient, "list_sources", failing)
+    assert [source.worker_id for source in late.membership.wait_for_source()] == [served.worker_id]
+    assert "come from storage" not in caplog.text
+    assert caplog.text.count("the server is waited for") == 1
+
+
+def test_a_server_that_stays_away_is_not_waited_for_long(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = new_member()
+    alone.membership.join()
+    monkeypatch.setattr("mxcore.transfer.membership._SERVER_AWAY_SECONDS", 1.0)
+
+    def away(self: ServerClient, *args: Any, **kwargs: Any) -> Any:
+        raise ServerUnreachable("no answer within 3 s")
+
+    monkeypatch.setattr(ServerClient, "list_sources", away)
+    monkeypatch.setattr(ServerClient, "take_storage_turn", away)
+    assert alone.membership.wait_for_source() == []
+    assert caplog.text.count("come from storage") == 1
 
 
 def test_waiting_ends(new_member: NewMember) -> None:
