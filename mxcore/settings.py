@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mxcore.load_ladder import RUNGS, chosen_rungs
 from mxcore.storage.memory_limit import parse_bytes
 from mxserver.wire import environment
-from mxserver.wire.address import parse_server_address, split_scheme
+from mxserver.wire.address import is_host, parse_server_address, split_scheme
 from mxserver.wire.errors import SettingError
 
 __all__ = ["WorkerSettings", "load_settings"]
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _URL = "MODEL_EXPRESS_URL"
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SECRET = re.compile(r"//[^/]*@")
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -78,7 +79,14 @@ class WorkerSettings(BaseModel):
         try:
             return parse_server_address(value) if value is not None else None
         except SettingError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(error.args[0]) from error
+
+    @field_validator("worker_host")
+    @classmethod
+    def _host_alone(cls, value: str | None) -> str | None:
+        if value is not None and not is_host(value):
+            raise ValueError("it must be a name or an address alone, such as worker-3, 10.0.0.7 or fd00::7")
+        return value
 
     @field_validator("load_paths", mode="before")
     @classmethod
@@ -127,10 +135,13 @@ def load_settings(
         text = environment.setting(variables, field.alias or name)
         if text is not None:
             values[name] = text
+    named: dict[str, str] = {}
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
-    values.update(_with_field_names(overrides or {}))
-    return _validated(values)
+        named["server_address"] = _URL
+    given = _with_field_names(overrides or {})
+    values.update(given)
+    return _validated(values, {field: name for field, name in named.items() if field not in given})
 
 
 def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
@@ -148,7 +159,8 @@ def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
     return known
 
 
-def _validated(values: dict[str, object]) -> WorkerSettings:
+def _validated(values: dict[str, object], named: Mapping[str, str]) -> WorkerSettings:
+    """`named`: fields whose value came from another name than their alias."""
     try:
         return WorkerSettings.model_validate(values)
     except ValidationError as error:
@@ -158,13 +170,14 @@ def _validated(values: dict[str, object]) -> WorkerSettings:
         for problem in error.errors():
             location = str(problem["loc"][0])
             name = aliases.get(location, location)
-            good.pop(name, None)
+            value = good.pop(location, good.pop(name, None))
+            default = fields[name].default
             logger.warning(
-                "%s=%r is refused: %s; the default %r is used",
-                fields[name].alias,
-                values.get(name),
-                problem["msg"],
-                fields[name].default,
+                "%s=%s is refused: %s; %s",
+                named.get(name, fields[name].alias),
+                "(a value with a password)" if _SECRET.search(str(value)) else repr(value),
+                problem["msg"].removeprefix("Value error, "),
+                "it counts as unset" if default is None else f"the default {default!r} is used",
             )
         return WorkerSettings.model_validate(good)
 

@@ -26,6 +26,8 @@ def parse_server_address(text: str) -> str:
     if scheme := _SCHEME.match(address):
         if scheme[1].lower() not in ("http", "https"):
             raise SettingError(f"server address {text!r}: the scheme {scheme[1]!r} is not known; it {_RULE}")
+        if "@" in address:
+            raise SettingError(f"a server address has no user and no password in it; it {_RULE}")
         prefix = "https://" if scheme[1].lower() == "https" else ""
         address = address[scheme.end() :].removesuffix("/")
     if _BARE_IPV6.fullmatch(address):
@@ -38,6 +40,11 @@ def parse_server_address(text: str) -> str:
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         raise SettingError(f"server address {text!r}: {port!r} is no port from 1 to 65535; it {_RULE}")
     return f"{prefix}{host}:{int(port)}"
+
+
+def is_host(text: str) -> bool:
+    """Whether this is a name or an address alone, IPv6 in brackets or without."""
+    return (_HOST.fullmatch(text) or _BARE_IPV6.fullmatch(text.partition("%")[0])) is not None
 
 
 def split_scheme(address: str) -> tuple[str, str]:
