@@ -19,3 +19,10 @@ def read_attached(
     Raises OSError: ESRCH (no such process), EPERM (it may not be read), EFAULT (not mapped, on either side); some
     bytes may have been copied. ValueError: not as many addresses as lengths, no process, nothing to hash.
     """
+
+def allow_attaching() -> bool:
+    """Lets any process of this user read this one's memory also where Yama keeps that for its ancestors.
+
+    That is kernel.yama.ptrace_scope = 1, Ubuntu's default; UCX does the same for its own cross-memory attach. Returns
+    whether Yama was told: False where there is none, and nothing to allow. Holds for this process until it ends.
+    """

@@ -10,6 +10,7 @@ from mxcore.descriptors import merge_adjoining
 cdef extern from "attached_read.h" nogil:
     ctypedef int pid_t
     int mx_digest_choose(int allow_wide)
+    int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
 
@@ -36,3 +37,7 @@ def read_attached(int pid, local_addresses not None, remote_addresses not None, 
     if not count:
         raise ValueError("nothing to read has no digest")
     return digest.to_bytes(8, "little")
+
+
+def allow_attaching():
+    return mx_attached_allow() == 0

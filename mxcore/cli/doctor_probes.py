@@ -63,7 +63,7 @@ def same_host() -> Finding:
         return Finding("same host", "ok", "processes of this user read each other's memory: no TCP between them")
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
     hint = f"kernel.yama.ptrace_scope={scope.read_text().strip()}; " if scope.is_file() else ""
-    do = f"{hint}workers on this host use TCP instead; the capability SYS_PTRACE, or ptrace_scope=0, lifts it"
+    do = f"{hint}workers on this host use TCP instead; the capability SYS_PTRACE, or ptrace_scope=1 or 0, lifts it"
     return Finding("same host", "warn", "one process may not read another's memory", do)
 
 
@@ -129,9 +129,11 @@ def _backends() -> None:
 
 
 def _hold() -> None:
+    from mxcore.attached_memory import allow_attaching
     from mxcore.transfer.same_host import ProbeTarget
 
     target = ProbeTarget()
+    allow_attaching()
     print(target.to_proto().SerializeToString().hex(), flush=True)  # noqa: T201
     sys.stdin.read()  # until the other one has read
 

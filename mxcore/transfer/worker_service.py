@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
+from mxcore.attached_memory import allow_attaching
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
@@ -137,6 +138,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._holder = identity.holder
         self._policy = policy
         self._probe = ProbeTarget()
+        if policy.attaches:
+            allow_attaching()
         self._device_probe: DeviceProbeTarget | None = None
         self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
         if self._holder.placement.device_type != "cpu" and policy.reads_devices:
