@@ -33,6 +33,10 @@ class Connection:
     server: str | None = None
     flags: dict[str, str] = field(default_factory=dict)  # environment name -> value
 
+    def over(self, other: Connection) -> Connection:
+        """This one, and of another one what this one leaves open."""
+        return Connection(self.server or other.server, {**other.flags, **self.flags})
+
     @property
     def address(self) -> str:
         """host:port or https://host:port. Raises SettingError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -45,6 +46,19 @@ Examples:
 def models(context: click.Context, connection: Connection) -> None:
     """The server's model cache: fill it before workers start, look at it, tidy it up."""
     context.obj = connection
+
+
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The group's options for a command of it, which win: `mx models get NAME --server ADDRESS`."""
+
+    @connection_options
+    @functools.wraps(command)
+    def with_own(connection: Connection, **given: Any) -> Any:
+        context = click.get_current_context()
+        context.obj = connection.over(context.obj)
+        return command(**given)
+
+    return with_own
 
 
 name_argument = click.argument("name")
@@ -99,6 +113,7 @@ def _print(as_json: bool, data: dict[str, Any], text: str) -> None:
 @click.option("--streams", default=4, show_default=True, type=click.IntRange(1, 64), help="Streams at once.")
 @click.option("--wait", default=60.0, show_default=True, metavar="SECONDS", help="How long to wait for a server.")
 @json_option
+@server_options
 @click.pass_context
 def get(
     context: click.Context,
@@ -154,6 +169,7 @@ def get(
 
 @models.command("list")
 @json_option
+@server_options
 @click.pass_context
 def list_models(context: click.Context, as_json: bool) -> None:
     """What the server's cache holds."""
@@ -193,6 +209,7 @@ def list_models(context: click.Context, as_json: bool) -> None:
 @revision_option
 @click.option("--force", is_flag=True, help="Pinned ones too.")
 @json_option
+@server_options
 @click.pass_context
 def rm(context: click.Context, name: str, revision: str | None, force: bool, as_json: bool) -> None:
     """Removes a model with its files from the server's cache; without --revision, all its revisions."""
@@ -206,6 +223,7 @@ def rm(context: click.Context, name: str, revision: str | None, force: bool, as_
 @revision_option
 @click.option("--off", is_flag=True, help="Let it be evicted again.")
 @json_option
+@server_options
 @click.pass_context
 def pin(context: click.Context, name: str, revision: str | None, off: bool, as_json: bool) -> None:
     """Keeps a model in the server's cache, whatever the limits say."""
@@ -218,6 +236,7 @@ def pin(context: click.Context, name: str, revision: str | None, off: bool, as_j
 @name_argument
 @revision_option
 @json_option
+@server_options
 @click.pass_context
 def validate(context: click.Context, name: str, revision: str | None, as_json: bool) -> None:
     """Compares every file in the server's cache with the digest of its download."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -34,6 +36,7 @@ _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
 _SPARE_THREADS = 24  # besides those that push: 16 may wait for news, the rest answers
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
+_LAST_PORT = 65535
 
 
 class _Identity:
@@ -309,17 +312,31 @@ class WorkerServer:
 
 
 def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    for candidate in dict.fromkeys((port, 0)):
+    for candidate in dict.fromkeys((port if _is_free(listen, port) else 0, 0)):
         try:
             place = f"{listen}:{candidate}"
             bound = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
-        except RuntimeError:  # what grpcio raises for a port in use
+        except RuntimeError:  # what grpcio raises for a port that is in use after all
             bound = 0
         if bound:
             if bound != port and port:
                 logger.info("port %d is in use: this worker serves on %d and advertises that", port, bound)
             return int(bound)
     raise SettingError(f"no port to listen on at {listen}; check MX_WORKER_HOST")
+
+
+def _is_free(listen: str, port: int) -> bool:
+    """Whether nobody listens there; grpcio finds that out as well, but writes an error of its own to the log."""
+    if port > _LAST_PORT:  # of a high rank
+        return False
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(listen.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as grpcio: connections that ended don't count
+            probe.bind(place)
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 def _bracketed(host: str) -> str:

@@ -107,6 +107,17 @@ def test_address_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = Connection("ftp://x").address
 
 
+@pytest.mark.parametrize("place", ["before", "after", "both"])
+def test_the_server_may_be_named_after_the_command(server: str, place: str) -> None:
+    named = ["--server", server]
+    words = {
+        "before": [*named, "list", "--json"],
+        "after": ["list", "--json", *named],
+        "both": ["--server", "nobody.invalid:1", "list", "--json", *named],
+    }
+    assert data(CliRunner().invoke(models, words[place]))["models"] == []
+
+
 def test_help_is_light_and_ends_with_examples() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom mxcore.cli.models import models\n"

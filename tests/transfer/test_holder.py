@@ -267,7 +267,7 @@ def test_the_layout_travels_only_where_it_differs(stubs: Stubs, holder: Holder) 
     assert answer.digests == holder.digests
 
 
-def test_a_port_in_use_moves_to_a_free_one(holder: Holder) -> None:
+def test_a_port_in_use_moves_to_a_free_one(holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -279,3 +279,10 @@ def test_a_port_in_use_moves_to_a_free_one(holder: Holder) -> None:
             assert client.get_layout("").fingerprint == holder.layout.fingerprint
         server.stop()
         server.stop()
+    assert "in use" not in capfd.readouterr().err  # two workers on a host are no error, and gRPC would call it one
+
+
+def test_a_port_beyond_the_last_one_moves_to_a_free_one(holder: Holder) -> None:
+    server = new_server(holder, 65535 + 3)
+    assert server.endpoint == f"127.0.0.1:{server.port}"
+    server.stop()
