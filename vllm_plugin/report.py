@@ -83,11 +83,12 @@ class LoadReport:
     def line(self) -> str:
         """The one line for the log."""
         how = f"from worker {self.source_worker} ({self.transport}, {self.operation})" if self.path == "p2p" else ""
+        rate = f"{self.bytes} bytes in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)"
+        counted = [f"{self.tensors} tensors", rate] if self.tensors else [f"{self.seconds:.3f} s"]  # else nobody looked
         parts = [
             f"{self.model} rank {self.rank}: {self.path} {how}".rstrip(),
-            f"{self.tensors} tensors",
-            f"{self.bytes} bytes in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)",
-            f"{self.chunks_verified} chunks verified",
+            *counted,
+            *([f"{self.chunks_verified} chunks verified"] if self.path == "p2p" else []),
             *([f"{self.bytes_from_storage} bytes read from storage"] if self.bytes_from_storage else []),
             f"layout {self.layout or 'none'}",
             f"serving as {self.worker_id}" if self.serving else "not serving",

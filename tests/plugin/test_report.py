@@ -38,9 +38,21 @@ def test_the_line_says_where_the_weights_came_from() -> None:
     assert "not serving" in report.line()
 
     report = LoadReport(model="m", fallbacks=["joining: no server is set"], serving=True, worker_id="w2")
-    assert "m rank 0: storage, 0 tensors" in report.line()
+    assert report.line().startswith("m rank 0: storage, 0.000 s, layout none, serving as w2")
     assert "serving as w2" in report.line()
     assert "fallbacks: joining: no server is set" in report.line()
+
+
+def test_the_line_counts_only_what_was_counted() -> None:
+    """An operator who reads `0 tensors, 0 bytes` of a load that went well looks for what is broken."""
+    alone = LoadReport(model="m", seconds=0.9, fallbacks=["joining: no server is set"]).line()
+    assert "m rank 0: storage, 0.900 s, layout none" in alone
+    assert "tensors" not in alone
+    assert "chunks verified" not in alone
+    offered = LoadReport(model="m", seconds=2.0, tensors=21, bytes=4_000_000_000).line()
+    assert "storage, 21 tensors, 4000000000 bytes in 2.000 s (2.00 GB/s), layout none" in offered
+    received = LoadReport(model="m", path="p2p", seconds=2.0, tensors=21, bytes=4_000_000_000, chunks_verified=239)
+    assert "(2.00 GB/s), 239 chunks verified, layout none" in received.line()
 
 
 def test_nothing_measured_is_no_rate() -> None:
