@@ -47,6 +47,27 @@ def is_host(text: str) -> bool:
     return (_HOST.fullmatch(text) or _BARE_IPV6.fullmatch(text.partition("%")[0])) is not None
 
 
+_NOBODY = "no ModelExpress server answers there: its port is 8001 unless set"
+_ADVICE = {  # by the scheme that was used, what gRPC says of an address that is wrong, and what to do
+    "https": {
+        "WRONG_VERSION_NUMBER": "no TLS is spoken there: write the address without https://",
+        "CERTIFICATE_VERIFY_FAILED": "MX_TLS_CA_FILE names the certificate that the server's has to come from",
+        "Received http2 header with status": _NOBODY,
+    },
+    "http": {
+        "Socket closed": "if TLS is spoken there, write the address with https://",
+        "Failed parsing HTTP/2": _NOBODY,
+        "Received http2 header with status": _NOBODY,
+    },
+}
+
+
+def with_advice(details: str, address: str) -> str:
+    """gRPC's details of a failed call to `address`, with what to do where they look like a wrong address."""
+    advice = _ADVICE[split_scheme(address)[0]]
+    return "; ".join([details, *(advice[sign] for sign in advice if sign in details)])
+
+
 def split_scheme(address: str) -> tuple[str, str]:
     """("https" or "http", host:port) of what `parse_server_address` returns."""
     return ("https", address.removeprefix("https://")) if address.startswith("https://") else ("http", address)

@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import grpc
 
 from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.address import with_advice
 from mxserver.wire.channels import channel_options
 from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials, Connection
@@ -216,7 +217,7 @@ class ServerClient(Closing):
     def _as_wire_error(self, name: str, error: grpc.RpcError) -> WireError:
         call = cast(grpc.Call, error)  # every RpcError of an invocation is one
         status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {call.details()}"
+        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
         if status in _NO_ANSWER:

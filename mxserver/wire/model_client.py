@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar, cast
 import grpc
 
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
+from mxserver.wire.address import with_advice
 from mxserver.wire.channels import channel_options
 from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials, Connection
@@ -332,7 +333,7 @@ class ModelClient(Closing):
     def _as_error(self, name: str, error: grpc.RpcError) -> WireError:
         call = cast("grpc.Call", error)  # every RpcError of an invocation is one
         status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {call.details()}"
+        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
         if status in _UNREACHABLE:
             return ServerUnreachable(text)
         if status is grpc.StatusCode.NOT_FOUND:

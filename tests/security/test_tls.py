@@ -47,13 +47,16 @@ def test_https_is_encrypted_and_plain_is_refused(start_server: StartServer, auth
     server = start_server(**tls_flags(authority.issue("server", "127.0.0.1")))
     with client_of(server, ca_file=authority.ca_file) as client:
         assert client.health().status == "ok"
-    with client_of(server, https=False) as plain, pytest.raises(ServerUnreachable):
+    with client_of(server, https=False) as plain, pytest.raises(ServerUnreachable, match="the address with https://"):
         plain.health()
 
 
 def test_client_of_a_plain_server_does_not_fall_back(start_server: StartServer, authority: Authority) -> None:
     server = start_server()
-    with client_of(server, ca_file=authority.ca_file) as client, pytest.raises(ServerUnreachable):
+    with (
+        client_of(server, ca_file=authority.ca_file) as client,
+        pytest.raises(ServerUnreachable, match="no TLS is spoken there: write the address without https://"),
+    ):
         client.health()
 
 
@@ -61,7 +64,7 @@ def test_server_of_another_authority_is_not_trusted(start_server: StartServer, t
     (tmp_path / "other").mkdir()
     server = start_server(**tls_flags(Authority(tmp_path / "other").issue("server", "127.0.0.1")))
     for trusted in (Authority(tmp_path, "mine").ca_file, None):  # None: the system's, which has no such authority
-        with client_of(server, ca_file=trusted) as client, pytest.raises(ServerUnreachable):
+        with client_of(server, ca_file=trusted) as client, pytest.raises(ServerUnreachable, match="MX_TLS_CA_FILE"):
             client.health()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from mxserver.wire import p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import MAX_MESSAGE_BYTES, channel_options
 from mxserver.wire.client import ERROR_CODE_METADATA, ServerClient
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
+from mxserver.wire.model_client import ModelClient
 
 IDENTITY = p2p_pb2.SourceIdentity(model_name="m")
 WORKER = p2p_pb2.WorkerMetadata()
@@ -46,6 +48,27 @@ def serve() -> Iterator[Callable[[Answer], str]]:
     yield start
     for server in servers:
         server.stop(0).wait()
+
+
+class _Page(http.server.BaseHTTPRequestHandler):
+    """The status page's port, or anything else that speaks HTTP/1.1."""
+
+    def log_message(self, *words: object) -> None:
+        """In silence."""
+
+
+@pytest.mark.parametrize("client", [ServerClient, ModelClient])
+def test_another_service_answers(client: Callable[[str], Any]) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with client(f"127.0.0.1:{server.server_port}") as called, pytest.raises(ServerUnreachable) as caught:
+                _ = called.health() if isinstance(called, ServerClient) else called.cached_models()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "no ModelExpress server answers there: its port is 8001 unless set" in str(caught.value)
 
 
 def test_nobody_listens() -> None:
