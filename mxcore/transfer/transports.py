@@ -218,21 +218,21 @@ class UcxPolicy:
 
 @contextmanager
 def ucx_environment(tls: str) -> Iterator[None]:
-    """UCX's environment while an agent is created; afterwards UCX_TLS is as it was. `os.environ` does not see it.
+    """UCX's environment while an agent is created; afterwards it is as it was, for other users of UCX in this process.
 
-    The other names are set where the user has not set them, and stay. UCX reads UCX_TLS when a backend is created
-    and NIXL has no other way to set it, hence the lock: one agent at a time.
+    What the user has set of UCX_DEFAULTS stays. UCX reads all of it when a backend is created, and NIXL has no other
+    way to set it, hence the lock: one agent at a time. `os.environ` does not see it.
     """
     with _environment_lock:
-        for name, value in UCX_DEFAULTS.items():
-            if c_getenv(name) is None:
-                c_setenv(name, value)
-        before = c_getenv("UCX_TLS")
-        c_setenv("UCX_TLS", tls)
+        meant = {name: value for name, value in UCX_DEFAULTS.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
+        before = {name: c_getenv(name) for name in meant}
         try:
+            for name, value in meant.items():
+                c_setenv(name, value)
             yield
         finally:
-            c_setenv("UCX_TLS", before)
+            for name, was in before.items():
+                c_setenv(name, was)
 
 
 def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mxcore.c_environment import c_getenv
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
 from mxcore.nixl_library import library_candidates
@@ -103,6 +107,35 @@ def test_bytes_move(pair: Pair, operation: str) -> None:
     wait_for(transfer.done)
     assert (pair.a_memory == pair.b_memory).all()
     assert (pair.a_memory[0] == 7) == (operation == "write")
+
+
+def test_what_ucx_was_told_holds_for_connections_made_when_its_environment_is_gone() -> None:
+    before = sockets()
+    agents = Pair()
+    assert c_getenv("UCX_TCP_USER_TIMEOUT") is None
+    transfer = agents.transfer()
+    transfer.post()
+    wait_for(transfer.done)
+    timeouts = [timeout_milliseconds(number) for number in sockets() - before]
+    agents.close()
+    assert 4000 in timeouts  # listening ones have none
+
+
+def sockets() -> set[int]:
+    """Descriptors of this process' sockets."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            if str(entry.readlink()).startswith("socket:"):
+                found.add(int(entry.name))
+    return found
+
+
+def timeout_milliseconds(number: int) -> int:
+    with socket.socket(fileno=os.dup(number)) as found:
+        if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+            return 0
+        return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
 
 def test_many_descriptors(pair: Pair) -> None:
