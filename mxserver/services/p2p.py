@@ -79,14 +79,14 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
         record = self._store.publish(_publication(request))
         self._loads.published(record.key, request)
+        pod = (request.pod_namespace, request.pod_name) if request.pod_name else ()
         _LOG.info(
-            "published source=%s worker=%s rank=%d status=%s epoch=%d model=%r pod=%s/%s",
+            "published source=%s worker=%s rank=%d status=%s epoch=%d model=%r" + (" pod=%s/%s" if pod else ""),
             *record.key,
             _name(record.status),
             record.epoch,
             record.model_name,
-            request.pod_namespace,
-            request.pod_name,
+            *pod,
         )
         return p2p_pb2.PublishMetadataResponse(
             success=True,
@@ -146,7 +146,10 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._loads.updated(key, request, self._model_name(key) if request.HasField("load_report") else "")
-        _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
+        if request.status == p2p_pb2.SOURCE_STATUS_STALE:
+            _LOG.info("left source=%s worker=%s rank=%d", *key)
+        else:
+            _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
 
     def _take_progress(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:

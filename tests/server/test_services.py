@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -56,6 +57,16 @@ def test_publish_answers_with_id_epoch_and_lease(client: ServerClient) -> None:
     assert (first.success, first.mx_source_id, first.worker_id, first.lease_ms) == (True, SOURCE, "w", 90_000)
     second = client.publish(IDENTITY, WORKER, "w", epoch=first.epoch)
     assert second.epoch > first.epoch > 0
+
+
+def test_the_log_has_who_came_and_who_left(client: ServerClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mxserver.services.p2p")
+    epoch = client.publish(IDENTITY, WORKER, "w").epoch
+    for status in (READY, READY, STALE):
+        client.update_status(SOURCE, "w", 3, status, epoch=epoch)
+    lines = [record.getMessage() for record in caplog.records if record.name == "mxserver.services.p2p"]
+    came = f"published source={SOURCE} worker=w rank=3 status=INITIALIZING epoch={epoch} model='Org/Model'"
+    assert lines == [came, f"left source={SOURCE} worker=w rank=3"]
 
 
 def test_published_metadata_comes_back_whole(client: ServerClient) -> None:
