@@ -39,6 +39,10 @@ class SmallDisk:
         """Another size; what is there stays."""
         self._mount(f"remount,size={size}").check_returncode()
 
+    def read_only(self, on: bool) -> None:
+        """As an image's file system; what is there stays."""
+        self._mount("remount,ro" if on else "remount,rw").check_returncode()
+
     @property
     def free_bytes(self) -> int:
         found = os.statvfs(self.folder)

@@ -111,7 +111,7 @@ class CacheRung:
         return model
 
     def _fetched(self, client: ModelClient, listed: ModelFiles, way: Progress) -> Path | None:
-        """The snapshot in the hub's cache, or None where that has no room: weights need no disk.
+        """The snapshot in the hub's cache, or None where that has no room or cannot be written: weights need no disk.
 
         Ranks of a node fetch one after the other: all but the first find it.
         """
@@ -125,7 +125,7 @@ class CacheRung:
         cache = hub_cache(self._load.load_config.download_dir)
         try:
             return client.fetch_to_hub_cache(self._model, cache, revision=self._revision, on_bytes=on_bytes)
-        except DiskFull as error:
+        except (DiskFull, OSError) as error:
             _log.warning("the weights go straight into the model, as with MX_CACHE_WEIGHTS=0: %s", error)
             self._load.report.fallbacks.append(f"{self.name}, past the disk: {error}")
             return None

@@ -200,13 +200,22 @@ class Load:
         try:
             late = self.role is MX_SOURCE and self.settings.sync_publish  # published when it is loaded
             if not late and not membership.join():
-                reason = f"no answer from the server at {self.settings.server_address}"
-                self.cannot_receive = reason if self.role.reads_storage else ""
-                self.report.fallbacks.append(f"joining: {reason}")
+                self.report.fallbacks.append(f"joining: {self._unheard(membership)}")
         except BaseException:
             membership.close()
             raise
         self.membership = membership
+
+    def _unheard(self, membership: Membership) -> str:
+        """What came of joining without success: whoever can at least be asked for sources may take weights."""
+        address = self.settings.server_address
+        try:
+            membership.published_ranks(ready=True)
+        except MxError:
+            reason = f"no answer from the server at {address}"
+            self.cannot_receive = reason if self.role.reads_storage else ""
+            return reason
+        return f"the server at {address} does not take this worker's record"
 
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
         """This worker at the server, not joined yet."""

@@ -24,13 +24,13 @@ PROMPTS = (
 
 
 class Server:
-    """A real `mxserver` on a free port of the loopback interface."""
+    """A real `mxserver` on a free port of the loopback interface, with settings by environment name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         self.child = Child(
             "mxserver",
             ["-m", "mxserver", "--host", "127.0.0.1", "--port", "0", "--store-path", str(folder / "server.sqlite3")],
-            {},
+            settings or {},
             folder / "logs" / "mxserver.log",
         )
         self.address = ""

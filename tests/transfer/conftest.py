@@ -134,7 +134,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(20) == 0
+        assert self.process.wait(60) == 0
 
     def restart(self, *, lose_state: bool = False) -> None:
         if lose_state:

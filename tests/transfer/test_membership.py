@@ -30,7 +30,7 @@ def new_member(server: ServerProcess) -> Iterator[NewMember]:
 
     def make(checkpoint: str = "c0ffee", rank: int = 0, **changes: Any) -> Membership:
         names = {"MX_SERVER_ADDRESS": server.address, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
-        names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.05, "MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5}
+        names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.05, "MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5}
         settings = load_settings({**names, **changes}, {})
         members.append(Membership(settings, identity(checkpoint), rank, "cpu", chunk_bytes=65536))
         return members[-1]
@@ -42,7 +42,7 @@ def new_member(server: ServerProcess) -> Iterator[NewMember]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[ServerClient]:
-    with ServerClient(server.address, timeout_seconds=5) as value:
+    with ServerClient(server.address, timeout_seconds=60) as value:
         yield value
 
 

@@ -32,7 +32,7 @@ class Member:
 
     def __init__(self, server: str, seed: int | None, megabytes: int, **changes: Any) -> None:
         names = {"MX_SERVER_ADDRESS": server, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
-        names |= {"MX_SERVER_TIMEOUT_SECS": 2, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 20}
+        names |= {"MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 20}
         names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.2}
         self.membership = Membership(
             load_settings({**names, **changes}, {}), identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES
@@ -68,7 +68,7 @@ def new_member(server: ServerProcess) -> Iterator[NewMember]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[ServerClient]:
-    with ServerClient(server.address, timeout_seconds=5) as value:
+    with ServerClient(server.address, timeout_seconds=60) as value:
         yield value
 
 

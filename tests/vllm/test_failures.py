@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.demo.processes import free_port
+from bench.demo.workers import Server
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
@@ -83,6 +86,46 @@ def test_a_server_that_is_not_there(target: EngineHost, references: References, 
     assert loaded.report["path"] == "storage"
     assert address in loaded.report["fallbacks"][0]
     assert address in warnings_of_ours(loaded.log)[0]
+
+
+@pytest.fixture
+def guarded(folder: Path, source: EngineHost, target: EngineHost) -> Iterator[str]:
+    """The address of a server that takes records from the source alone."""
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    lines = []
+    for host, role in ((source, "publish"), (target, "read")):
+        (tokens / role).write_text(f"{role}-0123456789")
+        digest = hashlib.sha256((tokens / role).read_bytes()).hexdigest()
+        lines.append(f'[[tokens]]\nname = "{role}"\nrole = "{role}"\nsha256 = "{digest}"\n')
+        host.ask("setenv", environ={"MX_AUTH_TOKEN_PATH": str(tokens / role)})
+    (tokens / "access.toml").write_text("".join(lines))
+    server = Server(tokens, {"MX_AUTH": "file", "MX_AUTH_FILE": str(tokens / "access.toml")})
+    try:
+        yield server.start()
+    finally:
+        for host in (source, target):
+            host.ask("leave")
+            host.ask("setenv", environ={"MX_AUTH_TOKEN_PATH": None})
+        server.child.stop()
+
+
+def test_who_cannot_be_published_takes_weights_all_the_same(
+    guarded: str,
+    source: EngineHost,
+    target: EngineHost,
+    references: References,
+    model_paths: dict[str, Path],
+) -> None:
+    """A token that may only read; a store whose disk is full, or a Redis without room, looks the same."""
+    model, extra = model_paths["llama"], {"server_address": guarded}
+    assert source.load(model, extra=extra).report["serving"]
+    loaded = target.load(model, extra=extra)
+
+    assert loaded.answers == references.of(model)
+    assert loaded.report["path"] == "p2p"
+    assert loaded.report["fallbacks"][0].endswith("does not take this worker's record")
+    assert "this worker is not known to the server yet" in warnings_of_ours(loaded.log)[0]
 
 
 def test_settings_of_the_extra_configuration(

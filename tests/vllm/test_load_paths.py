@@ -227,7 +227,7 @@ def test_from_the_servers_cache_with_no_hub_and_no_shared_storage(
     assert bool(list(here.rglob("*.safetensors"))) == (cached == "1")
 
 
-def test_a_worker_whose_disk_is_full_streams_past_it_and_the_next_one_with_room_does_not(
+def test_a_worker_whose_disk_is_full_or_read_only_streams_past_it_and_the_next_one_with_room_does_not(
     stored: EngineHost,
     filled: ServerProcess,
     references: References,
@@ -247,14 +247,20 @@ def test_a_worker_whose_disk_is_full_streams_past_it_and_the_next_one_with_room_
             without_room = stored.load("org/full-disk", extra=extra)
             left = [path for path in here.rglob("*") if path.is_file() and path.stat().st_size and "safe" in path.name]
             partial = [path for path in (here / ".mx-partial").iterdir() if path.name != "lock"]
+            disk.read_only(True)
+            unwritable = stored.load("org/full-disk", extra=extra)
+            disk.read_only(False)
             disk.resize("64m")
             with_room = stored.load("org/full-disk", extra=extra)
         finally:
             stored.ask("setenv", environ=dict.fromkeys(environ))
         kept_bytes = sum(path.stat().st_size for path in here.rglob("*.safetensors"))
 
-    assert without_room.answers == with_room.answers == references.of(model_paths["llama"])
-    assert without_room.report["path"] == with_room.report["path"] == "cache"
+    assert without_room.answers == unwritable.answers == with_room.answers == references.of(model_paths["llama"])
+    assert without_room.report["path"] == unwritable.report["path"] == with_room.report["path"] == "cache"
+    (fallback,) = unwritable.report["fallbacks"]
+    assert "past the disk" in fallback
+    assert "Read-only file system" in fallback
     (fallback,) = without_room.report["fallbacks"]
     assert "MX_DISK_FULL" in fallback
     assert str(here) in fallback
