@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable
 
 from mxcore.cuda_ring import DeviceRing
+from mxcore.cufile import FileHandles
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
@@ -33,6 +34,7 @@ def read_jobs(
     digests: array[int] | None = None,
     progress: Callable[[int], None] | None = None,
     device: DeviceRing | None = None,
+    straight: FileHandles | None = None,
 ) -> Outcome:
     """Reads the jobs whose indices `order` has (int64), and returns when no thread is left.
 
@@ -44,7 +46,9 @@ def read_jobs(
 
     With `device` the destinations are addresses of that device's memory, and all bytes pass its ring (BUFFERED or
     DIRECT, no `slots`); the jobs' pieces have to be the ring's. When this returns, all is on the device, also after an
-    error of which nothing is under way any more. Raises CudaError then.
+    error of which nothing is under way any more. Raises CudaError then. With `straight` as well, long runs of files
+    that are registered there come by cuFile, without the ring: the first failure ends that, and the outcome's `left`
+    says which jobs are to be read again (after `straight` is closed, without it). Jobs with digests pass the ring.
 
     Destinations are the caller's to keep alive. Raises StorageError, TruncatedRead (also for a mapped file that is cut
     short meanwhile: SIGBUS is caught for our own threads), FileChanged, KeyboardInterrupt, ValueError for arguments

@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda_kernels.h
+# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda_kernels.h mxcore/cufile_read.h mxcore/cufile_library.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from mxcore.cuda_ring cimport DeviceRing
+from mxcore.cufile cimport FileHandles
 from mxcore.file_set cimport FileSet
 from mxcore.read_jobs cimport _Int64s, JobList
 from mxcore.read_parts cimport mx_file, mx_job, mx_limits, mx_part
@@ -145,7 +146,7 @@ def slot_bytes(JobList jobs not None):
 
 
 def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lanes=1, read_ahead=0, slots=None,
-              digests=None, progress=None, DeviceRing device=None):
+              digests=None, progress=None, DeviceRing device=None, FileHandles straight=None):
     cdef mx_work work
     cdef Pulse pulse
     cdef FileSet files = jobs.files
@@ -169,6 +170,14 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
                              f"{device.piece} and {device.load.threads}, way {way}")
         work.run = mx_device_jobs
         work.run_data = &device.load
+        device.load.reads = NULL
+        if straight is not None:
+            if straight.files is not files:
+                raise ValueError("the handles are of other files than the jobs")
+            straight.begin()
+            device.load.reads = &straight.reads
+    elif straight is not None:
+        raise ValueError("handles of cuFile are for a device alone")
     elif past_cache:
         if slots is None or slots.size_bytes < lanes * slot_bytes(jobs) or slots.address % PAGE_BYTES:
             raise ValueError(f"{lanes} lanes want slots of {lanes * slot_bytes(jobs)} bytes")
@@ -198,6 +207,8 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
         with nogil:
             mx_run_work(&work)
     finally:
+        if device is not None:
+            device.load.reads = NULL
         if mapped:
             mx_bus_guard_end()
         if view is not None:
@@ -209,6 +220,8 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
     if work.stopped:
         raise failure(files, &work)
     return {
+        "straight_bytes": straight.reads.bytes if straight is not None else 0,
+        "left": array.array("q", straight.left() if straight is not None else ()),
         "done_bytes": work.done_bytes, "read_bytes": work.read_bytes, "fell_back": work.fell_back,
         "register_error": work.register_error, "setup_error": work.failed_setup,
         "seconds": (work.probe_ns[0] / 1e9, work.probe_ns[1] / 1e9), "bytes": (work.probe_bytes[0], work.probe_bytes[1]),

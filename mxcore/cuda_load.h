@@ -2,14 +2,15 @@
  *
  * Each thread has a stream and some slots of its own. A slot is used again when the event behind its copies is reached.
  * Runs of 64 KiB and more are copied one by one; where a piece has several smaller ones, one kernel copies them all,
- * which reads the slot where it is: nothing is allocated on the device.
+ * which reads the slot where it is: nothing is allocated on the device. Long runs of files that cuFile reads pass no slot
+ * (cufile_read.h).
  */
 #ifndef MX_CUDA_LOAD_H
 #define MX_CUDA_LOAD_H
 
 #include "cuda_driver.h"
 #include "cuda_kernels.h"
-#include "read_work.h"
+#include "cufile_read.h"
 
 #define MX_RECORD_BYTES (MX_SEGMENTS * sizeof(mx_stitch_record))
 #define MX_DEVICE_THREADS 64
@@ -29,7 +30,16 @@ typedef struct {
     int status; /* of the first call that failed */
     const char *call;
     int64_t copies, launches;
+    mx_cufile_reads *reads; /* NULL: everything passes the slots */
 } mx_device_load;
+
+/* What one thread has of it. */
+typedef struct {
+    mx_stream stream;
+    mx_event *events;
+    char *slots;
+    int used[MX_DEVICE_SLOTS], place, direct;
+} mx_device_lane;
 
 static inline int mx_device_ok(mx_work *work, const char *call, int status) {
     mx_device_load *load = (mx_device_load *)work->run_data;
@@ -104,18 +114,85 @@ static inline int mx_device_copy(mx_work *work, const mx_piece *piece, char *slo
     return 1;
 }
 
+/* A piece by way of the lane's next slot; 0 after a failure. */
+static inline int mx_device_piece(mx_work *work, mx_device_lane *lane, const mx_piece *piece, XXH3_state_t *state) {
+    mx_device_load *load = (mx_device_load *)work->run_data;
+    const mx_cuda_table *cuda = load->cuda;
+    char *slot = lane->slots + lane->place * load->slot_bytes;
+    mx_event event = lane->events[lane->place];
+    if (lane->used[lane->place] && !mx_device_ok(work, "cuEventSynchronize", (int)cuda->event_synchronize(event))) {
+        return 0;
+    }
+    const char *data = mx_device_read(work, piece, slot, lane->direct);
+    if (data == NULL || !mx_device_copy(work, piece, slot, data, lane->stream, state) ||
+        !mx_device_ok(work, "cuEventRecord", (int)cuda->event_record(event, lane->stream))) {
+        return 0;
+    }
+    lane->used[lane->place] = 1;
+    lane->place = (lane->place + 1) % load->slots_each;
+    return 1;
+}
+
+/* A piece of which cuFile reads the long runs, and the lane what is between their whole blocks; 0 after a failure of the
+ * lane. After one of cuFile's the job is left. */
+static inline int mx_device_straight(mx_work *work, mx_device_lane *lane, const mx_piece *piece, int64_t job) {
+    mx_cufile_reads *reads = ((mx_device_load *)work->run_data)->reads;
+    mx_piece rest = {.file = piece->file};
+    mx_cursor at = piece->from;
+    int64_t straight = 0;
+    for (int64_t left = piece->payload; left > 0;) {
+        int64_t offset = mx_cursor_offset(work->parts, &at);
+        int64_t take = mx_least(left, work->parts[at.part].bytes - at.skip);
+        mx_span middle = mx_cufile_span(reads, piece->file, offset, take);
+        if (middle.begin == middle.end) {
+            mx_rest_add(&rest, at, offset, take);
+        } else {
+            mx_cursor tail = at;
+            char *to = mx_cursor_address(work->parts, &at) + (middle.begin - offset);
+            mx_rest_add(&rest, at, offset, middle.begin - offset);
+            if (rest.payload > 0 && !mx_device_piece(work, lane, &rest, NULL)) {
+                return 0;
+            }
+            if (!mx_cufile_middle(work, reads, piece->file, middle, to, job)) {
+                return 1;
+            }
+            straight += middle.end - middle.begin;
+            rest = (mx_piece){.file = piece->file};
+            mx_cursor_advance(work->parts, &tail, middle.end - offset);
+            mx_rest_add(&rest, tail, middle.end, offset + take - middle.end);
+        }
+        mx_cursor_advance(work->parts, &at, take);
+        left -= take;
+    }
+    if (rest.payload > 0 && !mx_device_piece(work, lane, &rest, NULL)) {
+        return 0;
+    }
+    mx_add(&reads->bytes, straight);
+    mx_done(work, piece);
+    return 1;
+}
+
+/* What was given to the stream that the load comes after is done: for cuFile by waiting, since it knows no streams. */
+static inline int mx_device_after(mx_work *work, mx_stream stream) {
+    mx_device_load *load = (mx_device_load *)work->run_data;
+    if (load->after == NULL) {
+        return 1;
+    }
+    if (load->reads != NULL && !mx_device_ok(work, "cuEventSynchronize", (int)load->cuda->event_synchronize(load->after))) {
+        return 0;
+    }
+    return mx_device_ok(work, "cuStreamWaitEvent", (int)load->cuda->stream_wait_event(stream, load->after, 0));
+}
+
 /* What one thread does, with the context current. */
 static inline void mx_device_run(mx_work *work, int index) {
     mx_device_load *load = (mx_device_load *)work->run_data;
-    const mx_cuda_table *cuda = load->cuda;
-    mx_stream stream = load->streams[index];
-    mx_event *events = load->events + index * load->slots_each;
-    char *slots = load->slots + (int64_t)index * load->slots_each * load->slot_bytes;
-    int used[MX_DEVICE_SLOTS] = {0}, place = 0;
-    int direct = work->way == MX_DIRECT || work->way == MX_URING;
+    mx_device_lane lane = {.stream = load->streams[index], .events = load->events + index * load->slots_each};
+    lane.slots = load->slots + (int64_t)index * load->slots_each * load->slot_bytes;
+    lane.direct = work->way == MX_DIRECT || work->way == MX_URING;
     const mx_job *job;
     size_t number;
-    if (load->after != NULL && !mx_device_ok(work, "cuStreamWaitEvent", (int)cuda->stream_wait_event(stream, load->after, 0))) {
+    if (!mx_device_after(work, lane.stream)) {
         return;
     }
     while ((job = mx_take_job(work, &number)) != NULL) {
@@ -124,18 +201,15 @@ static inline void mx_device_run(mx_work *work, int index) {
         mx_cursor at = job->from;
         for (int64_t left = job->payload; left > 0 && !mx_get(&work->stopped);) {
             mx_piece piece = mx_next_piece(work->parts, at, left, &work->limits);
-            char *slot = slots + place * load->slot_bytes;
-            if (used[place] && !mx_device_ok(work, "cuEventSynchronize", (int)cuda->event_synchronize(events[place]))) {
+            if (load->reads != NULL && state == NULL) { /* a job without a digest is one piece */
+                if (!mx_device_straight(work, &lane, &piece, work->order[number])) {
+                    return;
+                }
+            } else if (mx_device_piece(work, &lane, &piece, state)) {
+                mx_done(work, &piece);
+            } else {
                 return;
             }
-            const char *data = mx_device_read(work, &piece, slot, direct);
-            if (data == NULL || !mx_device_copy(work, &piece, slot, data, stream, state) ||
-                !mx_device_ok(work, "cuEventRecord", (int)cuda->event_record(events[place], stream))) {
-                return;
-            }
-            used[place] = 1;
-            place = (place + 1) % load->slots_each;
-            mx_done(work, &piece);
             at = piece.next;
             left -= piece.payload;
         }

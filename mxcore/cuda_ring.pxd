@@ -5,6 +5,7 @@ from mxcore.cuda_context cimport Context
 from mxcore.cuda_driver cimport mx_context, mx_cuda_table, mx_event, mx_function, mx_stream
 from mxcore.cuda_digest cimport Kernels
 from mxcore.cuda_stream cimport Event
+from mxcore.cufile cimport mx_cufile_reads
 
 cdef extern from "cuda_load.h" nogil:
     enum: MX_RECORD_BYTES, MX_DEVICE_THREADS, MX_DEVICE_SLOTS
@@ -22,6 +23,7 @@ cdef extern from "cuda_load.h" nogil:
         int status
         const char* call
         int64_t copies, launches
+        mx_cufile_reads* reads
 
 cdef class DeviceRing:
     cdef mx_device_load load

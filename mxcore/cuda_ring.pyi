@@ -55,5 +55,8 @@ class DeviceRing:
         None: they wait for nothing.
         """
 
+    def wait(self) -> None:
+        """Returns when what the next reads' copies wait for is done."""
+
     def close(self) -> None:
         """Unpins the buffer. No read may be under way. Idempotent."""

@@ -104,6 +104,11 @@ cdef class DeviceRing:
             self.after.record(stream)
             self.load.after = <mx_event>self.after.handle
 
+    def wait(self):
+        self.require_open()
+        if self.load.after != NULL:
+            self.after.synchronize()
+
     def close(self):
         self.load.slots = NULL
         if self.registration is not None:

@@ -26,6 +26,8 @@
     ├── CudaError             MX_CUDA                 a call into the CUDA driver failed
     │   ├── CudaMissing       MX_CUDA_MISSING         no usable CUDA driver or device on this machine
     │   └── DeviceMemoryError MX_DEVICE_MEMORY        the device gives no (more) memory
+    ├── CuFileError           MX_CUFILE               a call into cuFile failed, or it is not what it has to be
+    │   └── CuFileMissing     MX_CUFILE_MISSING       no usable libcufile on this machine
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
     ├── NoSource              MX_NO_SOURCE            a worker that only pulls found nobody to pull from
     └── TransferError         MX_TRANSFER
@@ -206,6 +208,25 @@ class DeviceMemoryError(CudaError, MemoryError):
     """The device gives no memory of that size; the message has what is free."""
 
     code = "MX_DEVICE_MEMORY"
+
+
+class CuFileError(MxError):
+    """A call into cuFile failed, or it would not read straight into device memory; loads go through the ring then.
+
+    `status` is its CUfileOpError, 0 where there is none.
+    """
+
+    code = "MX_CUFILE"
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class CuFileMissing(CuFileError):
+    """No libcufile, or one that lacks a function; the message says where it was looked for."""
+
+    code = "MX_CUFILE_MISSING"
 
 
 class LoadPathsExhausted(MxError):

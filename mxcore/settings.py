@@ -58,6 +58,7 @@ class WorkerSettings(BaseModel):
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
     storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
+    gpudirect_storage: Literal["auto", "off"] = Field("auto", alias="MX_GPUDIRECT_STORAGE")
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
     model_uri: str = Field("", alias="MX_MODEL_URI")

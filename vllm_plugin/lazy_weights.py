@@ -221,14 +221,22 @@ class _Source:
     """What the lazy tensors of one iteration read through."""
 
     def __init__(
-        self, checkpoint: Checkpoint, mode: str | None, needed: Needed | None, read: Callable[[int], None]
+        self,
+        checkpoint: Checkpoint,
+        mode: str | None,
+        needed: Needed | None,
+        read: Callable[[int], None],
+        gpudirect_storage: str | None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._gpudirect_storage = gpudirect_storage
         self.needed = needed
         self.read_bytes = 0
         self._read = read
         self._mode = mode
-        self._reader: Reader | None = Reader(checkpoint.files, mode=mode, stamps=checkpoint.stamps)
+        self._reader: Reader | None = Reader(
+            checkpoint.files, mode=mode, stamps=checkpoint.stamps, gpudirect_storage=gpudirect_storage
+        )
         self._no_ring = False  # to any device: one that failed once is not tried again
 
     def read(self, want: Want) -> bool:
@@ -262,7 +270,12 @@ class _Source:
         try:
             if self._reader is None:
                 report = device_load.read_rows_to_device(
-                    self._checkpoint, merged(rows), device_index=index, after=after, mode=self._mode
+                    self._checkpoint,
+                    merged(rows),
+                    device_index=index,
+                    after=after,
+                    mode=self._mode,
+                    gpudirect_storage=self._gpudirect_storage,
                 )
             else:
                 report = device_load.read_open_files(self._reader, files, merged(rows), device_index=index, after=after)
@@ -304,6 +317,7 @@ def lazy_weights(
     lazy_least_bytes: int = LAZY_LEAST_BYTES,
     needed: Needed | None = None,
     read: Callable[[int], None] = lambda count: None,
+    gpudirect_storage: str | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
@@ -317,7 +331,7 @@ def lazy_weights(
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
     lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= lazy_least_bytes}
     small = [info.name for info in chosen if info.name not in lazy]
-    source = _Source(checkpoint, mode, needed, read)
+    source = _Source(checkpoint, mode, needed, read, gpudirect_storage)
     ready = stream(checkpoint, small, mode=mode)
     done_bytes = 0
     try:

@@ -84,6 +84,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 checkpoint,
                 set(names),
                 mode=self._settings.read_mode,
+                gpudirect_storage=self._settings.gpudirect_storage,
                 told=tell,
                 lazy_least_bytes=LAZY_LEAST_BYTES if self._needed is None else 0,
                 needed=self._needed,

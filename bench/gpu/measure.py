@@ -15,7 +15,9 @@ from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_on_device, copy_
 from mxcore.cuda_stream import Stream
 from mxcore.digest import mixsum_64_many
 from mxcore.storage.checkpoint import Checkpoint
-from mxcore.storage.device_load import read_rows_to_device
+from mxcore.storage.device_direct import why_not
+from mxcore.storage.device_load import read_open_files, read_rows_to_device
+from mxcore.storage.load import STRAIGHT, Reader
 from mxcore.storage.read_plan import Row, merged
 
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -98,6 +100,25 @@ def load(checkpoint: Checkpoint, target: DeviceBuffer, rounds: int) -> dict[str,
         "extra_device_bytes": before_free - context.memory_info()[0],
         "extra_host_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_peak),
     }
+
+
+def gpudirect(checkpoint: Checkpoint, target: DeviceBuffer, rounds: int) -> dict[str, float]:
+    """Disk → the target past the page cache, by GPUDirect Storage and through the ring: bytes a second of each.
+
+    Raises ValueError with the reason where it is not used, ModeUnavailable without O_DIRECT.
+    """
+    rows, _, _ = arena_rows(checkpoint, target.address)
+    total = sum(info.size_bytes for info in checkpoint.tensors.values())
+    index, files = target.context.index, checkpoint.files
+    seconds, straight = {}, 0
+    for choice in ("off", "auto"):
+        with Reader(files, mode="direct", stamps=checkpoint.stamps, gpudirect_storage=choice) as reader:
+            reports = [read_open_files(reader, files, rows, device_index=index) for _ in range(rounds + 1)]
+        seconds[choice] = min(report.seconds for report in reports[1:])  # the first one pays for proofs
+        straight = min(report.bytes_by_way.get(STRAIGHT, 0) for report in reports)
+    if straight == 0:
+        raise ValueError(f"GPUDirect Storage is not used: {why_not(files[0], index)}")
+    return {"bytes_per_second": total / seconds["auto"], "ring": total / seconds["off"], "share": straight / total}
 
 
 def check(checkpoint: Checkpoint, made: DeviceDigest, target: DeviceBuffer) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu import measure, nixl_pair
-from mxcore import cuda_driver
+from mxcore import cuda_driver, cufile
 from mxcore.cuda_context import Context, context_of
 from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer
@@ -69,6 +69,20 @@ def _load(task: Task) -> Found:
         release_rings()
 
 
+def _gpudirect(task: Task) -> Found:
+    checkpoint = task.checkpoint
+    target = DeviceBuffer(task.context, measure.arena_rows(checkpoint, 0)[2])
+    digester = DeviceDigest(task.context)
+    try:
+        found = measure.gpudirect(checkpoint, target, task.rounds)
+        measure.check(checkpoint, digester, target)
+        return found
+    finally:
+        digester.close()
+        target.close()
+        release_rings()
+
+
 def _digest(task: Task) -> Found:
     target = DeviceBuffer(task.context, task.size_bytes)
     digester = DeviceDigest(task.context)
@@ -83,7 +97,13 @@ def _nixl(task: Task) -> Found:
     return {"bytes_per_second": nixl_pair.read(task.context, task.size_bytes // 2, task.rounds, task.stand_in)}
 
 
-PARTS: dict[str, Callable[[Task], Found]] = {"copies": _copies, "load": _load, "digest": _digest, "nixl": _nixl}
+PARTS: dict[str, Callable[[Task], Found]] = {
+    "copies": _copies,
+    "load": _load,
+    "digest": _digest,
+    "nixl": _nixl,
+    "gpudirect": _gpudirect,
+}
 
 
 def run(name: str, task: Task) -> Found:
@@ -103,7 +123,7 @@ def run(name: str, task: Task) -> Found:
 
 def figures(found: dict[str, Found]) -> Found:
     """What those parts that came to an end give."""
-    copies, load, digest, nixl = (found.get(name) for name in PARTS)
+    copies, load, digest, nixl, gpudirect = (found.get(name) for name in PARTS)
     made: Found = {}
     if copies:
         made |= {"pinned_copy_gbps": copies["pinned"] / 1e9, "device_copy_gbps": copies["device"] / 1e9}
@@ -114,6 +134,10 @@ def figures(found: dict[str, Found]) -> Found:
         made["digest_tb_per_second"] = digest["bytes_per_second"] / 1e12
     if nixl:
         made["nixl_gbps"] = nixl["bytes_per_second"] / 1e9
+    if gpudirect:
+        made["gpudirect_gbps"] = gpudirect["bytes_per_second"] / 1e9
+        made["gpudirect_share"] = gpudirect["share"]
+        made["gpudirect_vs_ring"] = gpudirect["bytes_per_second"] / gpudirect["ring"]
     if copies and load:
         made["tmpfs_vs_pinned_copy"] = load["bytes_per_second"] / copies["pinned"]
     if copies and nixl:
@@ -126,6 +150,7 @@ def main() -> None:
     name, device, size_bytes, rounds, folder, *stand_in = sys.argv[1:]
     if stand_in:
         cuda_driver._load_stand_in(stand_in[0])
+        cufile._load_stand_in(stand_in[0])
     task = Task(int(device), int(size_bytes), int(rounds), Path(folder), stand_in[0] if stand_in else None)
     print(json.dumps(PARTS[name](task)))
 

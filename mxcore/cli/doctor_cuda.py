@@ -113,14 +113,20 @@ def _between_processes(command: list[str]) -> Finding:
 
 
 def _direct_storage() -> Finding:
-    from mxcore.storage.device_direct import probe
+    """Whether it can be tried at all; whether it is right for a file is tried by the load that reads the file."""
+    from mxcore.storage.cufile_trial import trial
+    from mxcore.storage.device_direct import chosen, probe
 
-    found = probe()
-    library = f"libcufile {found.version}".strip() if found.library else "no libcufile"
-    fact = f"{library}; not used: {found.not_used_because}"
-    return Finding(
-        "gpudirect storage", "note", fact, "nothing: files are read into pinned memory, and copied from there"
-    )
+    name, found = "gpudirect storage", probe()
+    if chosen(None) == "off":
+        return Finding(name, "note", "not used: MX_GPUDIRECT_STORAGE=off")
+    if because := found.not_used_because or trial(None):
+        do = (
+            "nothing: files are read into pinned memory, and copied from there. For it: nvidia-fs on the machine, "
+            "/dev/nvidia-fs* and /run/udev in the container, cuFile 1.14 or later"
+        )
+        return Finding(name, "note", f"not used: {because}", do)
+    return Finding(name, "ok", f"cuFile {found.version} opens; a load tries it on its own files before it reads by it")
 
 
 if __name__ == "__main__":

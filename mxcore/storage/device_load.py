@@ -1,7 +1,8 @@
 """Tensors of a checkpoint into device memory: the model's own, or one arena of ours.
 
 Reads go into a small pinned ring, from there to the device on several streams, while the next reads run. With given
-destinations nothing is allocated on the device; on the host it is the ring alone.
+destinations nothing is allocated on the device; on the host it is the ring alone. Where GPUDirect Storage is proven,
+long runs that the page cache does not have come from the disk straight into place (`device_direct`).
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ def load_to_device(
     mode: str | None = None,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    gpudirect_storage: str | None = None,
 ) -> LoadReport:
     """As `mxcore.storage.load.load`, into memory of one CUDA device; returns when all bytes are there.
 
     Copies start after what the stream `after` (a CUstream's number; 0: the default stream; None: wait for nothing) was
     given before the call: allocators hand out memory that earlier work of a stream still uses. Whatever is given to any
-    stream after this returns sees the tensors. Loads to one device follow each other.
+    stream after this returns sees the tensors. Loads to one device follow each other. `gpudirect_storage` is auto or
+    off (default: MX_GPUDIRECT_STORAGE or auto).
 
     Raises as `load`, DestinationMismatch also for memory of another device, and CudaMissing, CudaError; what the
     destinations hold is undefined then, and nothing writes to them.
@@ -49,7 +52,14 @@ def load_to_device(
     listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
     rows = [part for want in listed for part in parts_of(checkpoint, want, on="cuda")]
     return read_rows_to_device(
-        checkpoint, merged(rows), device_index=device_index, after=after, mode=mode, progress=progress, memory=memory
+        checkpoint,
+        merged(rows),
+        device_index=device_index,
+        after=after,
+        mode=mode,
+        progress=progress,
+        memory=memory,
+        gpudirect_storage=gpudirect_storage,
     )
 
 
@@ -62,6 +72,7 @@ def read_rows_to_device(
     mode: str | None = None,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    gpudirect_storage: str | None = None,
 ) -> LoadReport:
     """Reads parts whose addresses are of that device's memory; see `load_to_device`."""
     used = sorted({row[0] for row in rows})
@@ -72,7 +83,7 @@ def read_rows_to_device(
     _require_on_device(files, moved, device_index)  # before a file is opened
     if not moved:
         return LoadReport()
-    with Reader(files, mode=mode, memory=memory, stamps=stamps) as reader:
+    with Reader(files, mode=mode, memory=memory, stamps=stamps, gpudirect_storage=gpudirect_storage) as reader:
         return read_open_files(
             reader, files, moved, device_index=device_index, after=after, progress=progress, memory=memory
         )
@@ -142,6 +153,7 @@ def load_arena(
     mode: str | None = None,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    gpudirect_storage: str | None = None,
 ) -> DeviceArena:
     """Reads tensors (all by default) into device memory of ours, each at a multiple of 256 bytes, in file order.
 
@@ -166,7 +178,14 @@ def load_arena(
     ]
     try:
         arena.report = read_rows_to_device(
-            checkpoint, merged(rows), device_index=device_index, after=None, mode=mode, progress=progress, memory=memory
+            checkpoint,
+            merged(rows),
+            device_index=device_index,
+            after=None,
+            mode=mode,
+            progress=progress,
+            memory=memory,
+            gpudirect_storage=gpudirect_storage,
         )
     except BaseException:
         buffer.close()

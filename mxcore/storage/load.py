@@ -12,10 +12,13 @@ from typing import Any, Self
 
 from mxcore import checkpoint_reader
 from mxcore.cuda_ring import DeviceRing
+from mxcore.cufile import FileHandles
 from mxcore.file_set import FileSet
 from mxcore.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
+from mxcore.read_outcome import Outcome
 from mxcore.storage.checkpoint import Checkpoint, Stamp
+from mxcore.storage.device_direct import DirectReads, chosen
 from mxcore.storage.memory_limit import MemoryBudget, budget
 from mxcore.storage.progress import Progress
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
@@ -25,12 +28,16 @@ __all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
 
 PIECE_BYTES = 8 * 1024 * 1024  # what a thread takes: long enough to be worth it, short enough to share
 _LEAST_PIECE_BYTES = 128 * 1024
+STRAIGHT = "gpudirect"
 _GAP_BYTES = 64 * 1024  # read past the cache, a gap this short costs less than a second read
 
 
 @dataclass
 class LoadReport:
-    """What a load did. `read_bytes` came from the files: less than `wanted_bytes` never, more by gaps and alignment."""
+    """What a load did. `read_bytes` came from the files: less than `wanted_bytes` never, more by gaps and alignment.
+
+    `bytes_by_way`: of what was wanted; "gpudirect" came from the disk straight into device memory (`device_direct`).
+    """
 
     wanted_bytes: int = 0
     read_bytes: int = 0
@@ -152,12 +159,15 @@ class Reader:
         mode: str | None = None,
         memory: MemoryBudget | None = None,
         stamps: Sequence[Stamp | None] = (),
+        gpudirect_storage: str | None = None,
     ) -> None:
+        direct = chosen(gpudirect_storage)
         self._device: DeviceRing | None = None  # of the read that is under way
         self._mode = chosen_mode(mode)
         self._memory = memory or budget()
         self._ring: HostBuffer | None = None
         self._files = FileSet(files, stamps)
+        self._direct = DirectReads(self._files, direct)
 
     def read(
         self,
@@ -169,7 +179,7 @@ class Reader:
     ) -> LoadReport:
         """Reads parts into their memory; raises as `load`.
 
-        With `device`, rows have addresses of its memory, and all bytes pass that ring.
+        With `device`, rows have addresses of its memory, and bytes pass that ring, or come by GPUDirect Storage.
         """
         started = time.perf_counter()
         self._device = device
@@ -178,8 +188,14 @@ class Reader:
         jobs = JobList(self._files, row(rows), piece_bytes=piece_bytes, gap_bytes=_GAP_BYTES, groups=groups)
         digests = array("q", bytes(8 * jobs.digest_count))
         report.wanted_bytes = jobs.total_bytes
-        for step in steps(self._files, jobs, self._mode) if len(jobs) else []:
-            self._run(jobs, step, digests, progress, report)
+        plan = steps(self._files, jobs, self._mode) if len(jobs) else []
+        straight = None
+        if device is not None:
+            plan = [for_device(step, device.threads) for step in plan]
+            if any(step.way == checkpoint_reader.DIRECT for step in plan):  # before anything is read: it may be tried
+                straight = self._direct.handles(device, rows)
+        for step in plan:
+            self._run(jobs, step, straight, digests, progress, report)
         self._files.check_unchanged()
         report.digests = [digest & 0xFFFFFFFFFFFFFFFF for digest in digests]
         report.seconds = time.perf_counter() - started
@@ -188,10 +204,14 @@ class Reader:
         return report
 
     def _run(
-        self, jobs: JobList, step: Step, digests: array[int], progress: Progress | None, report: LoadReport
+        self,
+        jobs: JobList,
+        step: Step,
+        straight: FileHandles | None,
+        digests: array[int],
+        progress: Progress | None,
+        report: LoadReport,
     ) -> None:
-        if self._device is not None:
-            step = for_device(step, self._device.threads)
         before = sum(report.bytes_by_way.values())
 
         def tell(done_bytes: int) -> None:
@@ -210,15 +230,27 @@ class Reader:
             digests=digests,
             progress=None if progress is None else tell,
             device=self._device,
+            straight=straight if step.way == checkpoint_reader.DIRECT else None,
         )
         tell_fallbacks(outcome)
+        self._count(report, step, outcome)
+        if outcome["left"]:
+            self._direct.give_up()
+            self._run(jobs, step._replace(order=outcome["left"]), None, digests, progress, report)
+
+    def _count(self, report: LoadReport, step: Step, outcome: Outcome) -> None:
         report.read_bytes += outcome["read_bytes"]
         ring = self._ring if self._device is None else self._device.buffer
         report.ring_bytes = ring.size_bytes if ring is not None else 0
-        read = outcome["bytes"] if self._device is None else (outcome["done_bytes"], 0)
-        for way, size_bytes in zip((step.way, step.other_way), read, strict=True):
+        straight = outcome["straight_bytes"]
+        read = outcome["bytes"] if self._device is None else (outcome["done_bytes"] - straight, 0)
+        for way, size_bytes in (
+            (NAMES[step.way], read[0]),
+            (NAMES.get(step.other_way, ""), read[1]),
+            (STRAIGHT, straight),
+        ):
             if size_bytes:
-                report.bytes_by_way[NAMES[way]] = report.bytes_by_way.get(NAMES[way], 0) + size_bytes
+                report.bytes_by_way[way] = report.bytes_by_way.get(way, 0) + int(size_bytes)
 
     def _affordable_piece(self) -> int:
         """Half of what may still be held is for the ring; with less than small pieces want, taking it has to say so."""
@@ -261,6 +293,7 @@ class Reader:
 
     def close(self) -> None:
         """Closes the files and frees the ring; idempotent."""
+        self._direct.close()
         self._drop_ring()
         self._files.close()
 

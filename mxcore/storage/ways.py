@@ -28,7 +28,17 @@ from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
 from mxserver.wire import environment
 
-__all__ = ["DIRECT_LANES", "NAMES", "ReadMode", "Step", "chosen_mode", "for_device", "steps", "tell_fallbacks"]
+__all__ = [
+    "DIRECT_LANES",
+    "NAMES",
+    "ReadMode",
+    "Step",
+    "chosen_mode",
+    "for_device",
+    "steps",
+    "tell_fallbacks",
+    "tell_once",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +74,7 @@ def chosen_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> Re
     text = environment.setting(environ, SETTING)
     if text is None or text.lower() in get_args(ReadMode):
         return cast(ReadMode, (text or "auto").lower())
-    _tell_once(
+    tell_once(
         logging.WARNING, f"{SETTING}={text!r} is refused: it is one of {', '.join(get_args(ReadMode))}; auto is used"
     )
     return "auto"
@@ -83,7 +93,7 @@ def steps(files: FileSet, jobs: JobList, mode: ReadMode) -> list[Step]:
             files.map(index)
     if mode in ("direct", "uring"):
         _require_direct(files, mode)
-    _tell_once(logging.INFO, f"reading {mode}: asked for")
+    tell_once(logging.INFO, f"reading {mode}: asked for")
     return [_step(every, mode)]
 
 
@@ -114,7 +124,7 @@ def _auto(files: FileSet, jobs: JobList) -> list[Step]:
         try:
             files.map(index)
         except StorageError as error:  # no mappings on this file system, or no address space
-            _tell_once(logging.INFO, f"reading buffered: {error}")
+            tell_once(logging.INFO, f"reading buffered: {error}")
             return [_step(array("q", range(len(jobs))), "buffered")]
     by_reading = any(not _may_ask(files.descriptor(index)) for index in range(len(files)))
     shares = jobs.resident(by_reading)
@@ -129,19 +139,19 @@ def _auto(files: FileSet, jobs: JobList) -> list[Step]:
             if not local and len(cold) >= _PROBE_JOBS:
                 step = step._replace(other_way=BUFFERED, read_ahead=_READ_AHEAD_JOBS)
             plan.append(step)
-            _tell_once(
+            tell_once(
                 logging.INFO,
                 "reading direct what the page cache does not have: the file system has O_DIRECT"
                 + ("" if local else "; buffered where that proves faster"),
             )
         else:
             plan.append(_step(cold, "buffered"))
-            _tell_once(logging.INFO, f"reading buffered: the file system of {without} has no O_DIRECT")
+            tell_once(logging.INFO, f"reading buffered: the file system of {without} has no O_DIRECT")
     if warm:
         step = _step(warm, "mapped")
         if len(warm) >= _PROBE_JOBS:
             step = step._replace(other_way=BUFFERED)
-        _tell_once(
+        tell_once(
             logging.INFO,
             "reading mapped what the page cache has"
             + (", or buffered where that proves faster" if step.other_way == BUFFERED else ""),
@@ -174,7 +184,8 @@ _told: set[str] = set()
 _told_lock = threading.Lock()
 
 
-def _tell_once(level: int, message: str) -> None:
+def tell_once(level: int, message: str) -> None:
+    """Logs what no one has to hear twice in a process."""
     with _told_lock:
         if message in _told:
             return
@@ -186,8 +197,8 @@ def tell_fallbacks(outcome: Outcome) -> None:
     """Says once what a read could not do as planned."""
     if number := outcome["register_error"]:
         why = "RLIMIT_MEMLOCK is too small" if number == errno.ENOMEM else os.strerror(number)
-        _tell_once(logging.INFO, f"io_uring reads into memory that is not pinned: {why}")
+        tell_once(logging.INFO, f"io_uring reads into memory that is not pinned: {why}")
     if number := outcome["setup_error"]:
-        _tell_once(logging.INFO, f"io_uring was refused ({os.strerror(number)}): direct reads instead")
+        tell_once(logging.INFO, f"io_uring was refused ({os.strerror(number)}): direct reads instead")
     if outcome["fell_back"]:
-        _tell_once(logging.INFO, "O_DIRECT was refused for some reads: these went through the page cache")
+        tell_once(logging.INFO, "O_DIRECT was refused for some reads: these went through the page cache")

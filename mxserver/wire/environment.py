@@ -94,6 +94,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),
     Variable("MX_READ_MODE", "worker", "how files are read: auto, buffered, mapped, direct or uring"),
+    Variable(
+        "MX_GPUDIRECT_STORAGE", "worker", "auto: from the disk straight into device memory where that is proven; off"
+    ),
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),

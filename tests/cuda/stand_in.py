@@ -16,7 +16,7 @@ from mxcore import cuda_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).parent / "driver"
-FILES = ("control.c", "handles.c", "memory.c", "kernels.c")
+FILES = ("control.c", "handles.c", "memory.c", "kernels.c", "cufile.c")
 
 
 class Counts(NamedTuple):
@@ -30,14 +30,17 @@ class Counts(NamedTuple):
     registrations: int
     modules: int
     opened: int
+    cufile_drivers: int
+    cufile_handles: int
     violations: int
     copies: int
     unpinned_copies: int
     launches: int
+    cufile_reads: int
 
     @property
     def live(self) -> tuple[int, ...]:
-        return tuple(self[:8])
+        return tuple(self[:10])
 
 
 def build(folder: Path) -> Path:
@@ -88,7 +91,7 @@ class StandIn:
         self._library.mx_stand_in_fail(function.encode(), ctypes.c_int64(after), status)
 
     def fail_later(self, what: str, status: int, after: int = 0) -> None:
-        """A "copy" or "launch" fails when its stream comes to it."""
+        """A "copy" or "launch" fails when its stream comes to it; cuFile's faults are named in driver/cufile.c."""
         self._library.mx_stand_in_fail_later(what.encode(), ctypes.c_int64(after), status)
 
     def flip(self, after: int = 0) -> None:
@@ -97,12 +100,16 @@ class StandIn:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """No stream does anything meanwhile."""
+        """No stream does anything meanwhile, and no read of cuFile's begins."""
         self._library.mx_stand_in_hold(1)
         try:
             yield
         finally:
             self._library.mx_stand_in_hold(0)
+
+    def close_cufile(self) -> None:
+        """As a process' end does, after a close that failed."""
+        self._library.cuFileDriverClose_v2()
 
     def memory(self, size_bytes: int) -> None:
         """What each device has."""

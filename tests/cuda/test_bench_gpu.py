@@ -26,6 +26,7 @@ def test_all_of_it_runs_and_no_figure_comes_out(loaded: StandIn, tmp_path: Path)
         document["ran"]
     ), document["left_out"]
     assert "no GPU" in document["device"]["name"]
+    assert "GPUDirect Storage is not used: " in document["left_out"]["gpudirect"]
     assert document["left_out"]["safetensors"] == "this torch has no CUDA device"
     assert list(tmp_path.iterdir()) == []
 
@@ -36,6 +37,7 @@ ALL = {
              "extra_host_bytes": 0.0, "bytes": 4e9},
     "digest": {"bytes_per_second": 2e12},
     "nixl": {"bytes_per_second": 1e12},
+    "gpudirect": {"bytes_per_second": 12e9, "ring": 10e9, "share": 0.99},
 }  # fmt: skip
 NEED = {
     "tmpfs_vs_pinned_copy": {"copies", "load"},
@@ -43,12 +45,14 @@ NEED = {
     "nixl_vs_device_copy": {"copies", "nixl"},
     "pinned_copy_gbps": {"copies"},
     "ring_bytes": {"load"},
+    "gpudirect_vs_ring": {"gpudirect"},
 }
 
 
 @pytest.mark.parametrize("failed", list(sections.PARTS))
 def test_a_part_that_fails_costs_its_own_figures(failed: str) -> None:
     assert sections.figures(ALL)["tmpfs_vs_pinned_copy"] == 0.9
+    assert sections.figures(ALL)["gpudirect_vs_ring"] == 1.2
     assert sections.figures(ALL)["nixl_vs_device_copy"] == 0.5
     left = sections.figures({name: found for name, found in ALL.items() if name != failed})
     assert {name for name in NEED if name in left} == {name for name, parts in NEED.items() if failed not in parts}

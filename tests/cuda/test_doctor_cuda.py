@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from mxcore.cli import doctor_cuda
-from mxcore.storage import device_direct
+from mxcore.errors import CuFileMissing
+from mxcore.storage import cufile_trial, device_direct
 from mxcore.transfer.transports import UcxPolicy
 from tests.cuda.stand_in import ROOT, StandIn
 
@@ -87,16 +86,30 @@ def test_a_probe_that_crashes_or_hangs_is_a_warning(monkeypatch: pytest.MonkeyPa
     assert "no answer within" in finding.fact
 
 
-def test_direct_storage_is_looked_for_and_never_used(tmp_path: Path) -> None:
-    assert device_direct.probe(tmp_path, "libcufile_of_nobody.so.0") == (
-        False, False, "", "libcufile_of_nobody.so.0 is not there",
-    )  # fmt: skip
-    there = "libm.so.6"  # any library
-    assert ctypes.CDLL(there)
-    without = device_direct.probe(tmp_path, there)
-    assert (without.library, without.kernel_module) == (True, False)
-    assert "nvidia-fs" in without.not_used_because
-    (tmp_path / "proc/driver/nvidia-fs").mkdir(parents=True)
-    with_module = device_direct.probe(tmp_path, there)
-    assert with_module.kernel_module
-    assert "pinned host memory" in with_module.not_used_because
+def test_direct_storage_is_looked_for_in_this_order(
+    gpudirect: StandIn, loaded_cufile: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str | None] = []
+    monkeypatch.setattr(cufile_trial, "trial", lambda file: tried.append(file) or "it does not open")
+    assert "it does not open" in doctor_cuda._direct_storage().fact
+    monkeypatch.setattr(cufile_trial, "trial", lambda file: "")
+    found = doctor_cuda._direct_storage()
+    assert (found.state, "cuFile 1.14 opens" in found.fact) == ("ok", True)
+    monkeypatch.setenv("MX_GPUDIRECT_STORAGE", "off")
+    assert doctor_cuda._direct_storage().fact == "not used: MX_GPUDIRECT_STORAGE=off"
+    monkeypatch.delenv("MX_GPUDIRECT_STORAGE")
+    (device_direct.ROOT / "dev/nvidia-fs0").unlink()
+    assert "/dev/nvidia-fs* are not here" in doctor_cuda._direct_storage().fact
+    (device_direct.ROOT / "proc/driver/nvidia-fs").rmdir()
+    found = doctor_cuda._direct_storage()
+    assert (found.state, "nvidia-fs is not loaded" in found.fact) == ("note", True)
+    assert "/run/udev" in found.do
+    assert tried == [None]
+
+
+def test_direct_storage_without_a_library(gpudirect: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> tuple[int, int]:
+        raise CuFileMissing("no usable libcufile (libcufile.so.0: not found)")
+
+    monkeypatch.setattr(device_direct.cufile, "version", missing)
+    assert "no usable libcufile" in doctor_cuda._direct_storage().fact

@@ -78,7 +78,7 @@ static void add(fault *list, const char *name, int64_t after, int status) {
 /* The call of `function` (as exported) after `after` good ones returns `status`. */
 EXPORT void mx_stand_in_fail(const char *function, int64_t after, int status) { add(faults, function, after, status); }
 
-/* A "copy" or "launch" fails when its stream comes to it: whoever synchronises hears of it. */
+/* A "copy" or "launch" fails when its stream comes to it: whoever synchronises hears of it. More names: cufile.c. */
 EXPORT void mx_stand_in_fail_later(const char *what, int64_t after, int status) { add(later, what, after, status); }
 
 /* One bit of what a copy to the device wrote is wrong. */
@@ -88,13 +88,14 @@ EXPORT void mx_stand_in_flip(int64_t after) {
     pthread_mutex_unlock(&lock);
 }
 
-/* While held, no stream does anything: copies as slow as it gets. */
+/* While held, no stream does anything, and no read of cuFile's begins: as slow as it gets. */
 EXPORT void mx_stand_in_hold(int hold) {
     pthread_mutex_lock(&lock);
     held = hold;
     for (stream *each = streams; each != NULL; each = each->all) {
         pthread_cond_broadcast(&each->changed);
     }
+    pthread_cond_broadcast(&progress);
     pthread_mutex_unlock(&lock);
 }
 
@@ -138,7 +139,7 @@ EXPORT void mx_stand_in_reset(void) {
     flip_after = -1;
     last[0] = 0;
     visible_devices = DEVICES;
-    count.violations = count.copies = count.unpinned_copies = count.launches = 0;
+    count.violations = count.copies = count.unpinned_copies = count.launches = count.cufile_reads = 0;
     for (stream *each = streams; each != NULL; each = each->all) {
         each->error = 0;
     }

@@ -84,7 +84,8 @@ typedef struct event {
 
 typedef struct {
     int64_t contexts, streams, events, device_allocations, host_allocations, registrations, modules, opened;
-    int64_t violations, copies, unpinned_copies, launches;
+    int64_t cufile_drivers, cufile_handles;
+    int64_t violations, copies, unpinned_copies, launches, cufile_reads;
 } counts;
 
 extern pthread_mutex_t lock;
