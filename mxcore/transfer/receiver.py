@@ -19,6 +19,7 @@ from mxcore.errors import (
     ChunksMissing,
     DigestMismatch,
     LayoutMismatch,
+    NixlMissing,
     SourceBusy,
     SourceRefused,
     SourceUnreachable,
@@ -290,7 +291,7 @@ class Receiver:
             if not any(content.same_as(error.content) for content in self._other_contents):
                 self._other_contents.append(error.content)
             return math.inf
-        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch)) or not self._may_find
+        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mxcore.errors import HolderBusy, SourceUnreachable, TransferError
+from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
@@ -158,6 +158,18 @@ def test_after_a_failure_nothing_is_served(start_worker: StartWorker, new_member
         target.receive([dying.serve()], lambda done, total: dying.kill())
     assert target.membership.holder is None
     assert target.membership.endpoint is None
+
+
+def test_without_nixl_each_holder_is_tried_once(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is missing is missing here: asking again helps nobody, and fills the log."""
+    monkeypatch.setattr("mxcore.transfer.receiver._AGAIN_SECONDS", 0.1)
+    source, alone = new_member(SEED).serve(), new_member(MX_NIXL_BACKEND="NOPE", MX_STALL_TIMEOUT_SECS=1)
+    alone.membership.join()
+    with pytest.raises(NixlMissing, match="NOPE"):
+        alone.receive([source])
+    assert caplog.text.count("gives no (more) weights") == 1
 
 
 def test_one_of_many_reads_storage(new_member: NewMember) -> None:
