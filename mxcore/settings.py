@@ -121,16 +121,18 @@ class WorkerSettings(BaseModel):
 
 
 def load_settings(
-    overrides: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None
+    overrides: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, *, told: bool = False
 ) -> WorkerSettings:
     """The settings of this worker; never raises for a value.
 
     `overrides` come from the engine, by environment name (MX_LAYOUT) or field name (layout), and win over `environ`
-    (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either.
+    (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either. `told`: another
+    process of the same worker warns, this one does not.
     """
     variables = os.environ if environ is None else environ
+    level = logging.DEBUG if told else logging.WARNING
     for line in environment.warnings_for(variables, "worker"):
-        logger.warning("%s", line)
+        logger.log(level, "%s", line)
     values: dict[str, object] = {}
     for name, field in WorkerSettings.model_fields.items():
         text = environment.setting(variables, field.alias or name)
@@ -140,12 +142,12 @@ def load_settings(
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
         named["server_address"] = _URL
-    given = _with_field_names(overrides or {})
+    given = _with_field_names(overrides or {}, level)
     values.update(given)
-    return _validated(values, {field: name for field, name in named.items() if field not in given})
+    return _validated(values, {field: name for field, name in named.items() if field not in given}, level)
 
 
-def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
+def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, object]:
     fields = WorkerSettings.model_fields.items()
     names = {alias: name for name, field in fields for alias in (field.alias, name) if alias is not None}
     known: dict[str, object] = {}
@@ -156,11 +158,11 @@ def _with_field_names(overrides: Mapping[str, object]) -> dict[str, object]:
             known["server_address"] = value
         else:
             nearest = difflib.get_close_matches(key, (*names, _URL), n=1, cutoff=0.0)[0]
-            logger.warning("%s is no setting of the worker; the nearest one is %s", key, nearest)
+            logger.log(level, "%s is no setting of the worker; the nearest one is %s", key, nearest)
     return known
 
 
-def _validated(values: dict[str, object], named: Mapping[str, str]) -> WorkerSettings:
+def _validated(values: dict[str, object], named: Mapping[str, str], level: int) -> WorkerSettings:
     """`named`: fields whose value came from another name than their alias."""
     try:
         return WorkerSettings.model_validate(values)
@@ -173,7 +175,8 @@ def _validated(values: dict[str, object], named: Mapping[str, str]) -> WorkerSet
             name = aliases.get(location, location)
             value = good.pop(location, good.pop(name, None))
             default = fields[name].default
-            logger.warning(
+            logger.log(
+                level,
                 "%s=%s is refused: %s; %s",
                 named.get(name, fields[name].alias),
                 "(a value with a password)" if _SECRET.search(str(value)) else repr(value),

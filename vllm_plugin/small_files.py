@@ -55,7 +55,8 @@ def _wants(environ: Any) -> bool:
 
 def _prepare(arguments: Any) -> None:
     extra = dict(arguments.model_loader_extra_config or {})
-    settings = load_settings({key: value for key, value in extra.items() if key != "report_path"})
+    given = {key: value for key, value in extra.items() if key != "report_path"}
+    settings = load_settings(given, told=not _wants(os.environ))  # else the loader warns, in the engine's process
     scheme = arguments.model.partition("://")[0]
     if "://" in arguments.model and scheme in OBJECT_SCHEMES:
         uri = arguments.model

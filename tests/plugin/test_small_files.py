@@ -52,6 +52,17 @@ def test_a_folder_stays_what_it_is(tmp_path: Path) -> None:
     assert arguments == Arguments(str(tmp_path))
 
 
+@pytest.mark.parametrize(("uri", "lines"), [("", 0), ("s3://bucket/model", 1)])
+def test_bad_settings_are_told_here_only_where_they_matter_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, uri: str, lines: int
+) -> None:
+    """The loader tells them in the engine's process; but without its small files an engine would not come so far."""
+    monkeypatch.setenv("MX_STALL_TIMEOUT_SECS", "soon")
+    monkeypatch.setenv("MX_MODEL_URI", uri)
+    small_files.prepare(Arguments(str(tmp_path)), FORMATS)
+    assert caplog.text.count("MX_STALL_TIMEOUT_SECS='soon' is refused") == lines
+
+
 def test_what_goes_wrong_is_a_line_and_vllm_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
