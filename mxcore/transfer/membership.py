@@ -15,14 +15,14 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
-from mxcore.transfer.heartbeat import Heartbeat
 from mxcore.transfer.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.intake import Content, Progress
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.load_progress import LoadPath, LoadReporter, Way
+from mxcore.transfer.load_progress import LoadPath, Way
 from mxcore.transfer.logged import Trouble, logged
 from mxcore.transfer.plan import all_chunks
 from mxcore.transfer.receiver import Receiver, ReceiveReport
+from mxcore.transfer.record import Served, WorkerRecord
 from mxcore.transfer.relay import ServedRelay
 from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source
@@ -31,8 +31,7 @@ from mxcore.transfer.transports import UcxPolicy
 from mxcore.transfer.worker_service import WorkerServer
 from mxserver.wire import load_pb2, mx_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
-from mxserver.wire.errors import MxError, ServerRefused, StaleEpoch, WireError
-from mxserver.wire.source_id import source_id
+from mxserver.wire.errors import MxError, ServerRefused, WireError
 
 __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]
 
@@ -66,8 +65,6 @@ class Membership:
         self.worker_rank = worker_rank
         self.accelerator = accelerator
         self.worker_id = uuid.uuid4().hex
-        self._identity = p2p_pb2.SourceIdentity()
-        self._identity.CopyFrom(identity)
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport)
@@ -77,30 +74,34 @@ class Membership:
             if settings.server_address
             else None
         )
-        self._lock = threading.RLock()  # over the record: what is published, and whether it still is ours
-        self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
-        self._epoch = 0
-        self._published = False
-        self._superseded = False
+        self._record = WorkerRecord(
+            self._client,
+            identity,
+            self.worker_id,
+            worker_rank,
+            accelerator,
+            heartbeat_interval_seconds=settings.heartbeat_interval_seconds,
+            served=self._served,
+            superseded_by_newer=self._superseded_by_newer,
+        )
+        self._lock = threading.RLock()  # over what is served; never around calls to the record, which asks for that
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
         self._turn: StorageTurn | None = None
         self._listing = Trouble(logger, "sources cannot be listed")
-        self._loads = LoadReporter(self._tell_progress)
         self._leaving = threading.Event()
         self._holder: Holder | None = None
         self._server: WorkerServer | None = None
-        self._heartbeat = Heartbeat(settings.heartbeat_interval_seconds, self._beat)
 
     @property
     def identity(self) -> p2p_pb2.SourceIdentity:
         """What this worker's weights are; changes when `find_sources` adopts a checkpoint."""
-        return self._identity
+        return self._record.identity
 
     @property
     def source_id(self) -> str:
         """The identity's mx_source_id."""
-        return source_id(self._identity)
+        return self._record.source_id
 
     @property
     def endpoint(self) -> str | None:
@@ -116,7 +117,7 @@ class Membership:
     @property
     def superseded(self) -> bool:
         """Whether a newer life of this worker took over its record; it serves nothing then."""
-        return self._superseded
+        return self._record.superseded
 
     def join(self) -> bool:
         """Publishes this worker as INITIALIZING and keeps that alive; False, logged, without a server.
@@ -127,14 +128,7 @@ class Membership:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
             return False
         self._ahead.start()  # while the engine builds its model
-        try:
-            self._publish()
-        except WireError as error:
-            logger.warning("this worker is not known to the server yet: %s", error)
-        with self._lock:
-            if not self._closed:
-                self._heartbeat.start(soon=not self._published)
-            return self._published
+        return self._record.keep()
 
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
@@ -152,13 +146,13 @@ class Membership:
         directory = self._directory
         if directory is None:
             return []
-        if match_any_checkpoint and not self._identity.extra_parameters[CHECKPOINT_PARAMETER]:
-            adopted = directory.fitting(self._identity)
+        if match_any_checkpoint and not self.identity.extra_parameters[CHECKPOINT_PARAMETER]:
+            adopted = directory.fitting(self.identity)
             if adopted is None:
                 return []
-            self._change_identity(adopted)
-        found = directory.ready(self._identity)
-        return [*found, *directory.receiving(self._identity)] if receiving else found
+            self._record.change_identity(adopted)
+        found = directory.ready(self.identity)
+        return [*found, *directory.receiving(self.identity)] if receiving else found
 
     def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
         """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.
@@ -182,7 +176,7 @@ class Membership:
                 pause = answer.retry_ms / 1000
                 heard = time.monotonic()
             except WireError as error:  # it does not mean that nobody has them
-                known = told or self._published
+                known = told or self._record.published
                 if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
                     logger.warning("nobody can be waited for, weights come from storage: %s", error)
                     return []
@@ -207,13 +201,13 @@ class Membership:
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks with this identity that are READY, or else that are there at all. Raises WireError."""
-        return self._directory.ranks(self._identity, ready=ready) if self._directory else set()
+        return self._directory.ranks(self.identity, ready=ready) if self._directory else set()
 
     def take_over_turn(self, other: Membership) -> None:
         """Another membership of this process had the turn to read storage, and loaded: both end with this one."""
         with self._lock:
             self._turn, other._turn = other._turn, None
-        self._loads.take_over(other._loads)
+        self._record.loads.take_over(other._record.loads)
 
     def loading(self, path: LoadPath) -> AbstractContextManager[Way]:
         """Around a load that is not `receive`; `way(bytes_done, bytes_total)` as often as wanted tells how far it is.
@@ -221,7 +215,7 @@ class Membership:
         The server hears of it about once a second, and of the whole with `serve` or `close`. An exception that leaves
         the block is kept as the reason why this way was left, and goes on. Never raises by itself, never waits.
         """
-        return self._loads.loading(path)
+        return self._record.loads.loading(path)
 
     def receive(
         self,
@@ -251,9 +245,9 @@ class Membership:
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
         )
         try:
-            with self._loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
+            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
                 find_more = partial(self.find_sources, receiving=True)
-                return receiver.receive(sources, find_more if self._published else None, way)
+                return receiver.receive(sources, find_more if self._record.published else None, way)
         except BaseException:
             self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
             raise
@@ -276,7 +270,7 @@ class Membership:
         """
         require_movable(placement)
         with self._lock:
-            if self._status == p2p_pb2.SOURCE_STATUS_READY or self._closed or self._superseded:
+            if self._record.ready or self._closed or self._record.superseded:
                 raise TransferError(f"worker {self.worker_id} is serving already, or has left")
             holder = self._holder
             relayed = holder is not None and holder.serves(layout, placement, scalars, digests)
@@ -286,9 +280,7 @@ class Membership:
         else:
             self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
             self._offer(layout, placement, scalars, digests, keep_alive)
-        with self._lock:
-            self._status = p2p_pb2.SOURCE_STATUS_READY
-            self._published = False
+        self._record.say_ready()
         logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
         self.join()
         if self._turn is not None:
@@ -304,20 +296,17 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return True
-            if self._status == p2p_pb2.SOURCE_STATUS_READY:
-                self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
+        self._record.take_back()
         drained = holder.drain(self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds)
         self._stop_serving()
-        with self._lock:
-            again, self._published = self._published and not self._closed, False
-        if again:
+        if self._record.outdate() and not self._closed:
             with logged("telling the server that nothing is served"):
-                self._publish()
+                self._record.publish()
         return drained
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Takes no new readers and waits for those that read; False when some did not end in time. Idempotent."""
-        self._goodbye()
+        self._record.goodbye()
         holder = self._holder
         wait_seconds = self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds
         return holder is None or holder.drain(wait_seconds)
@@ -329,8 +318,7 @@ class Membership:
                 return
             self._closed = True
         self._leaving.set()
-        self._loads.close()
-        self._heartbeat.stop()
+        self._record.end()
         with logged("draining"):
             self.drain()
         with logged("stopping its services"):
@@ -347,7 +335,7 @@ class Membership:
         self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
         holder = self._offer(layout, placement, content.scalars, content.digests, keep_alive, have=0)
         with logged("telling the server where chunks can be had"):
-            self._publish()
+            self._record.publish()
         return holder
 
     def _take_turn(self) -> mx_pb2.TakeStorageTurnResponse | None:
@@ -372,7 +360,7 @@ class Membership:
     ) -> Holder:
         """Starts serving: memory registered, services listening. Raises MxError; then nothing is served."""
         with self._lock:
-            if self._closed or self._superseded:
+            if self._closed or self._record.superseded:
                 raise TransferError(f"worker {self.worker_id} has left")
             holder = Holder(
                 layout,
@@ -395,21 +383,6 @@ class Membership:
             self._holder = holder
             return holder
 
-    def _change_identity(self, identity: p2p_pb2.SourceIdentity) -> None:
-        with self._lock:
-            if source_id(identity) == self.source_id:
-                return
-            again = self._published
-            if again:
-                status = self._status
-                self._goodbye()
-                self._status = status
-            self._identity.CopyFrom(identity)
-            self._epoch = 0
-            self._published = False
-        if again:
-            self.join()
-
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
         return WorkerServer(
@@ -424,77 +397,19 @@ class Membership:
             loopback=settings.shares_only_this_host,
         )
 
-    def _publish(self) -> None:
-        """Writes the whole record. Raises WireError; after StaleEpoch nothing is served any more."""
-        if self._client is None:
-            return
+    def _served(self) -> Served:
         with self._lock:
-            if self._superseded:
-                return
-            worker = p2p_pb2.WorkerMetadata(
-                worker_rank=self.worker_rank,
-                status=self._status,
-                agent_name=self._holder.session.name if self._holder is not None else "",
-                worker_grpc_endpoint=self.endpoint or "",
-                accelerator=self.accelerator,
-            )
-            report = self._loads.report() if self._status == p2p_pb2.SOURCE_STATUS_READY else None
-            answer = self._client.publish(self._identity, worker, self.worker_id, self._epoch, load_report=report)
-            if report is not None:
-                self._loads.reported(report)
-            self._epoch = answer.epoch
-            self._published = True
-            self._heartbeat.limit(answer.lease_ms / 1000)
-            if self._status == p2p_pb2.SOURCE_STATUS_READY:  # servers that leave the status of a publish aside
-                self._update_status()
+            holder = self._holder
+            if holder is None:
+                return Served()
+            return Served(holder.session.name, self.endpoint or "", holder.live_leases)
 
-    def _update_status(self, report: load_pb2.LoadReport | None = None) -> None:
-        if self._client is not None:
-            load = float(self._holder.live_leases) if self._holder is not None else None
-            key = (self.source_id, self.worker_id, self.worker_rank)
-            self._client.update_status(*key, self._status, epoch=self._epoch, source_load=load, load_report=report)
-
-    def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
-        """On the thread of the loads' reporter. Raises WireError."""
-        with self._lock:
-            if self._client is None or not self._published or self._superseded:
-                return
-            source, epoch = self.source_id, self._epoch
-        self._client.tell_progress(source, self.worker_id, self.worker_rank, progress, epoch=epoch)
-
-    def _beat(self) -> None:
-        """One heartbeat, on the heartbeat's thread. Raises WireError when it did not get through."""
-        try:
-            with self._lock:
-                if self._closed or self._superseded:
-                    return
-                if not self._published:
-                    self._publish()
-                    return
-                try:
-                    self._update_status()
-                except StaleEpoch:
-                    raise
-                except ServerRefused as error:
-                    logger.warning("the server has lost this worker's record (%s); it is published again", error)
-                    self._published = False
-                    self._publish()
-        except StaleEpoch as error:
-            logger.error("a newer life of worker %s has taken over: this one stops serving (%s)", self.worker_id, error)
-            self._superseded = True
-            self._heartbeat.stop()
-            with logged("stopping its services"):
-                if self._holder is not None:
-                    self._holder.drain(self.settings.drain_timeout_seconds)
-                self._stop_serving()
-
-    def _goodbye(self) -> None:
-        with self._lock:
-            if not self._published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
-                return
-            self._status = p2p_pb2.SOURCE_STATUS_STALE
-            with logged("saying goodbye to the server"):
-                self._update_status(self._loads.report())
+    def _superseded_by_newer(self) -> None:
+        """On the heartbeat's thread."""
+        with logged("stopping its services"):
+            if self._holder is not None:
+                self._holder.drain(self.settings.drain_timeout_seconds)
+            self._stop_serving()
 
     def _stop_serving(self) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ is not, as one over TCP is not. But that one comes through a socket.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
@@ -19,6 +20,10 @@ _TCP_INFO_BYTES = 136
 _BYTES_RECEIVED_AT = 128  # tcpi_bytes_received of linux/tcp.h's struct tcp_info
 
 
+_libc = ctypes.CDLL(None)
+_libc.getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
 def tcp_received() -> dict[int, int]:
     """Bytes received so far by each TCP connection of this process, by its socket's inode."""
     counts: dict[int, int] = {}
@@ -28,16 +33,23 @@ def tcp_received() -> dict[int, int]:
         except OSError:  # closed meanwhile
             continue
         try:
-            found = socket.socket(fileno=copied)
-        except OSError:  # no socket
+            info = _tcp_info(copied)
+            if len(info) == _TCP_INFO_BYTES:
+                counts[os.fstat(copied).st_ino] = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
+        finally:
             os.close(copied)
-            continue
-        with found:
-            if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
-                info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-                if len(info) == _TCP_INFO_BYTES:
-                    counts[os.fstat(copied).st_ino] = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
     return counts
+
+
+def _tcp_info(descriptor: int) -> bytes:
+    """The kernel's tcp_info as far as it has it; empty for what is no TCP socket.
+
+    By getsockopt itself: a `socket.socket` of a foreign descriptor makes it non-blocking, for its owner too, when
+    somebody has called `socket.setdefaulttimeout`.
+    """
+    info, size = ctypes.create_string_buffer(_TCP_INFO_BYTES), ctypes.c_uint32(_TCP_INFO_BYTES)
+    refused = _libc.getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, ctypes.byref(info), ctypes.byref(size))
+    return b"" if refused else info.raw[: size.value]
 
 
 class TcpReceived:

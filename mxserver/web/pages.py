@@ -92,8 +92,7 @@ def with_headers(routes: list[Route]) -> ASGIApp:
     def not_found(_: Request, __: Exception) -> Response:
         return PlainTextResponse(f"nothing here; there is {paths}\n", 404)
 
-    def failed(request: Request, _: Exception) -> Response:
-        _LOG.error("page failed path=%s; what uvicorn logs next has the reason", request.url.path)
+    def failed(_: Request, __: Exception) -> Response:
         return PlainTextResponse("the page failed; the server's log has the reason\n", 500)
 
     app = Starlette(
@@ -104,14 +103,23 @@ def with_headers(routes: list[Route]) -> ASGIApp:
     app.router.redirect_slashes = False
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        complete = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal complete
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        await app(scope, receive, send_with_headers)
+        try:
+            await app(scope, receive, send_with_headers)
+        except Exception:
+            if not complete:
+                raise  # uvicorn logs it, and cuts the connection
+            _LOG.exception("page failed path=%s", scope["path"])
 
     return answer
 

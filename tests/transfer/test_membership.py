@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +9,11 @@ import pytest
 
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
-from mxcore.transfer.heartbeat import Heartbeat
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
-from mxserver.wire.errors import ServerUnreachable, WireError
+from mxserver.wire.errors import ServerUnreachable
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
 from tests.transfer.memory import HostTensors, identity, model_specs
 
@@ -242,34 +239,3 @@ def test_a_closing_member_never_raises(new_member: NewMember, server: ServerProc
     server.stop()
     member.close()
     assert member.endpoint is None
-
-
-def test_a_heartbeat_is_never_longer_than_a_third_of_the_lease() -> None:
-    heartbeat = Heartbeat(30, lambda: None)
-    heartbeat.limit(0)
-    assert heartbeat.interval_seconds == 30
-    heartbeat.limit(90)
-    assert heartbeat.interval_seconds == 30
-    heartbeat.limit(9)
-    assert heartbeat.interval_seconds == 3
-    heartbeat.stop()
-    heartbeat.start()
-    heartbeat.stop()
-
-
-def test_a_heartbeat_goes_on_after_failures(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    beats: list[float] = []
-
-    def beat() -> None:
-        beats.append(time.monotonic())
-        if len(beats) in (2, 3):
-            raise WireError("nobody there")
-
-    heartbeat = Heartbeat(0.01, beat)
-    heartbeat.start()
-    heartbeat.start()
-    wait_for(lambda: len(beats) > 5)
-    heartbeat.stop()
-    assert caplog.text.count("did not get through") == 1
-    assert caplog.text.count("gets through again") == 1

@@ -59,6 +59,22 @@ def test_connections_that_were_there_before_do_not_count() -> None:
         assert watch.bytes() == 0
 
 
+def test_connections_stay_blocking_under_a_default_timeout() -> None:
+    """Whether a descriptor blocks is shared with its copies: UCX's and gRPC's sockets are not ours to change."""
+    one, other = pair()
+    with one, other:
+        for each in (one, other):
+            os.set_blocking(each.fileno(), True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)
+        try:
+            assert os.fstat(other.fileno()).st_ino in tcp_received()
+        finally:
+            socket.setdefaulttimeout(before)
+        assert os.get_blocking(one.fileno())
+        assert os.get_blocking(other.fileno())
+
+
 def test_no_descriptor_is_left_open() -> None:
     one, other = pair()
     with one, other:

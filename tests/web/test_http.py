@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import logging
 import re
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mxserver.web import http
@@ -297,7 +299,27 @@ def test_page_that_fails_is_answered_and_logged(caplog: pytest.LogCaptureFixture
     assert answer.status == 500
     assert "no reason" not in answer.text
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-    assert "no reason for strangers" in caplog.text
+    (record,) = (record for record in caplog.records if record.levelno >= logging.ERROR)
+    assert record.name == "mxserver.web.pages"
+    assert record.getMessage() == "page failed path=/fails"
+    assert caplog.text.count("RuntimeError: no reason for strangers") == 1
+
+
+def test_page_that_fails_in_the_middle_is_cut_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that has begun cannot become a 500: the client must see that it is not whole."""
+
+    def breaks(_: Request) -> Response:
+        def parts() -> Iterator[str]:
+            yield "the first part"
+            raise RuntimeError("no second part")
+
+        return StreamingResponse(parts(), media_type="text/plain")
+
+    with serving(breaks=breaks) as server, pytest.raises(IncompleteRead):
+        ask(f"http://127.0.0.1:{server.port}/breaks")
+    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.name for record in records] == ["uvicorn.error"]
+    assert caplog.text.count("RuntimeError: no second part") == 1
 
 
 def test_stop_before_start_lets_go_of_the_port() -> None:

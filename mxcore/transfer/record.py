@@ -1,0 +1,207 @@
+"""This worker's record at the server: published, kept alive by heartbeats, given up when a newer life takes it over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mxcore.transfer.heartbeat import Heartbeat
+from mxcore.transfer.load_progress import LoadReporter
+from mxcore.transfer.logged import logged
+from mxserver.wire import load_pb2, p2p_pb2
+from mxserver.wire.client import ServerClient
+from mxserver.wire.errors import ServerRefused, StaleEpoch, WireError
+from mxserver.wire.source_id import source_id
+
+__all__ = ["Served", "WorkerRecord"]
+
+logger = logging.getLogger(__name__)
+
+
+class Served(NamedTuple):
+    """What a worker serves, as its record tells it; empty while it serves nothing."""
+
+    agent_name: str = ""
+    endpoint: str = ""  # host:port of its gRPC services
+    readers: int | None = None  # leases that are taken
+
+
+class WorkerRecord:
+    """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
+
+    `served` is asked at each publish and heartbeat, `superseded_by_newer` called on the heartbeat's thread when a newer
+    life of this worker has the record: nothing is written any more then. Without a client nothing is ever published.
+    """
+
+    def __init__(
+        self,
+        client: ServerClient | None,
+        identity: p2p_pb2.SourceIdentity,
+        worker_id: str,
+        worker_rank: int,
+        accelerator: str,
+        *,
+        heartbeat_interval_seconds: float,
+        served: Callable[[], Served],
+        superseded_by_newer: Callable[[], None],
+    ) -> None:
+        self.identity = p2p_pb2.SourceIdentity()
+        self.identity.CopyFrom(identity)
+        self.loads = LoadReporter(self._tell_progress)
+        self._client = client
+        self._worker_id = worker_id
+        self._worker_rank = worker_rank
+        self._accelerator = accelerator
+        self._served = served
+        self._superseded_by_newer = superseded_by_newer
+        self._lock = threading.RLock()
+        self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
+        self._epoch = 0
+        self._published = False
+        self._superseded = False
+        self._heartbeat = Heartbeat(heartbeat_interval_seconds, self._beat)
+
+    @property
+    def source_id(self) -> str:
+        """The identity's mx_source_id."""
+        return source_id(self.identity)
+
+    @property
+    def published(self) -> bool:
+        """Whether the server has the record as it is."""
+        return self._published
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer life of this worker took it over."""
+        return self._superseded
+
+    @property
+    def ready(self) -> bool:
+        """Whether it says, or is to say, READY."""
+        return self._status == p2p_pb2.SOURCE_STATUS_READY
+
+    def keep(self) -> bool:
+        """Publishes it, and keeps it alive from now on; False, logged, without an answer. Idempotent."""
+        try:
+            self.publish()
+        except WireError as error:
+            logger.warning("this worker is not known to the server yet: %s", error)
+        with self._lock:
+            self._heartbeat.start(soon=not self._published)
+            return self._published
+
+    def publish(self) -> None:
+        """Writes the whole record. Raises WireError; StaleEpoch when a newer life has it."""
+        if self._client is None:
+            return
+        with self._lock:
+            if self._superseded:
+                return
+            served = self._served()
+            worker = p2p_pb2.WorkerMetadata(
+                worker_rank=self._worker_rank,
+                status=self._status,
+                agent_name=served.agent_name,
+                worker_grpc_endpoint=served.endpoint,
+                accelerator=self._accelerator,
+            )
+            report = self.loads.report() if self.ready else None
+            answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)
+            if report is not None:
+                self.loads.reported(report)
+            self._epoch = answer.epoch
+            self._published = True
+            self._heartbeat.limit(answer.lease_ms / 1000)
+            if self.ready:  # servers that leave the status of a publish aside
+                self._update_status()
+
+    def say_ready(self) -> None:
+        """READY from the next `keep` on."""
+        with self._lock:
+            self._status = p2p_pb2.SOURCE_STATUS_READY
+            self._published = False
+
+    def take_back(self) -> None:
+        """Not READY any more, from the next heartbeat or publish on."""
+        with self._lock:
+            if self.ready:
+                self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
+
+    def outdate(self) -> bool:
+        """What is served has changed: the next heartbeat publishes the whole. Whether it was published before."""
+        with self._lock:
+            before, self._published = self._published, False
+            return before
+
+    def change_identity(self, identity: p2p_pb2.SourceIdentity) -> None:
+        """Goes on as a worker of other weights: a goodbye under the old source id, and published under the new one."""
+        with self._lock:
+            if source_id(identity) == self.source_id:
+                return
+            again = self._published
+            if again:
+                status = self._status
+                self.goodbye()
+                self._status = status
+            self.identity.CopyFrom(identity)
+            self._epoch = 0
+            self._published = False
+        if again:
+            self.keep()
+
+    def goodbye(self) -> None:
+        """STALE, if it is published and ours. Never raises."""
+        with self._lock:
+            if not self._published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
+                return
+            self._status = p2p_pb2.SOURCE_STATUS_STALE
+            with logged("saying goodbye to the server"):
+                self._update_status(self.loads.report())
+
+    def end(self) -> None:
+        """No heartbeat and no news of loads after this; `goodbye` may follow. Idempotent."""
+        self.loads.close()
+        self._heartbeat.stop()
+
+    def _update_status(self, report: load_pb2.LoadReport | None = None) -> None:
+        if self._client is not None:
+            readers = self._served().readers
+            load = float(readers) if readers is not None else None
+            key = (self.source_id, self._worker_id, self._worker_rank)
+            self._client.update_status(*key, self._status, epoch=self._epoch, source_load=load, load_report=report)
+
+    def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
+        """On the thread of the loads' reporter. Raises WireError."""
+        with self._lock:
+            if self._client is None or not self._published or self._superseded:
+                return
+            source, epoch = self.source_id, self._epoch
+        self._client.tell_progress(source, self._worker_id, self._worker_rank, progress, epoch=epoch)
+
+    def _beat(self) -> None:
+        """One heartbeat, on the heartbeat's thread. Raises WireError when it did not get through."""
+        try:
+            with self._lock:
+                if self._superseded:
+                    return
+                if not self._published:
+                    self.publish()
+                    return
+                try:
+                    self._update_status()
+                except StaleEpoch:
+                    raise
+                except ServerRefused as error:
+                    logger.warning("the server has lost this worker's record (%s); it is published again", error)
+                    self._published = False
+                    self.publish()
+        except StaleEpoch as error:
+            logger.error(
+                "a newer life of worker %s has taken over: this one stops serving (%s)", self._worker_id, error
+            )
+            self._superseded = True
+            self._heartbeat.stop()
+            self._superseded_by_newer()
