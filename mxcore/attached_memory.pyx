@@ -9,12 +9,14 @@ from mxcore.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
     ctypedef int pid_t
-    int mx_digest_choose(int allow_wide)
+    int mx_digest_choose(int widest)
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
+cdef extern from "vector_width.h":
+    enum: MX_AVX512
 
-mx_digest_choose(True)
+mx_digest_choose(MX_AVX512)
 
 
 @cython.boundscheck(False)

@@ -53,7 +53,10 @@ cdef extern from "uring_way.h" nogil:
     int mx_bus_guard_begin()
     void mx_bus_guard_end()
     int mx_uring_refused()
-    int mx_digest_choose(int allow_wide)
+    int mx_digest_choose(int widest)
+
+cdef extern from "vector_width.h":
+    enum: MX_AVX512
 
 cdef extern from "cuda_load.h" nogil:
     void mx_device_jobs(mx_work* work, int index)
@@ -67,7 +70,7 @@ BUFFERED, MAPPED, DIRECT, URING = MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING
 MAX_THREADS, MAX_LANES = MX_MAX_THREADS, MX_MAX_LANES
 SLOT_PIECE_BYTES = MOST_SLOT_BYTES
 
-mx_digest_choose(True)
+mx_digest_choose(MX_AVX512)
 
 
 cdef struct Pulse:  # what `tick` is given

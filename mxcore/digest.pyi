@@ -59,8 +59,8 @@ def mixsum_64_many(
 ) -> bytes:
     """As `xxh3_64_many`."""
 
-def _choose_vectors(wide: bool) -> bool:
-    """For tests: allows or forbids the vectors beyond the processor's baseline; returns whether they are used."""
+def _choose_vectors(widest: int) -> int:
+    """For tests: allows vectors up to 0 (the baseline's), 1 (AVX2), 2 (AVX-512); returns what is used."""
 
 def _choose_mixsum_vectors(widest: int) -> int:
-    """For tests: allows vectors up to 0 (none of our own choice), 1 (AVX2), 2 (AVX-512); returns what is used."""
+    """For tests: as `_choose_vectors`."""

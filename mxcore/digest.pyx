@@ -15,12 +15,14 @@ import array
 import sys
 
 cdef extern from "digest_dispatch.h" nogil:
-    int mx_digest_choose(int allow_wide)
+    int mx_digest_choose(int widest)
     uint64_t mx_digest_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count, uint64_t seed)
 
 cdef extern from "mixsum_host.h" nogil:
     int mx_mixsum_choose(int widest)
     uint64_t mx_mixsum_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count)
+
+cdef extern from "vector_width.h":
     enum: MX_AVX512
 
 cdef extern from *:
@@ -39,7 +41,7 @@ cdef enum:
 
 cdef tuple FORMATS = (b"Q", b"L", b"@Q", b"@L", b"=Q", b"<Q" if sys.byteorder == "little" else b">Q")
 
-mx_digest_choose(True)
+mx_digest_choose(MX_AVX512)
 mx_mixsum_choose(MX_AVX512)
 
 ctypedef uint64_t (*Digest)(const uint64_t*, const uint64_t*, size_t) noexcept nogil
@@ -216,8 +218,8 @@ def mixsum_64_many(addresses, lengths, segment_starts, *, threads=1):
     return of_groups(mixsum, addresses, lengths, segment_starts, threads)
 
 
-def _choose_vectors(wide):
-    return bool(mx_digest_choose(wide))
+def _choose_vectors(widest):
+    return mx_digest_choose(widest)
 
 
 def _choose_mixsum_vectors(widest):

@@ -7,6 +7,7 @@
 #define MX_MIXSUM_HOST_H
 
 #include "mixsum.h"
+#include "vector_width.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -37,24 +38,11 @@ __attribute__((target("avx512f,avx512dq,prefer-vector-width=512"))) static uint6
 }
 #endif
 
-enum { MX_PLAIN, MX_AVX2, MX_AVX512 };
-
 static int mx_mixsum_width = MX_PLAIN;
 
 /* Allows vectors up to `widest`; returns what is used: the widest that the processor has. */
 static int mx_mixsum_choose(int widest) {
-    mx_mixsum_width = MX_PLAIN;
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (widest >= MX_AVX2 && __builtin_cpu_supports("avx2")) {
-        mx_mixsum_width = MX_AVX2;
-    }
-    if (widest >= MX_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-        mx_mixsum_width = MX_AVX512;
-    }
-#else
-    (void)widest;
-#endif
+    mx_mixsum_width = mx_vector_width(widest);
     return mx_mixsum_width;
 }
 

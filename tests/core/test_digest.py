@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,12 +49,21 @@ VECTORS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["wide", "baseline"])
-def _vectors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both kernels, where the processor has the wide one."""
-    _choose_vectors(request.param == "wide")
+BASELINE, AVX2, AVX512 = 0, 1, 2
+WIDTHS = [width for width in (BASELINE, AVX2, AVX512) if _choose_vectors(width) == width]  # that the processor has
+_choose_vectors(AVX512)
+
+
+@pytest.fixture
+def _choice() -> Iterator[None]:
     yield
-    _choose_vectors(True)
+    _choose_vectors(AVX512)
+
+
+@pytest.fixture(params=WIDTHS)
+def _vectors(request: pytest.FixtureRequest, _choice: None) -> None:
+    """Each kernel that can run here."""
+    _choose_vectors(request.param)
 
 
 @pytest.mark.usefixtures("_vectors")
@@ -69,13 +79,43 @@ def test_known_values(length: int, seed: int, digest: int) -> None:
         assert xxh3_64_many([address], [length], [0, 1]) == digest.to_bytes(8, "little")
 
 
-def test_both_kernels_agree_on_large_data() -> None:
+@pytest.mark.usefixtures("_choice")
+def test_all_kernels_agree_on_large_data() -> None:
     data = np.random.default_rng(1).integers(0, 256, 3_000_001, dtype=np.uint8)
-    _choose_vectors(False)
+    _choose_vectors(BASELINE)
     expected = xxh3_64(data)
-    _choose_vectors(True)
-    assert xxh3_64(data) == expected
-    assert xxh3_64(data, 5) != expected
+    for width in WIDTHS:
+        _choose_vectors(width)
+        assert xxh3_64(data) == expected
+        assert xxh3_64(data, 5) != expected
+
+
+BLOCK_BYTES = 1024  # after which XXH3 mixes its accumulators; of 16 stripes
+
+
+@pytest.mark.usefixtures("_choice")
+@given(
+    blocks=st.integers(0, 40),
+    rest=st.sampled_from([0, 1, 63, 64, 65, 200, 255, 256, 257, 511, 960, 1023]),
+    cuts=st.lists(st.integers(0, 41 * BLOCK_BYTES), max_size=6),
+    shift=st.integers(0, 70),
+    filling=st.sampled_from(["chance", "ones", "zeros"]),
+)
+def test_all_kernels_agree_wherever_memory_begins_and_is_cut(
+    blocks: int, rest: int, cuts: list[int], shift: int, filling: str
+) -> None:
+    """Ends of blocks and stripes at every place of a segment, at every place of a cache line; sums that overflow."""
+    length = blocks * BLOCK_BYTES + rest
+    values = {"chance": np.random.default_rng(length).integers(0, 256, length + shift + 1, dtype=np.uint8)}
+    held = values.get(filling, np.full(length + shift + 1, 255 * (filling == "ones"), np.uint8))
+    bounds = [0, *sorted(min(cut, length) for cut in cuts), length]
+    addresses = [held.ctypes.data + shift + begin for begin in bounds[:-1]]
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    digests = []
+    for width in WIDTHS:
+        _choose_vectors(width)
+        digests += [xxh3_64_segments(addresses, lengths), xxh3_64(held[shift : shift + length])]
+    assert digests == [xxhash.xxh3_64_intdigest(held[shift : shift + length])] * len(digests)
 
 
 @given(st.binary(max_size=3000), st.lists(st.integers(0, 3000), max_size=8))
