@@ -1,4 +1,4 @@
-"""Another process' memory, read by cross-memory attach (process_vm_readv): over when the call returns."""
+"""Another process' memory, read by cross-memory attach (process_vm_readv): over when it has ended, nothing to fence."""
 
 from collections.abc import Iterable
 
@@ -26,3 +26,32 @@ def allow_attaching() -> bool:
     That is kernel.yama.ptrace_scope = 1, Ubuntu's default; UCX does the same for its own cross-memory attach. Returns
     whether Yama was told: False where there is none, and nothing to allow. Holds for this process until it ends.
     """
+
+class AttachedReads:
+    """Reads of chunks by threads of its own, which never wait for Python. Thread-safe.
+
+    Of `threads` (at most 64), `copying` copy at a time, in turns of half a MiB: the others hash meanwhile what they
+    have copied. There may be fewer of them than asked for. Closed with `close`, or when it is no more used; after a
+    fork the child's copy does nothing.
+
+    Raises ValueError for numbers that make no sense, OSError when no thread can be started.
+    """
+
+    def __init__(self, pid: int, *, threads: int, copying: int, hashed: bool) -> None: ...
+    def ask(
+        self, key: int, local_addresses: Iterable[int], remote_addresses: Iterable[int], lengths: Iterable[int]
+    ) -> None:
+        """Has one thread read these stretches, as `read_attached`; the first asked for are the first begun.
+
+        `key` (64 bits) says which they are. Raises ValueError: closed, nothing to read, not as many addresses as
+        lengths.
+        """
+
+    def ended(self) -> list[tuple[int, int, bytes]]:
+        """Waits for what was asked for; takes all that has ended: key, errno or 0, digest (empty unless hashed).
+
+        Empty when nothing is asked for that was not taken, or it is closed.
+        """
+
+    def close(self) -> None:
+        """Drops what was not begun, waits for the rest: afterwards nothing is written here any more. Idempotent."""

@@ -2,6 +2,8 @@
 
 cimport cython
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 import os
 
@@ -9,10 +11,27 @@ from mxcore.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
     ctypedef int pid_t
+    ctypedef struct mx_attached_turns:
+        pass
     int mx_digest_choose(int widest)
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
-                         size_t count, uint64_t* digest)
+                         size_t count, uint64_t* digest, mx_attached_turns* turns)
+
+cdef extern from "attached_pool.h" nogil:
+    ctypedef struct mx_attached_job:
+        uint64_t key, digest
+        int error
+        size_t count
+        uint64_t* stretches
+    ctypedef struct mx_attached_pool:
+        int hashed
+    enum: MX_ATTACHED_MOST_THREADS
+    int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads, size_t copying)
+    void mx_attached_ask(mx_attached_pool* pool, mx_attached_job* job)
+    mx_attached_job* mx_attached_take(mx_attached_pool* pool, int wait)
+    void mx_attached_close(mx_attached_pool* pool)
+
 cdef extern from "vector_width.h":
     enum: MX_AVX512
 
@@ -31,7 +50,7 @@ def read_attached(int pid, local_addresses not None, remote_addresses not None, 
     cdef int error = 0
     if count:
         with nogil:
-            error = mx_attached_read(pid, &local[0], &remote[0], &sizes[0], count, &digest if hashed else NULL)
+            error = mx_attached_read(pid, &local[0], &remote[0], &sizes[0], count, &digest if hashed else NULL, NULL)
     if error:
         raise OSError(error, os.strerror(error))
     if not hashed:
@@ -43,3 +62,58 @@ def read_attached(int pid, local_addresses not None, remote_addresses not None, 
 
 def allow_attaching():
     return mx_attached_allow() == 0
+
+
+cdef class AttachedReads:
+    cdef mx_attached_pool pool
+    cdef bint is_open
+
+    def __init__(self, int pid, *, size_t threads, size_t copying, bint hashed):
+        if pid <= 0:
+            raise ValueError(f"{pid} is no process")
+        if not 1 <= copying <= threads <= MX_ATTACHED_MOST_THREADS:
+            raise ValueError(f"{copying} of {threads} threads copying; 1 to {MX_ATTACHED_MOST_THREADS} are possible")
+        if self.is_open:
+            raise ValueError("opened already")
+        cdef int error = mx_attached_open(&self.pool, pid, hashed, threads, copying)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self.is_open = True
+
+    def __dealloc__(self):
+        self.close()
+
+    def ask(self, uint64_t key, local_addresses not None, remote_addresses not None, lengths not None):
+        if not self.is_open:
+            raise ValueError("closed")
+        merged = merge_adjoining(local_addresses, remote_addresses, lengths)
+        cdef const uint64_t[::1] values
+        cdef size_t count = len(merged[0]), place = 0
+        if not count:
+            raise ValueError("nothing to read has no digest")
+        cdef mx_attached_job* job = <mx_attached_job*>malloc(sizeof(mx_attached_job) + 3 * count * sizeof(uint64_t))
+        if job == NULL:
+            raise MemoryError
+        for values in merged:
+            memcpy(job.stretches + place, &values[0], count * sizeof(uint64_t))
+            place += count
+        job.key, job.count = key, count
+        mx_attached_ask(&self.pool, job)
+
+    def ended(self):
+        cdef mx_attached_job* job
+        cdef list found = []
+        with nogil:
+            job = mx_attached_take(&self.pool, True)
+        while job != NULL:
+            digest = job.digest.to_bytes(8, "little") if self.pool.hashed and not job.error else b""
+            found.append((job.key, job.error, digest))
+            free(job)
+            job = mx_attached_take(&self.pool, False)
+        return found
+
+    def close(self):
+        if self.is_open:
+            self.is_open = False
+            with nogil:
+                mx_attached_close(&self.pool)

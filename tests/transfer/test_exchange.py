@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mxcore.attached_memory import AttachedReads
 from mxcore.errors import (
     ChunksMissing,
     LayoutMismatch,
@@ -286,10 +287,11 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
 def test_memory_that_may_not_be_read_any_more_is_written_instead(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(*_: object, **__: object) -> bytes:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+    def denied(reads: AttachedReads) -> list[tuple[int, int, bytes]]:
+        return [(key, errno.EPERM, b"") for key, _, _ in ended(reads)]
 
-    monkeypatch.setattr(attached_pull, "read_attached", denied)
+    ended = AttachedReads.ended
+    monkeypatch.setattr(attached_pull, "AttachedReads", type("Denied", (AttachedReads,), {"ended": denied}))
     target = Target("auto")
     report = target.receive(start_worker("auto", seed=SEED).serve())
     assert target.is_right()
@@ -299,10 +301,10 @@ def test_memory_that_may_not_be_read_any_more_is_written_instead(
 def test_a_reader_that_fails_by_a_fault_of_ours_ends_the_transfer(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> bytes:
+    def broken(*_: object) -> None:
         raise MemoryError("no room for a list of addresses")
 
-    monkeypatch.setattr(attached_pull, "read_attached", broken)
+    monkeypatch.setattr(attached_pull, "AttachedReads", type("Broken", (AttachedReads,), {"ask": broken}))
     source = start_worker("same-host", seed=SEED).serve()
     with failing(SourceRefused, source.worker_id, "MemoryError: no room for a list of addresses"):
         Target("same-host").receive(source)
