@@ -81,7 +81,7 @@ cdef class AttachedReads:
         self.is_open = True
 
     def __dealloc__(self):
-        self.close()
+        self._close()  # not a method that a subclass may have replaced
 
     def ask(self, uint64_t key, local_addresses not None, remote_addresses not None, lengths not None):
         if not self.is_open:
@@ -113,6 +113,9 @@ cdef class AttachedReads:
         return found
 
     def close(self):
+        self._close()
+
+    cdef void _close(self) noexcept:
         if self.is_open:
             self.is_open = False
             with nogil:

@@ -53,6 +53,7 @@ class WorkerSettings(BaseModel):
     source_wait_seconds: float = Field(300.0, alias="MX_SOURCE_WAIT_SECS", ge=0, le=86400)
     source_rate_limit: float = Field(0.0, alias="MX_SOURCE_RATE_LIMIT", ge=0)
     source_max_readers: int = Field(8, alias="MX_SOURCE_MAX_READERS", ge=1, le=256)
+    same_host_threads: int = Field(0, alias="MX_SAME_HOST_THREADS", ge=0, le=32)
     transport: Literal["auto", "same-host", "tcp", "rdma"] = Field("auto", alias="MX_TRANSPORT")
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)

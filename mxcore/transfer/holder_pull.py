@@ -285,7 +285,10 @@ class HolderPull:
         remote = chunks.addresses([extent.address for extent in answer.extents])
         if session is None:
             local, hashed = self._intake.addresses, self._intake.hashed_on_arrival
-            return PullByAttach(self._client, lease_id, route.process, chunks, local, remote, hashed=hashed)
+            copying = self._settings.same_host_threads
+            return PullByAttach(
+                self._client, lease_id, route.process, chunks, local, remote, hashed=hashed, copying=copying
+            )
         tcp = TcpReceived() if route.transport == "cuda-ipc" else None
         peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()

@@ -88,6 +88,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
     Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
     Variable("MX_SOURCE_MAX_READERS", "worker", "how many workers may read from a source at a time"),
+    Variable(
+        "MX_SAME_HOST_THREADS",
+        "worker",
+        "how many threads copy at a time out of a source on the same host; 0: one a core, at most 4",
+    ),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
