@@ -6,6 +6,7 @@ Needs neither vLLM nor torch.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +50,13 @@ def find_checkpoint(model: str, revision: str | None = None, download_dir: str |
 
 
 def model_name(model: str) -> str:
-    """The hub's name for a folder in its cache, otherwise what the engine was given."""
-    match = _IN_CACHE.search(model)
-    return f"{match['owner']}/{match['name']}" if match else model
+    """The hub's name for a folder in its cache, the absolute path of another folder, else what the engine was given.
+
+    Workers find each other by it, so `/models/m`, `/models/m/` and `m` in /models have to be one name.
+    """
+    if match := _IN_CACHE.search(model):
+        return f"{match['owner']}/{match['name']}"
+    return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100 - symbolic links are names as well
 
 
 def _listed(index: Path) -> Sequence[str] | None:

@@ -78,3 +78,20 @@ def test_the_hubs_cache_is_searched_and_nothing_downloaded(tmp_path: Path, monke
     assert find_checkpoint("no such folder/and/no/name", None, str(tmp_path)).folder is None
     assert model_name(str(snapshot)) == "org/name"
     assert model_name("/models/mine") == "/models/mine"
+
+
+@pytest.mark.parametrize(
+    "written", ["org/name", "org/name/", "./org/name", "{here}/org/name", "{here}/org/../org/name/"]
+)
+def test_a_folder_has_one_name_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """vLLM takes a folder before it asks the hub: its name is then none of the hub's, whose weights are others."""
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_name(written.format(here=tmp_path)) == str(tmp_path / "org" / "name")
+
+
+def test_a_name_of_the_hub_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_name("org/name") == "org/name"
