@@ -6,6 +6,7 @@ An engine knows more: its identity, its rank, its own files. So `p2p` looks for 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,6 +30,8 @@ class Probe(NamedTuple):
 
 def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
     """Asks for one rung (a key of RUNGS); never raises for what it finds. Credentials never show in the reason."""
+    if model and Path(model).is_dir():  # as the engine looks at it: a folder is none of the hub's names
+        model = os.path.abspath(model)  # noqa: PTH100 - symbolic links are names as well
     try:
         verdict, reason = _PROBES[rung](model, settings)
     except Exception as error:  # noqa: BLE001 - that is what it is asked for

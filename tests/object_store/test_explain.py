@@ -13,7 +13,7 @@ import pytest
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.source_id import source_id
-from tests.cli.mx_process import Ran, mx
+from tests.cli.mx_process import ROOT, Ran, mx
 from tests.object_store.conftest import PREFIX, URI
 from tests.object_store.s3_server import KEY_ID, SECRET, S3Server, environment
 from tests.server.conftest import ServerProcess
@@ -94,6 +94,18 @@ def test_with_a_server(mxserver: ServerProcess, made: Made) -> None:
     assert "1 workers are READY (ranks 0)" in found["p2p"][1]
     assert "1 workers load now" in found["fleet"][1]
     assert "the server downloads org/name and streams it" in found["cache"][1]
+
+
+def test_a_folder_is_no_name_of_the_hub(mxserver: ServerProcess, tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for written in (str(folder), f"{folder}/", os.path.relpath(folder, ROOT)):
+        found = verdicts(mx("explain", written, "--json", MODEL_EXPRESS_URL=mxserver.address))
+        assert found["cache"] == (
+            "skip",
+            f"{folder} is a folder of this machine, and no model that the server could have",
+        )
+        assert f"no workers with {folder} that" in found["p2p"][1]
 
 
 def test_with_a_server_that_does_not_answer() -> None:
