@@ -12,10 +12,17 @@ from typing import Literal
 
 from mxserver.models.cache import ModelCache
 from mxserver.models.cache_layout import check_paths
-from mxserver.models.errors import DownloadFailed, DownloadInterrupted, LeaseLost, ModelError, ModelNotCached
+from mxserver.models.errors import (
+    CacheFull,
+    DownloadFailed,
+    DownloadInterrupted,
+    LeaseLost,
+    ModelError,
+    ModelNotCached,
+)
 from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
 from mxserver.models.record import ModelRecord
-from mxserver.models.source import ModelSource, RemoteModel
+from mxserver.models.source import ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
 
 _LOG = logging.getLogger(__name__)
@@ -145,13 +152,22 @@ class Downloads:
             _LOG.warning("download failed model=%s revision=%s reason=%s", job.model, job.revision, error)
             end = {"phase": "failed", "message": str(error), "error": error}
         except Exception as error:  # noqa: BLE001 - shown to all who wait, and logged with where it came from
-            _LOG.exception("download failed model=%s revision=%s", job.model, job.revision)
-            failure = DownloadFailed(f"{job.model}: {type(error).__name__}: {error}")
+            failure = self._unexpected(job, error)
             end = {"phase": "failed", "message": str(failure), "error": failure}
         with self._lock:  # first: who asks from now on gets a new download
             del self._jobs[wanted]
         job.show(**end)
         self._ended(job)
+
+    def _unexpected(self, job: DownloadJob, error: Exception) -> ModelError:
+        if is_disk_full(error):
+            full = CacheFull(
+                f"{job.model}: the disk of {self._cache.layout.root} is full; `mx models rm` makes room there"
+            )
+            _LOG.warning("download failed model=%s revision=%s reason=%s", job.model, job.revision, full)
+            return full
+        _LOG.exception("download failed model=%s revision=%s", job.model, job.revision)
+        return DownloadFailed(f"{job.model}: {type(error).__name__}: {error}")
 
     def _download(self, job: DownloadJob) -> ModelRecord:
         source = self._sources[job.model.provider]

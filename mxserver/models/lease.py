@@ -3,7 +3,8 @@
 Both are files that a living process keeps alive: it touches them (the file system's clock is the only one that is
 read) and holds a flock on them. A file is dead when it was not touched for the lease's time; or at once, when it was
 made under the same running kernel and nobody holds the flock. Locks are never trusted between machines, since some
-network file systems keep them to themselves.
+network file systems keep them to themselves. On a full disk the file stays empty: its age alone counts then, so that
+what is there can be read and removed.
 
 A lease is a chain of files KEY.1, KEY.2 … that only grows: making the next one is exclusive (link(2), which is also
 atomic over NFS), the highest one is the lease, its number is the fencing token.
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mxserver.models.errors import LeaseLost
+from mxserver.models.source import is_disk_full, write_all
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class _LiveFile:
         self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._handle, json.dumps({"kernel": kernel, "pid": os.getpid()}).encode())
+            _write(self._handle, json.dumps({"kernel": kernel, "pid": os.getpid()}).encode())
             os.link(made, self.path)
         except BaseException:
             os.close(self._handle)
@@ -66,10 +68,22 @@ class _LiveFile:
             self._held = False
             if remove:
                 self.path.unlink(missing_ok=True)
-            else:
-                os.pwrite(self._handle, _RELEASED, 0)
-                os.ftruncate(self._handle, len(_RELEASED))
+            elif not _write(self._handle, _RELEASED):
+                os.utime(self._handle, (0, 0))  # nobody has touched it for long
             os.close(self._handle)
+
+
+def _write(handle: int, text: bytes) -> bool:
+    """Makes `text` all that the file holds; on a full disk nothing, and False. Raises OSError."""
+    os.ftruncate(handle, 0)
+    try:
+        write_all(handle, text, 0)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        os.ftruncate(handle, 0)
+        return False
+    return True
 
 
 class Lease:

@@ -176,6 +176,8 @@ class ModelService:
                 removed += self._opened.cache.remove(key, force=request.force)
             except errors.ModelError as error:
                 problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{key} cannot be removed: {error}")
         if problems:
             return model_pb2.DeleteModelResponse(success=False, message="; ".join(problems))
         return model_pb2.DeleteModelResponse(success=True, message=f"removed {removed} bytes")

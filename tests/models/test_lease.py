@@ -14,6 +14,7 @@ import pytest
 
 from mxserver.models.errors import LeaseLost
 from mxserver.models.lease import LeaseFolder
+from tests.small_disk import SmallDisk
 
 KEY = "0" * 32
 
@@ -159,3 +160,23 @@ def test_close_lets_go(make: Callable[..., LeaseFolder]) -> None:
     ours.close()
     ours.close()
     assert theirs.try_acquire(KEY)
+
+
+def test_a_full_disk_has_leases_and_marks_all_the_same(small_disk: SmallDisk) -> None:
+    one, other = (LeaseFolder(small_disk.folder, 60) for _ in range(2))
+    try:
+        small_disk.fill(0)
+        lease = one.try_acquire("k")
+        assert lease is not None
+        assert other.try_acquire("k") is None
+        one.release(lease)
+        again = other.try_acquire("k")
+        assert again is not None
+        assert again.generation == 2
+        with one.in_use("m"):
+            assert other.is_used("m")
+        assert not other.is_used("m")
+        assert small_disk.free_bytes == 0
+    finally:
+        one.close()
+        other.close()

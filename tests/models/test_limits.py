@@ -13,7 +13,7 @@ from mxserver.wire import model_pb2, model_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
 from mxserver.wire.model_client import ModelClient
-from tests.models.conftest import StartServer, digest_of, pattern
+from tests.models.conftest import StartServer, digest_of, digests_of, files_below, pattern
 from tests.models.hub_stand_in import Fault, HubStandIn
 from tests.small_disk import SmallDisk
 
@@ -187,6 +187,32 @@ def test_disk_that_others_filled(start_server: StartServer, small_disk: SmallDis
         (small_disk.folder / "foreign").unlink()
         client.ensure("org/d")
         assert cached(client) == {"org/d"}
+
+
+def test_what_is_there_can_be_read_and_removed_on_a_full_disk(
+    start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """Not one byte is left for a lease or a mark; removing a model is what makes room."""
+    for number in range(2):
+        hub.add(f"org/d{number}", {"model.safetensors": pattern(MB, 70 + number)})
+    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder))
+    with ModelClient(server.address) as client:
+        client.ensure("org/d0")
+        client.pin("org/d0")
+        small_disk.fill(0)
+        assert small_disk.free_bytes == 0
+        client.ensure("org/d0")
+        client.fetch("org/d0", tmp_path / "fetched")
+        assert files_below(tmp_path / "fetched") == digests_of({"model.safetensors": pattern(MB, 70)})
+        with pytest.raises(ModelDownloadError, match="MX_CACHE_FULL"):
+            client.ensure("org/d1")
+        client.delete("org/d0", force=True)
+        assert cached(client) == set()
+        assert small_disk.free_bytes > 0.9 * MB
+        (small_disk.folder / "foreign").unlink()
+        client.ensure("org/d1")
+        assert cached(client) == {"org/d1"}
+    assert not [line for line in server.lines if "Traceback" in line]
 
 
 def test_free_space_limit(start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn) -> None:
