@@ -141,12 +141,13 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             )
         key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
         load = request.source_load if request.HasField("source_load") and math.isfinite(request.source_load) else None
+        leaves = request.status == p2p_pb2.SOURCE_STATUS_STALE and not self._has_left(key)
         try:
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._loads.updated(key, request, self._model_name(key) if request.HasField("load_report") else "")
-        if request.status == p2p_pb2.SOURCE_STATUS_STALE:
+        if leaves:
             _LOG.info("left source=%s worker=%s rank=%d", *key)
         else:
             _LOG.debug("updated source=%s worker=%s rank=%d status=%s", *key, _name(request.status))
@@ -162,6 +163,11 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         require_epoch(record, request.epoch)
         self._loads.told(key, request.load_progress)
         return p2p_pb2.UpdateStatusResponse(success=True, message="noted")
+
+    def _has_left(self, key: RecordKey) -> bool:
+        """A worker that is killed while it says goodbye leaves that to its last will, which says it again."""
+        record = self._store.get(key.source_id, key.worker_id)
+        return record is not None and record.key == key and record.status == p2p_pb2.SOURCE_STATUS_STALE
 
     def _model_name(self, key: RecordKey) -> str:
         record = self._store.get(key.source_id, key.worker_id)

@@ -62,7 +62,7 @@ def test_publish_answers_with_id_epoch_and_lease(client: ServerClient) -> None:
 def test_the_log_has_who_came_and_who_left(client: ServerClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mxserver.services.p2p")
     epoch = client.publish(IDENTITY, WORKER, "w").epoch
-    for status in (READY, READY, STALE):
+    for status in (READY, READY, STALE, STALE):
         client.update_status(SOURCE, "w", 3, status, epoch=epoch)
     lines = [record.getMessage() for record in caplog.records if record.name == "mxserver.services.p2p"]
     came = f"published source={SOURCE} worker=w rank=3 status=INITIALIZING epoch={epoch} model='Org/Model'"
