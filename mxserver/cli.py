@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from mxserver import __version__
 from mxserver.wire.environment import BY_NAME
 from mxserver.wire.errors import MxError, SettingError
+
+if TYPE_CHECKING:
+    from mxserver.settings import ServerSettings
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2
@@ -117,6 +121,7 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
 
         setup.authenticator(chosen)
         setup.credentials(chosen)
+        _import_extras(chosen)
         if warning := setup.warning(chosen):
             logging.getLogger("mxserver").warning(warning)
         click.echo("mxserver: the settings are good", err=True)
@@ -126,3 +131,13 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
     from mxserver import server
 
     return server.run(chosen)
+
+
+def _import_extras(chosen: ServerSettings) -> None:
+    """Raises SettingError where a setting wants a package that is not installed."""
+    if chosen.store == "redis":
+        import mxserver.store.redis  # noqa: F401
+    if chosen.traces == "otlp":
+        from mxserver.tracing import otlp_provider
+
+        otlp_provider().shutdown()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -59,6 +62,20 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.fixture(scope="module")
+def oldest(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the oldest release of everything that the package says it works with."""
+    folder = tmp_path_factory.mktemp("oldest")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for extra in ("redis", "otel") for name in project["optional-dependencies"][extra]]
+    pinned = [name.replace(">=", "==") for name in project["dependencies"] + extras]
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    installed = run(python, "-m", "pip", "install", "-qq", wheel, *pinned, cwd=folder)
+    assert installed.returncode == 0, installed.stderr
+    return python
+
+
 def test_wheel_carries_types_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in ("mxcore", "mxserver", "vllm_plugin"):
@@ -93,6 +110,14 @@ def test_server_starts_there(python: Path, tmp_path: Path) -> None:
     assert "8001" in done.stdout
 
 
+@pytest.mark.parametrize(("words", "extra"), [(["--store", "redis"], "redis"), (["--traces", "otlp"], "otel")])
+def test_check_config_there_names_the_missing_extra(python: Path, tmp_path: Path, words: list[str], extra: str) -> None:
+    done = run(python.parent / "mxserver", *words, "--check-config", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"pip install 'mx-modelexpress[{extra}]'" in done.stderr
+    assert "are good" not in done.stderr
+
+
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["bench", "--help"], ["models", "get", "--help"]])
 def test_mx_there_says_nothing_beside_what_was_asked(python: Path, tmp_path: Path, words: list[str]) -> None:
     done = run(python.parent / "mx", *words, cwd=tmp_path)
@@ -114,3 +139,36 @@ def test_doctor_there_names_the_missing_nixl_once(python: Path, tmp_path: Path) 
     assert [finding["state"] for finding in findings.values()].count("fail") == 1
     assert findings["nixl"]["fact"].startswith("no usable NIXL library")
     assert findings["nixl backends"]["fact"] == "none: there is no NIXL"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the oldest pydantic has no wheel for this Python")
+def test_oldest_dependencies_will_do(oldest: Path, tmp_path: Path) -> None:
+    """A vLLM image keeps what it has: a bound that is too low is a server, or a plugin, that does not start there."""
+    environ = {**CLEAN, "HF_HUB_CACHE": str(tmp_path / "hub"), "OTEL_SDK_DISABLED": "true"}
+    command = [oldest.parent / "mxserver", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+    with (tmp_path / "log").open("w") as log:
+        options = ["--store-path", tmp_path / "state.sqlite3", "--traces", "otlp"]
+        server = subprocess.Popen([*command, *options], stderr=log, env=environ, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.findall(r"(?:page|listening) on (\S+)", (tmp_path / "log").read_text())[:2])[1:]:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        page, address = found
+        code = (
+            "import redis\nimport vllm_plugin, mxserver.store.redis, mxcore.cli.explain\n"
+            "from mxcore.settings import load_settings\nfrom mxcore.transfer.membership import Membership\n"
+            "from mxserver.wire import p2p_pb2\n"
+            f"member = Membership(load_settings({{'server_address': {address!r}}}), "
+            "p2p_pb2.SourceIdentity(model_name='m'), 0, 'cpu')\n"
+            "print(member.join(), member.find_sources(), member.close())"
+        )
+        joined = run(oldest, "-W", "ignore", "-c", code, cwd=tmp_path)
+        assert joined.stdout == "True [] None\n", joined.stderr
+        for words in (["status", "--page", page], ["sources"], ["models", "list"]):
+            done = run(oldest.parent / "mx", *words, "--server", address, cwd=tmp_path)
+            assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
