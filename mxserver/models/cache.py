@@ -116,8 +116,8 @@ class ModelCache:
             self.touch(key)
 
     def touch(self, key: ModelKey) -> None:
-        """Notes that a model was used."""
-        with suppress(FileNotFoundError):
+        """Notes that a model was used, where that can be noted."""
+        with suppress(OSError):
             os.utime(self.layout.record(key))
 
     def set_pin(self, key: ModelKey, *, pinned: bool) -> None:

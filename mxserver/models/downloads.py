@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -14,6 +15,7 @@ from mxserver.models.cache import ModelCache
 from mxserver.models.cache_layout import check_paths
 from mxserver.models.errors import (
     CacheFull,
+    CacheUnusable,
     DownloadFailed,
     DownloadInterrupted,
     LeaseLost,
@@ -160,12 +162,17 @@ class Downloads:
         self._ended(job)
 
     def _unexpected(self, job: DownloadJob, error: Exception) -> ModelError:
+        """An error of no kind of ours: of the disk, or a fault of ours, whose traceback is logged."""
+        failure: ModelError | None = None
         if is_disk_full(error):
-            full = CacheFull(
-                f"{job.model}: the disk of {self._cache.layout.root} is full; `mx models rm` makes room there"
+            failure = CacheFull(
+                f"{job.model}: the disk of {self._cache.layout.root} is full; `mx models rm` makes room"
             )
-            _LOG.warning("download failed model=%s revision=%s reason=%s", job.model, job.revision, full)
-            return full
+        elif isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            failure = CacheUnusable(f"{job.model}: the cache folder cannot be used: {error}")
+        if failure is not None:
+            _LOG.warning("download failed model=%s revision=%s reason=%s", job.model, job.revision, failure)
+            return failure
         _LOG.exception("download failed model=%s revision=%s", job.model, job.revision)
         return DownloadFailed(f"{job.model}: {type(error).__name__}: {error}")
 
@@ -251,6 +258,9 @@ class Downloads:
     def _under_lease(self, source: ModelSource, remote: RemoteModel, job: DownloadJob) -> ModelRecord:
         key = remote.key
         while True:
+            if record := self._satisfying(key, job):
+                self._name(remote, job)
+                return record
             lease = self._cache.leases.try_acquire(key.id)
             try:
                 if record := self._satisfying(key, job):

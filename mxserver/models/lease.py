@@ -12,6 +12,7 @@ atomic over NFS), the highest one is the lease, its number is the fencing token.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -174,13 +175,22 @@ class LeaseFolder:
 
     @contextmanager
     def in_use(self, key: str) -> Iterator[None]:
-        """Marks a model as being read by this replica."""
+        """Marks a model as being read by this replica; on a read-only disk nobody can remove it anyway."""
         with self._lock:
             file, count = self._marks.get(key, (None, 0))
             if file is None:
-                file = _LiveFile(self._uses, f"{key}.{uuid.uuid4().hex}", self._kernel)
-                self._held.add(file)
-            self._marks[key] = (file, count + 1)
+                try:
+                    file = _LiveFile(self._uses, f"{key}.{uuid.uuid4().hex}", self._kernel)
+                except OSError as error:
+                    if error.errno != errno.EROFS:
+                        raise
+                else:
+                    self._held.add(file)
+            if file is not None:
+                self._marks[key] = (file, count + 1)
+        if file is None:
+            yield
+            return
         try:
             yield
         finally:

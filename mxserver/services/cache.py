@@ -35,7 +35,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
     ) -> cache_pb2.ListModelsResponse:
         try:
             cache = self._opened.cache
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         room = cache.room()
         return cache_pb2.ListModelsResponse(
@@ -66,7 +66,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             model = model_name(request.provider, request.model_name)
             record = self._opened.cache.find(model, checked_revision(model, request.revision))
             self._opened.cache.set_pin(record.key, pinned=not request.unpin)
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         return cache_pb2.PinModelResponse(revision=record.key.revision)
 
@@ -85,7 +85,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
                         files_done=number,
                         files_total=len(record.files),
                     )
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         except _CallerLeft:
             return

@@ -46,8 +46,10 @@ _STATUSES: tuple[tuple[type[errors.ModelError], grpc.StatusCode], ...] = (
 )
 
 
-def refuse(context: grpc.ServicerContext, error: errors.ModelError) -> NoReturn:
-    """Ends a call with the status that fits the error."""
+def refuse(context: grpc.ServicerContext, error: errors.ModelError | OSError) -> NoReturn:
+    """Ends a call with the status that fits the error; OSError: what the cache's file system says."""
+    if isinstance(error, OSError):
+        error = errors.CacheUnusable(f"the cache folder cannot be used: {error}")
     status = next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
     _LOG.info("call refused status=%s reason=%s", status.name, error)
     context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
@@ -99,14 +101,17 @@ class ModelService:
             model = model_name(request.provider, request.model_name)
             revision = checked_revision(model, request.revision)
             job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         yield from self._follow(job, context)
         state = job.state()
         if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
             refuse(context, state.error)
         if state.phase == "done" and request.pin:
-            self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
+            try:
+                self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
+            except OSError as error:
+                refuse(context, error)
         if state.ended:
             yield _update(job, state)
 
@@ -133,7 +138,7 @@ class ModelService:
             model, revision = _named(request)
             record = self._opened.cache.find(model, revision)
             files = selected_files(record, request)
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         self._opened.cache.touch(record.key)
         return model_pb2.ModelFileList(
@@ -156,7 +161,7 @@ class ModelService:
                 parts = spans(selected_files(record, request), request)
                 size = chunk_bytes(request.chunk_size)
                 yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
 
     def delete_model(
@@ -166,7 +171,7 @@ class ModelService:
             model = model_name(request.provider, request.model_name)
             revision = checked_revision(model, request.revision) if request.revision else ""
             keys = self._keys(model, revision)
-        except errors.ModelError as error:
+        except (errors.ModelError, OSError) as error:
             refuse(context, error)
         if not keys:
             return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)

@@ -215,6 +215,31 @@ def test_what_is_there_can_be_read_and_removed_on_a_full_disk(
     assert not [line for line in server.lines if "Traceback" in line]
 
 
+def test_a_disk_that_became_read_only(
+    start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """As Linux does with a disk that fails: what is there can be had, all else is refused with the reason."""
+    for number in range(2):
+        hub.add(f"org/r{number}", {"model.safetensors": pattern(MB, 70 + number)})
+    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder))
+    with ModelClient(server.address) as client:
+        client.ensure("org/r0")
+        small_disk.read_only(True)
+        client.ensure("org/r0")
+        client.fetch("org/r0", tmp_path / "fetched")
+        assert files_below(tmp_path / "fetched") == digests_of({"model.safetensors": pattern(MB, 70)})
+        assert [verdict.problem for verdict in client.validate("org/r0")] == [""]
+        with pytest.raises(ModelDownloadError, match=r"Read-only file system.*MX_CACHE_UNUSABLE"):
+            client.ensure("org/r1")
+        for refused in (client.pin, client.delete):
+            with pytest.raises(ServerRefused, match="Read-only file system"):
+                refused("org/r0")
+        small_disk.read_only(False)
+        client.ensure("org/r1")
+        client.delete("org/r0")
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
 def test_free_space_limit(start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn) -> None:
     for number in range(2):
         hub.add(f"org/f{number}", {"model.safetensors": pattern(2 * MB, 90 + number)})
