@@ -20,6 +20,7 @@ from mxcore.attached_memory import AttachedReads
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer import attached_pull
+from mxcore.transfer.attached_pull import threads_of
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
@@ -38,14 +39,18 @@ def say(**values: Any) -> None:
 
 
 class _NotLookedAt:
-    """Chunks that are read and not hashed, by the threads that there are without hashing."""
+    """Chunks that are read and not hashed."""
 
-    def __init__(self, pid: int, *, threads: int, copying: int, hashed: bool) -> None:
-        self._reads = AttachedReads(pid, threads=copying, copying=copying, hashed=False)
+    def __init__(self, pid: int, *, threads: int, hashed: bool) -> None:
+        self._reads = AttachedReads(pid, threads=threads, hashed=False)
         self.ask, self.close = self._reads.ask, self._reads.close
 
     def ended(self) -> list[tuple[int, int, bytes]]:
         return [(key, error, b"a digest") for key, error, _ in self._reads.ended()]
+
+
+def _threads_without_hashing(cores: int, asked_for: int, *, hashed: bool) -> int:
+    return threads_of(cores, asked_for, hashed=False)
 
 
 class _Losses(logging.Handler):
@@ -130,6 +135,7 @@ class FleetWorker:
     def verify(self, on: bool) -> None:
         """Without, the digests are not looked at: what looking costs is the difference."""
         Intake.verify = self.verifies if on else lambda intake, chunk, made=b"": True  # type: ignore[method-assign]
+        attached_pull.threads_of = threads_of if on else _threads_without_hashing
         attached_pull.AttachedReads = AttachedReads if on else _NotLookedAt  # type: ignore[attr-defined, assignment]
 
     def progress(self, done: int, total: int) -> None:

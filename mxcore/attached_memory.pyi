@@ -30,14 +30,13 @@ def allow_attaching() -> bool:
 class AttachedReads:
     """Reads of chunks by threads of its own, which never wait for Python. Thread-safe.
 
-    Of `threads` (at most 64), `copying` copy at a time, in turns of half a MiB: the others hash meanwhile what they
-    have copied. There may be fewer of them than asked for. Closed with `close`, or when it is no more used; after a
-    fork the child's copy does nothing.
+    There may be fewer than `threads` (1 to 64). Closed with `close`, or when it is no more used; after a fork the
+    child's copy does nothing.
 
-    Raises ValueError for numbers that make no sense, OSError when no thread can be started.
+    Raises ValueError for other numbers, OSError when no thread can be started.
     """
 
-    def __init__(self, pid: int, *, threads: int, copying: int, hashed: bool) -> None: ...
+    def __init__(self, pid: int, *, threads: int, hashed: bool) -> None: ...
     def ask(
         self, key: int, local_addresses: Iterable[int], remote_addresses: Iterable[int], lengths: Iterable[int]
     ) -> None:

@@ -11,12 +11,10 @@ from mxcore.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
     ctypedef int pid_t
-    ctypedef struct mx_attached_turns:
-        pass
     int mx_digest_choose(int widest)
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
-                         size_t count, uint64_t* digest, mx_attached_turns* turns)
+                         size_t count, uint64_t* digest)
 
 cdef extern from "attached_pool.h" nogil:
     ctypedef struct mx_attached_job:
@@ -27,7 +25,7 @@ cdef extern from "attached_pool.h" nogil:
     ctypedef struct mx_attached_pool:
         int hashed
     enum: MX_ATTACHED_MOST_THREADS
-    int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads, size_t copying)
+    int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads)
     void mx_attached_ask(mx_attached_pool* pool, mx_attached_job* job)
     mx_attached_job* mx_attached_take(mx_attached_pool* pool, int wait)
     void mx_attached_close(mx_attached_pool* pool)
@@ -50,7 +48,7 @@ def read_attached(int pid, local_addresses not None, remote_addresses not None, 
     cdef int error = 0
     if count:
         with nogil:
-            error = mx_attached_read(pid, &local[0], &remote[0], &sizes[0], count, &digest if hashed else NULL, NULL)
+            error = mx_attached_read(pid, &local[0], &remote[0], &sizes[0], count, &digest if hashed else NULL)
     if error:
         raise OSError(error, os.strerror(error))
     if not hashed:
@@ -68,14 +66,14 @@ cdef class AttachedReads:
     cdef mx_attached_pool pool
     cdef bint is_open
 
-    def __init__(self, int pid, *, size_t threads, size_t copying, bint hashed):
+    def __init__(self, int pid, *, size_t threads, bint hashed):
         if pid <= 0:
             raise ValueError(f"{pid} is no process")
-        if not 1 <= copying <= threads <= MX_ATTACHED_MOST_THREADS:
-            raise ValueError(f"{copying} of {threads} threads copying; 1 to {MX_ATTACHED_MOST_THREADS} are possible")
+        if not 1 <= threads <= MX_ATTACHED_MOST_THREADS:
+            raise ValueError(f"threads is {threads}, has to be 1 to {MX_ATTACHED_MOST_THREADS}")
         if self.is_open:
             raise ValueError("opened already")
-        cdef int error = mx_attached_open(&self.pool, pid, hashed, threads, copying)
+        cdef int error = mx_attached_open(&self.pool, pid, hashed, threads)
         if error:
             raise OSError(error, os.strerror(error))
         self.is_open = True

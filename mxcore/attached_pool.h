@@ -1,5 +1,5 @@
 /* Threads that read chunks out of another process' memory. They are no threads of Python's: between two chunks none of
- * them waits for the interpreter's lock, which on few cores cost as much as a third of the reading.
+ * them waits for the interpreter's lock.
  */
 #ifndef MX_ATTACHED_POOL_H
 #define MX_ATTACHED_POOL_H
@@ -40,7 +40,6 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t asked, ended;
     mx_attached_queue asked_for, done;
-    mx_attached_turns turns;
     pthread_t threads[MX_ATTACHED_MOST_THREADS];
     size_t count;
 } mx_attached_pool;
@@ -76,7 +75,7 @@ static void *mx_attached_reader(void *data) {
         pthread_mutex_unlock(&pool->lock);
         const uint64_t *local = job->stretches, *remote = local + job->count, *lengths = remote + job->count;
         job->error = mx_attached_read(
-            pool->pid, local, remote, lengths, job->count, pool->hashed ? &job->digest : NULL, &pool->turns);
+            pool->pid, local, remote, lengths, job->count, pool->hashed ? &job->digest : NULL);
         pthread_mutex_lock(&pool->lock);
         mx_attached_push(&pool->done, job);
         pthread_cond_signal(&pool->ended);
@@ -85,8 +84,8 @@ static void *mx_attached_reader(void *data) {
     return NULL;
 }
 
-/* Starts up to `threads`, of which `copying` copy at a time. Returns 0, or errno when not even one could be started. */
-static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed, size_t threads, size_t copying) {
+/* Starts up to `threads`. Returns 0, or errno when not even one could be started. */
+static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed, size_t threads) {
     int error = 0;
     sigset_t blocked, before;
     memset(pool, 0, sizeof *pool);
@@ -96,7 +95,6 @@ static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->asked, NULL);
     pthread_cond_init(&pool->ended, NULL);
-    mx_attached_turns_open(&pool->turns, copying < threads ? copying : 0);
     sigfillset(&blocked); /* signals are for the interpreter's own threads; faults are for who made them */
     sigdelset(&blocked, SIGBUS);
     sigdelset(&blocked, SIGSEGV);

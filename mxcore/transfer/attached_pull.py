@@ -21,24 +21,23 @@ from mxcore.transfer.source_client import SourceClient
 
 __all__ = ["PullByAttach", "threads_of"]
 
-_MOST_COPYING = 4  # more bring little: each is bound by a core's way to memory, together by the memory's
+_MOST_THREADS = 4  # more bring little: each is bound by a core's way to memory, together by the memory's
 
 
-def threads_of(cores: int, copying: int, *, hashed: bool) -> tuple[int, int]:
-    """How many threads copy at a time, and how many there are: one more where a core is free for it.
+def threads_of(cores: int, asked_for: int, *, hashed: bool) -> int:
+    """How many threads read; `asked_for` 0: as many as there are cores, at most 4.
 
-    `copying` 0: as many as there are cores, at most 4. Hashing takes a thread an eighth of its time (a third without
-    AVX2): with one more, as many copy at a time as if nobody hashed.
+    Hashing takes an eighth of a thread's time (a quarter with AVX2 alone): where a core is free for it, one more.
     """
-    copying = copying or min(cores, _MOST_COPYING)
-    return copying, copying + 1 if hashed and cores > copying else copying
+    threads = asked_for or min(cores, _MOST_THREADS)
+    return threads + 1 if hashed and cores > threads else threads
 
 
 class PullByAttach:
     """Reads from process `process` of this host, which the holder has proven to be its own and readable.
 
-    With `hashed`, `digest_of` has the XXH3-64 of what arrived. `copying`: threads that copy at a time, 0 for as many
-    as fit. Used by one thread; the reads run on others until the context ends.
+    With `hashed`, `digest_of` has the XXH3-64 of what arrived. `threads` as for `threads_of`. Used by one thread; the
+    reads run on others until the context ends.
     """
 
     needs_this_thread = False  # the readers go on
@@ -53,7 +52,7 @@ class PullByAttach:
         remote: array[int],
         *,
         hashed: bool,
-        copying: int = 0,
+        threads: int = 0,
     ) -> None:
         """Raises OSError when no thread can be started."""
         self._lease = LeaseKeeper(client, lease_id)
@@ -62,8 +61,8 @@ class PullByAttach:
         self._chunks = chunks
         self._local = local
         self._remote = remote
-        at_once, threads = threads_of(len(os.sched_getaffinity(0)), copying, hashed=hashed)
-        self._reads = AttachedReads(process, threads=threads, copying=at_once, hashed=hashed)
+        threads = threads_of(len(os.sched_getaffinity(0)), threads, hashed=hashed)
+        self._reads = AttachedReads(process, threads=threads, hashed=hashed)
         self._expected = 0
         self._digests: dict[int, bytes] = {}
 

@@ -285,9 +285,9 @@ class HolderPull:
         remote = chunks.addresses([extent.address for extent in answer.extents])
         if session is None:
             local, hashed = self._intake.addresses, self._intake.hashed_on_arrival
-            copying = self._settings.same_host_threads
+            threads = self._settings.same_host_threads
             return PullByAttach(
-                self._client, lease_id, route.process, chunks, local, remote, hashed=hashed, copying=copying
+                self._client, lease_id, route.process, chunks, local, remote, hashed=hashed, threads=threads
             )
         tcp = TcpReceived() if route.transport == "cuda-ipc" else None
         peer = session.connect(answer.nixl_metadata)

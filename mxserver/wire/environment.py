@@ -91,7 +91,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MX_SAME_HOST_THREADS",
         "worker",
-        "how many threads copy at a time out of a source on the same host; 0: one a core, at most 4",
+        "threads that read a source on the same host, and one more where a core is free; 0: one a core, at most 4",
     ),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),

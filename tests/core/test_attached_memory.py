@@ -109,13 +109,13 @@ def test_nothing_is_read_and_not_hashed() -> None:
     assert read_attached(os.getpid(), [], [], [], hashed=False) == b""
 
 
-@pytest.mark.parametrize(("threads", "copying"), [(1, 1), (4, 4), (2, 1), (7, 3)])
+@pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("hashed", [True, False])
-def test_chunks_by_threads_and_in_turns(threads: int, copying: int, hashed: bool) -> None:
+def test_chunks_by_threads(threads: int, hashed: bool) -> None:
     chunk_bytes, count = 3 * PIECE_BYTES - 11, 20
     source = np.random.default_rng(threads).integers(1, 256, chunk_bytes * count, np.uint8)
     target = np.zeros(source.size, np.uint8)
-    reads = AttachedReads(os.getpid(), threads=threads, copying=copying, hashed=hashed)
+    reads = AttachedReads(os.getpid(), threads=threads, hashed=hashed)
     found: dict[int, bytes] = {}
     for chunk in range(count):
         begin = chunk_bytes * chunk
@@ -143,7 +143,7 @@ def test_a_chunk_that_cannot_be_read_is_told_and_the_others_come() -> None:
     source, target = np.ones(64, np.uint8), np.zeros(64, np.uint8)
     with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as gone:
         gone.communicate(b"")
-    reads = AttachedReads(os.getpid(), threads=2, copying=2, hashed=True)
+    reads = AttachedReads(os.getpid(), threads=2, hashed=True)
     reads.ask(1, [target.ctypes.data], [0x1000], [8])  # below what the kernel lets anybody map
     reads.ask(2, [target.ctypes.data], [source.ctypes.data], [64])
     found = {}
@@ -151,7 +151,7 @@ def test_a_chunk_that_cannot_be_read_is_told_and_the_others_come() -> None:
         found.update({key: (error, digest) for key, error, digest in answers})
     assert found == {1: (errno.EFAULT, b""), 2: (0, xxh3_64(source).to_bytes(8, "little"))}
     reads.close()
-    of_the_dead = AttachedReads(gone.pid, threads=1, copying=1, hashed=True)
+    of_the_dead = AttachedReads(gone.pid, threads=1, hashed=True)
     of_the_dead.ask(3, [target.ctypes.data], [source.ctypes.data], [64])
     assert of_the_dead.ended() == [(3, errno.ESRCH, b"")]
 
@@ -160,7 +160,7 @@ def test_nothing_is_written_after_close() -> None:
     """What was not begun is dropped, and who waits for it is told."""
     length, count = 64 * PIECE_BYTES, 8
     source, target = np.full(length, 7, np.uint8), np.zeros(length * count, np.uint8)
-    reads = AttachedReads(os.getpid(), threads=1, copying=1, hashed=True)
+    reads = AttachedReads(os.getpid(), threads=1, hashed=True)
     ended: list[list[tuple[int, int, bytes]]] = []
 
     def wait() -> None:
@@ -188,7 +188,7 @@ def test_a_fork_leaves_the_reads_of_its_parent_alone() -> None:
 import os, sys
 from mxcore.attached_memory import AttachedReads
 memory = bytearray(64)
-reads = AttachedReads(os.getpid(), threads=2, copying=1, hashed=True)
+reads = AttachedReads(os.getpid(), threads=2, hashed=True)
 child = os.fork()
 if child == 0:
     reads.close()  # would wait for threads that a fork does not have
@@ -217,30 +217,21 @@ def readers() -> int:
 
 def test_reads_that_nobody_closed_end_with_their_object() -> None:
     source, target = np.ones(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8)
-    reads = AttachedReads(os.getpid(), threads=3, copying=1, hashed=False)
+    reads = AttachedReads(os.getpid(), threads=3, hashed=False)
     wait_for(lambda: readers() == 3)  # each names itself
     reads.ask(0, [target.ctypes.data], [source.ctypes.data], [1 << 20])
     del reads
     wait_for(lambda: readers() == 0)  # joined, and soon out of /proc
 
 
-@pytest.mark.parametrize(
-    ("pid", "threads", "copying", "said"),
-    [
-        (0, 1, 1, "no process"),
-        (1, 0, 0, "0 of 0 threads"),
-        (1, 2, 0, "0 of 2 threads"),
-        (1, 2, 3, "3 of 2 threads"),
-        (1, 65, 1, "1 to 64"),
-    ],
-)
-def test_threads_that_make_no_sense_are_refused(pid: int, threads: int, copying: int, said: str) -> None:
+@pytest.mark.parametrize(("pid", "threads", "said"), [(0, 1, "no process"), (1, 0, "threads is 0"), (1, 65, "1 to 64")])
+def test_threads_that_make_no_sense_are_refused(pid: int, threads: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        AttachedReads(pid, threads=threads, copying=copying, hashed=True)
+        AttachedReads(pid, threads=threads, hashed=True)
 
 
 def test_a_chunk_of_nothing_is_refused() -> None:
-    reads = AttachedReads(os.getpid(), threads=1, copying=1, hashed=True)
+    reads = AttachedReads(os.getpid(), threads=1, hashed=True)
     with pytest.raises(ValueError, match="no digest"):
         reads.ask(0, [], [], [])
     with pytest.raises(ValueError, match="2 local and 1 remote"):
