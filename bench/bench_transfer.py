@@ -143,11 +143,11 @@ def figures_of(rates: dict[tuple[str, str], Rates], one_reads: Rates, machine: d
     return {
         "many_vs_one_descriptor": min(value for name, value in each.items() if name.startswith("many_vs")),
         "registration_vs_one_by_one": machine["registration_ratio"],
-        "verify_overhead_ratio": overhead(one_reads),
+        "verify_overhead_ratio": overhead(few["same-host"]),
         "tcp_vs_raw_socket": median(few["tcp"].moving) / median(few["tcp"].limit),
         "same_host_vs_memcpy": median(few["same-host"].moving) / median(few["same-host"].limit),
         "idle_agent_core_share": machine["idle_agent_core_share"],
-        "verify_overhead_ratio_no_free_core": overhead(few["same-host"]),
+        "verify_overhead_ratio_one_more_thread": overhead(one_reads),
         "verify_overhead_ratio_tcp": overhead(few["tcp"]),
         **each,
     }
