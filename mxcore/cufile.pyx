@@ -128,7 +128,7 @@ cdef int open_driver() except -1:
     return 0
 
 
-def _take_driver():
+cdef int take_driver() except -1:
     global driver_users, driver_refused
     load_library()
     with driver_lock:
@@ -141,9 +141,10 @@ def _take_driver():
                 driver_refused = error.args[0]  # without its code
                 raise
         driver_users += 1
+    return 0
 
 
-def _give_driver_back():
+cdef object give_driver_back():
     """What closing it said, or None."""
     global driver_users, driver_refused
     cdef mx_cufile_error status
@@ -172,6 +173,7 @@ def _forget_refusal():
 
 
 @cython.final
+@cython.no_gc  # the descriptors are needed to the end
 @cython.auto_pickle(False)
 cdef class FileHandles:
     def __cinit__(self, FileSet files not None):
@@ -180,7 +182,7 @@ cdef class FileHandles:
         self.reads.handles = <void**>PyMem_Calloc(self.count + 1, sizeof(void*))
         if self.reads.handles == NULL:
             raise MemoryError
-        _take_driver()
+        take_driver()
         self.holds_driver = True
         self.reads.cufile = &functions
 
@@ -198,7 +200,7 @@ cdef class FileHandles:
         if not self.holds_driver:
             return None
         self.holds_driver = False
-        return _give_driver_back()
+        return give_driver_back()
 
     def close(self):
         said = self.release()

@@ -8,6 +8,7 @@
 
 #include "cuda_driver.h"
 
+#include <fcntl.h>
 #include <stdbool.h>
 #include <sys/types.h>
 
@@ -105,8 +106,13 @@ static inline unsigned int mx_cufile_control_flags(const mx_cufile_properties *p
     return properties->nvfs.dcontrolflags;
 }
 
-/* Registers a descriptor that was opened with O_DIRECT. */
+/* Registers a descriptor that was opened with O_DIRECT. Files are opened with O_NONBLOCK, for pipes that lie in their place;
+ * it means nothing for files, and cuFile is strict about flags. */
 static inline mx_cufile_error mx_cufile_register(const mx_cufile_table *table, int fd, void **handle) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags >= 0) {
+        fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
+    }
     mx_cufile_descriptor descriptor = {.type = MX_CUFILE_DESCRIPTOR, .handle = {.fd = fd}};
     return table->handle_register(handle, &descriptor);
 }

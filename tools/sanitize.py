@@ -28,6 +28,7 @@ LEFT_OUT = (
     "storage/test_bench_load.py",
     "cuda/test_ptx.py",
     "cuda/test_driver.py",
+    "cuda/test_cufile_library.py",
     "cuda/test_bench_gpu.py",
     "cuda/test_doctor_cuda.py",
     "cuda/test_transfer.py",

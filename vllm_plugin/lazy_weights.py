@@ -2,7 +2,8 @@
 
 vLLM's weight loaders take their rank's part with `narrow`, slicing or indexing, and end with `copy_` into a parameter.
 Up to the copy nothing is read; then the part goes from the file straight into the parameter: in host memory, or through
-the pinned ring in a CUDA device's. What cannot go straight (another dtype, elements strewn over device memory) goes by
+the pinned ring, or by GPUDirect Storage, in a CUDA device's. It is all there when the copy returns: loaders read the
+parameter in their next line. What cannot go straight (another dtype, elements strewn over device memory) goes by
 way of a bounded piece of host memory. Whatever else a loader does gets an ordinary tensor with the same elements.
 """
 
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo
 from mxcore.storage.dtypes import DTYPES
-from mxcore.storage.load import LoadReport, Reader, load
+from mxcore.storage.load import STRAIGHT, LoadReport, Reader, load
 from mxcore.storage.read_plan import Box, Want, merged, parts_of
 from mxcore.storage.stream import stream
 from mxserver.wire.errors import MxError
@@ -231,7 +232,7 @@ class _Source:
         self._checkpoint = checkpoint
         self._gpudirect_storage = gpudirect_storage
         self.needed = needed
-        self.read_bytes = 0
+        self.read_bytes = self._straight_bytes = 0
         self._read = read
         self._mode = mode
         self._reader: Reader | None = Reader(
@@ -290,6 +291,7 @@ class _Source:
 
     def _count(self, report: LoadReport) -> None:
         self.read_bytes += report.read_bytes
+        self._straight_bytes += report.bytes_by_way.get(STRAIGHT, 0)
         self._read(report.read_bytes)
 
     def read_plainly(self, want: Want, error: MxError) -> None:
@@ -306,6 +308,8 @@ class _Source:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+            if self._straight_bytes:
+                _log.info("%d bytes came by GPUDirect Storage, of %d read", self._straight_bytes, self.read_bytes)
 
 
 def lazy_weights(

@@ -345,7 +345,7 @@ def test_a_file_that_is_cut_meanwhile_is_told_as_such(
     with gpudirect.holding():
         thread = threading.Thread(target=run)
         thread.start()
-        while gpudirect.counts().cufile_handles == before:
+        while thread.is_alive() and gpudirect.counts().cufile_handles == before:
             time.sleep(0.001)  # until the file is registered: a read is about to begin, or waits already
         os.truncate(path, 5 * 4096)
     thread.join()
@@ -381,7 +381,10 @@ def test_what_vllm_copies_comes_straight(
     tensors: dict[str, torch.Tensor],
     memory: MemoryBudget,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
+
     class TorchStream:
         cuda_stream = 0
 
@@ -396,6 +399,8 @@ def test_what_vllm_copies_comes_straight(
                 assert same_bits(parameter.on_host(), tensors[name][half:]), name
                 parameter.buffer.close()
         assert (gpudirect.counts().cufile_reads > before) is (choice == "auto")
+        assert ("bytes came by GPUDirect Storage, of" in caplog.text) is (choice == "auto")
+        caplog.clear()
     assert not cufile.driver_is_open()
 
 

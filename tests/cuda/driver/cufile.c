@@ -122,7 +122,7 @@ static int cannot_register(int fd, off_t *bytes) {
             return FILE_ALREADY_REGISTERED;
         }
     }
-    if (flags < 0 || !(flags & O_DIRECT)) {
+    if (flags < 0 || !(flags & O_DIRECT) || (flags & O_NONBLOCK)) {
         return FILE_INVALID_FLAG;
     }
     if (fstat(fd, &found) != 0 || !S_ISREG(found.st_mode)) {
