@@ -59,9 +59,12 @@ def stream(
     """
     ceiling = memory or budget()
     room = max(_LEAST_BATCH_BYTES, min(batch_bytes, ceiling.free_bytes // 3))
-    wanted = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
-    if names is not None and len(wanted) != len(set(names)):
-        raise KeyError(next(name for name in names if name not in checkpoint.tensors))
+    picked = (
+        checkpoint.tensors.keys() if names is None else set(names)
+    )  # a list would be looked through for each tensor
+    wanted = [info for name, info in checkpoint.tensors.items() if name in picked]
+    if len(wanted) != len(picked):
+        raise KeyError(next(name for name in picked if name not in checkpoint.tensors))
     batches = _batches(wanted, room)
     total_bytes = sum(info.size_bytes for info in wanted)
     ring = _BatchRing(

@@ -40,6 +40,21 @@ def test_some_names_and_their_bytes(checkpoint: Checkpoint, tensors: Tensors) ->
     assert list(stream(checkpoint, [])) == []
 
 
+def test_a_list_of_names_is_not_looked_through_for_each_tensor(checkpoint: Checkpoint) -> None:
+    """Of 10,000 small tensors, that was 0.93 of the 1.32 s that iterating over them took."""
+
+    class Names(list[str]):
+        looked = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.looked += 1
+            return super().__contains__(name)
+
+    names = Names(checkpoint.tensors)
+    assert [name for name, _ in stream(checkpoint, names)] == list(checkpoint.tensors)
+    assert names.looked == 0
+
+
 def test_a_kept_tensor_stays_what_it_is(made: Maker) -> None:
     written = {f"t{i:02}": torch.full((300_000,), float(i)) for i in range(20)}
     checkpoint = made(written)
