@@ -166,6 +166,8 @@ def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: M
 def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
     """Whether this call loads the draft model of speculative decoding."""
     speculative = getattr(vllm_config, "speculative_config", None)
+    if model_config is getattr(speculative, "target_model_config", None):
+        return False  # methods without a draft (ngram, suffix) name the model itself as their draft
     return speculative is not None and (
         model_config is speculative.draft_model_config
         or model_config is not vllm_config.model_config

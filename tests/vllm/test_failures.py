@@ -163,3 +163,17 @@ def test_a_draft_model_is_left_out(
     assert loaded.report["path"] == "p2p"
     tokens = [answer[0] for answer in loaded.answers]
     assert tokens == [answer[0] for answer in references.of(model)]
+
+
+def test_speculation_without_a_draft_model_changes_nothing(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """vLLM then names the model itself as the draft."""
+    model = model_paths["llama"]
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    source.load(model)
+    loaded = target.load(model, speculative_config=speculative)
+
+    assert "is a draft model" not in loaded.log
+    assert (loaded.report["path"], loaded.report["serving"]) == ("p2p", True)
+    assert [answer[0] for answer in loaded.answers] == [answer[0] for answer in references.of(model)]
