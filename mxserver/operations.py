@@ -77,9 +77,10 @@ class Operations:
         self._cache_view = CacheView(cache)
 
     def download_ended(self, job: DownloadJob) -> None:
-        """Counts a download."""
+        """Counts a download; what the cache had is none."""
         state = job.state()
-        self.metrics.downloads.labels(state.phase).inc()
+        if state.began or state.error is not None:
+            self.metrics.downloads.labels(state.phase).inc()
         self.metrics.download_bytes.inc(state.progress.bytes_fetched)
         if state.error is not None:
             self._events.add("download", f"{job.model.name}: {state.message}")

@@ -36,13 +36,17 @@ _CLOSE_SECONDS = 5.0  # how long downloads may take to notice that the server st
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A download at one moment. `version` grows with every change; `error` is there when it failed."""
+    """A download at one moment. `version` grows with every change; `error` is there when it failed.
+
+    `began`: something had to be downloaded by this server; else the cache had it, or another replica got it.
+    """
 
     version: int = 0
     phase: Phase = "resolving"
     message: str = "asking the provider"
     revision: str = ""
     progress: Progress = NO_PROGRESS
+    began: bool = False
     error: ModelError | None = None
 
     @property
@@ -141,7 +145,8 @@ class Downloads:
     def _run(self, wanted: tuple[ModelName, str, bool], job: DownloadJob) -> None:
         try:
             record = self._download(job)
-            _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
+            if job.state().began:
+                _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
             end: dict[str, object] = {"phase": "done", "message": "in the cache", "revision": record.key.revision}
             end["progress"] = replace(
                 job.state().progress,
@@ -267,7 +272,7 @@ class Downloads:
                     self._name(remote, job)
                     return record
                 if lease is not None:
-                    job.show(phase="downloading", message="downloading")
+                    job.show(phase="downloading", message="downloading", began=True)
                     wanted = [file for file in remote.files if not (job.ignore_weights and is_weight(file.path))]
                     transfer = Transfer(
                         self._cache, source, remote, lease, self._retry, lambda progress: job.show(progress=progress)
