@@ -38,7 +38,7 @@ SERVICES = ("model_express.model.ModelService", "model_express.mx.CacheService")
 def health(address: str, service: str) -> int:
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=60).status)
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -72,7 +72,7 @@ def test_provider_that_does_not_answer_holds_nothing_up(cache: ModelCache, folde
     source = SilentSource(folder, at_first=at_first)
     downloads = Downloads(cache, {model_pb2.FILE: source})
     job = downloads.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
-    assert source.asked.wait(30)
+    assert source.asked.wait(120)
     downloads.close()
     assert downloads.running() == 0
     assert isinstance(ended(job).error, Stopped)
@@ -89,7 +89,7 @@ def test_wait_before_the_next_attempt_ends(cache: ModelCache, folder: Path) -> N
     source = Busy(folder, at_first=True)
     downloads = Downloads(cache, {model_pb2.FILE: source}, retry=RetryPolicy())
     job = downloads.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
-    assert source.asked.wait(30)
+    assert source.asked.wait(120)
     downloads.close()
     assert isinstance(ended(job).error, Stopped)
 
@@ -108,7 +108,7 @@ def test_download_that_cannot_end_is_left_behind(
     downloads = Downloads(cache, {model_pb2.FILE: FolderSource(())}, ended=lambda _: None)
     monkeypatch.setattr(downloads, "_download", hang)
     job = downloads.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
-    assert hangs.wait(30)
+    assert hangs.wait(120)
     downloads.close()
     assert "left behind" in caplog.text
     goes_on.set()

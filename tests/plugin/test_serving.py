@@ -19,7 +19,7 @@ from mxserver.wire.client import ServerClient
 from vllm_plugin.last_will import Record, say_goodbye
 
 ROOT = Path(__file__).parents[2]
-SEEN_SECONDS = 20.0
+SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without a goodbye
 
 MEMBER = """
 import multiprocessing, os, signal, sys, time

@@ -35,7 +35,7 @@ class ApiServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if stand_in.hold is not None:
-                    stand_in.hold.wait(30)
+                    stand_in.hold.wait(120)
                 status, content = stand_in.judge(self.path, self.headers.get("Authorization"), body)
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))

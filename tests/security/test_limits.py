@@ -51,7 +51,7 @@ class Gate(grpc.GenericRpcHandler):
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         def stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
             yield b"1"
-            self.open.wait(30)
+            self.open.wait(120)
 
         def call(request: bytes, context: grpc.ServicerContext) -> bytes:
             return b""
@@ -76,19 +76,19 @@ def gate() -> Iterator[tuple[Gate, str]]:
 def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple[Gate, str]) -> None:
     handler, address = gate
     with grpc.insecure_channel(address, channel_options()) as one, grpc.insecure_channel(address) as two:
-        streams = [channel.unary_stream("/s/stream")(b"", timeout=30) for channel in (one, two)]
+        streams = [channel.unary_stream("/s/stream")(b"", timeout=120) for channel in (one, two)]
         for stream in streams:
             assert next(stream) == b"1"
-        refused = two.unary_stream("/s/stream")(b"", timeout=30)
+        refused = two.unary_stream("/s/stream")(b"", timeout=120)
         with pytest.raises(grpc.RpcError):
             next(refused)
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "host ipv4:127.0.0.1 has 2 streams open, which is the limit (MX_SERVER_MAX_STREAMS)" in refused.details()
-        assert one.unary_unary("/s/call")(b"", timeout=30) == b""  # other calls go on
+        assert one.unary_unary("/s/call")(b"", timeout=120) == b""  # other calls go on
         handler.open.set()
         for stream in streams:
             assert list(stream) == []
-        assert list(one.unary_stream("/s/stream")(b"", timeout=30)) == [b"1"]
+        assert list(one.unary_stream("/s/stream")(b"", timeout=120)) == [b"1"]
 
 
 def test_calls_beyond_the_limit_are_refused_and_not_queued(start_server: StartServer) -> None:

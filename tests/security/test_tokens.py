@@ -88,7 +88,7 @@ def test_each_role_may_call_what_it_should_and_nothing_else(server: Server, meth
     metadata = [("authorization", f"Bearer {token}")] if name else []
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         if streams:
-            outcome: grpc.Call = channel.unary_stream(method)(b"", metadata=metadata, timeout=10)
+            outcome: grpc.Call = channel.unary_stream(method)(b"", metadata=metadata, timeout=60)
             failure: grpc.RpcError | None = None
             try:
                 list(outcome)  # type: ignore[call-overload]
@@ -97,7 +97,7 @@ def test_each_role_may_call_what_it_should_and_nothing_else(server: Server, meth
         else:
             failure = None
             try:
-                _, outcome = channel.unary_unary(method).with_call(b"", metadata=metadata, timeout=10)
+                _, outcome = channel.unary_unary(method).with_call(b"", metadata=metadata, timeout=60)
             except grpc.RpcError as error:
                 failure = outcome = error  # type: ignore[assignment]
     assert (failure is None) == (outcome.code() is grpc.StatusCode.OK)
@@ -117,8 +117,8 @@ def test_probes_need_no_token(server: Server) -> None:
     with ServerClient(f"127.0.0.1:{server.port}", credentials=ClientCredentials()) as client:
         assert client.health().status == "ok"
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
-        channel.unary_unary("/model_express.api.ApiService/SendRequest")(b"", timeout=10)
+        channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
+        channel.unary_unary("/model_express.api.ApiService/SendRequest")(b"", timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_probes_need_no_token(server: Server) -> None:
 )
 def test_headers_that_are_no_token_are_refused(server: Server, headers: list[tuple[str, str]]) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/model_express.p2p.P2pService/ListSources")(b"", metadata=headers, timeout=10)
+        channel.unary_unary("/model_express.p2p.P2pService/ListSources")(b"", metadata=headers, timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -305,7 +305,7 @@ def test_token_is_never_sent_in_clear_but_to_loopback_or_where_told(
         caplog.at_level(logging.WARNING),
         open_channel(target, channel_options(), credentials, to_worker=to_worker) as channel,
     ):
-        channel.unary_unary("/s/m")(b"", timeout=10)
+        channel.unary_unary("/s/m")(b"", timeout=60)
     server.stop(None).wait()
     assert seen.tokens == ["Bearer secret" if sent else None]
     assert ("the token is not sent" in caplog.text) is (not sent and not to_worker)

@@ -15,7 +15,7 @@ from bench.demo.workers import Worker
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 
-SEEN_SECONDS = 20.0
+SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without a goodbye
 
 
 @pytest.fixture

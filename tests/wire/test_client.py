@@ -90,7 +90,7 @@ def test_no_answer_within_the_deadline(serve: Callable[[Answer], str]) -> None:
     release = threading.Event()
 
     def wait(request: object, context: grpc.ServicerContext) -> p2p_pb2.ListSourcesResponse:
-        release.wait(30)
+        release.wait(120)
         return p2p_pb2.ListSourcesResponse()
 
     with ServerClient(serve(wait), timeout_seconds=0.2) as client:
