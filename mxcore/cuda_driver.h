@@ -60,6 +60,8 @@ enum {
     MX_POINTER_IS_MANAGED = 8,
     MX_POINTER_DEVICE = 9,
     MX_POINTER_IPC_CAPABLE = 10, /* by cuIpcGetMemHandle: not what cuMemCreate made */
+    MX_POINTER_RANGE_START = 11, /* of the allocation; cuMemGetAddressRange wants a current context for the same */
+    MX_POINTER_RANGE_BYTES = 12,
     MX_MEMORY_HOST = 1,
     MX_MEMORY_DEVICE = 2,
     MX_STREAM_NON_BLOCKING = 1,
@@ -105,7 +107,6 @@ enum {
     F(memory_info, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total_bytes))                                       \
     F(memory_alloc, cuMemAlloc_v2, (mx_device_address *address, size_t bytes))                                       \
     F(memory_free, cuMemFree_v2, (mx_device_address address))                                                        \
-    F(address_range, cuMemGetAddressRange_v2, (mx_device_address *base, size_t *bytes, mx_device_address address))   \
     F(pointer_attribute, cuPointerGetAttribute,                                                                      \
       (void *data, mx_pointer_attribute attribute, mx_device_address address))                                       \
     F(ipc_handle, cuIpcGetMemHandle, (mx_ipc_handle *handle, mx_device_address address))                             \

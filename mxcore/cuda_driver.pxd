@@ -14,7 +14,7 @@ cdef extern from "cuda_driver.h" nogil:
         MX_CUDA_SUCCESS, MX_CUDA_OUT_OF_MEMORY, MX_CUDA_DEINITIALIZED, MX_CUDA_NOT_READY
         MX_DEVICE_MULTIPROCESSORS, MX_DEVICE_UNIFIED_ADDRESSING, MX_DEVICE_CAPABILITY_MAJOR, MX_DEVICE_CAPABILITY_MINOR
         MX_POINTER_CONTEXT, MX_POINTER_MEMORY_TYPE, MX_POINTER_IS_MANAGED, MX_POINTER_DEVICE
-        MX_POINTER_IPC_CAPABLE, MX_IPC_LAZY_PEER_ACCESS
+        MX_POINTER_RANGE_START, MX_POINTER_RANGE_BYTES, MX_POINTER_IPC_CAPABLE, MX_IPC_LAZY_PEER_ACCESS
         MX_MEMORY_HOST, MX_MEMORY_DEVICE
         MX_STREAM_NON_BLOCKING, MX_EVENT_BLOCKING_SYNC, MX_EVENT_NO_TIMING, MX_HOST_PORTABLE, MX_HOST_MAPPED
         MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES
@@ -50,7 +50,6 @@ cdef extern from "cuda_driver.h" nogil:
         int (*memory_info)(size_t*, size_t*) noexcept nogil
         int (*memory_alloc)(mx_device_address*, size_t) noexcept nogil
         int (*memory_free)(mx_device_address) noexcept nogil
-        int (*address_range)(mx_device_address*, size_t*, mx_device_address) noexcept nogil
         int (*pointer_attribute)(void*, int, mx_device_address) noexcept nogil
         int (*ipc_handle)(mx_ipc_handle*, mx_device_address) noexcept nogil
         int (*ipc_open)(mx_device_address*, mx_ipc_handle, unsigned int) noexcept nogil

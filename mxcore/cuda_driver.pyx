@@ -156,6 +156,9 @@ def address_range(address):
     cdef mx_device_address place = address
     cdef mx_device_address base = 0
     cdef size_t size_bytes = 0
-    check(cuda.address_range(&base, &size_bytes, place), "cuMemGetAddressRange",
-          f"{place:#x} lies in no allocation of this process")
+    if device_of(address) < 0:
+        raise CudaError(f"{place:#x} lies in no allocation of this process on a device")
+    check(cuda.pointer_attribute(&base, MX_POINTER_RANGE_START, place), "cuPointerGetAttribute", f"address {place:#x}")
+    check(cuda.pointer_attribute(&size_bytes, MX_POINTER_RANGE_BYTES, place), "cuPointerGetAttribute",
+          f"address {place:#x}")
     return base, size_bytes

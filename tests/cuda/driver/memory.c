@@ -203,19 +203,6 @@ EXPORT int cuMemHostGetDevicePointer_v2(mx_device_address *device_address, void 
     return found == NULL || found->kind == DEVICE_MEMORY || flags != 0 ? MX_CUDA_INVALID_VALUE : 0;
 }
 
-EXPORT int cuMemGetAddressRange_v2(mx_device_address *base, size_t *bytes, mx_device_address address) {
-    FAULT("cuMemGetAddressRange_v2");
-    pthread_mutex_lock(&lock);
-    memory *found = find_memory((uintptr_t)address, 1);
-    int status = found != NULL && found->kind == DEVICE_MEMORY ? 0 : NOT_FOUND;
-    if (status == 0) {
-        *base = found->base;
-        *bytes = found->bytes;
-    }
-    pthread_mutex_unlock(&lock);
-    return status;
-}
-
 EXPORT int cuPointerGetAttribute(void *data, int attribute, mx_device_address address) {
     pthread_mutex_lock(&lock);
     memory *found = find_memory((uintptr_t)address, 1);
@@ -224,6 +211,10 @@ EXPORT int cuPointerGetAttribute(void *data, int attribute, mx_device_address ad
         *(unsigned *)data = found->kind == DEVICE_MEMORY ? MX_MEMORY_DEVICE : MX_MEMORY_HOST;
     } else if (status == 0 && attribute == MX_POINTER_DEVICE) {
         *(int *)data = found->device;
+    } else if (status == 0 && attribute == MX_POINTER_RANGE_START) {
+        *(mx_device_address *)data = found->base;
+    } else if (status == 0 && attribute == MX_POINTER_RANGE_BYTES) {
+        *(size_t *)data = found->bytes;
     } else if (status == 0 && attribute == MX_POINTER_IPC_CAPABLE) {
         *(int *)data = found->fd >= 0;
     } else {
