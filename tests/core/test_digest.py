@@ -97,7 +97,9 @@ BLOCK_BYTES = 1024  # after which XXH3 mixes its accumulators; of 16 stripes
 @given(
     blocks=st.integers(0, 40),
     rest=st.sampled_from([0, 1, 63, 64, 65, 200, 255, 256, 257, 511, 960, 1023]),
-    cuts=st.lists(st.integers(0, 41 * BLOCK_BYTES), max_size=6),
+    cuts=st.lists(
+        st.integers(0, 41 * BLOCK_BYTES) | st.builds(int.__mul__, st.integers(0, 41 * 16), st.just(64)), max_size=6
+    ),
     shift=st.integers(0, 70),
     filling=st.sampled_from(["chance", "ones", "zeros"]),
 )
