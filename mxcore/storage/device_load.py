@@ -80,7 +80,7 @@ def read_rows_to_device(
     moved = [(place_of[row[0]], *row[1:]) for row in rows]
     files = [checkpoint.files[file] for file in used]
     stamps = [checkpoint.stamps[file] for file in used]
-    _require_on_device(files, moved, device_index)  # before a file is opened
+    _placed(files, moved, device_index)  # before a file is opened
     if not moved:
         return LoadReport()
     with Reader(files, mode=mode, memory=memory, stamps=stamps, gpudirect_storage=gpudirect_storage) as reader:
@@ -101,7 +101,7 @@ def read_open_files(
 ) -> LoadReport:
     """As `read_rows_to_device`, for a caller who reads often: `reader` has those `files` open."""
     started = time.perf_counter()
-    _require_on_device(files, rows, device_index)
+    rows = _placed(files, rows, device_index)
     if not rows:
         return LoadReport()
     largest = max(rows, key=lambda row: row[2])
@@ -111,7 +111,10 @@ def read_open_files(
     return report
 
 
-def _require_on_device(files: Sequence[Path], rows: Sequence[Row], device_index: int) -> None:
+def _placed(files: Sequence[Path], rows: Sequence[Row], device_index: int) -> list[Row]:
+    """The rows, none of which goes beyond an allocation: those that `merged` made of neighbours in memory may, and no
+    copy does. Raises DestinationMismatch for memory that is not the device's."""
+    placed: list[Row] = []
     for row in rows:
         for address in (row[5], row[5] + (row[4] - 1) * row[6] + row[2] - 1):
             found = cuda_driver.device_of(address)
@@ -121,6 +124,16 @@ def _require_on_device(files: Sequence[Path], rows: Sequence[Row], device_index:
                     f"{files[row[0]].name}, byte {row[1]}: its destination {address:#x} is {place}, "
                     f"not memory of device {device_index}"
                 )
+        file, offset, left, stride, count, to, to_stride = row
+        while count == 1:
+            base, size_bytes = cuda_driver.address_range(to)
+            if to + left <= base + size_bytes:
+                break
+            take = base + size_bytes - to
+            placed.append((file, offset, take, 0, 1, to, 0))
+            offset, left, to = offset + take, left - take, to + take
+        placed.append((file, offset, left, stride, count, to, to_stride))
+    return placed
 
 
 class DeviceArena:

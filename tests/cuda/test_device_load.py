@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import subprocess
@@ -11,11 +12,13 @@ import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mxcore import cuda_driver
 from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer, copy_on_device, live_pinned_bytes
 from mxcore.cuda_ring import DeviceRing, slot_bytes
@@ -27,10 +30,10 @@ from mxcore.storage import device_ring
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena, load_to_device
 from mxcore.storage.device_ring import release_rings
-from mxcore.storage.load import Reader
+from mxcore.storage.load import LoadReport, Reader
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.near_device import node_of, prefer_node
-from mxcore.storage.read_plan import Want, merged, parts_of
+from mxcore.storage.read_plan import Row, Want, merged, parts_of
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 
@@ -210,6 +213,34 @@ def test_an_arena_holds_all(
     driver.memory(1 << 20)
     with pytest.raises(DeviceMemoryError):
         load_arena(checkpoint, device_index=0, memory=memory)
+
+
+def test_no_copy_goes_beyond_an_allocation(
+    checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], memory: MemoryBudget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that follow each other in a file and in memory may lie in two allocations; a driver copies into one."""
+    made = destinations({"large": tensors["large"]})
+    begin, size = made["large"].data_ptr(), tensors["large"].nbytes
+    seams = [begin, begin + 1, begin + 70_000, begin + 70_512, begin + 5_000_000, begin + size]
+
+    def of_many(address: int) -> tuple[int, int]:
+        first, end = next((first, end) for first, end in itertools.pairwise(seams) if first <= address < end)
+        return first, end - first
+
+    copied: list[tuple[int, int]] = []
+    read = Reader.read
+
+    def seen(self: Reader, rows: list[Row], **more: Any) -> LoadReport:
+        copied.extend((row[5], row[5] + row[2]) for row in rows)
+        return read(self, rows, **more)
+
+    load_to_device(checkpoint, made, device_index=0, memory=memory)  # makes the ring
+    monkeypatch.setattr(cuda_driver, "address_range", of_many)
+    monkeypatch.setattr(Reader, "read", seen)
+    load_to_device(checkpoint, made, device_index=0, memory=memory)
+    assert copied == list(itertools.pairwise(seams))
+    assert same_bits(made["large"].on_host(), tensors["large"])
+    close(made)
 
 
 def test_digests_are_made_on_the_way(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], driver: StandIn) -> None:
@@ -407,6 +438,7 @@ def test_rings_end_with_the_process(loaded: StandIn, checkpoint: Checkpoint) -> 
     code = f"""
 import torch
 from pathlib import Path
+from mxcore import cuda_driver
 from mxcore import cuda_driver
 from mxcore.cuda_context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
