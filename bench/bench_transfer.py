@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ class Rates:
     whole: list[float] = field(default_factory=list)
     unverified: list[float] = field(default_factory=list)
     one_descriptor: list[float] = field(default_factory=list)
+    one_verified: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
 
 
@@ -97,7 +98,7 @@ def beside_a_free_core(shape: Shape, repeats: int) -> Rates:
 
 
 def measure(transport: Literal["tcp", "same-host"], shape: Shape, gap_bytes: int, repeats: int) -> Rates:
-    """Rounds of: the machine's limit, one descriptor on one region, ours, ours without looking at digests."""
+    """Rounds of: the machine's limit, one descriptor on one region without and with digests, ours with and without."""
     rates, count = Rates(), total_bytes(shape)
     with limits.OneDescriptor(transport, count) as limit, Fleet() as fleet:
         pair = Pair(fleet, transport, shape, gap_bytes)
@@ -105,6 +106,7 @@ def measure(transport: Literal["tcp", "same-host"], shape: Shape, gap_bytes: int
         for number in range(repeats):
             rates.limit.append(limits.socket_rate(count, 1) if transport == "tcp" else limits.memcpy_rate(count))
             rates.one_descriptor.append(limit.rate())
+            rates.one_verified.append(limit.rate(verified=True))
             verifying(pair, rates, number)
     return rates
 
@@ -126,22 +128,29 @@ def _cpu_seconds(process: Process) -> float:
 def figures_of(rates: dict[tuple[str, str], Rates], one_reads: Rates, machine: dict[str, float]) -> dict[str, Any]:
     """The ratios that the goals are about: the worse of the transports where there is one for each."""
 
-    def over_one(shapes: Iterable[str]) -> dict[str, float]:
+    def over_one(ours: str, one: str, suffix: str = "") -> dict[str, float]:
+        """Each shape's rate against that of one descriptor: fields of Rates."""
         return {
-            f"{shape}_vs_one_descriptor_{transport.replace('-', '_')}": median(rates[transport, shape].moving)
-            / median(rates[transport, shape].one_descriptor)
-            for transport in TRANSPORTS
-            for shape in shapes
+            f"{shape}_vs_one_descriptor{suffix}_{transport.replace('-', '_')}": median(getattr(found, ours))
+            / median(getattr(found, one))
+            for (transport, shape), found in rates.items()
         }
 
-    each = over_one(SHAPES)
+    def worse(ratios: dict[str, float]) -> float:
+        return min(value for name, value in ratios.items() if name.startswith("many_vs"))
+
+    each = over_one("moving", "one_descriptor")
+    unverified = over_one("unverified", "one_descriptor", "_unverified")
+    verified = over_one("moving", "one_verified", "_both_verified")
     few = {transport: rates[transport, "few"] for transport in TRANSPORTS}
 
     def overhead(rate: Rates) -> float:
         return median(rate.unverified) / median(rate.moving) - 1
 
     return {
-        "many_vs_one_descriptor": min(value for name, value in each.items() if name.startswith("many_vs")),
+        "many_vs_one_descriptor": worse(each),
+        "many_vs_one_descriptor_unverified": worse(unverified),
+        "many_vs_one_descriptor_both_verified": worse(verified),
         "registration_vs_one_by_one": machine["registration_ratio"],
         "verify_overhead_ratio": overhead(few["same-host"]),
         "tcp_vs_raw_socket": median(few["tcp"].moving) / median(few["tcp"].limit),
@@ -150,6 +159,8 @@ def figures_of(rates: dict[tuple[str, str], Rates], one_reads: Rates, machine: d
         "verify_overhead_ratio_one_more_thread": overhead(one_reads),
         "verify_overhead_ratio_tcp": overhead(few["tcp"]),
         **each,
+        **unverified,
+        **verified,
     }
 
 
@@ -160,10 +171,17 @@ def figures_of(rates: dict[tuple[str, str], Rates], one_reads: Rates, machine: d
 def command(scale: float, repeats: int, as_json: bool) -> None:
     """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
 
-    Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc
-    does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before. What verification adds within the host is
-    measured twice: with the same threads on both sides, one a core (at most 4), and against one thread without, where
-    the product takes one more with it since a core is free.
+        Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc
+    <<<<<<< HEAD
+        does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before. What verification adds within the host is
+        measured twice: with the same threads on both sides, one a core (at most 4), and against one thread without, where
+        the product takes one more with it since a core is free.
+    =======
+        does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before.
+
+        Ours is verified and the one descriptor is not, but in figures that say so: `_unverified` neither, `_both_verified`
+        both, the one descriptor by digests after it has arrived.
+    >>>>>>> 1f6b7a2 (Over TCP the holder's agent notifies the receiver's of each chunk, chunks arrive one after the other, connections are made while chunks are asked for; bench: verified against verified)
     """
     machine: dict[str, float] = {}
     size = int(1000 * MIB * scale)
@@ -181,7 +199,8 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
             click.echo(
                 f"{transport}, {name}: {median(found.moving):.2f} GB/s ({median(found.whole):.2f} with finding and "
                 f"connecting), {median(found.unverified):.2f} unverified, one descriptor "
-                f"{median(found.one_descriptor):.2f}, {LIMITS[transport]} {median(found.limit):.2f}",
+                f"{median(found.one_descriptor):.2f} ({median(found.one_verified):.2f} verified), {LIMITS[transport]} "
+                f"{median(found.limit):.2f}",
                 err=True,
             )
     one_reads = beside_a_free_core(scaled(SHAPES["few"][0], scale), max(repeats, VERIFY_ROUNDS))

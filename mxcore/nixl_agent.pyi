@@ -8,6 +8,7 @@ release the GIL. Thread-safe throughout. NIXL checks no bytes: digests are the c
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from mxcore.mailbox import Mailbox
 from mxcore.nixl_table import load_library as load_library
 
 class Uint64Buffer(Protocol):
@@ -91,14 +92,27 @@ class NixlAgent:
         Raises NixlError for addresses outside of registered regions and for an unknown peer.
         """
 
-    def keep_progressing(self) -> None:
+    @property
+    def notifies(self) -> bool:
+        """Whether this NIXL can tell a peer a number with a transfer."""
+
+    def keep_progressing(self, mailbox: Mailbox) -> None:
         """Moves what there is to move, again and again with pauses of about 0.1 ms, until it is told to stop.
+
+        Numbers that peers told with their transfers (`Transfer.post`) go into the mailbox.
 
         For a thread of its own, one at a time; without the GIL. Raises NixlError when the agent is destroyed already.
         """
 
     def stop_progressing(self, stopped: bool = True) -> None:
         """Ends `keep_progressing`, or (False) lets the next one begin."""
+
+    def wait_any(self, transfers: list[Transfer], seconds: float) -> list[int]:
+        """Waits until one of these transfers of this agent is done, for so long at most; the indices of all that are.
+
+        Looks every 0.1 ms, without the GIL, and moves what there is to move. One thread waits for a transfer, and
+        nobody releases it meanwhile. `destroy` waits for this. Raises PeerLost, NixlError.
+        """
 
     def destroy(self) -> None:
         """Waits for calls in progress, drops all transfers, then the agent: afterwards no byte arrives any more.
@@ -113,8 +127,11 @@ class Transfer:
     def operation(self) -> str: ...
     @property
     def remote_agent(self) -> str: ...
-    def post(self) -> bool:
-        """Starts the transfer; True when it is already complete. Raises PeerLost."""
+    def post(self, number: int | None = None) -> bool:
+        """Starts the transfer; True when it is already complete. Raises PeerLost.
+
+        The peer is told the `number` (32 bits) when the bytes are there, if this agent `notifies`.
+        """
 
     def done(self) -> bool:
         """True when all bytes have arrived, False while it is in progress. Raises PeerLost."""

@@ -12,16 +12,18 @@ import weakref
 cimport cython
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 
 from mxcore.nixl_table import load_library
 
+from mxcore.mailbox cimport Mailbox
 from mxcore.nixl_capi cimport (
-    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_progress_until,
-    mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list,
+    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_post,
+    mx_nixl_progress_until, mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list, mx_nixl_wait_any,
 )
 from mxcore.nixl_table cimport nixl_table
 
@@ -262,14 +264,38 @@ cdef class NixlAgent:
                           self.name, ": addresses outside of the registered regions, or an unknown peer")
         return transfer
 
-    def keep_progressing(self):
+    @property
+    def notifies(self):
+        return nixl.notifies
+
+    def keep_progressing(self, Mailbox mailbox not None):
         self._enter()
         with nogil:
-            mx_nixl_progress_until(nixl, self.agent, self.options, &self.stopped)
+            mx_nixl_progress_until(nixl, self.agent, self.options, mailbox.box, &self.stopped)
         self._leave()
 
     def stop_progressing(self, bint stopped=True):
         mx_nixl_stop(&self.stopped, stopped)
+
+    def wait_any(self, list transfers not None, double seconds):
+        cdef Py_ssize_t count = len(transfers), i
+        cdef int64_t longest = <int64_t> (seconds * 1e9)
+        cdef void **requests = <void **> malloc((count + 1) * (sizeof(void *) + sizeof(int)))
+        cdef int *statuses = <int *> (requests + count)
+        if requests == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                requests[i] = <void *> (<Transfer?> transfers[i]).request
+                if requests[i] == NULL:
+                    raise NixlError(f"NIXL agent {self.name!r}: a transfer that is waited for was released")
+            self._enter()
+            with nogil:
+                mx_nixl_wait_any(nixl, self.agent, requests, count, statuses, longest)
+            self._leave()
+            return [i for i in range(count) if (<Transfer> transfers[i])._finished("asking after", statuses[i])]
+        finally:
+            free(requests)
 
     cdef void _release_request(self, uintptr_t request) noexcept:
         with nogil:
@@ -346,11 +372,14 @@ cdef class Transfer:
         self.operation = operation
         self.remote_agent = remote_agent
 
-    def post(self):
+    def post(self, number=None):
         cdef int status
+        cdef uint32_t told = 0 if number is None else number
+        cdef const uint32_t *tell = NULL if number is None else &told
         self._enter()
         with nogil:
-            status = nixl.post_xfer_req(self.agent.agent, <void *> self.request, self.agent.options)
+            status = mx_nixl_post(nixl, self.agent.agent, self.agent.backend_handle, <void *> self.request,
+                                  self.agent.options, tell)
         self.agent._leave()
         return self._finished("posting", status)
 

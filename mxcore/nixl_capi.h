@@ -16,6 +16,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "mailbox.h"
+
 enum { MX_NIXL_SUCCESS = 0, MX_NIXL_IN_PROGRESS = 1 };
 
 /* What nixl_capi_create_configured_agent reads. The layout changed between releases: `listen_port` was an int at
@@ -73,10 +75,21 @@ enum { MX_NIXL_THREAD_SYNC_RW = 2 };
     F(notif_map_clear, (void *map))                                                                             \
     F(get_notifs, (void *agent, void *map, void *options))
 
+/* For notifications with a content: without these, holders tell of what they wrote by gRPC alone. */
+#define MX_NIXL_NOTIFICATIONS(F)                                                                      \
+    F(opt_args_set_has_notif, (void *options, bool has_notif))                                        \
+    F(opt_args_set_notif_msg, (void *options, const void *data, size_t length))                       \
+    F(notif_map_size, (void *map, size_t *agents))                                                    \
+    F(notif_map_get_agent_at, (void *map, size_t index, const char **agent))                          \
+    F(notif_map_get_notifs_size, (void *map, const char *agent, size_t *count))                       \
+    F(notif_map_get_notif, (void *map, const char *agent, size_t index, const void **data, size_t *length))
+
 typedef struct {
 #define MX_NIXL_MEMBER(name, arguments) int(*name) arguments;
     MX_NIXL_FUNCTIONS(MX_NIXL_MEMBER)
+    MX_NIXL_NOTIFICATIONS(MX_NIXL_MEMBER)
 #undef MX_NIXL_MEMBER
+    bool notifies; /* the optional ones are there */
     void (*mem_free)(void *memory); /* only in newer releases: older ones hand out malloc'd memory */
 } mx_nixl_table;
 
@@ -97,6 +110,12 @@ static inline int mx_nixl_open(const char *path, mx_nixl_table *table, char *rea
         return -1;                                                                           \
     }
     MX_NIXL_FUNCTIONS(MX_NIXL_RESOLVE)
+#undef MX_NIXL_RESOLVE
+    table->notifies = true;
+#define MX_NIXL_RESOLVE(name, arguments)                         \
+    *(void **)&table->name = dlsym(library, "nixl_capi_" #name); \
+    table->notifies &= table->name != NULL;
+    MX_NIXL_NOTIFICATIONS(MX_NIXL_RESOLVE)
 #undef MX_NIXL_RESOLVE
     *(void **)&table->mem_free = dlsym(library, "nixl_capi_mem_free");
     return 0;
@@ -123,10 +142,56 @@ static inline int mx_nixl_region_list(const mx_nixl_table *table, int memory_kin
 
 enum { MX_NIXL_PAUSE_NANOSECONDS = 50 * 1000 };
 
-/* Drives an agent without a progress thread until `stopped`: asking for notifications, of which we send none, makes all
- * the progress there is. Looking 10,000 times a second costs less than being woken for each of the 20,000 stretches that
+/* Posts a request; its peer is told `number` once its bytes are there, where NIXL can. */
+static inline int mx_nixl_post(const mx_nixl_table *table, void *agent, void *backend, void *request, void *options,
+                               const uint32_t *number)
+{
+    void *telling = NULL;
+    int status;
+    if (number == NULL || !table->notifies)
+        return table->post_xfer_req(agent, request, options);
+    status = table->create_opt_args(&telling);
+    if (status == MX_NIXL_SUCCESS)
+        status = table->opt_args_add_backend(telling, backend);
+    if (status == MX_NIXL_SUCCESS)
+        status = table->opt_args_set_notif_msg(telling, number, sizeof *number);
+    if (status == MX_NIXL_SUCCESS)
+        status = table->opt_args_set_has_notif(telling, true);
+    if (status == MX_NIXL_SUCCESS)
+        status = table->post_xfer_req(agent, request, telling);
+    if (telling != NULL)
+        table->destroy_opt_args(telling);
+    return status;
+}
+
+/* Puts the numbers that peers have sent into `box`. What cannot be read or kept is left out: it is told by gRPC too. */
+static inline void mx_nixl_take_numbers(const mx_nixl_table *table, void *map, mx_mailbox *box)
+{
+    size_t agents = 0, count = 0, length;
+    const char *agent;
+    const void *data;
+    uint32_t number;
+    if (table->notif_map_size(map, &agents) != MX_NIXL_SUCCESS)
+        return;
+    for (size_t i = 0; i < agents; i++) {
+        if (table->notif_map_get_agent_at(map, i, &agent) != MX_NIXL_SUCCESS ||
+            table->notif_map_get_notifs_size(map, agent, &count) != MX_NIXL_SUCCESS)
+            continue;
+        for (size_t j = 0; j < count; j++) {
+            if (table->notif_map_get_notif(map, agent, j, &data, &length) != MX_NIXL_SUCCESS ||
+                length != sizeof number)
+                continue;
+            memcpy(&number, data, sizeof number);
+            mx_mailbox_put(box, number);
+        }
+    }
+}
+
+/* Drives an agent without a progress thread until `stopped`: asking for notifications makes all the progress there is.
+ * Looking 10,000 times a second costs less than being woken for each of the 20,000 stretches that
  * TCP brings meanwhile, on both sides: a sender has nobody to wake. The kernel's buffers hold what comes in a pause. */
-static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, const int *stopped)
+static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, mx_mailbox *box,
+                                          const int *stopped)
 {
     const struct timespec pause = {0, MX_NIXL_PAUSE_NANOSECONDS};
     void *map = NULL;
@@ -134,10 +199,32 @@ static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agen
         return;
     while (!__atomic_load_n(stopped, __ATOMIC_ACQUIRE)) {
         table->get_notifs(agent, map, options); /* a lost peer is told by its transfers */
+        if (table->notifies)
+            mx_nixl_take_numbers(table, map, box);
         table->notif_map_clear(map);
         nanosleep(&pause, NULL);
     }
     table->destroy_notif_map(map);
+}
+
+/* Asks after requests until one of them has ended or `longest_nanoseconds` are over; leaves what each answered. */
+static inline void mx_nixl_wait_any(const mx_nixl_table *table, void *agent, void *const *requests, ptrdiff_t count,
+                                    int *statuses, int64_t longest_nanoseconds)
+{
+    const struct timespec pause = {0, MX_NIXL_PAUSE_NANOSECONDS};
+    struct timespec began, now;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    for (;;) {
+        bool ended = false;
+        for (ptrdiff_t i = 0; i < count; i++) {
+            statuses[i] = table->get_xfer_status(agent, requests[i]);
+            ended |= statuses[i] != MX_NIXL_IN_PROGRESS;
+        }
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (ended || (now.tv_sec - began.tv_sec) * 1000000000LL + now.tv_nsec - began.tv_nsec >= longest_nanoseconds)
+            return;
+        nanosleep(&pause, NULL);
+    }
 }
 
 static inline void mx_nixl_stop(int *stopped, int value)

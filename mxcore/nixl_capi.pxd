@@ -1,7 +1,9 @@
 """Declarations of nixl_capi.h: NIXL's C interface as a table of functions."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+
+from mxcore.mailbox cimport mx_mailbox
 
 cdef extern from "nixl_capi.h" nogil:
     enum: MX_NIXL_SUCCESS
@@ -46,6 +48,7 @@ cdef extern from "nixl_capi.h" nogil:
         int (*destroy_notif_map)(void *) noexcept nogil
         int (*notif_map_clear)(void *) noexcept nogil
         int (*get_notifs)(void *, void *, void *) noexcept nogil
+        bint notifies
         void (*mem_free)(void *) noexcept nogil
 
     int mx_nixl_open(const char *path, mx_nixl_table *table, char *reason, size_t reason_bytes)
@@ -53,6 +56,11 @@ cdef extern from "nixl_capi.h" nogil:
                               const uint64_t *lengths, Py_ssize_t count, uint64_t device, void **list)
     int mx_nixl_region_list(const mx_nixl_table *table, int memory_kind, const uint64_t *addresses,
                             const uint64_t *lengths, Py_ssize_t count, uint64_t device, void **list)
-    void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, const int *stopped)
+    int mx_nixl_post(const mx_nixl_table *table, void *agent, void *backend, void *request, void *options,
+                     const uint32_t *number)
+    void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, mx_mailbox *box,
+                                const int *stopped)
+    void mx_nixl_wait_any(const mx_nixl_table *table, void *agent, void *const *requests, Py_ssize_t count,
+                          int *statuses, int64_t longest_nanoseconds)
     void mx_nixl_stop(int *stopped, int value)
     void mx_nixl_free(const mx_nixl_table *table, void *memory)

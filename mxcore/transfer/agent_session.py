@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mxcore.descriptors import merge_adjoining
 from mxcore.errors import CudaError, NixlError, TransferStalled
+from mxcore.mailbox import Mailbox
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
@@ -27,8 +28,7 @@ __all__ = ["AgentSession", "Move", "require_movable"]
 
 logger = logging.getLogger(__name__)
 
-_FIRST_POLL_SECONDS = 0.0001
-_LONGEST_POLL_SECONDS = 0.002
+_LOOK_SECONDS = 0.02  # at a time, at what is in flight; afterwards at whether it is still wanted
 
 
 class Move(NamedTuple):
@@ -86,6 +86,7 @@ class AgentSession:
         self._progress_lock = threading.Lock()
         self._progress_users = 0
         self._progress: threading.Thread | None = None
+        self.mailbox = Mailbox()  # of the numbers that peers tell, while `progressing`
 
     @property
     def name(self) -> str:
@@ -96,6 +97,11 @@ class AgentSession:
     def fenced(self) -> bool:
         """Whether the agent is gone."""
         return self._agent.destroyed
+
+    @property
+    def has_progress_thread(self) -> bool:
+        """Whether NIXL has one: then nothing comes into the `mailbox`."""
+        return self._has_thread
 
     @contextmanager
     def progressing(self) -> Iterator[None]:
@@ -121,7 +127,7 @@ class AgentSession:
 
     def _keep_progressing(self) -> None:
         with suppress(NixlError):  # the agent was destroyed before this began
-            self._agent.keep_progressing()
+            self._agent.keep_progressing(self.mailbox)
 
     def register(self, layout: Layout, placement: Placement) -> int:
         """Registers all extents, neighbours as one region; returns the number of regions.
@@ -163,8 +169,16 @@ class AgentSession:
         if not self._agent.destroyed:
             self._agent.forget_remote(peer)
 
-    def post(self, operation: Operation, move: Move, peer: str) -> tuple[Transfer, bool]:
-        """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost."""
+    @property
+    def notifies(self) -> bool:
+        """Whether peers whose agents have no progress thread can be told of each move."""
+        return self._agent.notifies
+
+    def post(self, operation: Operation, move: Move, peer: str, *, notify: bool = False) -> tuple[Transfer, bool]:
+        """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost.
+
+        With `notify` the peer is told the chunk when it is there.
+        """
         # Both sides register neighbours as one region (`merge_regions`), so that these may be one descriptor as well.
         # On devices regions end with their allocation, whatever adjoins.
         local, remote, lengths = move.local_addresses, move.remote_addresses, move.lengths
@@ -172,7 +186,7 @@ class AgentSession:
             local, remote, lengths = merge_adjoining(local, remote, lengths)
         transfer = self._agent.transfer(operation, local, remote, lengths, peer, **self._memory_kinds(move))
         try:
-            return transfer, transfer.post()
+            return transfer, transfer.post(move.chunk if notify else None)
         except NixlError:
             transfer.release()
             del transfer  # the error's traceback would keep it
@@ -196,10 +210,13 @@ class AgentSession:
         peer: str,
         *,
         in_flight_limit: int,
+        notify: bool = False,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[int]:
         """Runs moves, at most `in_flight_limit` at a time; yields each chunk once its bytes are there.
 
+        Where a chunk has arrived, the next one is begun before that is told: UCX sends while it is posted to, and
+        nothing is to move slower for what the caller does with the news. With `notify` the peer is told as well.
         Ends early once `cancelled` says so; what is in flight is then released, not stopped.
 
         Raises:
@@ -208,36 +225,43 @@ class AgentSession:
         """
         waiting = iter(moves)
         in_flight: dict[int, Transfer] = {}
-        pause = _FIRST_POLL_SECONDS
+        completed: list[int] = []
         deadline = time.monotonic() + self.stall_timeout_seconds
         try:
             while not cancelled():
-                completed = [chunk for chunk, transfer in in_flight.items() if transfer.done()]
-                for chunk in completed:
-                    in_flight.pop(chunk).release()
-                while not completed and len(in_flight) < in_flight_limit and (move := next(waiting, None)) is not None:
-                    in_flight[move.chunk], complete = self.post(operation, move, peer)
-                    if complete:
+                at_once = False
+                while not at_once and len(in_flight) < in_flight_limit and (move := next(waiting, None)) is not None:
+                    if not in_flight:
+                        deadline = time.monotonic() + self.stall_timeout_seconds
+                    in_flight[move.chunk], at_once = self.post(operation, move, peer, notify=notify)
+                    if at_once:
                         in_flight.pop(move.chunk).release()
                         completed.append(move.chunk)
-                if completed:
-                    yield from completed
-                    pause = _FIRST_POLL_SECONDS
-                    deadline = time.monotonic() + self.stall_timeout_seconds
-                elif not in_flight:
+                yield from completed
+                if not in_flight and not at_once:
                     return
+                completed = self._completed(in_flight, 0.0 if at_once else _LOOK_SECONDS)
+                if completed or at_once:
+                    deadline = time.monotonic() + self.stall_timeout_seconds
                 elif time.monotonic() > deadline:
                     raise TransferStalled(
                         f"{operation} with {peer}: chunks {sorted(in_flight)} made no progress for "
                         f"{self.stall_timeout_seconds:g} s"
                     )
-                else:
-                    time.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_POLL_SECONDS)
         finally:
             for transfer in in_flight.values():
                 transfer.release()
             in_flight.clear()
+
+    def _completed(self, in_flight: dict[int, Transfer], seconds: float) -> list[int]:
+        """Waits for so long at most; takes out what has arrived. Raises PeerLost."""
+        if not in_flight:
+            return []
+        chunks = list(in_flight)
+        completed = [chunks[i] for i in self._agent.wait_any(list(in_flight.values()), seconds)]
+        for chunk in completed:
+            in_flight.pop(chunk).release()
+        return completed
 
     def fence(self) -> None:
         """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent.

@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 15.0
 MOST_READERS = 8
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
+_PUSHED_BYTES_IN_FLIGHT = 32 << 20  # enough for the longest way; UCX ends all that is begun at about the same time
 _MOST_WAITING = 16  # askers that wait for news; more are answered at once
 _UNASKED_PAUSE_SECONDS = 0.1
 
@@ -45,6 +47,8 @@ class Lease:
     remote_addresses: array[int] = field(default_factory=lambda: array("Q"))  # of every segment, there
     remote_device: int | None = None  # that they are on, as its process counts; None: host memory
     pushes: int = 0  # streams that are running
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of the streams: one begins chunks at a time
+    connecting: ExitStack = field(default_factory=ExitStack)  # from the opening to the end of the first stream
     ended: bool = False
 
 
@@ -241,12 +245,18 @@ class Holder:
             )
         peer = self.session.connect(metadata)
         with self._changed:
+            if not lease.ended:
+                lease.connecting.enter_context(self.session.progressing())
             lease.peer = peer
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
 
-    def push(self, lease_id: str, chunks: Sequence[int], cancelled: Callable[[], bool]) -> Iterator[int]:
+    def push(
+        self, lease_id: str, chunks: Sequence[int], cancelled: Callable[[], bool], *, notify: bool = False
+    ) -> Iterator[int]:
         """WRITEs chunks into the receiver's memory; yields each one that has arrived there.
+
+        With `notify` the receiver's agent is told of each as well, which costs both sides less than a message.
 
         Raises LeaseEnded (also while it runs: the lease was ended), PeerLost, TransferStalled, NixlError, and
         ValueError for chunks that are not there or a transfer that was not opened.
@@ -259,21 +269,15 @@ class Holder:
                 raise ValueError(f"lease {lease_id!r} has no open transfer that WRITEs")
             lease.pushes += 1
 
-        def moves() -> Iterator[Move]:
-            for chunk in chunks:
-                local, remote, lengths = (
-                    self.chunks.slice_of(values, chunk)
-                    for values in (self.addresses, lease.remote_addresses, self.chunks.lengths)
-                )
-                yield Move(chunk, local, remote, lengths, lease.remote_device)
-
+        moves = self._moves(lease, chunks)
         try:
             with self.session.progressing():
                 for chunk in self.session.run(
                     "write",
-                    moves(),
+                    moves,
                     lease.peer,
-                    in_flight_limit=_PUSHES_IN_FLIGHT,
+                    in_flight_limit=max(2, min(_PUSHES_IN_FLIGHT, _PUSHED_BYTES_IN_FLIGHT // self.chunks.chunk_bytes)),
+                    notify=notify,
                     cancelled=lambda: lease.ended or cancelled(),
                 ):
                     self.renew(lease_id)
@@ -283,9 +287,24 @@ class Holder:
                 self._end(lease)  # the receiver is gone, or as good as
             raise
         finally:
+            moves.close()
             with self._changed:
                 lease.pushes -= 1
+                lease.connecting.close()
                 self._disconnect(lease)
+
+    def _moves(self, lease: Lease, chunks: Sequence[int]) -> Generator[Move, None, None]:
+        """The WRITEs of chunks, once the lease's stream before this one has begun all of its own.
+
+        So they arrive one after the other, and are verified meanwhile, instead of all at the end.
+        """
+        with lease.turn:
+            for chunk in chunks:
+                local, remote, lengths = (
+                    self.chunks.slice_of(values, chunk)
+                    for values in (self.addresses, lease.remote_addresses, self.chunks.lengths)
+                )
+                yield Move(chunk, local, remote, lengths, lease.remote_device)
 
     def drain(self, timeout_seconds: float) -> bool:
         """Refuses new readers and waits until the ones that read are done or silent; False when some still read."""
@@ -322,6 +341,7 @@ class Holder:
     def _end(self, lease: Lease) -> None:
         self._leases.pop(lease.lease_id, None)
         lease.ended = True
+        lease.connecting.close()
         self._disconnect(lease)
         self._changed.notify_all()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -170,8 +171,9 @@ class HolderPull:
         session = self._sessions.take(route.tls) if route.transport != "same-host" else None
         verifying = _Verifier(self._intake, name)
         try:
-            mover = self._open(lease_id, route, session)
-            with session.progressing() if session is not None else nullcontext(), mover:
+            # Progress from here on: what the holder is told by `_open` makes it connect at once.
+            progress = session.progressing() if session is not None else nullcontext()
+            with progress, self._open(lease_id, route, session) as mover:
                 self._mover = mover
                 try:
                     self._fetch(lease_id, mover, verifying)
@@ -189,10 +191,12 @@ class HolderPull:
             self._intake.drop(name)
 
     def _fetch(self, lease_id: str, mover: _Mover, verifying: _Verifier) -> None:
-        """Asks, fetches, verifies; where this thread moves the bytes itself, while an answer is on its way."""
+        """Asks, fetches, verifies; goes on with what arrives while an answer is on its way."""
         name = self.source.worker_id
         count = len(self._intake.chunks)
         asking = _Asking()
+        wake = mover.wake if isinstance(mover, PullByWrite) else None
+        goes_on = mover.needs_this_thread or wake is not None  # with an answer on its way
         sign_of_life_seconds = self._settings.stall_timeout_seconds / 4
         while not self._intake.finished:
             if self._given_up is not None:
@@ -218,7 +222,9 @@ class HolderPull:
                         wait_seconds=wait,
                         declined=asking.declined,
                     )
-            if asking.call is not None and (idle or not mover.needs_this_thread or asking.call.done):
+                    if wake is not None and not idle:
+                        asking.call.when_done(wake)
+            if asking.call is not None and (idle or not goes_on or asking.call.done):
                 self._take_answer(asking, mover, count)
                 idle = mover.idle
             if idle:
@@ -228,7 +234,7 @@ class HolderPull:
             for chunk in mover.arrived():
                 self.busy_at = time.monotonic()
                 self._anything_came = True
-                verifying.submit(chunk, mover.digest_of(chunk))
+                verifying.submit(chunk, mover.digest_of(chunk), wake)
             verifying.collect(wait=mover.idle)
 
     def _take_answer(self, asking: _Asking, mover: _Mover, count: int) -> None:
@@ -280,7 +286,12 @@ class HolderPull:
         if answer.operation != operation or len(answer.extents) != len(extents):
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         if not reads:
-            return PullByWrite(self._client, lease_id, stall_timeout_seconds=self._settings.stall_timeout_seconds)
+            if session is None:
+                raise SourceRefused(
+                    f"worker {self.source.worker_id} would WRITE by {route.transport}, without an agent"
+                )
+            stall_seconds = self._settings.stall_timeout_seconds
+            return PullByWrite(self._client, lease_id, session, stall_timeout_seconds=stall_seconds)
         chunks = self._intake.chunks
         remote = chunks.addresses([extent.address for extent in answer.extents])
         if session is None:
@@ -308,26 +319,35 @@ class HolderPull:
 
 
 class _Verifier:
-    """Compares chunks with their digests while others arrive."""
+    """Compares chunks with their digests while others arrive, and books those that are right."""
 
     def __init__(self, intake: Intake, holder: str) -> None:
         self._intake = intake
         self._holder = holder
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
-        self._running: dict[Future[bool], int] = {}
+        self._running: set[Future[None]] = set()
 
-    def submit(self, chunk: int, made: bytes = b"") -> None:
-        """Takes a chunk that has arrived, with its digest if there is one. Raises DigestMismatch in that case."""
+    def submit(self, chunk: int, made: bytes = b"", then: Callable[[], None] | None = None) -> None:
+        """Takes a chunk that has arrived, with its digest if there is one. Raises DigestMismatch in that case.
+
+        `then` is called when it is booked, or was refused.
+        """
         if made:
             self._book(chunk, self._intake.verify(chunk, made))
             return
-        self._running[self._pool.submit(self._intake.verify, chunk)] = chunk
+        running = self._pool.submit(self._verify, chunk)
+        self._running.add(running)
+        if then is not None:
+            running.add_done_callback(lambda _: then())
 
     def collect(self, *, wait: bool) -> None:
-        """Books what is verified; with `wait`, all of it. Raises DigestMismatch."""
-        for future in [future for future in self._running if wait or future.done()]:
-            chunk = self._running.pop(future)
-            self._book(chunk, future.result())
+        """Raises what the verification of chunks raised (DigestMismatch); with `wait`, once all are through."""
+        for running in [running for running in self._running if wait or running.done()]:
+            self._running.remove(running)
+            running.result()
+
+    def _verify(self, chunk: int) -> None:
+        self._book(chunk, self._intake.verify(chunk))
 
     def _book(self, chunk: int, right: bool) -> None:
         if not right:

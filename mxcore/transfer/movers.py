@@ -5,15 +5,13 @@ A mover is asked for chunks and says which have arrived. Arrived is not verified
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import grpc
 
@@ -24,8 +22,6 @@ from mxcore.transfer.source_client import SourceClient
 from mxcore.transfer.tcp_received import TcpReceived
 
 __all__ = ["LeaseKeeper", "PullByRead", "PullByWrite"]
-
-_Results: TypeAlias = "queue.SimpleQueue[int | TransferError]"
 
 _READS_IN_FLIGHT = 4
 _CALLS_AT_ONCE = 2  # of PushChunks to one holder
@@ -149,21 +145,29 @@ class PullByRead:
 
 
 class PullByWrite:
-    """The holder WRITEs what PushChunks asks for; its answers say which chunks it has written.
+    """Has the holder WRITE chunks, and hears which ones it has written.
 
-    Two calls may run at a time, so that the holder has something to do while the next one begins.
+    Two calls may run at a time, so that the holder has something to do while the next one begins. The holder's agent
+    notifies `session` of each chunk, where it can; a message tells the same afterwards. `arrived` waits no longer than
+    until `wake`.
     """
 
     needs_this_thread = False  # the holder goes on
 
-    def __init__(self, client: SourceClient, lease_id: str, *, stall_timeout_seconds: float) -> None:
+    def __init__(
+        self, client: SourceClient, lease_id: str, session: AgentSession, *, stall_timeout_seconds: float
+    ) -> None:
         self._client = client
         self._lease_id = lease_id
+        self._mailbox = session.mailbox
+        self._notified = not session.has_progress_thread
         self._stall_timeout_seconds = stall_timeout_seconds
         self._asked: deque[int] = deque()
         self._expected: set[int] = set()
-        self._results: _Results = queue.SimpleQueue()
+        self._error: TransferError | None = None
         self._calls: dict[threading.Thread, Any] = {}
+        self._ended: deque[threading.Thread] = deque()  # of these, appended by themselves
+        self._news = 0.0  # when something last arrived, or the first chunk of several was asked for
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +182,12 @@ class PullByWrite:
 
     def interrupt(self, error: TransferError) -> None:
         """Makes `arrived` raise `error` instead of waiting on; from any thread."""
-        self._results.put(error)
+        self._error = self._error or error
+        self.wake()
+
+    def wake(self) -> None:
+        """Makes `arrived` return; from any thread."""
+        self._mailbox.wake()
 
     @property
     def idle(self) -> bool:
@@ -187,17 +196,29 @@ class PullByWrite:
 
     def ask(self, chunks: Sequence[int]) -> None:
         """Adds chunks to what is fetched."""
+        if self.idle:
+            self._news = time.monotonic()
         self._asked.extend(chunks)
         self._start()
 
     def arrived(self) -> Iterator[int]:
         """Waits for the holder; yields chunks that it has written. Raises what the call raised, TransferStalled."""
         self._start()
-        if self._expected:
-            yield self._next()
-        with contextlib.suppress(queue.Empty):
-            while self._expected:
-                yield self._taken(self._results.get_nowait())
+        if not self._expected:
+            return
+        stalled_at = self._news + self._stall_timeout_seconds
+        for chunk in self._mailbox.take(stalled_at - time.monotonic()):
+            if chunk in self._expected:  # it is told twice
+                self._expected.remove(chunk)
+                self._news = time.monotonic()
+                yield chunk
+        if self._error is not None:
+            raise self._error
+        if self._expected and time.monotonic() > self._news + self._stall_timeout_seconds:
+            raise TransferStalled(
+                f"worker {self._client.source.worker_id} wrote none of chunks {sorted(self._expected)[:5]} for "
+                f"{time.monotonic() - self._news:.1f} s"
+            )
 
     def digest_of(self, chunk: int) -> bytes:
         """None is made on the way: empty."""
@@ -205,52 +226,40 @@ class PullByWrite:
 
     def _start(self) -> None:
         """Begins a call with all that is asked for and in none yet, if there is room for one."""
-        for thread in [thread for thread in self._calls if not thread.is_alive()]:
-            del self._calls[thread]
+        while self._ended:
+            del self._calls[self._ended.popleft()]
         if not self._asked or len(self._calls) >= _CALLS_AT_ONCE:
             return
         batch = list(self._asked)
         self._asked.clear()
         self._expected.update(batch)
-        call = self._client.push_chunks(self._lease_id, batch, _CALL_SECONDS)
+        call = self._client.push_chunks(self._lease_id, batch, _CALL_SECONDS, notify=self._notified)
         thread = threading.Thread(target=self._pump, args=(call, batch), name="mx-push-results", daemon=True)
         self._calls[thread] = call
         thread.start()
 
     def _pump(self, call: Any, batch: Sequence[int]) -> None:
-        """On a thread of its own: a call's answers into the results, each chunk of its batch once, or an error."""
+        """On a thread of its own: a call's answers into the mailbox, each chunk of its batch once, or an error."""
         left = set(batch)
         try:
             for result in call:
                 if not result.written:
                     raise SourceRefused(result.error)
-                if result.chunk not in left:
-                    raise self._wrong(f"wrote chunk {result.chunk}, which was not asked for")
-                left.remove(result.chunk)
-                self._results.put(result.chunk)
+                for chunk in (result.chunk, *result.others):
+                    if chunk not in left:
+                        raise self._wrong(f"wrote chunk {chunk}, which was not asked for")
+                    left.remove(chunk)
+                    self._mailbox.put(chunk)
             if left:
                 raise self._wrong(f"ended its answer with chunks {sorted(left)[:5]} missing")
         except grpc.RpcError as error:
-            self._results.put(self._client.as_error("PushChunks", error))
+            self.interrupt(self._client.as_error("PushChunks", error))
         except TransferError as error:
             call.cancel()
-            self._results.put(error)
+            self.interrupt(error)
+        finally:
+            self._ended.append(threading.current_thread())
+            self.wake()  # there is room for the next call
 
     def _wrong(self, what: str) -> SourceRefused:
         return SourceRefused(f"worker {self._client.source.worker_id} {what}")
-
-    def _next(self) -> int:
-        started = time.monotonic()
-        try:
-            return self._taken(self._results.get(timeout=self._stall_timeout_seconds))
-        except queue.Empty:
-            raise TransferStalled(
-                f"worker {self._client.source.worker_id} wrote none of chunks {sorted(self._expected)[:5]} for "
-                f"{time.monotonic() - started:.1f} s"
-            ) from None
-
-    def _taken(self, result: int | TransferError) -> int:
-        if isinstance(result, TransferError):
-            raise result
-        self._expected.remove(result)
-        return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -122,11 +122,10 @@ class SourceClient(Closing):
         )
         return self._begin("AskChunks", self._transfer.AskChunks, request)
 
-    def push_chunks(self, lease_id: str, chunks: Sequence[int], timeout_seconds: float) -> Any:
+    def push_chunks(self, lease_id: str, chunks: Sequence[int], timeout_seconds: float, *, notify: bool) -> Any:
         """Asks the holder to WRITE chunks; a gRPC stream of results, with `cancel`. Its errors: `as_error`."""
-        return self._transfer.PushChunks(
-            mx_pb2.PushChunksRequest(lease_id=lease_id, chunks=chunks), timeout=timeout_seconds
-        )
+        request = mx_pb2.PushChunksRequest(lease_id=lease_id, chunks=chunks, notify=notify)
+        return self._transfer.PushChunks(request, timeout=timeout_seconds)
 
     def renew(self, lease_id: str) -> float:
         """A sign of life; returns the seconds until the next one is due at the latest."""
@@ -194,6 +193,10 @@ class PendingCall(Generic[Response]):
     def done(self) -> bool:
         """Whether `result` returns or raises at once."""
         return self._call.done()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Calls this once it is `done`, on a thread of gRPC's."""
+        self._call.add_done_callback(lambda _: call())
 
     def result(self) -> Response:
         """The answer; waits for it."""

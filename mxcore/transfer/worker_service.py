@@ -255,7 +255,13 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             )
         try:
             with _as_status(context):
-                for chunk in self._holder.push(request.lease_id, request.chunks, lambda: not context.is_active()):
+                notify = request.notify and self._holder.session.notifies
+                written = self._holder.push(
+                    request.lease_id, request.chunks, lambda: not context.is_active(), notify=notify
+                )
+                if notify and (chunks := list(written)):
+                    yield mx_pb2.ChunkResult(chunk=chunks[0], others=chunks[1:], written=True)
+                for chunk in written:
                     yield mx_pb2.ChunkResult(chunk=chunk, written=True)
         finally:
             self._streams.release()

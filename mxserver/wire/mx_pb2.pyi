@@ -516,7 +516,10 @@ class PushChunksRequest(google.protobuf.message.Message):
 
     LEASE_ID_FIELD_NUMBER: builtins.int
     CHUNKS_FIELD_NUMBER: builtins.int
+    NOTIFY_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
+    notify: builtins.bool
+    """each WRITE notifies the receiver's agent of its chunk; then one result for all will do"""
     @property
     def chunks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -524,8 +527,9 @@ class PushChunksRequest(google.protobuf.message.Message):
         *,
         lease_id: builtins.str = ...,
         chunks: collections.abc.Iterable[builtins.int] | None = ...,
+        notify: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "lease_id", b"lease_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "lease_id", b"lease_id", "notify", b"notify"]) -> None: ...
 
 global___PushChunksRequest = PushChunksRequest
 
@@ -536,17 +540,23 @@ class ChunkResult(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     WRITTEN_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    OTHERS_FIELD_NUMBER: builtins.int
     chunk: builtins.int
     written: builtins.bool
     error: builtins.str
+    @property
+    def others(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """written as well; only where the receiver is notified of each"""
+
     def __init__(
         self,
         *,
         chunk: builtins.int = ...,
         written: builtins.bool = ...,
         error: builtins.str = ...,
+        others: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "error", b"error", "written", b"written"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "error", b"error", "others", b"others", "written", b"written"]) -> None: ...
 
 global___ChunkResult = ChunkResult
 

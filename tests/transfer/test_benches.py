@@ -25,7 +25,12 @@ def test_every_flipped_byte_is_caught(seed: int) -> None:
 def test_the_figures_of_a_transfer_bench() -> None:
     rates = {
         (transport, shape): Rates(
-            moving=[9.0, 2.0, 1.0], whole=[1.0], unverified=[2.1], one_descriptor=[1.5, 2.5, 9.0], limit=[4.0, 4.0, 7.0]
+            moving=[9.0, 2.0, 1.0],
+            whole=[1.0],
+            unverified=[2.1],
+            one_descriptor=[1.5, 2.5, 9.0],
+            one_verified=[2.0, 1.6, 8.0],
+            limit=[4.0, 4.0, 7.0],
         )
         for transport in TRANSPORTS
         for shape in SHAPES
@@ -41,6 +46,9 @@ def test_the_figures_of_a_transfer_bench() -> None:
     figures = figures_of(rates, one_reads, machine)
     assert figures["many_vs_one_descriptor"] == 0.4  # the worse transport, against the median of the limit
     assert figures["many_apart_vs_one_descriptor_same_host"] == 0.2
+    assert figures["many_vs_one_descriptor_unverified"] == pytest.approx(0.84)
+    assert figures["many_vs_one_descriptor_both_verified"] == 0.5
+    assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.0
     assert figures["registration_vs_one_by_one"] == 20.0
     assert figures["verify_overhead_ratio"] == pytest.approx(0.05)
     assert figures["verify_overhead_ratio_one_more_thread"] == pytest.approx(0.02)

@@ -257,6 +257,35 @@ def test_what_a_transfer_is_refused_for(stubs: Stubs, holder: Holder) -> None:
     assert "no open transfer" in push([0])[1]
 
 
+@pytest.mark.parametrize("notify", [False, True])
+def test_a_receiver_is_told_of_each_chunk_or_of_all_at_once(stubs: Stubs, holder: Holder, notify: bool) -> None:
+    tensors = HostTensors(model_specs(1), None)
+    layout, placement = build_layout("raw", tensors.local_tensors())
+    lease_id = holder.grant().lease_id
+    chunks = list(range(len(holder.chunks)))
+    with AgentSession("receiver", tls=POLICY.fenceable, progress_thread=False) as session, session.progressing():
+        session.register(layout, placement)
+        opened = mx_pb2.OpenTransferRequest(
+            mx_source_id=SOURCE_ID,
+            lease_id=lease_id,
+            fingerprint=layout.fingerprint,
+            operation=mx_pb2.OPERATION_WRITE,
+            extents=[mx_pb2.Extent(address=address) for address in placement.addresses],
+            nixl_metadata=session.metadata(),
+        )
+        stubs.transfer.OpenTransfer(opened)
+        request = mx_pb2.PushChunksRequest(lease_id=lease_id, chunks=chunks, notify=notify)
+        results = list(stubs.transfer.PushChunks(request))
+        told: list[int] = []
+        wait_for(lambda: told.extend(session.mailbox.take(0.1)) or len(told) == len(chunks) * notify)
+    assert tensors.equal_bytes(HostTensors(tensors.specs, 3))
+    assert all(result.written for result in results)
+    named = [chunk for result in results for chunk in (result.chunk, *result.others)]
+    assert sorted(named) == chunks
+    assert len(results) == (1 if notify else len(chunks))
+    assert sorted(told) == chunks * notify
+
+
 def test_the_layout_travels_only_where_it_differs(stubs: Stubs, holder: Holder) -> None:
     request = mx_pb2.GetLayoutRequest(mx_source_id=SOURCE_ID, fingerprint=holder.layout.fingerprint)
     assert not stubs.transfer.GetLayout(request).HasField("layout")

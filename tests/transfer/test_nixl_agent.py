@@ -17,9 +17,10 @@ import pytest
 
 from mxcore.c_environment import c_getenv
 from mxcore.errors import NixlError, NixlMissing, PeerLost
+from mxcore.mailbox import Mailbox
 from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
 from mxcore.nixl_library import library_candidates
-from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.transports import ucx_environment
 from tests.transfer.conftest import ROOT, StartWorker, wait_for
 
@@ -281,7 +282,7 @@ def test_without_a_progress_thread_nothing_moves_but_in_progressing() -> None:
         assert not transfer.post()
         assert not any(transfer.done() for _ in range(1000))  # b does not even accept the connection
         for _ in range(2):
-            threads = [threading.Thread(target=agent.keep_progressing) for agent in (a, b)]
+            threads = [threading.Thread(target=agent.keep_progressing, args=(Mailbox(),)) for agent in (a, b)]
             for thread in threads:
                 thread.start()
             wait_for(transfer.done)
@@ -295,13 +296,57 @@ def test_without_a_progress_thread_nothing_moves_but_in_progressing() -> None:
         a.destroy()
         b.destroy()
     with pytest.raises(NixlError, match="is destroyed"):
-        a.keep_progressing()
+        a.keep_progressing(Mailbox())
+
+
+def test_a_peer_is_told_the_number_of_what_has_arrived() -> None:
+    with (
+        AgentSession("a", tls="tcp,self", progress_thread=False) as a,
+        AgentSession("b", tls="tcp,self", progress_thread=False) as b,
+    ):
+        memory = np.zeros(2 * SIZE, np.uint8)
+        memory[:SIZE] = 7
+        here, there = q(memory.ctypes.data), q(memory.ctypes.data + SIZE)
+        for session in (a, b):
+            session._agent.register(here, q(2 * SIZE))
+        peer = a.connect(b.metadata())
+        assert a.notifies
+        moves = [Move(number, here, there, q(SIZE)) for number in (3, 2**32 - 1, 5)]
+        with b.progressing():
+            assert sorted(a.run("write", moves[:2], peer, in_flight_limit=2, notify=True)) == [3, 2**32 - 1]
+            told: list[int] = []
+            wait_for(lambda: told.extend(b.mailbox.take(60)) or len(told) == 2)
+            assert sorted(told) == [3, 2**32 - 1]
+            assert (memory == 7).all()
+            assert list(a.run("write", moves[2:], peer, in_flight_limit=1)) == [5]
+        assert b.mailbox.take(0) == []  # it was not to be told of that
+        assert a.mailbox.take(0) == []
+
+
+def test_some_of_many_are_waited_for(pair: Pair) -> None:
+    started, waiting = pair.transfer("write"), pair.transfer("write", SIZE // 2, SIZE // 2)
+    started.post()
+    done: list[int] = []
+    wait_for(lambda: done.extend(pair.a.wait_any([started], 60)) or done)
+    assert done == [0]
+    waiting.post()
+    wait_for(waiting.done)
+    assert pair.a.wait_any([started, waiting], 0) == [0, 1]
+    assert pair.a.wait_any([], 0) == []
+    waiting.release()
+    with pytest.raises(NixlError, match="was released"):
+        pair.a.wait_any([started, waiting], 0)
+    with pytest.raises(TypeError):
+        pair.a.wait_any([None], 0)  # type: ignore[list-item]
+    pair.a.destroy()
+    with pytest.raises(NixlError, match="is destroyed"):
+        pair.a.wait_any([started], 0)
 
 
 def test_destroying_an_agent_ends_its_progress() -> None:
     with ucx_environment("tcp,self"):
         agent = NixlAgent("a", progress_thread=False)
-    thread = threading.Thread(target=agent.keep_progressing)
+    thread = threading.Thread(target=agent.keep_progressing, args=(Mailbox(),))
     thread.start()
     agent.metadata()
     agent.destroy()
