@@ -171,17 +171,13 @@ def figures_of(rates: dict[tuple[str, str], Rates], one_reads: Rates, machine: d
 def command(scale: float, repeats: int, as_json: bool) -> None:
     """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
 
-        Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc
-    <<<<<<< HEAD
-        does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before. What verification adds within the host is
-        measured twice: with the same threads on both sides, one a core (at most 4), and against one thread without, where
-        the product takes one more with it since a core is free.
-    =======
-        does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before.
+    Models: 20,000 tensors of 50 KiB, side by side as an accelerator's allocator places them, and apart as malloc
+    does; 8 of 128 MiB; those of Qwen2.5-0.5B. All memory is touched before. What verification adds within the host is
+    measured twice: with the same threads on both sides, one a core (at most 4), and against one thread without, where
+    the product takes one more with it since a core is free.
 
-        Ours is verified and the one descriptor is not, but in figures that say so: `_unverified` neither, `_both_verified`
-        both, the one descriptor by digests after it has arrived.
-    >>>>>>> 1f6b7a2 (Over TCP the holder's agent notifies the receiver's of each chunk, chunks arrive one after the other, connections are made while chunks are asked for; bench: verified against verified)
+    Ours is verified and the one descriptor is not, but in figures that say so: `_unverified` neither, `_both_verified`
+    both, the one descriptor by digests after it has arrived.
     """
     machine: dict[str, float] = {}
     size = int(1000 * MIB * scale)

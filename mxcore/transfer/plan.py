@@ -17,7 +17,7 @@ from math import ceil
 
 __all__ = ["Given", "SwarmPlan", "Wanted", "all_chunks", "chunk_set", "chunks_of", "set_from_bytes", "set_to_bytes"]
 
-FIRST_IN_FLIGHT = 3  # chunks, as long as a holder's speed is unknown
+FIRST_IN_FLIGHT = 2  # chunks, as long as a holder's speed is unknown
 MOST_IN_FLIGHT = 16
 FEWEST_AT_MOST = 8  # also of large chunks, and of a small model: what a lost holder costs is asked for again
 _MOST_BYTES_IN_FLIGHT = 256 << 20
