@@ -92,10 +92,6 @@ class NixlAgent:
         Raises NixlError for addresses outside of registered regions and for an unknown peer.
         """
 
-    @property
-    def notifies(self) -> bool:
-        """Whether this NIXL can tell a peer a number with a transfer."""
-
     def keep_progressing(self, mailbox: Mailbox) -> None:
         """Moves what there is to move, again and again with pauses of about 0.1 ms, until it is told to stop.
 
@@ -130,7 +126,7 @@ class Transfer:
     def post(self, number: int | None = None) -> bool:
         """Starts the transfer; True when it is already complete. Raises PeerLost.
 
-        The peer is told the `number` (32 bits) when the bytes are there, if this agent `notifies`.
+        The peer is told the `number` (32 bits) when the bytes are there, if this NIXL `notifies`.
         """
 
     def done(self) -> bool:

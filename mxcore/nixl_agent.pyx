@@ -16,8 +16,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from mxcore.errors import NixlError, NixlMissing, PeerLost
-
+from mxcore.errors import NixlError
+from mxcore.nixl_errors import failure, no_plugin, not_started, peer_lost
 from mxcore.nixl_table import load_library
 
 from mxcore.mailbox cimport Mailbox
@@ -30,8 +30,6 @@ from mxcore.nixl_table cimport nixl_table
 cdef const mx_nixl_table *nixl = NULL  # until the first agent
 cdef object agents = weakref.WeakSet()
 cdef Py_ssize_t transfer_count = 0
-
-cdef dict STATUS_NAMES = {-1: "invalid parameter", -2: "backend error", -3: "invalid state", -4: "exception"}
 cdef dict OPERATIONS = {"read": 0, "write": 1}
 
 
@@ -41,11 +39,6 @@ def live_agents():
 
 def live_transfers():
     return transfer_count
-
-
-cdef object failure(str call, int status, str agent, str detail=""):
-    return NixlError(
-        f"NIXL agent {agent!r}: {call} failed with status {status} ({STATUS_NAMES.get(status, 'unknown')}){detail}")
 
 
 @cython.no_gc
@@ -104,10 +97,7 @@ cdef class NixlAgent:
         with nogil:
             status = nixl.get_plugin_params(self.agent, c_backend, &memory_kinds, &params)
         if status != MX_NIXL_SUCCESS:
-            raise NixlMissing(
-                f"NIXL at {load_library()} has no usable plugin {self.backend!r} (status {status}); "
-                "see its log above for what could not be loaded"
-            )
+            raise no_plugin(load_library(), self.backend, status)
         nixl.destroy_mem_list(memory_kinds)
         try:
             for name, text in extra_params.items():
@@ -118,10 +108,7 @@ cdef class NixlAgent:
         finally:
             nixl.destroy_params(params)
         if status != MX_NIXL_SUCCESS:
-            raise NixlMissing(
-                f"NIXL's backend {self.backend!r} does not start (status {status}); with UCX: check UCX_TLS and "
-                "UCX_NET_DEVICES, at least one transport must be able to report a peer's failure (tcp, rc)"
-            )
+            raise not_started(self.backend, status)
         status = nixl.create_opt_args(&self.options)
         if status == MX_NIXL_SUCCESS:
             status = nixl.opt_args_add_backend(self.options, self.backend_handle)
@@ -264,10 +251,6 @@ cdef class NixlAgent:
                           self.name, ": addresses outside of the registered regions, or an unknown peer")
         return transfer
 
-    @property
-    def notifies(self):
-        return nixl.notifies
-
     def keep_progressing(self, Mailbox mailbox not None):
         self._enter()
         with nogil:
@@ -279,7 +262,6 @@ cdef class NixlAgent:
 
     def wait_any(self, list transfers not None, double seconds):
         cdef Py_ssize_t count = len(transfers), i
-        cdef int64_t longest = <int64_t> (seconds * 1e9)
         cdef void **requests = <void **> malloc((count + 1) * (sizeof(void *) + sizeof(int)))
         cdef int *statuses = <int *> (requests + count)
         if requests == NULL:
@@ -291,7 +273,7 @@ cdef class NixlAgent:
                     raise NixlError(f"NIXL agent {self.name!r}: a transfer that is waited for was released")
             self._enter()
             with nogil:
-                mx_nixl_wait_any(nixl, self.agent, requests, count, statuses, longest)
+                mx_nixl_wait_any(nixl, self.agent, requests, count, statuses, <int64_t> (seconds * 1e9))
             self._leave()
             return [i for i in range(count) if (<Transfer> transfers[i])._finished("asking after", statuses[i])]
         finally:
@@ -400,10 +382,7 @@ cdef class Transfer:
 
     cdef bint _finished(self, str call, int status) except -1:
         if status < 0:
-            raise PeerLost(
-                f"NIXL agent {self.agent.name!r}: {call} a {self.operation} with {self.remote_agent!r} failed with "
-                f"status {status} ({STATUS_NAMES.get(status, 'unknown')}): the other side, or the way to it, is gone"
-            )
+            raise peer_lost(call, status, self.agent.name, self.operation, self.remote_agent)
         return status == MX_NIXL_SUCCESS
 
     def release(self):

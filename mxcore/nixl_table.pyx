@@ -17,6 +17,10 @@ cdef const mx_nixl_table* nixl_table() except NULL:
     return &table
 
 
+def notifies():
+    return nixl_table().notifies
+
+
 def load_library():
     global library_path
     cdef char reason[512]

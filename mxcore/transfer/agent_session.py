@@ -16,6 +16,7 @@ from mxcore.descriptors import merge_adjoining
 from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.mailbox import Mailbox
 from mxcore.nixl_agent import NixlAgent, Transfer
+from mxcore.nixl_table import notifies
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
 from mxcore.transfer.regions import Regions, merge_regions
@@ -172,7 +173,7 @@ class AgentSession:
     @property
     def notifies(self) -> bool:
         """Whether peers whose agents have no progress thread can be told of each move."""
-        return self._agent.notifies
+        return notifies()
 
     def post(self, operation: Operation, move: Move, peer: str, *, notify: bool = False) -> tuple[Transfer, bool]:
         """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost.

@@ -119,7 +119,7 @@ def test_what_ucx_was_told_holds_for_connections_made_when_its_environment_is_go
     wait_for(transfer.done)
     timeouts = [timeout_milliseconds(number) for number in sockets() - before]
     agents.close()
-    assert 4000 in timeouts  # listening ones have none
+    assert any(3990 <= timeout <= 4000 for timeout in timeouts)  # in the kernel's ticks; listening ones have none
 
 
 def sockets() -> set[int]:
