@@ -17,8 +17,8 @@ IMPATIENT = {"stall_timeout_seconds": 1, "transfer_timeout_seconds": 5, "server_
 
 
 def warnings_of_ours(log: str) -> list[str]:
-    ours = ("loading.py", "loader.py", "serving.py", "membership.py", "settings.py", "receiver.py", "heartbeat.py")
-    return [line for line in log.splitlines() if "WARNING" in line and any(name in line for name in ours)]
+    ours = ["loading", "loader", "serving", "membership", "record", "settings", "receiver", "heartbeat"]
+    return [line for line in log.splitlines() if "WARNING" in line and any(f"[{name}.py:" in line for name in ours)]
 
 
 def test_a_corrupt_source_is_found_out(
