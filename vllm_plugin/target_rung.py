@@ -20,6 +20,8 @@ __all__ = ["TargetRung", "rungs_of"]
 
 _log = logging.getLogger(__name__)
 
+_MOST_PAUSES = 8  # of Wait: a source that refuses is not asked every second for two hours
+
 
 class TargetRung(PeerRung):
     """Waits for a source, MX_SOURCE_WAIT_SECS or two hours; after a transfer that failed, for the same or another."""
@@ -33,6 +35,7 @@ class TargetRung(PeerRung):
         self._wait: Wait | None = None
         self._is_together = not load.settings.sync_start
         self._last_failure = ""
+        self._failures = 0
 
     def look(self) -> Look:
         """Taken when a source is READY; skipped, for good, when the time is over."""
@@ -71,15 +74,17 @@ class TargetRung(PeerRung):
             return super().load()
         except Exception as error:
             self._last_failure = str(error) or type(error).__name__
+            self._failures += 1
             if not isinstance(error, LayoutMismatch):  # what failed may come right: the same worker may do next time
                 self._load.avoid.clear()
             raise
 
     def undo(self) -> None:
-        """As PeerRung, and a moment passes."""
+        """As PeerRung, and a moment passes, a longer one after each failure."""
         super().undo()
         if self._wait is not None:
-            self._wait.pause()
+            for _ in range(min(2**self._failures // 2, _MOST_PAUSES)):
+                self._wait.pause()
 
 
 def rungs_of(load: Load) -> list[Rung[nn.Module]]:

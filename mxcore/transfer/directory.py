@@ -48,6 +48,10 @@ class Directory:
         )
         return [source for ref in refs if (source := self._source(ref, receiving=True)) is not None]
 
+    def holders(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
+        """Complete ones, then those that are receiving."""
+        return [*self.ready(identity), *self.receiving(identity)]
+
     def ranks(self, identity: p2p_pb2.SourceIdentity, *, ready: bool) -> set[int]:
         """Ranks of all workers with this identity that are READY, or else that are READY or INITIALIZING."""
         statuses = [p2p_pb2.SOURCE_STATUS_READY, *([] if ready else [p2p_pb2.SOURCE_STATUS_INITIALIZING])]

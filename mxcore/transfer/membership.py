@@ -151,8 +151,7 @@ class Membership:
             if adopted is None:
                 return []
             self._record.change_identity(adopted)
-        found = directory.ready(self.identity)
-        return [*found, *directory.receiving(self.identity)] if receiving else found
+        return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
     def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
         """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.
@@ -246,8 +245,9 @@ class Membership:
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
-                find_more = partial(self.find_sources, receiving=True)
-                return receiver.receive(sources, find_more if self._record.published else None, way)
+                lists = self._directory if self._record.published else None
+                find_more = partial(lists.holders, self.identity) if lists is not None else None
+                return receiver.receive(sources, find_more, way)
         except BaseException:
             self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
             raise

@@ -33,6 +33,7 @@ from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.load_progress import Standing, Way, peer_path
+from mxcore.transfer.logged import Trouble
 from mxcore.transfer.partial import PartialReceive
 from mxcore.transfer.session_ahead import SessionAhead
 from mxcore.transfer.source_client import Source
@@ -140,6 +141,8 @@ class Receiver:
         self._routes: dict[str, Route] = {}
         self._clean = True
         self._may_find = False
+        self._failed_at = 0.0  # when a holder was last found to have failed
+        self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
         self._over = threading.Event()
 
@@ -149,6 +152,7 @@ class Receiver:
         """Fetches from all `sources` at once, and from what `find_more` finds meanwhile, until all is verified.
 
         A holder that fails, stalls, leaves or lies costs what it had in flight; the others go on. `way` is told.
+        `find_more` raises WireError where it does not know.
 
         Raises:
             ChunksMissing: nobody is left to give the rest. The memory then holds anything but in the verified
@@ -287,6 +291,7 @@ class Receiver:
             error,
         )
         self._failures.append(error)
+        self._failed_at = time.monotonic()
         if isinstance(error, OtherContent):
             if not any(content.same_as(error.content) for content in self._other_contents):
                 self._other_contents.append(error.content)
@@ -295,10 +300,13 @@ class Receiver:
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:
-        if not self._may_find and not self._pulls:
-            with self._intake.changed:
-                return all(self._not_before.get(name, 0.0) == math.inf for name in self._candidates)
+        """Nothing can come: all failed for good and nobody else is listed; or nothing has come for too long."""
         with self._intake.changed:
+            for_good = all(self._not_before.get(name, 0.0) == math.inf for name in self._candidates)
+            if not self._pulls and not self._may_find:
+                return for_good
+            if not self._pulls and for_good and self._candidates and self._listed_at > self._failed_at:
+                return True
             return now - self._intake.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
 
     def _start_anew(self, content: Content) -> None:
@@ -362,8 +370,14 @@ class Receiver:
     def _finding(self, find_more: FindMore) -> None:
         """On a thread of its own: the server may take its time to answer."""
         pause = _FIRST_FIND_SECONDS
+        trouble = Trouble(logger, "sources cannot be listed")
         while not self._over.wait(pause * (0.5 + self._chance.random())):
-            self._add(find_more())
+            asked_at = time.monotonic()
+            with trouble:
+                found = find_more()
+                with self._intake.changed:
+                    self._add(found)
+                    self._listed_at = asked_at
             pause = min(2 * pause, _FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:

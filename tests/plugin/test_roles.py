@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json, logging, types
-from mxcore.errors import LayoutMismatch, LayoutUnsupported, SourceUnreachable
+from mxcore.errors import LayoutMismatch, LayoutUnsupported, SourceRefused, SourceUnreachable
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
 from mxserver.wire.errors import ServerUnreachable
@@ -89,8 +89,12 @@ class Load:
     def attempt(self, what, function): pass
     def withdraw(self): pass
 
+clocks = []
 class Quick(Wait):
-    def __init__(self, what, limit): clock = Clock(); super().__init__(what, limit, now=clock.now, sleep=clock.sleep)
+    def __init__(self, what, limit):
+        clock = Clock()
+        clocks.append(clock)
+        super().__init__(what, limit, now=clock.now, sleep=clock.sleep)
 
 target_rung.Wait = Quick
 
@@ -120,6 +124,7 @@ found["default wait"] = TargetRung(Load(target, [[]]))._limit_seconds
 found["comes late"] = climbed(Load(target, [[], [], ["a"]]), "model")
 found["never comes"] = climbed(Load(target, [[]], source_wait_seconds=3))
 found["same again"] = climbed(Load(target, [["a"]]), SourceUnreachable("gone"), "model")
+found["refuses for long"] = [*climbed(Load(target, [["a"]]), *[SourceRefused("no")] * 5, "model"), clocks[-1].pauses]
 found["another layout"] = climbed(Load(target, [["a"], ["a"], ["a", "b"]]), LayoutMismatch("names"), "model")
 found["only another layout"] = climbed(Load(target, [["a"]], source_wait_seconds=2), LayoutMismatch("names differ"))
 found["cannot move"] = climbed(Load(target, [["a"]]), LayoutUnsupported("opaque"))
@@ -192,6 +197,10 @@ def test_a_target_gives_up_when_the_time_is_over(found: dict[str, Any]) -> None:
 
 def test_a_target_tries_again(found: dict[str, Any]) -> None:
     assert found["same again"] == ["model", [["a"], ["a"]]]
+
+
+def test_a_target_tries_less_often_where_that_goes_on_failing(found: dict[str, Any]) -> None:
+    assert found["refuses for long"] == ["model", [["a"]] * 6, 1 + 2 + 4 + 8 + 8]
 
 
 def test_a_source_with_another_layout_is_not_asked_twice(found: dict[str, Any]) -> None:

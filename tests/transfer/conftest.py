@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pytest
 
 from mxcore.nixl_agent import live_agents, live_transfers
 from mxcore.transfer.source_client import Source
+from tests.transfer.member import Member, NewMember
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_SECONDS = 60.0
+# A processor that is emulated (`make test-rdma`) takes half a minute to start three workers, minutes on a busy machine.
+DEADLINE_SECONDS = 60.0 if not os.environ.get("TEST_RDMA") else 600.0
+STACKS_SECONDS = 2.0  # to write them
 
 # The RDMA ports of workers and of this process; none but in `make test-rdma`.
 RDMA_PORTS = [name for name in os.environ.get("TEST_RDMA", "").split(",") if name]
@@ -58,7 +62,9 @@ class WorkerProcess:
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE_SECONDS)
-        assert ready, "the worker gave no answer"
+        if not ready:
+            self._tell_where_it_is()
+        assert ready, "the worker gave no answer; its threads are where stderr says"
         line = self.process.stdout.readline()
         assert line, f"the worker ended with {self.process.wait()}"
         answer: dict[str, Any] = json.loads(line)
@@ -74,12 +80,22 @@ class WorkerProcess:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the worker, which has answered before."""
-        pid = self.process.pid
-        if self._launched:
-            [pid] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        os.kill(pid, number)
+        os.kill(self._pid(), number)
         if number == signal.SIGKILL:
             self.process.wait()
+
+    def _pid(self) -> int:
+        """Of the worker itself."""
+        pid = self.process.pid
+        while self._launched and (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            [pid] = map(int, children)
+        return pid
+
+    def _tell_where_it_is(self) -> None:
+        """All threads' stacks to its stderr, which pytest shows with the failure; no harm to the worker."""
+        with suppress(OSError, ValueError):  # it has ended, or has not come so far
+            os.kill(self._pid(), signal.SIGUSR1)
+            time.sleep(STACKS_SECONDS)
 
     def end(self) -> None:
         for stream in (self.process.stdin, self.process.stdout):
@@ -149,6 +165,20 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     yield process
     if process.process.poll() is None:
         process.stop()
+
+
+@pytest.fixture
+def new_member(server: ServerProcess) -> Iterator[NewMember]:
+    """Makes workers of this process at `server`; closed after the test."""
+    members: list[Member] = []
+
+    def make(seed: int | None = None, megabytes: int = 4, **changes: Any) -> Member:
+        members.append(Member(server.address, seed, megabytes, **changes))
+        return members[-1]
+
+    yield make
+    for member in members:
+        member.membership.close()
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:

@@ -281,7 +281,8 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
     for receiver in receivers:
         receiver.send(do="go on")
     for receiver in receivers:
-        assert receiver.read()["equal"]
+        answer = receiver.read()
+        assert answer.get("equal"), answer
 
 
 def test_memory_that_may_not_be_read_any_more_is_written_instead(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -104,6 +106,7 @@ class Worker:
 def main() -> None:
     sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
     os.dup2(2, 1)
+    faulthandler.register(signal.SIGUSR1)  # a test that gets no answer asks where all threads are
     worker = Worker(json.loads(sys.argv[1]))
     for line in sys.stdin:
         if not worker.run(json.loads(line)):

@@ -31,11 +31,25 @@ FLAGS = (
 
 
 def require_browser() -> tuple[str, str]:
-    """Paths of Chromium and ChromeDriver; skips the test where they are missing."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    """Paths of Chromium (or Chrome) and ChromeDriver; skips the test where they are missing."""
+    chromium, driver = _program("chromium", "google-chrome"), _program("chromedriver")
     if not (chromium and driver):
-        pytest.skip("no Chromium: tools/install_test_packages.sh installs chromium and chromium-driver")
+        pytest.skip(
+            "no Chromium: tools/install_test_packages.sh installs Debian's chromium and chromium-driver; on Ubuntu, "
+            "where they are a snap, install google-chrome and the chromedriver of its version"
+        )
     return chromium, driver
+
+
+def _program(*names: str) -> str | None:
+    """The first that is there, and no snap: that has a /tmp of its own, so that it finds no profile of a test."""
+    found = [path for name in names if (path := shutil.which(name))]
+    return next((path for path in found if not _is_snap(Path(path))), None)
+
+
+def _is_snap(program: Path) -> bool:
+    with program.open("rb") as file:  # Ubuntu's packages are scripts that start the snap, or say how to get it
+        return program.is_relative_to("/snap") or b"/snap/bin/" in file.read(4096)
 
 
 class Browser:

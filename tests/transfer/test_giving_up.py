@@ -1,0 +1,138 @@
+"""When a receive ends because nothing more can come, and when it does not: real workers, and what the server lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from mxcore.errors import ChunksMissing, LayoutMismatch
+from mxcore.transfer.receiver import FindMore, Receiver, ReceiveReport
+from mxcore.transfer.source_client import Source
+from mxserver.wire.errors import ServerUnreachable
+from tests.transfer.conftest import StartWorker, wait_for
+from tests.transfer.member import CHUNK_BYTES, SEED, NewMember
+from tests.transfer.test_exchange import Target
+
+# Whoever waits for news ends with TransferStalled instead of what these tests want, and long after all else.
+WAITING = {"MX_STALL_TIMEOUT_SECS": 600, "MX_TRANSFER_TIMEOUT": 120}
+
+
+def receive(target: Target, sources: Sequence[Source], find_more: FindMore) -> ReceiveReport:
+    receiver = Receiver(
+        target.layout, target.placement, settings=target.settings, worker_id="target", chunk_bytes=CHUNK_BYTES
+    )
+    return receiver.receive(sources, find_more)
+
+
+def after_failures(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    wait_for(lambda: sum("gives no (more) weights" in record.message for record in caplog.records) >= count)
+
+
+@pytest.fixture
+def lying(start_worker: StartWorker) -> Callable[[], Source]:
+    """Starts a holder one of whose chunks is not what its digest promises."""
+
+    def start() -> Source:
+        worker = start_worker("tcp", seed=SEED)
+        source = worker.serve()
+        worker.ask(do="flip", storage="layer3", offset=123_456)
+        return source
+
+    return start
+
+
+def test_a_wrong_digest_of_the_only_holder_is_not_waited_out(new_member: NewMember) -> None:
+    liar, target = new_member(SEED), new_member(**WAITING)
+    source = liar.serve()
+    liar.tensors.storages["layer3"][123_456] ^= 1
+    target.membership.join()
+    with pytest.raises(ChunksMissing, match="MX_DIGEST_MISMATCH") as raised:
+        target.receive([source])  # the server lists it and nobody else
+    assert raised.value.partial is not None  # so that storage gives the rest
+
+
+def test_another_layout_of_the_only_holder_is_not_waited_out(new_member: NewMember, start_worker: StartWorker) -> None:
+    other = start_worker("tcp", seed=SEED, prefix="other.")
+    target = new_member(**WAITING)
+    target.membership.join()
+    with pytest.raises(LayoutMismatch):
+        target.receive([other.serve()])
+
+
+def test_all_holders_must_have_failed_for_good(lying: Callable[[], Source], caplog: pytest.LogCaptureFixture) -> None:
+    sources = [lying(), lying()]
+
+    def nobody_else() -> list[Source]:
+        after_failures(1, caplog)
+        return sources
+
+    with pytest.raises(ChunksMissing) as raised:
+        receive(Target("tcp", **WAITING), sources[:1], nobody_else)
+    assert len(raised.value.failures) == 2  # the second one was asked too
+
+
+def test_who_is_listed_after_the_failure_is_waited_for(
+    lying: Callable[[], Source], start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    lists: list[list[Source]] = [[], [start_worker("tcp", seed=SEED).serve()]]
+
+    def listed() -> list[Source]:
+        after_failures(1, caplog)  # the first question was asked before: its answer says nothing about what came then
+        return lists.pop(0) if len(lists) > 1 else lists[0]
+
+    target = Target("tcp", **WAITING)
+    report = receive(target, [lying()], listed)
+    assert target.is_right()
+    assert lists[0][0].worker_id in report.bytes_from
+
+
+def test_a_server_that_does_not_answer_has_not_said_that_nobody_is_there(
+    lying: Callable[[], Source], start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = start_worker("tcp", seed=SEED).serve()
+    asked = 0
+
+    def listed() -> list[Source]:
+        nonlocal asked
+        asked += 1
+        after_failures(1, caplog)
+        if asked < 4:
+            raise ServerUnreachable("it restarts")
+        return [good]
+
+    target = Target("tcp", **WAITING)
+    receive(target, [lying()], listed)
+    assert target.is_right()
+    assert sum("sources cannot be listed" in record.message for record in caplog.records) == 1  # once, not each time
+
+
+def test_other_bytes_are_taken_as_soon_as_the_first_cannot_be_completed(
+    lying: Callable[[], Source], start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, other = lying(), start_worker("tcp", seed=SEED + 1).serve()
+
+    def listed() -> list[Source]:
+        after_failures(1, caplog)
+        return [first, other]
+
+    target = Target("tcp", **WAITING)
+    receive(target, [first], listed)
+    assert target.is_right(SEED + 1)
+
+
+def test_a_holder_that_is_gone_has_not_refused_for_good(
+    start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone, good = start_worker("tcp", seed=SEED), start_worker("tcp", seed=SEED).serve()
+    source = gone.serve()
+    lists = [[source], [source], [source]]
+    gone.kill()
+
+    def listed() -> list[Source]:
+        after_failures(1, caplog)
+        return lists.pop(0) if len(lists) > 1 else [good]
+
+    target = Target("tcp", **WAITING)
+    receive(target, lists[0], listed)
+    assert target.is_right()

@@ -1,0 +1,116 @@
+"""RDMA that stalls on this host: a READ that does not complete, then WRITEs by a real holder.
+
+There is no RDMA here, hence what stands for it: each side is told of a port, the agent that READs is one over TCP, and
+its READs copy as many chunks as a test says and complete no more. All else is real. The same over verbs, with a cut
+wire: tests/rdma.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mxcore.errors import TransferError, TransferStalled
+from mxcore.nixl_agent import Transfer
+from mxcore.transfer import transports
+from mxcore.transfer.agent_session import AgentSession, Move
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.membership import Membership
+from mxcore.transfer.source_client import Source
+from mxcore.transfer.transports import Operation, UcxPolicy
+from tests.transfer.memory import HostTensors, identity, model_specs
+from tests.transfer.test_exchange import CHUNK_BYTES, SEED, Target, settings
+
+STALLS = {"MX_STALL_TIMEOUT_SECS": 3}
+Fabric = Callable[[int], None]
+
+
+class _Lost:
+    """A READ that is under way for ever."""
+
+    def done(self) -> bool:
+        return False
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Fabric:
+    """Lets so many READs of this process arrive; every one after them is lost."""
+    left = 0
+    post = AgentSession.post
+
+    def posted(session: AgentSession, operation: Operation, move: Move, peer: str) -> tuple[Transfer | _Lost, bool]:
+        nonlocal left
+        if operation != "read":
+            return post(session, operation, move, peer)
+        if not left:
+            return _Lost(), False
+        left -= 1
+        for local, remote, length in zip(move.local_addresses, move.remote_addresses, move.lengths, strict=True):
+            ctypes.memmove(local, remote, length)  # the holder is in this process
+        return _Lost(), True
+
+    def arriving(count: int) -> None:
+        nonlocal left
+        left = count
+
+    monkeypatch.setenv("UCX_TLS", "tcp,self,rc")  # without what would be faster here
+    monkeypatch.setattr(transports, "usable_ports", lambda: ["mlx5_0:1"])
+    monkeypatch.setattr(UcxPolicy, "one_sided", lambda *_, **__: "tcp,self")
+    monkeypatch.setattr(AgentSession, "post", posted)
+    return arriving
+
+
+@pytest.fixture
+def holder() -> Iterator[Callable[[], Source]]:
+    """Starts one in this process."""
+    members: list[Membership] = []
+
+    def start() -> Source:
+        weights = HostTensors(model_specs(), SEED)
+        layout, placement = build_layout("raw", weights.local_tensors())
+        member = Membership(settings("auto", MX_WORKER_GRPC_PORT=0), identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES)
+        members.append(member)
+        member.serve(layout, placement, {}, keep_alive=weights)
+        return Source(member.source_id, member.worker_id, 0, member.endpoint or "")
+
+    yield start
+    for member in members:
+        member.close()
+
+
+def test_a_holder_whose_first_read_stalls_writes(
+    fabric: Fabric, holder: Callable[[], Source], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = holder()
+    fabric(0)
+    target = Target("auto", **STALLS)
+    report = target.receive(source)
+    assert target.is_right()
+    assert (report.operation, report.transport, report.failures) == ("write", "tcp", ())
+    [said] = [record.message for record in caplog.records if "it WRITEs instead" in record.message]
+    assert "made no progress for 3 s" in said
+
+
+def test_reads_that_stall_later_are_the_holders_fault(
+    fabric: Fabric, holder: Callable[[], Source], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = holder()
+    fabric(1)
+    with pytest.raises(TransferError, match="made no progress for 3 s"):
+        Target("auto", **STALLS).receive(source)
+    assert "it WRITEs instead" not in caplog.text
+
+
+def test_in_rdma_mode_nobody_writes_over_tcp(
+    fabric: Fabric, holder: Callable[[], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = holder()
+    fabric(0)
+    monkeypatch.setattr(UcxPolicy, "rdma_only", property(lambda self: self.transport == "rdma"))
+    with pytest.raises(TransferStalled, match="made no progress for 3 s"):
+        Target("rdma", **STALLS).receive(source)
