@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.transfer.conftest import RDMA_PORTS, nothing_left, start_worker
+from mxcore.transfer.rdma_devices import usable_ports
+from tests.transfer.conftest import RDMA_PORTS, nothing_left, start_worker, wait_for
 
 __all__ = ["nothing_left", "start_worker"]
 
-ENDS = ("mxa", "mxb")
+ENDS = {"mxa": ("10.9.0.1", "10.9.0.2"), "mxb": ("10.9.0.2", "10.9.0.1")}  # with its address and the other's
 
 
 class Wire:
-    """Says how the wire treats packets, both ways; `mend` makes it whole."""
+    """Says how the wire treats packets, both ways; `mend` makes it whole, and its ports active."""
 
     def slow(self) -> None:
         """8 MB a second, so that READs are under way for a while."""
@@ -26,9 +27,20 @@ class Wire:
         """Nothing arrives, though both ports stay active."""
         self._shape("loss", "100%")
 
+    def take_down(self, end: str) -> None:
+        """The link of one end, and with it the ports of both."""
+        self._ip("link", "set", end, "down")
+
     def mend(self) -> None:
-        for end in ENDS:
+        for end, (address, other) in ENDS.items():
             subprocess.run(["tc", "qdisc", "delete", "dev", end, "root"], check=False, stderr=subprocess.DEVNULL)
+            self._ip("link", "set", end, "up")
+            # network.sh made it, taking the link down removed it
+            self._ip("route", "replace", f"{other}/32", "dev", end, "src", address, "table", "100")
+        wait_for(lambda: len(usable_ports(environ={})) == len(ENDS))
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
 
     def _shape(self, *how: str) -> None:
         for end in ENDS:

@@ -1,20 +1,36 @@
-"""What goes wrong over real verbs: a cut wire, a holder that RDMA does not reach, memory that may not be pinned."""
+"""What goes wrong over real verbs: wires, ports, holders in mid transfer; RDMA that gets nowhere; memory unpinned."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
 
 from mxcore.errors import ChunksMissing
-from tests.rdma.conftest import Wire, packets_sent
+from mxcore.transfer.receiver import FindMore
+from mxcore.transfer.source_client import Source
+from tests.rdma.conftest import ENDS, Wire, packets_sent
 from tests.transfer.conftest import StartWorker
-from tests.transfer.memory import model_specs
+from tests.transfer.memory import HostTensors, model_specs
 from tests.transfer.test_exchange import SEED, Target, failing
 
 pytestmark = pytest.mark.rdma
 LIMIT_BYTES = 8 << 20
 PINS_LITTLE = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", f"--memlock={LIMIT_BYTES}")
+
+
+def found_after(target: Target, fault: Callable[[], None], *sources: Source) -> FindMore:
+    """`fault` at the target's first chunk; `sources` are listed after it."""
+    struck: list[Source] = []
+
+    def strike() -> None:
+        fault()
+        struck.extend(sources)
+
+    target.at_first_chunk.append(strike)
+    return lambda: list(struck)
 
 
 def test_a_cut_wire_is_noticed_by_the_port_and_costs_what_was_in_flight(start_worker: StartWorker, wire: Wire) -> None:
@@ -26,6 +42,54 @@ def test_a_cut_wire_is_noticed_by_the_port_and_costs_what_was_in_flight(start_wo
     wire.mend()
     target.receive(source)
     assert target.is_right()
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_port_that_goes_down_costs_what_was_in_flight(start_worker: StartWorker, wire: Wire, end: str) -> None:
+    over_rdma, by_tcp = start_worker("auto", seed=SEED, megabytes=20), start_worker("tcp", seed=SEED, megabytes=20)
+    sources = [over_rdma.serve(), by_tcp.serve()]
+    target = Target("auto", model_specs(20))
+    found = found_after(target, lambda: wire.take_down(end), sources[1])
+    report = target.receive(sources[0], find_more=found)
+    assert target.is_right()
+    assert set(report.bytes_from) == {source.worker_id for source in sources}
+    assert [source.worker_id in failure for source, failure in zip(sources, report.failures, strict=False)] == [True]
+    wire.mend()
+    again = Target("auto", model_specs(20))
+    assert again.receive(sources[0]).transport == "rdma"  # the same processes, the same ports
+    assert again.is_right()
+
+
+def test_what_a_port_that_is_down_did_not_bring_comes_from_elsewhere(start_worker: StartWorker, wire: Wire) -> None:
+    worker = start_worker("rdma", seed=SEED, megabytes=20)
+    source = worker.serve()
+    target = Target("rdma", model_specs(20))
+    target.at_first_chunk.append(lambda: wire.take_down("mxa"))
+    with pytest.raises(ChunksMissing, match=source.worker_id) as raised:
+        target.receive(source)
+    partial = raised.value.partial
+    assert partial is not None
+    missing = partial.missing_bytes
+    files = HostTensors(target.tensors.specs, SEED)  # as if from storage
+    assert target.tensors.copy_from(files, partial.missing_stretches()) == missing > 0
+    report = partial.complete()
+    assert target.is_right()
+    assert (report.bytes_from, report.bytes_otherwise) == ({source.worker_id: report.bytes - missing}, missing)
+    assert worker.ask(do="cpu")["process_seconds"] > 0
+
+
+def test_a_stopped_holder_costs_what_it_was_not_asked_for_yet(start_worker: StartWorker) -> None:
+    stopped, other = (start_worker("rdma", seed=SEED, megabytes=20) for _ in range(2))
+    sources = [stopped.serve(), other.serve()]
+    target = Target("rdma", model_specs(20), MX_SERVER_TIMEOUT_SECS=8)
+    found = found_after(target, lambda: stopped.kill(signal.SIGSTOP), sources[1])
+    report = target.receive(sources[0], find_more=found)
+    assert target.is_right()
+    assert set(report.bytes_from) == {source.worker_id for source in sources}
+    stopped.kill(signal.SIGCONT)
+    again = Target("rdma", model_specs(20))
+    again.receive(sources[0])
+    assert again.is_right()
 
 
 def test_a_holder_that_rdma_does_not_reach_writes_over_tcp(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,18 @@ class HostTensors:
 
     def address(self, storage: str) -> int:
         return int(self.storages[storage].ctypes.data)
+
+    def copy_from(self, other: HostTensors, stretches: Iterable[tuple[int, int]]) -> int:
+        """Fills memory of this one, from its first address to after its last, with the other's; returns the bytes."""
+        filled = 0
+        for begin, end in stretches:
+            for name, storage in self.storages.items():
+                first = self.address(name)
+                low, high = max(begin, first) - first, min(end, first + storage.nbytes) - first
+                if low < high:
+                    storage[low:high] = other.storages[name][low:high]
+                    filled += high - low
+        return filled
 
     def equal_bytes(self, other: HostTensors) -> bool:
         """Whether every byte that a tensor covers, or that lies between its elements, is the same."""

@@ -25,7 +25,7 @@ from mxcore.settings import WorkerSettings, load_settings
 from mxcore.transfer import attached_pull
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import Membership
-from mxcore.transfer.receiver import Receiver
+from mxcore.transfer.receiver import FindMore, Receiver
 from mxcore.transfer.source_client import Source
 from tests.transfer.conftest import StartWorker
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
@@ -63,7 +63,7 @@ class Target:
         self.at_first_chunk: list[Any] = []  # called once, when the first chunk is verified
         self.scalar_names: list[str] = []
 
-    def receive(self, *sources: Source) -> Any:
+    def receive(self, *sources: Source, find_more: FindMore | None = None) -> Any:
         def progress(done: int, total: int) -> None:
             assert total == self.layout.total_bytes
             self.seen.append(done)
@@ -79,7 +79,7 @@ class Target:
             progress=progress,
             chunk_bytes=CHUNK_BYTES,
         )
-        return receiver.receive(sources)
+        return receiver.receive(sources, find_more)
 
     def is_right(self, seed: int = SEED) -> bool:
         return self.tensors.equal_bytes(HostTensors(self.tensors.specs, seed))

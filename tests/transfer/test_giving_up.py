@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from mxcore.errors import ChunksMissing, LayoutMismatch
-from mxcore.transfer.receiver import FindMore, Receiver, ReceiveReport
 from mxcore.transfer.source_client import Source
 from mxserver.wire.errors import ServerUnreachable
 from tests.transfer.conftest import StartWorker, wait_for
-from tests.transfer.member import CHUNK_BYTES, SEED, NewMember
+from tests.transfer.member import SEED, NewMember
 from tests.transfer.test_exchange import Target
 
 # Whoever waits for news ends with TransferStalled instead of what these tests want, and long after all else.
 WAITING = {"MX_STALL_TIMEOUT_SECS": 600, "MX_TRANSFER_TIMEOUT": 120}
-
-
-def receive(target: Target, sources: Sequence[Source], find_more: FindMore) -> ReceiveReport:
-    receiver = Receiver(
-        target.layout, target.placement, settings=target.settings, worker_id="target", chunk_bytes=CHUNK_BYTES
-    )
-    return receiver.receive(sources, find_more)
 
 
 def after_failures(count: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,7 +60,7 @@ def test_all_holders_must_have_failed_for_good(lying: Callable[[], Source], capl
         return sources
 
     with pytest.raises(ChunksMissing) as raised:
-        receive(Target("tcp", **WAITING), sources[:1], nobody_else)
+        Target("tcp", **WAITING).receive(sources[0], find_more=nobody_else)
     assert len(raised.value.failures) == 2  # the second one was asked too
 
 
@@ -82,7 +74,7 @@ def test_who_is_listed_after_the_failure_is_waited_for(
         return lists.pop(0) if len(lists) > 1 else lists[0]
 
     target = Target("tcp", **WAITING)
-    report = receive(target, [lying()], listed)
+    report = target.receive(lying(), find_more=listed)
     assert target.is_right()
     assert lists[0][0].worker_id in report.bytes_from
 
@@ -102,7 +94,7 @@ def test_a_server_that_does_not_answer_has_not_said_that_nobody_is_there(
         return [good]
 
     target = Target("tcp", **WAITING)
-    receive(target, [lying()], listed)
+    target.receive(lying(), find_more=listed)
     assert target.is_right()
     assert sum("sources cannot be listed" in record.message for record in caplog.records) == 1  # once, not each time
 
@@ -117,7 +109,7 @@ def test_other_bytes_are_taken_as_soon_as_the_first_cannot_be_completed(
         return [first, other]
 
     target = Target("tcp", **WAITING)
-    receive(target, [first], listed)
+    target.receive(first, find_more=listed)
     assert target.is_right(SEED + 1)
 
 
@@ -134,5 +126,5 @@ def test_a_holder_that_is_gone_has_not_refused_for_good(
         return lists.pop(0) if len(lists) > 1 else [good]
 
     target = Target("tcp", **WAITING)
-    receive(target, lists[0], listed)
+    target.receive(source, find_more=listed)
     assert target.is_right()

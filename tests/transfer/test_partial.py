@@ -58,15 +58,7 @@ class Half:
 
     def fill(self, partial: PartialReceive[ReceiveReport]) -> int:
         """Copies what is missing from the holder's memory; returns how many bytes that were."""
-        filled = 0
-        for begin, end in partial.missing_stretches():
-            for name, storage in self.here.storages.items():
-                first = self.here.address(name)
-                low, high = max(begin, first) - first, min(end, first + storage.nbytes) - first
-                if low < high:
-                    storage[low:high] = self.there.storages[name][low:high]
-                    filled += high - low
-        return filled
+        return self.here.copy_from(self.there, partial.missing_stretches())
 
 
 @pytest.fixture
