@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shlex
 import shutil
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.transfer.conftest import ROOT
 from tools.soft_rdma import __main__ as command
 from tools.soft_rdma import packages
 from tools.soft_rdma.errors import SoftRdmaError
@@ -190,6 +192,24 @@ def test_the_guests_status(tmp_path: Path, text: str, status: int | None) -> Non
     file.unlink()
     with pytest.raises(SoftRdmaError, match="without an exit status"):
         status_of(file)
+
+
+def test_arguments_choose_among_what_is_marked() -> None:
+    def collected(*arguments: str) -> list[str]:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", *command.PYTEST_ARGUMENTS, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "TEST_RDMA": "rxea:1,rxeb:1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [line for line in ran.stdout.splitlines() if "::" in line]
+
+    everything = collected()
+    assert {name.split("/")[1] for name in everything} == {"rdma", "transfer"}
+    assert all(name.startswith("tests/rdma/") or "rdma" in name.partition("[")[2] for name in everything)
+    assert collected("-k", "two_receivers") == ["tests/transfer/test_exchange.py::test_two_receivers_at_once[rdma]"]
 
 
 def test_another_processor_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
 """Builds the machine, runs pytest in it, exits with pytest's status.
 
-    python -m tools.soft_rdma [--limit-seconds 900] [--memory-mib 6144] [pytest arguments]
+    python -m tools.soft_rdma [--limit-seconds 1800] [--memory-mib 6144] [pytest arguments]
 
-Without arguments of its own, pytest runs what is marked `rdma`.
+pytest runs what is marked `rdma`, in the folders that have such tests unless its arguments name others: `-k cut` runs
+those with this name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tools.soft_rdma.packages import extracted_packages
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 CACHE = CHECKOUT / "build" / "soft_rdma"
-DEFAULT_TESTS = ("-m", "rdma", "tests/rdma", "tests/transfer")
+# A later -m wins, and so do paths over testpaths. A test takes minutes where others use the processors too.
+PYTEST_ARGUMENTS = ("-m", "rdma", "-o", "testpaths=tests/rdma tests/transfer", "-o", "timeout=900")
 
 
 def kernel_and_initramfs(root: Path, job: str) -> tuple[Path, Path]:
@@ -100,11 +102,12 @@ def run(pytest_arguments: list[str], *, limit_seconds: float, memory_mib: int) -
 def main() -> int:
     """Usage as above; 3 when the machine itself cannot be had."""
     parser = argparse.ArgumentParser(prog="python -m tools.soft_rdma", description=__doc__)
-    parser.add_argument("--limit-seconds", type=float, default=900.0)
+    parser.add_argument("--limit-seconds", type=float, default=1800.0)
     parser.add_argument("--memory-mib", type=int, default=6144)
     chosen, rest = parser.parse_known_args()
     try:
-        return run(rest or list(DEFAULT_TESTS), limit_seconds=chosen.limit_seconds, memory_mib=chosen.memory_mib)
+        tests = [*PYTEST_ARGUMENTS, *rest]
+        return run(tests, limit_seconds=chosen.limit_seconds, memory_mib=chosen.memory_mib)
     except SoftRdmaError as error:
         print(f"soft-rdma: {error}", file=sys.stderr)
         return 3
