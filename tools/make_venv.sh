@@ -6,10 +6,19 @@ venv=$1
 shift
 python=${PYTHON:-python3}
 
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+case $version in
+3.11 | 3.12 | 3.13) ;;
+*)
+    echo "$python is Python $version; 3.11 to 3.13 is needed. With another one: make PYTHON=python3.12 ..." >&2
+    exit 1
+    ;;
+esac
+
 # Python's headers, and the one library that vLLM's CPU build takes from the system.
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 needed=
-[ -f "$include/Python.h" ] || needed="$needed python3-dev"
+[ -f "$include/Python.h" ] || needed="$needed python$version-dev"
 "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || needed="$needed libnuma1"
 if [ -n "$needed" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "Installing Debian's packages:$needed" >&2

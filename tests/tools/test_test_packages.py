@@ -1,7 +1,8 @@
-"""What `make test` installs on Debian and on Ubuntu, and which browser the page's tests take. No apt is run."""
+"""What `make` installs on Debian and on Ubuntu, and which browser the page's tests take. No apt is run."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.transfer.conftest import ROOT
 from tests.web import browser
 
 SCRIPT = ROOT / "tools" / "install_test_packages.sh"
+MAKE_VENV = ROOT / "tools" / "make_venv.sh"
 SNAP_STUB = "#!/bin/sh\nif ! [ -x /snap/bin/chromium.chromedriver ]; then exit 1; fi\n"  # as Ubuntu 24.04's begins
 
 
@@ -80,3 +82,19 @@ def test_a_snap_is_no_browser_for_tests(tmp_path: Path, monkeypatch: pytest.Monk
     machine.add("google-chrome")
     machine.add("chromedriver")
     assert browser.require_browser() == tuple(str(machine.bin / name) for name in ("google-chrome", "chromedriver"))
+
+
+def test_a_python_that_is_too_old_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 3.10\n')  # Ubuntu 22.04's
+    python.chmod(0o755)
+    ran = subprocess.run(
+        ["sh", str(MAKE_VENV), str(tmp_path / "venv"), str(tmp_path / "requirements.txt")],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert f"{python} is Python 3.10; 3.11 to 3.13 is needed" in ran.stderr
+    assert not (tmp_path / "venv").exists()

@@ -14,6 +14,7 @@ from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7
 CHUNK_BYTES = 65536
+PATIENT_SECONDS = 20  # nobody stalls on a busy machine; tests of stalls say so
 
 
 class Member:
@@ -21,7 +22,7 @@ class Member:
 
     def __init__(self, server: str, seed: int | None, megabytes: int, **changes: Any) -> None:
         names = {"MX_SERVER_ADDRESS": server, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
-        names |= {"MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": 20}
+        names |= {"MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5, "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS}
         names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.2}
         self.membership = Membership(
             load_settings({**names, **changes}, {}), identity(), 0, "cpu", chunk_bytes=CHUNK_BYTES

@@ -28,11 +28,11 @@ from mxcore.transfer.membership import Membership
 from mxcore.transfer.receiver import FindMore, Receiver
 from mxcore.transfer.source_client import Source
 from tests.transfer.conftest import StartWorker
+from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
 CHUNK_BYTES = 65536
 SEED = 7
-PATIENT_SECONDS = 20  # nobody stalls on a busy machine; tests of stalls say so
 RDMA = pytest.param("rdma", marks=pytest.mark.rdma)
 TRANSPORTS = [
     ("tcp", "write", "tcp"),

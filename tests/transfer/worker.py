@@ -17,6 +17,7 @@ from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.source_client import Source
 from mxserver.wire import load_pb2
+from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 
@@ -30,7 +31,9 @@ class Worker:
         self.tensors = HostTensors(model_specs(task.get("megabytes", 4), task.get("prefix", "")), task.get("seed"))
         self.layout, self.placement = build_layout("raw", self.tensors.local_tensors())
         self.membership = Membership(
-            load_settings({"MX_WORKER_GRPC_PORT": 0, **task.get("settings", {})}),
+            load_settings(
+                {"MX_WORKER_GRPC_PORT": 0, "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS, **task.get("settings", {})}
+            ),
             identity(task.get("checkpoint", "c0ffee")),
             task.get("rank", 0),
             "cpu",
