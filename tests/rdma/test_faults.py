@@ -53,7 +53,7 @@ def test_a_port_that_goes_down_costs_what_was_in_flight(start_worker: StartWorke
     report = target.receive(sources[0], find_more=found)
     assert target.is_right()
     assert set(report.bytes_from) == {source.worker_id for source in sources}
-    assert [source.worker_id in failure for source, failure in zip(sources, report.failures, strict=False)] == [True]
+    assert any(sources[0].worker_id in failure for failure in report.failures)
     wire.mend()
     again = Target("auto", model_specs(20))
     assert again.receive(sources[0]).transport == "rdma"  # the same processes, the same ports
