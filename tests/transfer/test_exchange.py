@@ -277,6 +277,8 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
     source = asdict(start_worker(transport, seed=SEED, megabytes=20).serve())
     receivers = [start_worker(transport, megabytes=20) for _ in range(2)]
     for receiver in receivers:
+        receiver.ask(do="cpu")  # it has started: who is held up for two stall time-outs gives up
+    for receiver in receivers:
         assert "paused_at" in receiver.ask(do="receive", sources=[source], pause_after_bytes=1)  # both are in it
     for receiver in receivers:
         receiver.send(do="go on")
