@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mxcore.errors import ChunksMissing, LayoutMismatch
 from mxcore.transfer.source_client import Source
 from mxserver.wire.errors import ServerUnreachable
-from tests.transfer.conftest import StartWorker, wait_for
+from tests.transfer.conftest import StartWorker, WorkerProcess, wait_for
 from tests.transfer.member import SEED, NewMember
 from tests.transfer.test_exchange import Target
 
@@ -21,17 +22,16 @@ def after_failures(count: int, caplog: pytest.LogCaptureFixture) -> None:
     wait_for(lambda: sum("gives no (more) weights" in record.message for record in caplog.records) >= count)
 
 
+def lie(worker: WorkerProcess) -> Source:
+    """A holder one of whose chunks is not what its digest promises."""
+    source = worker.serve()
+    worker.ask(do="flip", storage="layer3", offset=123_456)
+    return source
+
+
 @pytest.fixture
 def lying(start_worker: StartWorker) -> Callable[[], Source]:
-    """Starts a holder one of whose chunks is not what its digest promises."""
-
-    def start() -> Source:
-        worker = start_worker("tcp", seed=SEED)
-        source = worker.serve()
-        worker.ask(do="flip", storage="layer3", offset=123_456)
-        return source
-
-    return start
+    return lambda: lie(start_worker("tcp", seed=SEED))
 
 
 def test_a_wrong_digest_of_the_only_holder_is_not_waited_out(new_member: NewMember) -> None:
@@ -65,16 +65,20 @@ def test_all_holders_must_have_failed_for_good(lying: Callable[[], Source], capl
 
 
 def test_who_is_listed_after_the_failure_is_waited_for(
-    lying: Callable[[], Source], start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+    start_worker: StartWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     lists: list[list[Source]] = [[], [start_worker("tcp", seed=SEED).serve()]]
+    liar = start_worker("tcp", seed=SEED)
+    source = lie(liar)
+    liar.kill(signal.SIGSTOP)
 
     def listed() -> list[Source]:
-        after_failures(1, caplog)  # the first question was asked before: its answer says nothing about what came then
+        liar.kill(signal.SIGCONT)  # so that it fails while this question is on its way, whose answer is an old one then
+        after_failures(1, caplog)
         return lists.pop(0) if len(lists) > 1 else lists[0]
 
-    target = Target("tcp", **WAITING)
-    report = target.receive(lying(), find_more=listed)
+    target = Target("tcp", MX_SERVER_TIMEOUT_SECS=60, **WAITING)
+    report = target.receive(source, find_more=listed)
     assert target.is_right()
     assert lists[0][0].worker_id in report.bytes_from
 
