@@ -62,8 +62,7 @@ def test_a_port_that_goes_down_costs_what_was_in_flight(start_worker: StartWorke
 
 
 def test_what_a_port_that_is_down_did_not_bring_comes_from_elsewhere(start_worker: StartWorker, wire: Wire) -> None:
-    worker = start_worker("rdma", seed=SEED, megabytes=20)
-    source = worker.serve()
+    source = start_worker("rdma", seed=SEED, megabytes=20).serve()
     target = Target("rdma", model_specs(20))
     target.at_first_chunk.append(lambda: wire.take_down("mxa"))
     with pytest.raises(ChunksMissing, match=source.worker_id) as raised:
@@ -76,7 +75,6 @@ def test_what_a_port_that_is_down_did_not_bring_comes_from_elsewhere(start_worke
     report = partial.complete()
     assert target.is_right()
     assert (report.bytes_from, report.bytes_otherwise) == ({source.worker_id: report.bytes - missing}, missing)
-    assert worker.ask(do="cpu")["process_seconds"] > 0
 
 
 def test_a_stopped_holder_costs_what_it_was_not_asked_for_yet(start_worker: StartWorker) -> None:
