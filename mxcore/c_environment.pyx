@@ -1,11 +1,11 @@
 """The environment as C libraries see it, changed beside threads that read it. Documentation: c_environment.pyi."""
 
 from libc.stdlib cimport getenv
-from libc.string cimport strdup
 
 import os
 
 cdef extern from "environment_store.h":
+    char* mx_environment_copy(const char* entry)
     int mx_environment_store(const char* name, char* entry)
 
 cdef dict _entries = {}  # what was ever put: its address. Bounded by the values that there are, never freed
@@ -24,7 +24,7 @@ def c_setenv(str name not None, str value):
     cdef bytes entry = encoded if value is None else encoded + b"=" + os.fsencode(value)
     cdef char* kept
     if entry not in _entries:
-        kept = strdup(entry)
+        kept = mx_environment_copy(entry)
         if kept == NULL:
             raise MemoryError
         _entries[entry] = <size_t>kept

@@ -31,7 +31,7 @@ PIECE_BYTES = 64 * 1024 * 1024
 GIVE_UP_SECONDS = 60.0
 
 
-def _load_runtime() -> None:
+def load_runtime() -> None:
     """UCX's CUDA module wants libcudart by its name: torch's packages have it, in no folder that is searched."""
     for folder in map(Path, sys.path):
         for library in sorted(folder.glob("nvidia/*/lib/libcudart.so.*")):
@@ -41,7 +41,7 @@ def _load_runtime() -> None:
 
 def _agent(name: str, buffer: DeviceBuffer) -> NixlAgent:
     if not cuda_driver.is_stand_in():
-        _load_runtime()
+        load_runtime()
     with ucx_environment(STAND_IN_TLS if cuda_driver.is_stand_in() else TLS):
         agent = NixlAgent(name)
     device: dict[str, Any] = nixl_device(buffer.context.index)
