@@ -140,7 +140,11 @@ static inline int mx_nixl_region_list(const mx_nixl_table *table, int memory_kin
     return status;
 }
 
-enum { MX_NIXL_PAUSE_NANOSECONDS = 50 * 1000 };
+enum {
+    MX_NIXL_PAUSE_NANOSECONDS = 50 * 1000,
+    MX_NIXL_LONGEST_PAUSE_NANOSECONDS = 1000 * 1000,
+    MX_NIXL_BUSY_NANOSECONDS = 20 * 1000 /* a round that takes longer has moved something */
+};
 
 /* Posts a request; its peer is told `number` once its bytes are there, where NIXL can. */
 static inline int mx_nixl_post(const mx_nixl_table *table, void *agent, void *backend, void *request, void *options,
@@ -187,22 +191,46 @@ static inline void mx_nixl_take_numbers(const mx_nixl_table *table, void *map, m
     }
 }
 
+/* How long to sleep before looking again, when nothing has happened for so long: an eighth of it, within bounds. */
+static inline void mx_nixl_pause(int64_t quiet_nanoseconds)
+{
+    int64_t eighth = quiet_nanoseconds / 8;
+    if (eighth < MX_NIXL_PAUSE_NANOSECONDS)
+        eighth = MX_NIXL_PAUSE_NANOSECONDS;
+    if (eighth > MX_NIXL_LONGEST_PAUSE_NANOSECONDS)
+        eighth = MX_NIXL_LONGEST_PAUSE_NANOSECONDS;
+    const struct timespec pause = {0, (long)eighth};
+    nanosleep(&pause, NULL);
+}
+
+static inline int64_t mx_nixl_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
 /* Drives an agent without a progress thread until `stopped`: asking for notifications makes all the progress there is.
  * Looking 10,000 times a second costs less than being woken for each of the 20,000 stretches that
- * TCP brings meanwhile, on both sides: a sender has nobody to wake. The kernel's buffers hold what comes in a pause. */
+ * TCP brings meanwhile, on both sides: a sender has nobody to wake. The kernel's buffers hold what comes in a pause.
+ * Where rounds are short, little comes (a slow link, a holder with nothing to give): then 1,000 times. */
 static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agent, void *options, mx_mailbox *box,
                                           const int *stopped)
 {
-    const struct timespec pause = {0, MX_NIXL_PAUSE_NANOSECONDS};
     void *map = NULL;
     if (table->create_notif_map(&map) != MX_NIXL_SUCCESS)
         return;
+    int64_t busy = mx_nixl_now();
     while (!__atomic_load_n(stopped, __ATOMIC_ACQUIRE)) {
+        int64_t began = mx_nixl_now(), ended;
         table->get_notifs(agent, map, options); /* a lost peer is told by its transfers */
         if (table->notifies)
             mx_nixl_take_numbers(table, map, box);
         table->notif_map_clear(map);
-        nanosleep(&pause, NULL);
+        ended = mx_nixl_now();
+        if (ended - began > MX_NIXL_BUSY_NANOSECONDS)
+            busy = ended;
+        mx_nixl_pause(ended - busy);
     }
     table->destroy_notif_map(map);
 }
@@ -211,19 +239,17 @@ static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agen
 static inline void mx_nixl_wait_any(const mx_nixl_table *table, void *agent, void *const *requests, ptrdiff_t count,
                                     int *statuses, int64_t longest_nanoseconds)
 {
-    const struct timespec pause = {0, MX_NIXL_PAUSE_NANOSECONDS};
-    struct timespec began, now;
-    clock_gettime(CLOCK_MONOTONIC, &began);
+    int64_t began = mx_nixl_now();
     for (;;) {
         bool ended = false;
         for (ptrdiff_t i = 0; i < count; i++) {
             statuses[i] = table->get_xfer_status(agent, requests[i]);
             ended |= statuses[i] != MX_NIXL_IN_PROGRESS;
         }
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        if (ended || (now.tv_sec - began.tv_sec) * 1000000000LL + now.tv_nsec - began.tv_nsec >= longest_nanoseconds)
+        int64_t waited = mx_nixl_now() - began;
+        if (ended || waited >= longest_nanoseconds)
             return;
-        nanosleep(&pause, NULL);
+        mx_nixl_pause(waited);
     }
 }
 
