@@ -141,19 +141,32 @@ typedef struct {
 /* Only the tests' stand-in exports this (tests/cuda/driver). */
 #define MX_STAND_IN_MARK "mx_cuda_stand_in_is_no_gpu"
 
-/* Fills `table` from the library at `path`; with `stand_in` only from the tests' stand-in, without it never from that.
- * Returns 0, or -1 with the reason in `reason`. The library stays loaded: a driver does not survive dlclose. */
-static inline int mx_cuda_open(const char *path, int stand_in, mx_cuda_table *table, char *reason, size_t reason_bytes) {
-    mx_cuda_table found;
+/* Opens the library at `path`; with `stand_in` only the tests' stand-in, without it never that. `what` names it in the
+ * reason why not, with which NULL is returned. It stays loaded: a driver does not survive dlclose. */
+static inline void *mx_library_open(const char *path, int stand_in, const char *what, char *reason, size_t reason_bytes) {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (library == NULL) {
         const char *error = dlerror();
         snprintf(reason, reason_bytes, "%s", error != NULL ? error : "dlopen failed");
-        return -1;
+        return NULL;
     }
     if ((dlsym(library, MX_STAND_IN_MARK) != NULL) != (stand_in != 0)) {
-        snprintf(reason, reason_bytes, stand_in ? "%s is no stand-in" : "%s is the tests' stand-in, not a driver", path);
+        if (stand_in) {
+            snprintf(reason, reason_bytes, "%s is no stand-in", path);
+        } else {
+            snprintf(reason, reason_bytes, "%s is the tests' stand-in, not %s", path, what);
+        }
         dlclose(library);
+        return NULL;
+    }
+    return library;
+}
+
+/* Fills `table` by mx_library_open. Returns 0, or -1 with the reason in `reason`. */
+static inline int mx_cuda_open(const char *path, int stand_in, mx_cuda_table *table, char *reason, size_t reason_bytes) {
+    mx_cuda_table found;
+    void *library = mx_library_open(path, stand_in, "a driver", reason, reason_bytes);
+    if (library == NULL) {
         return -1;
     }
 #define MX_CUDA_RESOLVE(member, symbol, arguments)                                                        \
@@ -167,6 +180,5 @@ static inline int mx_cuda_open(const char *path, int stand_in, mx_cuda_table *ta
     *table = found;
     return 0;
 }
-
 
 #endif

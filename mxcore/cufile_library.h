@@ -75,19 +75,12 @@ typedef struct {
 #undef MX_CUFILE_MEMBER
 } mx_cufile_table;
 
-/* Fills `table` from the library at `path`; `stand_in`, result and reason as mx_cuda_open's. The library stays loaded. */
+/* As mx_cuda_open, for this table. */
 static inline int mx_cufile_open(const char *path, int stand_in, mx_cufile_table *table, char *reason,
                                  size_t reason_bytes) {
     mx_cufile_table found;
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    void *library = mx_library_open(path, stand_in, "libcufile", reason, reason_bytes);
     if (library == NULL) {
-        const char *error = dlerror();
-        snprintf(reason, reason_bytes, "%s", error != NULL ? error : "dlopen failed");
-        return -1;
-    }
-    if ((dlsym(library, MX_STAND_IN_MARK) != NULL) != (stand_in != 0)) {
-        snprintf(reason, reason_bytes, stand_in ? "%s is no stand-in" : "%s is the tests' stand-in, not libcufile", path);
-        dlclose(library);
         return -1;
     }
 #define MX_CUFILE_RESOLVE(member, symbol, result, arguments)                                                  \
