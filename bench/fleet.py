@@ -84,14 +84,14 @@ class Process:
     """A worker; its lines arrive in `lines`."""
 
     def __init__(
-        self, task: dict[str, Any], environ: dict[str, str], prefix: Sequence[str], log: Path, slot: int
+        self, task: dict[str, Any], environ: dict[str, str], prefix: Sequence[str], log: Path, slot: int, module: str
     ) -> None:
         self.slot = slot  # its place in the network
         names = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "MX_", "MODEL_"))}
         self.log = log
         with log.open("w") as stderr:
             self.popen = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "bench.fleet_worker", json.dumps(task)],
+                [*prefix, sys.executable, "-m", module, json.dumps(task)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -141,6 +141,20 @@ class Process:
         if self.alive:
             self.popen.send_signal(number)
 
+    def until(self, count: float, seconds: float = DEADLINE_SECONDS) -> None:
+        """Waits until it has told of so many bytes. Raises FleetError."""
+        deadline = time.monotonic() + seconds
+        while not self.progress or self.progress[-1][1] < count:
+            if time.monotonic() > deadline or not self.alive:
+                raise FleetError(f"a receiver did not get going; its log ends: {self.tail()}")
+            time.sleep(0.002)
+
+    def leave(self) -> None:
+        """Lets it say goodbye and end."""
+        if self.popen.stdin is not None:
+            self.popen.stdin.close()
+        self.popen.wait(DEADLINE_SECONDS)
+
     def end(self) -> None:
         for number in (signal.SIGCONT, signal.SIGKILL):
             self.signal(number)
@@ -178,7 +192,14 @@ class Fleet:
         self.address = found[0]
         self._port = self.address.rpartition(":")[2]
 
-    def add(self, task: dict[str, Any], *, transport: str = "tcp", environ: dict[str, str] | None = None) -> Process:
+    def add(
+        self,
+        task: dict[str, Any],
+        *,
+        transport: str = "tcp",
+        environ: dict[str, str] | None = None,
+        module: str = "bench.fleet_worker",
+    ) -> Process:
         """Starts a worker, in the network in the first place that nobody living has."""
         number = len(self.workers)
         taken = {worker.slot for worker in self.workers if worker.alive}
@@ -188,7 +209,7 @@ class Fleet:
         if network is not None:
             names["MX_WORKER_HOST"] = network.address(slot)
         prefix = network.prefix(slot) if network is not None else []
-        self.workers.append(Process(task, names, prefix, self._folder / f"worker{number}.log", slot))
+        self.workers.append(Process(task, names, prefix, self._folder / f"worker{number}.log", slot, module))
         return self.workers[-1]
 
     def link(self, process: Process, *, up: bool) -> None:

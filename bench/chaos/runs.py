@@ -57,7 +57,7 @@ class Chaos:
             target.lost.clear()
             target.send("start")
         victim = self.chance.choice(self.targets)
-        self._until(victim, self.chance.uniform(0.05, 0.7) * MODEL_BYTES)
+        victim.until(self.chance.uniform(0.05, 0.7) * MODEL_BYTES, FINISH_SECONDS)
         source, source_id = self.chance.choice(self.sources)
         at = time.monotonic()
         struck = {**FAULTS, **CUTS}[fault](Scene(self.fleet, self.chance, source, victim, self.workers))
@@ -82,13 +82,6 @@ class Chaos:
 
     def _add(self, role: str) -> Process:
         return self.fleet.add({**TASK, "role": role}, transport=self.transport)
-
-    def _until(self, target: Process, count: float) -> None:
-        deadline = time.monotonic() + FINISH_SECONDS
-        while not target.progress or target.progress[-1][1] < count:
-            if time.monotonic() > deadline or not target.alive:
-                raise FleetError(f"a receiver did not get going; its log ends: {target.tail()}")
-            time.sleep(0.002)
 
     def _finished(self, target: Process) -> None:
         try:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from array import array
 from typing import Any
 
@@ -48,7 +49,7 @@ class DeviceWorker:
         self.sizes = [task["tensor_bytes"]] * task["tensors"] + [3001 * k + 7 for k in range(1, SMALL_TENSORS)]
         self.buffers = [DeviceBuffer(self.context, size) for size in self.sizes]
         self.layout, self.placement = build_layout("raw", self._tensors())
-        settings = load_settings({"MX_WORKER_GRPC_PORT": 0, "MX_WORKER_HOST": "127.0.0.1", **task["settings"]})
+        settings = load_settings({"MX_WORKER_GRPC_PORT": 0, "MX_WORKER_HOST": "127.0.0.1"})
         identity = p2p_pb2.SourceIdentity(
             mx_version=PROTOCOL_VERSION,
             model_name="bench/gpu",
@@ -100,7 +101,7 @@ class DeviceWorker:
     def progress(self, done: int, total: int) -> None:
         if done - self._told > total // 20:
             self._told = done
-            say(event="progress", bytes=done)
+            say(event="progress", at=time.monotonic(), bytes=done)
 
     def receive(self) -> None:
         sources = self.member.wait_for_source()

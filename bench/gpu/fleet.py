@@ -7,104 +7,35 @@ begins with other bytes than the source's; its digest of all of them, made by th
 from __future__ import annotations
 
 import json
-import queue
-import subprocess
 import sys
-import tempfile
-import threading
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import click
 
-from bench.demo.processes import free_port
+from bench.fleet import Fleet, FleetError, Process
 
 MIB = 1 << 20
-DEADLINE_SECONDS = 120.0
 
 
-class Worker:
-    """A process of bench.gpu.device_worker."""
+class Workers:
+    """Processes of bench.gpu.device_worker in a fleet."""
 
-    def __init__(self, task: dict[str, Any], log: Path) -> None:
-        self._log = log
-        self.digest = ""  # of what it holds at first
-        with log.open("w") as stderr:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "bench.gpu.device_worker", json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        self._lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._pump, daemon=True).start()
+    def __init__(self, fleet: Fleet, task: dict[str, Any]) -> None:
+        self._fleet, self._task = fleet, task
 
-    def _pump(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._lines.put(json.loads(line))
-        self._lines.put({"event": "ended", "status": self.popen.wait()})
-
-    def send(self, line: str) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(line + "\n")
-        self.popen.stdin.flush()
-
-    def expect(self, event: str) -> dict[str, Any]:
-        """The next line of that event; progress is passed over. Raises ClickException."""
-        while True:
-            try:
-                found = self._lines.get(timeout=DEADLINE_SECONDS)
-            except queue.Empty:
-                found = {"event": f"nothing for {DEADLINE_SECONDS:g} s"}
-            if found["event"] == event:
-                return found
-            if found["event"] != "progress":
-                raise click.ClickException(
-                    f"{found} instead of {event!r}; its log ends: {self._log.read_text()[-2000:]}"
-                )
-
-    def end(self) -> None:
-        if self.popen.stdin is not None:
-            self.popen.stdin.close()
-        try:
-            self.popen.wait(DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
+    def add(self, role: str, **settings: str) -> tuple[Process, str]:
+        """One that is up, and the digest of what it holds. Seeds have the same bytes, receivers others."""
+        task = {**self._task, "role": role, "seed": 1 if role == "seed" else 2}
+        process = self._fleet.add(
+            task,
+            transport="auto",
+            environ={"MX_STALL_TIMEOUT_SECS": "5", **settings},
+            module="bench.gpu.device_worker",
+        )
+        return process, process.expect("ready")["digest"]
 
 
-class Fleet:
-    """A server and workers, which `stack` ends."""
-
-    def __init__(self, stack: ExitStack, folder: Path, task: dict[str, Any]) -> None:
-        self._stack, self._folder, self._task, self._made = stack, folder, task, 0
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
-        command = [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", "--port", str(port), "--store", "memory"]
-        log = stack.enter_context((folder / "server.log").open("w"))
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        stack.callback(server.wait)
-        stack.callback(server.terminate)
-
-    def add(self, role: str, **settings: str) -> Worker:
-        """A worker that is up. Seeds have the same bytes, receivers others."""
-        self._made += 1
-        task = {
-            **self._task,
-            "role": role,
-            "seed": 1 if role == "seed" else 2,
-            "settings": {"MX_SERVER_ADDRESS": self.address, "MX_STALL_TIMEOUT_SECS": "5", **settings},
-        }
-        worker = Worker(task, self._folder / f"{role}{self._made}.log")
-        self._stack.callback(worker.end)
-        worker.digest = worker.expect("ready")["digest"]
-        return worker
-
-
-def _received(worker: Worker, right: str) -> dict[str, Any]:
+def _received(worker: Process, right: str) -> dict[str, Any]:
     done = worker.expect("done")
     return {
         "right": done["digest"] == right,
@@ -113,30 +44,29 @@ def _received(worker: Worker, right: str) -> dict[str, Any]:
     }
 
 
-def _measured(fleet: Fleet, slow: str) -> dict[str, Any]:
+def _measured(workers: Workers, slow: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    source = fleet.add("seed")
-    right = source.digest
-    first, second = fleet.add("receiver"), fleet.add("receiver")
+    source, right = workers.add("seed")
+    first, second = (workers.add("receiver")[0] for _ in range(2))
     first.send("start")
     found["one holder"] = _received(first, right)
     second.send("start")
     found["two holders"] = _received(second, right)
     for worker in (second, first, source):
-        worker.end()
+        worker.leave()
 
-    source = fleet.add("seed", MX_SOURCE_RATE_LIMIT=slow)
-    victim, other, last = (fleet.add("receiver") for _ in range(3))
+    source, _ = workers.add("seed", MX_SOURCE_RATE_LIMIT=slow)
+    victim, other, last = (workers.add("receiver")[0] for _ in range(3))
     victim.send("start")
-    victim.expect("progress")
-    victim.popen.kill()
+    victim.until(1)
+    victim.end()
     source.send("digest")
     found["source after a receiver was killed"] = {"right": source.expect("digest")["digest"] == right}
     other.send("start")
     found["from it"] = _received(other, right)
     last.send("start")
-    last.expect("progress")
-    source.popen.kill()
+    last.until(1)
+    source.end()
     found["source killed in the middle"] = _received(last, right)
     return found
 
@@ -162,8 +92,11 @@ def command(
         "chunk_bytes": int(chunk_mib * MIB),
         "stand_in": stand_in,
     }
-    with tempfile.TemporaryDirectory(prefix="mx-bench-gpu-") as folder, ExitStack() as stack:
-        found = _measured(Fleet(stack, Path(folder), task), slow)
+    try:
+        with Fleet() as fleet:
+            found = _measured(Workers(fleet, task), slow)
+    except FleetError as error:
+        raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps({"bench": "gpu-fleet", "stand_in": stand_in is not None, "found": found}))
     else:
