@@ -220,8 +220,8 @@ class UcxPolicy:
 def ucx_environment(tls: str) -> Iterator[None]:
     """UCX's environment while an agent is created; afterwards it is as it was, for other users of UCX in this process.
 
-    What the user has set of UCX_DEFAULTS stays. UCX reads all of it when a backend is created, and NIXL has no other
-    way to set it, hence the lock: one agent at a time. `os.environ` does not see it.
+    What the user has set of UCX_DEFAULTS stays. UCX reads all of it when a backend is created, by way of every NIXL,
+    hence the lock: one agent at a time. `os.environ` does not see it.
     """
     with _environment_lock:
         meant = {name: value for name, value in UCX_DEFAULTS.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
