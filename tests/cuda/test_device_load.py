@@ -57,7 +57,10 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("checkpoint")
+    return in_two_files(tensors, tmp_path_factory.mktemp("checkpoint"))
+
+
+def in_two_files(tensors: dict[str, torch.Tensor], folder: Path) -> Checkpoint:
     names = sorted(tensors)
     save_file({name: tensors[name] for name in names[::2]}, folder / "a.safetensors", {"x": "y" * 3})
     save_file({name: tensors[name] for name in names[1::2]}, folder / "b.safetensors")
@@ -66,6 +69,10 @@ def checkpoint(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def memory(driver: StandIn) -> Iterator[MemoryBudget]:
+    yield from budget_that_is_given_back()
+
+
+def budget_that_is_given_back() -> Iterator[MemoryBudget]:
     made = MemoryBudget(1 << 30, "a test")
     yield made
     release_rings()

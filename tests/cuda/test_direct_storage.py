@@ -27,14 +27,14 @@ from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.storage import cufile_trial, device_direct, load
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena, load_to_device, read_rows_to_device
-from mxcore.storage.device_ring import release_rings, ring_of
+from mxcore.storage.device_ring import ring_of
 from mxcore.storage.load import Reader
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.read_plan import Row, Want
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device
-from tests.cuda.test_device_load import close, destinations
+from tests.cuda.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
 from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 MIB = 1 << 20
@@ -55,19 +55,12 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    names = sorted(tensors)
-    save_file({name: tensors[name] for name in names[::2]}, folder / "a.safetensors", {"x": "y" * 3})
-    save_file({name: tensors[name] for name in names[1::2]}, folder / "b.safetensors")
-    return open_checkpoint([folder / "a.safetensors", folder / "b.safetensors"])
+    return in_two_files(tensors, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
 def memory(gpudirect: StandIn) -> Iterator[MemoryBudget]:
-    made = MemoryBudget(1 << 30, "a test")
-    yield made
-    release_rings()
-    assert made.held_bytes == 0
+    yield from budget_that_is_given_back()
 
 
 def loaded_right(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], memory: MemoryBudget, **more: object) -> int:
