@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 _WHOLE = b"HTTP/1.1 200 OK\r\n"
+_RANGE = re.compile(rb"GET (\S+) .*^(?:x-ms-)?range: bytes=(\d+)-(\d+)\r$", re.IGNORECASE | re.DOTALL | re.MULTILINE)
 
 
 class TcpProxy:
@@ -25,6 +27,7 @@ class TcpProxy:
     def __init__(self, target: str, *, latency_seconds: float = 0.0, ranges_are_partial: bool = False) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
+        self._asked: list[tuple[bytes, int, int]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.answered_bytes = 0
@@ -59,6 +62,13 @@ class TcpProxy:
         self._meanwhile = meanwhile
         self._cut_at, self._forever = self.answered_bytes + answered_bytes, forever
 
+    def resumed(self) -> int:
+        """How many GETs of a range asked for the rest of an earlier one; a client whose GETs do not overlap."""
+        return sum(
+            any(path == of and begin < at <= end == last for of, begin, last in self._asked)
+            for path, at, end in self._asked
+        )
+
     def answer_next(self, answer: bytes, count: int) -> None:
         """Answers the next requests itself, and closes their connections."""
         with self._lock:
@@ -83,10 +93,18 @@ class TcpProxy:
                     continue
                 with self._lock:
                     self._open |= {near, far}
-                for source, sink, answers in ((near, far, False), (far, near, True)):
-                    thread = threading.Thread(target=self._forward, args=(source, sink, answers))
-                    self._threads.append(thread)
-                    thread.start()
+                self._threads.append(threading.Thread(target=self._serve, args=(near, far)))
+                self._threads[-1].start()
+
+    def _serve(self, near: socket.socket, far: socket.socket) -> None:
+        asking = threading.Thread(target=self._forward, args=(near, far, False))
+        asking.start()
+        self._forward(far, near, True)
+        asking.join()
+        with self._lock:
+            self._open -= {near, far}
+            near.close()
+            far.close()
 
     def _forward(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with suppress(OSError):
@@ -107,8 +125,11 @@ class TcpProxy:
                 elif self._answers_itself():
                     source.sendall(self._own_answer)
                     break
-                elif self.latency_seconds:
-                    time.sleep(self.latency_seconds)
+                else:
+                    if asked := _RANGE.search(data):
+                        self._asked.append((asked[1], int(asked[2]), int(asked[3])))
+                    if self.latency_seconds:
+                        time.sleep(self.latency_seconds)
                 sink.sendall(data)
         with self._lock:
             for one in (source, sink):
