@@ -33,12 +33,13 @@ def register() -> None:
     Trouble is one line in the log, and vLLM says itself that the load format is unknown if somebody asks for it.
     """
     try:
-        from vllm_plugin.compat import before_configuring, register_loader
+        from vllm_plugin.compat import ask_for_amx, before_configuring, register_loader
         from vllm_plugin.loader import MxModelLoader, prepare, prepare_offline
 
         for name in LOAD_FORMATS:
             register_loader(name, MxModelLoader)
         before_configuring(prepare, prepare_offline)
+        ask_for_amx()
     except Exception as error:  # noqa: BLE001 - whatever it is, vLLM must start
         _log.warning(
             "the load formats of ModelExpress could not be registered, vLLM works without them: %s",

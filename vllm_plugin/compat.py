@@ -44,6 +44,15 @@ def route_logs() -> None:
         logger.propagate = not logger.handlers
 
 
+def ask_for_amx() -> None:
+    """Asks the kernel for AMX's registers, which vLLM's attention on a CPU uses (0.32) and leaves to oneDNN to ask for.
+
+    oneDNN asks at its first product on tiles: with a model too small for those the process died of SIGILL.
+    """
+    if current_platform.is_cpu() and hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()  # False where the processor or the kernel has none
+
+
 def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
     """Registers a load format, but leaves a name alone that somebody has taken: vLLM itself, or another package.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import tomllib
@@ -133,3 +134,20 @@ print("vLLM goes on")
 
 def test_a_vllm_without_named_formats_says_how_else(result: subprocess.CompletedProcess[str]) -> None:
     assert "LLM(load_format=vllm_plugin.loader.MxModelLoader)" in result.stdout + result.stderr
+
+
+AMX = """
+import ctypes, torch
+import vllm_plugin
+vllm_plugin.register()
+mask = ctypes.c_ulong()
+assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(mask)) == 0  # arch_prctl, ARCH_GET_XCOMP_PERM
+print(torch.cpu._is_amx_tile_supported(), bool(mask.value >> 18 & 1))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86_64's")
+def test_tiles_may_be_used_where_vllm_will_use_them() -> None:
+    """vLLM's attention takes AMX wherever torch says that the processor has it, and the kernel gives it to who asks."""
+    result = run(AMX)
+    assert result.stdout.split() in (["True", "True"], ["False", "False"]), result.stderr
