@@ -42,17 +42,20 @@ def test_the_figures_of_a_transfer_bench() -> None:
         "registration_ratio": 20.0,
         "idle_agent_core_share": 0.004,
     }
-    one_reads = Rates(moving=[9.0, 10.0, 11.0], unverified=[10.2, 10.1, 99.0])
-    figures = figures_of(rates, one_reads, machine)
+    linked = {
+        "tcp": Rates(moving=[9.0, 10.0, 11.0], unverified=[10.2, 10.1, 99.0]),
+        "same-host": Rates(moving=[10.0], unverified=[10.1]),
+    }
+    figures = figures_of(rates, linked, machine)
     assert figures["many_vs_one_descriptor"] == 0.4  # the worse transport, against the median of the limit
     assert figures["many_apart_vs_one_descriptor_same_host"] == 0.2
     assert figures["many_vs_one_descriptor_unverified"] == pytest.approx(0.84)
     assert figures["many_vs_one_descriptor_both_verified"] == 0.5
     assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.0
     assert figures["registration_vs_one_by_one"] == 20.0
-    assert figures["verify_overhead_ratio"] == pytest.approx(0.05)
-    assert figures["verify_overhead_ratio_one_more_thread"] == pytest.approx(0.02)
-    assert figures["verify_overhead_ratio_tcp"] == pytest.approx(0.05)
+    assert figures["verify_overhead_ratio"] == pytest.approx(0.02)  # the worse one
+    assert figures["verify_overhead_ratio_cores_busy_tcp"] == pytest.approx(0.05)
+    assert figures["verify_overhead_ratio_cores_busy_same_host"] == pytest.approx(0.05)
     assert figures["tcp_vs_raw_socket"] == 0.5
     assert figures["same_host_vs_memcpy"] == 0.25
     assert figures["idle_agent_core_share"] == 0.004
