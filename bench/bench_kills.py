@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import click
 
 from bench.control.processes import Redis, Server
+from bench.free_ports import free_port
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable, WireError
@@ -110,18 +110,13 @@ def missing(client: ServerClient, acknowledged: dict[str, int], source: str) -> 
     return lost, acknowledged.keys() - ready
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class Victims:
     """The processes: kills one and starts it again."""
 
     def __init__(self, stack: ExitStack, place: Path, store: str, victim: str) -> None:
         self._place = place
         self._kills_store = victim == "store"
-        self._port = _free_port()
+        self._port = free_port()
         self._arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
         self._arguments += ["--port", str(self._port), "--metrics-port", "0", "--drain", "1"]
         self._redis: Redis | None = None

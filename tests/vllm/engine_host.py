@@ -7,10 +7,12 @@ after the engine is gone, as the memory is the loader's. `tests.vllm.engines` is
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -300,6 +302,7 @@ def save_seconds() -> None:
 
 def main() -> None:
     """Serves commands until stdin ends."""
+    faulthandler.register(signal.SIGUSR1)  # a test that gets no answer asks where all threads are
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print belongs to the log
     if "--stock" not in sys.argv:

@@ -8,14 +8,17 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 
-ANSWER_SECONDS = 300.0
+ANSWER_SECONDS = 180.0
+STACKS_SECONDS = 2.0
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Loaded:
 class EngineHost:
     """One process for engines. Not thread-safe. End it with `close`.
 
+    One that gives no answer costs the command that it was asked, and is replaced by a new one at the next.
+
     `stock` leaves vLLM as it is, for measurements: without `engine_host.save_seconds`.
     """
 
@@ -54,26 +59,36 @@ class EngineHost:
         self.server = server
         self.log = folder / f"{name}.log"
         cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "MX_WORKER_HOST": "127.0.0.1"}
+        self._command = [sys.executable, "-m", "tests.vllm.engine_host", *(["--stock"] if stock else [])]
+        self._environ = {**clean_environment(), **ENGINE_ENVIRONMENT, **cache, **(environ or {})}
         self._log_file = self.log.open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.engine_host", *(["--stock"] if stock else [])],
+        self.process = self._start()
+        self._given_up = False
+        self._loads = 0
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
             cwd=Path(__file__).parents[2],
-            env={**clean_environment(), **ENGINE_ENVIRONMENT, **cache, **(environ or {})},
+            env=self._environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log_file,
             start_new_session=True,
         )
-        self._loads = 0
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Runs a command there; fails the test when it raised, or gave no answer in time."""
+        if self._given_up:
+            self.process, self._given_up = self._start(), False
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], ANSWER_SECONDS)
         line = self.process.stdout.readline() if ready else b""
+        if not line:
+            self._give_up()
         assert line, f"{self.name} gave no answer to {command}:\n{self.log.read_text(errors='replace')[-6000:]}"
         answer: dict[str, Any] = json.loads(line)
         assert answer["ok"], f"{command}: {answer['error']}\n{self.log.read_text(errors='replace')[-6000:]}"
@@ -103,6 +118,22 @@ class EngineHost:
         told = json.loads(report.read_text()) if report.exists() else {}
         return Loaded(answer["answers"], told, log, report, answer["steps"])
 
+    def _give_up(self) -> None:
+        """Ends the process and all that it started, its threads' stacks in the log."""
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(STACKS_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self._close_pipes()
+        self.process.wait()
+        self._given_up = True
+
+    def _close_pipes(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+
     def freeze(self) -> None:
         """SIGSTOP: there, and silent."""
         self.process.send_signal(signal.SIGSTOP)
@@ -118,9 +149,7 @@ class EngineHost:
 
     def close(self) -> None:
         """Ends the process in order; its exit code must be 0 unless it was killed."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._close_pipes()
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:

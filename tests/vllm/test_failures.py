@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo.processes import free_port
 from bench.demo.workers import Server
+from bench.free_ports import free_port
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 

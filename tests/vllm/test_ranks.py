@@ -12,7 +12,8 @@ import pytest
 
 from bench.demo import models
 from bench.demo.models import weight_files
-from bench.demo.processes import files_away, free_port
+from bench.demo.processes import files_away
+from bench.free_ports import free_port
 from tests.vllm import families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded
@@ -93,7 +94,7 @@ def replicas(source: EngineHost, target: EngineHost, unpacked: None) -> Iterator
     hosts = source, target
 
     def load(model: Path, *args: Any, **kwargs: Any) -> list[Loaded]:
-        port = str(free_port())  # another one each time: what listened on the last one may still be there
+        port = str(free_port(following=1))  # one group there, the next on the port after it; vLLM waits long for either
         for rank, host in enumerate(hosts):
             values = ("2", str(rank), str(rank), "127.0.0.1", port)
             host.ask("setenv", environ=dict(zip(REPLICA, values, strict=True)))
