@@ -1,7 +1,7 @@
 """Another process' memory, read by cross-memory attach. Types and documentation: attached_memory.pyi."""
 
 cimport cython
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -16,18 +16,23 @@ cdef extern from "attached_read.h" nogil:
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
 
-cdef extern from "attached_pool.h" nogil:
-    ctypedef struct mx_attached_job:
+cdef extern from "chunk_jobs.h" nogil:
+    ctypedef struct mx_chunk_job:
         uint64_t key, digest
         int error
         size_t count
         uint64_t* stretches
+    ctypedef struct mx_chunk_pool:
+        pass
+    enum: MX_CHUNK_MOST_THREADS
+    void mx_chunk_ask(mx_chunk_pool* pool, mx_chunk_job* job)
+    mx_chunk_job* mx_chunk_take(mx_chunk_pool* pool, int64_t longest_nanoseconds)
+
+cdef extern from "attached_pool.h" nogil:
     ctypedef struct mx_attached_pool:
+        mx_chunk_pool jobs
         int hashed
-    enum: MX_ATTACHED_MOST_THREADS
     int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads)
-    void mx_attached_ask(mx_attached_pool* pool, mx_attached_job* job)
-    mx_attached_job* mx_attached_take(mx_attached_pool* pool, int wait)
     void mx_attached_close(mx_attached_pool* pool)
 
 cdef extern from "vector_width.h":
@@ -69,8 +74,8 @@ cdef class AttachedReads:
     def __init__(self, int pid, *, size_t threads, bint hashed):
         if pid <= 0:
             raise ValueError(f"{pid} is no process")
-        if not 1 <= threads <= MX_ATTACHED_MOST_THREADS:
-            raise ValueError(f"threads is {threads}, has to be 1 to {MX_ATTACHED_MOST_THREADS}")
+        if not 1 <= threads <= MX_CHUNK_MOST_THREADS:
+            raise ValueError(f"threads is {threads}, has to be 1 to {MX_CHUNK_MOST_THREADS}")
         if self.is_open:
             raise ValueError("opened already")
         cdef int error = mx_attached_open(&self.pool, pid, hashed, threads)
@@ -89,25 +94,25 @@ cdef class AttachedReads:
         cdef size_t count = len(merged[0]), place = 0
         if not count:
             raise ValueError("nothing to read has no digest")
-        cdef mx_attached_job* job = <mx_attached_job*>malloc(sizeof(mx_attached_job) + 3 * count * sizeof(uint64_t))
+        cdef mx_chunk_job* job = <mx_chunk_job*>malloc(sizeof(mx_chunk_job) + 3 * count * sizeof(uint64_t))
         if job == NULL:
             raise MemoryError
-        for values in merged:
+        for values in (merged[0], merged[2], merged[1]):
             memcpy(job.stretches + place, &values[0], count * sizeof(uint64_t))
             place += count
         job.key, job.count = key, count
-        mx_attached_ask(&self.pool, job)
+        mx_chunk_ask(&self.pool.jobs, job)
 
     def ended(self):
-        cdef mx_attached_job* job
+        cdef mx_chunk_job* job
         cdef list found = []
         with nogil:
-            job = mx_attached_take(&self.pool, True)
+            job = mx_chunk_take(&self.pool.jobs, -1)
         while job != NULL:
             digest = job.digest.to_bytes(8, "little") if self.pool.hashed and not job.error else b""
             found.append((job.key, job.error, digest))
             free(job)
-            job = mx_attached_take(&self.pool, False)
+            job = mx_chunk_take(&self.pool.jobs, 0)
         return found
 
     def close(self):

@@ -40,6 +40,7 @@
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
         │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ took another way than the one-sided one
+        │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the port at which the holder gives chunks is not reached
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
         ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
@@ -299,6 +300,12 @@ class NotOneSided(SourceRefused):
     """A READ that should go by cross-memory attach or cuda_ipc took another way; the holder can still WRITE."""
 
     code = "MX_NOT_ONE_SIDED"
+
+
+class NoChunkPort(SourceRefused):
+    """The port at which the holder gives chunks is not reached, or not answered there; it can still WRITE."""
+
+    code = "MX_NO_CHUNK_PORT"
 
 
 class SourceBusy(SourceRefused):

@@ -9,20 +9,25 @@ receiver gave no sign for a while; the holder's memory stays as it is until ever
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import socket
 import threading
 import time
 import uuid
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
+from mxcore.socket_chunks import ChunkSender
 from mxcore.transfer.agent_session import AgentSession, Move, require_movable
+from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES
 from mxcore.transfer.chunks import CHUNK_BYTES, Chunks
 from mxcore.transfer.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
 from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.plan import Given, Wanted, all_chunks
+from mxcore.transfer.plan import Given, Wanted, all_chunks, set_to_bytes
 from mxcore.transfer.rate_limit import RateLimit
 
 __all__ = ["Answer", "Holder", "Lease"]
@@ -48,6 +53,8 @@ class Lease:
     remote_device: int | None = None  # that they are on, as its process counts; None: host memory
     pushes: int = 0  # streams that are running
     turn: threading.Lock = field(default_factory=threading.Lock)  # of the streams: one begins chunks at a time
+    token: bytes = b""  # that its connections to the chunk port show, once a transfer is open that sends
+    connections: set[socket.socket] = field(default_factory=set)  # to the chunk port, shut down when it ends
     connecting: ExitStack = field(default_factory=ExitStack)  # from the opening to the end of the first stream
     ended: bool = False
 
@@ -110,9 +117,12 @@ class Holder:
         self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
         self._everything = all_chunks(len(self.chunks))
         self._have = self._everything if have is None else have
+        self._sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
+        self._sender.set_have(set_to_bytes(self._have, len(self.chunks)))
         self._version = 1
         self._given = Given()
         self._waiting = 0
+        self._sending = 0  # connections that chunks are sent on
         self._bytes_sent = 0
         self._keep_alive = keep_alive
         self._changed = threading.Condition()
@@ -161,6 +171,7 @@ class Holder:
         with self._changed:
             if have != self._have:
                 self._have = have
+                self._sender.set_have(set_to_bytes(have, len(self.chunks)))
                 self._version += 1
                 self._changed.notify_all()
 
@@ -251,6 +262,38 @@ class Holder:
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
 
+    def open_sending(self, lease_id: str) -> bytes:
+        """The token with which the receiver's connections to the chunk port show that they are this lease's.
+
+        Raises LeaseEnded.
+        """
+        with self._changed:
+            lease = self.renew(lease_id)
+            lease.token = lease.token or secrets.token_bytes(TOKEN_BYTES)
+            return lease.token
+
+    def send_chunks(self, token: bytes, connection: socket.socket) -> None:
+        """Greets the receiver that showed `token`, and answers what it asks for, until either side ends it.
+
+        Raises LeaseEnded where the token is none, OSError where the connection fails.
+        """
+        with self._changed:
+            self._expire()
+            lease = next((each for each in self._leases.values() if secrets.compare_digest(each.token, token)), None)
+            if lease is None:
+                raise LeaseEnded("a connection to the chunk port shows no lease's token")
+            lease.connections.add(connection)
+            self._sending += 1
+        try:
+            connection.sendall(GREETING)
+            if error := self._sender.serve(connection.fileno()):
+                raise OSError(error, os.strerror(error))
+        finally:
+            with self._changed:
+                lease.connections.discard(connection)
+                self._sending -= 1
+                self._changed.notify_all()
+
     def push(
         self, lease_id: str, chunks: Sequence[int], cancelled: Callable[[], bool], *, notify: bool = False
     ) -> Iterator[int]:
@@ -329,6 +372,7 @@ class Holder:
             self._draining = True
             for lease in list(self._leases.values()):
                 self._end(lease)
+            self._changed.wait_for(lambda: not self._sending)  # their connections are shut down: at once
         self.session.fence()
         self._keep_alive = None
 
@@ -341,6 +385,9 @@ class Holder:
     def _end(self, lease: Lease) -> None:
         self._leases.pop(lease.lease_id, None)
         lease.ended = True
+        for connection in lease.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         lease.connecting.close()
         self._disconnect(lease)
         self._changed.notify_all()

@@ -18,6 +18,7 @@ from typing import TypeAlias
 from mxcore.errors import (
     DigestMismatch,
     NixlError,
+    NoChunkPort,
     NotOneSided,
     PeerLost,
     SourceRefused,
@@ -28,10 +29,12 @@ from mxcore.errors import (
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.attached_pull import PullByAttach
+from mxcore.transfer.chunk_greeting import TOKEN_BYTES
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.movers import PullByRead, PullByWrite
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
 from mxcore.transfer.session_ahead import SessionAhead
+from mxcore.transfer.socket_pull import PullBySocket
 from mxcore.transfer.source_client import PendingCall, Source, SourceClient
 from mxcore.transfer.tcp_received import TcpReceived
 from mxcore.transfer.transports import Route, UcxPolicy, choose_route
@@ -39,7 +42,8 @@ from mxserver.wire import mx_pb2
 
 __all__ = ["HolderPull"]
 
-_Mover: TypeAlias = PullByAttach | PullByRead | PullByWrite
+_Mover: TypeAlias = PullByAttach | PullByRead | PullBySocket | PullByWrite
+_WOKEN = (PullBySocket, PullByWrite)  # `arrived` ends for an answer to what is asked meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class HolderPull:
         self._intake = intake
         self._settings = settings
         self._sessions = sessions
-        self._policy = UcxPolicy.from_environment(settings.transport)
+        self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         self._client = SourceClient(
             source,  # so that a sign of life and its time-out are within the stall time-out
             timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
@@ -103,7 +107,7 @@ class HolderPull:
         self._given_up = error
         self._stopped.set()
         mover = self._mover
-        if error is not None and isinstance(mover, PullByWrite):
+        if error is not None and isinstance(mover, _WOKEN):
             mover.interrupt(error)
         if mover is None or error is not None or at_once:
             self._client.cancel()
@@ -134,19 +138,28 @@ class HolderPull:
             return
         placement = self._intake.placement
         device = None if placement.device_type == "cpu" else next(iter(placement.device_indices), None)
+        on_device = device is not None or answer.transport.device_memory
         self.route = choose_route(self._policy, answer.transport, device_index=device)
         if self.route.because:
             logger.info("worker %s WRITEs by %s: %s", self.source.worker_id, self.route.transport, self.route.because)
-        try:
-            self._under_lease(self.route)
-        except (NotOneSided, NixlError, TransferStalled) as error:
-            unreachable = self._may_be_unreachable()
-            if not (unreachable or isinstance(error, NotOneSided)):
-                raise
-            logger.warning("worker %s: %s; it WRITEs instead", self.source.worker_id, error)
-            on_device = device is not None or answer.transport.device_memory
-            self.route = self._policy.written(device_memory=on_device, without_rdma=unreachable)
-            self._under_lease(self.route)
+        without_rdma = without_sockets = False
+        while True:
+            try:
+                self._under_lease(self.route, answer.transport.chunk_port)
+                return
+            except (NoChunkPort, NotOneSided, NixlError, TransferStalled) as error:
+                without_rdma = without_rdma or self._may_be_unreachable()
+                without_sockets = without_sockets or isinstance(error, NoChunkPort)
+                if not (isinstance(error, NoChunkPort | NotOneSided) or self._may_be_unreachable()):
+                    raise
+                self.route = self._policy.instead(
+                    answer.transport,
+                    device_memory=on_device,
+                    without_rdma=without_rdma,
+                    without_sockets=without_sockets,
+                )
+                how = "sends over TCP" if self.route.operation == "send" else "WRITEs"
+                logger.warning("worker %s: %s; it %s instead", self.source.worker_id, error, how)
 
     def _may_be_unreachable(self) -> bool:
         """Whether RDMA, rather than the holder, may have failed: nothing came, and other ways are allowed."""
@@ -154,26 +167,26 @@ class HolderPull:
         over_rdma = route is not None and route.transport == "rdma" and not self._policy.rdma_only
         return over_rdma and not self._anything_came and self._given_up is None
 
-    def _under_lease(self, route: Route) -> None:
+    def _under_lease(self, route: Route, chunk_port: int) -> None:
         lease_id = self._client.prepare()
         try:
-            self._transfer(lease_id, route)
+            self._transfer(lease_id, route, chunk_port)
         finally:
             try:
                 self._client.release(lease_id)
             except TransferError as error:  # the lease ends by itself
                 logger.debug("%s", error)
 
-    def _transfer(self, lease_id: str, route: Route) -> None:
+    def _transfer(self, lease_id: str, route: Route, chunk_port: int) -> None:
         name = self.source.worker_id
         self._intake.join(name)
         done = False
-        session = self._sessions.take(route.tls) if route.transport != "same-host" else None
+        session = self._sessions.take(route.tls) if route.by_nixl else None
         verifying = _Verifier(self._intake, name)
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
-            with progress, self._open(lease_id, route, session) as mover:
+            with progress, self._open(lease_id, route, session, chunk_port) as mover:
                 self._mover = mover
                 try:
                     self._fetch(lease_id, mover, verifying)
@@ -187,7 +200,8 @@ class HolderPull:
             if session is not None:
                 session.fence()
             verifying.close()
-            self.clean = self.clean and (done or self._intake.finished)
+            # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
+            self.clean = self.clean and (done or self._intake.finished or route.operation == "send")
             self._intake.drop(name)
 
     def _fetch(self, lease_id: str, mover: _Mover, verifying: _Verifier) -> None:
@@ -195,7 +209,7 @@ class HolderPull:
         name = self.source.worker_id
         count = len(self._intake.chunks)
         asking = _Asking()
-        wake = mover.wake if isinstance(mover, PullByWrite) else None
+        wake = mover.wake if isinstance(mover, _WOKEN) else None
         goes_on = mover.needs_this_thread or wake is not None  # with an answer on its way
         sign_of_life_seconds = self._settings.stall_timeout_seconds / 4
         while not self._intake.finished:
@@ -267,7 +281,9 @@ class HolderPull:
             elif not self._intake.wanted(self.source.worker_id).most and not self._intake.finished:
                 self._intake.changed.wait(_NEWS_WAIT_SECONDS / 10)
 
-    def _open(self, lease_id: str, route: Route, session: AgentSession | None) -> _Mover:
+    def _open(self, lease_id: str, route: Route, session: AgentSession | None, chunk_port: int) -> _Mover:
+        if route.operation == "send":
+            return self._connect(lease_id, chunk_port)
         placement = self._intake.placement
         extents = [
             mx_pb2.Extent(address=address, device_id=device)
@@ -315,6 +331,24 @@ class HolderPull:
             remote,
             next(iter(devices), None),
             tcp,
+        )
+
+    def _connect(self, lease_id: str, chunk_port: int) -> PullBySocket:
+        intake, settings = self._intake, self._settings
+        fingerprint = intake.layout.fingerprint
+        answer = self._client.open_transfer(lease_id, fingerprint, b"", (), mx_pb2.OPERATION_SEND)
+        if answer.operation != mx_pb2.OPERATION_SEND or len(answer.token) != TOKEN_BYTES:
+            raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
+        return PullBySocket(
+            self._client,
+            lease_id,
+            chunk_port,
+            answer.token,
+            intake.chunks,
+            intake.addresses,
+            hashed=intake.hashed_on_arrival,
+            connections=settings.tcp_connections,
+            stall_timeout_seconds=settings.stall_timeout_seconds,
         )
 
 

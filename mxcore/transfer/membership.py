@@ -67,7 +67,7 @@ class Membership:
         self.worker_id = uuid.uuid4().hex
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
-        self._policy = UcxPolicy.from_environment(settings.transport)
+        self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         self._ahead = SessionAhead(settings, self.worker_id, *self._policy.serving(accelerator))
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
@@ -394,6 +394,7 @@ class Membership:
             accelerator=self.accelerator,
             host=settings.advertised_host(),
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
+            chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
             loopback=settings.shares_only_this_host,
         )
 

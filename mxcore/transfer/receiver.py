@@ -122,7 +122,7 @@ class Receiver:
         self._settings = settings
         self._relay = relay
         self._intake = Intake(layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes)
-        policy = UcxPolicy.from_environment(settings.transport)
+        policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
         likely = policy.likely(same_host=settings.shares_only_this_host, device_memory=on_device)
         self._sessions = SessionAhead(

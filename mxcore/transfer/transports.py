@@ -1,11 +1,12 @@
-"""How bytes move between two workers: UCX's settings, and who moves them (READ or WRITE).
+"""How bytes move between two workers: UCX's settings, and who moves them (READ, WRITE or SEND).
 
 A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
 moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
 certain: on one host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read,
 `mxcore.transfer.same_host` and `same_device`), or where both sides have an RDMA port, by an agent without TCP and
 without shared memory, over which UCX emulates a READ as well. Where that fails before the first byte, and everywhere
-else, the holder WRITEs what the receiver asks for.
+else, host memory is sent over TCP connections of our own; the holder WRITEs by UCX what lies on a device, and where its
+chunk port is not reached.
 
 A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
 receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
@@ -72,14 +73,19 @@ _environment_lock = threading.Lock()  # one agent at a time is made
 class Route:
     """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent.
 
-    On one host there is no agent; `process` is the holder's.
+    On one host there is no agent, nor where the holder sends; `process` is the holder's on this host.
     """
 
-    operation: Operation
+    operation: Literal["read", "write", "send"]
     transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
     tls: str
     process: int = 0
     because: str = ""  # why not by a faster way of this host, for device memory
+
+    @property
+    def by_nixl(self) -> bool:
+        """Whether it takes an agent on both sides, and a fence when it is given up on."""
+        return self.transport != "same-host" and self.operation != "send"
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,21 @@ class UcxPolicy:
     transport: Transport
     tls: str
     chosen: bool = False  # by the user
+    sockets: bool = True  # host memory goes over TCP by our own connections, not by UCX
 
     @classmethod
-    def from_environment(cls, transport: Transport, environ: Mapping[str, str] | None = None) -> UcxPolicy:
-        """What holds for agents of this process; the user's UCX_TLS wins over `transport`."""
+    def from_environment(
+        cls,
+        transport: Transport,
+        environ: Mapping[str, str] | None = None,
+        *,
+        tcp_transfer: Literal["sockets", "nixl"] = "sockets",
+    ) -> UcxPolicy:
+        """What holds for this process; the user's UCX_TLS wins over `transport`."""
         tls = (os.environ if environ is None else environ).get("UCX_TLS", "")
         everything = _WITHOUT_RDMA if transport == "auto" and pins_too_little() else _ALL
-        return cls(transport, tls or _TLS_OF_TRANSPORT.get(transport, everything), bool(tls))
+        effective = tls or _TLS_OF_TRANSPORT.get(transport, everything)
+        return cls(transport, effective, bool(tls), tcp_transfer == "sockets")
 
     def allows(self, name: str) -> bool:
         """Whether UCX may use the transport `name` (tcp, cma, rc)."""
@@ -119,7 +133,14 @@ class UcxPolicy:
             return None
         if self.rdma_only or self.reads_by_rdma:
             return self.one_sided(device_memory=device_memory)
-        return self.device_fenceable if device_memory else self.fenceable
+        if device_memory:
+            return self.device_fenceable
+        return None if self.sends else self.fenceable
+
+    @property
+    def sends(self) -> bool:
+        """Whether host memory is sent over our own TCP connections where no READ is one-sided for certain."""
+        return self.sockets and self.allows("tcp")
 
     @property
     def rdma_only(self) -> bool:
@@ -162,7 +183,7 @@ class UcxPolicy:
         return ",".join(name for name in names if name not in (*_ATTACHING, "mm", *_SHARED_MEMORY))
 
     def written(self, *, device_memory: bool = False, without_rdma: bool = False) -> Route:
-        """The way where no READ is one-sided for certain; `without_rdma` where that was tried and does not get there.
+        """The way by UCX where no READ is one-sided; `without_rdma` where that was tried and does not get there.
 
         UCX would choose it again: it knows no reachability but that of addresses.
         """
@@ -172,6 +193,14 @@ class UcxPolicy:
             left = [name for name in names if name.partition("_")[0] not in _OVER_RDMA]
             tls = ",".join([*names, "ib"] if tls.startswith("^") else left)
         return Route("write", "tcp", tls)
+
+    def instead(
+        self, offer: mx_pb2.TransportOffer, *, device_memory: bool, without_rdma: bool, without_sockets: bool
+    ) -> Route:
+        """The way where no READ is one-sided for certain, or one was tried and failed, or the chunk port was."""
+        if self.sends and offer.chunk_port and not (device_memory or without_sockets):
+            return Route("send", "tcp", "")
+        return self.written(device_memory=device_memory, without_rdma=without_rdma)
 
     @property
     def serving_device(self) -> str:
@@ -254,7 +283,8 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_inde
         return Route("read", "same-host", "", process=offer.probe.pid)
     if policy.reads_by_rdma and offer.rdma_device:
         return Route("read", "rdma", policy.one_sided(device_memory=on_device))
-    return replace(policy.written(device_memory=on_device), because=because)
+    otherwise = policy.instead(offer, device_memory=on_device, without_rdma=False, without_sockets=False)
+    return replace(otherwise, because=because)
 
 
 def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:

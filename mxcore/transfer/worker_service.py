@@ -15,6 +15,7 @@ import grpc
 
 from mxcore.attached_memory import allow_attaching
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
+from mxcore.transfer.chunk_listener import ChunkListener
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
 from mxcore.transfer.same_host import ProbeTarget
@@ -136,10 +137,12 @@ def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferReques
 
 
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
-    def __init__(self, identity: _Identity, policy: UcxPolicy) -> None:
+    def __init__(self, identity: _Identity, policy: UcxPolicy, chunk_port: int) -> None:
+        """`chunk_port`: where chunks are sent from, 0 for nowhere."""
         self._identity = identity
         self._holder = identity.holder
         self._policy = policy
+        self._chunk_port = chunk_port
         self._probe = ProbeTarget()
         if policy.attaches:
             allow_attaching()
@@ -179,6 +182,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
 
     def _offer(self) -> mx_pb2.TransportOffer:
         offer = self._policy.to_proto(self._probe.to_proto())
+        offer.chunk_port = self._chunk_port
         if self._holder.placement.device_type != "cpu":  # another process does not reach it by its address
             offer.device_memory = True
             offer.same_host_read = False
@@ -195,6 +199,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         holder = self._holder
         if request.fingerprint != holder.layout.fingerprint:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
+        if request.operation == mx_pb2.OPERATION_SEND:
+            return self._open_sending(request, context)
         on_device = holder.placement.device_type != "cpu"
         reads = request.operation == mx_pb2.OPERATION_READ
         attach = self._policy.allows("cma") and not (on_device or request.device_memory)
@@ -221,6 +227,17 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             operation=request.operation,
             device_memory=on_device,
             lease_ms=int(holder.lease_seconds * 1000),
+        )
+
+    def _open_sending(
+        self, request: mx_pb2.OpenTransferRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.OpenTransferResponse:
+        if not self._chunk_port:
+            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "this worker has no chunk port")
+        with _as_status(context):
+            token = self._holder.open_sending(request.lease_id)
+        return mx_pb2.OpenTransferResponse(
+            operation=request.operation, token=token, lease_ms=int(self._holder.lease_seconds * 1000)
         )
 
     def AskChunks(  # noqa: N802
@@ -279,7 +296,8 @@ class WorkerServer:
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
-    (MX_TLS_CERT_FILE). Raises SettingError when there is no port, or the certificate cannot be used.
+    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the policy leaves that to NIXL.
+    Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
     def __init__(
@@ -293,6 +311,7 @@ class WorkerServer:
         accelerator: str,
         host: str,
         port: int,
+        chunk_port: int = 0,
         loopback: bool = False,
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
@@ -302,17 +321,22 @@ class WorkerServer:
             ),
             options=channel_options(),
         )
-        p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
-        self._transfers = _TransferService(identity, policy)
-        mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         listen = _bracketed(host) if loopback else "[::]"
         tls = worker_tls()
         self.port = _bind(self._server, listen, port, server_credentials(tls) if tls else None)
+        p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
+        self._chunks: ChunkListener | None = None
+        if policy.sends and holder.placement.device_type == "cpu":
+            self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port)
+        self._transfers = _TransferService(identity, policy, self._chunks.port if self._chunks else 0)
+        mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         self.endpoint = f"{_bracketed(host)}:{self.port}"
         self._server.start()
 
     def stop(self) -> None:
-        """Ends all calls. Idempotent."""
+        """Ends all calls, and takes no connection any more. Idempotent."""
+        if self._chunks is not None:
+            self._chunks.close()
         self._server.stop(_STOP_GRACE_SECONDS).wait()
         self._transfers.close()
 

@@ -87,6 +87,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
     Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
     Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
+    Variable(
+        "MX_WORKER_CHUNK_PORT",
+        "worker",
+        "the port from which weights are sent over TCP, plus the rank; 0, or one in use: any that is free",
+    ),
     Variable("MX_SOURCE_MAX_READERS", "worker", "how many workers may read from a source at a time"),
     Variable(
         "MX_SAME_HOST_THREADS",
@@ -95,6 +100,16 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
+    Variable(
+        "MX_TCP_TRANSFER",
+        "worker",
+        "how host memory goes over TCP: sockets (our own connections), or nixl (by UCX; device memory always does)",
+    ),
+    Variable(
+        "MX_TCP_CONNECTIONS",
+        "worker",
+        "connections to one source, a core each on either side; 0: half as many as cores, at most 4",
+    ),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x16mxserver/wire/mx.proto\x12\x10model_express.mx\"d\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06\x65xtent\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"W\n\x06Layout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.model_express.mx.Tensor\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x03(\x04\"%\n\x06Scalar\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"P\n\x10GetLayoutRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x85\x02\n\x11GetLayoutResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.model_express.mx.Layout\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64igest_kind\x18\x04 \x01(\t\x12\x0f\n\x07\x64igests\x18\x05 \x01(\x0c\x12)\n\x07scalars\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Scalar\x12\x16\n\x0escalars_digest\x18\x07 \x01(\t\x12\x33\n\ttransport\x18\x08 \x01(\x0b\x32 .model_express.mx.TransportOffer\"\xe4\x01\n\x0eTransportOffer\x12\x16\n\x0esame_host_read\x18\x01 \x01(\x08\x12\x11\n\trdma_only\x18\x02 \x01(\x08\x12\x13\n\x0brdma_device\x18\x03 \x01(\x08\x12.\n\x05probe\x18\x04 \x01(\x0b\x32\x1f.model_express.mx.SameHostProbe\x12\x15\n\rdevice_memory\x18\x05 \x01(\x08\x12\x33\n\x0c\x64\x65vice_probe\x18\x06 \x01(\x0b\x32\x1d.model_express.mx.DeviceProbe\x12\x16\n\x0eno_device_read\x18\x07 \x01(\t\"d\n\x0b\x44\x65viceProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\"d\n\rSameHostProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\",\n\x06\x45xtent\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x11\n\tdevice_id\x18\x02 \x01(\r\"\xee\x01\n\x13OpenTransferRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x15\n\rnixl_metadata\x18\x05 \x01(\x0c\x12)\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x07 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x15\n\rdevice_memory\x18\x08 \x01(\x08\"\xc5\x01\n\x14OpenTransferResponse\x12\x15\n\rnixl_metadata\x18\x01 \x01(\x0c\x12\x12\n\nagent_name\x18\x02 \x01(\t\x12)\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x04 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x15\n\rdevice_memory\x18\x06 \x01(\x08\"\x8f\x01\n\x10\x41skChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\x0c\x12\x11\n\tpreferred\x18\x03 \x01(\x0c\x12\x0c\n\x04most\x18\x04 \x01(\r\x12\x15\n\rknown_version\x18\x05 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\x12\x10\n\x08\x64\x65\x63lined\x18\x07 \x03(\r\"x\n\x11\x41skChunksResponse\x12\x0f\n\x07granted\x18\x01 \x03(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0c\n\x04have\x18\x04 \x01(\x0c\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12\x10\n\x08pause_ms\x18\x06 \x01(\r\"E\n\x11PushChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\x12\x0e\n\x06notify\x18\x03 \x01(\x08\"L\n\x0b\x43hunkResult\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07written\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0e\n\x06others\x18\x04 \x03(\r\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12RenewLeaseResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"e\n\x16TakeStorageTurnRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x13\n\x0bworker_rank\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x93\x01\n\x17TakeStorageTurnResponse\x12+\n\x04turn\x18\x01 \x01(\x0e\x32\x1d.model_express.mx.StorageTurn\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x10\n\x08retry_ms\x18\x04 \x01(\x04\x12\x18\n\x10reader_worker_id\x18\x05 \x01(\t\"t\n\x15\x45ndStorageTurnRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x13\n\x0bworker_rank\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06shared\x18\x05 \x01(\x08\"\x18\n\x16\x45ndStorageTurnResponse*O\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eOPERATION_READ\x10\x01\x12\x13\n\x0fOPERATION_WRITE\x10\x02*v\n\x0bStorageTurn\x12\x1c\n\x18STORAGE_TURN_UNSPECIFIED\x10\x00\x12\x16\n\x12STORAGE_TURN_YOURS\x10\x01\x12\x15\n\x11STORAGE_TURN_WAIT\x10\x02\x12\x1a\n\x16STORAGE_TURN_EVERYBODY\x10\x03\x32\xc9\x03\n\x0fTransferService\x12T\n\tGetLayout\x12\".model_express.mx.GetLayoutRequest\x1a#.model_express.mx.GetLayoutResponse\x12]\n\x0cOpenTransfer\x12%.model_express.mx.OpenTransferRequest\x1a&.model_express.mx.OpenTransferResponse\x12T\n\tAskChunks\x12\".model_express.mx.AskChunksRequest\x1a#.model_express.mx.AskChunksResponse\x12R\n\nPushChunks\x12#.model_express.mx.PushChunksRequest\x1a\x1d.model_express.mx.ChunkResult0\x01\x12W\n\nRenewLease\x12#.model_express.mx.RenewLeaseRequest\x1a$.model_express.mx.RenewLeaseResponse2\xdb\x01\n\x0c\x46leetService\x12\x66\n\x0fTakeStorageTurn\x12(.model_express.mx.TakeStorageTurnRequest\x1a).model_express.mx.TakeStorageTurnResponse\x12\x63\n\x0e\x45ndStorageTurn\x12\'.model_express.mx.EndStorageTurnRequest\x1a(.model_express.mx.EndStorageTurnResponseb\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x16mxserver/wire/mx.proto\x12\x10model_express.mx\"d\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06\x65xtent\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"W\n\x06Layout\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.model_express.mx.Tensor\x12\x14\n\x0c\x65xtent_bytes\x18\x03 \x03(\x04\"%\n\x06Scalar\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"P\n\x10GetLayoutRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x85\x02\n\x11GetLayoutResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.model_express.mx.Layout\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64igest_kind\x18\x04 \x01(\t\x12\x0f\n\x07\x64igests\x18\x05 \x01(\x0c\x12)\n\x07scalars\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Scalar\x12\x16\n\x0escalars_digest\x18\x07 \x01(\t\x12\x33\n\ttransport\x18\x08 \x01(\x0b\x32 .model_express.mx.TransportOffer\"\xf8\x01\n\x0eTransportOffer\x12\x16\n\x0esame_host_read\x18\x01 \x01(\x08\x12\x11\n\trdma_only\x18\x02 \x01(\x08\x12\x13\n\x0brdma_device\x18\x03 \x01(\x08\x12.\n\x05probe\x18\x04 \x01(\x0b\x32\x1f.model_express.mx.SameHostProbe\x12\x15\n\rdevice_memory\x18\x05 \x01(\x08\x12\x33\n\x0c\x64\x65vice_probe\x18\x06 \x01(\x0b\x32\x1d.model_express.mx.DeviceProbe\x12\x16\n\x0eno_device_read\x18\x07 \x01(\t\x12\x12\n\nchunk_port\x18\x08 \x01(\r\"d\n\x0b\x44\x65viceProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\"d\n\rSameHostProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\",\n\x06\x45xtent\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x04\x12\x11\n\tdevice_id\x18\x02 \x01(\r\"\xee\x01\n\x13OpenTransferRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x15\n\rnixl_metadata\x18\x05 \x01(\x0c\x12)\n\x07\x65xtents\x18\x06 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x07 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x15\n\rdevice_memory\x18\x08 \x01(\x08\"\xd4\x01\n\x14OpenTransferResponse\x12\x15\n\rnixl_metadata\x18\x01 \x01(\x0c\x12\x12\n\nagent_name\x18\x02 \x01(\t\x12)\n\x07\x65xtents\x18\x03 \x03(\x0b\x32\x18.model_express.mx.Extent\x12.\n\toperation\x18\x04 \x01(\x0e\x32\x1b.model_express.mx.Operation\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x15\n\rdevice_memory\x18\x06 \x01(\x08\x12\r\n\x05token\x18\x07 \x01(\x0c\"\x8f\x01\n\x10\x41skChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\x0c\x12\x11\n\tpreferred\x18\x03 \x01(\x0c\x12\x0c\n\x04most\x18\x04 \x01(\r\x12\x15\n\rknown_version\x18\x05 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\x12\x10\n\x08\x64\x65\x63lined\x18\x07 \x03(\r\"x\n\x11\x41skChunksResponse\x12\x0f\n\x07granted\x18\x01 \x03(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0c\n\x04have\x18\x04 \x01(\x0c\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12\x10\n\x08pause_ms\x18\x06 \x01(\r\"E\n\x11PushChunksRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\x12\x0e\n\x06notify\x18\x03 \x01(\x08\"L\n\x0b\x43hunkResult\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07written\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0e\n\x06others\x18\x04 \x03(\r\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"&\n\x12RenewLeaseResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"e\n\x16TakeStorageTurnRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x13\n\x0bworker_rank\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x93\x01\n\x17TakeStorageTurnResponse\x12+\n\x04turn\x18\x01 \x01(\x0e\x32\x1d.model_express.mx.StorageTurn\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x10\n\x08retry_ms\x18\x04 \x01(\x04\x12\x18\n\x10reader_worker_id\x18\x05 \x01(\t\"t\n\x15\x45ndStorageTurnRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x13\n\x0bworker_rank\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06shared\x18\x05 \x01(\x08\"\x18\n\x16\x45ndStorageTurnResponse*c\n\tOperation\x12\x19\n\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eOPERATION_READ\x10\x01\x12\x13\n\x0fOPERATION_WRITE\x10\x02\x12\x12\n\x0eOPERATION_SEND\x10\x03*v\n\x0bStorageTurn\x12\x1c\n\x18STORAGE_TURN_UNSPECIFIED\x10\x00\x12\x16\n\x12STORAGE_TURN_YOURS\x10\x01\x12\x15\n\x11STORAGE_TURN_WAIT\x10\x02\x12\x1a\n\x16STORAGE_TURN_EVERYBODY\x10\x03\x32\xc9\x03\n\x0fTransferService\x12T\n\tGetLayout\x12\".model_express.mx.GetLayoutRequest\x1a#.model_express.mx.GetLayoutResponse\x12]\n\x0cOpenTransfer\x12%.model_express.mx.OpenTransferRequest\x1a&.model_express.mx.OpenTransferResponse\x12T\n\tAskChunks\x12\".model_express.mx.AskChunksRequest\x1a#.model_express.mx.AskChunksResponse\x12R\n\nPushChunks\x12#.model_express.mx.PushChunksRequest\x1a\x1d.model_express.mx.ChunkResult0\x01\x12W\n\nRenewLease\x12#.model_express.mx.RenewLeaseRequest\x1a$.model_express.mx.RenewLeaseResponse2\xdb\x01\n\x0c\x46leetService\x12\x66\n\x0fTakeStorageTurn\x12(.model_express.mx.TakeStorageTurnRequest\x1a).model_express.mx.TakeStorageTurnResponse\x12\x63\n\x0e\x45ndStorageTurn\x12\'.model_express.mx.EndStorageTurnRequest\x1a(.model_express.mx.EndStorageTurnResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mxserver.wire.mx_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPERATION']._serialized_start=2435
-  _globals['_OPERATION']._serialized_end=2514
-  _globals['_STORAGETURN']._serialized_start=2516
-  _globals['_STORAGETURN']._serialized_end=2634
+  _globals['_OPERATION']._serialized_start=2470
+  _globals['_OPERATION']._serialized_end=2569
+  _globals['_STORAGETURN']._serialized_start=2571
+  _globals['_STORAGETURN']._serialized_end=2689
   _globals['_TENSOR']._serialized_start=44
   _globals['_TENSOR']._serialized_end=144
   _globals['_LAYOUT']._serialized_start=146
@@ -46,39 +46,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLAYOUTRESPONSE']._serialized_start=357
   _globals['_GETLAYOUTRESPONSE']._serialized_end=618
   _globals['_TRANSPORTOFFER']._serialized_start=621
-  _globals['_TRANSPORTOFFER']._serialized_end=849
-  _globals['_DEVICEPROBE']._serialized_start=851
-  _globals['_DEVICEPROBE']._serialized_end=951
-  _globals['_SAMEHOSTPROBE']._serialized_start=953
-  _globals['_SAMEHOSTPROBE']._serialized_end=1053
-  _globals['_EXTENT']._serialized_start=1055
-  _globals['_EXTENT']._serialized_end=1099
-  _globals['_OPENTRANSFERREQUEST']._serialized_start=1102
-  _globals['_OPENTRANSFERREQUEST']._serialized_end=1340
-  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1343
-  _globals['_OPENTRANSFERRESPONSE']._serialized_end=1540
-  _globals['_ASKCHUNKSREQUEST']._serialized_start=1543
-  _globals['_ASKCHUNKSREQUEST']._serialized_end=1686
-  _globals['_ASKCHUNKSRESPONSE']._serialized_start=1688
-  _globals['_ASKCHUNKSRESPONSE']._serialized_end=1808
-  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1810
-  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1879
-  _globals['_CHUNKRESULT']._serialized_start=1881
-  _globals['_CHUNKRESULT']._serialized_end=1957
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1959
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1996
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1998
-  _globals['_RENEWLEASERESPONSE']._serialized_end=2036
-  _globals['_TAKESTORAGETURNREQUEST']._serialized_start=2038
-  _globals['_TAKESTORAGETURNREQUEST']._serialized_end=2139
-  _globals['_TAKESTORAGETURNRESPONSE']._serialized_start=2142
-  _globals['_TAKESTORAGETURNRESPONSE']._serialized_end=2289
-  _globals['_ENDSTORAGETURNREQUEST']._serialized_start=2291
-  _globals['_ENDSTORAGETURNREQUEST']._serialized_end=2407
-  _globals['_ENDSTORAGETURNRESPONSE']._serialized_start=2409
-  _globals['_ENDSTORAGETURNRESPONSE']._serialized_end=2433
-  _globals['_TRANSFERSERVICE']._serialized_start=2637
-  _globals['_TRANSFERSERVICE']._serialized_end=3094
-  _globals['_FLEETSERVICE']._serialized_start=3097
-  _globals['_FLEETSERVICE']._serialized_end=3316
+  _globals['_TRANSPORTOFFER']._serialized_end=869
+  _globals['_DEVICEPROBE']._serialized_start=871
+  _globals['_DEVICEPROBE']._serialized_end=971
+  _globals['_SAMEHOSTPROBE']._serialized_start=973
+  _globals['_SAMEHOSTPROBE']._serialized_end=1073
+  _globals['_EXTENT']._serialized_start=1075
+  _globals['_EXTENT']._serialized_end=1119
+  _globals['_OPENTRANSFERREQUEST']._serialized_start=1122
+  _globals['_OPENTRANSFERREQUEST']._serialized_end=1360
+  _globals['_OPENTRANSFERRESPONSE']._serialized_start=1363
+  _globals['_OPENTRANSFERRESPONSE']._serialized_end=1575
+  _globals['_ASKCHUNKSREQUEST']._serialized_start=1578
+  _globals['_ASKCHUNKSREQUEST']._serialized_end=1721
+  _globals['_ASKCHUNKSRESPONSE']._serialized_start=1723
+  _globals['_ASKCHUNKSRESPONSE']._serialized_end=1843
+  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1845
+  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1914
+  _globals['_CHUNKRESULT']._serialized_start=1916
+  _globals['_CHUNKRESULT']._serialized_end=1992
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1994
+  _globals['_RENEWLEASEREQUEST']._serialized_end=2031
+  _globals['_RENEWLEASERESPONSE']._serialized_start=2033
+  _globals['_RENEWLEASERESPONSE']._serialized_end=2071
+  _globals['_TAKESTORAGETURNREQUEST']._serialized_start=2073
+  _globals['_TAKESTORAGETURNREQUEST']._serialized_end=2174
+  _globals['_TAKESTORAGETURNRESPONSE']._serialized_start=2177
+  _globals['_TAKESTORAGETURNRESPONSE']._serialized_end=2324
+  _globals['_ENDSTORAGETURNREQUEST']._serialized_start=2326
+  _globals['_ENDSTORAGETURNREQUEST']._serialized_end=2442
+  _globals['_ENDSTORAGETURNRESPONSE']._serialized_start=2444
+  _globals['_ENDSTORAGETURNRESPONSE']._serialized_end=2468
+  _globals['_TRANSFERSERVICE']._serialized_start=2692
+  _globals['_TRANSFERSERVICE']._serialized_end=3149
+  _globals['_FLEETSERVICE']._serialized_start=3152
+  _globals['_FLEETSERVICE']._serialized_end=3371
 # @@protoc_insertion_point(module_scope)

@@ -6,7 +6,8 @@ the transfer of chunks out of its memory. Runs on the same port as WorkerService
 
 A transfer: GetLayout (compare fingerprints) -> WorkerService.PrepareTensorRead (a lease) -> OpenTransfer
 (exchange agent metadata and addresses, agree on who moves the bytes) -> as often as needed: AskChunks (what is
-there, what may be fetched), then one-sided READs by the receiver, or PushChunks, with which the holder WRITEs ->
+there, what may be fetched), then one-sided READs by the receiver, or PushChunks, with which the holder WRITEs, or
+requests on a connection to its chunk port (mxcore/socket_chunks.h) ->
 WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
 
 FleetService is the server's: of workers that start together with nobody to take from, one reads storage.
@@ -39,6 +40,8 @@ class _OperationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """the receiver READs, one-sided"""
     OPERATION_WRITE: _Operation.ValueType  # 2
     """the holder WRITEs what PushChunks asks for"""
+    OPERATION_SEND: _Operation.ValueType  # 3
+    """the holder sends over TCP connections to its chunk_port; no agent on either side"""
 
 class Operation(_Operation, metaclass=_OperationEnumTypeWrapper): ...
 
@@ -47,6 +50,8 @@ OPERATION_READ: Operation.ValueType  # 1
 """the receiver READs, one-sided"""
 OPERATION_WRITE: Operation.ValueType  # 2
 """the holder WRITEs what PushChunks asks for"""
+OPERATION_SEND: Operation.ValueType  # 3
+"""the holder sends over TCP connections to its chunk_port; no agent on either side"""
 global___Operation = Operation
 
 class _StorageTurn:
@@ -241,6 +246,7 @@ class TransportOffer(google.protobuf.message.Message):
     DEVICE_MEMORY_FIELD_NUMBER: builtins.int
     DEVICE_PROBE_FIELD_NUMBER: builtins.int
     NO_DEVICE_READ_FIELD_NUMBER: builtins.int
+    CHUNK_PORT_FIELD_NUMBER: builtins.int
     same_host_read: builtins.bool
     """cross-memory attach is allowed here, if the probe can be read"""
     rdma_only: builtins.bool
@@ -251,6 +257,8 @@ class TransportOffer(google.protobuf.message.Message):
     """the holder's weights are on a device"""
     no_device_read: builtins.str
     """why there is none"""
+    chunk_port: builtins.int
+    """where it SENDs chunks over TCP connections; 0: nowhere"""
     @property
     def probe(self) -> global___SameHostProbe: ...
     @property
@@ -267,9 +275,10 @@ class TransportOffer(google.protobuf.message.Message):
         device_memory: builtins.bool = ...,
         device_probe: global___DeviceProbe | None = ...,
         no_device_read: builtins.str = ...,
+        chunk_port: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device_probe", b"device_probe", "probe", b"probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_port", b"chunk_port", "device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
 
 global___TransportOffer = TransportOffer
 
@@ -371,13 +380,13 @@ class OpenTransferRequest(google.protobuf.message.Message):
     lease_id: builtins.str
     fingerprint: builtins.str
     nixl_metadata: builtins.bytes
-    """the receiver's agent"""
+    """the receiver's agent; not for SEND"""
     operation: global___Operation.ValueType
     """what the receiver wants, by the transport between the two"""
     device_memory: builtins.bool
     @property
     def extents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Extent]:
-        """the receiver's memory, in the layout's order"""
+        """the receiver's memory, in the layout's order; not for SEND"""
 
     def __init__(
         self,
@@ -405,6 +414,7 @@ class OpenTransferResponse(google.protobuf.message.Message):
     OPERATION_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
     DEVICE_MEMORY_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
     nixl_metadata: builtins.bytes
     """the holder's agent"""
     agent_name: builtins.str
@@ -413,6 +423,8 @@ class OpenTransferResponse(google.protobuf.message.Message):
     lease_ms: builtins.int
     """the lease ends this long after the last sign of the receiver"""
     device_memory: builtins.bool
+    token: builtins.bytes
+    """for SEND: each connection begins with "mxchunk1" and this, and is answered "mxchunk1" """
     @property
     def extents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Extent]:
         """the holder's memory, in the layout's order"""
@@ -426,8 +438,9 @@ class OpenTransferResponse(google.protobuf.message.Message):
         operation: global___Operation.ValueType = ...,
         lease_ms: builtins.int = ...,
         device_memory: builtins.bool = ...,
+        token: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_name", b"agent_name", "device_memory", b"device_memory", "extents", b"extents", "lease_ms", b"lease_ms", "nixl_metadata", b"nixl_metadata", "operation", b"operation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent_name", b"agent_name", "device_memory", b"device_memory", "extents", b"extents", "lease_ms", b"lease_ms", "nixl_metadata", b"nixl_metadata", "operation", b"operation", "token", b"token"]) -> None: ...
 
 global___OpenTransferResponse = OpenTransferResponse
 

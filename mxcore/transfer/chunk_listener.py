@@ -1,0 +1,123 @@
+"""Where receivers fetch chunks over TCP connections of their own: a port, and a thread for each connection.
+
+A receiver shows the token that OpenTransfer gave it, and is shown the greeting back; then it asks for chunks, as
+socket_chunks.h says, and the compiled core answers out of the holder's memory. A connection ends with its lease.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+from contextlib import suppress
+
+from mxcore.errors import TransferError
+from mxcore.transfer.chunk_greeting import expect_token
+from mxcore.transfer.holder import Holder
+from mxserver.wire.errors import SettingError
+
+__all__ = ["ChunkListener"]
+
+logger = logging.getLogger(__name__)
+
+_GREETING_SECONDS = 5.0
+_CONNECTIONS_A_READER = 8
+_STRANGERS = 8  # connections that have not shown a token yet
+_BACKLOG = 64
+
+
+class ChunkListener:
+    """Listens as soon as it exists, on `host` alone or ("") everywhere.
+
+    A port in use (or 0) becomes a free one: `port` has the real one. Raises SettingError when there is nothing to
+    listen on.
+    """
+
+    def __init__(self, holder: Holder, host: str, port: int) -> None:
+        self._holder = holder
+        self._listener = _listen(host, port)
+        self.port = int(self._listener.getsockname()[1])
+        self._room = threading.BoundedSemaphore(_CONNECTIONS_A_READER * holder.most_readers + _STRANGERS)
+        self._lock = threading.Lock()
+        self._greeting: set[socket.socket] = set()
+        self._closed = False
+        self._accepting = threading.Thread(target=self._accept, name="mx-chunk-port", daemon=True)
+        self._accepting.start()
+
+    def close(self) -> None:
+        """Takes no connection any more; those that are open end with their leases. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            strangers = list(self._greeting)
+        for connection in strangers:
+            _shut(connection)
+        _shut(self._listener)  # wakes the thread that accepts
+        self._accepting.join()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, peer = self._listener.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                if error.errno not in (errno.ECONNABORTED, errno.EINTR):
+                    logger.warning("the chunk port %d: %s", self.port, error)
+                    threading.Event().wait(0.1)  # out of files, say: not as fast as it can
+                continue
+            if not self._room.acquire(blocking=False):
+                logger.warning("a connection of %s to the chunk port is refused: there are too many", peer[0])
+                connection.close()
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="mx-chunks-out", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """One connection, from greeting to end."""
+        try:
+            with connection:
+                if token := self._greet(connection):
+                    self._holder.send_chunks(token, connection)
+        except (OSError, TransferError) as error:
+            logger.debug("a connection to the chunk port ended: %s", error)
+        finally:
+            self._room.release()
+
+    def _greet(self, connection: socket.socket) -> bytes:
+        """The token that was shown; empty where somebody else is calling. Raises OSError."""
+        with self._lock:
+            if self._closed:
+                return b""
+            self._greeting.add(connection)
+        try:
+            return expect_token(connection, _GREETING_SECONDS)
+        finally:
+            with self._lock:
+                self._greeting.discard(connection)
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    for candidate in dict.fromkeys((port, 0)):
+        try:
+            if host:
+                family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
+                return socket.create_server((host, candidate), family=family, backlog=_BACKLOG)
+            if socket.has_dualstack_ipv6():
+                return socket.create_server(
+                    ("", candidate), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+                )
+            return socket.create_server(("", candidate), backlog=_BACKLOG)
+        except (OSError, OverflowError) as error:
+            if candidate:
+                logger.info("chunk port %d cannot be had (%s): another one is taken", candidate, error)
+            else:
+                failure = error
+    raise SettingError(f"no port for chunks at {host or 'any address'}: {failure}; check MX_WORKER_HOST")
