@@ -25,6 +25,7 @@ _GREETING_SECONDS = 5.0
 _CONNECTIONS_A_READER = 8
 _STRANGERS = 8  # connections that have not shown a token yet
 _BACKLOG = 64
+_LAST_PORT = 65535
 
 
 class ChunkListener:
@@ -105,7 +106,7 @@ def _shut(connection: socket.socket) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    for candidate in dict.fromkeys((port, 0)):
+    for candidate in dict.fromkeys((port if port <= _LAST_PORT else 0, 0)):  # above it: of a high rank
         try:
             if host:
                 family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
@@ -115,7 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
                     ("", candidate), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
                 )
             return socket.create_server(("", candidate), backlog=_BACKLOG)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if candidate:
                 logger.info("chunk port %d cannot be had (%s): another one is taken", candidate, error)
             else:

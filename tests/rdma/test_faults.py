@@ -91,7 +91,7 @@ def test_a_stopped_holder_costs_what_it_was_not_asked_for_yet(start_worker: Star
     assert again.is_right()
 
 
-def test_a_holder_that_rdma_does_not_reach_writes_over_tcp(
+def test_a_holder_that_rdma_does_not_reach_sends_over_tcp(
     start_worker: StartWorker, wire: Wire, workers_port: str
 ) -> None:
     source = start_worker("auto", seed=SEED).serve()
@@ -99,7 +99,7 @@ def test_a_holder_that_rdma_does_not_reach_writes_over_tcp(
     target = Target("auto")
     report = target.receive(source)
     assert target.is_right()
-    assert (report.operation, report.transport, report.failures) == ("write", "tcp", ())
+    assert (report.operation, report.transport, report.failures) == ("send", "tcp", ())
     wire.mend()
     before = packets_sent(workers_port)
     assert Target("auto").receive(source).transport == "rdma"
@@ -111,7 +111,7 @@ def test_where_hardly_anything_may_be_pinned_weights_go_over_tcp(start_worker: S
     target = Target("auto")
     report = target.receive(source)
     assert target.is_right()
-    assert (report.operation, report.transport, report.failures) == ("write", "tcp", ())
+    assert (report.operation, report.transport, report.failures) == ("send", "tcp", ())
     receiver = start_worker("auto", launcher=PINS_LITTLE)
     answer = receiver.ask(do="receive", sources=[asdict(start_worker("auto", seed=SEED).serve())])
     assert (answer["equal"], answer["transport"]) == (True, "tcp")

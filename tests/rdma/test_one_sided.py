@@ -32,11 +32,11 @@ def test_the_bytes_go_over_the_ports(start_worker: StartWorker, workers_port: st
     assert packets_sent(workers_port) - before >= report.bytes // PACKET_BYTES
 
 
-def test_a_holder_without_rdma_writes(start_worker: StartWorker, workers_port: str) -> None:
+def test_a_holder_without_rdma_sends(start_worker: StartWorker, workers_port: str) -> None:
     source = start_worker("tcp", seed=SEED).serve()
     before = packets_sent(workers_port)
     report = Target("auto").receive(source)
-    assert (report.operation, report.transport) == ("write", "tcp")
+    assert (report.operation, report.transport) == ("send", "tcp")
     assert packets_sent(workers_port) == before
 
 

@@ -112,11 +112,17 @@ class WorkerProcess:
 
 
 StartWorker = Callable[..., WorkerProcess]
+BY_NIXL = "tcp by nixl"
+
+
+def settings_of(transport: str) -> dict[str, str]:
+    """What a value of MX_TRANSPORT stands for; BY_NIXL: TCP, by UCX's WRITEs instead of our own connections."""
+    return {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
 
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Starts workers; ended after the test. `transport` is MX_TRANSPORT of the process.
+    """Starts workers; ended after the test. `transport` is that of the process, as `settings_of` has them.
 
     With RDMA ports, each is on a node of its own, at the first port.
     """
@@ -125,7 +131,7 @@ def start_worker() -> Iterator[StartWorker]:
     def start(
         transport: str = "tcp", environ: dict[str, str] | None = None, launcher: Sequence[str] = (), **task: Any
     ) -> WorkerProcess:
-        values = {"MX_TRANSPORT": transport, **(environ or {})}
+        values = {**settings_of(transport), **(environ or {})}
         if RDMA_PORTS:
             values.setdefault("UCX_NET_DEVICES", f"{RDMA_PORTS[0]},lo")
             launcher = (*OTHER_NODE, *launcher)

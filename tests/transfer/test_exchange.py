@@ -27,7 +27,7 @@ from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.receiver import FindMore, Receiver
 from mxcore.transfer.source_client import Source
-from tests.transfer.conftest import StartWorker
+from tests.transfer.conftest import BY_NIXL, StartWorker, settings_of
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
@@ -35,7 +35,8 @@ CHUNK_BYTES = 65536
 SEED = 7
 RDMA = pytest.param("rdma", marks=pytest.mark.rdma)
 TRANSPORTS = [
-    ("tcp", "write", "tcp"),
+    ("tcp", "send", "tcp"),
+    (BY_NIXL, "write", "tcp"),
     ("same-host", "read", "same-host"),
     ("auto", "read", "same-host"),
     pytest.param("rdma", "read", "rdma", marks=pytest.mark.rdma),
@@ -49,7 +50,7 @@ def large(transport: str) -> int:
 
 
 def settings(transport: str, **changes: Any) -> WorkerSettings:
-    return load_settings({"MX_TRANSPORT": transport, "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS, **changes}, {})
+    return load_settings({**settings_of(transport), "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS, **changes}, {})
 
 
 class Target:
@@ -122,11 +123,11 @@ def test_a_layout_without_bytes_is_received_at_once(start_worker: StartWorker) -
 def test_a_receiver_on_another_transport_than_its_holder(start_worker: StartWorker) -> None:
     source = start_worker("tcp", seed=SEED).serve()  # no CMA there: the probe is not even offered
     target = Target("auto")
-    assert target.receive(source).operation == "write"
+    assert target.receive(source).operation == "send"
     assert target.is_right()
     source = start_worker("auto", seed=SEED).serve()
     target = Target("tcp")
-    assert target.receive(source).operation == "write"
+    assert target.receive(source).operation == "send"
     assert target.is_right()
 
 
@@ -149,7 +150,7 @@ def test_other_scalars_are_refused_with_names(start_worker: StartWorker) -> None
         target.receive(source)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL, "same-host", RDMA])
 def test_a_flipped_bit_is_refused_and_another_source_serves(start_worker: StartWorker, transport: str) -> None:
     bad_worker, good_worker = (start_worker(transport, seed=SEED) for _ in range(2))
     bad, good = bad_worker.serve(), good_worker.serve()
@@ -173,7 +174,7 @@ def test_other_bytes_under_the_same_layout_start_anew(start_worker: StartWorker)
     assert target.is_right(int(report.source_worker_id == second.worker_id) * (SEED - 1) + 1)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL, "same-host", RDMA])
 def test_a_holder_killed_in_mid_transfer_is_an_error_and_no_crash(start_worker: StartWorker, transport: str) -> None:
     worker = start_worker(transport, seed=SEED, megabytes=large(transport))
     target = Target(transport, model_specs(large(transport)))
@@ -186,7 +187,7 @@ def test_a_holder_killed_in_mid_transfer_is_an_error_and_no_crash(start_worker: 
     assert target.is_right()
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL, "same-host", RDMA])
 def test_a_transfer_goes_on_at_the_next_holder(start_worker: StartWorker, transport: str) -> None:
     dying = start_worker(transport, seed=SEED, megabytes=large(transport) // 4)
     sources = [dying.serve(), start_worker(transport, seed=SEED, megabytes=large(transport) // 4).serve()]
@@ -198,10 +199,11 @@ def test_a_transfer_goes_on_at_the_next_holder(start_worker: StartWorker, transp
     assert target.seen == sorted(set(target.seen))  # no chunk was verified twice
 
 
-def test_a_stopped_holder_is_given_up_on(start_worker: StartWorker) -> None:
-    worker = start_worker("tcp", seed=SEED, megabytes=200)
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL])
+def test_a_stopped_holder_is_given_up_on(start_worker: StartWorker, transport: str) -> None:
+    worker = start_worker(transport, seed=SEED, megabytes=200)
     source = worker.serve()
-    target = Target("tcp", model_specs(200), MX_SERVER_TIMEOUT_SECS=2, MX_STALL_TIMEOUT_SECS=1)
+    target = Target(transport, model_specs(200), MX_SERVER_TIMEOUT_SECS=2, MX_STALL_TIMEOUT_SECS=1)
     target.at_first_chunk.append(lambda: worker.kill(signal.SIGSTOP))
     with failing(ChunksMissing, source.worker_id):
         target.receive(source)
@@ -244,7 +246,7 @@ def test_a_transfer_that_takes_too_long_is_given_up_on(start_worker: StartWorker
         Target("tcp", MX_TRANSFER_TIMEOUT=1e-9).receive(source)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL, "same-host", RDMA])
 def test_a_receiver_killed_in_mid_transfer_leaves_the_holder_well(start_worker: StartWorker, transport: str) -> None:
     holder = start_worker(transport, seed=SEED, megabytes=large(transport))
     source = holder.serve()
@@ -259,20 +261,21 @@ def test_a_receiver_killed_in_mid_transfer_leaves_the_holder_well(start_worker: 
     assert target.is_right()
 
 
-def test_a_stopped_receiver_does_not_stop_the_holder(start_worker: StartWorker) -> None:
-    holder = start_worker("tcp", seed=SEED, megabytes=200, settings={"MX_STALL_TIMEOUT_SECS": 4})
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL])
+def test_a_stopped_receiver_does_not_stop_the_holder(start_worker: StartWorker, transport: str) -> None:
+    holder = start_worker(transport, seed=SEED, megabytes=200, settings={"MX_STALL_TIMEOUT_SECS": 4})
     source = holder.serve()
-    receiver = start_worker("tcp", megabytes=200)
+    receiver = start_worker(transport, megabytes=200)
     receiver.ask(do="receive", sources=[asdict(source)], pause_after_bytes=1)
     receiver.kill(signal.SIGSTOP)
-    target = Target("tcp", model_specs(200))
+    target = Target(transport, model_specs(200))
     target.receive(source)
     assert target.is_right()
     assert holder.ask(do="drain", timeout_seconds=30)["drained"]  # its push was given up on, its lease has ended
     receiver.kill(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "same-host", RDMA])
+@pytest.mark.parametrize("transport", ["tcp", BY_NIXL, "same-host", RDMA])
 def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> None:
     source = asdict(start_worker(transport, seed=SEED, megabytes=20).serve())
     receivers = [start_worker(transport, megabytes=20) for _ in range(2)]
@@ -287,7 +290,7 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
         assert answer.get("equal"), answer
 
 
-def test_memory_that_may_not_be_read_any_more_is_written_instead(
+def test_memory_that_may_not_be_read_any_more_is_sent_instead(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(reads: AttachedReads) -> list[tuple[int, int, bytes]]:
@@ -298,7 +301,7 @@ def test_memory_that_may_not_be_read_any_more_is_written_instead(
     target = Target("auto")
     report = target.receive(start_worker("auto", seed=SEED).serve())
     assert target.is_right()
-    assert (report.operation, report.transport) == ("write", "tcp")
+    assert (report.operation, report.transport) == ("send", "tcp")
 
 
 def test_a_reader_that_fails_by_a_fault_of_ours_ends_the_transfer(
