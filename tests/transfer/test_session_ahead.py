@@ -9,7 +9,7 @@ from mxcore.nixl_agent import live_agents
 from mxcore.settings import load_settings
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.transports import Transport, UcxPolicy
 from tests.transfer.conftest import wait_for
 
 TLS = "tcp,self"
@@ -86,15 +86,18 @@ def test_a_session_that_cannot_be_prepared_is_fenced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "same_host", "tls"),
+    ("transport", "same_host", "tls", "by_nixl"),
     [
-        ("tcp", True, "tcp,self"),
-        ("auto", True, None),
-        ("auto", False, "^cma,knem,xpmem"),
-        ("same-host", True, None),
-        ("rdma", False, "^tcp,sysv,posix"),
+        ("tcp", True, None, "tcp,self"),
+        ("auto", True, None, None),
+        ("auto", False, None, "^cma,knem,xpmem"),
+        ("same-host", True, None, None),
+        ("rdma", False, "^tcp,sysv,posix", "^tcp,sysv,posix"),
     ],
 )
-def test_what_a_receiver_will_most_likely_need(transport: str, same_host: bool, tls: str | None) -> None:
-    policy = UcxPolicy.from_environment(transport, {})  # type: ignore[arg-type]  # one of the literals
-    assert policy.likely(same_host=same_host) == tls
+def test_what_a_receiver_will_most_likely_need(
+    transport: Transport, same_host: bool, tls: str | None, by_nixl: str | None
+) -> None:
+    assert UcxPolicy.from_environment(transport, {}).likely(same_host=same_host) == tls
+    policy = UcxPolicy.from_environment(transport, {}, tcp_transfer="nixl")
+    assert policy.likely(same_host=same_host) == by_nixl

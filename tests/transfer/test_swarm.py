@@ -119,11 +119,19 @@ def test_without_nixl_each_holder_is_tried_once(
 ) -> None:
     """What is missing is missing here: asking again helps nobody, and fills the log."""
     monkeypatch.setattr("mxcore.transfer.receiver._AGAIN_SECONDS", 0.1)
-    source, alone = new_member(SEED).serve(), new_member(MX_NIXL_BACKEND="NOPE", MX_STALL_TIMEOUT_SECS=1)
+    source = new_member(SEED).serve()
+    alone = new_member(MX_NIXL_BACKEND="NOPE", MX_TCP_TRANSFER="nixl", MX_STALL_TIMEOUT_SECS=1)
     alone.membership.join()
     with pytest.raises(NixlMissing, match="NOPE"):
         alone.receive([source])
     assert caplog.text.count("gives no (more) weights") == 1
+
+
+def test_without_nixl_weights_come_over_tcp_all_the_same(new_member: NewMember) -> None:
+    source, target = new_member(SEED).serve(), new_member(MX_NIXL_BACKEND="NOPE")
+    target.membership.join()
+    assert target.receive([source]).operation == "send"
+    assert target.is_right
 
 
 def test_one_of_many_reads_storage(new_member: NewMember) -> None:

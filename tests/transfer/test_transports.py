@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 
 from mxcore.c_environment import c_getenv
 from mxcore.transfer import transports
 from mxcore.transfer.same_host import ProbeTarget, can_read
-from mxcore.transfer.transports import UCX_DEFAULTS, UcxPolicy, choose_route, ucx_environment
+from mxcore.transfer.transports import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment
 from mxserver.wire import mx_pb2
 from tests.transfer.conftest import ROOT
 
@@ -142,6 +143,36 @@ def test_read_only_where_it_is_one_sided_for_certain(
         assert not UcxPolicy("auto", route.tls).allows("cma")
     if transport == "same-host":
         assert not UcxPolicy("auto", route.tls).allows("rc")  # nothing one-sided but what was proven
+
+
+@pytest.mark.parametrize(
+    ("receiver", "tcp_transfer", "operation"),
+    [
+        (("tcp", ""), "sockets", "send"),
+        (("tcp", ""), "nixl", "write"),
+        (("auto", "^cma"), "sockets", "send"),
+        (("auto", "^cma,tcp"), "sockets", "write"),  # the user leaves TCP out
+        (("rdma", ""), "sockets", "write"),
+        (("auto", ""), "sockets", "read"),  # by cross-memory attach
+    ],
+)
+@pytest.mark.usefixtures("no_port")
+def test_host_memory_is_sent_over_tcp_from_where_there_is_a_chunk_port(
+    receiver: tuple[Transport, str], tcp_transfer: Literal["sockets", "nixl"], operation: str
+) -> None:
+    transport, tls = receiver
+    here = UcxPolicy.from_environment(transport, {"UCX_TLS": tls}, tcp_transfer=tcp_transfer)
+    target = ProbeTarget()
+    there = offer(policy("auto"), target)
+    there.chunk_port = 4711
+    route = choose_route(here, there)
+    assert route.operation == operation
+    assert route.by_nixl == (operation == "write")
+    assert choose_route(here, there, device_index=0).operation == "write"  # from the host into a device: staged by UCX
+    tried = here.instead(there, device_memory=False, without_rdma=True, without_sockets=True)
+    assert tried.operation == "write"
+    there.chunk_port = 0
+    assert choose_route(here, there).operation in ("read", "write")
 
 
 @pytest.mark.parametrize(
