@@ -95,10 +95,11 @@ static void *mx_socket_read(void *data)
             continue;
         }
         pthread_mutex_unlock(&jobs->lock);
-        if (reader.error == 0)
-            reader.error = mx_socket_receive(&reader, reader.requested.first);
+        int error = reader.error;
+        if (error == 0 && (error = mx_socket_receive(&reader, reader.requested.first)) != 0)
+            reader.error = error; /* requesting the next one meanwhile may have failed as well: this one is there */
         pthread_mutex_lock(&jobs->lock);
-        mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), reader.error);
+        mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), error);
     }
     while (reader.requested.count != 0) /* closed meanwhile: nobody takes them */
         mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), ECANCELED);

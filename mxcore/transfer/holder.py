@@ -275,7 +275,8 @@ class Holder:
     def send_chunks(self, token: bytes, connection: socket.socket) -> None:
         """Greets the receiver that showed `token`, and answers what it asks for, until either side ends it.
 
-        Raises LeaseEnded where the token is none, OSError where the connection fails.
+        A receiver that is lost in the midst of a chunk loses its lease. Raises LeaseEnded where the token is none,
+        OSError where the connection fails.
         """
         with self._changed:
             self._expire()
@@ -288,6 +289,10 @@ class Holder:
             connection.sendall(GREETING)
             if error := self._sender.serve(connection.fileno()):
                 raise OSError(error, os.strerror(error))
+        except OSError:
+            with self._changed:
+                self._end(lease)
+            raise
         finally:
             with self._changed:
                 lease.connections.discard(connection)

@@ -112,6 +112,20 @@ def test_a_holder_that_closes_waits_for_who_is_sent_to(holder: Holder, listener:
         assert holder._sending == 0
 
 
+def test_a_receiver_that_is_lost_in_the_midst_of_a_chunk_loses_its_lease(
+    holder: Holder, listener: ChunkListener
+) -> None:
+    lease = holder.grant()
+    connection = calling(listener)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as the kernel does
+    show_token(connection, holder.open_sending(lease.lease_id))
+    connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))
+    assert connection.recv(8, socket.MSG_WAITALL)
+    connection.close()
+    wait_for(lambda: holder.live_leases == 0)
+    assert lease.ended
+
+
 def test_a_port_in_use_becomes_a_free_one(holder: Holder, listener: ChunkListener) -> None:
     other = ChunkListener(holder, "127.0.0.1", listener.port)
     assert other.port not in (0, listener.port)
