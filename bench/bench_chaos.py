@@ -17,10 +17,10 @@ from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import flip_bytes
 from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
 from bench.chaos.tally import STALLED, Tally
-from bench.fleet import Fleet, Network
+from bench.fleet import BY_NIXL, Fleet, Network
 
 FAILOVER_REPEATS = 3
-SETTINGS = ("tcp", "same-host", "network")
+SETTINGS = ("tcp", BY_NIXL, "same-host", "network")
 
 
 def choose(chance: random.Random, setting: str, faults: tuple[str, ...]) -> str:
@@ -53,7 +53,7 @@ def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random
     "settings",
     multiple=True,
     type=click.Choice(SETTINGS),
-    help="What they share: TCP, cross-memory attach, or TCP over a link each (needs root). Default: all.",
+    help="What they share: TCP, TCP by NIXL, cross-memory attach, or TCP over a link each (needs root). Default: all.",
 )
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*FAULTS, *CUTS]), help="Default: all.")
 @click.option("--flips", default=10_000, show_default=True, help="How many bytes are flipped, one in a chunk.")
@@ -86,7 +86,7 @@ def command(
         at_half = kill_at_half("tcp", FAILOVER_REPEATS)
         figures["killed_at_half_resent_ratio"] = round(at_half.resent_ratio, 4)
         figures["killed_at_half_seconds_on_top"] = round(at_half.seconds_on_top, 2)
-        stops = {transport: stop_at_half(transport) for transport in ("tcp", "same-host")}
+        stops = {transport: stop_at_half(transport) for transport in ("tcp", BY_NIXL, "same-host")}
         figures["stopped_source_noticed_seconds"] = round(max(stops.values()), 2)
         figures["max_notice_seconds"] = round(max(figures["max_notice_seconds"], *stops.values()), 2)
     if flips:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
+BY_NIXL = "tcp-by-nixl"
 DEADLINE_SECONDS = 180.0
 _serial = itertools.count()
 
@@ -200,12 +201,18 @@ class Fleet:
         environ: dict[str, str] | None = None,
         module: str = "bench.fleet_worker",
     ) -> Process:
-        """Starts a worker, in the network in the first place that nobody living has."""
+        """Starts a worker, in the network in the first place that nobody living has.
+
+        `transport`: of MX_TRANSPORT, or BY_NIXL for TCP by UCX's WRITEs instead of our own connections.
+        """
         number = len(self.workers)
         taken = {worker.slot for worker in self.workers if worker.alive}
         slot = next(slot for slot in itertools.count() if slot not in taken)
         network = self._network
-        names = {"MX_SERVER_ADDRESS": self.address, "MX_TRANSPORT": transport, **(environ or {})}
+        ways = (
+            {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
+        )
+        names = {"MX_SERVER_ADDRESS": self.address, **ways, **(environ or {})}
         if network is not None:
             names["MX_WORKER_HOST"] = network.address(slot)
         prefix = network.prefix(slot) if network is not None else []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mxcore.socket_chunks import SocketReads
 from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.chunk_greeting import show_token
+from mxcore.transfer.chunk_listener import ChunkListener
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.intake import Intake
 from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout
@@ -19,6 +23,7 @@ CHUNK_BYTES = 64 << 10
 CHUNKS = 256
 MODEL_BYTES = CHUNKS * CHUNK_BYTES - 12_345  # the last chunk is short
 TENSORS = 40
+SECONDS = 60.0
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -33,7 +38,7 @@ class Flips:
 
 
 class _Pair:
-    """A holder and a receiver of this process; the holder WRITEs over TCP, as it does between hosts."""
+    """A holder and a receiver of this process, over TCP as between hosts: the holder sends, or WRITEs by NIXL."""
 
     def __init__(self, chance: np.random.Generator) -> None:
         self.there: Memory = chance.integers(0, 256, MODEL_BYTES, np.uint8)
@@ -47,42 +52,60 @@ class _Pair:
         self.intake.admit("the source", _answer(self.holder))
         self.lease = self.holder.grant().lease_id
         self.holder.open_transfer(self.lease, self.session.metadata(), placement.addresses)
+        self.port = ChunkListener(self.holder, "127.0.0.1", 0)
 
-    def move(self) -> None:
-        """All chunks, by NIXL."""
-        for _ in self.holder.push(self.lease, range(CHUNKS), lambda: False):
-            pass
+    def move(self, *, by_nixl: bool) -> int:
+        """All chunks; how many are refused, by digests of what is there, or by those made on the way."""
+        if by_nixl:
+            for _ in self.holder.push(self.lease, range(CHUNKS), lambda: False):
+                pass
+            return self.refused()
+        chunks, found = self.intake.chunks, 0
+        with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
+            show_token(connection, self.holder.open_sending(self.lease))
+            connection.settimeout(None)
+            reads = SocketReads([connection.fileno()], hashed=True)
+            for chunk in range(CHUNKS):
+                reads.ask(
+                    chunk, *(chunks.slice_of(values, chunk) for values in (self.intake.addresses, chunks.lengths))
+                )
+            while ended := reads.ended(SECONDS):
+                found += sum(not self.intake.verify(chunk, digest) for chunk, _, digest in ended)
+            reads.close()
+        return found
 
     def refused(self) -> int:
         """How many chunks are not what their digests promise."""
         return sum(not self.intake.verify(chunk) for chunk in range(CHUNKS))
 
     def close(self) -> None:
+        self.port.close()
         self.holder.close()
         self.session.fence()
 
 
 def flip_bytes(count: int, seed: int) -> Flips:
-    """Flips `count` bytes, half of them at the source and half on arrival, one in each chunk of a transfer."""
+    """Flips `count` bytes, half of them at the source and half on arrival, one in each chunk of a transfer.
+
+    Every second transfer goes by NIXL.
+    """
     chance = np.random.default_rng(seed)
     pair = _Pair(chance)
     made = caught = false_alarms = 0
+    ways = itertools.cycle((False, True))
     try:
         while made < count:
-            at_source = made < count / 2
+            at_source, by_nixl = made < count / 2, next(ways)
             memory = pair.there if at_source else pair.here
-            if not at_source:
-                pair.move()
             places = _places(chance, min(CHUNKS, count - made))
             masks = chance.integers(1, 256, len(places), np.uint8)
+            if not at_source:
+                pair.move(by_nixl=by_nixl)
             memory[places] ^= masks
-            if at_source:
-                pair.move()
-            caught += pair.refused()
+            caught += pair.move(by_nixl=by_nixl) if at_source else pair.refused()
             made += len(places)
             memory[places] ^= masks
-            pair.move()
-            false_alarms += pair.refused()
+            false_alarms += pair.move(by_nixl=by_nixl)
     finally:
         pair.close()
     return Flips(made, caught, false_alarms)
