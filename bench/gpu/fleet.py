@@ -44,7 +44,7 @@ def _received(worker: Process, right: str) -> dict[str, Any]:
     }
 
 
-def _measured(workers: Workers, slow: str) -> dict[str, Any]:
+def _measured(workers: Workers, slow: str, total_bytes: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     source, right = workers.add("seed")
     first, second = (workers.add("receiver")[0] for _ in range(2))
@@ -56,7 +56,8 @@ def _measured(workers: Workers, slow: str) -> dict[str, Any]:
         worker.leave()
 
     source, _ = workers.add("seed", MX_SOURCE_RATE_LIMIT=slow)
-    victim, other, last = (workers.add("receiver")[0] for _ in range(3))
+    victim, last = (workers.add("receiver")[0] for _ in range(2))
+    other, _ = workers.add("receiver", MX_SOURCE_RATE_LIMIT=slow)  # as slow: both give, until one of them dies
     victim.send("start")
     victim.until(1)
     victim.end()
@@ -65,7 +66,7 @@ def _measured(workers: Workers, slow: str) -> dict[str, Any]:
     other.send("start")
     found["from it"] = _received(other, right)
     last.send("start")
-    last.until(1)
+    last.until(0.75 * total_bytes)
     source.end()
     found["source killed in the middle"] = _received(last, right)
     return found
@@ -94,7 +95,7 @@ def command(
     }
     try:
         with Fleet() as fleet:
-            found = _measured(Workers(fleet, task), slow)
+            found = _measured(Workers(fleet, task), slow, tensors * int(tensor_mib * MIB))
     except FleetError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
