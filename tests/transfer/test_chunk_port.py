@@ -55,6 +55,16 @@ def listener(holder: Holder) -> Iterator[ChunkListener]:
     made.close()
 
 
+def exactly(connection: socket.socket, count: int) -> bytes:
+    """So many bytes; MSG_WAITALL waits for nothing on a socket with a time-out."""
+    received = b""
+    while len(received) < count:
+        more = connection.recv(count - len(received))
+        assert more, received
+        received += more
+    return received
+
+
 def calling(listener: ChunkListener) -> socket.socket:
     return socket.create_connection(("127.0.0.1", listener.port), SECONDS)
 
@@ -66,9 +76,8 @@ def test_a_token_opens_it_and_the_end_of_its_lease_closes_it(holder: Holder, lis
     with calling(listener) as connection:
         show_token(connection, token)
         connection.sendall(struct.pack("<I", 0))
-        assert connection.recv(8, socket.MSG_WAITALL) == struct.pack("<II", 0, 0)
-        first = connection.recv(CHUNK_BYTES, socket.MSG_WAITALL)
-        assert len(first) == CHUNK_BYTES
+        assert exactly(connection, 8) == struct.pack("<II", 0, 0)
+        exactly(connection, CHUNK_BYTES)
         holder.release(lease.lease_id)
         assert connection.recv(1) == b""
     with calling(listener) as late, pytest.raises(OSError, match="it closes the connection"):
@@ -124,7 +133,7 @@ def test_a_receiver_that_is_lost_in_the_midst_of_a_chunk_loses_its_lease(
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as the kernel does
     show_token(connection, holder.open_sending(lease.lease_id))
     connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))
-    assert connection.recv(8, socket.MSG_WAITALL)
+    exactly(connection, 8)
     connection.close()
     wait_for(lambda: holder.live_leases == 0)
     assert lease.ended
