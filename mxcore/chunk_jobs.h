@@ -135,10 +135,11 @@ static inline void mx_chunk_wake(mx_chunk_pool *pool)
     pthread_mutex_unlock(&pool->lock);
 }
 
-/* Waits until a chunk has ended, for so long at most (below 0: for ever); NULL when none is asked for, or when woken. */
+/* Waits until a chunk has ended, for so long at most (below 0: for ever); NULL when none is asked for, when woken, and
+ * once it is stopped. */
 static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds)
 {
-    mx_chunk_job *job;
+    mx_chunk_job *job = NULL;
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     if (longest_nanoseconds > 0) {
@@ -146,8 +147,8 @@ static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_n
         until.tv_nsec = (longest_nanoseconds + until.tv_nsec) % 1000000000;
     }
     pthread_mutex_lock(&pool->lock);
-    while ((job = mx_chunk_pop(&pool->done)) == NULL && longest_nanoseconds != 0 && pool->waiting != 0 &&
-           !pool->closing && !pool->woken) {
+    while (!pool->closing && (job = mx_chunk_pop(&pool->done)) == NULL && longest_nanoseconds != 0 &&
+           pool->waiting != 0 && !pool->woken) {
         if (longest_nanoseconds < 0)
             pthread_cond_wait(&pool->ended, &pool->lock);
         else if (pthread_cond_timedwait(&pool->ended, &pool->lock, &until) != 0)
