@@ -62,8 +62,7 @@ class _Pair:
             return self.refused()
         chunks, found = self.intake.chunks, 0
         with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
-            show_token(connection, self.holder.open_sending(self.lease))
-            connection.settimeout(None)
+            show_token(connection, self.holder.open_sending(self.lease), SECONDS)
             reads = SocketReads([connection.fileno()], hashed=True)
             for chunk in range(CHUNKS):
                 reads.ask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import socket
+import time
 
 __all__ = ["GREETING", "TOKEN_BYTES", "expect_token", "show_token"]
 
@@ -12,28 +13,33 @@ GREETING = b"mxchunk1"
 TOKEN_BYTES = 16
 
 
-def show_token(connection: socket.socket, token: bytes) -> None:
-    """The receiver's side, on a connection with a time-out. Raises OSError where nobody of ours answers, or not yes."""
+def show_token(connection: socket.socket, token: bytes, seconds: float) -> None:
+    """The receiver's side, within so long. Raises OSError where nobody of ours answers, or not yes."""
+    connection.settimeout(seconds)
     connection.sendall(GREETING + token)
-    if (said := _receive(connection, len(GREETING))) != GREETING:
+    said = _receive(connection, len(GREETING), seconds)
+    connection.settimeout(None)
+    if said != GREETING:
         raise OSError(errno.EPROTO, f"it answers {said!r}" if said else "it closes the connection")
 
 
 def expect_token(connection: socket.socket, seconds: float) -> bytes:
-    """The holder's side: the token that was shown, empty where somebody else is calling. Raises OSError.
+    """The holder's side: the token that was shown within so long, empty where somebody else is calling. Raises OSError.
 
     Whoever knows the token is answered with the GREETING.
     """
-    connection.settimeout(seconds)
-    shown = _receive(connection, len(GREETING) + TOKEN_BYTES)
+    shown = _receive(connection, len(GREETING) + TOKEN_BYTES, seconds)
     connection.settimeout(None)
     ours = secrets.compare_digest(shown[: len(GREETING)], GREETING) and len(shown) == len(GREETING) + TOKEN_BYTES
     return shown[len(GREETING) :] if ours else b""
 
 
-def _receive(connection: socket.socket, count: int) -> bytes:
-    """So many bytes, or fewer where the other side closes. Raises OSError."""
-    received = b""
-    while len(received) < count and (more := connection.recv(count - len(received))):
+def _receive(connection: socket.socket, count: int, seconds: float) -> bytes:
+    """So many bytes, or fewer where the other side closes. Raises OSError: TimeoutError when all took longer."""
+    received, deadline = b"", time.monotonic() + seconds
+    while len(received) < count:
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        if not (more := connection.recv(count - len(received))):
+            break
         received += more
     return received

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from mxcore.errors import TransferError
 from mxcore.transfer.chunk_greeting import expect_token
-from mxcore.transfer.holder import Holder
+from mxcore.transfer.holder import MOST_CONNECTIONS, Holder
 from mxserver.wire.errors import SettingError
 
 __all__ = ["ChunkListener"]
@@ -22,8 +22,8 @@ __all__ = ["ChunkListener"]
 logger = logging.getLogger(__name__)
 
 _GREETING_SECONDS = 5.0
-_CONNECTIONS_A_READER = 8
-_STRANGERS = 8  # connections that have not shown a token yet
+_STRANGERS = 8  # connections that have not shown a token yet, beside all those of the readers
+_ROOM_SECONDS = 1.0  # for one that is cut off to be gone
 _BACKLOG = 64
 _LAST_PORT = 65535
 
@@ -39,9 +39,9 @@ class ChunkListener:
         self._holder = holder
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
-        self._room = threading.BoundedSemaphore(_CONNECTIONS_A_READER * holder.most_readers + _STRANGERS)
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS * holder.most_readers + _STRANGERS)
         self._lock = threading.Lock()
-        self._greeting: set[socket.socket] = set()
+        self._greeting: dict[socket.socket, None] = {}  # who has shown no token yet, the longest there first
         self._closed = False
         self._accepting = threading.Thread(target=self._accept, name="mx-chunk-port", daemon=True)
         self._accepting.start()
@@ -70,11 +70,25 @@ class ChunkListener:
                     logger.warning("the chunk port %d: %s", self.port, error)
                     threading.Event().wait(0.1)  # out of files, say: not as fast as it can
                 continue
-            if not self._room.acquire(blocking=False):
+            if not (self._room.acquire(blocking=False) or self._make_room()):
                 logger.warning("a connection of %s to the chunk port is refused: there are too many", peer[0])
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="mx-chunks-out", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="mx-chunks-out", daemon=True).start()
+            except RuntimeError as error:  # the process may have no more threads
+                logger.warning("a connection of %s to the chunk port is refused: %s", peer[0], error)
+                self._room.release()
+                connection.close()
+
+    def _make_room(self) -> bool:
+        """Cuts off whoever has shown no token for longest: a reader shows it at once."""
+        with self._lock:
+            longest = next(iter(self._greeting), None)
+        if longest is None:
+            return False
+        _shut(longest)
+        return self._room.acquire(timeout=_ROOM_SECONDS)
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection, from greeting to end."""
@@ -92,12 +106,12 @@ class ChunkListener:
         with self._lock:
             if self._closed:
                 return b""
-            self._greeting.add(connection)
+            self._greeting[connection] = None
         try:
             return expect_token(connection, _GREETING_SECONDS)
         finally:
             with self._lock:
-                self._greeting.discard(connection)
+                self._greeting.pop(connection, None)
 
 
 def _shut(connection: socket.socket) -> None:

@@ -30,12 +30,13 @@ from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import Given, Wanted, all_chunks, set_to_bytes
 from mxcore.transfer.rate_limit import RateLimit
 
-__all__ = ["Answer", "Holder", "Lease"]
+__all__ = ["MOST_CONNECTIONS", "Answer", "Holder", "Lease"]
 
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 15.0
 MOST_READERS = 8
+MOST_CONNECTIONS = 8  # of one reader to the chunk port
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
 _PUSHED_BYTES_IN_FLIGHT = 32 << 20  # enough for the longest way; UCX ends all that is begun at about the same time
 _MOST_WAITING = 16  # askers that wait for news; more are answered at once
@@ -276,13 +277,15 @@ class Holder:
         """Greets the receiver that showed `token`, and answers what it asks for, until either side ends it.
 
         A receiver that is lost in the midst of a chunk loses its lease. Raises LeaseEnded where the token is none,
-        OSError where the connection fails.
+        HolderBusy where its receiver has connections enough, OSError where the connection fails.
         """
         with self._changed:
             self._expire()
             lease = next((each for each in self._leases.values() if secrets.compare_digest(each.token, token)), None)
             if lease is None:
                 raise LeaseEnded("a connection to the chunk port shows no lease's token")
+            if len(lease.connections) >= MOST_CONNECTIONS:
+                raise HolderBusy(f"a reader has {MOST_CONNECTIONS} connections to the chunk port")
             lease.connections.add(connection)
             self._sending += 1
         try:

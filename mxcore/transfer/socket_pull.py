@@ -159,8 +159,7 @@ def _connect(client: SourceClient, port: int, token: bytes) -> socket.socket:
         raise NoChunkPort(f"worker {client.source.worker_id}: no connection to {host}, port {port}: {error}") from error
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        show_token(connection, token)
-        connection.settimeout(None)
+        show_token(connection, token, client.timeout_seconds)
     except OSError as error:
         connection.close()
         where = f"worker {client.source.worker_id} at {host}, port {port}"

@@ -19,7 +19,7 @@ from mxcore.transfer import chunk_listener, socket_pull
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES, show_token
 from mxcore.transfer.chunk_listener import ChunkListener
-from mxcore.transfer.holder import Holder
+from mxcore.transfer.holder import MOST_CONNECTIONS, Holder
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.socket_pull import PullBySocket, connections_of
 from mxcore.transfer.source_client import Source, SourceClient
@@ -74,14 +74,14 @@ def test_a_token_opens_it_and_the_end_of_its_lease_closes_it(holder: Holder, lis
     token = holder.open_sending(lease.lease_id)
     assert holder.open_sending(lease.lease_id) == token  # as often as it is asked for
     with calling(listener) as connection:
-        show_token(connection, token)
+        show_token(connection, token, SECONDS)
         connection.sendall(struct.pack("<I", 0))
         assert exactly(connection, 8) == struct.pack("<II", 0, 0)
         exactly(connection, CHUNK_BYTES)
         holder.release(lease.lease_id)
         assert connection.recv(1) == b""
     with calling(listener) as late, pytest.raises(OSError, match="it closes the connection"):
-        show_token(late, token)
+        show_token(late, token, SECONDS)
     with pytest.raises(LeaseEnded):
         holder.open_sending(lease.lease_id)
 
@@ -96,18 +96,15 @@ def test_strangers_are_told_nothing(holder: Holder, listener: ChunkListener, sai
         assert connection.recv(100) == b""
 
 
-def test_silent_strangers_take_no_more_than_their_room_and_end_with_the_port(
-    holder: Holder,
-    listener: ChunkListener,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_silent_strangers_make_room_for_readers_and_end_with_the_port(
+    holder: Holder, listener: ChunkListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunk_listener, "_GREETING_SECONDS", SECONDS)
     silent = [calling(listener) for _ in range(16)]  # as many as there is room for, with one reader
     wait_for(lambda: len(listener._greeting) == len(silent))
-    with caplog.at_level(logging.WARNING), calling(listener) as refused:
-        assert refused.recv(1) == b""
-    assert "there are too many" in caplog.text
+    with calling(listener) as reader:
+        show_token(reader, holder.open_sending(holder.grant().lease_id), SECONDS)
+    wait_for(lambda: len(listener._greeting) == len(silent) - 1)  # one had to go
     listener.close()
     for connection in silent:
         assert connection.recv(1) == b""
@@ -115,10 +112,48 @@ def test_silent_strangers_take_no_more_than_their_room_and_end_with_the_port(
     listener.close()
 
 
+def test_a_stranger_that_says_little_at_a_time_is_cut_off_all_the_same(
+    listener: ChunkListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_listener, "_GREETING_SECONDS", 0.2)
+    with calling(listener) as connection:
+
+        def cut_off() -> bool:
+            try:
+                connection.sendall(GREETING[:1])
+                connection.setblocking(False)
+                return connection.recv(1) == b""
+            except BlockingIOError:
+                return False
+            except OSError:  # reset, for it says more
+                return True
+
+        wait_for(cut_off)
+
+
+def test_a_reader_has_so_many_connections_and_no_more(
+    holder: Holder, listener: ChunkListener, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = holder.open_sending(holder.grant().lease_id)
+    connections = [calling(listener) for _ in range(MOST_CONNECTIONS)]
+    for connection in connections:
+        show_token(connection, token, SECONDS)
+    with calling(listener) as late, pytest.raises(OSError, match="it closes the connection"):
+        show_token(late, token, SECONDS)
+    more = [calling(listener) for _ in range(8)]
+    wait_for(lambda: len(listener._greeting) == len(more))
+    listener._greeting.clear()  # as if all of them were readers
+    with caplog.at_level(logging.WARNING), calling(listener) as refused:
+        assert refused.recv(1) == b""
+    assert "there are too many" in caplog.text
+    for connection in (*connections, *more):
+        connection.close()
+
+
 def test_a_holder_that_closes_waits_for_who_is_sent_to(holder: Holder, listener: ChunkListener) -> None:
     token = holder.open_sending(holder.grant().lease_id)
     with calling(listener) as connection:
-        show_token(connection, token)
+        show_token(connection, token, SECONDS)
         connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))  # takes nothing of it
         assert holder._sending == 1
         holder.close()
@@ -131,7 +166,7 @@ def test_a_receiver_that_is_lost_in_the_midst_of_a_chunk_loses_its_lease(
     lease = holder.grant()
     connection = calling(listener)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as the kernel does
-    show_token(connection, holder.open_sending(lease.lease_id))
+    show_token(connection, holder.open_sending(lease.lease_id), SECONDS)
     connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))
     exactly(connection, 8)
     connection.close()
