@@ -7,6 +7,7 @@ from libc.string cimport memcpy
 
 import os
 
+from mxcore.chunk_jobs cimport MX_CHUNK_MOST_THREADS, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_take
 from mxcore.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
@@ -15,18 +16,6 @@ cdef extern from "attached_read.h" nogil:
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
-
-cdef extern from "chunk_jobs.h" nogil:
-    ctypedef struct mx_chunk_job:
-        uint64_t key, digest
-        int error
-        size_t count
-        uint64_t* stretches
-    ctypedef struct mx_chunk_pool:
-        pass
-    enum: MX_CHUNK_MOST_THREADS
-    void mx_chunk_ask(mx_chunk_pool* pool, mx_chunk_job* job)
-    mx_chunk_job* mx_chunk_take(mx_chunk_pool* pool, int64_t longest_nanoseconds)
 
 cdef extern from "attached_pool.h" nogil:
     ctypedef struct mx_attached_pool:

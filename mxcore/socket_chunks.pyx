@@ -9,20 +9,10 @@ from libc.string cimport memcpy
 
 import os
 
+from mxcore.chunk_jobs cimport (
+    MX_CHUNK_MOST_THREADS, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_take, mx_chunk_wake,
+)
 from mxcore.descriptors import merge_adjoining
-
-cdef extern from "chunk_jobs.h" nogil:
-    ctypedef struct mx_chunk_job:
-        uint64_t key, digest
-        int error
-        size_t count
-        uint64_t* stretches
-    ctypedef struct mx_chunk_pool:
-        pass
-    enum: MX_CHUNK_MOST_THREADS
-    void mx_chunk_ask(mx_chunk_pool* pool, mx_chunk_job* job)
-    void mx_chunk_wake(mx_chunk_pool* pool)
-    mx_chunk_job* mx_chunk_take(mx_chunk_pool* pool, int64_t longest_nanoseconds)
 
 cdef extern from "socket_pool.h" nogil:
     ctypedef struct mx_socket_pool:
