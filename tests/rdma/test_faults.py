@@ -46,7 +46,9 @@ def test_a_cut_wire_is_noticed_by_the_port_and_costs_what_was_in_flight(start_wo
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_port_that_goes_down_costs_what_was_in_flight(start_worker: StartWorker, wire: Wire, end: str) -> None:
-    over_rdma, by_tcp = start_worker("auto", seed=SEED, megabytes=20), start_worker("tcp", seed=SEED, megabytes=20)
+    slow = {"MX_SOURCE_RATE_LIMIT": "4MB"}  # so that it is not done before the other one is given up on
+    over_rdma = start_worker("auto", seed=SEED, megabytes=20)
+    by_tcp = start_worker("tcp", environ=slow, seed=SEED, megabytes=20)
     sources = [over_rdma.serve(), by_tcp.serve()]
     target = Target("auto", model_specs(20))
     found = found_after(target, lambda: wire.take_down(end), sources[1])
