@@ -25,6 +25,11 @@ DEADLINE_SECONDS = 180.0
 _serial = itertools.count()
 
 
+def settings_of(transport: str) -> dict[str, str]:
+    """What a value of MX_TRANSPORT stands for; BY_NIXL: TCP, by UCX's WRITEs instead of our own connections."""
+    return {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
+
+
 class FleetError(RuntimeError):
     """A process of the fleet did not do what the bench waits for."""
 
@@ -203,16 +208,13 @@ class Fleet:
     ) -> Process:
         """Starts a worker, in the network in the first place that nobody living has.
 
-        `transport`: of MX_TRANSPORT, or BY_NIXL for TCP by UCX's WRITEs instead of our own connections.
+        `transport`: as `settings_of` has them.
         """
         number = len(self.workers)
         taken = {worker.slot for worker in self.workers if worker.alive}
         slot = next(slot for slot in itertools.count() if slot not in taken)
         network = self._network
-        ways = (
-            {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
-        )
-        names = {"MX_SERVER_ADDRESS": self.address, **ways, **(environ or {})}
+        names = {"MX_SERVER_ADDRESS": self.address, **settings_of(transport), **(environ or {})}
         if network is not None:
             names["MX_WORKER_HOST"] = network.address(slot)
         prefix = network.prefix(slot) if network is not None else []

@@ -1,13 +1,13 @@
 """Another process' memory, read by cross-memory attach. Types and documentation: attached_memory.pyi."""
 
 cimport cython
-from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 import os
 
-from mxcore.chunk_jobs cimport MX_CHUNK_MOST_THREADS, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_take
+from mxcore.chunk_jobs cimport MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
 from mxcore.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
@@ -93,16 +93,7 @@ cdef class AttachedReads:
         mx_chunk_ask(&self.pool.jobs, job)
 
     def ended(self):
-        cdef mx_chunk_job* job
-        cdef list found = []
-        with nogil:
-            job = mx_chunk_take(&self.pool.jobs, -1)
-        while job != NULL:
-            digest = job.digest.to_bytes(8, "little") if self.pool.hashed and not job.error else b""
-            found.append((job.key, job.error, digest))
-            free(job)
-            job = mx_chunk_take(&self.pool.jobs, 0)
-        return found
+        return chunks_ended(&self.pool.jobs, -1, self.pool.hashed)
 
     def close(self):
         self._close()

@@ -163,7 +163,6 @@ typedef struct {
     size_t expected;
     int low_water; /* of the socket, as it is set */
     const bool *closing;
-    uint64_t *received; /* of all connections; atomic */
 } mx_socket_end;
 
 /* Takes some bytes into the vectors. Returns how many, or -errno: ECONNRESET when the other side has closed.
@@ -188,10 +187,10 @@ static inline ssize_t mx_socket_take(mx_socket_end *end, struct iovec *vectors, 
     }
 }
 
-static inline int mx_socket_open_end(mx_socket_end *end, int fd, const bool *closing, uint64_t *received)
+static inline int mx_socket_open_end(mx_socket_end *end, int fd, const bool *closing)
 {
     const struct timeval look = {0, MX_SOCKET_LOOK_MICROSECONDS};
-    *end = (mx_socket_end){fd, 0, 1, closing, received};
+    *end = (mx_socket_end){fd, 0, 1, closing};
     return setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &look, sizeof look) == 0 ? 0 : errno;
 }
 

@@ -10,7 +10,7 @@ from libc.string cimport memcpy
 import os
 
 from mxcore.chunk_jobs cimport (
-    MX_CHUNK_MOST_THREADS, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_take, mx_chunk_wake,
+    MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
 )
 from mxcore.descriptors import merge_adjoining
 
@@ -90,17 +90,7 @@ cdef class SocketReads:
         mx_chunk_ask(&self.pool.jobs, job)
 
     def ended(self, double seconds):
-        cdef mx_chunk_job* job
-        cdef list found = []
-        cdef int64_t longest = <int64_t> (min(max(seconds, 0.0), 1e9) * 1e9)
-        with nogil:
-            job = mx_chunk_take(&self.pool.jobs, longest)
-        while job != NULL:
-            digest = job.digest.to_bytes(8, "little") if self.pool.hashed and not job.error else b""
-            found.append((job.key, job.error, digest))
-            free(job)
-            job = mx_chunk_take(&self.pool.jobs, 0)
-        return found
+        return chunks_ended(&self.pool.jobs, <int64_t> (min(max(seconds, 0.0), 1e9) * 1e9), self.pool.hashed)
 
     def wake(self):
         if self.is_open:

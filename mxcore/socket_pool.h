@@ -83,7 +83,7 @@ static void *mx_socket_read(void *data)
     mx_chunk_pool *jobs = &reader.pool->jobs;
     int fd = reader.pool->fds[__atomic_fetch_add(&reader.pool->next, 1, __ATOMIC_RELAXED)];
     pthread_setname_np(pthread_self(), "mx-chunks");
-    reader.error = mx_socket_open_end(&reader.end, fd, &jobs->closing, &reader.pool->received);
+    reader.error = mx_socket_open_end(&reader.end, fd, &jobs->closing);
     pthread_mutex_lock(&jobs->lock);
     while (!jobs->closing) {
         mx_socket_request_more(&reader);
@@ -108,16 +108,14 @@ static void *mx_socket_read(void *data)
 }
 
 /* Starts a thread for each of `count` connections (1 to 64), which stay the caller's to close, after the pool.
- * Returns 0, or errno when not all could be started. */
+ * Returns 0, or errno when not even one could be started; connections beyond those that were are not used. */
 static inline int mx_socket_pool_open(mx_socket_pool *pool, const int *fds, size_t count, int hashed)
 {
-    int error;
     pool->hashed = hashed;
     pool->received = pool->next = 0;
     for (size_t i = 0; i < count; i++)
         pool->fds[i] = fds[i];
-    error = mx_chunk_start(&pool->jobs, count, mx_socket_read, pool);
-    return error;
+    return mx_chunk_start(&pool->jobs, count, mx_socket_read, pool);
 }
 
 /* Shuts the connections down and waits for the threads: afterwards nothing is written here any more. */

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bench.fleet import settings_of
 from mxcore.nixl_agent import live_agents, live_transfers
 from mxcore.transfer.source_client import Source
 from tests.transfer.member import Member, NewMember
@@ -112,17 +113,11 @@ class WorkerProcess:
 
 
 StartWorker = Callable[..., WorkerProcess]
-BY_NIXL = "tcp by nixl"
-
-
-def settings_of(transport: str) -> dict[str, str]:
-    """What a value of MX_TRANSPORT stands for; BY_NIXL: TCP, by UCX's WRITEs instead of our own connections."""
-    return {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
 
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Starts workers; ended after the test. `transport` is that of the process, as `settings_of` has them.
+    """Starts workers; ended after the test. `transport` is that of the process, as bench.fleet.settings_of has them.
 
     With RDMA ports, each is on a node of its own, at the first port.
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench.fleet import BY_NIXL, settings_of
 from mxcore.attached_memory import AttachedReads
 from mxcore.errors import (
     ChunksMissing,
@@ -27,7 +28,7 @@ from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.receiver import FindMore, Receiver
 from mxcore.transfer.source_client import Source
-from tests.transfer.conftest import BY_NIXL, StartWorker, settings_of
+from tests.transfer.conftest import StartWorker
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 
-ANSWER_SECONDS = 180.0
+ANSWER_SECONDS = 300.0
 STACKS_SECONDS = 2.0
 
 
