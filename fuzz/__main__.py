@@ -24,7 +24,7 @@ from fuzz.make_corpus import CORPUS, FOLDERS
 from mxcore import checkpoint_reader
 from mxcore.errors import StorageError
 from mxcore.file_set import FileSet
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.safetensors_errors import SafetensorsError
 from mxcore.safetensors_header import parse_header, read_header

@@ -8,7 +8,7 @@ from libc.string cimport memcpy
 import os
 
 from mxcore.chunk_jobs cimport MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
-from mxcore.descriptors import merge_adjoining
+from mxcore.memory.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
     ctypedef int pid_t

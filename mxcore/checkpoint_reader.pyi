@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from mxcore.cuda_ring import DeviceRing
 from mxcore.cufile import FileHandles
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
 

@@ -9,7 +9,7 @@ from typing import final
 
 from mxcore.cuda_context import Context, ContextObject
 from mxcore.cuda_stream import Stream
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 
 MAX_BYTES: int
 

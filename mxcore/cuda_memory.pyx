@@ -9,7 +9,7 @@ from mxcore.cuda_driver cimport (
 )
 from mxcore.cuda_memory cimport DeviceBuffer, Memory, PinnedBuffer, Registration
 from mxcore.cuda_stream cimport Stream
-from mxcore.dlpack cimport DL_CUDA, Bytes, export_bytes
+from mxcore.memory.dlpack cimport DL_CUDA, Bytes, export_bytes
 
 from mxcore.errors import HostBufferBusy, HostBufferClosed
 

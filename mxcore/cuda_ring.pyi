@@ -4,7 +4,7 @@ from typing import final
 
 from mxcore.cuda_context import Context
 from mxcore.cuda_stream import Stream
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 
 MAX_THREADS: int
 MAX_SLOTS: int

@@ -12,7 +12,7 @@ import os
 from mxcore.chunk_jobs cimport (
     MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
 )
-from mxcore.descriptors import merge_adjoining
+from mxcore.memory.descriptors import merge_adjoining
 
 cdef extern from "socket_pool.h" nogil:
     ctypedef struct mx_socket_pool:

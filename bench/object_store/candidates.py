@@ -23,7 +23,7 @@ PART_BYTES = 8 * 1024 * 1024
 
 def ours(uri: str) -> dict[str, torch.Tensor]:
     """Every tensor's bytes straight into its place: one buffer, one submission."""
-    from mxcore.host_buffer import HostBuffer
+    from mxcore.memory.host_buffer import HostBuffer
     from mxcore.storage.model_uri import parse_model_uri
     from mxcore.storage.object_store import ObjectFolder
     from mxcore.storage.remote import RemoteRange, open_remote

@@ -57,7 +57,7 @@ def _pinned() -> Finding:
     from mxcore.cuda_context import context_of
     from mxcore.cuda_memory import PinnedBuffer, Registration
     from mxcore.errors import CudaError
-    from mxcore.host_buffer import HostBuffer
+    from mxcore.memory.host_buffer import HostBuffer
 
     size = f"{_PINNED_BYTES >> 20} MiB"
     try:

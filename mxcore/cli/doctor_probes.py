@@ -93,7 +93,7 @@ def _last_line(ran: subprocess.CompletedProcess[str]) -> str:
 def _agent() -> None:
     from array import array
 
-    from mxcore.host_buffer import HostBuffer
+    from mxcore.memory.host_buffer import HostBuffer
     from mxcore.nixl_agent import NixlAgent, load_library
     from mxcore.settings import load_settings
     from mxcore.transfer.transports import UcxPolicy, ucx_environment

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mxcore.digest import xxh3_64
 from mxcore.errors import StorageError
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.range_reader import RangeReader, ReadRange
 from mxcore.safetensors_header import read_header
 

@@ -16,7 +16,7 @@ from mxcore.cuda_memory import PinnedBuffer, copy_to_device
 from mxcore.cuda_ring import DeviceRing, slot_bytes
 from mxcore.cuda_stream import Event, Stream
 from mxcore.errors import CudaError
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.near_device import node_of, prefer_node
 from mxcore.storage.ring_proof import prove

@@ -14,7 +14,7 @@ from mxcore import checkpoint_reader
 from mxcore.cuda_ring import DeviceRing
 from mxcore.cufile import FileHandles
 from mxcore.file_set import FileSet
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.read_outcome import Outcome
 from mxcore.storage.checkpoint import Checkpoint, Stamp

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from mxcore.errors import CheckpointError
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.safetensors_header import Header, parse_header
 from mxcore.storage.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
 from mxcore.storage.checkpoint_digest import digest_of_parts, file_part, index_part, sample

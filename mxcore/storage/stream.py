@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from mxcore.errors import HostBufferBusy
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mxcore.storage.load import read_rows
 from mxcore.storage.memory_limit import MemoryBudget, budget

@@ -6,7 +6,7 @@ import importlib
 from typing import Any, Literal
 
 from mxcore.cuda_memory import DeviceBuffer
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.checkpoint import TensorInfo
 from mxcore.storage.dtypes import DTYPES
 

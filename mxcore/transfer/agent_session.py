@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from mxcore.descriptors import merge_adjoining
 from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.mailbox import Mailbox
+from mxcore.memory.descriptors import merge_adjoining
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.nixl_table import notifies
 from mxcore.transfer.layout import Layout, Placement

@@ -18,7 +18,7 @@ from mxcore.cuda_ipc import OpenedMemory, can_export, export_memory
 from mxcore.cuda_memory import DeviceBuffer, copy_to_device, copy_to_host
 from mxcore.cuda_stream import Stream
 from mxcore.errors import CudaError
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.transfer.layout import Placement
 from mxcore.transfer.same_host import host_identity
 from mxserver.wire import mx_pb2

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from mxcore.host_buffer import live_host_buffers, live_host_bytes
+from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
 from mxcore.range_reader import live_file_descriptors
 
 settings.register_profile("no-deadline", deadline=None)  # this machine is shared: time says nothing

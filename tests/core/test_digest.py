@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxcore.digest import _choose_vectors, xxh3_64, xxh3_64_many, xxh3_64_segments
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 
 PRIME32 = 2654435761
 PRIME64 = 11400714785074694797

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxcore.errors import HostBufferBusy, HostBufferClosed, HostMemoryError, MxError
-from mxcore.host_buffer import HostBuffer, live_host_buffers, live_host_bytes
+from mxcore.memory.host_buffer import HostBuffer, live_host_buffers, live_host_bytes
 
 MIB = 1 << 20
 
@@ -172,7 +172,7 @@ def test_never_closed_warns_with_the_line_that_made_it() -> None:
 
 
 def test_a_warning_that_is_an_error_does_not_raise_out_of_the_destructor() -> None:
-    script = "from mxcore.host_buffer import *; HostBuffer(10); print(live_host_buffers())"
+    script = "from mxcore.memory.host_buffer import *; HostBuffer(10); print(live_host_buffers())"
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", script],
         capture_output=True,
@@ -186,7 +186,7 @@ def test_a_warning_that_is_an_error_does_not_raise_out_of_the_destructor() -> No
 
 def test_an_export_outlives_the_interpreter_quietly() -> None:
     script = (
-        "import torch\nfrom mxcore.host_buffer import HostBuffer\nbuffer = HostBuffer(10)\n"
+        "import torch\nfrom mxcore.memory.host_buffer import HostBuffer\nbuffer = HostBuffer(10)\n"
         "tensor = torch.from_dlpack(buffer)\nview = memoryview(buffer)\ncapsule = buffer.__dlpack__()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mxcore.errors import StorageError, TruncatedRead
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors
 
 MIB = 1 << 20
@@ -334,7 +334,7 @@ def test_ctrl_c_ends_a_long_read(tmp_path: Path) -> None:
     os.truncate(path, 1 << 42)  # 4 TiB of holes: minutes of reading
     script = (
         "import signal, sys, threading\n"
-        "from mxcore.host_buffer import HostBuffer\n"
+        "from mxcore.memory.host_buffer import HostBuffer\n"
         "from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "buffer = HostBuffer(8 << 20)\n"

@@ -10,7 +10,7 @@ import pytest
 
 from mxcore import cufile
 from mxcore.cuda_memory import live_device_bytes, live_pinned_bytes
-from mxcore.host_buffer import live_host_buffers
+from mxcore.memory.host_buffer import live_host_buffers
 from mxcore.storage import device_direct
 from tests.cuda.stand_in import StandIn, build
 

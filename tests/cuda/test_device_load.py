@@ -25,7 +25,7 @@ from mxcore.cuda_ring import DeviceRing, slot_bytes
 from mxcore.cuda_stream import Stream
 from mxcore.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage import device_ring
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena, load_to_device

@@ -23,7 +23,7 @@ from mxcore.cuda_memory import (
 )
 from mxcore.cuda_stream import Event, Stream
 from mxcore.errors import CudaError, DeviceMemoryError, HostBufferBusy, HostBufferClosed
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from tests.cuda.stand_in import ROOT, StandIn
 
 SIZE = 100_000

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mxcore import file_set, range_reader
-from mxcore.host_buffer import live_host_buffers
+from mxcore.memory.host_buffer import live_host_buffers
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.memory_limit import budget
 

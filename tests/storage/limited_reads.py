@@ -16,7 +16,7 @@ from mxcore import checkpoint_reader
 from mxcore.checkpoint_reader import URING
 from mxcore.errors import ModeUnavailable, StorageError
 from mxcore.file_set import FileSet
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
 from mxcore.storage import ways
 from mxcore.storage.checkpoint import open_checkpoint

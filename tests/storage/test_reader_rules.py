@@ -12,7 +12,7 @@ from mxcore import checkpoint_reader
 from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.errors import TruncatedRead
 from mxcore.file_set import FileSet
-from mxcore.host_buffer import HostBuffer
+from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import PART_COLUMNS, JobList
 from mxcore.storage.ways import steps
 

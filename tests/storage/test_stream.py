@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxcore.errors import HostBufferBusy, HostMemoryLimit, TruncatedRead
-from mxcore.host_buffer import live_host_buffers, live_host_bytes
+from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.stream import Arena, load_file, stream

@@ -6,8 +6,8 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from posix.unistd cimport _SC_PAGESIZE, sysconf
 
-from mxcore.dlpack cimport DL_CPU, Bytes, export_bytes
-from mxcore.host_buffer cimport HostBuffer
+from mxcore.memory.dlpack cimport DL_CPU, Bytes, export_bytes
+from mxcore.memory.host_buffer cimport HostBuffer
 
 import os
 import sys

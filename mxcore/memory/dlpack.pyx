@@ -5,7 +5,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsul
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t
 
-from mxcore.dlpack cimport Bytes, DLManagedTensor, DLManagedTensorVersioned, DLTensor
+from mxcore.memory.dlpack cimport Bytes, DLManagedTensor, DLManagedTensorVersioned, DLTensor
 
 cdef enum:
     DL_UINT = 1

@@ -1,0 +1,1 @@
+"""Host memory: aligned and pinned buffers, their DLPack export, sorted and merged address ranges."""
