@@ -18,7 +18,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#include "digest_dispatch.h"
+#include "digest/digest_dispatch.h"
 
 enum { MX_ATTACHED_PIECE_BYTES = 512 * 1024, MX_ATTACHED_VECTORS = 128 };
 

@@ -5,7 +5,7 @@
 #ifndef MX_CUDA_KERNELS_H
 #define MX_CUDA_KERNELS_H
 
-#include "mixsum.h"
+#include "digest/mixsum.h"
 
 #define MX_BLOCK_THREADS 256
 #define MX_TILE_WORDS 8192    /* of 8 bytes: 64 KiB for a block */

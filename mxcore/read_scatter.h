@@ -2,7 +2,7 @@
 #ifndef MX_READ_SCATTER_H
 #define MX_READ_SCATTER_H
 
-#include "digest_dispatch.h"
+#include "digest/digest_dispatch.h"
 #include "read_parts.h"
 #include "stream_copy.h"
 

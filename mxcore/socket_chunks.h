@@ -23,7 +23,7 @@
 #include <sys/time.h>
 #include <sys/uio.h>
 
-#include "digest_dispatch.h"
+#include "digest/digest_dispatch.h"
 
 enum {
     MX_SOCKET_PIECE_BYTES = 256 * 1024,

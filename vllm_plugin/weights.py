@@ -17,7 +17,7 @@ from vllm.config import LoadConfig, ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-from mxcore.digest import xxh3_64
+from mxcore.digest.digest import xxh3_64
 from mxcore.errors import LayoutUnsupported
 from mxcore.settings import WorkerSettings
 from mxcore.storage.progress import Progress

@@ -13,7 +13,7 @@ from mxcore.cuda_context import Context
 from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_on_device, copy_to_device
 from mxcore.cuda_stream import Stream
-from mxcore.digest import mixsum_64_many
+from mxcore.digest.digest import mixsum_64_many
 from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.device_direct import why_not
 from mxcore.storage.device_load import read_open_files, read_rows_to_device

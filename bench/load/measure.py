@@ -84,7 +84,7 @@ def _destinations(files: list[Path]) -> dict[str, object]:
 def _check(destinations: dict[str, object], digests: dict[str, int]) -> None:
     import torch
 
-    from mxcore.digest import xxh3_64
+    from mxcore.digest.digest import xxh3_64
 
     wrong = [
         name

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mxcore.digest import xxh3_64
+from mxcore.digest.digest import xxh3_64
 
 THREADS = 8
 PART_BYTES = 8 * 1024 * 1024

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxcore.digest import xxh3_64
+from mxcore.digest.digest import xxh3_64
 from mxcore.errors import StorageError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.range_reader import RangeReader, ReadRange

@@ -19,7 +19,7 @@ from mxcore.cuda_context import Context, context_of
 from mxcore.cuda_digest import PLAN_BYTES, DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_to_device, copy_to_host
 from mxcore.cuda_stream import Stream
-from mxcore.digest import mixsum_64_many, xxh3_64_segments
+from mxcore.digest.digest import mixsum_64_many, xxh3_64_segments
 from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.nixl_agent import NixlAgent

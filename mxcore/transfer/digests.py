@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Protocol, Self
 
-from mxcore.digest import mixsum_64_many, xxh3_64_many
+from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
 from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.layout import Placement
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcore.attached_memory import AttachedReads, read_attached
-from mxcore.digest import xxh3_64, xxh3_64_many
+from mxcore.digest.digest import xxh3_64, xxh3_64_many
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 512 * 1024  # of one call of the kernel

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.digest import _choose_vectors, xxh3_64, xxh3_64_many, xxh3_64_segments
+from mxcore.digest.digest import _choose_vectors, xxh3_64, xxh3_64_many, xxh3_64_segments
 from mxcore.memory.host_buffer import HostBuffer
 
 PRIME32 = 2654435761

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.digest import xxh3_64_segments
+from mxcore.digest.digest import xxh3_64_segments
 from mxcore.socket_chunks import ChunkSender, SocketReads
 from tests.transfer.conftest import wait_for
 

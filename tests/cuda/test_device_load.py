@@ -23,7 +23,7 @@ from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer, copy_on_device, live_pinned_bytes
 from mxcore.cuda_ring import DeviceRing, slot_bytes
 from mxcore.cuda_stream import Stream
-from mxcore.digest import xxh3_64
+from mxcore.digest.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage import device_ring

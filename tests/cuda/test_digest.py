@@ -17,7 +17,7 @@ from mxcore import cuda_digest
 from mxcore.cuda_context import context_of
 from mxcore.cuda_digest import PLAN_BYTES, DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer, live_pinned_bytes
-from mxcore.digest import mixsum_64_many
+from mxcore.digest.digest import mixsum_64_many
 from mxcore.errors import CudaError, DeviceMemoryError
 from tests.cuda.stand_in import StandIn
 

@@ -16,7 +16,7 @@ import pytest
 from mxcore import cuda_driver
 from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer
-from mxcore.digest import mixsum_64_many, xxh3_64_many
+from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
 from mxcore.nixl_agent import NixlAgent, live_agents
 from mxcore.settings import load_settings

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mxcore.digest import xxh3_64
+from mxcore.digest.digest import xxh3_64
 from mxcore.errors import DestinationMismatch, HostMemoryLimit
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load import Reader, load, load_digested

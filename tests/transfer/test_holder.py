@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mxcore.digest import xxh3_64_segments
+from mxcore.digest.digest import xxh3_64_segments
 from mxcore.errors import HolderDraining, LayoutUnsupported, LeaseEnded, NixlError
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.holder import Holder

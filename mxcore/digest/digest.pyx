@@ -14,11 +14,11 @@ from libc.stdint cimport uint64_t, uintptr_t
 import array
 import sys
 
-cdef extern from "digest_dispatch.h" nogil:
+cdef extern from "digest/digest_dispatch.h" nogil:
     int mx_digest_choose(int widest)
     uint64_t mx_digest_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count, uint64_t seed)
 
-cdef extern from "mixsum_host.h" nogil:
+cdef extern from "digest/mixsum_host.h" nogil:
     int mx_mixsum_choose(int widest)
     uint64_t mx_mixsum_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count)
 
