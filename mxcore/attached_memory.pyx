@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 
 import os
 
-from mxcore.chunk_jobs cimport MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
+from mxcore.native.chunk_jobs cimport MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
 from mxcore.memory.descriptors import merge_adjoining
 
 cdef extern from "attached_read.h" nogil:
@@ -24,7 +24,7 @@ cdef extern from "attached_pool.h" nogil:
     int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads)
     void mx_attached_close(mx_attached_pool* pool)
 
-cdef extern from "vector_width.h":
+cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
 mx_digest_choose(MX_AVX512)

@@ -7,7 +7,7 @@
 #endif
 
 #include "attached_read.h"
-#include "chunk_jobs.h"
+#include "native/chunk_jobs.h"
 
 typedef struct {
     mx_chunk_pool jobs;

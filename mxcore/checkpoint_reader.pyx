@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/digest/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda_kernels.h mxcore/cufile_read.h mxcore/cufile_library.h
+# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/native/bus_guard.h mxcore/native/stream_copy.h mxcore/digest/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda_kernels.h mxcore/cufile_read.h mxcore/cufile_library.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
@@ -55,7 +55,7 @@ cdef extern from "uring_way.h" nogil:
     int mx_uring_refused()
     int mx_digest_choose(int widest)
 
-cdef extern from "vector_width.h":
+cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
 cdef extern from "cuda_load.h" nogil:

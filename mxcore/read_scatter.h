@@ -4,7 +4,7 @@
 
 #include "digest/digest_dispatch.h"
 #include "read_parts.h"
-#include "stream_copy.h"
+#include "native/stream_copy.h"
 
 #define MX_DIGEST_BLOCK 131072 /* hashed, then copied while it is in the cache */
 

@@ -2,7 +2,7 @@
 #ifndef MX_READ_WAYS_H
 #define MX_READ_WAYS_H
 
-#include "bus_guard.h"
+#include "native/bus_guard.h"
 #include "read_work.h"
 
 #include <fcntl.h>

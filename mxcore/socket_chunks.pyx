@@ -9,7 +9,7 @@ from libc.string cimport memcpy
 
 import os
 
-from mxcore.chunk_jobs cimport (
+from mxcore.native.chunk_jobs cimport (
     MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
 )
 from mxcore.memory.descriptors import merge_adjoining
@@ -32,7 +32,7 @@ cdef extern from "socket_chunks.h" nogil:
         unsigned char* have
     int mx_socket_serve(const mx_socket_table* table, int fd, uint64_t* sent)
 
-cdef extern from "vector_width.h":
+cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
 cdef extern from *:

@@ -2,7 +2,7 @@
 #ifndef MX_SOCKET_POOL_H
 #define MX_SOCKET_POOL_H
 
-#include "chunk_jobs.h"
+#include "native/chunk_jobs.h"
 #include "socket_chunks.h"
 
 enum { MX_SOCKET_REQUESTS = 2 }; /* of one connection at a time: the holder sends on while the next one is asked for */

@@ -22,7 +22,7 @@ cdef extern from "digest/mixsum_host.h" nogil:
     int mx_mixsum_choose(int widest)
     uint64_t mx_mixsum_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count)
 
-cdef extern from "vector_width.h":
+cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
 cdef extern from *:

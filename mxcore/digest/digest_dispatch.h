@@ -8,7 +8,7 @@
 #ifndef MX_DIGEST_DISPATCH_H
 #define MX_DIGEST_DISPATCH_H
 
-#include "vector_width.h"
+#include "native/vector_width.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

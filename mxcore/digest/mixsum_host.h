@@ -7,7 +7,7 @@
 #define MX_MIXSUM_HOST_H
 
 #include "mixsum.h"
-#include "vector_width.h"
+#include "native/vector_width.h"
 
 #include <stddef.h>
 #include <string.h>

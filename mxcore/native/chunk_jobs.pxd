@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 
-cdef extern from "chunk_jobs.h" nogil:
+cdef extern from "native/chunk_jobs.h" nogil:
     ctypedef struct mx_chunk_job:
         uint64_t key, digest
         int error
