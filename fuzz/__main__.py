@@ -26,8 +26,8 @@ from mxcore.errors import StorageError
 from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.read_jobs import JobList
-from mxcore.safetensors_errors import SafetensorsError
-from mxcore.safetensors_header import parse_header, read_header
+from mxcore.safetensors.errors import SafetensorsError
+from mxcore.safetensors.header import parse_header, read_header
 
 TOKENS = [
     b'"data_offsets"', b'"shape"', b'"dtype"', b'"BF16"', b'"F4"', b'"__metadata__"', b"[0,0]", b"18446744073709551615",

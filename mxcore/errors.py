@@ -4,7 +4,7 @@
 
     MxError
     ├── NotBuilt              MX_NOT_BUILT            the compiled core is missing
-    ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors_errors)
+    ├── SafetensorsError      MX_SAFETENSORS_*        one class a broken rule (mxcore.safetensors.errors)
     ├── StorageError          MX_STORAGE              reading a file failed
     │   ├── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
     │   ├── FileChanged       MX_FILE_CHANGED         the file was written to while it was read

@@ -129,7 +129,7 @@ def warm(files: list[Path]) -> None:
 
 def header_us(count: int, rounds: int) -> float:
     """Microseconds a tensor for parsing and validating a header of that many, the best of the rounds."""
-    from mxcore.safetensors_header import parse_header
+    from mxcore.safetensors.header import parse_header
 
     data = made.header_of(count)
     best = float("inf")

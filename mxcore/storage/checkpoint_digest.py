@@ -15,7 +15,7 @@ from mxcore.digest.digest import xxh3_64
 from mxcore.errors import StorageError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.range_reader import RangeReader, ReadRange
-from mxcore.safetensors_header import read_header
+from mxcore.safetensors.header import read_header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

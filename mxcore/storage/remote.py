@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mxcore.errors import CheckpointError
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.safetensors_header import Header, parse_header
+from mxcore.safetensors.header import Header, parse_header
 from mxcore.storage.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
 from mxcore.storage.checkpoint_digest import digest_of_parts, file_part, index_part, sample
 from mxcore.storage.memory_limit import MemoryBudget

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mxcore.errors import StorageError
-from mxcore.safetensors_errors import HeaderBeyondFile, RangeBeyondFile
+from mxcore.safetensors.errors import HeaderBeyondFile, RangeBeyondFile
 from mxcore.storage.checkpoint_digest import BLOCK_BYTES, BLOCKS_PER_FILE, checkpoint_digest
 from tests.core.headers import entry, file_of
 

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mxcore import safetensors_errors as rules
-from mxcore.safetensors_errors import SafetensorsError
-from mxcore.safetensors_header import Header, parse_header, read_header
-from mxcore.safetensors_scan import DTYPE_BITS
+from mxcore.safetensors import errors as rules
+from mxcore.safetensors.errors import SafetensorsError
+from mxcore.safetensors.header import Header, parse_header, read_header
+from mxcore.safetensors.scan import DTYPE_BITS
 from tests.core.headers import file_of
 
 STRICTER = (

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import safetensors_errors as rules
 from mxcore.errors import StorageError
-from mxcore.safetensors_header import Header, TensorEntry, parse_header, read_header
+from mxcore.safetensors import errors as rules
+from mxcore.safetensors.header import Header, TensorEntry, parse_header, read_header
 from tests.core.headers import entry, file_of, parse
 
 ONE = b'"dtype":"U8","shape":[1],"data_offsets":[0,1]'
@@ -375,8 +375,8 @@ def test_a_refused_length_allocates_nothing(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 99_999_999) + b"{}")
     script = (
         "import resource, sys\n"
-        "from mxcore.safetensors_header import read_header\n"
-        "from mxcore.safetensors_errors import HeaderBeyondFile\n"
+        "from mxcore.safetensors.header import read_header\n"
+        "from mxcore.safetensors.errors import HeaderBeyondFile\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)\n"
         "try:\n    read_header(sys.argv[1])\nexcept HeaderBeyondFile:\n    print('refused')\n"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mxcore.errors import CheckpointError, StorageError
-from mxcore.safetensors_errors import SafetensorsError
+from mxcore.safetensors.errors import SafetensorsError
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from tests.storage.conftest import Tensors
 

@@ -1,7 +1,7 @@
 """The safetensors header: strict parser and validator, compiled.
 
 Format: https://github.com/huggingface/safetensors (0.8), taken strictly; each rule is a class of
-`mxcore.safetensors_errors`. All functions may be called from several threads at once.
+`mxcore.safetensors.errors`. All functions may be called from several threads at once.
 """
 
 import os

@@ -10,7 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort, realloc
 from libc.string cimport memcmp
 
-from mxcore.safetensors_json cimport integer_end, skip_blanks, string_end, unescape
+from mxcore.safetensors.json cimport integer_end, skip_blanks, string_end, unescape
 
 cdef enum:
     MAX_NAME_BYTES = 4096

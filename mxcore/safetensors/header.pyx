@@ -17,16 +17,16 @@ from posix.fcntl cimport O_NONBLOCK, O_RDONLY, open as c_open
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.unistd cimport close as c_close, pread
 
-from mxcore.safetensors_json cimport integer_end, skip_blanks, unescape, utf8_error
-from mxcore.safetensors_scan cimport (
+from mxcore.safetensors.json cimport integer_end, skip_blanks, unescape, utf8_error
+from mxcore.safetensors.scan cimport (
     BEYOND, NO_MEMORY, Record, Scan, Text, expect_key, expect_string, next_member, order_records, scan_header,
 )
 
 import os
 
-from mxcore import safetensors_errors
+from mxcore.safetensors import errors as safetensors_errors
 from mxcore.errors import StorageError, TruncatedRead
-from mxcore.safetensors_scan import DTYPE_BITS
+from mxcore.safetensors.scan import DTYPE_BITS
 
 cdef extern from "<fcntl.h>" nogil:
     int O_CLOEXEC
