@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bench.transfer.shapes import ALIGNED_BYTES
-from mxcore.attached_memory import AttachedReads
 from mxcore.errors import TransferError
+from mxcore.process.attached_memory import AttachedReads
 from mxcore.settings import load_settings
 from mxcore.transfer import attached_pull
 from mxcore.transfer.attached_pull import threads_of

@@ -129,7 +129,7 @@ def _backends() -> None:
 
 
 def _hold() -> None:
-    from mxcore.attached_memory import allow_attaching
+    from mxcore.process.attached_memory import allow_attaching
     from mxcore.transfer.same_host import ProbeTarget
 
     target = ProbeTarget()

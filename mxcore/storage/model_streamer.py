@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mxcore.c_environment import c_getenv, c_setenv
 from mxcore.errors import ObjectStoreError, StoreTimeout
+from mxcore.process.c_environment import c_getenv, c_setenv
 from mxcore.storage.model_uri import ModelUri
 from mxcore.storage.remote import RemoteRange
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from mxcore.attached_memory import AttachedReads
 from mxcore.errors import NotOneSided, PeerLost, TransferError
+from mxcore.process.attached_memory import AttachedReads
 from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.movers import LeaseKeeper
 from mxcore.transfer.source_client import SourceClient

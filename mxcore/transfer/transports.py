@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mxcore.c_environment import c_getenv, c_setenv
+from mxcore.process.c_environment import c_getenv, c_setenv
 from mxcore.transfer.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.same_host import can_read
 from mxserver.wire import mx_pb2

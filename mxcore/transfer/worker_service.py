@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
-from mxcore.attached_memory import allow_attaching
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
+from mxcore.process.attached_memory import allow_attaching
 from mxcore.transfer.chunk_listener import ChunkListener
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcore.attached_memory import AttachedReads, read_attached
 from mxcore.digest.digest import xxh3_64, xxh3_64_many
+from mxcore.process.attached_memory import AttachedReads, read_attached
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 512 * 1024  # of one call of the kernel
@@ -186,7 +186,7 @@ def test_nothing_is_written_after_close() -> None:
 def test_a_fork_leaves_the_reads_of_its_parent_alone() -> None:
     script = """
 import os, sys
-from mxcore.attached_memory import AttachedReads
+from mxcore.process.attached_memory import AttachedReads
 memory = bytearray(64)
 reads = AttachedReads(os.getpid(), threads=2, hashed=True)
 child = os.fork()

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from mxcore.c_environment import c_getenv, c_setenv
+from mxcore.process.c_environment import c_getenv, c_setenv
 
 BESIDE_READERS = """
 import ctypes, threading
-from mxcore.c_environment import c_getenv, c_setenv
+from mxcore.process.c_environment import c_getenv, c_setenv
 
 getenv = ctypes.CDLL(None).getenv  # without the GIL
 getenv.restype = ctypes.c_char_p

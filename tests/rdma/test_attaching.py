@@ -14,7 +14,7 @@ SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")
 HOLDER = """
 import sys
-from mxcore.attached_memory import allow_attaching
+from mxcore.process.attached_memory import allow_attaching
 from mxcore.transfer.same_host import ProbeTarget
 target = ProbeTarget()
 print(target.to_proto().SerializeToString().hex(), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxcore.attached_memory import AttachedReads
+from mxcore.process.attached_memory import AttachedReads
 from mxcore.transfer import attached_pull
 from mxcore.transfer.attached_pull import threads_of
 from tests.transfer.conftest import StartWorker

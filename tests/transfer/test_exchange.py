@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from bench.fleet import BY_NIXL, settings_of
-from mxcore.attached_memory import AttachedReads
 from mxcore.errors import (
     ChunksMissing,
     LayoutMismatch,
@@ -22,6 +21,7 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.nixl_agent import live_agents
+from mxcore.process.attached_memory import AttachedReads
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.transfer import attached_pull
 from mxcore.transfer.layout import LocalTensor, build_layout

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxcore.c_environment import c_getenv
 from mxcore.errors import NixlError, NixlMissing, PeerLost
 from mxcore.mailbox import Mailbox
 from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
 from mxcore.nixl_library import library_candidates
+from mxcore.process.c_environment import c_getenv
 from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.transports import ucx_environment
 from tests.transfer.conftest import ROOT, StartWorker, wait_for

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from mxcore.c_environment import c_getenv
+from mxcore.process.c_environment import c_getenv
 from mxcore.transfer import transports
 from mxcore.transfer.same_host import ProbeTarget, can_read
 from mxcore.transfer.transports import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment

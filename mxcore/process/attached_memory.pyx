@@ -10,14 +10,14 @@ import os
 from mxcore.native.chunk_jobs cimport MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
 from mxcore.memory.descriptors import merge_adjoining
 
-cdef extern from "attached_read.h" nogil:
+cdef extern from "process/attached_read.h" nogil:
     ctypedef int pid_t
     int mx_digest_choose(int widest)
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
 
-cdef extern from "attached_pool.h" nogil:
+cdef extern from "process/attached_pool.h" nogil:
     ctypedef struct mx_attached_pool:
         mx_chunk_pool jobs
         int hashed

@@ -4,7 +4,7 @@ from libc.stdlib cimport getenv
 
 import os
 
-cdef extern from "environment_store.h":
+cdef extern from "process/environment_store.h":
     char* mx_environment_copy(const char* entry)
     int mx_environment_store(const char* name, char* entry)
 
