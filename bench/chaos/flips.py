@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mxcore.socket_chunks import SocketReads
+from mxcore.sockets.socket_chunks import SocketReads
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.chunk_greeting import show_token
 from mxcore.transfer.chunk_listener import ChunkListener

@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
-from mxcore.socket_chunks import ChunkSender
+from mxcore.sockets.socket_chunks import ChunkSender
 from mxcore.transfer.agent_session import AgentSession, Move, require_movable
 from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES
 from mxcore.transfer.chunks import CHUNK_BYTES, Chunks

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError, TransferStalled
-from mxcore.socket_chunks import SocketReads
+from mxcore.sockets.socket_chunks import SocketReads
 from mxcore.transfer.chunk_greeting import show_token
 from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.movers import LeaseKeeper

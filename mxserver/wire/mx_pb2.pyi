@@ -7,7 +7,7 @@ the transfer of chunks out of its memory. Runs on the same port as WorkerService
 A transfer: GetLayout (compare fingerprints) -> WorkerService.PrepareTensorRead (a lease) -> OpenTransfer
 (exchange agent metadata and addresses, agree on who moves the bytes) -> as often as needed: AskChunks (what is
 there, what may be fetched), then one-sided READs by the receiver, or PushChunks, with which the holder WRITEs, or
-requests on a connection to its chunk port (mxcore/socket_chunks.h) ->
+requests on a connection to its chunk port (mxcore/sockets/socket_chunks.h) ->
 WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
 
 FleetService is the server's: of workers that start together with nobody to take from, one reads storage.

@@ -14,7 +14,7 @@ from mxcore.native.chunk_jobs cimport (
 )
 from mxcore.memory.descriptors import merge_adjoining
 
-cdef extern from "socket_pool.h" nogil:
+cdef extern from "sockets/socket_pool.h" nogil:
     ctypedef struct mx_socket_pool:
         mx_chunk_pool jobs
         int hashed
@@ -23,7 +23,7 @@ cdef extern from "socket_pool.h" nogil:
     int mx_socket_pool_open(mx_socket_pool* pool, const int* fds, size_t count, int hashed)
     void mx_socket_pool_close(mx_socket_pool* pool)
 
-cdef extern from "socket_chunks.h" nogil:
+cdef extern from "sockets/socket_chunks.h" nogil:
     ctypedef struct mx_socket_table:
         const uint64_t* addresses
         const uint64_t* lengths

@@ -1,0 +1,1 @@
+"""Chunks over TCP connections, compiled: gathered and sent by one side, scattered and hashed by the other."""
