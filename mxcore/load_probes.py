@@ -40,7 +40,7 @@ def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
 
 
 def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.nixl_agent import load_library
+    from mxcore.nixl.agent import load_library
     from mxserver.wire import p2p_pb2
     from mxserver.wire.client import ServerClient
 

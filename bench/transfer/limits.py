@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from mxcore.digest.digest import xxh3_64, xxh3_64_many
-from mxcore.nixl_agent import NixlAgent
+from mxcore.nixl.agent import NixlAgent
 from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.chunks import CHUNK_BYTES
 from mxcore.transfer.transports import ucx_environment

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from bench.transfer.shapes import GAP_BYTES
-from mxcore.nixl_agent import NixlAgent
+from mxcore.nixl.agent import NixlAgent
 from mxcore.transfer.layout import Placement
 from mxcore.transfer.regions import merge_regions
 from mxcore.transfer.transports import ucx_environment

@@ -94,7 +94,7 @@ def _agent() -> None:
     from array import array
 
     from mxcore.memory.host_buffer import HostBuffer
-    from mxcore.nixl_agent import NixlAgent, load_library
+    from mxcore.nixl.agent import NixlAgent, load_library
     from mxcore.settings import load_settings
     from mxcore.transfer.transports import UcxPolicy, ucx_environment
 
@@ -115,7 +115,7 @@ def _backends() -> None:
     """Opens one plugin after the other, each in a line that begins before it is opened."""
     import ctypes
 
-    from mxcore.nixl_agent import load_library
+    from mxcore.nixl.agent import load_library
 
     folder = Path(os.environ.get("NIXL_PLUGIN_DIR") or Path(load_library()).parent / "plugins")
     for path in sorted(folder.glob("libplugin_*.so")):

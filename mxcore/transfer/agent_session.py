@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mxcore.errors import CudaError, NixlError, TransferStalled
-from mxcore.mailbox import Mailbox
 from mxcore.memory.descriptors import merge_adjoining
-from mxcore.nixl_agent import NixlAgent, Transfer
-from mxcore.nixl_table import notifies
+from mxcore.nixl.agent import NixlAgent, Transfer
+from mxcore.nixl.mailbox import Mailbox
+from mxcore.nixl.table import notifies
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
 from mxcore.transfer.regions import Regions, merge_regions

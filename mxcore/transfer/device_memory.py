@@ -22,7 +22,7 @@ from mxcore.cuda_stream import Stream
 from mxcore.digest.digest import mixsum_64_many, xxh3_64_segments
 from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlError
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.nixl_agent import NixlAgent
+from mxcore.nixl.agent import NixlAgent
 from mxcore.storage.memory_limit import budget
 from mxcore.transfer.digests import DIGEST_BYTES, MIXSUM
 from mxcore.transfer.layout import Placement

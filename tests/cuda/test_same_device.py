@@ -21,7 +21,7 @@ from mxcore.cuda_context import context_of
 from mxcore.cuda_ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memory
 from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer
 from mxcore.errors import CudaError
-from mxcore.nixl_agent import live_agents
+from mxcore.nixl.agent import live_agents
 from mxcore.transfer import same_device, same_host
 from mxcore.transfer.device_memory import release_devices
 from mxcore.transfer.layout import Placement, build_layout

@@ -18,7 +18,7 @@ from mxcore.cuda_context import context_of
 from mxcore.cuda_memory import DeviceBuffer
 from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
-from mxcore.nixl_agent import NixlAgent, live_agents
+from mxcore.nixl.agent import NixlAgent, live_agents
 from mxcore.settings import load_settings
 from mxcore.storage.memory_limit import budget
 from mxcore.transfer import device_memory

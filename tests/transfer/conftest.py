@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from bench.fleet import settings_of
-from mxcore.nixl_agent import live_agents, live_transfers
+from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.transfer.source_client import Source
 from tests.transfer.member import Member, NewMember
 

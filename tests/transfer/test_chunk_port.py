@@ -14,7 +14,7 @@ import pytest
 
 from bench.free_ports import free_port
 from mxcore.errors import LeaseEnded, NoChunkPort, PeerLost, TransferStalled
-from mxcore.nixl_agent import live_agents
+from mxcore.nixl.agent import live_agents
 from mxcore.transfer import chunk_listener, socket_pull
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES, show_token

@@ -20,7 +20,7 @@ from mxcore.errors import (
     TransferError,
     TransferStalled,
 )
-from mxcore.nixl_agent import live_agents
+from mxcore.nixl.agent import live_agents
 from mxcore.process.attached_memory import AttachedReads
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.transfer import attached_pull

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from mxcore.errors import NixlError, NixlMissing, PeerLost
-from mxcore.mailbox import Mailbox
-from mxcore.nixl_agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
-from mxcore.nixl_library import library_candidates
+from mxcore.nixl.agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
+from mxcore.nixl.library import library_candidates
+from mxcore.nixl.mailbox import Mailbox
 from mxcore.process.c_environment import c_getenv
 from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.transports import ucx_environment
@@ -61,7 +61,7 @@ def pair() -> Iterator[Pair]:
 
 def test_the_library_is_found_beside_the_wheel_without_importing_it() -> None:
     code = (
-        "import sys; from mxcore.nixl_agent import load_library; path = load_library(); "
+        "import sys; from mxcore.nixl.agent import load_library; path = load_library(); "
         "assert 'mesonpy.libs' in path, path; "
         "assert not any(name.partition('.')[0] in ('torch', 'nixl_cu12', 'nixl_cu13') for name in sys.modules)"
     )
@@ -72,7 +72,7 @@ def test_the_library_is_found_beside_the_wheel_without_importing_it() -> None:
 def test_a_missing_library_says_where_it_was_looked_for(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
-        "from mxcore.nixl_agent import NixlAgent, live_agents; from mxcore.errors import NixlMissing\n"
+        "from mxcore.nixl.agent import NixlAgent, live_agents; from mxcore.errors import NixlMissing\n"
         "try: NixlAgent('x')\n"
         "except NixlMissing as error: print(error, live_agents())\n"
     )
@@ -88,7 +88,7 @@ def test_a_library_without_the_functions_is_named(tmp_path: Path) -> None:
     subprocess.run(["cc", "-shared", "-o", tmp_path / "libnixl_capi.so", source], check=True)
     code = (
         "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
-        "from mxcore.nixl_agent import load_library; from mxcore.errors import NixlMissing\n"
+        "from mxcore.nixl.agent import load_library; from mxcore.errors import NixlMissing\n"
         "try: load_library()\n"
         "except NixlMissing as error: print(error)\n"
     )

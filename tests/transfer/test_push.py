@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mxcore.errors import PeerLost, SourceRefused, TransferStalled
-from mxcore.mailbox import Mailbox
+from mxcore.nixl.mailbox import Mailbox
 from mxcore.transfer.movers import PullByWrite
 from mxserver.wire import mx_pb2
 from tests.transfer.conftest import wait_for

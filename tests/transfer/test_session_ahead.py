@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mxcore.errors import NixlError, NixlMissing
-from mxcore.nixl_agent import live_agents
+from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
 from mxcore.transfer.agent_session import AgentSession
 from mxcore.transfer.session_ahead import SessionAhead

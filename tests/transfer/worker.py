@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from mxcore.errors import MxError
-from mxcore.nixl_agent import live_agents
+from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership

@@ -3,9 +3,9 @@
 import threading
 
 from mxcore.errors import NixlMissing
-from mxcore.nixl_library import NIXL_PACKAGES, library_candidates
+from mxcore.nixl.library import NIXL_PACKAGES, library_candidates
 
-from mxcore.nixl_capi cimport mx_nixl_open, mx_nixl_table
+from mxcore.nixl.capi cimport mx_nixl_open, mx_nixl_table
 
 cdef mx_nixl_table table
 cdef object load_lock = threading.Lock()

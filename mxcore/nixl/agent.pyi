@@ -8,8 +8,8 @@ release the GIL. Thread-safe throughout. NIXL checks no bytes: digests are the c
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
-from mxcore.mailbox import Mailbox
-from mxcore.nixl_table import load_library as load_library
+from mxcore.nixl.mailbox import Mailbox
+from mxcore.nixl.table import load_library as load_library
 
 class Uint64Buffer(Protocol):
     """A contiguous buffer of uint64: `array.array("Q")`, a numpy uint64 array, a cast memoryview."""

@@ -3,7 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 
-cdef extern from "mailbox.h" nogil:
+cdef extern from "nixl/mailbox.h" nogil:
     ctypedef struct mx_mailbox:
         pass
 

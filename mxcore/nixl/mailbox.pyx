@@ -4,7 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 
-from mxcore.mailbox cimport mx_mailbox_free, mx_mailbox_new, mx_mailbox_put, mx_mailbox_take, mx_mailbox_wake
+from mxcore.nixl.mailbox cimport mx_mailbox_free, mx_mailbox_new, mx_mailbox_put, mx_mailbox_take, mx_mailbox_wake
 
 
 cdef class Mailbox:

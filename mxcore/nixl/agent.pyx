@@ -17,15 +17,16 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from mxcore.errors import NixlError
-from mxcore.nixl_errors import failure, no_plugin, not_started, peer_lost
-from mxcore.nixl_table import load_library
+from mxcore.nixl.errors import failure, no_plugin, not_started, peer_lost
+from mxcore.nixl.table import load_library
 
-from mxcore.mailbox cimport Mailbox
-from mxcore.nixl_capi cimport (
+from mxcore.nixl.mailbox cimport Mailbox
+from mxcore.nixl.capi cimport (
     MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_post,
-    mx_nixl_progress_until, mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list, mx_nixl_wait_any,
+    mx_nixl_progress_until, mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list,
+    mx_nixl_wait_any,
 )
-from mxcore.nixl_table cimport nixl_table
+from mxcore.nixl.table cimport nixl_table
 
 cdef const mx_nixl_table *nixl = NULL  # until the first agent
 cdef object agents = weakref.WeakSet()

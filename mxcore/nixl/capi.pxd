@@ -3,9 +3,9 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 
-from mxcore.mailbox cimport mx_mailbox
+from mxcore.nixl.mailbox cimport mx_mailbox
 
-cdef extern from "nixl_capi.h" nogil:
+cdef extern from "nixl/nixl_capi.h" nogil:
     enum: MX_NIXL_SUCCESS
     enum: MX_NIXL_THREAD_SYNC_RW
 

@@ -1,0 +1,1 @@
+"""NIXL through its C library, opened at run time: agents, registrations, transfers, notifications."""
