@@ -30,7 +30,7 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:
     """Storage to a CUDA device, digests there, and NIXL between two processes, against the machine's limits."""
-    from mxcore import cuda_driver
+    from mxcore.cuda import driver as cuda_driver
     from mxserver.wire.errors import MxError
 
     if stand_in is not None:
@@ -65,7 +65,7 @@ def _roomy(size_bytes: int) -> Path:
 def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: str | None) -> dict[str, Any]:
     from bench.gpu import peers, sections
     from bench.load import made
-    from mxcore import cuda_driver
+    from mxcore.cuda import driver as cuda_driver
 
     card = cuda_driver.Device(index)
     made.checkpoint(place, size_bytes)

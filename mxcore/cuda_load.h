@@ -8,8 +8,8 @@
 #ifndef MX_CUDA_LOAD_H
 #define MX_CUDA_LOAD_H
 
-#include "cuda_driver.h"
-#include "cuda_kernels.h"
+#include "cuda/cuda_driver.h"
+#include "cuda/cuda_kernels.h"
 #include "cufile_read.h"
 
 #define MX_RECORD_BYTES (MX_SEGMENTS * sizeof(mx_stitch_record))

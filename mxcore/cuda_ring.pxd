@@ -1,10 +1,10 @@
 # cython: language_level=3
 from libc.stdint cimport int64_t, uint64_t
 
-from mxcore.cuda_context cimport Context
-from mxcore.cuda_driver cimport mx_context, mx_cuda_table, mx_event, mx_function, mx_stream
-from mxcore.cuda_digest cimport Kernels
-from mxcore.cuda_stream cimport Event
+from mxcore.cuda.context cimport Context
+from mxcore.cuda.driver cimport mx_context, mx_cuda_table, mx_event, mx_function, mx_stream
+from mxcore.cuda.digest cimport Kernels
+from mxcore.cuda.stream cimport Event
 from mxcore.cufile cimport mx_cufile_reads
 
 cdef extern from "cuda_load.h" nogil:

@@ -2,8 +2,8 @@
 
 from typing import final
 
-from mxcore.cuda_context import Context
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import Context
+from mxcore.cuda.stream import Stream
 from mxcore.memory.host_buffer import HostBuffer
 
 MAX_THREADS: int

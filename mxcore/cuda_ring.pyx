@@ -7,13 +7,13 @@ cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memset
 
-from mxcore.cuda_context cimport Context
-from mxcore.cuda_digest cimport kernels_of
-from mxcore.cuda_driver cimport MX_CUDA_SUCCESS, check, mx_event, mx_stream
+from mxcore.cuda.context cimport Context
+from mxcore.cuda.digest cimport kernels_of
+from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check, mx_event, mx_stream
 from mxcore.cuda_ring cimport DeviceRing
-from mxcore.cuda_stream cimport Event, Stream
+from mxcore.cuda.stream cimport Event, Stream
 
-from mxcore.cuda_memory import Registration
+from mxcore.cuda.memory import Registration
 from mxcore.errors import CudaError
 
 cdef enum:

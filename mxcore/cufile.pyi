@@ -7,7 +7,7 @@ tries it in a process of its own first.
 
 from typing import final
 
-from mxcore.cuda_context import Context
+from mxcore.cuda.context import Context
 from mxcore.file_set import FileSet
 
 CANDIDATES: tuple[str, ...]

@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/cufile_library.h mxcore/cufile_read.h mxcore/cuda_driver.h mxcore/read_work.h
+# distutils: depends = mxcore/cufile_library.h mxcore/cufile_read.h mxcore/cuda/cuda_driver.h mxcore/read_work.h
 """libcufile's functions, opened at first use, its driver, and files registered with it; docs in cufile.pyi.
 
 cuFile falls back to reads through host memory without a word (compatibility mode), of its own accord too where its kernel
@@ -10,8 +10,8 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uintptr_t
 
-from mxcore.cuda_context cimport Context
-from mxcore.cuda_driver cimport MX_CUDA_SUCCESS, check
+from mxcore.cuda.context cimport Context
+from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check
 from mxcore.cufile cimport FileHandles
 from mxcore.file_set cimport FileSet
 

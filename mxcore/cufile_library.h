@@ -6,7 +6,7 @@
 #ifndef MX_CUFILE_LIBRARY_H
 #define MX_CUFILE_LIBRARY_H
 
-#include "cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 #include <fcntl.h>
 #include <stdbool.h>

@@ -1,4 +1,4 @@
-"""Makes mxcore/cuda_kernels.ptx of the .cu: text that every driver since CUDA 11 compiles for the GPU it finds.
+"""Makes mxcore/cuda/cuda_kernels.ptx of the .cu: text that every driver since CUDA 11 compiles for the GPU it finds.
 
     python tools/make_ptx.py            writes it; needs nvcc and ptxas
     python tools/make_ptx.py --check    exit code 1 if the file is not what the sources make, or does not assemble

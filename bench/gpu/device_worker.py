@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.nixl_pair import STAND_IN_TLS, load_runtime
-from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
-from mxcore.cuda_digest import DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_to_device
-from mxcore.cuda_stream import Stream
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import context_of
+from mxcore.cuda.digest import DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_to_device
+from mxcore.cuda.stream import Stream
 from mxcore.settings import load_settings
 from mxcore.transfer.device_memory import release_devices
 from mxcore.transfer.layout import LocalTensor, build_layout

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mxcore.cuda_context import Context
-from mxcore.cuda_digest import DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_on_device, copy_to_device
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import Context
+from mxcore.cuda.digest import DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_on_device, copy_to_device
+from mxcore.cuda.stream import Stream
 from mxcore.digest.digest import mixsum_64_many
 from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.device_direct import why_not

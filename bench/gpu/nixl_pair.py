@@ -16,10 +16,10 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import Context, context_of
-from mxcore.cuda_digest import DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import Context, context_of
+from mxcore.cuda.digest import DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.nixl.agent import NixlAgent
 from mxcore.transfer.device_memory import nixl_device
 from mxcore.transfer.tcp_received import TcpReceived

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu import measure, nixl_pair
-from mxcore import cuda_driver, cufile
-from mxcore.cuda_context import Context, context_of
-from mxcore.cuda_digest import DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore import cufile
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import Context, context_of
+from mxcore.cuda.digest import DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_ring import release_rings
 

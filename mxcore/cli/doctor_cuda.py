@@ -31,7 +31,7 @@ def all_findings() -> list[Finding]:
 
 def look() -> list[Finding]:
     """The findings, made in this process."""
-    from mxcore import cuda_driver
+    from mxcore.cuda import driver as cuda_driver
     from mxcore.errors import CudaError, CudaMissing
 
     try:
@@ -54,8 +54,8 @@ def look() -> list[Finding]:
 
 
 def _pinned() -> Finding:
-    from mxcore.cuda_context import context_of
-    from mxcore.cuda_memory import PinnedBuffer, Registration
+    from mxcore.cuda.context import context_of
+    from mxcore.cuda.memory import PinnedBuffer, Registration
     from mxcore.errors import CudaError
     from mxcore.memory.host_buffer import HostBuffer
 

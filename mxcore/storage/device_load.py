@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.errors import DestinationMismatch
 from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.device_ring import ring_of

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import Context, context_of
-from mxcore.cuda_memory import PinnedBuffer, copy_to_device
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import Context, context_of
+from mxcore.cuda.memory import PinnedBuffer, copy_to_device
+from mxcore.cuda.stream import Event, Stream
 from mxcore.cuda_ring import DeviceRing, slot_bytes
-from mxcore.cuda_stream import Event, Stream
 from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.memory_limit import MemoryBudget

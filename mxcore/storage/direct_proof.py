@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from mxcore.cuda_memory import copy_to_device, copy_to_host
+from mxcore.cuda.memory import copy_to_device, copy_to_host
+from mxcore.cuda.stream import Stream
 from mxcore.cuda_ring import DeviceRing
-from mxcore.cuda_stream import Stream
 from mxcore.cufile import BLOCK_BYTES, LEAST_BYTES, FileHandles
 from mxcore.errors import CuFileError
 from mxcore.storage.read_plan import Row

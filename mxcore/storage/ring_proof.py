@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from mxcore.cuda_memory import copy_to_host
+from mxcore.cuda.memory import copy_to_host
+from mxcore.cuda.stream import Stream
 from mxcore.cuda_ring import DeviceRing
-from mxcore.cuda_stream import Stream
 from mxcore.errors import CudaError
 from mxcore.storage.load import Reader
 from mxcore.storage.read_plan import Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.checkpoint import TensorInfo
 from mxcore.storage.dtypes import DTYPES

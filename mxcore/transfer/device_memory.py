@@ -14,11 +14,11 @@ from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import Context, context_of
-from mxcore.cuda_digest import PLAN_BYTES, DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_to_device, copy_to_host
-from mxcore.cuda_stream import Stream
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import Context, context_of
+from mxcore.cuda.digest import PLAN_BYTES, DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_to_device, copy_to_host
+from mxcore.cuda.stream import Stream
 from mxcore.digest.digest import mixsum_64_many, xxh3_64_segments
 from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlError
 from mxcore.memory.host_buffer import HostBuffer

@@ -12,11 +12,11 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable
 
-from mxcore.cuda_context import Context, context_of
-from mxcore.cuda_driver import address_range
-from mxcore.cuda_ipc import OpenedMemory, can_export, export_memory
-from mxcore.cuda_memory import DeviceBuffer, copy_to_device, copy_to_host
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import Context, context_of
+from mxcore.cuda.driver import address_range
+from mxcore.cuda.ipc import OpenedMemory, can_export, export_memory
+from mxcore.cuda.memory import DeviceBuffer, copy_to_device, copy_to_host
+from mxcore.cuda.stream import Stream
 from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.transfer.layout import Placement

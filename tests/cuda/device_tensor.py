@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mxcore.cuda_context import Context
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda.context import Context
+from mxcore.cuda.memory import DeviceBuffer
 
 
 class _Device(NamedTuple):

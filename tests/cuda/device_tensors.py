@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer
 from tests.transfer.memory import HostTensors, Spec
 
 MADE: list[DeviceTensors] = []  # freed after the test, when nobody serves them any more

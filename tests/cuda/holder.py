@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from mxcore.cuda_context import context_of
+from mxcore.cuda.context import context_of
 from mxcore.settings import load_settings
 from mxcore.transfer.device_memory import release_devices
 from mxcore.transfer.layout import build_layout

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from mxcore import cuda_driver
+from mxcore.cuda import driver as cuda_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).parent / "driver"

@@ -76,7 +76,7 @@ def test_a_part_in_its_process(loaded: StandIn, tmp_path: Path, monkeypatch: pyt
 
 def test_without_a_driver_it_says_so(tmp_path: Path) -> None:
     code = """
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 driver.CANDIDATES = ("libcuda_of_nobody.so.1",)
 from mxcore.cli.main import main
 main()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mxcore import cufile
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.cufile import BLOCK_BYTES, FileHandles
 from mxcore.cufile_status import status_text
 from mxcore.errors import CuFileError

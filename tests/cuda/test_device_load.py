@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer, copy_on_device, live_pinned_bytes
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer, copy_on_device, live_pinned_bytes
+from mxcore.cuda.stream import Stream
 from mxcore.cuda_ring import DeviceRing, slot_bytes
-from mxcore.cuda_stream import Stream
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
@@ -447,7 +447,7 @@ import torch
 from pathlib import Path
 from mxcore import cuda_driver
 from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
+from mxcore.cuda.context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.device_load import load_arena
 cuda_driver._load_stand_in({str(loaded.path)!r})

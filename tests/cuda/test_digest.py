@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mxcore import cuda_digest
-from mxcore.cuda_context import context_of
-from mxcore.cuda_digest import PLAN_BYTES, DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer, live_pinned_bytes
+from mxcore.cuda import digest as cuda_digest
+from mxcore.cuda.context import context_of
+from mxcore.cuda.digest import PLAN_BYTES, DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer, live_pinned_bytes
 from mxcore.digest.digest import mixsum_64_many
 from mxcore.errors import CudaError, DeviceMemoryError
 from tests.cuda.stand_in import StandIn

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 from bench.gpu import measure, sections
 from mxcore import cufile
-from mxcore.cuda_context import context_of
-from mxcore.cuda_digest import DeviceDigest
-from mxcore.cuda_memory import DeviceBuffer, copy_on_device
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import context_of
+from mxcore.cuda.digest import DeviceDigest
+from mxcore.cuda.memory import DeviceBuffer, copy_on_device
+from mxcore.cuda.stream import Stream
 from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.storage import cufile_trial, device_direct, load
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint

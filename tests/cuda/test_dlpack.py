@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer, live_device_bytes
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer, live_device_bytes
 from mxcore.errors import HostBufferBusy
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena

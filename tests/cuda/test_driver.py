@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer
 from mxcore.errors import CudaError
 from tests.cuda.stand_in import ROOT, SOURCES, StandIn
 
@@ -27,7 +27,7 @@ def test_importing_opens_nothing() -> None:
     code = """
 import sys, mxcore
 assert not any(name.startswith("mxcore.cuda") for name in sys.modules)
-import mxcore.cuda_driver, mxcore.cuda_context, mxcore.cuda_stream, mxcore.cuda_memory
+import mxcore.cuda.driver, mxcore.cuda.context, mxcore.cuda.stream, mxcore.cuda.memory
 assert "libcuda" not in open("/proc/self/maps").read()
 """
     ran = run(code)
@@ -36,7 +36,7 @@ assert "libcuda" not in open("/proc/self/maps").read()
 
 def test_a_missing_driver_says_where_it_was_looked_for() -> None:
     code = """
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 from mxcore.errors import CudaMissing
 driver.CANDIDATES = ("libcuda_of_nobody.so.1", "/nowhere/libcuda.so.1")
 for call in (driver.load_driver, driver.device_count, lambda: driver.device_of(4096), lambda: driver.Device(0)):
@@ -56,7 +56,7 @@ assert not driver.is_stand_in()
 
 def test_the_stand_in_is_never_taken_for_a_driver(loaded: StandIn) -> None:
     code = f"""
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 from mxcore.errors import CudaMissing
 driver.CANDIDATES = ({str(loaded.path)!r},)
 try:
@@ -72,7 +72,7 @@ else:
 
 def test_a_driver_is_never_taken_for_the_stand_in() -> None:
     ran = run("""
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 from mxcore.errors import CudaMissing
 try:
     driver._load_stand_in("libm.so.6")
@@ -89,7 +89,7 @@ def test_a_missing_symbol_is_named(tmp_path: Path) -> None:
     source.write_text("int cuInit(unsigned flags) { return (int)flags; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     ran = run(f"""
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 from mxcore.errors import CudaMissing
 driver.CANDIDATES = ({str(library)!r},)
 try:
@@ -105,7 +105,7 @@ else:
 def test_a_driver_that_does_not_start_is_missing(loaded: StandIn) -> None:
     ran = run(f"""
 import ctypes
-import mxcore.cuda_driver as driver
+import mxcore.cuda.driver as driver
 from mxcore.errors import CudaMissing
 ctypes.CDLL({str(loaded.path)!r}).mx_stand_in_fail(b"cuInit", ctypes.c_int64(0), 100)
 try:

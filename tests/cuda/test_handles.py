@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from mxcore.cuda_context import context_of, current_context
-from mxcore.cuda_memory import (
+from mxcore.cuda.context import context_of, current_context
+from mxcore.cuda.memory import (
     MAX_BYTES,
     DeviceBuffer,
     PinnedBuffer,
@@ -21,7 +21,7 @@ from mxcore.cuda_memory import (
     live_device_bytes,
     live_pinned_bytes,
 )
-from mxcore.cuda_stream import Event, Stream
+from mxcore.cuda.stream import Event, Stream
 from mxcore.errors import CudaError, DeviceMemoryError, HostBufferBusy, HostBufferClosed
 from mxcore.memory.host_buffer import HostBuffer
 from tests.cuda.stand_in import ROOT, StandIn

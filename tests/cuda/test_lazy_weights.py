@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import copy_on_device, live_pinned_bytes
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import copy_on_device, live_pinned_bytes
+from mxcore.cuda.stream import Stream
 from mxcore.errors import FileChanged
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_ring import release_rings

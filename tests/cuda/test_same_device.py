@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from mxcore.cuda_context import context_of
-from mxcore.cuda_ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memory
-from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer
+from mxcore.cuda.context import context_of
+from mxcore.cuda.ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memory
+from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer
 from mxcore.errors import CudaError
 from mxcore.nixl.agent import live_agents
 from mxcore.transfer import same_device, same_host

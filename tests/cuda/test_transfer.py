@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mxcore import cuda_driver
-from mxcore.cuda_context import context_of
-from mxcore.cuda_memory import DeviceBuffer
+from mxcore.cuda import driver as cuda_driver
+from mxcore.cuda.context import context_of
+from mxcore.cuda.memory import DeviceBuffer
 from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
 from mxcore.nixl.agent import NixlAgent, live_agents

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.cuda_context import Context
+from mxcore.cuda.context import Context
 from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
 from mxcore.transfer import device_memory
 from mxcore.transfer.agent_session import require_movable

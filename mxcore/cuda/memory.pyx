@@ -3,12 +3,12 @@
 cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport (
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport (
     MX_CUDA_SUCCESS, MX_HOST_MAPPED, MX_HOST_PORTABLE, check, mx_cuda_table, mx_device_address, mx_stream,
 )
-from mxcore.cuda_memory cimport DeviceBuffer, Memory, PinnedBuffer, Registration
-from mxcore.cuda_stream cimport Stream
+from mxcore.cuda.memory cimport DeviceBuffer, Memory, PinnedBuffer, Registration
+from mxcore.cuda.stream cimport Stream
 from mxcore.memory.dlpack cimport DL_CUDA, Bytes, export_bytes
 
 from mxcore.errors import HostBufferBusy, HostBufferClosed

@@ -1,5 +1,5 @@
 # cython: language_level=3
-from mxcore.cuda_context cimport ContextObject
+from mxcore.cuda.context cimport ContextObject
 
 cdef class Stream(ContextObject):
     pass  # `handle` is an mx_stream

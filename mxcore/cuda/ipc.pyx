@@ -4,13 +4,13 @@ cimport cython
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport (
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport (
     MX_CUDA_SUCCESS, MX_IPC_LAZY_PEER_ACCESS, MX_POINTER_IPC_CAPABLE, check, cuda_table, mx_cuda_table,
     mx_device_address, mx_ipc_handle,
 )
 
-from mxcore.cuda_driver import address_range
+from mxcore.cuda.driver import address_range
 
 HANDLE_BYTES = sizeof(mx_ipc_handle)
 

@@ -1,7 +1,7 @@
 # cython: language_level=3
 from libc.stdint cimport uintptr_t
 
-from mxcore.cuda_driver cimport mx_context, mx_cuda_table
+from mxcore.cuda.driver cimport mx_context, mx_cuda_table
 
 cdef class Context:
     cdef const mx_cuda_table* cuda

@@ -7,7 +7,7 @@ made from any thread.
 
 from typing import final
 
-from mxcore.cuda_context import Context, ContextObject
+from mxcore.cuda.context import Context, ContextObject
 
 HANDLE_BYTES: int
 

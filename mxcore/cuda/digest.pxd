@@ -1,6 +1,6 @@
 # cython: language_level=3
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport mx_function
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport mx_function
 
 cdef class Kernels(ContextObject):
     cdef bytes image  # `handle` is an mx_module

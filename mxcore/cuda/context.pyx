@@ -8,8 +8,8 @@ whatever the thread had current stays so.
 cimport cython
 from libc.stdint cimport uintptr_t
 
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport MX_CUDA_SUCCESS, check, cuda_table, mx_context, warn_failed
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check, cuda_table, mx_context, warn_failed
 
 import threading
 import weakref

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The driver's table, for the compiled modules that call it. `cuda_table` fills it at the first use."""
 
-cdef extern from "cuda_driver.h" nogil:
+cdef extern from "cuda/cuda_driver.h" nogil:
     ctypedef void* mx_context
     ctypedef void* mx_stream
     ctypedef void* mx_event

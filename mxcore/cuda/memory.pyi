@@ -7,8 +7,8 @@ the driver at best. Calls release the GIL and may be made from any thread.
 
 from typing import final
 
-from mxcore.cuda_context import Context, ContextObject
-from mxcore.cuda_stream import Stream
+from mxcore.cuda.context import Context, ContextObject
+from mxcore.cuda.stream import Stream
 from mxcore.memory.host_buffer import HostBuffer
 
 MAX_BYTES: int

@@ -3,12 +3,12 @@
 cimport cython
 from libc.stdint cimport uintptr_t
 
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport (
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport (
     MX_CUDA_NOT_READY, MX_CUDA_SUCCESS, MX_EVENT_BLOCKING_SYNC, MX_EVENT_NO_TIMING, MX_STREAM_NON_BLOCKING, check,
     mx_event, mx_stream,
 )
-from mxcore.cuda_stream cimport Event, Stream
+from mxcore.cuda.stream cimport Event, Stream
 
 
 @cython.final

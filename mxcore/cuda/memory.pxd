@@ -1,6 +1,6 @@
 # cython: language_level=3
-from mxcore.cuda_context cimport ContextObject
-from mxcore.cuda_driver cimport mx_device_address
+from mxcore.cuda.context cimport ContextObject
+from mxcore.cuda.driver cimport mx_device_address
 
 cdef class Memory(ContextObject):
     cdef size_t length  # `handle` is the first byte's address

@@ -13,17 +13,18 @@ from cpython.bytes cimport PyBytes_AsString
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-from mxcore.cuda_context cimport Context, ContextObject
-from mxcore.cuda_driver cimport (
-    MX_CUDA_SUCCESS, MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES, check, mx_cuda_table, mx_function, mx_module, mx_stream,
+from mxcore.cuda.context cimport Context, ContextObject
+from mxcore.cuda.driver cimport (
+    MX_CUDA_SUCCESS, MX_JIT_ERROR_LOG, MX_JIT_ERROR_LOG_BYTES, check, mx_cuda_table, mx_function, mx_module,
+    mx_stream,
 )
-from mxcore.cuda_digest cimport Kernels
-from mxcore.cuda_memory cimport PinnedBuffer
-from mxcore.cuda_stream cimport Stream
+from mxcore.cuda.digest cimport Kernels
+from mxcore.cuda.memory cimport PinnedBuffer
+from mxcore.cuda.stream cimport Stream
 
 from mxcore.errors import CudaError
 
-cdef extern from "cuda_plan.h" nogil:
+cdef extern from "cuda/cuda_plan.h" nogil:
     enum: MX_PLAN_TILES, MX_PLAN_SEAMS
     ctypedef struct mx_plan_memory:
         pass

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import final
 
-from mxcore.cuda_context import Context, ContextObject
+from mxcore.cuda.context import Context, ContextObject
 from mxcore.nixl.agent import Uint64Buffer
 
 PLAN_BYTES: int

@@ -6,7 +6,7 @@ they could not free is a ResourceWarning. All calls release the GIL; objects may
 
 from typing import final
 
-from mxcore.cuda_context import Context, ContextObject
+from mxcore.cuda.context import Context, ContextObject
 
 @final
 class Stream(ContextObject):
