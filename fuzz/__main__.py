@@ -21,11 +21,11 @@ from array import array
 from pathlib import Path
 
 from fuzz.make_corpus import CORPUS, FOLDERS
-from mxcore import checkpoint_reader
 from mxcore.errors import StorageError
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
 from mxcore.safetensors.errors import SafetensorsError
 from mxcore.safetensors.header import parse_header, read_header
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu import measure, nixl_pair
-from mxcore import cufile
 from mxcore.cuda import driver as cuda_driver
 from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer
+from mxcore.reading import cufile
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_ring import release_rings
 

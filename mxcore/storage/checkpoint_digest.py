@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import StorageError
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.range_reader import RangeReader, ReadRange
+from mxcore.reading.range_reader import RangeReader, ReadRange
 from mxcore.safetensors.header import read_header
 
 if TYPE_CHECKING:

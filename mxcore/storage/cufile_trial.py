@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 
-from mxcore import cufile
-from mxcore.file_set import FileSet
+from mxcore.reading import cufile
+from mxcore.reading.file_set import FileSet
 from mxserver.wire.errors import MxError
 
 __all__ = ["trial"]

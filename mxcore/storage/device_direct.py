@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
-from mxcore import cufile
-from mxcore.cuda_ring import DeviceRing
-from mxcore.cufile import FileHandles
 from mxcore.errors import CudaError, CuFileError
-from mxcore.file_set import FileSet
+from mxcore.reading import cufile
+from mxcore.reading.cufile import FileHandles
+from mxcore.reading.device_ring import DeviceRing
+from mxcore.reading.file_set import FileSet
 from mxcore.storage.cufile_trial import trial
 from mxcore.storage.direct_proof import ROOM_BYTES, prove
 from mxcore.storage.read_plan import Row

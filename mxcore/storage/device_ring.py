@@ -14,9 +14,9 @@ from mxcore.cuda import driver as cuda_driver
 from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.memory import PinnedBuffer, copy_to_device
 from mxcore.cuda.stream import Event, Stream
-from mxcore.cuda_ring import DeviceRing, slot_bytes
 from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
+from mxcore.reading.device_ring import DeviceRing, slot_bytes
 from mxcore.storage.memory_limit import MemoryBudget
 from mxcore.storage.near_device import node_of, prefer_node
 from mxcore.storage.ring_proof import prove

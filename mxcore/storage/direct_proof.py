@@ -10,9 +10,9 @@ import os
 
 from mxcore.cuda.memory import copy_to_device, copy_to_host
 from mxcore.cuda.stream import Stream
-from mxcore.cuda_ring import DeviceRing
-from mxcore.cufile import BLOCK_BYTES, LEAST_BYTES, FileHandles
 from mxcore.errors import CuFileError
+from mxcore.reading.cufile import BLOCK_BYTES, LEAST_BYTES, FileHandles
+from mxcore.reading.device_ring import DeviceRing
 from mxcore.storage.read_plan import Row
 
 __all__ = ["ROOM_BYTES", "prove"]

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from mxcore import checkpoint_reader
-from mxcore.cuda_ring import DeviceRing
-from mxcore.cufile import FileHandles
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
-from mxcore.read_outcome import Outcome
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.cufile import FileHandles
+from mxcore.reading.device_ring import DeviceRing
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
+from mxcore.reading.read_outcome import Outcome
 from mxcore.storage.checkpoint import Checkpoint, Stamp
 from mxcore.storage.device_direct import DirectReads, chosen
 from mxcore.storage.memory_limit import MemoryBudget, budget

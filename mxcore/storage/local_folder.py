@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mxcore.errors import StorageError
-from mxcore.range_reader import RangeReader, ReadRange
+from mxcore.reading.range_reader import RangeReader, ReadRange
 from mxcore.storage.remote import RemoteFile, RemoteRange
 
 __all__ = ["LocalFolder"]

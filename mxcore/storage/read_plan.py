@@ -1,7 +1,7 @@
 """What is wanted → what is read: ranges of all files, sorted and merged, for the compiled reader.
 
 A part is `count` runs of contiguous bytes at one distance in the file and another one in memory
-(mxcore/read_parts.h). A whole tensor is one run; a slice along an inner dimension many; what needs more than two levels
+(mxcore/reading/read_parts.h). A whole tensor is one run; a slice along an inner dimension many; what needs more than two levels
 becomes several parts.
 """
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from mxcore.cuda.memory import copy_to_host
 from mxcore.cuda.stream import Stream
-from mxcore.cuda_ring import DeviceRing
 from mxcore.errors import CudaError
+from mxcore.reading.device_ring import DeviceRing
 from mxcore.storage.load import Reader
 from mxcore.storage.read_plan import Row
 

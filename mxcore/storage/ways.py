@@ -20,12 +20,12 @@ from array import array
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, cast, get_args
 
-from mxcore import checkpoint_reader
-from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.errors import ModeUnavailable, StorageError
-from mxcore.file_set import FileSet
-from mxcore.read_jobs import JobList
-from mxcore.read_outcome import Outcome
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
+from mxcore.reading.read_outcome import Outcome
 from mxserver.wire import environment
 
 __all__ = [

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mxcore.errors import StorageError, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors
+from mxcore.reading.range_reader import RangeReader, ReadRange, live_file_descriptors
 
 MIB = 1 << 20
 SIZE = 20 * MIB + 12345  # more than two pieces, and a rest
@@ -335,7 +335,7 @@ def test_ctrl_c_ends_a_long_read(tmp_path: Path) -> None:
     script = (
         "import signal, sys, threading\n"
         "from mxcore.memory.host_buffer import HostBuffer\n"
-        "from mxcore.range_reader import RangeReader, ReadRange, live_file_descriptors\n"
+        "from mxcore.reading.range_reader import RangeReader, ReadRange, live_file_descriptors\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "buffer = HostBuffer(8 << 20)\n"
         "reads = [ReadRange(sys.argv[1], at, 8 << 20, buffer.address) for at in range(0, 1 << 42, 8 << 20)]\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import cufile
 from mxcore.cuda.memory import live_device_bytes, live_pinned_bytes
 from mxcore.memory.host_buffer import live_host_buffers
+from mxcore.reading import cufile
 from mxcore.storage import device_direct
 from tests.cuda.stand_in import StandIn, build
 

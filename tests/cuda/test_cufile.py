@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import cufile
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer
-from mxcore.cufile import BLOCK_BYTES, FileHandles
-from mxcore.cufile_status import status_text
 from mxcore.errors import CuFileError
-from mxcore.file_set import FileSet
+from mxcore.reading import cufile
+from mxcore.reading.cufile import BLOCK_BYTES, FileHandles
+from mxcore.reading.cufile_status import status_text
+from mxcore.reading.file_set import FileSet
 from tests.cuda.stand_in import StandIn
 
 DATA = os.urandom(5 * BLOCK_BYTES + 77)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import cufile
+from mxcore.reading import cufile
 from tests.cuda.stand_in import ROOT, SOURCES, StandIn
 from tests.cuda.test_driver import HEADERS, run
 
 
 def test_importing_opens_nothing_and_a_missing_library_says_where_it_was_looked_for() -> None:
     ran = run("""
-import mxcore.cufile as cufile
+import mxcore.reading.cufile as cufile
 from mxcore.errors import CuFileMissing
 assert "libcufile" not in open("/proc/self/maps").read()
 cufile.CANDIDATES = ("libcufile_of_nobody.so.0",)
@@ -43,7 +43,7 @@ def test_wheels_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_stand_in_and_the_library_are_never_taken_for_each_other(loaded: StandIn) -> None:
     ran = run(f"""
-import mxcore.cufile as cufile
+import mxcore.reading.cufile as cufile
 from mxcore.errors import CuFileMissing
 cufile.candidates = lambda: [{str(loaded.path)!r}]
 try:
@@ -64,7 +64,7 @@ def test_a_missing_symbol_is_named(tmp_path: Path) -> None:
     source.write_text("long cuFileDriverOpen(void) { return 0; }\nlong cuFileDriverClose_v2(void) { return 0; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     ran = run(f"""
-import mxcore.cufile as cufile
+import mxcore.reading.cufile as cufile
 from mxcore.errors import CuFileMissing
 cufile.candidates = lambda: [{str(library)!r}]
 try:

@@ -22,10 +22,10 @@ from mxcore.cuda import driver as cuda_driver
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer, copy_on_device, live_pinned_bytes
 from mxcore.cuda.stream import Stream
-from mxcore.cuda_ring import DeviceRing, slot_bytes
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
+from mxcore.reading.device_ring import DeviceRing, slot_bytes
 from mxcore.storage import device_ring
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena, load_to_device

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from bench.gpu import measure, sections
-from mxcore import cufile
 from mxcore.cuda.context import context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer, copy_on_device
 from mxcore.cuda.stream import Stream
 from mxcore.errors import DestinationMismatch, TruncatedRead
+from mxcore.reading import cufile
 from mxcore.storage import cufile_trial, device_direct, load
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.device_load import load_arena, load_to_device, read_rows_to_device

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore import file_set, range_reader
 from mxcore.memory.host_buffer import live_host_buffers
+from mxcore.reading import file_set, range_reader
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.memory_limit import budget
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxcore import checkpoint_reader
-from mxcore.checkpoint_reader import URING
 from mxcore.errors import ModeUnavailable, StorageError
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.checkpoint_reader import URING
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
 from mxcore.storage import ways
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.load import Reader, load

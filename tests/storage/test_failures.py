@@ -14,12 +14,12 @@ from types import FrameType
 import pytest
 import torch
 
-from mxcore import checkpoint_reader
-from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.errors import FileChanged, StorageError, TruncatedRead
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
 from mxcore.storage.load import Reader, load
 from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
 from mxcore.storage.stream import stream

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore import checkpoint_reader
 from mxcore.errors import ModeUnavailable, StorageError, TruncatedRead
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import JobList
 from mxcore.storage import ways
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.load import load

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mxcore import checkpoint_reader
 from mxcore.errors import FileChanged
+from mxcore.reading import checkpoint_reader
 from mxcore.storage.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
 from vllm_plugin.lazy_weights import LazyTensor, lazy_weights

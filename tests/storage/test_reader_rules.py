@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mxcore import checkpoint_reader
-from mxcore.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.errors import TruncatedRead
-from mxcore.file_set import FileSet
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import PART_COLUMNS, JobList
+from mxcore.reading import checkpoint_reader
+from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
+from mxcore.reading.file_set import FileSet
+from mxcore.reading.read_jobs import PART_COLUMNS, JobList
 from mxcore.storage.ways import steps
 
 SIZE = 1 << 20

@@ -10,7 +10,7 @@ from libc.string cimport memset
 from mxcore.cuda.context cimport Context
 from mxcore.cuda.digest cimport kernels_of
 from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check, mx_event, mx_stream
-from mxcore.cuda_ring cimport DeviceRing
+from mxcore.reading.device_ring cimport DeviceRing
 from mxcore.cuda.stream cimport Event, Stream
 
 from mxcore.cuda.memory import Registration

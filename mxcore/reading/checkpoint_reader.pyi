@@ -3,11 +3,11 @@
 from array import array
 from collections.abc import Callable
 
-from mxcore.cuda_ring import DeviceRing
-from mxcore.cufile import FileHandles
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.read_jobs import JobList
-from mxcore.read_outcome import Outcome
+from mxcore.reading.cufile import FileHandles
+from mxcore.reading.device_ring import DeviceRing
+from mxcore.reading.read_jobs import JobList
+from mxcore.reading.read_outcome import Outcome
 
 BUFFERED: int
 MAPPED: int

@@ -1,8 +1,8 @@
 # cython: language_level=3
 from libc.stdint cimport int64_t
 
-from mxcore.file_set cimport FileSet
-from mxcore.read_parts cimport mx_cursor, mx_job, mx_limits, mx_part
+from mxcore.reading.file_set cimport FileSet
+from mxcore.reading.read_parts cimport mx_cursor, mx_job, mx_limits, mx_part
 
 cdef class _Int64s:
     cdef Py_buffer view

@@ -5,9 +5,9 @@ from mxcore.cuda.context cimport Context
 from mxcore.cuda.driver cimport mx_context, mx_cuda_table, mx_event, mx_function, mx_stream
 from mxcore.cuda.digest cimport Kernels
 from mxcore.cuda.stream cimport Event
-from mxcore.cufile cimport mx_cufile_reads
+from mxcore.reading.cufile cimport mx_cufile_reads
 
-cdef extern from "cuda_load.h" nogil:
+cdef extern from "reading/device_load.h" nogil:
     enum: MX_RECORD_BYTES, MX_DEVICE_THREADS, MX_DEVICE_SLOTS
     ctypedef struct mx_device_load:
         const mx_cuda_table* cuda

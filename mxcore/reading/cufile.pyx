@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/cufile_library.h mxcore/cufile_read.h mxcore/cuda/cuda_driver.h mxcore/read_work.h
+# distutils: depends = mxcore/reading/cufile_library.h mxcore/reading/cufile_read.h mxcore/cuda/cuda_driver.h mxcore/reading/read_work.h
 """libcufile's functions, opened at first use, its driver, and files registered with it; docs in cufile.pyi.
 
 cuFile falls back to reads through host memory without a word (compatibility mode), of its own accord too where its kernel
@@ -12,8 +12,8 @@ from libc.stdint cimport int64_t, uintptr_t
 
 from mxcore.cuda.context cimport Context
 from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check
-from mxcore.cufile cimport FileHandles
-from mxcore.file_set cimport FileSet
+from mxcore.reading.cufile cimport FileHandles
+from mxcore.reading.file_set cimport FileSet
 
 import os
 import sys
@@ -21,7 +21,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from mxcore.cufile_status import status_text
+from mxcore.reading.cufile_status import status_text
 from mxcore.errors import CuFileError, CuFileMissing
 
 CANDIDATES = ("libcufile.so.0", "/usr/local/cuda/lib64/libcufile.so.0")

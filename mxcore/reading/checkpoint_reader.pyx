@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/native/bus_guard.h mxcore/native/stream_copy.h mxcore/digest/digest_dispatch.h mxcore/cuda_load.h mxcore/cuda/cuda_kernels.h mxcore/cufile_read.h mxcore/cufile_library.h
+# distutils: depends = mxcore/reading/read_parts.h mxcore/reading/read_scatter.h mxcore/reading/read_work.h mxcore/reading/read_ways.h mxcore/reading/uring_way.h mxcore/native/bus_guard.h mxcore/native/stream_copy.h mxcore/digest/digest_dispatch.h mxcore/reading/device_load.h mxcore/cuda/cuda_kernels.h mxcore/reading/cufile_read.h mxcore/reading/cufile_library.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
@@ -12,11 +12,11 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-from mxcore.cuda_ring cimport DeviceRing
-from mxcore.cufile cimport FileHandles
-from mxcore.file_set cimport FileSet
-from mxcore.read_jobs cimport _Int64s, JobList
-from mxcore.read_parts cimport mx_file, mx_job, mx_limits, mx_part
+from mxcore.reading.device_ring cimport DeviceRing
+from mxcore.reading.cufile cimport FileHandles
+from mxcore.reading.file_set cimport FileSet
+from mxcore.reading.read_jobs cimport _Int64s, JobList
+from mxcore.reading.read_parts cimport mx_file, mx_job, mx_limits, mx_part
 
 import array
 import os
@@ -24,7 +24,7 @@ import os
 from mxcore.errors import StorageError, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
 
-cdef extern from "uring_way.h" nogil:
+cdef extern from "reading/uring_way.h" nogil:
     ctypedef struct mx_work:
         const mx_part* parts
         mx_file* files
@@ -58,7 +58,7 @@ cdef extern from "uring_way.h" nogil:
 cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
-cdef extern from "cuda_load.h" nogil:
+cdef extern from "reading/device_load.h" nogil:
     void mx_device_jobs(mx_work* work, int index)
 
 cdef enum:

@@ -1,7 +1,7 @@
 # cython: language_level=3
 from libc.stdint cimport int64_t
 
-from mxcore.read_parts cimport mx_file
+from mxcore.reading.read_parts cimport mx_file
 
 cdef class FileSet:
     cdef readonly tuple paths

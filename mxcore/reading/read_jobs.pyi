@@ -1,9 +1,9 @@
-"""What is to be read, cut into jobs, compiled. The words part, job and piece: mxcore/read_parts.h."""
+"""What is to be read, cut into jobs, compiled. The words part, job and piece: mxcore/reading/read_parts.h."""
 
 from array import array
 from typing import final
 
-from mxcore.file_set import FileSet
+from mxcore.reading.file_set import FileSet
 
 PART_COLUMNS: int
 

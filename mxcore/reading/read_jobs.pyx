@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h
+# distutils: depends = mxcore/reading/read_parts.h
 """What is to be read, cut into jobs. Types and documentation: read_jobs.pyi; the structures: read_parts.h."""
 
 cimport cython
@@ -6,13 +6,13 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_G
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t
 
-from mxcore.file_set cimport FileSet
-from mxcore.read_jobs cimport _Int64s, JobList
-from mxcore.read_parts cimport mx_cursor, mx_file, mx_job, mx_next_piece, mx_part, mx_piece
+from mxcore.reading.file_set cimport FileSet
+from mxcore.reading.read_jobs cimport _Int64s, JobList
+from mxcore.reading.read_parts cimport mx_cursor, mx_file, mx_job, mx_next_piece, mx_part, mx_piece
 
 from mxcore.errors import TruncatedRead
 
-cdef extern from "read_parts.h" nogil:
+cdef extern from "reading/read_parts.h" nogil:
     enum: MX_SEGMENTS
 
 cdef extern from *:

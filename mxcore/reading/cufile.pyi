@@ -8,7 +8,7 @@ tries it in a process of its own first.
 from typing import final
 
 from mxcore.cuda.context import Context
-from mxcore.file_set import FileSet
+from mxcore.reading.file_set import FileSet
 
 CANDIDATES: tuple[str, ...]
 """Where the library is looked for before the folders of installed wheels."""

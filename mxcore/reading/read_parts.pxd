@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int64_t
 
-cdef extern from "read_parts.h" nogil:
+cdef extern from "reading/read_parts.h" nogil:
     ctypedef struct mx_part:
         int64_t file, offset, bytes, stride, count, to, to_stride
     ctypedef struct mx_cursor:

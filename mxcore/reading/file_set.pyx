@@ -1,4 +1,4 @@
-# distutils: depends = mxcore/read_parts.h
+# distutils: depends = mxcore/reading/read_parts.h
 """The files of one read: descriptors, mappings, and whether they stay what they were. Documentation: file_set.pyi."""
 
 cimport cython
@@ -9,8 +9,8 @@ from posix.fcntl cimport O_NONBLOCK, O_RDONLY, open as c_open
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.unistd cimport close as c_close
 
-from mxcore.file_set cimport FileSet
-from mxcore.read_parts cimport mx_file
+from mxcore.reading.file_set cimport FileSet
+from mxcore.reading.read_parts cimport mx_file
 
 import os
 

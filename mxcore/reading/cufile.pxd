@@ -2,9 +2,9 @@
 from libc.stdint cimport int64_t
 from posix.types cimport off_t
 
-from mxcore.file_set cimport FileSet
+from mxcore.reading.file_set cimport FileSet
 
-cdef extern from "cufile_library.h" nogil:
+cdef extern from "reading/cufile_library.h" nogil:
     enum: MX_CUFILE_CUDA_DRIVER_ERROR, MX_CUFILE_ALLOW_COMPAT_MODE, MX_CUFILE_POLLS
     ctypedef struct mx_cufile_error:
         int err, cu_err
@@ -23,7 +23,7 @@ cdef extern from "cufile_library.h" nogil:
     unsigned int mx_cufile_control_flags(const mx_cufile_properties* properties)
     mx_cufile_error mx_cufile_register(const mx_cufile_table* table, int fd, void** handle)
 
-cdef extern from "cufile_read.h" nogil:
+cdef extern from "reading/cufile_read.h" nogil:
     enum: MX_CUFILE_BLOCK, MX_CUFILE_LEAST
     ctypedef struct mx_cufile_reads:
         const mx_cufile_table* cufile
