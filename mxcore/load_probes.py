@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from mxcore.load_ladder import reason_of
 from mxcore.settings import WorkerSettings
-from mxcore.storage.model_uri import missing_packages, parse_model_uri
+from mxcore.storage.remote.model_uri import missing_packages, parse_model_uri
 
 __all__ = ["Probe", "probe"]
 
@@ -73,9 +73,9 @@ def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.storage.local_folder import LocalFolder
-    from mxcore.storage.object_store import ObjectFolder, ObjectOptions
-    from mxcore.storage.remote import RemoteFolder, open_remote
+    from mxcore.storage.remote.local_folder import LocalFolder
+    from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
+    from mxcore.storage.remote.remote_folder import RemoteFolder, open_remote
 
     if not settings.model_uri:
         return "skip", "MX_MODEL_URI is not set"
@@ -93,7 +93,7 @@ def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.storage.server_cache import has_weights, same_files_here
+    from mxcore.storage.remote.server_cache import has_weights, same_files_here
     from mxserver.wire.errors import ModelNotFound
     from mxserver.wire.model_client import ModelClient
 

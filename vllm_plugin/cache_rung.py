@@ -12,12 +12,12 @@ from torch import nn
 
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import Look, skip, take
-from mxcore.storage.checkpoint_digest import checkpoint_digest
-from mxcore.storage.hub_cache import hub_cache
-from mxcore.storage.progress import Progress
-from mxcore.storage.remote import BATCH_BYTES, open_remote, remote_digest, stream_remote
-from mxcore.storage.server_cache import ServerFolder, has_weights, same_files_here
-from mxcore.storage.shared_reads import SHARED_BATCH_BYTES, SharedReads
+from mxcore.storage.checkpoint.content_digest import checkpoint_digest
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.remote.hub_folder import hub_cache
+from mxcore.storage.remote.remote_folder import BATCH_BYTES, open_remote, remote_digest, stream_remote
+from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
+from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
 from mxserver.wire import load_pb2
 from mxserver.wire.errors import DiskFull, ModelNotFound
 from mxserver.wire.model_client import ModelClient, ModelFiles

@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
-from mxcore.storage.checkpoint import Checkpoint, TensorInfo
-from mxcore.storage.dtypes import DTYPES
-from mxcore.storage.load import STRAIGHT, LoadReport, Reader, load
-from mxcore.storage.read_plan import Box, Want, merged, parts_of
-from mxcore.storage.stream import stream
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo
+from mxcore.storage.checkpoint.dtypes import DTYPES
+from mxcore.storage.load.host_load import STRAIGHT, LoadReport, Reader, load
+from mxcore.storage.load.tensor_stream import stream
+from mxcore.storage.plan.read_plan import Box, Want, merged, parts_of
 from mxserver.wire.errors import MxError
 
 __all__ = ["LazyTensor", "lazy_weights"]
@@ -264,7 +264,7 @@ class _Source:
         rows = list(parts_of(self._checkpoint, want, on="cuda"))
         if self._no_ring or any(row[4] > 1 and row[2] < _LEAST_RUN_BYTES for row in rows):
             return False
-        from mxcore.storage import device_load  # the driver is asked for only where there is a device
+        from mxcore.storage.load import device_load  # the driver is asked for only where there is a device
 
         after = torch.cuda.current_stream(want.to.device).cuda_stream
         index, files = want.to.device.index, self._checkpoint.files

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder, Step
 from mxcore.settings import load_settings
-from mxcore.storage.progress import Progress
+from mxcore.storage.plan.progress import Progress
 from mxcore.transfer.load_progress import LoadPath
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.receiver import ReceiveReport

@@ -12,8 +12,8 @@ from torch import nn
 from vllm.config import LoadConfig, ModelConfig
 
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import Checkpoint
-from mxcore.storage.progress import Progress, ProgressDisplay
+from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.plan.progress import Progress, ProgressDisplay
 from vllm_plugin import compat
 from vllm_plugin.storage_loader import StorageLoader
 from vllm_plugin.weights import FromStorage

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.storage.hub_cache import hub_cache, listing_commit, place_in_hub_cache
-from mxcore.storage.local_folder import LocalFolder
-from mxcore.storage.model_uri import OBJECT_SCHEMES, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.remote import RemoteFolder, pull_small_files
+from mxcore.storage.remote.hub_folder import hub_cache, listing_commit, place_in_hub_cache
+from mxcore.storage.remote.local_folder import LocalFolder
+from mxcore.storage.remote.model_uri import OBJECT_SCHEMES, parse_model_uri
+from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
+from mxcore.storage.remote.remote_folder import RemoteFolder, pull_small_files
 from mxserver.wire.errors import MxError
 from mxserver.wire.model_client import ModelClient
 

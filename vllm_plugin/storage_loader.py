@@ -16,9 +16,9 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.memory_limit import SETTING, budget, parse_bytes
-from mxcore.storage.progress import Progress, ProgressDisplay
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.plan.memory_limit import SETTING, budget, parse_bytes
+from mxcore.storage.plan.progress import Progress, ProgressDisplay
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat
 from vllm_plugin.lazy_weights import LAZY_LEAST_BYTES, Needed, lazy_weights

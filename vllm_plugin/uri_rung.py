@@ -10,12 +10,12 @@ from torch import nn
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import Look, skip, take
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint_digest import checkpoint_digest
-from mxcore.storage.model_uri import ModelUri, missing_packages, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.progress import Progress
-from mxcore.storage.remote import BATCH_BYTES, open_remote, remote_digest, stream_remote
-from mxcore.storage.shared_reads import SHARED_BATCH_BYTES, SharedReads
+from mxcore.storage.checkpoint.content_digest import checkpoint_digest
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.remote.model_uri import ModelUri, missing_packages, parse_model_uri
+from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
+from mxcore.storage.remote.remote_folder import BATCH_BYTES, open_remote, remote_digest, stream_remote
+from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
 from mxserver.wire import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import Checkpoint, find_checkpoint

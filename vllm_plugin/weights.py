@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import LayoutUnsupported
 from mxcore.settings import WorkerSettings
-from mxcore.storage.progress import Progress
+from mxcore.storage.plan.progress import Progress
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from vllm_plugin import compat
 from vllm_plugin.collect import Collected, collect, emptied, shown

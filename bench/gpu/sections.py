@@ -18,8 +18,8 @@ from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer
 from mxcore.reading import cufile
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.device_ring import release_rings
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load.device_ring import release_rings
 
 TIMEOUT_SECONDS = 240
 Found = dict[str, float]

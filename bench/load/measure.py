@@ -72,7 +72,7 @@ def _run(
 def _destinations(files: list[Path]) -> dict[str, object]:
     import torch
 
-    from mxcore.storage.checkpoint import open_checkpoint
+    from mxcore.storage.checkpoint.checkpoint import open_checkpoint
 
     infos = open_checkpoint(files).tensors.values()
     tensors: dict[str, object] = {info.name: torch.zeros(info.shape, dtype=torch.bfloat16) for info in infos}

@@ -24,10 +24,10 @@ PART_BYTES = 8 * 1024 * 1024
 def ours(uri: str) -> dict[str, torch.Tensor]:
     """Every tensor's bytes straight into its place: one buffer, one submission."""
     from mxcore.memory.host_buffer import HostBuffer
-    from mxcore.storage.model_uri import parse_model_uri
-    from mxcore.storage.object_store import ObjectFolder
-    from mxcore.storage.remote import RemoteRange, open_remote
-    from mxcore.storage.tensor_views import TensorViews
+    from mxcore.storage.checkpoint.tensor_views import TensorViews
+    from mxcore.storage.remote.model_uri import parse_model_uri
+    from mxcore.storage.remote.object_store import ObjectFolder
+    from mxcore.storage.remote.remote_folder import RemoteRange, open_remote
 
     folder = ObjectFolder(parse_model_uri(uri))
     checkpoint = open_remote(folder)
@@ -47,9 +47,9 @@ def ours(uri: str) -> dict[str, torch.Tensor]:
 
 def ours_stream(uri: str) -> dict[str, torch.Tensor]:
     """As the plugin loads: through the ring, each tensor copied to where it stays."""
-    from mxcore.storage.model_uri import parse_model_uri
-    from mxcore.storage.object_store import ObjectFolder
-    from mxcore.storage.remote import open_remote, stream_remote
+    from mxcore.storage.remote.model_uri import parse_model_uri
+    from mxcore.storage.remote.object_store import ObjectFolder
+    from mxcore.storage.remote.remote_folder import open_remote, stream_remote
 
     folder = ObjectFolder(parse_model_uri(uri))
     made = {name: tensor.clone() for name, tensor in stream_remote(folder, open_remote(folder))}

@@ -114,8 +114,8 @@ def _between_processes(command: list[str]) -> Finding:
 
 def _direct_storage() -> Finding:
     """Whether it can be tried at all; whether it is right for a file is tried by the load that reads the file."""
-    from mxcore.storage.cufile_trial import trial
-    from mxcore.storage.device_direct import chosen, probe
+    from mxcore.storage.load.cufile_trial import trial
+    from mxcore.storage.load.device_direct import chosen, probe
 
     name, found = "gpudirect storage", probe()
     if chosen(None) == "off":

@@ -23,7 +23,7 @@ from mxcore.digest.digest import mixsum_64_many, xxh3_64_segments
 from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.nixl.agent import NixlAgent
-from mxcore.storage.memory_limit import budget
+from mxcore.storage.plan.memory_limit import budget
 from mxcore.transfer.digests import DIGEST_BYTES, MIXSUM
 from mxcore.transfer.layout import Placement
 from mxcore.transfer.regions import Regions, merge_regions

@@ -54,7 +54,7 @@ def test_importing_costs_nothing() -> None:
 def test_compiled_modules_load_no_array_package() -> None:
     script = (
         f"import sys\nimport {', '.join(f'mxcore.{name}' for name in COMPILED)}\n"
-        "import mxcore.storage.checkpoint_digest\n"
+        "import mxcore.storage.checkpoint.content_digest\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', 'grpc', 'safetensors'}))"
     )
     done = run(script)

@@ -11,7 +11,7 @@ import pytest
 from mxcore.cuda.memory import live_device_bytes, live_pinned_bytes
 from mxcore.memory.host_buffer import live_host_buffers
 from mxcore.reading import cufile
-from mxcore.storage import device_direct
+from mxcore.storage.load import device_direct
 from tests.cuda.stand_in import StandIn, build
 
 

@@ -26,14 +26,14 @@ from mxcore.digest.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.reading.device_ring import DeviceRing, slot_bytes
-from mxcore.storage import device_ring
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.device_load import load_arena, load_to_device
-from mxcore.storage.device_ring import release_rings
-from mxcore.storage.load import LoadReport, Reader
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.near_device import node_of, prefer_node
-from mxcore.storage.read_plan import Row, Want, merged, parts_of
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import device_ring
+from mxcore.storage.load.device_load import load_arena, load_to_device
+from mxcore.storage.load.device_ring import release_rings
+from mxcore.storage.load.host_load import LoadReport, Reader
+from mxcore.storage.load.near_device import node_of, prefer_node
+from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 
@@ -449,7 +449,7 @@ from mxcore import cuda_driver
 from mxcore import cuda_driver
 from mxcore.cuda.context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
-from mxcore.storage.device_load import load_arena
+from mxcore.storage.load.device_load import load_arena
 cuda_driver._load_stand_in({str(loaded.path)!r})
 arena = load_arena(open_checkpoint({[str(file) for file in checkpoint.files]!r}), device_index=0)
 arena.buffer.close()

@@ -24,13 +24,14 @@ from mxcore.cuda.memory import DeviceBuffer, copy_on_device
 from mxcore.cuda.stream import Stream
 from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.reading import cufile
-from mxcore.storage import cufile_trial, device_direct, load
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.device_load import load_arena, load_to_device, read_rows_to_device
-from mxcore.storage.device_ring import ring_of
-from mxcore.storage.load import Reader
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.read_plan import Row, Want
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import cufile_trial, device_direct
+from mxcore.storage.load import host_load as load
+from mxcore.storage.load.device_load import load_arena, load_to_device, read_rows_to_device
+from mxcore.storage.load.device_ring import ring_of
+from mxcore.storage.load.host_load import Reader
+from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.plan.read_plan import Row, Want
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device
@@ -410,7 +411,7 @@ def test_it_is_tried_in_a_process_of_its_own(
 import sys
 from bench.gpu import measure, sections
 from mxcore import cufile
-from mxcore.storage.cufile_trial import attempt
+from mxcore.storage.load.cufile_trial import attempt
 cufile._load_stand_in({str(loaded_cufile.path)!r})
 print("libcufile says something")
 print(attempt(sys.argv[1:]))

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer, live_device_bytes
 from mxcore.errors import HostBufferBusy
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.device_load import load_arena
-from mxcore.storage.device_ring import release_rings
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load.device_load import load_arena
+from mxcore.storage.load.device_ring import release_rings
 from tests.cuda.device_tensor import same_bits
 from tests.cuda.stand_in import StandIn
 

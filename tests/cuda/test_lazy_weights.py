@@ -17,9 +17,9 @@ from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import copy_on_device, live_pinned_bytes
 from mxcore.cuda.stream import Stream
 from mxcore.errors import FileChanged
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.device_ring import release_rings
-from mxcore.storage.memory_limit import budget
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load.device_ring import release_rings
+from mxcore.storage.plan.memory_limit import budget
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import StandIn
 from vllm_plugin import lazy_weights as module

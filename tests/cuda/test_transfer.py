@@ -20,7 +20,7 @@ from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
 from mxcore.nixl.agent import NixlAgent, live_agents
 from mxcore.settings import load_settings
-from mxcore.storage.memory_limit import budget
+from mxcore.storage.plan.memory_limit import budget
 from mxcore.transfer import device_memory
 from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.device_memory import allocation_regions, proven_device, release_devices

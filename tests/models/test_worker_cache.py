@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mxcore.errors import StorageError
-from mxcore.storage.checkpoint_digest import checkpoint_digest
-from mxcore.storage.remote import RemoteRange, open_remote, remote_digest, stream_remote
-from mxcore.storage.server_cache import ServerFolder, has_weights, same_files_here
+from mxcore.storage.checkpoint.content_digest import checkpoint_digest
+from mxcore.storage.remote.remote_folder import RemoteRange, open_remote, remote_digest, stream_remote
+from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
 from mxserver.wire.model_client import ModelClient, ModelFiles
 from tests.models.conftest import StartServer
 from tests.models.hub_stand_in import HubStandIn

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from mxcore.errors import StorageError, StreamerMissing
-from mxcore.storage.checkpoint_digest import checkpoint_digest
-from mxcore.storage.hub_cache import listing_commit, place_in_hub_cache
-from mxcore.storage.local_folder import LocalFolder
-from mxcore.storage.model_uri import missing_packages, parse_model_uri
-from mxcore.storage.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.remote import is_small, open_remote, pull_small_files, remote_digest
+from mxcore.storage.checkpoint.content_digest import checkpoint_digest
+from mxcore.storage.remote.hub_folder import listing_commit, place_in_hub_cache
+from mxcore.storage.remote.local_folder import LocalFolder
+from mxcore.storage.remote.model_uri import missing_packages, parse_model_uri
+from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
+from mxcore.storage.remote.remote_folder import is_small, open_remote, pull_small_files, remote_digest
 from mxserver.wire.errors import SettingError
 from tests.object_store.conftest import make_checkpoint
 

@@ -18,11 +18,11 @@ from mxcore.reading import checkpoint_reader
 from mxcore.reading.checkpoint_reader import URING
 from mxcore.reading.file_set import FileSet
 from mxcore.reading.read_jobs import JobList
-from mxcore.storage import ways
-from mxcore.storage.checkpoint import open_checkpoint
-from mxcore.storage.load import Reader, load
-from mxcore.storage.read_plan import Want, merged, parts_of, row
-from mxcore.storage.ways import tell_fallbacks
+from mxcore.storage.checkpoint.checkpoint import open_checkpoint
+from mxcore.storage.load.host_load import Reader, load
+from mxcore.storage.plan import ways
+from mxcore.storage.plan.read_plan import Want, merged, parts_of, row
+from mxcore.storage.plan.ways import tell_fallbacks
 from tests.storage.limited import IO_URING_ENTER, IO_URING_SETUP, refuse
 
 NUMBERS = np.arange(3_000_000, dtype=np.float32)

@@ -20,10 +20,10 @@ from mxcore.reading import checkpoint_reader
 from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.reading.file_set import FileSet
 from mxcore.reading.read_jobs import JobList
-from mxcore.storage.load import Reader, load
-from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.stream import stream
-from mxcore.storage.ways import chosen_mode
+from mxcore.storage.load.host_load import Reader, load
+from mxcore.storage.load.tensor_stream import stream
+from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of, row
+from mxcore.storage.plan.ways import chosen_mode
 from tests.storage import limited_reads
 from tests.storage.conftest import MODES, Maker
 from tests.storage.limited import in_child

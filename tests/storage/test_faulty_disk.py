@@ -16,11 +16,11 @@ from mxcore.memory.host_buffer import HostBuffer
 from mxcore.reading import checkpoint_reader
 from mxcore.reading.file_set import FileSet
 from mxcore.reading.read_jobs import JobList
-from mxcore.storage import ways
-from mxcore.storage.checkpoint import open_checkpoint
-from mxcore.storage.load import load
-from mxcore.storage.read_plan import Want, parts_of, row
-from mxcore.storage.stream import stream
+from mxcore.storage.checkpoint.checkpoint import open_checkpoint
+from mxcore.storage.load.host_load import load
+from mxcore.storage.load.tensor_stream import stream
+from mxcore.storage.plan import ways
+from mxcore.storage.plan.read_plan import Want, parts_of, row
 from tests.storage.conftest import MODES, same
 from tests.storage.faulty_disk import cannot_run, faulty_disk
 

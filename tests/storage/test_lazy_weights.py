@@ -12,7 +12,7 @@ import torch
 
 from mxcore.errors import FileChanged
 from mxcore.reading import checkpoint_reader
-from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.checkpoint.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
 from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 

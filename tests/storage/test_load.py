@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import DestinationMismatch, HostMemoryLimit
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load import Reader, load, load_digested
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.read_plan import Want, merged, parts_of
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load.host_load import Reader, load, load_digested
+from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.plan.read_plan import Want, merged, parts_of
 from tests.core.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 

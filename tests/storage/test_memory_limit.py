@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import HostMemoryLimit
-from mxcore.storage.memory_limit import MemoryBudget, _from_environment, available_bytes, budget, parse_bytes
+from mxcore.storage.plan.memory_limit import MemoryBudget, _from_environment, available_bytes, budget, parse_bytes
 
 GIB = 1024**3
 

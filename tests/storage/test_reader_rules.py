@@ -14,7 +14,7 @@ from mxcore.reading import checkpoint_reader
 from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
 from mxcore.reading.file_set import FileSet
 from mxcore.reading.read_jobs import PART_COLUMNS, JobList
-from mxcore.storage.ways import steps
+from mxcore.storage.plan.ways import steps
 
 SIZE = 1 << 20
 

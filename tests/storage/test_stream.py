@@ -11,9 +11,9 @@ import torch
 
 from mxcore.errors import HostBufferBusy, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.stream import Arena, load_file, stream
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load.tensor_stream import Arena, load_file, stream
+from mxcore.storage.plan.memory_limit import MemoryBudget
 from tests.core.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 

@@ -14,7 +14,7 @@ from mxcore.errors import (
     StoreUnreachable,
     WrongRegion,
 )
-from mxcore.storage.model_uri import ModelUri
+from mxcore.storage.remote.model_uri import ModelUri
 
 __all__ = ["RangesIgnored", "as_store_error", "without_secrets"]
 

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from mxcore.errors import ObjectMissing, ObjectStoreError, ObjectTruncated, StoreTimeout, StreamerMissing
 from mxcore.settings import WorkerSettings
-from mxcore.storage.model_streamer import ModelStreamer
-from mxcore.storage.model_uri import ModelUri, missing_packages
-from mxcore.storage.ranged_gets import RangedGets
-from mxcore.storage.remote import RemoteFile, RemoteRange
-from mxcore.storage.store_errors import RangesIgnored, as_store_error
+from mxcore.storage.remote.model_streamer import ModelStreamer
+from mxcore.storage.remote.model_uri import ModelUri, missing_packages
+from mxcore.storage.remote.ranged_gets import RangedGets
+from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
+from mxcore.storage.remote.store_errors import RangesIgnored, as_store_error
 
 __all__ = ["ObjectFolder", "ObjectOptions", "Reader"]
 

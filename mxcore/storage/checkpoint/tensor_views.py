@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from mxcore.cuda.memory import DeviceBuffer
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.storage.checkpoint import TensorInfo
-from mxcore.storage.dtypes import DTYPES
+from mxcore.storage.checkpoint.checkpoint import TensorInfo
+from mxcore.storage.checkpoint.dtypes import DTYPES
 
 __all__ = ["Framework", "TensorViews"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mxcore.errors import DestinationMismatch
-from mxcore.storage.dtypes import DTYPES
+from mxcore.storage.checkpoint.dtypes import DTYPES
 
 __all__ = ["Memory", "memory_of"]
 

@@ -17,12 +17,12 @@ from mxcore.reading.device_ring import DeviceRing
 from mxcore.reading.file_set import FileSet
 from mxcore.reading.read_jobs import JobList
 from mxcore.reading.read_outcome import Outcome
-from mxcore.storage.checkpoint import Checkpoint, Stamp
-from mxcore.storage.device_direct import DirectReads, chosen
-from mxcore.storage.memory_limit import MemoryBudget, budget
-from mxcore.storage.progress import Progress
-from mxcore.storage.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.ways import DIRECT_LANES, NAMES, Step, chosen_mode, for_device, steps, tell_fallbacks
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, Stamp
+from mxcore.storage.load.device_direct import DirectReads, chosen
+from mxcore.storage.plan.memory_limit import MemoryBudget, budget
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of, row
+from mxcore.storage.plan.ways import DIRECT_LANES, NAMES, Step, chosen_mode, for_device, steps, tell_fallbacks
 
 __all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
 
@@ -66,7 +66,7 @@ def load(
 
     `wants` maps names to destinations of the tensor's shape and dtype (uint8 is taken for the one-byte types, and any
     dtype of the right size for the sub-byte ones), or is a sequence of Want. The ranges of all files are sorted and
-    merged; `keep_order` reads in the order given instead. `mode` forces a way to read (mxcore.storage.ways; default
+    merged; `keep_order` reads in the order given instead. `mode` forces a way to read (mxcore.storage.plan.ways; default
     MX_READ_MODE or auto). `leave_cache_clean` drops the files that were read from the page cache.
 
     One call uses several threads; any threads may call at once, into different memory. The ring counts against
@@ -135,7 +135,7 @@ def read_rows(
     groups: array[int] | None = None,
     stamps: Sequence[Stamp | None] = (),
 ) -> LoadReport:
-    """Reads parts as the plan gives them (mxcore.storage.read_plan); raises as `load`. `stamps`: see FileSet."""
+    """Reads parts as the plan gives them (mxcore.storage.plan.read_plan); raises as `load`. `stamps`: see FileSet."""
     started = time.perf_counter()
     used = sorted({part[0] for part in rows})
     place_of = {file: place for place, file in enumerate(used)}

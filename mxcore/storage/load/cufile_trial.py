@@ -1,4 +1,4 @@
-"""cuFile tried in a process of its own: python -m mxcore.storage.cufile_trial LIBRARY [FILE]
+"""cuFile tried in a process of its own: python -m mxcore.storage.load.cufile_trial LIBRARY [FILE]
 
 libcufile has ended processes that opened it (an assertion about udev), has closed their standard input (where nvidia-fs
 is loaded and its device nodes are not in the container), and spins for ever where it finds no CUDA driver. None of that
@@ -43,7 +43,7 @@ def trial(file: str | None) -> str:
 
 
 def _command(library: str, file: str | None) -> list[str]:
-    return [sys.executable, "-m", "mxcore.storage.cufile_trial", library, *([file] if file is not None else [])]
+    return [sys.executable, "-m", "mxcore.storage.load.cufile_trial", library, *([file] if file is not None else [])]
 
 
 def attempt(files: list[str]) -> str:

@@ -16,12 +16,12 @@ from mxcore.cuda import driver as cuda_driver
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer
 from mxcore.errors import DestinationMismatch
-from mxcore.storage.checkpoint import Checkpoint
-from mxcore.storage.device_ring import ring_of
-from mxcore.storage.load import LoadReport, Reader
-from mxcore.storage.memory_limit import MemoryBudget, budget
-from mxcore.storage.progress import Progress
-from mxcore.storage.read_plan import Row, Want, merged, parts_of
+from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.load.device_ring import ring_of
+from mxcore.storage.load.host_load import LoadReport, Reader
+from mxcore.storage.plan.memory_limit import MemoryBudget, budget
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of
 
 __all__ = ["DeviceArena", "load_arena", "load_to_device", "read_open_files", "read_rows_to_device"]
 
@@ -151,7 +151,7 @@ class DeviceArena:
 
     def tensor(self, name: str) -> Any:
         """A torch tensor on the arena's memory. KeyError for a name that is not in it."""
-        from mxcore.storage.tensor_views import TensorViews
+        from mxcore.storage.checkpoint.tensor_views import TensorViews
 
         if self._views is None:
             self._views = TensorViews(self.buffer, "torch")

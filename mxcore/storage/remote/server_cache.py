@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mxcore.errors import CheckpointError, StorageError
-from mxcore.storage.remote import RemoteFile, RemoteRange, is_small
+from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange, is_small
 from mxserver.wire.file_reader import FileReader
 from mxserver.wire.model_client import ModelClient, ModelFiles
 from mxserver.wire.partial_file import has_content

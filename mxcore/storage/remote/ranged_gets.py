@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from mxcore.errors import ObjectStoreError, StoreTimeout
-from mxcore.storage.remote import RemoteRange
+from mxcore.storage.remote.remote_folder import RemoteRange
 
 __all__ = ["Piece", "RangedGets", "pieces_of"]
 

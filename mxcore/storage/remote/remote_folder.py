@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, Protocol
 from mxcore.errors import CheckpointError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.safetensors.header import Header, parse_header
-from mxcore.storage.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
-from mxcore.storage.checkpoint_digest import digest_of_parts, file_part, index_part, sample
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.progress import Progress
-from mxcore.storage.read_plan import Row
-from mxcore.storage.stream import stream
+from mxcore.storage.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
+from mxcore.storage.checkpoint.content_digest import digest_of_parts, file_part, index_part, sample
+from mxcore.storage.load.tensor_stream import stream
+from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.plan.read_plan import Row
 
 __all__ = [
     "BATCH_BYTES",

@@ -13,7 +13,7 @@ from mxcore.cuda.stream import Stream
 from mxcore.errors import CuFileError
 from mxcore.reading.cufile import BLOCK_BYTES, LEAST_BYTES, FileHandles
 from mxcore.reading.device_ring import DeviceRing
-from mxcore.storage.read_plan import Row
+from mxcore.storage.plan.read_plan import Row
 
 __all__ = ["ROOM_BYTES", "prove"]
 

@@ -20,10 +20,10 @@ from mxcore.reading import cufile
 from mxcore.reading.cufile import FileHandles
 from mxcore.reading.device_ring import DeviceRing
 from mxcore.reading.file_set import FileSet
-from mxcore.storage.cufile_trial import trial
-from mxcore.storage.direct_proof import ROOM_BYTES, prove
-from mxcore.storage.read_plan import Row
-from mxcore.storage.ways import tell_once
+from mxcore.storage.load.cufile_trial import trial
+from mxcore.storage.load.direct_proof import ROOM_BYTES, prove
+from mxcore.storage.plan.read_plan import Row
+from mxcore.storage.plan.ways import tell_once
 from mxserver.wire import environment
 
 __all__ = ["DirectReads", "DirectStorage", "chosen", "probe", "why_not"]

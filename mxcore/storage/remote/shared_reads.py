@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mxcore.storage.remote import RemoteFile, RemoteRange
+from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 
 __all__ = ["SHARED_BATCH_BYTES", "SharedReads"]
 

@@ -17,9 +17,9 @@ from mxcore.cuda.stream import Event, Stream
 from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.reading.device_ring import DeviceRing, slot_bytes
-from mxcore.storage.memory_limit import MemoryBudget
-from mxcore.storage.near_device import node_of, prefer_node
-from mxcore.storage.ring_proof import prove
+from mxcore.storage.load.near_device import node_of, prefer_node
+from mxcore.storage.load.ring_proof import prove
+from mxcore.storage.plan.memory_limit import MemoryBudget
 
 __all__ = ["release_rings", "ring_of"]
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mxcore.storage.remote import RemoteFile
+from mxcore.storage.remote.remote_folder import RemoteFile
 from mxserver.wire.errors import SettingError
 from mxserver.wire.relative_path import path_problem
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mxcore.errors import StorageError
 from mxcore.reading.range_reader import RangeReader, ReadRange
-from mxcore.storage.remote import RemoteFile, RemoteRange
+from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 
 __all__ = ["LocalFolder"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from mxcore.errors import ObjectStoreError, StoreTimeout
 from mxcore.process.c_environment import c_getenv, c_setenv
-from mxcore.storage.model_uri import ModelUri
-from mxcore.storage.remote import RemoteRange
+from mxcore.storage.remote.model_uri import ModelUri
+from mxcore.storage.remote.remote_folder import RemoteRange
 
 __all__ = ["ModelStreamer"]
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Self
 
 from mxcore.errors import HostBufferBusy
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.storage.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from mxcore.storage.load import read_rows
-from mxcore.storage.memory_limit import MemoryBudget, budget
-from mxcore.storage.progress import Progress
-from mxcore.storage.read_plan import Row, merged
-from mxcore.storage.tensor_views import Framework, TensorViews
+from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
+from mxcore.storage.load.host_load import read_rows
+from mxcore.storage.plan.memory_limit import MemoryBudget, budget
+from mxcore.storage.plan.progress import Progress
+from mxcore.storage.plan.read_plan import Row, merged
 
 __all__ = ["Arena", "load_file", "stream"]
 

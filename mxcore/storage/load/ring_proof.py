@@ -13,8 +13,8 @@ from mxcore.cuda.memory import copy_to_host
 from mxcore.cuda.stream import Stream
 from mxcore.errors import CudaError
 from mxcore.reading.device_ring import DeviceRing
-from mxcore.storage.load import Reader
-from mxcore.storage.read_plan import Row
+from mxcore.storage.load.host_load import Reader
+from mxcore.storage.plan.read_plan import Row
 
 __all__ = ["prove"]
 

@@ -1,0 +1,1 @@
+"""What a checkpoint holds: its files, tensors, dtypes and digest."""

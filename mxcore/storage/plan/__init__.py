@@ -1,0 +1,1 @@
+"""What is read, in which way, within which limit of host memory."""
