@@ -19,11 +19,11 @@ from bench.transfer.shapes import ALIGNED_BYTES
 from mxcore.errors import TransferError
 from mxcore.process.attached_memory import AttachedReads
 from mxcore.settings import load_settings
-from mxcore.transfer import attached_pull
-from mxcore.transfer.attached_pull import threads_of
-from mxcore.transfer.intake import Intake
-from mxcore.transfer.layout import LocalTensor, build_layout
-from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.layout.layout import LocalTensor, build_layout
+from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.move import same_host as attached_pull
+from mxcore.transfer.move.same_host import threads_of
+from mxcore.transfer.receive.received_chunks import Intake
 from mxserver.wire import p2p_pb2
 
 Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -214,7 +214,7 @@ class FleetWorker:
 def main() -> None:
     sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
     os.dup2(2, 1)
-    logging.getLogger("mxcore.transfer.receiver").addHandler(_Losses())
+    logging.getLogger("mxcore.transfer.receive.receiver").addHandler(_Losses())
     worker = FleetWorker(json.loads(sys.argv[1]))
     worker.run()
     worker.member.close()

@@ -1,4 +1,4 @@
-"""A swarm on a fake clock: the product's own plan (mxcore.transfer.plan) between simulated links.
+"""A swarm on a fake clock: the product's own plan (mxcore.transfer.layout.plan) between simulated links.
 
 Each worker's link carries one rate each way. A holder sends to its readers in turn, a chunk each (connections share a
 link evenly), but not to one whose way in is taken for longer than to another's. A chunk is passed on only when it is
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mxcore.transfer.plan import Given, SwarmPlan, all_chunks
+from mxcore.transfer.layout.plan import Given, SwarmPlan, all_chunks
 
 SEED = "w0"
 

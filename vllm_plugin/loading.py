@@ -23,9 +23,9 @@ from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder, Step
 from mxcore.settings import load_settings
 from mxcore.storage.plan.progress import Progress
-from mxcore.transfer.load_progress import LoadPath
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.receiver import ReceiveReport
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.receive.load_progress import LoadPath
+from mxcore.transfer.receive.receiver import ReceiveReport
 from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat, serving

@@ -14,8 +14,8 @@ from torch import nn
 from vllm.config import LoadConfig, ModelConfig
 
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.partial import PartialReceive
-from mxcore.transfer.receiver import ReceiveReport
+from mxcore.transfer.receive.partial import PartialReceive
+from mxcore.transfer.receive.receiver import ReceiveReport
 from vllm_plugin.missing_bytes import MissingBytes
 from vllm_plugin.storage_loader import StorageLoader
 

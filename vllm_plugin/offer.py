@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from mxcore.transfer.holder import Holder
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.membership import Membership
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.serve.holder import Holder
 from vllm_plugin import compat
 
 _log = logging.getLogger(__name__)

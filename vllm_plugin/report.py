@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from mxcore.transfer.receiver import ReceiveReport
+    from mxcore.transfer.receive.receiver import ReceiveReport
 
 StoredPath = Literal["uri", "cache", "storage"]
 

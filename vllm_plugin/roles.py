@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from mxcore.transfer.membership import Membership
+from mxcore.transfer.member.membership import Membership
 from mxserver.wire.errors import WireError
 from vllm_plugin import compat
 

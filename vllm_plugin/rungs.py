@@ -13,10 +13,10 @@ from torch import nn
 
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import Look, Rung, skip, take
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.membership import CHECKPOINT_PARAMETER, Membership
-from mxcore.transfer.receiver import ReceiveReport
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.receiver import ReceiveReport
 from mxserver.wire import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.cache_rung import CacheRung

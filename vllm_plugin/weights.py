@@ -21,7 +21,7 @@ from mxcore.digest.digest import xxh3_64
 from mxcore.errors import LayoutUnsupported
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan.progress import Progress
-from mxcore.transfer.layout import Layout, Placement, build_layout
+from mxcore.transfer.layout.layout import Layout, Placement, build_layout
 from vllm_plugin import compat
 from vllm_plugin.collect import Collected, collect, emptied, shown
 from vllm_plugin.storage_loader import StorageLoader

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from mxcore.sockets.socket_chunks import SocketReads
-from mxcore.transfer.agent_session import AgentSession
-from mxcore.transfer.chunk_greeting import show_token
-from mxcore.transfer.chunk_listener import ChunkListener
-from mxcore.transfer.holder import Holder
-from mxcore.transfer.intake import Intake
-from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout
-from mxcore.transfer.scalars import scalars_digest
+from mxcore.transfer.layout.layout import Layout, LocalTensor, Placement, build_layout
+from mxcore.transfer.layout.scalars import scalars_digest
+from mxcore.transfer.move.agent_session import AgentSession
+from mxcore.transfer.move.chunk_greeting import show_token
+from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.serve.chunk_listener import ChunkListener
+from mxcore.transfer.serve.holder import Holder
 from mxserver.wire import mx_pb2
 
 CHUNK_BYTES = 64 << 10

@@ -25,10 +25,10 @@ from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_to_device
 from mxcore.cuda.stream import Stream
 from mxcore.settings import load_settings
-from mxcore.transfer.device_memory import release_devices
-from mxcore.transfer.layout import LocalTensor, build_layout
-from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.layout.layout import LocalTensor, build_layout
+from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.routes import UcxPolicy
 from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import MxError
 

@@ -21,9 +21,9 @@ from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer
 from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.device_memory import nixl_device
-from mxcore.transfer.tcp_received import TcpReceived
-from mxcore.transfer.transports import ucx_environment
+from mxcore.transfer.move.tcp_received import TcpReceived
+from mxcore.transfer.route.device_memory import nixl_device
+from mxcore.transfer.route.routes import ucx_environment
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
 STAND_IN_TLS = "tcp,cma,self"

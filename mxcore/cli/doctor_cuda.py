@@ -72,8 +72,8 @@ def _pinned() -> Finding:
 
 def _proof(index: int) -> Finding:
     from mxcore.errors import LayoutUnsupported
-    from mxcore.transfer.device_memory import proven_device, release_devices
-    from mxcore.transfer.layout import Placement
+    from mxcore.transfer.layout.layout import Placement
+    from mxcore.transfer.route.device_memory import proven_device, release_devices
 
     name = f"device {index}"
     try:
@@ -87,12 +87,12 @@ def _proof(index: int) -> Finding:
 
 
 def _holder_command() -> list[str]:
-    return [sys.executable, "-m", "mxcore.transfer.same_device", "0"]
+    return [sys.executable, "-m", "mxcore.transfer.route.same_device", "0"]
 
 
 def _between_processes(command: list[str]) -> Finding:
     """Whether one process reads device memory of another one, which `command` starts, as two workers do."""
-    from mxcore.transfer.same_device import cannot_read
+    from mxcore.transfer.route.same_device import cannot_read
     from mxserver.wire import mx_pb2
 
     name, do = "cuda_ipc", "nothing, if one worker runs here: others on this machine send to it over TCP"

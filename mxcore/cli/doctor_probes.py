@@ -96,7 +96,7 @@ def _agent() -> None:
     from mxcore.memory.host_buffer import HostBuffer
     from mxcore.nixl.agent import NixlAgent, load_library
     from mxcore.settings import load_settings
-    from mxcore.transfer.transports import UcxPolicy, ucx_environment
+    from mxcore.transfer.route.routes import UcxPolicy, ucx_environment
 
     library = load_library()
     with ucx_environment(UcxPolicy.from_environment("auto").tls):
@@ -130,7 +130,7 @@ def _backends() -> None:
 
 def _hold() -> None:
     from mxcore.process.attached_memory import allow_attaching
-    from mxcore.transfer.same_host import ProbeTarget
+    from mxcore.transfer.route.same_host import ProbeTarget
 
     target = ProbeTarget()
     allow_attaching()
@@ -139,7 +139,7 @@ def _hold() -> None:
 
 
 def _read() -> None:
-    from mxcore.transfer.same_host import can_read
+    from mxcore.transfer.route.same_host import can_read
     from mxserver.wire import mx_pb2
 
     sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.stdin.readline().strip()))) else 1)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from mxcore.cuda.context import context_of
 from mxcore.settings import load_settings
-from mxcore.transfer.device_memory import release_devices
-from mxcore.transfer.layout import build_layout
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.same_device import DeviceProbeTarget
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.route.same_device import DeviceProbeTarget
 from tests.cuda.device_tensors import DeviceTensors
 from tests.cuda.stand_in import StandIn
 from tests.transfer.memory import identity, model_specs

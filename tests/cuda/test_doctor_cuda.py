@@ -10,7 +10,7 @@ import pytest
 from mxcore.cli import doctor_cuda
 from mxcore.errors import CuFileMissing
 from mxcore.storage.load import cufile_trial, device_direct
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.route.routes import UcxPolicy
 from tests.cuda.stand_in import ROOT, StandIn
 
 

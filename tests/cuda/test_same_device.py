@@ -22,12 +22,12 @@ from mxcore.cuda.ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memor
 from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer
 from mxcore.errors import CudaError
 from mxcore.nixl.agent import live_agents
-from mxcore.transfer import same_device, same_host
-from mxcore.transfer.device_memory import release_devices
-from mxcore.transfer.layout import Placement, build_layout
-from mxcore.transfer.same_device import DeviceProbeTarget, cannot_export, cannot_read
-from mxcore.transfer.source_client import Source
-from mxcore.transfer.transports import UcxPolicy, choose_route
+from mxcore.transfer.layout.layout import Placement, build_layout
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.route import same_device, same_host
+from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.routes import UcxPolicy, choose_route
+from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_export, cannot_read
 from mxserver.wire import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.holder import SEED, member
@@ -149,7 +149,7 @@ def test_from_another_pid_namespace_it_is_not_even_tried(driver: StandIn) -> Non
     code = """
 import sys
 from mxcore import cuda_driver
-from mxcore.transfer.same_device import cannot_read
+from mxcore.transfer.route.same_device import cannot_read
 from mxserver.wire import mx_pb2
 cuda_driver._load_stand_in(sys.argv[1])
 print(cannot_read(mx_pb2.DeviceProbe.FromString(bytes.fromhex(sys.argv[2])), 0))
@@ -254,7 +254,7 @@ def test_weights_on_one_machine(
 
 
 def test_a_fence_waits_for_the_device_before_the_agent_goes(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxcore.transfer import agent_session
+    from mxcore.transfer.move import agent_session
 
     done: list[str] = []
 

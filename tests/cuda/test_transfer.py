@@ -21,17 +21,17 @@ from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRe
 from mxcore.nixl.agent import NixlAgent, live_agents
 from mxcore.settings import load_settings
 from mxcore.storage.plan.memory_limit import budget
-from mxcore.transfer import device_memory
-from mxcore.transfer.agent_session import require_movable
-from mxcore.transfer.device_memory import allocation_regions, proven_device, release_devices
-from mxcore.transfer.digests import MIXSUM, XXH3, ChunkDigests, HostDigester, digester_of
-from mxcore.transfer.intake import Intake
-from mxcore.transfer.layout import Layout, Placement, build_layout
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.regions import Regions
-from mxcore.transfer.scalars import scalars_digest
-from mxcore.transfer.source_client import Source
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.layout.digests import MIXSUM, XXH3, ChunkDigests, HostDigester, digester_of
+from mxcore.transfer.layout.layout import Layout, Placement, build_layout
+from mxcore.transfer.layout.regions import Regions
+from mxcore.transfer.layout.scalars import scalars_digest
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.move.agent_session import require_movable
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.route import device_memory
+from mxcore.transfer.route.device_memory import allocation_regions, proven_device, release_devices
+from mxcore.transfer.route.routes import UcxPolicy
 from mxserver.wire import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.stand_in import StandIn

@@ -158,7 +158,7 @@ def test_oldest_dependencies_will_do(oldest: Path, tmp_path: Path) -> None:
         page, address = found
         code = (
             "import redis\nimport vllm_plugin, mxserver.store.redis, mxcore.cli.explain\n"
-            "from mxcore.settings import load_settings\nfrom mxcore.transfer.membership import Membership\n"
+            "from mxcore.settings import load_settings\nfrom mxcore.transfer.member.membership import Membership\n"
             "from mxserver.wire import p2p_pb2\n"
             f"member = Membership(load_settings({{'server_address': {address!r}}}), "
             "p2p_pb2.SourceIdentity(model_name='m'), 0, 'cpu')\n"

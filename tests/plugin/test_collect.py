@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout import build_layout
+from mxcore.transfer.layout.layout import build_layout
 from vllm_plugin.collect import MAXIMUM_DEPTH, Collected, collect, emptied, shown
 
 CPU = torch.device("cpu")

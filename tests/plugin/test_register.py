@@ -69,7 +69,7 @@ found["foreign name"] = loaders["mx"].__name__
 
 from vllm.config import LoadConfig
 from vllm_plugin import compat
-for name in ("mxcore.transfer.membership", "mxcore.digest"):
+for name in ("mxcore.transfer.member.membership", "mxcore.digest"):
     sys.modules[name] = None
 loader = once["mx"](LoadConfig(load_format="mx", model_loader_extra_config={"layout": "raw"}))
 compat.load_model = lambda loader, *arguments: [type(loader).__name__, loader.load_config.load_format]

@@ -15,7 +15,7 @@ WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptra
 HOLDER = """
 import sys
 from mxcore.process.attached_memory import allow_attaching
-from mxcore.transfer.same_host import ProbeTarget
+from mxcore.transfer.route.same_host import ProbeTarget
 target = ProbeTarget()
 print(target.to_proto().SerializeToString().hex(), flush=True)
 for _ in sys.stdin:
@@ -23,7 +23,7 @@ for _ in sys.stdin:
 """
 READER = """
 import sys
-from mxcore.transfer.same_host import can_read
+from mxcore.transfer.route.same_host import can_read
 from mxserver.wire import mx_pb2
 print(can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.argv[1]))))
 """

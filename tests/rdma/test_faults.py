@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from mxcore.errors import ChunksMissing
-from mxcore.transfer.receiver import FindMore
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.receiver import FindMore
 from tests.rdma.conftest import ENDS, Wire, packets_sent
 from tests.transfer.conftest import StartWorker
 from tests.transfer.memory import HostTensors, model_specs

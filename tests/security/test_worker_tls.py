@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import SourceUnreachable
-from mxcore.transfer.source_client import Source, SourceClient
-from mxcore.transfer.worker_service import WorkerServer
+from mxcore.transfer.move.source_client import Source, SourceClient
+from mxcore.transfer.serve.worker_service import WorkerServer
 from mxserver.wire.errors import SettingError
 from tests.security.authority import Authority
 from tests.transfer.conftest import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mxcore.process.attached_memory import AttachedReads
-from mxcore.transfer import attached_pull
-from mxcore.transfer.attached_pull import threads_of
+from mxcore.transfer.move import same_host as attached_pull
+from mxcore.transfer.move.same_host import threads_of
 from tests.transfer.conftest import StartWorker
 from tests.transfer.test_exchange import SEED, Target
 
@@ -41,7 +41,7 @@ def test_a_receiver_reads_by_as_many_threads_as_it_was_told(
             opened.append((threads, hashed))
 
     monkeypatch.setattr(attached_pull, "AttachedReads", Noted)
-    monkeypatch.setattr("mxcore.transfer.attached_pull.os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("mxcore.transfer.move.same_host.os.sched_getaffinity", lambda _: {0, 1, 2})
     target = Target("same-host", MX_SAME_HOST_THREADS=threads)
     target.receive(start_worker("same-host", seed=SEED).serve())
     assert target.is_right()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.transfer.chunks import Chunks, Segment
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.regions import PAGE_BYTES, merge_regions
+from mxcore.transfer.layout.chunks import Chunks, Segment
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.regions import PAGE_BYTES, merge_regions
 
 
 def layout_of(*extent_bytes: int) -> Layout:

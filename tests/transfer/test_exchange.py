@@ -23,11 +23,11 @@ from mxcore.errors import (
 from mxcore.nixl.agent import live_agents
 from mxcore.process.attached_memory import AttachedReads
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.transfer import attached_pull
-from mxcore.transfer.layout import LocalTensor, build_layout
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.receiver import FindMore, Receiver
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.layout.layout import LocalTensor, build_layout
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.move import same_host as attached_pull
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.receiver import FindMore, Receiver
 from tests.transfer.conftest import StartWorker
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mxcore.errors import ChunksMissing, LayoutMismatch
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.move.source_client import Source
 from mxserver.wire.errors import ServerUnreachable
 from tests.transfer.conftest import StartWorker, WorkerProcess, wait_for
 from tests.transfer.member import SEED, NewMember

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mxcore.cuda.context import Context
 from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
-from mxcore.transfer import device_memory
-from mxcore.transfer.agent_session import require_movable
-from mxcore.transfer.layout import Layout, LocalTensor, build_layout
+from mxcore.transfer.layout.layout import Layout, LocalTensor, build_layout
+from mxcore.transfer.move.agent_session import require_movable
+from mxcore.transfer.route import device_memory
 from mxserver.wire import mx_pb2
 from tests.transfer.memory import HostTensors, Spec, model_specs
 

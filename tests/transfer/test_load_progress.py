@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mxcore.transfer import load_progress
-from mxcore.transfer.load_progress import LoadReporter, Standing, peer_path
+from mxcore.transfer.receive import load_progress
+from mxcore.transfer.receive.load_progress import LoadReporter, Standing, peer_path
 from mxserver.wire import load_pb2
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
 from tests.transfer.conftest import wait_for

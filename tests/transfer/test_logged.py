@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from mxcore.transfer.logged import Trouble, logged
+from mxcore.transfer.receive.change_log import Trouble, logged
 from mxserver.wire.errors import ServerUnreachable
 
 log = logging.getLogger("tests.trouble")

@@ -9,8 +9,8 @@ import pytest
 
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
-from mxcore.transfer.layout import build_layout
-from mxcore.transfer.membership import Membership
+from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.member.membership import Membership
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable

@@ -20,8 +20,8 @@ from mxcore.nixl.agent import NixlAgent, Transfer, live_agents, live_transfers, 
 from mxcore.nixl.library import library_candidates
 from mxcore.nixl.mailbox import Mailbox
 from mxcore.process.c_environment import c_getenv
-from mxcore.transfer.agent_session import AgentSession, Move
-from mxcore.transfer.transports import ucx_environment
+from mxcore.transfer.move.agent_session import AgentSession, Move
+from mxcore.transfer.route.routes import ucx_environment
 from tests.transfer.conftest import ROOT, StartWorker, wait_for
 
 SIZE = 1 << 20

@@ -9,12 +9,12 @@ import pytest
 
 from mxcore.errors import ChunksMissing, DigestMismatch
 from mxcore.settings import load_settings
-from mxcore.transfer.layout import build_layout
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.partial import PartialReceive
-from mxcore.transfer.plan import SwarmPlan, all_chunks
-from mxcore.transfer.receiver import Receiver, ReceiveReport
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.layout.plan import SwarmPlan, all_chunks
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.partial import PartialReceive
+from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcore.transfer.plan import (
+from mxcore.transfer.layout.plan import (
     FEWEST_AT_MOST,
     FIRST_IN_FLIGHT,
     MOST_IN_FLIGHT,

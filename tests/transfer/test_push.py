@@ -11,7 +11,7 @@ import pytest
 
 from mxcore.errors import PeerLost, SourceRefused, TransferStalled
 from mxcore.nixl.mailbox import Mailbox
-from mxcore.transfer.movers import PullByWrite
+from mxcore.transfer.move.movers import PullByWrite
 from mxserver.wire import mx_pb2
 from tests.transfer.conftest import wait_for
 

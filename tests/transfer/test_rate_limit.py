@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxcore.transfer.rate_limit import RateLimit
+from mxcore.transfer.serve.rate_limit import RateLimit
 
 
 def test_without_a_limit_everything_goes() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.transfer import rdma_devices
-from mxcore.transfer.rdma_devices import (
+from mxcore.transfer.route import rdma_devices
+from mxcore.transfer.route.rdma_devices import (
     RdmaPort,
     pinnable_bytes,
     pinning_advice,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mxcore.transfer.heartbeat import Heartbeat
-from mxcore.transfer.record import Served, WorkerRecord
+from mxcore.transfer.member.heartbeat import Heartbeat
+from mxcore.transfer.member.record import Served, WorkerRecord
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import StaleEpoch, WireError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
-from mxcore.transfer.plan import Wanted, all_chunks
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.layout.plan import Wanted, all_chunks
+from mxcore.transfer.move.source_client import Source
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable
@@ -118,7 +118,7 @@ def test_without_nixl_each_holder_is_tried_once(
     new_member: NewMember, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is missing is missing here: asking again helps nobody, and fills the log."""
-    monkeypatch.setattr("mxcore.transfer.receiver._AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("mxcore.transfer.receive.receiver._AGAIN_SECONDS", 0.1)
     source = new_member(SEED).serve()
     alone = new_member(MX_NIXL_BACKEND="NOPE", MX_TCP_TRANSFER="nixl", MX_STALL_TIMEOUT_SECS=1)
     alone.membership.join()
@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_is_not_waited_for_long(
 ) -> None:
     alone = new_member()
     alone.membership.join()
-    monkeypatch.setattr("mxcore.transfer.membership._SERVER_AWAY_SECONDS", 1.0)
+    monkeypatch.setattr("mxcore.transfer.member.membership._SERVER_AWAY_SECONDS", 1.0)
 
     def away(self: ServerClient, *args: Any, **kwargs: Any) -> Any:
         raise ServerUnreachable("no answer within 3 s")

@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from mxcore.transfer.tcp_received import TcpReceived, tcp_received
+from mxcore.transfer.move.tcp_received import TcpReceived, tcp_received
 
 
 def descriptors() -> int:

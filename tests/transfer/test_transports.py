@@ -9,14 +9,14 @@ from typing import Literal
 import pytest
 
 from mxcore.process.c_environment import c_getenv
-from mxcore.transfer import transports
-from mxcore.transfer.same_host import ProbeTarget, can_read
-from mxcore.transfer.transports import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment
+from mxcore.transfer.route import routes as transports
+from mxcore.transfer.route.routes import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment
+from mxcore.transfer.route.same_host import ProbeTarget, can_read
 from mxserver.wire import mx_pb2
 from tests.transfer.conftest import ROOT
 
 READ_PROBE = (
-    "import sys; from mxcore.transfer.same_host import can_read; from mxserver.wire import mx_pb2; "
+    "import sys; from mxcore.transfer.route.same_host import can_read; from mxserver.wire import mx_pb2; "
     "sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.argv[1]))) else 3)"
 )
 

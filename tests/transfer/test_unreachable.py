@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from mxcore.errors import TransferError, TransferStalled
-from mxcore.transfer import transports
-from mxcore.transfer.agent_session import AgentSession, Move
-from mxcore.transfer.layout import build_layout
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.source_client import Source
-from mxcore.transfer.transports import Operation, UcxPolicy
+from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.move.agent_session import AgentSession, Move
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.route import routes as transports
+from mxcore.transfer.route.routes import Operation, UcxPolicy
 from tests.transfer.memory import HostTensors, identity, model_specs
 from tests.transfer.test_exchange import CHUNK_BYTES, SEED, Target, settings
 

@@ -10,11 +10,11 @@ import pytest
 
 from bench.demo import models
 from mxcore.settings import load_settings
-from mxcore.transfer.holder import Holder
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.membership import Membership
-from mxcore.transfer.plan import all_chunks
-from mxcore.transfer.source_client import SourceClient
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.plan import all_chunks
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.move.source_client import SourceClient
+from mxcore.transfer.serve.holder import Holder
 from mxserver.wire.client import ServerClient
 from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engines import EngineHost

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.layout.layout import Layout, Placement
 
 __all__ = ["CHUNK_BYTES", "Chunks", "Segment"]
 

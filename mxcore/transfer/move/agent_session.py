@@ -17,13 +17,13 @@ from mxcore.memory.descriptors import merge_adjoining
 from mxcore.nixl.agent import NixlAgent, Transfer
 from mxcore.nixl.mailbox import Mailbox
 from mxcore.nixl.table import notifies
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
-from mxcore.transfer.regions import Regions, merge_regions
-from mxcore.transfer.transports import Operation, UcxPolicy, ucx_environment
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.regions import Regions, merge_regions
+from mxcore.transfer.route.rdma_devices import pinning_advice, pins_too_little
+from mxcore.transfer.route.routes import Operation, UcxPolicy, ucx_environment
 
 if TYPE_CHECKING:
-    from mxcore.transfer.device_memory import ProvenDevice
+    from mxcore.transfer.route.device_memory import ProvenDevice
 
 __all__ = ["AgentSession", "Move", "require_movable"]
 
@@ -49,7 +49,7 @@ def require_movable(placement: Placement) -> None:
         LayoutUnsupported: device memory whose bytes cannot be checked or moved here; the message says what failed.
     """
     if placement.device_type != "cpu":
-        from mxcore.transfer.device_memory import proven_device  # the driver is asked for only where a device is
+        from mxcore.transfer.route.device_memory import proven_device  # the driver is asked for only where a device is
 
         proven_device(placement)
 
@@ -148,7 +148,7 @@ class AgentSession:
     def _regions(self, layout: Layout, placement: Placement) -> list[Regions]:
         if placement.device_type == "cpu":
             return merge_regions(placement, layout.extent_bytes)
-        from mxcore.transfer import device_memory
+        from mxcore.transfer.route import device_memory
 
         self._device = device_memory.proven_device(placement)
         self._local = device_memory.nixl_device(self._device.index)
@@ -196,7 +196,7 @@ class AgentSession:
     def _memory_kinds(self, move: Move) -> dict[str, Any]:
         remote: Mapping[str, int | bool] = {"device_index": 0, "device_memory": False}
         if move.remote_device is not None:
-            from mxcore.transfer.device_memory import nixl_device
+            from mxcore.transfer.route.device_memory import nixl_device
 
             remote = nixl_device(move.remote_device)
         return {

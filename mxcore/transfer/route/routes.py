@@ -3,7 +3,7 @@
 A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
 moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
 certain: on one host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read,
-`mxcore.transfer.same_host` and `same_device`), or where both sides have an RDMA port, by an agent without TCP and
+`mxcore.transfer.route.same_host` and `same_device`), or where both sides have an RDMA port, by an agent without TCP and
 without shared memory, over which UCX emulates a READ as well. Where that fails before the first byte, and everywhere
 else, host memory is sent over TCP connections of our own; the holder WRITEs by UCX what lies on a device, and where its
 chunk port is not reached.
@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mxcore.process.c_environment import c_getenv, c_setenv
-from mxcore.transfer.rdma_devices import pins_too_little, usable_ports
-from mxcore.transfer.same_host import can_read
+from mxcore.transfer.route.rdma_devices import pins_too_little, usable_ports
+from mxcore.transfer.route.same_host import can_read
 from mxserver.wire import mx_pb2
 
 __all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "ucx_environment"]
@@ -294,6 +294,6 @@ def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_inde
         return "the settings of this worker (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
     if not offer.HasField("device_probe"):
         return offer.no_device_read or "the holder offers none"
-    from mxcore.transfer.same_device import cannot_read  # opens the driver
+    from mxcore.transfer.route.same_device import cannot_read  # opens the driver
 
     return cannot_read(offer.device_probe, device_index)

@@ -15,9 +15,9 @@ from typing import Self
 
 from mxcore.errors import NotOneSided, PeerLost, TransferError
 from mxcore.process.attached_memory import AttachedReads
-from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.movers import LeaseKeeper
-from mxcore.transfer.source_client import SourceClient
+from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.move.movers import LeaseKeeper
+from mxcore.transfer.move.source_client import SourceClient
 
 __all__ = ["PullByAttach", "threads_of"]
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.sockets.socket_chunks import ChunkSender
-from mxcore.transfer.agent_session import AgentSession, Move, require_movable
-from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES
-from mxcore.transfer.chunks import CHUNK_BYTES, Chunks
-from mxcore.transfer.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.plan import Given, Wanted, all_chunks, set_to_bytes
-from mxcore.transfer.rate_limit import RateLimit
+from mxcore.transfer.layout.chunks import CHUNK_BYTES, Chunks
+from mxcore.transfer.layout.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.plan import Given, Wanted, all_chunks, set_to_bytes
+from mxcore.transfer.move.agent_session import AgentSession, Move, require_movable
+from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES
+from mxcore.transfer.serve.rate_limit import RateLimit
 
 __all__ = ["MOST_CONNECTIONS", "Answer", "Holder", "Lease"]
 

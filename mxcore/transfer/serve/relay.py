@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from mxcore.transfer.holder import Holder
-from mxcore.transfer.intake import Content
+from mxcore.transfer.receive.received_chunks import Content
+from mxcore.transfer.serve.holder import Holder
 from mxserver.wire.errors import MxError
 
 __all__ = ["ServedRelay"]

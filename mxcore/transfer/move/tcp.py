@@ -18,10 +18,10 @@ from typing import Self
 
 from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError, TransferStalled
 from mxcore.sockets.socket_chunks import SocketReads
-from mxcore.transfer.chunk_greeting import show_token
-from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.movers import LeaseKeeper
-from mxcore.transfer.source_client import SourceClient
+from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.move.chunk_greeting import show_token
+from mxcore.transfer.move.movers import LeaseKeeper
+from mxcore.transfer.move.source_client import SourceClient
 
 __all__ = ["PullBySocket", "connections_of"]
 

@@ -19,8 +19,8 @@ from mxcore.cuda.memory import DeviceBuffer, copy_to_device, copy_to_host
 from mxcore.cuda.stream import Stream
 from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.transfer.layout import Placement
-from mxcore.transfer.same_host import host_identity
+from mxcore.transfer.layout.layout import Placement
+from mxcore.transfer.route.same_host import host_identity
 from mxserver.wire import mx_pb2
 
 __all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "offer"]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import AgentSession
+from mxcore.transfer.move.agent_session import AgentSession
 from mxserver.wire.errors import MxError
 
 __all__ = ["SessionAhead"]

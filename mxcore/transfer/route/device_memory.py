@@ -24,10 +24,10 @@ from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlErr
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.nixl.agent import NixlAgent
 from mxcore.storage.plan.memory_limit import budget
-from mxcore.transfer.digests import DIGEST_BYTES, MIXSUM
-from mxcore.transfer.layout import Placement
-from mxcore.transfer.regions import Regions, merge_regions
-from mxcore.transfer.transports import UcxPolicy, ucx_environment
+from mxcore.transfer.layout.digests import DIGEST_BYTES, MIXSUM
+from mxcore.transfer.layout.layout import Placement
+from mxcore.transfer.layout.regions import Regions, merge_regions
+from mxcore.transfer.route.routes import UcxPolicy, ucx_environment
 
 __all__ = ["ProvenDevice", "allocation_regions", "nixl_device", "proven_device", "release_devices"]
 
@@ -56,7 +56,7 @@ class DeviceDigester:
     def many(
         self, kind: str, addresses: array[int], lengths: array[int], starts: array[int], *, threads: int = 1
     ) -> bytes:
-        """See mxcore.transfer.digests.Digester. mixsum-64 is made on the device, xxh3-64 of a copy in host memory."""
+        """See mxcore.transfer.layout.digests.Digester. mixsum-64 is made on the device, xxh3-64 of a copy in host memory."""
         self.context.synchronize()
         if kind == MIXSUM:
             return self._digest.many(addresses, lengths, starts)

@@ -16,19 +16,19 @@ import grpc
 
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process.attached_memory import allow_attaching
-from mxcore.transfer.chunk_listener import ChunkListener
-from mxcore.transfer.holder import Holder
-from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
-from mxcore.transfer.same_host import ProbeTarget
-from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
-from mxcore.transfer.transports import UcxPolicy
+from mxcore.transfer.layout.plan import Wanted, set_from_bytes, set_to_bytes
+from mxcore.transfer.layout.scalars import scalars_digest, scalars_to_proto
+from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.route.same_host import ProbeTarget
+from mxcore.transfer.serve.chunk_listener import ChunkListener
+from mxcore.transfer.serve.holder import Holder
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:
-    from mxcore.transfer.same_device import DeviceProbeTarget
+    from mxcore.transfer.route.same_device import DeviceProbeTarget
 
 __all__ = ["WorkerServer"]
 
@@ -151,7 +151,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._device_probe: DeviceProbeTarget | None = None
         self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
         if self._holder.placement.device_type != "cpu" and policy.reads_devices:
-            from mxcore.transfer import same_device  # opens the driver
+            from mxcore.transfer.route import same_device  # opens the driver
 
             self._device_probe, self._no_device_read = same_device.offer(self._holder.placement)
             if self._no_device_read:

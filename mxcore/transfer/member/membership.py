@@ -12,23 +12,23 @@ from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_movable
-from mxcore.transfer.chunks import CHUNK_BYTES
-from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
-from mxcore.transfer.holder import LEASE_SECONDS, Holder
-from mxcore.transfer.intake import Content, Progress
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.load_progress import LoadPath, Way
-from mxcore.transfer.logged import Trouble, logged
-from mxcore.transfer.plan import all_chunks
-from mxcore.transfer.receiver import Receiver, ReceiveReport
-from mxcore.transfer.record import Served, WorkerRecord
-from mxcore.transfer.relay import ServedRelay
-from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.source_client import Source
-from mxcore.transfer.storage_turn import StorageTurn
-from mxcore.transfer.transports import UcxPolicy
-from mxcore.transfer.worker_service import WorkerServer
+from mxcore.transfer.layout.chunks import CHUNK_BYTES
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.plan import all_chunks
+from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
+from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.storage_election import StorageTurn
+from mxcore.transfer.move.agent_session import require_movable
+from mxcore.transfer.move.session_ahead import SessionAhead
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.change_log import Trouble, logged
+from mxcore.transfer.receive.load_progress import LoadPath, Way
+from mxcore.transfer.receive.received_chunks import Content, Progress
+from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
+from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.serve.holder import LEASE_SECONDS, Holder
+from mxcore.transfer.serve.relay import ServedRelay
+from mxcore.transfer.serve.worker_service import WorkerServer
 from mxserver.wire import load_pb2, mx_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import MxError, ServerRefused, WireError

@@ -27,17 +27,17 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_movable
-from mxcore.transfer.chunks import CHUNK_BYTES
-from mxcore.transfer.holder_pull import HolderPull
-from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.load_progress import Standing, Way, peer_path
-from mxcore.transfer.logged import Trouble
-from mxcore.transfer.partial import PartialReceive
-from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.source_client import Source
-from mxcore.transfer.transports import Route, UcxPolicy
+from mxcore.transfer.layout.chunks import CHUNK_BYTES
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.move.agent_session import require_movable
+from mxcore.transfer.move.session_ahead import SessionAhead
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.change_log import Trouble
+from mxcore.transfer.receive.holder_pull import HolderPull
+from mxcore.transfer.receive.load_progress import Standing, Way, peer_path
+from mxcore.transfer.receive.partial import PartialReceive
+from mxcore.transfer.receive.received_chunks import Content, Intake, OtherContent, Progress
+from mxcore.transfer.route.routes import Route, UcxPolicy
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 

@@ -16,10 +16,10 @@ from typing import Any, Self
 import grpc
 
 from mxcore.errors import NotOneSided, SourceRefused, TransferError, TransferStalled
-from mxcore.transfer.agent_session import AgentSession, Move
-from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.source_client import SourceClient
-from mxcore.transfer.tcp_received import TcpReceived
+from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.move.agent_session import AgentSession, Move
+from mxcore.transfer.move.source_client import SourceClient
+from mxcore.transfer.move.tcp_received import TcpReceived
 
 __all__ = ["LeaseKeeper", "PullByRead", "PullByWrite"]
 

@@ -27,17 +27,17 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import AgentSession
-from mxcore.transfer.attached_pull import PullByAttach
-from mxcore.transfer.chunk_greeting import TOKEN_BYTES
-from mxcore.transfer.intake import Intake
-from mxcore.transfer.movers import PullByRead, PullByWrite
-from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
-from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.socket_pull import PullBySocket
-from mxcore.transfer.source_client import PendingCall, Source, SourceClient
-from mxcore.transfer.tcp_received import TcpReceived
-from mxcore.transfer.transports import Route, UcxPolicy, choose_route
+from mxcore.transfer.layout.plan import Wanted, all_chunks, set_from_bytes
+from mxcore.transfer.move.agent_session import AgentSession
+from mxcore.transfer.move.chunk_greeting import TOKEN_BYTES
+from mxcore.transfer.move.movers import PullByRead, PullByWrite
+from mxcore.transfer.move.same_host import PullByAttach
+from mxcore.transfer.move.session_ahead import SessionAhead
+from mxcore.transfer.move.source_client import PendingCall, Source, SourceClient
+from mxcore.transfer.move.tcp import PullBySocket
+from mxcore.transfer.move.tcp_received import TcpReceived
+from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.route.routes import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
 
 __all__ = ["HolderPull"]

@@ -6,8 +6,8 @@ from array import array
 from typing import Protocol, Self
 
 from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
-from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.layout import Placement
+from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.layout.layout import Placement
 
 __all__ = ["DIGEST_BYTES", "KINDS", "MIXSUM", "XXH3", "ChunkDigests", "Digester", "chunk_digests", "digester_of"]
 
@@ -81,7 +81,9 @@ def digester_of(placement: Placement) -> Digester:
     """Who makes the digests of a placement's memory. Raises LayoutUnsupported for memory that nobody can check."""
     if placement.device_type == "cpu":
         return HostDigester()
-    from mxcore.transfer.device_memory import proven_device  # the driver is asked for only where there is device memory
+    from mxcore.transfer.route.device_memory import (
+        proven_device,
+    )  # the driver is asked for only where there is device memory
 
     return proven_device(placement).digester
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 
-from mxcore.transfer.source_client import Source
+from mxcore.transfer.move.source_client import Source
 from mxserver.wire import p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.source_id import canonical_json

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
-from mxcore.transfer.plan import Wanted, set_to_bytes
+from mxcore.transfer.layout.plan import Wanted, set_to_bytes
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.closing import Closing

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
-from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, digester_of
-from mxcore.transfer.layout import Layout, Placement
-from mxcore.transfer.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
-from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
+from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.layout.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, digester_of
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
+from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto
 from mxserver.wire import mx_pb2
 
 __all__ = ["Content", "Intake", "OtherContent", "Progress"]

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mxcore.transfer.heartbeat import Heartbeat
-from mxcore.transfer.load_progress import LoadReporter
-from mxcore.transfer.logged import logged
+from mxcore.transfer.member.heartbeat import Heartbeat
+from mxcore.transfer.receive.change_log import logged
+from mxcore.transfer.receive.load_progress import LoadReporter
 from mxserver.wire import load_pb2, p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.errors import ServerRefused, StaleEpoch, WireError

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from mxcore.errors import DigestMismatch
-from mxcore.transfer.intake import Intake
-from mxcore.transfer.plan import chunk_set
+from mxcore.transfer.layout.plan import chunk_set
+from mxcore.transfer.receive.received_chunks import Intake
 
 __all__ = ["PartialReceive"]
 

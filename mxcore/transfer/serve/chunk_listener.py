@@ -13,8 +13,8 @@ import threading
 from contextlib import suppress
 
 from mxcore.errors import TransferError
-from mxcore.transfer.chunk_greeting import expect_token
-from mxcore.transfer.holder import MOST_CONNECTIONS, Holder
+from mxcore.transfer.move.chunk_greeting import expect_token
+from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
 from mxserver.wire.errors import SettingError
 
 __all__ = ["ChunkListener"]

@@ -1,0 +1,1 @@
+"""A worker's life in a fleet: join, find sources, receive, serve, drain."""

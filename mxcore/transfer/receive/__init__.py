@@ -1,0 +1,1 @@
+"""Receiving weights from several holders at once, and what is told of it."""

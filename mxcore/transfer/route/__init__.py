@@ -1,0 +1,1 @@
+"""Which ways bytes can take between two workers, each proven by use, and devices that are proven."""

@@ -1,0 +1,1 @@
+"""Serving weights to other workers, under leases, complete or while they are still received."""
