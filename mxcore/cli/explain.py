@@ -29,8 +29,8 @@ Examples:
 @click.pass_context
 def explain(context: click.Context, model: str | None, server: str | None, as_json: bool) -> None:
     """Where a worker here would take MODEL's weights from, in order, and why."""
+    from mxcore.cli.load_probes import Probe, probe
     from mxcore.load_ladder import RUNGS
-    from mxcore.load_probes import Probe, probe
     from mxcore.settings import load_settings
 
     logging.basicConfig(format="mx: %(message)s", level=logging.WARNING)
