@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.cli import doctor_machine, doctor_probes, doctor_server
 from mxcore.cli.connection import Connection
-from mxcore.cli.findings import Finding, failed
+from mxcore.cli.doctor import machine as doctor_machine
+from mxcore.cli.doctor import probes as doctor_probes
+from mxcore.cli.doctor import server as doctor_server
+from mxcore.cli.doctor.findings import Finding, failed
 from tests.cli.mx_process import mx
 from tests.web.conftest import WebServer, start_web, web
 

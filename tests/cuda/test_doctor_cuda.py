@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mxcore.cli import doctor_cuda
+from mxcore.cli.doctor import cuda as doctor_cuda
 from mxcore.errors import CuFileMissing
 from mxcore.storage.load import cufile_trial, device_direct
 from mxcore.transfer.route.routes import UcxPolicy

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from mxcore.cli import doctor_machine
+from mxcore.cli.doctor import machine as doctor_machine
 from mxcore.errors import NixlError
 from mxcore.transfer.layout.layout import build_layout
 from mxcore.transfer.member.membership import Membership

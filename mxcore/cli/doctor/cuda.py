@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from mxcore.cli.findings import Finding
+from mxcore.cli.doctor.findings import Finding
 
 _SECONDS = 120.0  # a first context on a machine with many GPUs takes a while
 _PINNED_BYTES = 64 * 1024 * 1024
@@ -16,7 +16,7 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 def all_findings() -> list[Finding]:
     """Driver and devices, pinned memory, what a worker would prove, cuda_ipc, GPUDirect Storage."""
-    command = [sys.executable, "-m", "mxcore.cli.doctor_cuda"]
+    command = [sys.executable, "-m", "mxcore.cli.doctor.cuda"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     except subprocess.TimeoutExpired:

@@ -12,7 +12,7 @@ import resource
 from pathlib import Path
 
 import mxcore
-from mxcore.cli.findings import Finding
+from mxcore.cli.doctor.findings import Finding
 from mxcore.transfer.route.rdma_devices import pinnable_bytes, pins_too_little, rdma_ports, usable_ports
 
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture

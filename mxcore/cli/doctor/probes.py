@@ -1,6 +1,6 @@
 """`mx doctor`: what is only known once it is tried, each in a process of its own: a native library may crash or hang.
 
-`python -m mxcore.cli.doctor_probes NAME` is such a process.
+`python -m mxcore.cli.doctor.probes NAME` is such a process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mxcore.cli.findings import Finding
+from mxcore.cli.doctor.findings import Finding
 from mxcore.errors import NixlMissing
 
 PROBE_SECONDS = 30.0
@@ -72,7 +72,7 @@ def all_findings() -> list[Finding]:
 
 
 def _command(name: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "mxcore.cli.doctor_probes", name]  # the last line is the reason
+    return [sys.executable, "-W", "ignore", "-m", "mxcore.cli.doctor.probes", name]  # the last line is the reason
 
 
 def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:

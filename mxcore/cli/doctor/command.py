@@ -33,8 +33,19 @@ Examples:
 @json_option
 def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
     """What works on this machine, what does not, and what to do about it."""
-    from mxcore.cli import doctor_cuda, doctor_machine, doctor_probes, doctor_server
-    from mxcore.cli.findings import failed
+    from mxcore.cli.doctor import (
+        cuda as doctor_cuda,
+    )
+    from mxcore.cli.doctor import (
+        machine as doctor_machine,
+    )
+    from mxcore.cli.doctor import (
+        probes as doctor_probes,
+    )
+    from mxcore.cli.doctor import (
+        server as doctor_server,
+    )
+    from mxcore.cli.doctor.findings import failed
 
     findings = [
         *doctor_machine.all_findings(),
