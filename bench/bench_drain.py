@@ -21,8 +21,8 @@ import click
 import grpc
 
 from bench.control.processes import Server
-from mxserver.wire import p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="bench/drain")
 READY = p2p_pb2.SOURCE_STATUS_READY

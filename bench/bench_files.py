@@ -28,12 +28,12 @@ from pathlib import Path
 import click
 import grpc
 
-from mxserver.wire import model_pb2
-from mxserver.wire.channels import channel_options
-from mxserver.wire.file_chunk import ChunkReader
-from mxserver.wire.model_client import ModelClient, provider_of
-from mxserver.wire.model_stream import METHOD
-from mxserver.wire.stream_call import StreamConnection
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.files.file_chunk import ChunkReader
+from mxserver.wire.files.model_client import ModelClient, provider_of
+from mxserver.wire.files.model_stream import METHOD
+from mxserver.wire.files.stream_call import StreamConnection
+from mxserver.wire.proto import model_pb2
 
 MIB = 1024 * 1024
 BARE = "/mx.bench.Bare/Stream"

@@ -22,9 +22,9 @@ import click
 
 from bench.control.processes import Redis, Server
 from bench.free_ports import free_port
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable, WireError
+from mxserver.wire.proto import p2p_pb2
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="bench/kills")

@@ -24,7 +24,7 @@ from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
 from mxcore.transfer.move import same_host as attached_pull
 from mxcore.transfer.move.same_host import threads_of
 from mxcore.transfer.receive.received_chunks import Intake
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 

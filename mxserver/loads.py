@@ -14,7 +14,7 @@ from mxserver.events import Events, bounded
 from mxserver.metrics import Metrics, path_label
 from mxserver.store.clock import Clock
 from mxserver.store.interface import RecordKey, Status
-from mxserver.wire import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, p2p_pb2
 
 RATE_WINDOW_SECONDS = 10.0
 KEPT_LOADS = 30

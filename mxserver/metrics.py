@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from mxserver import __version__
-from mxserver.wire import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, p2p_pb2
 
 Kind = Literal["counter", "gauge", "histogram"]
 

@@ -31,8 +31,8 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Leases, SourceStore
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
 from mxserver.wire.errors import MxError
+from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
 

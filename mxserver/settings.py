@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
-from mxserver.wire.channels import MAX_MESSAGE_BYTES
-from mxserver.wire.credentials import ServerTls
+from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
+from mxserver.wire.calls.credentials import ServerTls
 from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
 

@@ -1,4 +1,4 @@
-"""Makes mxserver/wire/*_pb2*.py from the .proto files. Run by `make stubs`; the results are committed.
+"""Makes mxserver/wire/proto/*_pb2*.py from the .proto files. Run by `make stubs`; the results are committed.
 
 The generator is old on purpose: stubs of a newer protoc refuse to import under protobuf 5, which vLLM images
 still carry (tests/wire/test_protobuf_versions.py holds the range).
@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WIRE = ROOT / "mxserver" / "wire"
+WIRE = ROOT / "mxserver" / "wire" / "proto"
 GENERATOR = ["grpcio-tools==1.66.2", "mypy-protobuf==3.6.0", "setuptools<81"]
 
 
@@ -25,7 +25,7 @@ def own_pool(stub: str, text: str) -> str:
     """The stub's text with the wire's own descriptor pool instead of protobuf's default one."""
     text = text.replace(
         "from google.protobuf import descriptor_pool as _descriptor_pool\n",
-        "from mxserver.wire import descriptor_pool as _wire_pool\n",
+        "from mxserver.wire.proto import descriptor_pool as _wire_pool\n",
     )
     text, count = re.subn(r"_descriptor_pool\.Default\(\)", "_wire_pool.POOL", text)
     if count != 1:
@@ -50,7 +50,7 @@ def main() -> None:
             cwd=ROOT,
             env={"PATH": f"{environment / 'bin'}:/usr/bin:/bin"},
         )
-        for stub in sorted((made / "mxserver" / "wire").iterdir()):
+        for stub in sorted((made / "mxserver" / "wire" / "proto").iterdir()):
             if stub.name.endswith("_pb2.py"):
                 stub.write_text(own_pool(stub.name, stub.read_text()))
             stub.rename(WIRE / stub.name)

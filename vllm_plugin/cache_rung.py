@@ -18,9 +18,9 @@ from mxcore.storage.remote.hub_folder import hub_cache
 from mxcore.storage.remote.remote_folder import BATCH_BYTES, open_remote, remote_digest, stream_remote
 from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
 from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
-from mxserver.wire import load_pb2
 from mxserver.wire.errors import DiskFull, ModelNotFound
-from mxserver.wire.model_client import ModelClient, ModelFiles
+from mxserver.wire.files.model_client import ModelClient, ModelFiles
+from mxserver.wire.proto import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import find_checkpoint, model_name
 from vllm_plugin.remote_loader import FolderLoader, RemoteLoader

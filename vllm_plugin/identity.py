@@ -20,7 +20,7 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from mxcore.storage.checkpoint.content_digest import checkpoint_digest
 from mxcore.transfer.member.membership import PROTOCOL_VERSION
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import Checkpoint, model_name
 

@@ -26,8 +26,8 @@ from mxcore.storage.plan.progress import Progress
 from mxcore.transfer.member.membership import Membership
 from mxcore.transfer.receive.load_progress import LoadPath
 from mxcore.transfer.receive.receiver import ReceiveReport
-from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import MxError
+from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat, serving
 from vllm_plugin.checkpoint import find_checkpoint
 from vllm_plugin.identity import source_identity, worker_rank

@@ -17,7 +17,7 @@ from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
 from mxcore.transfer.move.source_client import Source
 from mxcore.transfer.receive.receiver import ReceiveReport
-from mxserver.wire import load_pb2
+from mxserver.wire.proto import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.cache_rung import CacheRung
 from vllm_plugin.missing_chunks import fill_missing

@@ -20,7 +20,7 @@ from mxcore.storage.remote.model_uri import OBJECT_SCHEMES, parse_model_uri
 from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.remote.remote_folder import RemoteFolder, pull_small_files
 from mxserver.wire.errors import MxError
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
 
 __all__ = ["prepare", "prepare_offline"]
 

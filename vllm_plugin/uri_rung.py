@@ -16,7 +16,7 @@ from mxcore.storage.remote.model_uri import ModelUri, missing_packages, parse_mo
 from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.remote.remote_folder import BATCH_BYTES, open_remote, remote_digest, stream_remote
 from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
-from mxserver.wire import load_pb2
+from mxserver.wire.proto import load_pb2
 from vllm_plugin import compat
 from vllm_plugin.checkpoint import Checkpoint, find_checkpoint
 from vllm_plugin.remote_loader import FolderLoader, RemoteLoader

@@ -17,7 +17,7 @@ from mxcore.transfer.move.chunk_greeting import show_token
 from mxcore.transfer.receive.received_chunks import Intake
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 CHUNK_BYTES = 64 << 10
 CHUNKS = 256

@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 
-from mxserver.wire import p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 CALL_SECONDS = 30.0
 CANDIDATES = 16  # as many as a real worker lists

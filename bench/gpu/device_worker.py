@@ -29,8 +29,8 @@ from mxcore.transfer.layout.layout import LocalTensor, build_layout
 from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
 from mxcore.transfer.route.device_memory import release_devices
 from mxcore.transfer.route.routes import UcxPolicy
-from mxserver.wire import p2p_pb2
 from mxserver.wire.errors import MxError
+from mxserver.wire.proto import p2p_pb2
 
 FILL_BYTES = 8 << 20  # of random bytes, repeated over a tensor
 SMALL_TENSORS = 60

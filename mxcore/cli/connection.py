@@ -15,7 +15,7 @@ from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:
-    from mxserver.wire.credentials import ClientCredentials
+    from mxserver.wire.calls.credentials import ClientCredentials
 
 _FLAGS = {
     "tls_ca": ("--tls-ca", "MX_TLS_CA_FILE"),
@@ -53,7 +53,7 @@ class Connection:
     @property
     def credentials(self) -> ClientCredentials:
         """What to trust and to show. Raises SettingError."""
-        from mxserver.wire.credentials import ClientCredentials
+        from mxserver.wire.calls.credentials import ClientCredentials
 
         return ClientCredentials.from_environ({**os.environ, **self.flags})
 

@@ -41,8 +41,8 @@ def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
 
 def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     from mxcore.nixl.agent import load_library
-    from mxserver.wire import p2p_pb2
-    from mxserver.wire.client import ServerClient
+    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.proto import p2p_pb2
 
     if settings.server_address is None:
         return "skip", "no server is set (MODEL_EXPRESS_URL)"
@@ -60,8 +60,8 @@ def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxserver.wire import p2p_pb2
-    from mxserver.wire.client import ServerClient
+    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.proto import p2p_pb2
 
     if settings.server_address is None:
         return "skip", "no server is set (MODEL_EXPRESS_URL)"
@@ -95,7 +95,7 @@ def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     from mxcore.storage.remote.server_cache import has_weights, same_files_here
     from mxserver.wire.errors import ModelNotFound
-    from mxserver.wire.model_client import ModelClient
+    from mxserver.wire.files.model_client import ModelClient
 
     if settings.server_address is None:
         return "skip", "no server is set (MODEL_EXPRESS_URL)"

@@ -17,8 +17,8 @@ from mxcore.cli.connection import Connection, connection_options
 from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
 
 if TYPE_CHECKING:
-    from mxserver.wire import model_pb2
-    from mxserver.wire.model_client import ModelClient
+    from mxserver.wire.files.model_client import ModelClient
+    from mxserver.wire.proto import model_pb2
 
 EXIT_FAILED = 1
 EXIT_UNREACHABLE = 3
@@ -69,7 +69,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @contextmanager
 def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterator[ModelClient]:
     """A client; errors end the command with their exit code and one line."""
-    from mxserver.wire.model_client import ModelClient
+    from mxserver.wire.files.model_client import ModelClient
 
     try:
         connection: Connection = context.obj
@@ -173,7 +173,7 @@ def get(
 @click.pass_context
 def list_models(context: click.Context, as_json: bool) -> None:
     """What the server's cache holds."""
-    from mxserver.wire import model_pb2
+    from mxserver.wire.proto import model_pb2
 
     with _client(context) as client:
         answer = client.cached_models()

@@ -14,7 +14,7 @@ from mxcore.cli.models import EXIT_FAILED, EXIT_UNREACHABLE
 from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
 
 if TYPE_CHECKING:
-    from mxserver.wire.client import ServerClient
+    from mxserver.wire.calls.client import ServerClient
 
 EXIT_USAGE = 2
 CALL_SECONDS = 10.0
@@ -25,7 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @contextmanager
 def server_client(connection: Connection) -> Iterator[ServerClient]:
     """A client; an error ends the command with one line and its exit code."""
-    from mxserver.wire.client import ServerClient
+    from mxserver.wire.calls.client import ServerClient
 
     try:
         with ServerClient(

@@ -18,9 +18,9 @@ from mxcore.cli.server_calls import bytes_text, duration, json_option, server_cl
 from mxserver.wire.address import split_scheme
 
 if TYPE_CHECKING:
-    from mxserver.wire import p2p_pb2
-    from mxserver.wire.client import ServerClient
-    from mxserver.wire.credentials import ClientCredentials
+    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.calls.credentials import ClientCredentials
+    from mxserver.wire.proto import p2p_pb2
 
 EXIT_NOT_WELL = 1
 DEFAULT_METRICS_PORT = 9401
@@ -85,7 +85,7 @@ STATE_NAMES = ("ready", "initializing", "stale")
 
 def instances_by_state(client: ServerClient, **filters: Any) -> dict[str, list[p2p_pb2.SourceInstanceRef]]:
     """A list does not tell the states, so each is asked for."""
-    from mxserver.wire import p2p_pb2
+    from mxserver.wire.proto import p2p_pb2
 
     return {
         name: client.list_sources(status=p2p_pb2.SourceStatus.Value(f"SOURCE_STATUS_{name.upper()}"), **filters)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full, write_all
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store

@@ -18,7 +18,7 @@ from mxserver.models.names import Provider
 from mxserver.models.object_download import ObjectSource
 from mxserver.models.source import ModelSource
 from mxserver.models.transfer import RetryPolicy
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
 

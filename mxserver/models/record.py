@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxserver.models.names import ModelKey, model_name
-from mxserver.wire import model_pb2
 from mxserver.wire.errors import MxError
+from mxserver.wire.proto import model_pb2
 from mxserver.wire.relative_path import path_problem
 
 VERSION = 1

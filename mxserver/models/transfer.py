@@ -23,7 +23,7 @@ from mxserver.models.errors import CacheFull, DownloadFailed, DownloadInterrupte
 from mxserver.models.lease import Lease
 from mxserver.models.record import FileRecord, ModelRecord, sync_folder
 from mxserver.models.source import ModelSource, RemoteFile, RemoteModel, is_disk_full
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from mxserver.models.names import checked_revision, model_name
 from mxserver.models.opened import OpenCache
 from mxserver.models.record import FileRecord
 from mxserver.services.model import refuse
-from mxserver.wire import cache_pb2, cache_pb2_grpc
+from mxserver.wire.proto import cache_pb2, cache_pb2_grpc
 from mxserver.wire.relative_path import open_regular_below
 
 SERVICE = "model_express.mx.CacheService"

@@ -17,7 +17,7 @@ import grpc
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceStore
-from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2
+from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
 __all__ = ["FleetService", "StorageTurns", "TurnKey"]
 

@@ -22,8 +22,8 @@ from mxserver.models.names import ModelKey, ModelName, checked_revision, is_comm
 from mxserver.models.opened import OpenCache
 from mxserver.models.record import ModelRecord
 from mxserver.models.transfer import Stopped
-from mxserver.wire import model_pb2
-from mxserver.wire.client import ERROR_CODE_METADATA
+from mxserver.wire.calls.client import ERROR_CODE_METADATA
+from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
 

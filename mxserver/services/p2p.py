@@ -20,10 +20,10 @@ from mxserver.security.roles import current_owner
 from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
-from mxserver.wire import p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.client import ERROR_CODE_METADATA
+from mxserver.wire.calls.client import ERROR_CODE_METADATA
+from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import MxError, StaleEpoch
-from mxserver.wire.source_id import source_id
+from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 Service = TypeVar("Service")
 Request = TypeVar("Request")

@@ -9,7 +9,7 @@ import grpc
 import mxserver
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import SourceStore
-from mxserver.wire import api_pb2, api_pb2_grpc, health_pb2, health_pb2_grpc
+from mxserver.wire.proto import api_pb2, api_pb2_grpc, health_pb2, health_pb2_grpc
 
 
 class HealthService(health_pb2_grpc.HealthServiceServicer):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from mxserver.store.clock import Clock
 from mxserver.store.index import STALE, RecordIndex, require_epoch, require_owner, unknown
 from mxserver.store.interface import Publication, RecordKey, SourceRecord, Status
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING

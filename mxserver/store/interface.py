@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 Status: TypeAlias = p2p_pb2.SourceStatus.ValueType
 

@@ -27,7 +27,7 @@ from mxserver.store.index import not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.redis_link import RedisLink
 from mxserver.store.redis_updates import Update, Updates
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 _LOG = logging.getLogger(__name__)
 

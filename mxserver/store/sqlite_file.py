@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from mxserver.store.batch import Batch
 from mxserver.store.errors import StoreTooNew, StoreUnavailable, StoreUnusable
 from mxserver.store.interface import RecordKey, SourceRecord
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 APPLICATION_ID = 0x4D585352  # "MXSR"
 SCHEMA_VERSION = 2

@@ -9,7 +9,7 @@ from typing import Any
 from mxserver.events import bounded
 from mxserver.metrics import CacheObservation
 from mxserver.models.opened import OpenCache
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 
 LONGEST_MESSAGE = 200
 

@@ -20,7 +20,7 @@ from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceRecord, SourceStore
 from mxserver.web.cache_view import CacheView
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 Json = dict[str, Any]
 

@@ -28,7 +28,7 @@ from mxcore.transfer.route import same_device, same_host
 from mxcore.transfer.route.device_memory import release_devices
 from mxcore.transfer.route.routes import UcxPolicy, choose_route
 from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_export, cannot_read
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.holder import SEED, member
 from tests.cuda.stand_in import ROOT, StandIn

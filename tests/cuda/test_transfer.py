@@ -32,7 +32,7 @@ from mxcore.transfer.receive.received_chunks import Intake
 from mxcore.transfer.route import device_memory
 from mxcore.transfer.route.device_memory import allocation_regions, proven_device, release_devices
 from mxcore.transfer.route.routes import UcxPolicy
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.stand_in import StandIn
 from tests.transfer.memory import HostTensors, identity, model_specs

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from mxserver.metrics import DEFINITIONS
-from mxserver.wire import load_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.proto import load_pb2
 from tests.web.conftest import INITIALIZING, WebServer, publish, start_web
 
 __all__ = ["start_web"]  # a fixture

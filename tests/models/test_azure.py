@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from mxserver.wire.errors import ModelDownloadError, ModelNotFound
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
 from tests.models.conftest import FILE_DIGESTS, FILES, StartServer, digest_of, files_below, pattern
 
 AZURITE = shutil.which("azurite-blob")

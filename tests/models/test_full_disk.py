@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from mxcore.cli.models import models
 from mxserver.wire.errors import DiskFull
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
 from tests.models.conftest import FILE_DIGESTS, REPOSITORY, StartServer, digests_of, files_below, pattern
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire import model_pb2
 from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import (
     FILE_DIGESTS,
     FILES,

@@ -14,8 +14,8 @@ from mxserver.models.eviction import Candidate, Limits, Room, evictable_bytes, e
 from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.models.names import ModelKey, model_name
 from mxserver.settings import parse_bytes
-from mxserver.wire import model_pb2
-from mxserver.wire.file_chunk import BadMessage, split_chunk
+from mxserver.wire.files.file_chunk import BadMessage, split_chunk
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import digest_of
 
 CHUNKS = st.builds(

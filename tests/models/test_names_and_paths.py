@@ -15,7 +15,7 @@ from mxserver.models.cache_layout import CacheLayout, check_paths
 from mxserver.models.errors import BadModelName, UnsafePath
 from mxserver.models.names import ModelKey, checked_revision, is_weight, model_name
 from mxserver.models.record import BadRecord, FileRecord, ModelRecord, record_from_json
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 from mxserver.wire.relative_path import MAX_PATH_BYTES, open_regular_below, path_problem, rename_below
 
 HF = model_pb2.HUGGING_FACE

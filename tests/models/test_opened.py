@@ -26,9 +26,9 @@ from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
 from mxserver.settings import default_cache_directory
-from mxserver.wire import model_pb2
 from mxserver.wire.errors import ServerRefused
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, files_below
 from tests.server.conftest import ServerProcess
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire import model_pb2
 from mxserver.wire.errors import WireError
-from mxserver.wire.model_client import ModelClient
-from mxserver.wire.stream_call import StreamConnection
+from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.files.stream_call import StreamConnection
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import (
     FILE_DIGESTS,
     FILES,

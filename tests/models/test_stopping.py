@@ -17,7 +17,7 @@ from mxserver.models.folder_download import FolderSource
 from mxserver.models.names import ModelName, model_name
 from mxserver.models.source import RemoteFile, RemoteModel
 from mxserver.models.transfer import RetryPolicy, Stopped
-from mxserver.wire import model_pb2
+from mxserver.wire.proto import model_pb2
 
 
 class SilentSource:

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxserver.wire import model_pb2
-from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.calls.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, SettingError
-from mxserver.wire.file_chunk import ChunkReader
-from mxserver.wire.stream_call import CallFailed, StreamConnection
+from mxserver.wire.files.file_chunk import ChunkReader
+from mxserver.wire.files.stream_call import CallFailed, StreamConnection
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import pattern
 from tests.security.authority import Authority
 

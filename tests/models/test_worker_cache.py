@@ -14,7 +14,7 @@ from mxcore.errors import StorageError
 from mxcore.storage.checkpoint.content_digest import checkpoint_digest
 from mxcore.storage.remote.remote_folder import RemoteRange, open_remote, remote_digest, stream_remote
 from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
-from mxserver.wire.model_client import ModelClient, ModelFiles
+from mxserver.wire.files.model_client import ModelClient, ModelFiles
 from tests.models.conftest import StartServer
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy
@@ -104,7 +104,7 @@ def test_small_files_first_and_weights_later_in_the_same_snapshot(
 FETCH = """
 import sys
 from pathlib import Path
-from mxserver.wire.model_client import ModelClient
+from mxserver.wire.files.model_client import ModelClient
 with ModelClient(sys.argv[1]) as client:
     got = []
     client.fetch_to_hub_cache(sys.argv[2], Path(sys.argv[3]), on_bytes=got.append)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bench.demo.workers import Server
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.proto import p2p_pb2
 from vllm_plugin.last_will import Record, say_goodbye
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without 
 MEMBER = """
 import multiprocessing, os, signal, sys, time
 from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from vllm_plugin import serving
 from vllm_plugin.last_will import Record
 

@@ -12,7 +12,7 @@ from mxcore.transfer.layout.chunks import Chunks
 from mxcore.transfer.move.agent_session import AgentSession, Move
 from mxcore.transfer.move.source_client import Source, SourceClient
 from mxcore.transfer.route.routes import UcxPolicy
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.transfer.test_exchange import CHUNK_BYTES, Target
 
 

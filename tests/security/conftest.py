@@ -11,8 +11,8 @@ import pytest
 
 from mxserver.server import Server
 from mxserver.settings import load_settings
-from mxserver.wire import p2p_pb2
-from mxserver.wire.source_id import source_id
+from mxserver.wire.calls.source_ids import source_id
+from mxserver.wire.proto import p2p_pb2
 from tests.security.authority import Authority
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")

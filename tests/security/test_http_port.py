@@ -22,7 +22,7 @@ from mxserver.security.setup import warning
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.web.pages import application
-from mxserver.wire.credentials import ClientCredentials, ServerTls, server_context
+from mxserver.wire.calls.credentials import ClientCredentials, ServerTls, server_context
 from mxserver.wire.errors import SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mxserver.server import Server
-from mxserver.wire.client import ServerClient
-from mxserver.wire.credentials import ClientCredentials, ServerTls, is_loopback, server_credentials, worker_tls
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.credentials import ClientCredentials, ServerTls, is_loopback, server_credentials, worker_tls
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer

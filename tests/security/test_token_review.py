@@ -14,8 +14,8 @@ from mxserver.security import token_review
 from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import AccessUnknown, Caller, Role, Unauthenticated
 from mxserver.security.token_review import TokenReviews
-from mxserver.wire.client import ServerClient
-from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file

@@ -17,11 +17,11 @@ from mxserver.security.access_file import AccessFile, read_rules
 from mxserver.security.interceptors import guarded
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
 from mxserver.server import Server
-from mxserver.wire import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
-from mxserver.wire.channels import channel_options
-from mxserver.wire.client import ServerClient
-from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials, open_channel
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.credentials import LONGEST_TOKEN_BYTES, ClientCredentials, open_channel
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 

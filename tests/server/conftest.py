@@ -18,7 +18,7 @@ from mxserver.server import Server
 from mxserver.settings import ServerSettings, load_settings
 from mxserver.store.interface import SourceStore
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTENING = re.compile(r"listening on \S*:(\d+)")

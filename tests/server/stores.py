@@ -11,7 +11,7 @@ from mxserver.store.interface import Leases, Publication, RecordKey, SourceStore
 from mxserver.store.memory import MemoryStore
 from mxserver.store.redis import RedisStore
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 from tests.server.redis_process import shared_redis
 
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mxserver.services.fleet import EVERYBODY_SECONDS, LEASE_SECONDS, StorageTurns, TurnKey
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 KEY = TurnKey("0123456789abcdef", 0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from tests.installs import installed
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.stores import READY
@@ -97,7 +97,7 @@ BOTH_IN_ONE_PROCESS = """
 import sys
 from modelexpress import p2p_pb2 as theirs
 from mxserver.wire import p2p_pb2 as ours
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from modelexpress.client import MxClient
 
 assert theirs.SourceIdentity is not ours.SourceIdentity

@@ -24,10 +24,10 @@ from mxserver.store.errors import StoreUnavailable, StoreUnusable, UnknownRecord
 from mxserver.store.interface import Leases, Query, SourceStore
 from mxserver.store.redis import LINGER_SECONDS, RedisStore
 from mxserver.store.redis_link import RedisLink, place_of
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import ServerUnreachable, SettingError, StaleEpoch
-from mxserver.wire.source_id import source_id
+from mxserver.wire.proto import p2p_pb2
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.redis_process import LASTING, RedisProcess
 from tests.server.stores import COLLECT_SECONDS, HEARTBEAT_SECONDS, LEASES, READY, STALE, HandClock, key, publication

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 import mxserver
 from mxserver.server import Server
 from mxserver.store.sqlite import SqliteStore
-from mxserver.wire import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import MAX_MESSAGE_BYTES, channel_options
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES, channel_options
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
-from mxserver.wire.source_id import source_id
+from mxserver.wire.proto import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.server.stores import INITIALIZING, READY, STALE
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="Org/Model", tensor_parallel_size=1, dtype="bfloat16")

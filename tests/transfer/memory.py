@@ -9,7 +9,7 @@ import numpy as np
 
 from mxcore.transfer.layout.layout import LocalTensor
 from mxcore.transfer.member.membership import PROTOCOL_VERSION
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 
 
 @dataclass(frozen=True)

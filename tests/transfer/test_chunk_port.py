@@ -24,7 +24,7 @@ from mxcore.transfer.move.tcp import PullBySocket, connections_of
 from mxcore.transfer.serve import chunk_listener
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import StartWorker, wait_for
 from tests.transfer.memory import HostTensors, model_specs
 from tests.transfer.test_exchange import CHUNK_BYTES, SEED, Target

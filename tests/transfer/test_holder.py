@@ -21,7 +21,7 @@ from mxcore.transfer.move.source_client import Source, SourceClient
 from mxcore.transfer.route.routes import UcxPolicy
 from mxcore.transfer.serve.holder import Holder
 from mxcore.transfer.serve.worker_service import WorkerServer
-from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.transfer.conftest import wait_for
 from tests.transfer.memory import HostTensors, model_specs
 

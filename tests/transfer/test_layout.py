@@ -13,7 +13,7 @@ from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout.layout import Layout, LocalTensor, build_layout
 from mxcore.transfer.move.agent_session import require_movable
 from mxcore.transfer.route import device_memory
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.transfer.memory import HostTensors, Spec, model_specs
 
 

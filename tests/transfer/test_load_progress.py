@@ -9,8 +9,8 @@ import pytest
 
 from mxcore.transfer.receive import load_progress
 from mxcore.transfer.receive.load_progress import LoadReporter, Standing, peer_path
-from mxserver.wire import load_pb2
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
+from mxserver.wire.proto import load_pb2
 from tests.transfer.conftest import wait_for
 
 STORAGE = load_pb2.LOAD_PATH_STORAGE

@@ -12,7 +12,7 @@ import pytest
 from mxcore.errors import PeerLost, SourceRefused, TransferStalled
 from mxcore.nixl.mailbox import Mailbox
 from mxcore.transfer.move.movers import PullByWrite
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import wait_for
 
 PATIENT_SECONDS = 3600.0

@@ -11,9 +11,9 @@ import pytest
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.member.record import Served, WorkerRecord
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import StaleEpoch, WireError
+from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, wait_for
 from tests.transfer.memory import identity
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from mxcore.settings import WorkerSettings, load_settings
-from mxserver.wire.credentials import WORKER_NAMES
+from mxserver.wire.calls.credentials import WORKER_NAMES
 from mxserver.wire.environment import BY_NAME
 
 

@@ -12,9 +12,9 @@ import pytest
 from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
 from mxcore.transfer.layout.plan import Wanted, all_chunks
 from mxcore.transfer.move.source_client import Source
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable
+from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
 from tests.transfer.member import SEED, NewMember
 from tests.transfer.memory import HostTensors

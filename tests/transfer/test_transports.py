@@ -12,7 +12,7 @@ from mxcore.process.c_environment import c_getenv
 from mxcore.transfer.route import routes as transports
 from mxcore.transfer.route.routes import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment
 from mxcore.transfer.route.same_host import ProbeTarget, can_read
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import ROOT
 
 READ_PROBE = (

@@ -16,7 +16,7 @@ from mxcore.settings import load_settings
 from mxcore.transfer.layout.layout import build_layout
 from mxcore.transfer.member.membership import Membership
 from mxcore.transfer.move.source_client import Source
-from mxserver.wire import load_pb2
+from mxserver.wire.proto import load_pb2
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, identity, model_specs
 

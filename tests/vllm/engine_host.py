@@ -208,7 +208,7 @@ def identity(command: dict[str, Any]) -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
     from vllm import EngineArgs
 
-    from mxserver.wire.source_id import source_id
+    from mxserver.wire.calls.source_ids import source_id
     from vllm_plugin.checkpoint import find_checkpoint
     from vllm_plugin.identity import source_identity
 

@@ -15,7 +15,7 @@ from mxcore.transfer.layout.plan import all_chunks
 from mxcore.transfer.member.membership import Membership
 from mxcore.transfer.move.source_client import SourceClient
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engines import EngineHost
 

@@ -12,8 +12,8 @@ import pytest
 
 from bench.demo import processes
 from bench.demo.workers import Worker
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.proto import p2p_pb2
 
 SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without a goodbye
 

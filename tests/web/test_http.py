@@ -22,7 +22,7 @@ from starlette.routing import Route
 from mxserver.web import http
 from mxserver.web.http import HttpServer
 from mxserver.web.pages import with_headers
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from tests.web.conftest import INITIALIZING, WebServer, ask, identity, publish
 
 

@@ -8,7 +8,7 @@ from mxserver.events import KEPT_EVENTS, LONGEST_TEXT, Events
 from mxserver.loads import KEPT_LOADS, Loads
 from mxserver.metrics import Metrics
 from mxserver.store.interface import RecordKey
-from mxserver.wire import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, p2p_pb2
 
 KEY = RecordKey("s", "w", 0)
 READY = p2p_pb2.SOURCE_STATUS_READY

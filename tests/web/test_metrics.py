@@ -14,9 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mxserver.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
-from mxserver.wire import load_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import StaleEpoch
+from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish
 

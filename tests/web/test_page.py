@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mxserver.wire import load_pb2, model_pb2, model_pb2_grpc
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.proto import load_pb2, model_pb2, model_pb2_grpc
 from tests.web.browser import Browser
 from tests.web.conftest import INITIALIZING, READY, WebServer, identity, publish
 

@@ -23,9 +23,9 @@ from mxserver.services.p2p import P2pService
 from mxserver.services.small import HealthService
 from mxserver.store.interface import Leases
 from mxserver.store.memory import MemoryStore
-from mxserver.wire import health_pb2, health_pb2_grpc, p2p_pb2_grpc
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable
+from mxserver.wire.proto import health_pb2, health_pb2_grpc, p2p_pb2_grpc
 from tests.web.conftest import WebServer, publish
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

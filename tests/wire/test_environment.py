@@ -104,7 +104,7 @@ def test_warnings_are_one_line_a_name() -> None:
 @pytest.mark.parametrize("reader", ["server", "worker", "both", "build"])
 def test_names_with_effect_are_read_by_the_code_that_they_name(reader: str) -> None:
     """A name in the table that nobody reads would be a setting without an effect."""
-    shared = "mxserver/wire/credentials.py"
+    shared = "mxserver/wire/calls/credentials.py"
     sources = {"server": ["mxserver/settings.py"], "worker": ["mxcore/settings.py", shared], "build": ["setup.py"]}
     sources["both"] = ["mxserver/settings.py", shared]
     nodes = [node for name in sources[reader] for node in ast.walk(ast.parse((ROOT / name).read_text()))]

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import hpack
 import pytest
 
-from mxserver.wire.http2 import (
+from mxserver.wire.files.http2 import (
     FRAME_HEADER_BYTES,
     MAX_FRAME_BYTES,
     PREFACE,

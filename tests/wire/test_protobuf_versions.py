@@ -20,9 +20,9 @@ import sys
 import google.protobuf, grpc
 from mxserver.wire import api_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from mxserver.wire import api_pb2_grpc, health_pb2_grpc, model_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import StaleEpoch
-from mxserver.wire.source_id import source_id
+from mxserver.wire.calls.source_ids import source_id
 
 address, protobuf, grpcio = sys.argv[1:]
 assert (google.protobuf.__version__, grpc.__version__) == (protobuf, grpcio)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mxserver.wire import p2p_pb2
-from mxserver.wire.source_id import canonical_json, source_id
+from mxserver.wire.calls.source_ids import canonical_json, source_id
+from mxserver.wire.proto import p2p_pb2
 
 
 def deepseek(**fields: object) -> p2p_pb2.SourceIdentity:

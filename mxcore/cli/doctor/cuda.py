@@ -93,7 +93,7 @@ def _holder_command() -> list[str]:
 def _between_processes(command: list[str]) -> Finding:
     """Whether one process reads device memory of another one, which `command` starts, as two workers do."""
     from mxcore.transfer.route.same_device import cannot_read
-    from mxserver.wire import mx_pb2
+    from mxserver.wire.proto import mx_pb2
 
     name, do = "cuda_ipc", "nothing, if one worker runs here: others on this machine send to it over TCP"
     mapped = [name for name in _ALLOCATOR_SETTINGS if "expandable_segments:true" in os.environ.get(name, "").lower()]

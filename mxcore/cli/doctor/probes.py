@@ -140,7 +140,7 @@ def _hold() -> None:
 
 def _read() -> None:
     from mxcore.transfer.route.same_host import can_read
-    from mxserver.wire import mx_pb2
+    from mxserver.wire.proto import mx_pb2
 
     sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.stdin.readline().strip()))) else 1)
 

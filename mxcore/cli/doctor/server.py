@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from mxcore import __version__
 from mxcore.cli.connection import Connection
 from mxcore.cli.doctor.findings import Finding
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.environment import is_kubernetes_value, misspelt, setting, without_effect
 from mxserver.wire.errors import ServerRefused, SettingError, WireError
 

@@ -210,7 +210,7 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
 
     A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
-    from mxserver.wire.disk_room import full_disk_is_told
+    from mxserver.wire.files.disk_room import full_disk_is_told
     from mxserver.wire.relative_path import path_problem
 
     count = 0

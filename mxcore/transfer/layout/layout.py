@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Literal
 
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["Kind", "Layout", "LayoutTensor", "LocalTensor", "Placement", "build_layout"]
 

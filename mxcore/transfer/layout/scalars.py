@@ -6,7 +6,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Mapping
 
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["scalars_digest", "scalars_from_proto", "scalars_to_proto"]
 

@@ -7,9 +7,9 @@ import threading
 import time
 
 from mxcore.transfer.move.source_client import Source
-from mxserver.wire import p2p_pb2
-from mxserver.wire.client import ServerClient
-from mxserver.wire.source_id import canonical_json
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.source_ids import canonical_json
+from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["CHECKPOINT_PARAMETER", "Directory"]
 

@@ -29,9 +29,9 @@ from mxcore.transfer.route.routes import UcxPolicy
 from mxcore.transfer.serve.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.serve.relay import ServedRelay
 from mxcore.transfer.serve.worker_service import WorkerServer
-from mxserver.wire import load_pb2, mx_pb2, p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import MxError, ServerRefused, WireError
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.receive.change_log import logged
 from mxcore.transfer.receive.load_progress import LoadReporter
-from mxserver.wire import load_pb2, p2p_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import ServerRefused, StaleEpoch, WireError
-from mxserver.wire.source_id import source_id
+from mxserver.wire.proto import load_pb2, p2p_pb2
 
 __all__ = ["Served", "WorkerRecord"]
 

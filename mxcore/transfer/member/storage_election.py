@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from mxserver.wire import mx_pb2
-from mxserver.wire.client import ServerClient
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import WireError
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["StorageTurn"]
 

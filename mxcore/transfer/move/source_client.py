@@ -11,11 +11,11 @@ import grpc
 
 from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
 from mxcore.transfer.layout.plan import Wanted, set_to_bytes
-from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
-from mxserver.wire.closing import Closing
-from mxserver.wire.credentials import open_channel
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls.credentials import open_channel
 from mxserver.wire.errors import SettingError
+from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
 __all__ = ["PendingCall", "Source", "SourceClient"]
 

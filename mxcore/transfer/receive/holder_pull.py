@@ -38,7 +38,7 @@ from mxcore.transfer.move.tcp import PullBySocket
 from mxcore.transfer.move.tcp_received import TcpReceived
 from mxcore.transfer.receive.received_chunks import Intake
 from mxcore.transfer.route.routes import Route, UcxPolicy, choose_route
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["HolderPull"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mxserver.wire import load_pb2
 from mxserver.wire.errors import StaleEpoch, WireError
+from mxserver.wire.proto import load_pb2
 
 __all__ = ["LoadPath", "LoadReporter", "Standing", "Way", "peer_path"]
 

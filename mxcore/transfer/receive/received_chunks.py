@@ -15,7 +15,7 @@ from mxcore.transfer.layout.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDiges
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.layout.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
 from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["Content", "Intake", "OtherContent", "Progress"]
 

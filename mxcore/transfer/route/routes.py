@@ -24,7 +24,7 @@ from typing import Literal
 from mxcore.process.c_environment import c_getenv, c_setenv
 from mxcore.transfer.route.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.route.same_host import can_read
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "ucx_environment"]
 

@@ -21,7 +21,7 @@ from mxcore.errors import CudaError
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.transfer.layout.layout import Placement
 from mxcore.transfer.route.same_host import host_identity
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "offer"]
 

@@ -13,7 +13,7 @@ import secrets
 from pathlib import Path
 
 from mxcore.process.attached_memory import read_attached
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["ProbeTarget", "can_read", "host_identity"]
 

@@ -22,10 +22,10 @@ from mxcore.transfer.route.routes import UcxPolicy
 from mxcore.transfer.route.same_host import ProbeTarget
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
-from mxserver.wire.credentials import server_credentials, worker_tls
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
+from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
 if TYPE_CHECKING:
     from mxcore.transfer.route.same_device import DeviceProbeTarget

@@ -1,0 +1,1 @@
+"""Calls to a server: channels, credentials, the client of workers, source ids."""

@@ -1,0 +1,227 @@
+"""The worker's side of the server's services: calls with a deadline, errors as exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import grpc
+
+from mxserver.wire.address import with_advice
+from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls.credentials import ClientCredentials, Connection
+from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
+from mxserver.wire.proto import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+ERROR_CODE_METADATA = "mx-error-code"
+"""Trailing metadata of our server's errors: the stable code of the error (`StaleEpoch.code`)."""
+
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class ServerClient(Closing):
+    """Calls to one server over one channel, which connects at the first call and again after an outage.
+
+    Thread-safe. Create it after a fork, never before. Works against a server that knows only the protocol's
+    original fields: epochs are 0 there.
+
+    All calls raise ServerUnreachable when there is no answer within the deadline (also when the server says that
+    its store is down), and ServerRefused when the answer is no.
+    """
+
+    def __init__(
+        self, address: str, *, timeout_seconds: float = 30.0, credentials: ClientCredentials | None = None
+    ) -> None:
+        """`address` is host:port or https://host:port, as `parse_server_address` returns it.
+
+        Without `credentials`, certificates and token are those of the environment (MX_TLS_*, MX_AUTH_TOKEN_PATH).
+        Both are read again when they change.
+        """
+        self.address = address
+        self.timeout_seconds = timeout_seconds
+        self._connection = Connection(address, channel_options(), credentials)
+        self._stubs: tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub] | None = None
+
+    def publish(
+        self,
+        identity: p2p_pb2.SourceIdentity,
+        worker: p2p_pb2.WorkerMetadata,
+        worker_id: str,
+        epoch: int = 0,
+        *,
+        load_report: load_pb2.LoadReport | None = None,
+    ) -> p2p_pb2.PublishMetadataResponse:
+        """Writes this worker's record, as often as wanted; the answer carries mx_source_id, epoch and lease_ms.
+
+        `epoch` is what an earlier publish of this process returned, 0 for the first one. `load_report` tells how the
+        weights came; the server counts each load once.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+        """
+        response = self._call(
+            "PublishMetadata",
+            self._p2p.PublishMetadata,
+            p2p_pb2.PublishMetadataRequest(
+                identity=identity, worker=worker, worker_id=worker_id, epoch=epoch, load_report=load_report
+            ),
+        )
+        if not response.success:
+            raise self._refused("PublishMetadata", response.message)
+        return response
+
+    def list_sources(
+        self,
+        identity: p2p_pb2.SourceIdentity | None = None,
+        *,
+        status: p2p_pb2.SourceStatus.ValueType | None = None,
+        model_name: str | None = None,
+        worker_rank: int | None = None,
+        limit: int | None = None,
+    ) -> list[p2p_pb2.SourceInstanceRef]:
+        """The workers that fit all filters, newest sign of life first; None leaves a filter out."""
+        request = p2p_pb2.ListSourcesRequest(
+            identity=identity,
+            status_filter=status,
+            model_name_filter=model_name,
+            worker_rank_filter=worker_rank,
+            limit=limit,
+        )
+        return list(self._call("ListSources", self._p2p.ListSources, request).instances)
+
+    def get_metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse | None:
+        """One worker's record with its identity; None when the server does not know it."""
+        request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id, worker_id=worker_id)
+        response = self._call("GetMetadata", self._p2p.GetMetadata, request)
+        return response if response.found else None
+
+    def update_status(
+        self,
+        source_id: str,
+        worker_id: str,
+        worker_rank: int,
+        status: p2p_pb2.SourceStatus.ValueType,
+        *,
+        epoch: int = 0,
+        source_load: float | None = None,
+        load_progress: load_pb2.LoadProgress | None = None,
+        load_report: load_pb2.LoadReport | None = None,
+    ) -> None:
+        """Sets the status and renews the lease: the heartbeat.
+
+        With `load_progress` it also tells how far a load is, with `load_report` how one has ended; both are for people
+        who look at the server, and servers that do not know them leave them aside.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+            ServerRefused: the server does not know the record (any more); publish again.
+        """
+        request = p2p_pb2.UpdateStatusRequest(
+            mx_source_id=source_id,
+            worker_rank=worker_rank,
+            status=status,
+            worker_id=worker_id,
+            source_load=source_load,
+            epoch=epoch,
+            load_progress=load_progress,
+            load_report=load_report,
+        )
+        response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
+        if not response.success:
+            raise self._refused("UpdateStatus", response.message)
+
+    def tell_progress(
+        self,
+        source_id: str,
+        worker_id: str,
+        worker_rank: int,
+        progress: load_pb2.LoadProgress,
+        *,
+        epoch: int = 0,
+    ) -> None:
+        """Tells how far a load is and changes nothing else: the record's status and lease stay as they are.
+
+        Raises:
+            StaleEpoch: a newer life of this worker has published.
+            ServerRefused: the worker is not loading by its record, or the server does not know such messages.
+        """
+        self.update_status(
+            source_id, worker_id, worker_rank, p2p_pb2.SOURCE_STATUS_UNKNOWN, epoch=epoch, load_progress=progress
+        )
+
+    def take_storage_turn(
+        self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
+    ) -> mx_pb2.TakeStorageTurnResponse:
+        """Asks whether this worker is to read storage for all with its weights and rank; with `epoch`, extends that.
+
+        ServerRefused also comes from servers that do not know turns.
+        """
+        request = mx_pb2.TakeStorageTurnRequest(
+            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch
+        )
+        return self._call("TakeStorageTurn", self._fleet.TakeStorageTurn, request)
+
+    def end_storage_turn(self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool) -> None:
+        """Ends a turn; without `shared`, the others are told to read for themselves."""
+        request = mx_pb2.EndStorageTurnRequest(
+            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, shared=shared
+        )
+        self._call("EndStorageTurn", self._fleet.EndStorageTurn, request)
+
+    def health(self) -> health_pb2.HealthResponse:
+        """The server's version, status and uptime in seconds."""
+        return self._call("GetHealth", self._health.GetHealth, health_pb2.HealthRequest())
+
+    def close(self) -> None:
+        """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
+        self._connection.close()
+
+    @property
+    def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:
+        return self._current_stubs()[1]
+
+    @property
+    def _fleet(self) -> mx_pb2_grpc.FleetServiceStub:
+        return mx_pb2_grpc.FleetServiceStub(self._current_stubs()[0])
+
+    @property
+    def _health(self) -> health_pb2_grpc.HealthServiceStub:
+        return self._current_stubs()[2]
+
+    def _current_stubs(self) -> tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub]:
+        try:
+            channel = self._connection.channel()
+        except (SettingError, ValueError) as error:
+            raise ServerUnreachable(f"{self.address} cannot be called: {error}") from error
+        stubs = self._stubs
+        if stubs is None or stubs[0] is not channel:
+            stubs = (channel, p2p_pb2_grpc.P2pServiceStub(channel), health_pb2_grpc.HealthServiceStub(channel))
+            self._stubs = stubs
+        return stubs
+
+    def _call(self, name: str, method: Callable[..., Response], request: Request) -> Response:
+        try:
+            return method(request, timeout=self.timeout_seconds)
+        except grpc.RpcError as error:
+            raise self._as_wire_error(name, error) from error
+        except (SettingError, ValueError) as error:  # an unusable token; a channel that was closed meanwhile
+            raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
+
+    def _refused(self, name: str, message: str) -> ServerRefused:
+        return ServerRefused(f"{name} at {self.address} was refused: {message}")
+
+    def _as_wire_error(self, name: str, error: grpc.RpcError) -> WireError:
+        call = cast(grpc.Call, error)  # every RpcError of an invocation is one
+        status = call.code()
+        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
+        if status in _NO_ANSWER:
+            return ServerUnreachable(text)
+        if (ERROR_CODE_METADATA, StaleEpoch.code) in (tuple(item) for item in call.trailing_metadata() or ()):
+            return StaleEpoch(text)
+        return ServerRefused(text)
