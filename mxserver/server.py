@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.models.eviction import Limits
+from mxserver.models.cache.eviction import Limits
 from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.operations import Operations
 from mxserver.security import setup

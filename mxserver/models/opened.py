@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxserver.models.cache import ModelCache
+from mxserver.models.cache.cache import ModelCache
+from mxserver.models.cache.eviction import Limits
 from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
-from mxserver.models.eviction import Limits
-from mxserver.models.folder_download import FolderSource
-from mxserver.models.hub_download import HubSource
 from mxserver.models.names import Provider
-from mxserver.models.object_download import ObjectSource
-from mxserver.models.source import ModelSource
+from mxserver.models.sources.folder_download import FolderSource
+from mxserver.models.sources.hub_download import HubSource
+from mxserver.models.sources.object_download import ObjectSource
+from mxserver.models.sources.source import ModelSource
 from mxserver.models.transfer import RetryPolicy
 from mxserver.wire.proto import model_pb2
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mxserver.models.cache.lease import LeaseFolder
 from mxserver.models.errors import LeaseLost
-from mxserver.models.lease import LeaseFolder
 from tests.small_disk import SmallDisk
 
 KEY = "0" * 32
@@ -106,7 +106,7 @@ def test_living_holder_keeps_its_lease_past_the_time(make: Callable[..., LeaseFo
 HOLDER = """
 import sys
 from pathlib import Path
-from mxserver.models.lease import LeaseFolder
+from mxserver.models.cache.lease import LeaseFolder
 folder = LeaseFolder(Path(sys.argv[1]), 600)
 lease = folder.try_acquire(sys.argv[2])
 with folder.in_use(sys.argv[2]):

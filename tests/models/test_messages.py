@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
 from mxserver.models.digests import digest_fd, digest_file, git_blob_sha1
-from mxserver.models.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
 from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.models.names import ModelKey, model_name
 from mxserver.settings import parse_bytes

@@ -16,14 +16,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import mxserver.models.opened
-from mxserver.models.cache import ModelCache
+from mxserver.models.cache.cache import ModelCache
+from mxserver.models.cache.eviction import Limits
 from mxserver.models.downloads import Downloads
 from mxserver.models.errors import CacheUnusable, DownloadInterrupted, LeaseLost, ModelInUse, ModelNotCached
-from mxserver.models.eviction import Limits
-from mxserver.models.folder_download import FolderSource
 from mxserver.models.names import ModelName, model_name
 from mxserver.models.opened import CacheSettings, OpenCache
-from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
+from mxserver.models.sources.folder_download import FolderSource
+from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
 from mxserver.settings import default_cache_directory
 from mxserver.wire.errors import ServerRefused

@@ -12,8 +12,8 @@ from threading import Event
 
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName
-from mxserver.models.object_download import listing_revision
-from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
+from mxserver.models.sources.object_download import listing_revision
+from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
 from mxserver.wire.relative_path import open_regular_below
 
 _COPY_BYTES = 64 * 1024 * 1024

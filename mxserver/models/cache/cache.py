@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
+from mxserver.models.cache.lease import Lease, LeaseFolder
 from mxserver.models.cache_layout import CacheLayout, model_id
 from mxserver.models.errors import CacheFull, CacheUnusable, ModelInUse, ModelNotCached
-from mxserver.models.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
-from mxserver.models.lease import Lease, LeaseFolder
 from mxserver.models.names import ModelKey, ModelName, is_commit
 from mxserver.models.record import BadRecord, ModelRecord, record_from_json, write_in_one_step
 

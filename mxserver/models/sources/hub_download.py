@@ -19,7 +19,7 @@ from mxserver import __version__
 from mxserver.models.cache_layout import CacheLayout
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName, is_commit
-from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full
+from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
 
 _LOG = logging.getLogger(__name__)
 

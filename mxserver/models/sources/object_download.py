@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName
-from mxserver.models.source import RemoteFile, RemoteModel, is_disk_full, write_all
+from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full, write_all
 from mxserver.wire.proto import model_pb2
 
 if TYPE_CHECKING:

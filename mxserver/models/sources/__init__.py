@@ -1,0 +1,1 @@
+"""Where the server downloads models from: the hub, object stores, folders."""
