@@ -53,7 +53,7 @@ def open_store(settings: ServerSettings) -> SourceStore:
     """The store that the settings ask for. Raises StoreUnusable."""
     leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
     if settings.store == "redis":
-        from mxserver.store.redis import RedisStore  # needs a package that other stores do not
+        from mxserver.store.redis.store import RedisStore  # needs a package that other stores do not
 
         return RedisStore(settings.effective_redis_url, leases)
     return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.store import redis_link
 from mxserver.store.errors import StoreUnavailable, StoreUnusable, UnknownRecord
 from mxserver.store.interface import Leases, Query, SourceStore
-from mxserver.store.redis import LINGER_SECONDS, RedisStore
-from mxserver.store.redis_link import RedisLink, place_of
+from mxserver.store.redis import redis_link
+from mxserver.store.redis.redis_link import RedisLink, place_of
+from mxserver.store.redis.store import LINGER_SECONDS, RedisStore
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import ServerUnreachable, SettingError, StaleEpoch

@@ -20,13 +20,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mxserver.store import redis_scripts as scripts
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
-from mxserver.store.redis_link import RedisLink
-from mxserver.store.redis_updates import Update, Updates
+from mxserver.store.redis import redis_scripts as scripts
+from mxserver.store.redis.redis_link import RedisLink
+from mxserver.store.redis.redis_updates import Update, Updates
 from mxserver.wire.proto import p2p_pb2
 
 _LOG = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Records in Redis, for several replicas of the server."""
