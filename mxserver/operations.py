@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
-from mxserver.events import Events
-from mxserver.interceptors import AroundCalls, call_metrics
-from mxserver.loads import Loads
-from mxserver.metrics import Metrics
 from mxserver.models.downloads import DownloadJob
 from mxserver.models.opened import OpenCache
 from mxserver.security.interceptors import Authenticator
 from mxserver.store.clock import SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import SourceStore
-from mxserver.store.observed import ObservedStore
+from mxserver.telemetry.events import Events
+from mxserver.telemetry.loads import Loads
+from mxserver.telemetry.measured_calls import AroundCalls, call_metrics
+from mxserver.telemetry.metrics import Metrics
+from mxserver.telemetry.observed_store import ObservedStore
 from mxserver.web.cache_view import CacheView
 from mxserver.web.http import HttpServer
 from mxserver.web.pages import application

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from mxserver import __version__
-from mxserver.interceptors import Around, status_of
+from mxserver.telemetry.measured_calls import Around, status_of
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:

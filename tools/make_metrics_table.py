@@ -1,4 +1,4 @@
-"""Writes the table of metrics in docs/operations.md out of mxserver/metrics.py."""
+"""Writes the table of metrics in docs/operations.md out of mxserver/telemetry/metrics.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mxserver.metrics import DEFINITIONS  # noqa: E402 - of this checkout
+from mxserver.telemetry.metrics import DEFINITIONS  # noqa: E402 - of this checkout
 
 PAGE = ROOT / "docs" / "operations.md"
 BEGIN = "<!-- metrics:"

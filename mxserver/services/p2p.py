@@ -15,11 +15,11 @@ from typing import NoReturn, TypeVar
 
 import grpc
 
-from mxserver.loads import Loads
 from mxserver.security.roles import current_owner
 from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
+from mxserver.telemetry.loads import Loads
 from mxserver.wire.calls.client import ERROR_CODE_METADATA
 from mxserver.wire.calls.source_ids import source_id
 from mxserver.wire.errors import MxError, StaleEpoch

@@ -6,9 +6,9 @@ import threading
 import time
 from typing import Any
 
-from mxserver.events import bounded
-from mxserver.metrics import CacheObservation
 from mxserver.models.opened import OpenCache
+from mxserver.telemetry.events import bounded
+from mxserver.telemetry.metrics import CacheObservation
 from mxserver.wire.proto import model_pb2
 
 LONGEST_MESSAGE = 200

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mxserver import __version__
-from mxserver.events import Events
-from mxserver.loads import FinishedLoad, Loads, RunningLoad
-from mxserver.metrics import STATES, Observation
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceRecord, SourceStore
+from mxserver.telemetry.events import Events
+from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
+from mxserver.telemetry.metrics import STATES, Observation
 from mxserver.web.cache_view import CacheView
 from mxserver.wire.proto import p2p_pb2
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mxserver.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
+from mxserver.telemetry.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import StaleEpoch
 from mxserver.wire.proto import load_pb2

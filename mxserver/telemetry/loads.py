@@ -10,10 +10,10 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from mxserver.events import Events, bounded
-from mxserver.metrics import Metrics, path_label
 from mxserver.store.clock import Clock
 from mxserver.store.interface import RecordKey, Status
+from mxserver.telemetry.events import Events, bounded
+from mxserver.telemetry.metrics import Metrics, path_label
 from mxserver.wire.proto import load_pb2, p2p_pb2
 
 RATE_WINDOW_SECONDS = 10.0

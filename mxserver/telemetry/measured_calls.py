@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from mxserver.events import Events
-from mxserver.metrics import UNKNOWN, Metrics
+from mxserver.telemetry.events import Events
+from mxserver.telemetry.metrics import UNKNOWN, Metrics
 
 Around = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
 """Called with the method's full name; entered before the call is answered, left when the answer is complete."""

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mxserver.events import Events
-from mxserver.metrics import Metrics
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.telemetry.events import Events
+from mxserver.telemetry.metrics import Metrics
 from mxserver.wire.errors import StaleEpoch
 
 

@@ -1,0 +1,1 @@
+"""What the server tells of itself: metrics, loads, events, measured calls and store."""
