@@ -17,7 +17,7 @@ from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import flip_bytes
 from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
 from bench.chaos.tally import STALLED, Tally
-from bench.fleet import BY_NIXL, Fleet, Network
+from bench.fleet.fleet import BY_NIXL, Fleet, Network
 
 FAILOVER_REPEATS = 3
 SETTINGS = ("tcp", BY_NIXL, "same-host", "network")

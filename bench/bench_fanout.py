@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bench.fleet import Fleet, Network
+from bench.fleet.fleet import Fleet, Network
 
 MIB = 1 << 20
 

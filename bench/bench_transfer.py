@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import click
 
-from bench.fleet import Fleet, Process
+from bench.fleet.fleet import Fleet, Process
 from bench.transfer import limits, registration
 from bench.transfer.shapes import SHAPES, Shape, scaled, total_bytes
 

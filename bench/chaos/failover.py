@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from bench.fleet import Fleet, FleetError, Process
+from bench.fleet.fleet import Fleet, FleetError, Process
 
 MODEL_BYTES = 192 << 20
 RATE = 48 << 20  # bytes a second of a source

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.chaos.tally import STALLED
-from bench.fleet import Fleet, Process
+from bench.fleet.fleet import Fleet, Process
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import click
 
 from bench.chaos.faults import CUTS, FAULTS, Scene, Struck
 from bench.chaos.tally import Tally
-from bench.fleet import Fleet, FleetError, Process
+from bench.fleet.fleet import Fleet, FleetError, Process
 
 LATE_SECONDS = 5.0
 FINISH_SECONDS = 150.0

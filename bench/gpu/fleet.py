@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from bench.fleet import Fleet, FleetError, Process
+from bench.fleet.fleet import Fleet, FleetError, Process
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.fleet import settings_of
+from bench.fleet.fleet import settings_of
 from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.transfer.move.source_client import Source
 from tests.transfer.member import Member, NewMember

@@ -204,7 +204,7 @@ class Fleet:
         *,
         transport: str = "tcp",
         environ: dict[str, str] | None = None,
-        module: str = "bench.fleet_worker",
+        module: str = "bench.fleet.fleet_worker",
     ) -> Process:
         """Starts a worker, in the network in the first place that nobody living has.
 
