@@ -318,7 +318,7 @@ class ChunksMissing(TransferError):
     """No holder is left that could give the rest; the message has every holder's failure.
 
     `missing` are the chunks that did not come, ascending; the others are verified and in place. `failures` are the
-    errors of the holders, in their order. `partial` (a mxcore.transfer.receive.partial.PartialReceive) takes the rest from
+    errors of the holders, in their order. `partial` (mxcore.transfer.receive.PartialReceive) takes the rest from
     elsewhere; None when nothing came.
     """
 

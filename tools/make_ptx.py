@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "mxcore" / "cuda_kernels.cu"
+SOURCE = ROOT / "mxcore" / "cuda" / "cuda_kernels.cu"
 TARGET = SOURCE.with_suffix(".ptx")
 PTX_VERSION = "7.0"  # CUDA 11.0
 ARCHITECTURE = "75"  # the oldest one of nvcc 13

@@ -49,8 +49,8 @@ def build() -> None:
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, copy)
-    for header in (ROOT / "mxcore").glob("*.h"):  # for the stand-in driver, which the tests compile
-        shutil.copy2(header, TREE / "mxcore" / header.name)
+    for header in (ROOT / "mxcore").rglob("*.h"):  # for the stand-in driver, which the tests compile
+        shutil.copy2(header, TREE / header.relative_to(ROOT))
 
 
 def library(name: str) -> str:

@@ -166,9 +166,9 @@ def test_missing_nixl_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_every_compiled_module_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"digest", "nixl_agent", "checkpoint_reader"} <= set(doctor_machine.COMPILED)
+    assert {"digest.digest", "nixl.agent", "reading.checkpoint_reader"} <= set(doctor_machine.COMPILED)
     assert doctor_machine.compiled_core().state == "ok"
-    monkeypatch.setattr(doctor_machine, "COMPILED", ("digest", "not_built"))
+    monkeypatch.setattr(doctor_machine, "COMPILED", ("digest.digest", "not_built"))
     finding = doctor_machine.compiled_core()
     assert (finding.state, "mxcore.not_built" in finding.fact, "make build" in finding.do) == ("fail", True, True)
 

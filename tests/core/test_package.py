@@ -17,7 +17,8 @@ import mxcore
 from mxcore import errors
 
 ROOT = Path(__file__).parents[2]
-COMPILED = sorted(path.stem for path in (ROOT / "mxcore").glob("*.pyx"))
+CORE = ROOT / "mxcore"
+COMPILED = sorted(".".join(path.relative_to(CORE).with_suffix("").parts) for path in CORE.rglob("*.pyx"))
 
 
 def run(script: str, *, path: Path = ROOT, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -86,14 +87,14 @@ def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:
         )
     script = (
         "from mxcore.errors import NotBuilt\n"
-        "try:\n    from mxcore import digest\nexcept ImportError as error:\n"
+        "try:\n    from mxcore.digest import digest\nexcept ImportError as error:\n"
         "    print(type(error).__name__, error.name)\n"
         "try:\n    import mxcore.nothing\nexcept ModuleNotFoundError as error:\n    print(error)\n"
         "try:\n    import mxcore.storage.nothing\nexcept ModuleNotFoundError as error:\n    print(error)\n"
     )
     done = run(script, path=tmp_path, options=bare)
     assert done.stdout.splitlines() == [
-        "NotBuilt mxcore.digest",
+        "NotBuilt mxcore.digest.digest",
         "No module named 'mxcore.nothing'",
         "No module named 'mxcore.storage.nothing'",
     ]
@@ -103,7 +104,7 @@ def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:
 def test_compiled_modules_have_stubs_that_tell_the_truth(name: str) -> None:
     """All public names of a stub are there, and all public functions and classes are in the stub."""
     module = __import__(f"mxcore.{name}", fromlist=["_"])
-    stub = (ROOT / "mxcore" / f"{name}.pyi").read_text()
+    stub = (CORE / f"{name.replace('.', '/')}.pyi").read_text()
     for public, value in vars(module).items():
         if not public.startswith("_") and getattr(value, "__module__", None) == f"mxcore.{name}":
             assert f"def {public}(" in stub or f"class {public}" in stub, public

@@ -1,4 +1,4 @@
-"""A tensor in the stand-in's device memory, with as much of torch's manners as mxcore.storage.checkpoint.tensor_memory looks at."""
+"""A tensor in the stand-in's device memory: as much of torch's as mxcore.storage.checkpoint.tensor_memory looks at."""
 
 from __future__ import annotations
 

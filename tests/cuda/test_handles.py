@@ -68,7 +68,7 @@ def test_a_context_is_the_one_that_somebody_else_made(driver: StandIn) -> None:
 
 
 def test_no_function_that_makes_a_context_is_even_looked_up() -> None:
-    table = (ROOT / "mxcore" / "cuda_driver.h").read_text()
+    table = (ROOT / "mxcore" / "cuda" / "cuda_driver.h").read_text()
     assert "cuDevicePrimaryCtxRetain" in table
     assert not [word for word in ("cuCtxCreate", "cuDevicePrimaryCtxReset", "cuCtxSetCurrent") if word in table]
 

@@ -130,6 +130,6 @@ def test_help_is_light_and_ends_with_examples() -> None:
 
 
 def test_client_needs_no_torch() -> None:
-    code = "import sys, mxserver.wire.files.model_client\nprint([n for n in ('torch', 'huggingface_hub') if n in sys.modules])"
+    code = "import sys, mxserver.wire.files\nprint([n for n in ('torch', 'huggingface_hub') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

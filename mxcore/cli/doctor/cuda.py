@@ -87,7 +87,7 @@ def _proof(index: int) -> Finding:
 
 
 def _holder_command() -> list[str]:
-    return [sys.executable, "-m", "mxcore.transfer.route.same_device", "0"]
+    return [sys.executable, "-c", "from mxcore.transfer.route.same_device import hold; hold(0)"]
 
 
 def _between_processes(command: list[str]) -> Finding:

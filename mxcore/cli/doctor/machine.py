@@ -19,8 +19,15 @@ _SYS_IO_URING_SETUP = 425  # the same number on every architecture
 _IO_URING_PARAMETERS_BYTES = 120
 _SHM_ENOUGH_BYTES = 1 << 30
 
-COMPILED = tuple(sorted(path.stem for path in Path(mxcore.__file__).parent.glob("*.pyi")))
-"""The compiled modules: each has its types beside it."""
+_CORE = Path(mxcore.__file__).parent
+COMPILED = tuple(
+    sorted(
+        ".".join(stub.relative_to(_CORE).with_suffix("").parts)
+        for stub in _CORE.rglob("*.pyi")
+        if not stub.with_suffix(".py").exists()
+    )
+)
+"""The compiled modules, named from mxcore on: each has its types beside it."""
 
 
 def versions() -> list[Finding]:

@@ -1,4 +1,4 @@
-"""cuFile tried in a process of its own: python -m mxcore.storage.load.cufile_trial LIBRARY [FILE]
+"""cuFile tried in a process of its own, with the library and the file that are its arguments.
 
 libcufile has ended processes that opened it (an assertion about udev), has closed their standard input (where nvidia-fs
 is loaded and its device nodes are not in the container), and spins for ever where it finds no CUDA driver. None of that
@@ -43,7 +43,8 @@ def trial(file: str | None) -> str:
 
 
 def _command(library: str, file: str | None) -> list[str]:
-    return [sys.executable, "-m", "mxcore.storage.load.cufile_trial", library, *([file] if file is not None else [])]
+    start = f"from {__name__} import in_own_process; in_own_process()"
+    return [sys.executable, "-c", start, library, *([file] if file is not None else [])]
 
 
 def attempt(files: list[str]) -> str:
@@ -59,7 +60,8 @@ def attempt(files: list[str]) -> str:
     return _WELL
 
 
-if __name__ == "__main__":
+def in_own_process() -> None:
+    """The process that `trial` starts: the library and the files are its arguments. Does not return."""
     cufile.CANDIDATES = (sys.argv[1],)
     print(attempt(sys.argv[2:]), flush=True)  # noqa: T201
     os._exit(0)  # what libcufile does at the end of a process is no matter of the trial

@@ -1,8 +1,8 @@
 """What is wanted → what is read: ranges of all files, sorted and merged, for the compiled reader.
 
 A part is `count` runs of contiguous bytes at one distance in the file and another one in memory
-(mxcore/reading/read_parts.h). A whole tensor is one run; a slice along an inner dimension many; what needs more than two levels
-becomes several parts.
+(reading/read_parts.h). A whole tensor is one run; a slice along an inner dimension many; what needs more than two
+levels becomes several parts.
 """
 
 from __future__ import annotations

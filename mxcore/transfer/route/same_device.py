@@ -134,7 +134,3 @@ def hold(device_index: int) -> None:
     print(target.to_proto().SerializeToString().hex(), flush=True)  # noqa: T201
     sys.stdin.read()
     target.close()
-
-
-if __name__ == "__main__":
-    hold(int(sys.argv[1]))

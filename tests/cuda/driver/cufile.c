@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #include "stand_in.h"
 
-#include "cufile_library.h"
+#include "reading/cufile_library.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -6,7 +6,7 @@
  */
 #include "stand_in.h"
 
-#include "cuda_kernels.h"
+#include "cuda/cuda_kernels.h"
 
 #include <stdlib.h>
 

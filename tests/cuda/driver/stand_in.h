@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define DEVICES 2

@@ -2,7 +2,7 @@
 #include <cuda.h>
 
 #define MX_WITH_CUDA_H 1
-#include "cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 /* cuda.h maps the plain names to today's versions: the ones that we load by an older name are declared here. */
 #undef cuEventElapsedTime
