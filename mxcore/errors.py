@@ -52,13 +52,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from mxserver.wire.errors import MxError
-
-if TYPE_CHECKING:
-    from mxcore.transfer.partial import PartialReceive
-    from mxcore.transfer.receiver import ReceiveReport
 
 
 class NotBuilt(MxError, ImportError):
@@ -314,12 +310,29 @@ class SourceBusy(SourceRefused):
     code = "MX_SOURCE_BUSY"
 
 
+class ReceivedInPart(Protocol):
+    """What `ChunksMissing` left in memory, to be completed from elsewhere (mxcore.transfer.partial)."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all chunks."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the chunks that did not come."""
+
+    def missing_stretches(self) -> list[tuple[int, int]]:
+        """The memory to be filled: (first address, address after the last), ascending, none adjoining."""
+
+    def complete(self) -> Any:
+        """The report of the whole receive, once that memory was filled. Raises DigestMismatch."""
+
+
 class ChunksMissing(TransferError):
     """No holder is left that could give the rest; the message has every holder's failure.
 
     `missing` are the chunks that did not come, ascending; the others are verified and in place. `failures` are the
-    errors of the holders, in their order. `partial` (a mxcore.transfer.partial.PartialReceive) takes the rest from
-    elsewhere; None when nothing came.
+    errors of the holders, in their order. `partial` can be completed from elsewhere; None when nothing came.
     """
 
     code = "MX_CHUNKS_MISSING"
@@ -330,7 +343,7 @@ class ChunksMissing(TransferError):
         *,
         missing: Sequence[int] = (),
         failures: Sequence[TransferError] = (),
-        partial: PartialReceive[ReceiveReport] | None = None,
+        partial: ReceivedInPart | None = None,
     ) -> None:
         super().__init__(message)
         self.partial = partial

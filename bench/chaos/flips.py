@@ -132,6 +132,6 @@ def _answer(holder: Holder) -> mx_pb2.GetLayoutResponse:
         fingerprint=holder.layout.fingerprint,
         chunk_bytes=CHUNK_BYTES,
         digest_kind=holder.digests.kind,
-        digests=holder.digests,
+        digests=holder.digests.values,
         scalars_digest=scalars_digest({}),
     )

@@ -25,7 +25,7 @@ from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer, PinnedBuffer, copy_to_device
 from mxcore.cuda_stream import Stream
 from mxcore.settings import load_settings
-from mxcore.transfer.device_memory import release_devices
+from mxcore.transfer.device_proof import release_devices
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
 from mxcore.transfer.transports import UcxPolicy

@@ -21,7 +21,7 @@ from mxcore.cuda_context import Context, context_of
 from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer
 from mxcore.nixl_agent import NixlAgent
-from mxcore.transfer.device_memory import nixl_device
+from mxcore.transfer.device_proof import nixl_device
 from mxcore.transfer.tcp_received import TcpReceived
 from mxcore.transfer.transports import ucx_environment
 

@@ -72,7 +72,7 @@ def _pinned() -> Finding:
 
 def _proof(index: int) -> Finding:
     from mxcore.errors import LayoutUnsupported
-    from mxcore.transfer.device_memory import proven_device, release_devices
+    from mxcore.transfer.device_proof import proven_device, release_devices
     from mxcore.transfer.layout import Placement
 
     name = f"device {index}"

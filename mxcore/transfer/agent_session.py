@@ -9,23 +9,22 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from mxcore.descriptors import merge_adjoining
 from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.mailbox import Mailbox
 from mxcore.nixl_agent import NixlAgent, Transfer
 from mxcore.nixl_table import notifies
+from mxcore.transfer.device_memory import allocation_regions, require_movable
+from mxcore.transfer.device_proof import ProvenDevice, nixl_device, proven_device
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.rdma_devices import pinning_advice, pins_too_little
 from mxcore.transfer.regions import Regions, merge_regions
 from mxcore.transfer.transports import Operation, UcxPolicy, ucx_environment
+from mxserver.wire.closing import Closing
 
-if TYPE_CHECKING:
-    from mxcore.transfer.device_memory import ProvenDevice
-
-__all__ = ["AgentSession", "Move", "require_movable"]
+__all__ = ["AgentSession", "Move"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +41,7 @@ class Move(NamedTuple):
     remote_device: int | None = None  # None: host memory
 
 
-def require_movable(placement: Placement) -> None:
-    """The one check of what kind of memory can be moved.
-
-    Raises:
-        LayoutUnsupported: device memory whose bytes cannot be checked or moved here; the message says what failed.
-    """
-    if placement.device_type != "cpu":
-        from mxcore.transfer.device_memory import proven_device  # the driver is asked for only where a device is
-
-        proven_device(placement)
-
-
-class AgentSession:
+class AgentSession(Closing):
     """An agent of this process whose memory is `placement`; thread-safe.
 
     Its name is new every time: a peer that knew an earlier agent never takes this one for it. `fence` destroys it,
@@ -148,12 +135,10 @@ class AgentSession:
     def _regions(self, layout: Layout, placement: Placement) -> list[Regions]:
         if placement.device_type == "cpu":
             return merge_regions(placement, layout.extent_bytes)
-        from mxcore.transfer import device_memory
-
-        self._device = device_memory.proven_device(placement)
-        self._local = device_memory.nixl_device(self._device.index)
+        self._device = proven_device(placement)
+        self._local = nixl_device(self._device.index)
         try:
-            return device_memory.allocation_regions(placement, layout.extent_bytes)
+            return allocation_regions(placement, layout.extent_bytes)
         except CudaError as error:
             raise NixlError(f"the weights cannot be registered: {error}") from error
 
@@ -196,8 +181,6 @@ class AgentSession:
     def _memory_kinds(self, move: Move) -> dict[str, Any]:
         remote: Mapping[str, int | bool] = {"device_index": 0, "device_memory": False}
         if move.remote_device is not None:
-            from mxcore.transfer.device_memory import nixl_device
-
             remote = nixl_device(move.remote_device)
         return {
             **{f"local_{name}": value for name, value in self._local.items()},
@@ -276,10 +259,6 @@ class AgentSession:
         if self._device is not None:
             self._device.context.synchronize()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Fences it."""
         self.fence()

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.socket_chunks import ChunkSender
-from mxcore.transfer.agent_session import AgentSession, Move, require_movable
+from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.chunk_greeting import GREETING, TOKEN_BYTES
 from mxcore.transfer.chunks import CHUNK_BYTES, Chunks
-from mxcore.transfer.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
+from mxcore.transfer.device_memory import digester_of, require_movable
+from mxcore.transfer.digests import DIGEST_BYTES, ChunkDigests, chunk_digests
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import Given, Wanted, all_chunks, set_to_bytes
 from mxcore.transfer.rate_limit import RateLimit
@@ -91,7 +92,7 @@ class Holder:
         session: AgentSession,
         *,
         scalars: Mapping[str, float] | None = None,
-        digests: bytes | None = None,
+        digests: ChunkDigests | None = None,
         keep_alive: object = None,
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
@@ -107,12 +108,9 @@ class Holder:
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
         self.regions = session.register(layout, placement)  # before digests: it looks whose memory that is
-        if digests is None:
-            self.digests = chunk_digests(digester_of(placement), self.chunks, self.addresses)
-        else:
-            self.digests = ChunkDigests.of(digests)
-        if len(self.digests) != DIGEST_BYTES * len(self.chunks):
-            raise ValueError(f"{len(self.digests)} bytes of digests for {len(self.chunks)} chunks")
+        self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
+        if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
+            raise ValueError(f"{len(self.digests.values)} bytes of digests for {len(self.chunks)} chunks")
         self.lease_seconds = lease_seconds
         self.most_readers = most_readers
         self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
@@ -152,16 +150,17 @@ class Holder:
         """What readers were allowed to fetch so far."""
         return self._bytes_sent
 
-    def serves(self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: bytes | None) -> bool:
+    def serves(
+        self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: ChunkDigests | None
+    ) -> bool:
         """Whether this is a holder of exactly that."""
         ours = (self.layout.fingerprint, self.placement, self.scalars, self.digests)
         return ours == (layout.fingerprint, placement, dict(scalars), digests) and not self._draining
 
     def unchanged(self) -> bool:
         """Whether the memory has the bytes that the digests are of; also after `close`, while the memory is kept."""
-        kind, chunks = self.digests.kind, self.chunks
-        made = digester_of(self.placement).many(kind, self.addresses, chunks.lengths, chunks.segment_starts)
-        return made == bytes(self.digests)
+        digester = digester_of(self.placement)
+        return chunk_digests(digester, self.chunks, self.addresses, kind=self.digests.kind) == self.digests
 
     def keep(self, keep_alive: object) -> None:
         """Holds another object as well until it is closed."""

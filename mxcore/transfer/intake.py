@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
 from mxcore.transfer.chunks import Chunks
-from mxcore.transfer.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, digester_of
+from mxcore.transfer.device_memory import digester_of
+from mxcore.transfer.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, chunk_digests
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
 from mxcore.transfer.scalars import scalars_digest, scalars_from_proto
@@ -192,9 +193,7 @@ class Intake:
 
     def digests_here(self, kind: str, threads: int) -> ChunkDigests:
         """The digests of what all chunks hold here now."""
-        chunks = self.chunks
-        made = self._digester.many(kind, self.addresses, chunks.lengths, chunks.segment_starts, threads=threads)
-        return ChunkDigests(made, kind)
+        return chunk_digests(self._digester, self.chunks, self.addresses, kind=kind, threads=threads)
 
     def accept(self, holder: str, chunk: int) -> None:
         """Takes a verified chunk into the books."""

@@ -12,8 +12,9 @@ from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.chunks import CHUNK_BYTES
+from mxcore.transfer.device_memory import require_movable
+from mxcore.transfer.digests import ChunkDigests
 from mxcore.transfer.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.intake import Content, Progress
@@ -257,7 +258,7 @@ class Membership:
         layout: Layout,
         placement: Placement,
         scalars: Mapping[str, float],
-        digests: bytes | None = None,
+        digests: ChunkDigests | None = None,
         keep_alive: object = None,
     ) -> None:
         """Serves the memory at `placement` until `close` or `withdraw`, and publishes this worker as READY.
@@ -354,7 +355,7 @@ class Membership:
         layout: Layout,
         placement: Placement,
         scalars: Mapping[str, float],
-        digests: bytes | None,
+        digests: ChunkDigests | None,
         keep_alive: object,
         have: int | None = None,
     ) -> Holder:

@@ -27,8 +27,9 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.agent_session import require_movable
 from mxcore.transfer.chunks import CHUNK_BYTES
+from mxcore.transfer.device_memory import require_movable
+from mxcore.transfer.digests import ChunkDigests
 from mxcore.transfer.holder_pull import HolderPull
 from mxcore.transfer.intake import Content, Intake, OtherContent, Progress
 from mxcore.transfer.layout import Layout, Placement
@@ -44,7 +45,6 @@ __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 logger = logging.getLogger(__name__)
 
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
-_Digests: TypeAlias = bytes  # ReceiveReport has a field of that name
 
 _HOLDERS_AT_ONCE = 8
 _LOOK_SECONDS = 0.1  # between two looks at who ended, who is slow, who is new
@@ -60,7 +60,7 @@ _LOAD_SPREAD = 4.0  # readers of difference that chance makes up for, so that no
 
 @dataclass(frozen=True)
 class ReceiveReport:
-    """What `receive` did. `digests`: 8 bytes little-endian a chunk, so that serving needs no second pass.
+    """What `receive` did. With its `digests`, serving needs no second pass over the memory.
 
     `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has them all.
     `bytes_again` were asked for more than once, since a holder was lost. `seconds` are those of the whole receive,
@@ -76,7 +76,7 @@ class ReceiveReport:
     operation: str
     transport: str
     scalars: dict[str, float]
-    digests: _Digests
+    digests: ChunkDigests
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0

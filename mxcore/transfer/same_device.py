@@ -23,7 +23,7 @@ from mxcore.transfer.layout import Placement
 from mxcore.transfer.same_host import host_identity
 from mxserver.wire import mx_pb2
 
-__all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "offer"]
+__all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "device_offer"]
 
 NONCE_BYTES = 32
 # What the driver hands out in one piece: a smaller allocation shares it with others, and they would be opened as well.
@@ -63,7 +63,7 @@ class DeviceProbeTarget:
         self._buffer.close()
 
 
-def offer(placement: Placement) -> tuple[DeviceProbeTarget | None, str]:
+def device_offer(placement: Placement) -> tuple[DeviceProbeTarget | None, str]:
     """What lets other processes of this machine READ a placement of device memory, or None and why they cannot."""
     try:
         because = cannot_export(placement.addresses)

@@ -23,6 +23,7 @@ from typing import Literal
 
 from mxcore.c_environment import c_getenv, c_setenv
 from mxcore.transfer.rdma_devices import pins_too_little, usable_ports
+from mxcore.transfer.same_device import cannot_read
 from mxcore.transfer.same_host import can_read
 from mxserver.wire import mx_pb2
 
@@ -294,6 +295,4 @@ def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_inde
         return "the settings of this worker (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
     if not offer.HasField("device_probe"):
         return offer.no_device_read or "the holder offers none"
-    from mxcore.transfer.same_device import cannot_read  # opens the driver
-
     return cannot_read(offer.device_probe, device_index)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent import futures
 from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import grpc
 
@@ -19,6 +19,7 @@ from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.transfer.chunk_listener import ChunkListener
 from mxcore.transfer.holder import Holder
 from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
+from mxcore.transfer.same_device import DeviceProbeTarget, device_offer
 from mxcore.transfer.same_host import ProbeTarget
 from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
 from mxcore.transfer.transports import UcxPolicy
@@ -26,9 +27,6 @@ from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.channels import channel_options
 from mxserver.wire.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
-
-if TYPE_CHECKING:
-    from mxcore.transfer.same_device import DeviceProbeTarget
 
 __all__ = ["WorkerServer"]
 
@@ -151,9 +149,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._device_probe: DeviceProbeTarget | None = None
         self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
         if self._holder.placement.device_type != "cpu" and policy.reads_devices:
-            from mxcore.transfer import same_device  # opens the driver
-
-            self._device_probe, self._no_device_read = same_device.offer(self._holder.placement)
+            self._device_probe, self._no_device_read = device_offer(self._holder.placement)
             if self._no_device_read:
                 logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
@@ -176,7 +172,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             layout=None if same else holder.layout.to_proto(),
             chunk_bytes=holder.chunks.chunk_bytes,
             digest_kind=holder.digests.kind,
-            digests=holder.digests,
+            digests=holder.digests.values,
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mxcore.cuda_context import context_of
 from mxcore.settings import load_settings
-from mxcore.transfer.device_memory import release_devices
+from mxcore.transfer.device_proof import release_devices
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.same_device import DeviceProbeTarget

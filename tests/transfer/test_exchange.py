@@ -106,7 +106,7 @@ def test_every_kind_of_tensor_arrives(start_worker: StartWorker, transport: str,
     assert (report.operation, report.transport) == (operation, named)
     assert report.bytes == target.layout.total_bytes == target.seen[-1]
     assert report.tensors == len(model_specs())
-    assert report.chunks_verified == len(report.digests) // 8 == -(-report.bytes // CHUNK_BYTES)
+    assert report.chunks_verified == len(report.digests.values) // 8 == -(-report.bytes // CHUNK_BYTES)
     assert report.scalars == {"k_scale": 0.5}
     assert report.source_worker_id == source.worker_id
     assert report.gigabytes_per_second > 0

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mxcore.errors import ChunksMissing, DigestMismatch
+from mxcore.errors import ChunksMissing, DigestMismatch, ReceivedInPart
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.membership import Membership
-from mxcore.transfer.partial import PartialReceive
 from mxcore.transfer.plan import SwarmPlan, all_chunks
-from mxcore.transfer.receiver import Receiver, ReceiveReport
+from mxcore.transfer.receiver import Receiver
 from mxcore.transfer.source_client import Source
 from tests.transfer.memory import HostTensors, identity, model_specs
 
@@ -48,7 +47,7 @@ class Half:
             chunk_bytes=CHUNK_BYTES,
         )
 
-    def receive(self) -> PartialReceive[ReceiveReport]:
+    def receive(self) -> ReceivedInPart:
         source = Source(self.source.source_id, self.source.worker_id, 0, self.source.endpoint or "")
         with pytest.raises(ChunksMissing) as raised:
             self.receiver.receive([source])
@@ -56,7 +55,7 @@ class Half:
         assert raised.value.partial is not None
         return raised.value.partial
 
-    def fill(self, partial: PartialReceive[ReceiveReport]) -> int:
+    def fill(self, partial: ReceivedInPart) -> int:
         """Copies what is missing from the holder's memory; returns how many bytes that were."""
         return self.here.copy_from(self.there, partial.missing_stretches())
 
