@@ -43,10 +43,10 @@ class _NotLookedAt:
 
     def __init__(self, pid: int, *, threads: int, hashed: bool) -> None:
         self._reads = AttachedReads(pid, threads=threads, hashed=False)
-        self.ask, self.close = self._reads.ask, self._reads.close
+        self.ask, self.wake, self.close = self._reads.ask, self._reads.wake, self._reads.close
 
-    def ended(self) -> list[tuple[int, int, bytes]]:
-        return [(key, error, b"a digest") for key, error, _ in self._reads.ended()]
+    def ended(self, seconds: float) -> list[tuple[int, int, bytes]]:
+        return [(key, error, b"a digest") for key, error, _ in self._reads.ended(seconds)]
 
 
 def _threads_without_hashing(cores: int, asked_for: int, *, hashed: bool) -> int:
@@ -134,7 +134,7 @@ class FleetWorker:
 
     def verify(self, on: bool) -> None:
         """Without, the digests are not looked at: what looking costs is the difference."""
-        Intake.verify = self.verifies if on else lambda intake, chunk, made=b"": True  # type: ignore[method-assign]
+        Intake.verify = self.verifies if on else lambda intake, chunk, made=None: True  # type: ignore[method-assign]
         attached_pull.threads_of = threads_of if on else _threads_without_hashing
         attached_pull.AttachedReads = AttachedReads if on else _NotLookedAt  # type: ignore[attr-defined, assignment]
 

@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from mxcore.errors import (
     DigestMismatch,
@@ -28,22 +27,22 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.agent_session import AgentSession
-from mxcore.transfer.attached_pull import PullByAttach
+from mxcore.transfer.attached_pull import SameHostMover
 from mxcore.transfer.chunk_greeting import TOKEN_BYTES
 from mxcore.transfer.intake import Intake
-from mxcore.transfer.movers import PullByRead, PullByWrite
+from mxcore.transfer.lease_keeper import LeaseKeeper
+from mxcore.transfer.movers import Mover
+from mxcore.transfer.nixl_read import NixlReadMover
+from mxcore.transfer.nixl_write import NixlWriteMover
 from mxcore.transfer.plan import Wanted, all_chunks, set_from_bytes
 from mxcore.transfer.session_ahead import SessionAhead
-from mxcore.transfer.socket_pull import PullBySocket
+from mxcore.transfer.socket_pull import TcpMover
 from mxcore.transfer.source_client import PendingCall, Source, SourceClient
 from mxcore.transfer.tcp_received import TcpReceived
 from mxcore.transfer.transports import Route, UcxPolicy, choose_route
 from mxserver.wire import mx_pb2
 
 __all__ = ["HolderPull"]
-
-_Mover: TypeAlias = PullByAttach | PullByRead | PullBySocket | PullByWrite
-_WOKEN = (PullBySocket, PullByWrite)  # `arrived` ends for an answer to what is asked meanwhile
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class HolderPull:
         self._stopped = threading.Event()
         self._given_up: TransferError | None = None
         self._anything_came = False
-        self._mover: _Mover | None = None
+        self._mover: Mover | None = None
         self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
 
     @property
@@ -107,7 +106,7 @@ class HolderPull:
         self._given_up = error
         self._stopped.set()
         mover = self._mover
-        if error is not None and isinstance(mover, _WOKEN):
+        if error is not None and mover is not None:
             mover.interrupt(error)
         if mover is None or error is not None or at_once:
             self._client.cancel()
@@ -186,10 +185,11 @@ class HolderPull:
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
-            with progress, self._open(lease_id, route, session, chunk_port) as mover:
+            keeper = LeaseKeeper(self._client, lease_id) if route.operation != "write" else nullcontext()
+            with progress, keeper as lease, closing(self._open(lease_id, route, session, chunk_port)) as mover:
                 self._mover = mover
                 try:
-                    self._fetch(lease_id, mover, verifying)
+                    self._fetch(lease_id, lease, mover, verifying)
                 except (SourceUnreachable, TransferStalled, PeerLost) as error:
                     if isinstance(error, SourceUnreachable) or not self._may_be_unreachable():
                         self._client.cancel()  # a call that waits for a holder that is gone holds up the fence
@@ -204,13 +204,14 @@ class HolderPull:
             self.clean = self.clean and (done or self._intake.finished or route.operation == "send")
             self._intake.drop(name)
 
-    def _fetch(self, lease_id: str, mover: _Mover, verifying: _Verifier) -> None:
-        """Asks, fetches, verifies; goes on with what arrives while an answer is on its way."""
+    def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: _Verifier) -> None:
+        """Asks, fetches, verifies; goes on with what arrives while an answer is on its way.
+
+        Without a `lease` to look at, what is fetched renews it.
+        """
         name = self.source.worker_id
         count = len(self._intake.chunks)
         asking = _Asking()
-        wake = mover.wake if isinstance(mover, _WOKEN) else None
-        goes_on = mover.needs_this_thread or wake is not None  # with an answer on its way
         sign_of_life_seconds = self._settings.stall_timeout_seconds / 4
         while not self._intake.finished:
             if self._given_up is not None:
@@ -236,22 +237,24 @@ class HolderPull:
                         wait_seconds=wait,
                         declined=asking.declined,
                     )
-                    if wake is not None and not idle:
-                        asking.call.when_done(wake)
-            if asking.call is not None and (idle or not goes_on or asking.call.done):
+                    if not idle:
+                        asking.call.when_done(mover.wake)
+            if asking.call is not None and (idle or asking.call.done):
                 self._take_answer(asking, mover, count)
                 idle = mover.idle
             if idle:
                 pause = asking.pause_until
                 self._rest(min(_NEWS_WAIT_SECONDS, pause - time.monotonic()) if pause > now else None)
                 continue
-            for chunk in mover.arrived():
+            if lease is not None:
+                lease.check()
+            for chunk, digest in mover.arrived():
                 self.busy_at = time.monotonic()
                 self._anything_came = True
-                verifying.submit(chunk, mover.digest_of(chunk), wake)
+                verifying.submit(chunk, digest, mover.wake)
             verifying.collect(wait=mover.idle)
 
-    def _take_answer(self, asking: _Asking, mover: _Mover, count: int) -> None:
+    def _take_answer(self, asking: _Asking, mover: Mover, count: int) -> None:
         """Books what the holder said, and has the mover fetch what it granted."""
         if asking.call is None:
             return
@@ -281,7 +284,7 @@ class HolderPull:
             elif not self._intake.wanted(self.source.worker_id).most and not self._intake.finished:
                 self._intake.changed.wait(_NEWS_WAIT_SECONDS / 10)
 
-    def _open(self, lease_id: str, route: Route, session: AgentSession | None, chunk_port: int) -> _Mover:
+    def _open(self, lease_id: str, route: Route, session: AgentSession | None, chunk_port: int) -> Mover:
         if route.operation == "send":
             return self._connect(lease_id, chunk_port)
         placement = self._intake.placement
@@ -307,41 +310,35 @@ class HolderPull:
                     f"worker {self.source.worker_id} would WRITE by {route.transport}, without an agent"
                 )
             stall_seconds = self._settings.stall_timeout_seconds
-            return PullByWrite(self._client, lease_id, session, stall_timeout_seconds=stall_seconds)
+            return NixlWriteMover(self._client, lease_id, session, stall_timeout_seconds=stall_seconds)
         chunks = self._intake.chunks
         remote = chunks.addresses([extent.address for extent in answer.extents])
         if session is None:
-            local, hashed = self._intake.addresses, self._intake.hashed_on_arrival
-            threads = self._settings.same_host_threads
-            return PullByAttach(
-                self._client, lease_id, route.process, chunks, local, remote, hashed=hashed, threads=threads
+            return SameHostMover(
+                self.source.worker_id,
+                route.process,
+                chunks,
+                self._intake.addresses,
+                remote,
+                hashed=self._intake.hashed_on_arrival,
+                stall_timeout_seconds=self._settings.stall_timeout_seconds,
+                threads=self._settings.same_host_threads,
             )
         tcp = TcpReceived() if route.transport == "cuda-ipc" else None
         peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
         if len(devices) > 1:
             raise SourceRefused(f"worker {self.source.worker_id} has weights on devices {sorted(devices)}")
-        return PullByRead(
-            self._client,
-            lease_id,
-            session,
-            peer,
-            chunks,
-            self._intake.addresses,
-            remote,
-            next(iter(devices), None),
-            tcp,
-        )
+        return NixlReadMover(session, peer, chunks, self._intake.addresses, remote, next(iter(devices), None), tcp)
 
-    def _connect(self, lease_id: str, chunk_port: int) -> PullBySocket:
+    def _connect(self, lease_id: str, chunk_port: int) -> Mover:
         intake, settings = self._intake, self._settings
         fingerprint = intake.layout.fingerprint
         answer = self._client.open_transfer(lease_id, fingerprint, b"", (), mx_pb2.OPERATION_SEND)
         if answer.operation != mx_pb2.OPERATION_SEND or len(answer.token) != TOKEN_BYTES:
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
-        return PullBySocket(
+        return TcpMover(
             self._client,
-            lease_id,
             chunk_port,
             answer.token,
             intake.chunks,
@@ -361,18 +358,17 @@ class _Verifier:
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
         self._running: set[Future[None]] = set()
 
-    def submit(self, chunk: int, made: bytes = b"", then: Callable[[], None] | None = None) -> None:
+    def submit(self, chunk: int, digest: bytes | None, then: Callable[[], None]) -> None:
         """Takes a chunk that has arrived, with its digest if there is one. Raises DigestMismatch in that case.
 
-        `then` is called when it is booked, or was refused.
+        Without one, `then` is called when the chunk is booked, or was refused.
         """
-        if made:
-            self._book(chunk, self._intake.verify(chunk, made))
+        if digest is not None:
+            self._book(chunk, self._intake.verify(chunk, digest))
             return
         running = self._pool.submit(self._verify, chunk)
         self._running.add(running)
-        if then is not None:
-            running.add_done_callback(lambda _: then())
+        running.add_done_callback(lambda _: then())
 
     def collect(self, *, wait: bool) -> None:
         """Raises what the verification of chunks raised (DigestMismatch); with `wait`, once all are through."""

@@ -174,7 +174,7 @@ class Intake:
                 self.first_asked_at = now
             return self._plan.claim(holder, granted, now)
 
-    def verify(self, chunk: int, made: bytes = b"") -> bool:
+    def verify(self, chunk: int, made: bytes | None = None) -> bool:
         """Whether the chunk's bytes here are those of the digest; `made` is their XXH3-64 if it is known already."""
         if self.content is None:
             return False

@@ -294,8 +294,8 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
 def test_memory_that_may_not_be_read_any_more_is_sent_instead(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(reads: AttachedReads) -> list[tuple[int, int, bytes]]:
-        return [(key, errno.EPERM, b"") for key, _, _ in ended(reads)]
+    def denied(reads: AttachedReads, seconds: float) -> list[tuple[int, int, bytes]]:
+        return [(key, errno.EPERM, b"") for key, _, _ in ended(reads, seconds)]
 
     ended = AttachedReads.ended
     monkeypatch.setattr(attached_pull, "AttachedReads", type("Denied", (AttachedReads,), {"ended": denied}))
