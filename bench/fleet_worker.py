@@ -21,7 +21,7 @@ from mxcore.errors import TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer import attached_pull
 from mxcore.transfer.attached_pull import threads_of
-from mxcore.transfer.intake import Intake
+from mxcore.transfer.intake import ReceivedChunks
 from mxcore.transfer.layout import LocalTensor, build_layout
 from mxcore.transfer.membership import PROTOCOL_VERSION, Membership
 from mxserver.wire import p2p_pb2
@@ -70,7 +70,7 @@ class _Losses(logging.Handler):
 class FleetWorker:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self.verifies = Intake.verify
+        self.verifies = ReceivedChunks.verify
         self.member = self._join()
         self.stretches = self._stretches()
         self.memory = np.zeros(self.stretches[-1][1], np.uint8)
@@ -134,7 +134,7 @@ class FleetWorker:
 
     def verify(self, on: bool) -> None:
         """Without, the digests are not looked at: what looking costs is the difference."""
-        Intake.verify = self.verifies if on else lambda intake, chunk, made=None: True  # type: ignore[method-assign]
+        ReceivedChunks.verify = self.verifies if on else lambda received, chunk, made=None: True  # type: ignore[method-assign]
         attached_pull.threads_of = threads_of if on else _threads_without_hashing
         attached_pull.AttachedReads = AttachedReads if on else _NotLookedAt  # type: ignore[attr-defined, assignment]
 

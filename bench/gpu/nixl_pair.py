@@ -22,7 +22,7 @@ from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer
 from mxcore.nixl_agent import NixlAgent
 from mxcore.transfer.device_proof import nixl_device
-from mxcore.transfer.tcp_received import TcpReceived
+from mxcore.transfer.tcp_received import TcpByteCounter
 from mxcore.transfer.transports import ucx_environment
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
@@ -85,7 +85,7 @@ def read(context: Context, size_bytes: int, rounds: int, stand_in: str | None) -
             if not text:
                 raise ValueError(f"the holder's process ended with {holder.wait()}")
             line = json.loads(text)
-            tcp = TcpReceived()
+            tcp = TcpByteCounter()
             peer = agent.load_remote(bytes.fromhex(line["metadata"]))
             seconds = min(_once(agent, buffer, line["address"], peer) for _ in range(rounds + 1))
             context.synchronize()

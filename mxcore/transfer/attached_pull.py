@@ -1,7 +1,7 @@
-"""Chunks read out of the holder's memory by cross-memory attach: on one host, without an agent of either side.
+"""Chunks read out of the holder's memory by cross-memory attach: on one host, without an agent on either side.
 
-UCX could do it too. Our own reads cost nothing a tensor (many stretches are one call of the kernel), hash each piece
-while it is in the core's cache, use several cores, and are over when they return: there is nothing to fence.
+UCX could do it too. Our own reads cost nothing per tensor (one system call reads many stretches), hash each piece while
+it is in the core's cache, use several cores, and nothing arrives once they return: there is nothing to fence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mxserver.wire.closing import Closing
 
 __all__ = ["SameHostMover", "threads_of"]
 
-_MOST_THREADS = 4  # more bring little: each is bound by a core's way to memory, together by the memory's
+_MOST_THREADS = 4  # more gain little: four come near the bandwidth of the memory
 
 
 def threads_of(cores: int, asked_for: int, *, hashed: bool) -> int:

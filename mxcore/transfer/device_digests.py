@@ -18,7 +18,7 @@ __all__ = ["DeviceDigester"]
 
 
 class DeviceDigester:
-    """Digests of one device's memory. All work that was given to the device is waited for before. Thread-safe."""
+    """Digests of one device's memory, made when all earlier work of the device is done. Thread-safe."""
 
     kind = MIXSUM
 

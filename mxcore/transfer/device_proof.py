@@ -97,7 +97,7 @@ def _expected(data: bytes) -> bytes:
 
 
 def _try_digests(digester: DeviceDigester, source: DeviceBuffer) -> None:
-    """Right bytes have the host's digests, one wrong bit has not. Raises CudaError."""
+    """Right bytes have the host's digests, a wrong bit changes them. Raises CudaError."""
     right = _known_bytes()
     wrong = bytearray(right)
     wrong[140_000] ^= 0x10
@@ -150,8 +150,8 @@ _lock = threading.Lock()
 def proven_device(placement: Placement) -> ProvenDevice:
     """The device that all of a placement is on, tried once a process.
 
-    Raises LayoutUnsupported: another kind of memory, several devices, or a device that failed its trial (also when
-    it failed before: nothing is tried twice).
+    Raises LayoutUnsupported: another kind of memory, several devices, or a device that failed its trial, now or before
+    (it is not tried twice).
     """
     if placement.device_type != "cuda":
         raise LayoutUnsupported(
@@ -175,7 +175,7 @@ def proven_device(placement: Placement) -> ProvenDevice:
 
 
 def release_devices() -> None:
-    """Forgets what was proven, and frees what digests hold. Nobody may be at work."""
+    """Forgets all trials, and frees what digests hold. No transfer or digest may be running."""
     with _lock:
         for found in _proven.values():
             if isinstance(found, ProvenDevice):

@@ -10,7 +10,7 @@ from mxcore.errors import NotOneSided, TransferError
 from mxcore.transfer.agent_session import AgentSession, Move
 from mxcore.transfer.chunks import Chunks
 from mxcore.transfer.movers import Arrived
-from mxcore.transfer.tcp_received import TcpReceived
+from mxcore.transfer.tcp_received import TcpByteCounter
 from mxserver.wire.closing import Closing
 
 __all__ = ["NixlReadMover"]
@@ -35,7 +35,7 @@ class NixlReadMover(Closing):
         local: array[int],
         remote: array[int],
         remote_device: int | None = None,
-        tcp: TcpReceived | None = None,
+        tcp: TcpByteCounter | None = None,
     ) -> None:
         """`tcp`, made before the two agents were connected: for cuda-ipc."""
         self._session = session
@@ -56,7 +56,7 @@ class NixlReadMover(Closing):
         """Nothing: `arrived` does not wait for others."""
 
     def interrupt(self, error: TransferError) -> None:
-        """See Mover; what is in flight is given up on."""
+        """See Mover; what is in flight is abandoned."""
         self._error = self._error or error
 
     @property

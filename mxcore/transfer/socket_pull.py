@@ -1,8 +1,8 @@
-"""Chunks fetched over TCP connections to the holder, without an agent of either side.
+"""Chunks fetched over TCP connections to the holder, without an agent on either side.
 
-NIXL could do it too, by UCX. Our own connections cost nothing a tensor (many stretches are one call of the kernel, on
-both sides), hash each piece while it is in the core's cache, and are over when they are closed: there is nothing to
-fence, and a holder that dies, or whose receiver does, ends nobody.
+NIXL could do it too, by UCX. Our own connections cost nothing per tensor (one system call moves many stretches, on both
+sides), hash each piece while it is in the core's cache, and nothing arrives once they are closed: there is nothing to
+fence, and the death of a holder or receiver does not end the other process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_CONNECTIONS = 4
 def connections_of(cores: int, asked_for: int) -> int:
     """How many connections to one holder; `asked_for` 0: one for every two cores, at most 4.
 
-    One is the limit of a core on either side; on two cores a second one only takes from the first.
+    A connection keeps a core busy on either side; on two cores a second one only takes from the first.
     """
     return asked_for or min(max(1, cores // 2), _MOST_CONNECTIONS)
 
@@ -97,7 +97,7 @@ class TcpMover(Closing):
             )
 
     def arrived(self) -> Iterator[Arrived]:
-        """See Mover; a part of a chunk is news, too."""
+        """See Mover; a part of a chunk is progress, too."""
         for chunk, error, digest in self._reads.ended(self._awaited.seconds_left):
             if error:
                 raise self._as_error(chunk, error)

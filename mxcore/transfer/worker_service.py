@@ -18,7 +18,7 @@ from mxcore.attached_memory import allow_attaching
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.transfer.chunk_listener import ChunkListener
 from mxcore.transfer.holder import Holder
-from mxcore.transfer.plan import Wanted, set_from_bytes, set_to_bytes
+from mxcore.transfer.plan import ChunkRequest, set_from_bytes, set_to_bytes
 from mxcore.transfer.same_device import DeviceProbeTarget, device_offer
 from mxcore.transfer.same_host import ProbeTarget
 from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
@@ -33,7 +33,7 @@ __all__ = ["WorkerServer"]
 logger = logging.getLogger(__name__)
 
 _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
-_SPARE_THREADS = 24  # besides those that push: 16 may wait for news, the rest answers
+_SPARE_THREADS = 24  # besides those that push: 16 may wait for new chunks, the others answer
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
 _LAST_PORT = 65535
@@ -155,7 +155,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
 
     def close(self) -> None:
-        """Frees what it shows to others. Idempotent."""
+        """Frees the probe for other processes. Idempotent."""
         if self._device_probe is not None:
             self._device_probe.close()
 
@@ -242,7 +242,9 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self, request: mx_pb2.AskChunksRequest, context: grpc.ServicerContext
     ) -> mx_pb2.AskChunksResponse:
         count = len(self._holder.chunks)
-        wanted = Wanted(set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most)
+        wanted = ChunkRequest(
+            set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most
+        )
         with _as_status(context):
             answer = self._holder.ask(
                 request.lease_id,
@@ -294,7 +296,7 @@ class WorkerServer:
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
-    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the policy leaves that to NIXL.
+    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL.
     Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
@@ -332,7 +334,7 @@ class WorkerServer:
         self._server.start()
 
     def stop(self) -> None:
-        """Ends all calls, and takes no connection any more. Idempotent."""
+        """Ends all calls, and accepts no more connections. Idempotent."""
         if self._chunks is not None:
             self._chunks.close()
         self._server.stop(_STOP_GRACE_SECONDS).wait()
@@ -354,7 +356,7 @@ def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerC
 
 
 def _is_free(listen: str, port: int) -> bool:
-    """Whether nobody listens there; grpcio finds that out as well, but writes an error of its own to the log."""
+    """Whether nobody listens there; grpcio finds that out as well, but logs an error of its own."""
     if port > _LAST_PORT:  # of a high rank
         return False
     try:

@@ -24,7 +24,7 @@ from mxcore.transfer import device_proof
 from mxcore.transfer.device_memory import allocation_regions, digester_of, require_movable
 from mxcore.transfer.device_proof import proven_device, release_devices
 from mxcore.transfer.digests import MIXSUM, XXH3, ChunkDigests, HostDigester
-from mxcore.transfer.intake import Intake
+from mxcore.transfer.intake import ReceivedChunks
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from mxcore.transfer.membership import Membership
 from mxcore.transfer.regions import Regions
@@ -111,30 +111,30 @@ def test_weights_move_between_any_memory(
 def test_a_wrong_bit_on_the_device_is_refused(devices: StandIn, kind: str) -> None:
     source, target = HostTensors(SPECS, 5), DeviceTensors(SPECS, 5)
     layout, placement = placed(target)
-    intake = Intake(layout, placement, scalar_names=[], progress=None, chunk_bytes=CHUNK_BYTES)
+    received = ReceivedChunks(layout, placement, scalar_names=[], progress=None, chunk_bytes=CHUNK_BYTES)
     many = {XXH3: xxh3_64_many, MIXSUM: mixsum_64_many}[kind]
-    addresses = intake.chunks.local_addresses(placed(source)[1])
-    digests = many(addresses, intake.chunks.lengths, intake.chunks.segment_starts)
+    addresses = received.chunks.local_addresses(placed(source)[1])
+    digests = many(addresses, received.chunks.lengths, received.chunks.segment_starts)
     answer = mx_pb2.GetLayoutResponse(
         fingerprint=layout.fingerprint, chunk_bytes=CHUNK_BYTES, digest_kind=kind, digests=digests,
         scalars_digest=scalars_digest({}),
     )  # fmt: skip
-    intake.admit("a holder", answer)
-    assert all(intake.verify(chunk) for chunk in range(len(intake.chunks)))
-    assert intake.digests_here(kind, 1) == ChunkDigests(digests, kind)
+    received.admit("a holder", answer)
+    assert all(received.verify(chunk) for chunk in range(len(received.chunks)))
+    assert received.digests_here(kind, 1) == ChunkDigests(digests, kind)
     chunk = 3
-    at = intake.chunks.slice_of(intake.addresses, chunk)[0]
+    at = received.chunks.slice_of(received.addresses, chunk)[0]
     ctypes.memset(at, ctypes.string_at(at, 1)[0] ^ 1, 1)
-    assert [intake.verify(each) for each in range(len(intake.chunks))].count(False) == 1
-    assert not intake.verify(chunk)
+    assert [received.verify(each) for each in range(len(received.chunks))].count(False) == 1
+    assert not received.verify(chunk)
     other = mx_pb2.GetLayoutResponse()
     other.CopyFrom(answer)
     other.digest_kind = XXH3 if kind == MIXSUM else MIXSUM
     with pytest.raises(SourceRefused, match="cannot be told"):
-        intake.admit("another holder", other)
+        received.admit("another holder", other)
     other.digest_kind = "crc32"
     with pytest.raises(SourceRefused, match="crc32"):
-        intake.admit("another holder", other)
+        received.admit("another holder", other)
 
 
 def test_a_bad_digest_ends_a_receive(
@@ -142,7 +142,7 @@ def test_a_bad_digest_ends_a_receive(
 ) -> None:
     source, target = DeviceTensors(SPECS, 5), DeviceTensors(SPECS, None)
     layout, placement = placed(source)
-    chunks = Intake(layout, placement, scalar_names=[], progress=None, chunk_bytes=CHUNK_BYTES).chunks
+    chunks = ReceivedChunks(layout, placement, scalar_names=[], progress=None, chunk_bytes=CHUNK_BYTES).chunks
     right = digester_of(placement).many(
         MIXSUM, chunks.local_addresses(placement), chunks.lengths, chunks.segment_starts
     )
