@@ -84,7 +84,9 @@ class NixlReadMover(Closing):
         if batch and self._tcp is not None:
             self._tried = True
             if 2 * self._tcp.bytes() >= sum(map(self._chunks.bytes_of, batch)):  # half of the bytes or more
-                raise NotOneSided(f"a READ of device memory from {self._peer} came over TCP although cuda_ipc works")
+                raise NotOneSided(
+                    f"a READ of device memory from {self._peer} came over TCP although cuda_ipc works here"
+                )
 
     def _move(self, chunk: int) -> Move:
         local, remote, lengths = (
