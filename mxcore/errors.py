@@ -8,20 +8,20 @@
     ├── StorageError          MX_STORAGE              reading a file failed
     │   ├── TruncatedRead     MX_TRUNCATED_READ       the file ended before the range did
     │   ├── FileChanged       MX_FILE_CHANGED         the file was written to while it was read
-    │   ├── ModeUnavailable   MX_READ_MODE            a way to read that was asked for does not work here
+    │   ├── ModeUnavailable   MX_READ_MODE            the read mode that was asked for does not work here
     │   └── ObjectStoreError  MX_OBJECT_STORE         an object store gave no bytes, or not these
     │       ├── ObjectMissing     MX_OBJECT_MISSING       no such bucket, prefix or object
     │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are absent, wrong or too weak
     │       ├── WrongRegion       MX_OBJECT_REGION        the bucket lies in another region
     │       ├── StoreUnreachable  MX_OBJECT_ENDPOINT      no such endpoint, or none that speaks this protocol
-    │       ├── StoreTimeout      MX_OBJECT_TIMEOUT       no answer in time, or one that broke off, again and again
+    │       ├── StoreTimeout      MX_OBJECT_TIMEOUT       no answer in time, or it broke off, again and again
     │       ├── ObjectTruncated   MX_OBJECT_TRUNCATED     fewer bytes than the listing promised
     │       └── StreamerMissing   MX_STREAMER_MISSING     the packages for this kind of store are not installed
     ├── CheckpointError       MX_CHECKPOINT           the files are not one checkpoint
     ├── DestinationMismatch   MX_DESTINATION_MISMATCH a tensor does not fit where it is to go
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
     │   └── HostMemoryLimit   MX_HOST_MEMORY_LIMIT    more host memory than the user's ceiling allows
-    ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while somebody still looks at its memory
+    ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while views of its memory exist
     ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
     ├── CudaError             MX_CUDA                 a call into the CUDA driver failed
     │   ├── CudaMissing       MX_CUDA_MISSING         no usable CUDA driver or device on this machine
@@ -29,18 +29,18 @@
     ├── CuFileError           MX_CUFILE               a call into cuFile failed, or it is not what it has to be
     │   └── CuFileMissing     MX_CUFILE_MISSING       no usable libcufile on this machine
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
-    ├── NoSource              MX_NO_SOURCE            a worker that only pulls found nobody to pull from
+    ├── NoSource              MX_NO_SOURCE            a worker that may only receive found no source
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
-        │   └── PeerLost      MX_PEER_LOST            the other side of a transfer is gone
+        │   └── PeerLost      MX_PEER_LOST            the peer of a transfer is gone
         ├── TransferStalled   MX_TRANSFER_STALLED     no progress within the time-out
         ├── LayoutMismatch    MX_LAYOUT_MISMATCH      names, dtypes, shapes or strides differ
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
-        │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ took another way than the one-sided one
-        │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the port at which the holder gives chunks is not reached
+        │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ went over a transport that is not one-sided
+        │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the holder's chunk port cannot be reached
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
         ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
@@ -52,13 +52,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from mxserver.wire.errors import MxError
-
-if TYPE_CHECKING:
-    from mxcore.transfer.receive.partial import PartialReceive
-    from mxcore.transfer.receive.receiver import ReceiveReport
 
 
 class NotBuilt(MxError, ImportError):
@@ -97,7 +93,7 @@ class FileChanged(StorageError):
 
 
 class ModeUnavailable(StorageError):
-    """A way to read that was asked for does not work here; the message says why."""
+    """The read mode that was asked for does not work here; the message says why."""
 
     code = "MX_READ_MODE"
 
@@ -133,7 +129,7 @@ class StoreUnreachable(ObjectStoreError):
 
 
 class StoreTimeout(ObjectStoreError):
-    """The store did not answer in time, or broke off, as often as it was asked."""
+    """The store did not answer in time, or broke off, at every attempt."""
 
     code = "MX_OBJECT_TIMEOUT"
 
@@ -237,7 +233,7 @@ class LoadPathsExhausted(MxError):
 
 
 class NoSource(MxError):
-    """A worker that may only pull (mx-target) got no weights; the message says for how long it waited and why."""
+    """A worker that may only receive (mx-target) got no weights; the message says for how long it waited and why."""
 
     code = "MX_NO_SOURCE"
 
@@ -261,7 +257,7 @@ class NixlMissing(NixlError):
 
 
 class PeerLost(NixlError):
-    """The other side of a transfer is gone."""
+    """The peer of a transfer is gone."""
 
     code = "MX_PEER_LOST"
 
@@ -297,13 +293,13 @@ class SourceRefused(TransferError):
 
 
 class NotOneSided(SourceRefused):
-    """A READ that should go by cross-memory attach or cuda_ipc took another way; the holder can still WRITE."""
+    """A READ that should go by cross-memory attach or cuda_ipc went another way; the holder can still WRITE."""
 
     code = "MX_NOT_ONE_SIDED"
 
 
 class NoChunkPort(SourceRefused):
-    """The port at which the holder gives chunks is not reached, or not answered there; it can still WRITE."""
+    """The holder's chunk port cannot be reached, or does not answer; the holder can still WRITE."""
 
     code = "MX_NO_CHUNK_PORT"
 
@@ -314,12 +310,29 @@ class SourceBusy(SourceRefused):
     code = "MX_SOURCE_BUSY"
 
 
+class ReceivedInPart(Protocol):
+    """What `ChunksMissing` left in memory, to be completed from elsewhere (mxcore.transfer.receive.partial)."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all chunks."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the chunks that did not come."""
+
+    def missing_stretches(self) -> list[tuple[int, int]]:
+        """The memory to be filled: (first address, address after the last), ascending, none adjoining."""
+
+    def complete(self) -> Any:
+        """The report of the whole receive, once that memory was filled. Raises DigestMismatch."""
+
+
 class ChunksMissing(TransferError):
     """No holder is left that could give the rest; the message has every holder's failure.
 
     `missing` are the chunks that did not come, ascending; the others are verified and in place. `failures` are the
-    errors of the holders, in their order. `partial` (mxcore.transfer.receive.PartialReceive) takes the rest from
-    elsewhere; None when nothing came.
+    errors of the holders, in their order. `partial` can be completed from elsewhere; None when nothing came.
     """
 
     code = "MX_CHUNKS_MISSING"
@@ -330,7 +343,7 @@ class ChunksMissing(TransferError):
         *,
         missing: Sequence[int] = (),
         failures: Sequence[TransferError] = (),
-        partial: PartialReceive[ReceiveReport] | None = None,
+        partial: ReceivedInPart | None = None,
     ) -> None:
         super().__init__(message)
         self.partial = partial
@@ -351,7 +364,7 @@ class HolderDraining(TransferError):
 
 
 class LeaseEnded(TransferError):
-    """No such lease: it has ended, by release or for want of a sign of its receiver, or never was."""
+    """No such lease: it was released, it expired, or it never was."""
 
     code = "MX_LEASE_ENDED"
 

@@ -1,8 +1,8 @@
-"""The ladder of places that weights can come from: which rungs there are, in which order, and what became of each.
+"""The ladder of places that weights can come from: which rungs there are, in which order, and what each did.
 
-Knows neither an engine nor torch: a rung is asked whether it can be taken, and loads. Whatever a rung raises after it
-touched the model is met in one place: the rung undoes what it did, `restore` makes building possible again, and the
-next rung begins as if nothing had been.
+It knows neither an engine nor torch: a rung says whether it can be tried, and loads. Whatever a rung raises after it
+touched the model is handled in one place: the rung undoes its changes, `restore` makes building possible again, and
+the next rung begins as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 from mxcore.errors import LoadPathsExhausted
 from mxserver.wire.errors import MxError
 
-__all__ = ["RUNGS", "Ladder", "Look", "Rung", "Step", "chosen_rungs", "reason_of", "skip", "take"]
+__all__ = ["RUNGS", "Ladder", "PollResult", "Rung", "Step", "chosen_rungs", "reason_of", "skip", "take"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -32,24 +32,24 @@ RUNGS: dict[str, str] = {
     "cache": "the server's model cache",
     "engine": "the engine's own loader",
 }
-"""Every rung by its name in MX_LOAD_PATHS, in the default order, with what it stands for."""
+"""Every rung by its name in MX_LOAD_PATHS, in the default order, with its meaning."""
 
 
-class Look(NamedTuple):
-    """Whether a rung is taken, and the reason for either."""
+class PollResult(NamedTuple):
+    """Whether a rung is tried, and why or why not."""
 
     takes: bool
     reason: str
 
 
-def take(reason: str) -> Look:
+def take(reason: str) -> PollResult:
     """The rung is to be tried."""
-    return Look(True, reason)
+    return PollResult(True, reason)
 
 
-def skip(reason: str) -> Look:
-    """The rung is left out."""
-    return Look(False, reason)
+def skip(reason: str) -> PollResult:
+    """The rung is not tried."""
+    return PollResult(False, reason)
 
 
 class Rung(Protocol[T_co]):
@@ -61,25 +61,25 @@ class Rung(Protocol[T_co]):
 
     @property
     def tries(self) -> int:
-        """How often it is looked at and tried before the next one."""
+        """How often it is polled and tried before the next rung."""
 
     @property
     def is_last_resort(self) -> bool:
         """Whether its own exception leaves the ladder when no rung follows."""
 
-    def look(self) -> Look:
-        """Cheap where it can be; may wait for others. What it raises is a reason to skip."""
+    def poll(self) -> PollResult:
+        """Whether to try it; cheap if possible, may wait for others. An exception is a reason to skip it."""
 
     def load(self) -> T_co:
         """The loaded model. Raises anything."""
 
     def undo(self) -> None:
-        """After `load` raised: gives back what it took, and what it changed beside the model."""
+        """After `load` raised: releases what it took, and reverts what it changed outside of the model."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What became of a rung. `seconds` are those of loading, 0 where nothing was tried."""
+    """The outcome of a rung. `seconds` are those of loading, 0 where nothing was tried."""
 
     rung: str
     outcome: Literal["skipped", "failed", "loaded"]
@@ -97,7 +97,7 @@ class Step:
 def chosen_rungs(text: str | None) -> tuple[str, ...]:
     """The rungs that MX_LOAD_PATHS names, in its order; the default ones for None.
 
-    Raises ValueError for a name that is none, with the nearest right one, for a name twice, and for no name at all.
+    Raises ValueError for an unknown name (with the nearest known one), for a name twice, and for no name at all.
     """
     if text is None:
         return tuple(RUNGS)
@@ -120,10 +120,10 @@ def reason_of(error: BaseException) -> str:
 
 
 class Ladder(Generic[T]):
-    """Rungs in the order in which they are tried, by `climb`. `steps` tells what became of each, in order.
+    """Tries rungs in order, by `climb`. `steps` has the outcome of each, in order.
 
-    `restore` is called before a rung loads after another one's failure, and has to make building a model possible
-    again. `failed` is told of each failure. One thread at a time.
+    After a rung failed, `restore` is called and has to make building a model possible again. `failed` is called with
+    each failure. For one thread at a time.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class Ladder(Generic[T]):
         and was tried, what that raised.
         """
         for rung, is_last in self._attempts():
-            look = self._look(rung)
-            if not look.takes:
-                self._note(Step(rung.name, "skipped", look.reason))
+            polled = self._poll(rung)
+            if not polled.takes:
+                self._note(Step(rung.name, "skipped", polled.reason))
                 continue
-            logger.info("load path %s (%s): taken: %s", rung.name, RUNGS[rung.name], look.reason)
+            logger.info("load path %s (%s): taken: %s", rung.name, RUNGS[rung.name], polled.reason)
             started = time.monotonic()
             try:
                 model = rung.load()
@@ -159,14 +159,16 @@ class Ladder(Generic[T]):
                 if is_last and rung.is_last_resort:
                     raise
             else:
-                self.steps.append(Step(rung.name, "loaded", look.reason, seconds=round(time.monotonic() - started, 6)))
+                self.steps.append(
+                    Step(rung.name, "loaded", polled.reason, seconds=round(time.monotonic() - started, 6))
+                )
                 return model
-            # Out of the except clause, so that no traceback holds on to the model that was given up.
+            # Outside of the except clause, so that no traceback keeps the failed model alive.
             self._clear_up(rung)
         raise LoadPathsExhausted(
             "no load path gave a model: "
             + "; ".join(str(step) for step in self.steps)
-            + ". Widen MX_LOAD_PATHS, or mend one of them (`mx explain` shows what each would do)"
+            + ". Widen MX_LOAD_PATHS, or repair one of them (`mx explain` shows what each would do)"
         )
 
     def _attempts(self) -> Iterator[tuple[Rung[T], bool]]:
@@ -178,12 +180,12 @@ class Ladder(Generic[T]):
                 if self.steps[before].outcome == "skipped":
                     break
 
-    def _look(self, rung: Rung[T]) -> Look:
+    def _poll(self, rung: Rung[T]) -> PollResult:
         try:
-            return rung.look()
-        except Exception as error:  # noqa: BLE001 - the next rung may do
+            return rung.poll()
+        except Exception as error:  # noqa: BLE001 - the next rung may work
             self._failed(Step(rung.name, "failed", reason_of(error)))
-            return skip(f"it could not be looked at: {reason_of(error)}")
+            return skip(f"it could not be asked: {reason_of(error)}")
 
     def _note(self, step: Step, error: Exception | None = None) -> None:
         self.steps.append(step)
@@ -195,7 +197,7 @@ class Ladder(Generic[T]):
             logger.warning("load path %s failed after %.3f s: %s", step.rung, step.seconds, step.reason)
         else:
             logger.warning(
-                "load path %s failed after %.3f s by no fault that we know: %s",
+                "load path %s failed after %.3f s by an unexpected error: %s",
                 step.rung,
                 step.seconds,
                 step.reason,

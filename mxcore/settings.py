@@ -1,7 +1,7 @@
 """The worker's settings: environment names, defaults, rules.
 
-A worker never refuses to start because of a setting: a bad value warns (setting, value, rule) and its default is
-taken, a misspelt name warns with the nearest right one, and what Kubernetes injects for services is no setting.
+A worker never refuses to start because of a setting: a bad value is replaced by the default with a warning (setting,
+value, rule), a misspelt name warns with the nearest known one, and what Kubernetes injects for services is ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
 class WorkerSettings(BaseModel):
-    """What a worker can be told; `load_settings` makes one out of the environment. Immutable.
+    """A worker's settings; `load_settings` reads them from the environment. Immutable.
 
     Each field's alias is its environment name; mxserver.wire.environment has the meanings in one table. Times are
     in seconds.
@@ -114,7 +114,7 @@ class WorkerSettings(BaseModel):
         return float(match[1]) * _UNITS[match[2].upper()] if match else value
 
     def advertised_host(self) -> str:
-        """What other workers reach this one by: MX_WORKER_HOST, or this host's address towards the server."""
+        """The host that other workers call: MX_WORKER_HOST, or this host's address towards the server."""
         return self.worker_host or _address_towards(self.server_address)
 
     @property
@@ -130,8 +130,8 @@ def load_settings(
     """The settings of this worker; never raises for a value.
 
     `overrides` come from the engine, by environment name (MX_LAYOUT) or field name (layout), and win over `environ`
-    (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either. `told`: another
-    process of the same worker warns, this one does not.
+    (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either. With `told`,
+    warnings are debug lines: another process of the same worker logs them.
     """
     variables = os.environ if environ is None else environ
     level = logging.DEBUG if told else logging.WARNING

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mxcore.errors import CheckpointError
-from mxcore.load_ladder import Look, skip, take
+from mxcore.load_ladder import PollResult, skip, take
 from mxcore.storage.checkpoint.content_digest import checkpoint_digest
 from mxcore.storage.plan.progress import Progress
 from mxcore.storage.remote.hub_folder import hub_cache
@@ -56,7 +56,7 @@ class CacheRung:
         found = find_checkpoint(load.model_config.model, load.model_config.revision, load.load_config.download_dir)
         return found.commit or load.model_config.revision or load.settings.model_revision or None
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         """Taken when the cache has the model, or, without shared storage, when it is to get it."""
         load = self._load
         over_grpc = load.settings.no_shared_storage

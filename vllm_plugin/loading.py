@@ -379,7 +379,7 @@ class Load:
         if identity == membership.identity:
             return membership
         self.membership = self.new_membership(identity)
-        self.membership.take_over_turn(membership)
+        self.membership.take_over_election(membership)
         membership.close()
         return self.membership
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig
 
+from mxcore.errors import ReceivedInPart
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.receiver import ReceiveReport
 from vllm_plugin.missing_bytes import MissingBytes
 from vllm_plugin.storage_loader import StorageLoader
@@ -33,7 +33,7 @@ class Filled:
 
 
 def fill_missing(
-    partial: PartialReceive[ReceiveReport],
+    partial: ReceivedInPart,
     model: nn.Module,
     load_config: LoadConfig,
     model_config: ModelConfig,

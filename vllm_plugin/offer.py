@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from mxcore.transfer.layout.digests import ChunkDigests
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.member.membership import Membership
 from mxcore.transfer.serve.holder import Holder
@@ -37,7 +38,7 @@ class Offer:
         self._keep_alive = keep_alive
         self._paused: Holder | None = None
 
-    def start(self, digests: bytes | None = None) -> None:
+    def start(self, digests: ChunkDigests | None = None) -> None:
         """Serves; `digests` as Membership.serve has them, and so the errors."""
         self.membership.serve(*self._what, digests, keep_alive=self._keep_alive)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
-from mxcore.load_ladder import Look, Rung, skip, take
+from mxcore.load_ladder import PollResult, Rung, skip, take
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
 from mxcore.transfer.move.source_client import Source
@@ -45,7 +45,7 @@ class PeerRung:
         self._loader: FromPeer | None = None
         self._others_may_do = False
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         """Taken when a worker is READY."""
         load = self._load
         if load.membership is None:
@@ -203,7 +203,7 @@ class EngineRung:
     def __init__(self, load: Load) -> None:
         self._load = load
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         """Always taken."""
         reader = self._load.settings.storage_reader
         return take(f"{self._load.model_config.model} by vLLM's default loader (MX_STORAGE_READER={reader})")

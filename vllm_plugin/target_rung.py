@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mxcore.errors import LayoutMismatch
-from mxcore.load_ladder import Look, Rung, skip, take
+from mxcore.load_ladder import PollResult, Rung, skip, take
 from vllm_plugin import compat
 from vllm_plugin.roles import TARGET_WAIT_SECONDS, Wait, ranks_wanted, wait_for_ranks
 from vllm_plugin.rungs import PeerRung, made_rungs
@@ -37,7 +37,7 @@ class TargetRung(PeerRung):
         self._last_failure = ""
         self._failures = 0
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         """Taken when a source is READY; skipped, for good, when the time is over."""
         load = self._load
         if load.membership is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mxcore.errors import CheckpointError
-from mxcore.load_ladder import Look, skip, take
+from mxcore.load_ladder import PollResult, skip, take
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint.content_digest import checkpoint_digest
 from mxcore.storage.plan.progress import Progress
@@ -84,7 +84,7 @@ class UriRung:
     def __init__(self, load: Load) -> None:
         self._load = load
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         """Taken when a checkpoint is there."""
         place = self._load.uri
         if place is None:

@@ -14,7 +14,7 @@ from mxcore.transfer.layout.layout import Layout, LocalTensor, Placement, build_
 from mxcore.transfer.layout.scalars import scalars_digest
 from mxcore.transfer.move.agent_session import AgentSession
 from mxcore.transfer.move.chunk_greeting import show_token
-from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
 from mxserver.wire.proto import mx_pb2
@@ -48,8 +48,8 @@ class _Pair:
         layout, placement = _layout(self.here)
         self.session = AgentSession("target", tls="tcp,self")
         self.session.register(layout, placement)
-        self.intake = Intake(layout, placement, scalar_names=(), progress=None, chunk_bytes=CHUNK_BYTES)
-        self.intake.admit("the source", _answer(self.holder))
+        self.received = ReceivedChunks(layout, placement, scalar_names=(), progress=None, chunk_bytes=CHUNK_BYTES)
+        self.received.admit("the source", _answer(self.holder))
         self.lease = self.holder.grant().lease_id
         self.holder.open_transfer(self.lease, self.session.metadata(), placement.addresses)
         self.port = ChunkListener(self.holder, "127.0.0.1", 0)
@@ -60,22 +60,22 @@ class _Pair:
             for _ in self.holder.push(self.lease, range(CHUNKS), lambda: False):
                 pass
             return self.refused()
-        chunks, found = self.intake.chunks, 0
+        chunks, found = self.received.chunks, 0
         with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
             show_token(connection, self.holder.open_sending(self.lease), SECONDS)
             reads = SocketReads([connection.fileno()], hashed=True)
             for chunk in range(CHUNKS):
                 reads.ask(
-                    chunk, *(chunks.slice_of(values, chunk) for values in (self.intake.addresses, chunks.lengths))
+                    chunk, *(chunks.slice_of(values, chunk) for values in (self.received.addresses, chunks.lengths))
                 )
             while ended := reads.ended(SECONDS):
-                found += sum(not self.intake.verify(chunk, digest) for chunk, _, digest in ended)
+                found += sum(not self.received.verify(chunk, digest) for chunk, _, digest in ended)
             reads.close()
         return found
 
     def refused(self) -> int:
         """How many chunks are not what their digests promise."""
-        return sum(not self.intake.verify(chunk) for chunk in range(CHUNKS))
+        return sum(not self.received.verify(chunk) for chunk in range(CHUNKS))
 
     def close(self) -> None:
         self.port.close()
@@ -132,6 +132,6 @@ def _answer(holder: Holder) -> mx_pb2.GetLayoutResponse:
         fingerprint=holder.layout.fingerprint,
         chunk_bytes=CHUNK_BYTES,
         digest_kind=holder.digests.kind,
-        digests=holder.digests,
+        digests=holder.digests.values,
         scalars_digest=scalars_digest({}),
     )

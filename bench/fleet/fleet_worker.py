@@ -23,7 +23,7 @@ from mxcore.transfer.layout.layout import LocalTensor, build_layout
 from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
 from mxcore.transfer.move import same_host as attached_pull
 from mxcore.transfer.move.same_host import threads_of
-from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxserver.wire.proto import p2p_pb2
 
 Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -43,10 +43,10 @@ class _NotLookedAt:
 
     def __init__(self, pid: int, *, threads: int, hashed: bool) -> None:
         self._reads = AttachedReads(pid, threads=threads, hashed=False)
-        self.ask, self.close = self._reads.ask, self._reads.close
+        self.ask, self.wake, self.close = self._reads.ask, self._reads.wake, self._reads.close
 
-    def ended(self) -> list[tuple[int, int, bytes]]:
-        return [(key, error, b"a digest") for key, error, _ in self._reads.ended()]
+    def ended(self, seconds: float) -> list[tuple[int, int, bytes]]:
+        return [(key, error, b"a digest") for key, error, _ in self._reads.ended(seconds)]
 
 
 def _threads_without_hashing(cores: int, asked_for: int, *, hashed: bool) -> int:
@@ -70,7 +70,7 @@ class _Losses(logging.Handler):
 class FleetWorker:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self.verifies = Intake.verify
+        self.verifies = ReceivedChunks.verify
         self.member = self._join()
         self.stretches = self._stretches()
         self.memory = np.zeros(self.stretches[-1][1], np.uint8)
@@ -134,7 +134,7 @@ class FleetWorker:
 
     def verify(self, on: bool) -> None:
         """Without, the digests are not looked at: what looking costs is the difference."""
-        Intake.verify = self.verifies if on else lambda intake, chunk, made=b"": True  # type: ignore[method-assign]
+        ReceivedChunks.verify = self.verifies if on else lambda received, chunk, made=None: True  # type: ignore[method-assign]
         attached_pull.threads_of = threads_of if on else _threads_without_hashing
         attached_pull.AttachedReads = AttachedReads if on else _NotLookedAt  # type: ignore[attr-defined, assignment]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mxcore.transfer.layout.plan import Given, SwarmPlan, all_chunks
+from mxcore.transfer.layout.plan import GrantCounts, SwarmPlan, all_chunks
 
 SEED = "w0"
 
@@ -51,7 +51,7 @@ class Worker:
 
     name: str
     plan: SwarmPlan
-    given: Given
+    given: GrantCounts
     have: int = 0
     alive: bool = True
     sending: bool = False
@@ -104,7 +104,9 @@ class Swarm:
 
     def _add(self, name: str, have: int) -> Worker:
         plan = SwarmPlan(self.setting.chunks, self.setting.chunk_bytes)
-        worker = Worker(name, plan, Given(self.chance), have, arrived=[0] * self.setting.chunks, last_news=self.now)
+        worker = Worker(
+            name, plan, GrantCounts(self.chance), have, arrived=[0] * self.setting.chunks, last_news=self.now
+        )
         self.workers[name] = worker
         return worker
 

@@ -27,7 +27,7 @@ from mxcore.cuda.stream import Stream
 from mxcore.settings import load_settings
 from mxcore.transfer.layout.layout import LocalTensor, build_layout
 from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
-from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.device_proof import release_devices
 from mxcore.transfer.route.routes import UcxPolicy
 from mxserver.wire.errors import MxError
 from mxserver.wire.proto import p2p_pb2

@@ -21,8 +21,8 @@ from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer
 from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.move.tcp_received import TcpReceived
-from mxcore.transfer.route.device_memory import nixl_device
+from mxcore.transfer.move.tcp_received import TcpByteCounter
+from mxcore.transfer.route.device_proof import nixl_device
 from mxcore.transfer.route.routes import ucx_environment
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
@@ -85,7 +85,7 @@ def read(context: Context, size_bytes: int, rounds: int, stand_in: str | None) -
             if not text:
                 raise ValueError(f"the holder's process ended with {holder.wait()}")
             line = json.loads(text)
-            tcp = TcpReceived()
+            tcp = TcpByteCounter()
             peer = agent.load_remote(bytes.fromhex(line["metadata"]))
             seconds = min(_once(agent, buffer, line["address"], peer) for _ in range(rounds + 1))
             context.synchronize()

@@ -1,4 +1,4 @@
-"""What each rung of the ladder would say here and now, found out without loading and without an engine.
+"""What each rung of the ladder would do now, without loading and without an engine (`mx explain`).
 
 An engine knows more: its identity, its rank, its own files. So `p2p` looks for any worker with the model's name.
 """
@@ -29,12 +29,12 @@ class Probe(NamedTuple):
 
 
 def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
-    """Asks for one rung (a key of RUNGS); never raises for what it finds. Credentials never show in the reason."""
-    if model and Path(model).is_dir():  # as the engine looks at it: a folder is none of the hub's names
+    """Probes one rung (a key of RUNGS). An error is a reason to skip; credentials never show in the reason."""
+    if model and Path(model).is_dir():  # as for the engine: a folder is no name of the hub
         model = os.path.abspath(model)  # noqa: PTH100 - symbolic links are names as well
     try:
         verdict, reason = _PROBES[rung](model, settings)
-    except Exception as error:  # noqa: BLE001 - that is what it is asked for
+    except Exception as error:  # noqa: BLE001 - it is the answer
         verdict, reason = "skip", reason_of(error)
     return Probe(rung, verdict, reason)
 

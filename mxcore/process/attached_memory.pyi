@@ -46,11 +46,15 @@ class AttachedReads:
         lengths.
         """
 
-    def ended(self) -> list[tuple[int, int, bytes]]:
-        """Waits for what was asked for; takes all that has ended: key, errno or 0, digest (empty unless hashed).
+    def ended(self, seconds: float = -1.0) -> list[tuple[int, int, bytes]]:
+        """Waits for so long at most (below 0: for ever); takes all that has ended: key, errno or 0, digest.
 
-        Empty when nothing is asked for that was not taken, or it is closed.
+        The digest is empty unless hashed. Empty also when nothing is asked for that was not taken, when it is closed,
+        and after `wake`.
         """
+
+    def wake(self) -> None:
+        """Makes `ended` return, or the next one if nobody waits in it. From any thread."""
 
     def close(self) -> None:
         """Drops what was not begun, waits for the rest: afterwards nothing is written here any more. Idempotent."""

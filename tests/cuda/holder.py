@@ -14,7 +14,7 @@ from mxcore.cuda.context import context_of
 from mxcore.settings import load_settings
 from mxcore.transfer.layout.layout import build_layout
 from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.device_proof import release_devices
 from mxcore.transfer.route.routes import UcxPolicy
 from mxcore.transfer.route.same_device import DeviceProbeTarget
 from tests.cuda.device_tensors import DeviceTensors

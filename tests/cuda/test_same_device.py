@@ -25,7 +25,7 @@ from mxcore.nixl.agent import live_agents
 from mxcore.transfer.layout.layout import Placement, build_layout
 from mxcore.transfer.move.source_client import Source
 from mxcore.transfer.route import same_device, same_host
-from mxcore.transfer.route.device_memory import release_devices
+from mxcore.transfer.route.device_proof import release_devices
 from mxcore.transfer.route.routes import UcxPolicy, choose_route
 from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_export, cannot_read
 from mxserver.wire.proto import mx_pb2
@@ -178,16 +178,16 @@ def test_a_target_that_cannot_be_made_leaves_nothing(driver: StandIn, monkeypatc
 def test_what_a_holder_offers(driver: StandIn) -> None:
     context = context_of(1)
     mapped = DeviceBuffer(context, 5000)
-    target, because = same_device.offer(Placement((mapped.address,), (1,), "cuda"))
+    target, because = same_device.device_offer(Placement((mapped.address,), (1,), "cuda"))
     assert target is None
     assert "cuMemCreate" in because
     driver.share()
     allocated = DeviceBuffer(context, 5000)
     driver.fail("cuIpcGetMemHandle", 1)
-    target, because = same_device.offer(Placement((allocated.address,), (1,), "cuda"))
+    target, because = same_device.device_offer(Placement((allocated.address,), (1,), "cuda"))
     assert target is None
     assert "cuIpcGetMemHandle failed" in because
-    target, because = same_device.offer(Placement((allocated.address,), (1,), "cuda"))
+    target, because = same_device.device_offer(Placement((allocated.address,), (1,), "cuda"))
     assert target is not None
     assert because == ""
     target.close()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxcore.errors import LoadPathsExhausted, TransferError
-from mxcore.load_ladder import RUNGS, Ladder, Look, Step, chosen_rungs, reason_of, skip, take
+from mxcore.load_ladder import RUNGS, Ladder, PollResult, Step, chosen_rungs, reason_of, skip, take
 from mxcore.settings import load_settings
 
 
@@ -31,7 +31,7 @@ class FakeRung:
         name: str,
         events: list[str],
         *,
-        look: Look | Exception = take("it is there"),  # noqa: B008 - immutable
+        look: PollResult | Exception = take("it is there"),  # noqa: B008 - immutable
         error: Exception | None = None,
         tries: int = 1,
         is_last_resort: bool = False,
@@ -41,13 +41,13 @@ class FakeRung:
         self.tries = tries
         self.is_last_resort = is_last_resort
         self.given_up: list[weakref.ref[Model]] = []
-        self._events, self._look, self._error, self._touch = events, look, error, touch
+        self._events, self._poll, self._error, self._touch = events, look, error, touch
 
-    def look(self) -> Look:
+    def poll(self) -> PollResult:
         self._events.append(f"look {self.name}")
-        if isinstance(self._look, Exception):
-            raise self._look
-        return self._look
+        if isinstance(self._poll, Exception):
+            raise self._poll
+        return self._poll
 
     def load(self) -> Model:
         self._events.append(f"load {self.name}")

@@ -20,7 +20,7 @@ from mxcore.transfer.move import tcp as socket_pull
 from mxcore.transfer.move.agent_session import AgentSession
 from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES, show_token
 from mxcore.transfer.move.source_client import Source, SourceClient
-from mxcore.transfer.move.tcp import PullBySocket, connections_of
+from mxcore.transfer.move.tcp import TcpMover, connections_of
 from mxcore.transfer.serve import chunk_listener
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
@@ -204,11 +204,10 @@ class Pretender:
             each.close()
 
 
-def pull_from(port: int, holder: Holder, stall_seconds: float) -> PullBySocket:
+def pull_from(port: int, holder: Holder, stall_seconds: float) -> TcpMover:
     client = SourceClient(Source("id", "there", 0, f"127.0.0.1:{port}"), timeout_seconds=1.0)
-    return PullBySocket(
+    return TcpMover(
         client,
-        "lease",
         port,
         bytes(TOKEN_BYTES),
         holder.chunks,
@@ -232,20 +231,6 @@ def test_somebody_else_at_the_port(holder: Holder, says: bytes | None, why: str)
         pull_from(there.port, holder, SECONDS)
 
 
-@pytest.fixture
-def unleased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that renews a lease, which would take a whole worker."""
-
-    class NoLease:
-        def __init__(self, *_: object) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-        def check(self) -> None: ...
-
-    monkeypatch.setattr(socket_pull, "LeaseKeeper", NoLease)
-
-
-@pytest.mark.usefixtures("unleased")
 def test_bytes_are_news_and_silence_is_a_stall(holder: Holder) -> None:
     there = Pretender(GREETING)
     answering = threading.Thread(target=there.answer)

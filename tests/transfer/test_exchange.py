@@ -106,7 +106,7 @@ def test_every_kind_of_tensor_arrives(start_worker: StartWorker, transport: str,
     assert (report.operation, report.transport) == (operation, named)
     assert report.bytes == target.layout.total_bytes == target.seen[-1]
     assert report.tensors == len(model_specs())
-    assert report.chunks_verified == len(report.digests) // 8 == -(-report.bytes // CHUNK_BYTES)
+    assert report.chunks_verified == len(report.digests.values) // 8 == -(-report.bytes // CHUNK_BYTES)
     assert report.scalars == {"k_scale": 0.5}
     assert report.source_worker_id == source.worker_id
     assert report.gigabytes_per_second > 0
@@ -294,8 +294,8 @@ def test_two_receivers_at_once(start_worker: StartWorker, transport: str) -> Non
 def test_memory_that_may_not_be_read_any_more_is_sent_instead(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(reads: AttachedReads) -> list[tuple[int, int, bytes]]:
-        return [(key, errno.EPERM, b"") for key, _, _ in ended(reads)]
+    def denied(reads: AttachedReads, seconds: float) -> list[tuple[int, int, bytes]]:
+        return [(key, errno.EPERM, b"") for key, _, _ in ended(reads, seconds)]
 
     ended = AttachedReads.ended
     monkeypatch.setattr(attached_pull, "AttachedReads", type("Denied", (AttachedReads,), {"ended": denied}))

@@ -15,6 +15,7 @@ import pytest
 
 from mxcore.digest.digest import xxh3_64_segments
 from mxcore.errors import HolderDraining, LayoutUnsupported, LeaseEnded, NixlError
+from mxcore.transfer.layout.digests import XXH3, ChunkDigests
 from mxcore.transfer.layout.layout import Placement, build_layout
 from mxcore.transfer.move.agent_session import AgentSession
 from mxcore.transfer.move.source_client import Source, SourceClient
@@ -86,7 +87,7 @@ def test_digests_are_those_of_the_chunks(holder: Holder) -> None:
         digest = xxh3_64_segments(
             holder.chunks.slice_of(holder.addresses, chunk), holder.chunks.slice_of(holder.chunks.lengths, chunk)
         )
-        assert holder.digests[8 * chunk : 8 * chunk + 8] == digest.to_bytes(8, "little")
+        assert holder.digests.of_chunk(chunk) == digest.to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -113,7 +114,7 @@ def test_digests_of_another_count_are_refused() -> None:
     session = AgentSession(WORKER_ID, tls=POLICY.tls)
     layout, placement = build_layout("raw", HostTensors(model_specs(1), 3).local_tensors())
     with pytest.raises(ValueError, match="8 bytes of digests"):
-        Holder(layout, placement, session, digests=b"\0" * 8, chunk_bytes=65536)
+        Holder(layout, placement, session, digests=ChunkDigests(b"\0" * 8, XXH3), chunk_bytes=65536)
     device = Placement(placement.addresses, placement.device_indices, "xpu")  # type: ignore[arg-type]
     with pytest.raises(LayoutUnsupported):
         Holder(layout, device, session)
@@ -293,7 +294,7 @@ def test_the_layout_travels_only_where_it_differs(stubs: Stubs, holder: Holder) 
     answer = stubs.transfer.GetLayout(request)
     assert len(answer.layout.tensors) == len(holder.layout.tensors)
     assert answer.chunk_bytes == 65536
-    assert answer.digests == holder.digests
+    assert (answer.digests, answer.digest_kind) == (holder.digests.values, holder.digests.kind)
 
 
 def test_a_port_in_use_moves_to_a_free_one(holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mxcore.cuda.context import Context
 from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout.layout import Layout, LocalTensor, build_layout
-from mxcore.transfer.move.agent_session import require_movable
-from mxcore.transfer.route import device_memory
+from mxcore.transfer.route import device_proof
+from mxcore.transfer.route.device_memory import require_movable
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.memory import HostTensors, Spec, model_specs
 
@@ -147,13 +147,13 @@ def test_device_memory_has_a_layout_and_is_not_moved_without_a_driver(monkeypatc
     def missing(index: int) -> Context:
         raise CudaMissing("no usable CUDA driver (libcuda.so.1: not found)")
 
-    monkeypatch.setattr(device_memory, "context_of", missing)
-    device_memory.release_devices()
+    monkeypatch.setattr(device_proof, "context_of", missing)
+    device_proof.release_devices()
     _, placement = build_layout("raw", [tensor("w", 0x1000, device_type="cuda", device_index=1)])
     assert placement.device_indices == (1,)
     with pytest.raises(LayoutUnsupported, match=r"device 1: the CUDA driver failed.*Load from storage"):
         require_movable(placement)
-    device_memory.release_devices()
+    device_proof.release_devices()
 
 
 def test_the_same_address_on_two_devices_is_two_extents() -> None:

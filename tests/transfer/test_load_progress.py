@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mxcore.transfer.receive import load_progress
-from mxcore.transfer.receive.load_progress import LoadReporter, Standing, peer_path
+from mxcore.transfer.receive.load_progress import LoadReporter, Progress, peer_path
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
 from mxserver.wire.proto import load_pb2
 from tests.transfer.conftest import wait_for
@@ -49,13 +49,13 @@ def reporter(line: Line) -> Iterator[LoadReporter]:
 
 def test_progress_is_told_while_it_runs_and_the_report_is_kept_until_taken(line: Line, reporter: LoadReporter) -> None:
     assert reporter.report() is None
-    with reporter.loading(STORAGE) as way:
-        way(10, 100)
+    with reporter.loading(STORAGE) as step:
+        step(10, 100)
         wait_for(lambda: line.taken and line.taken[-1].bytes_done == 10)
-        way(60, 100)
+        step(60, 100)
         wait_for(lambda: line.taken[-1].bytes_done == 60)
         assert reporter.report() is None
-        way(100, 100)
+        step(100, 100)
     said = line.taken[-1]
     assert (said.path, said.bytes_total, said.from_worker_id, said.holders) == (STORAGE, 100, "", 0)
     report = reporter.report()
@@ -70,16 +70,16 @@ def test_progress_is_told_while_it_runs_and_the_report_is_kept_until_taken(line:
 
 def test_a_way_that_was_left_is_a_fallback_of_the_same_load(line: Line, reporter: LoadReporter) -> None:
     def fail() -> None:
-        with reporter.loading(PEER_TCP) as way:
-            way(5, 100)
+        with reporter.loading(PEER_TCP) as step:
+            step(5, 100)
             wait_for(lambda: line.taken)
             raise ServerRefused("no more")
 
     with pytest.raises(ServerRefused, match="no more"):
         fail()
     assert reporter.report() is None
-    with reporter.loading(STORAGE) as way:
-        way.ended(STORAGE, 100, 2.5, chunks_verified=7)
+    with reporter.loading(STORAGE) as step:
+        step.ended(STORAGE, 100, 2.5, chunks_verified=7)
     report = reporter.report()
     assert report is not None
     assert (report.bytes, report.seconds, report.chunks_verified) == (100, 2.5, 7)
@@ -96,8 +96,8 @@ def test_a_way_that_was_left_is_a_fallback_of_the_same_load(line: Line, reporter
 
 def test_holders_are_asked_for_at_each_message(line: Line, reporter: LoadReporter) -> None:
     counts = iter(range(1, 1_000_000))
-    with reporter.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
-        way.standing = lambda: Standing(PEER_TCP, next(counts), 100, "w7", 3)
+    with reporter.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
+        step.progress = lambda: Progress(PEER_TCP, next(counts), 100, "w7", 3)
         wait_for(lambda: len(line.taken) > 3)
     last = line.taken[-1]
     assert (last.path, last.from_worker_id, last.holders) == (PEER_TCP, "w7", 3)
@@ -109,8 +109,8 @@ def test_holders_are_asked_for_at_each_message(line: Line, reporter: LoadReporte
 )
 def test_failures_cost_no_load_anything(line: Line, reporter: LoadReporter, failure: BaseException) -> None:
     line.failure = failure
-    with reporter.loading(STORAGE) as way:
-        way(1, 2)
+    with reporter.loading(STORAGE) as step:
+        step(1, 2)
         wait_for(lambda: line.tries > 1)
         line.failure = None
         wait_for(lambda: line.taken)
@@ -118,11 +118,11 @@ def test_failures_cost_no_load_anything(line: Line, reporter: LoadReporter, fail
 
 
 def test_a_standing_that_fails_fails_no_load(line: Line, reporter: LoadReporter) -> None:
-    def broken() -> Standing:
+    def broken() -> Progress:
         raise KeyError("gone")
 
-    with reporter.loading(STORAGE) as way:
-        way.standing = broken
+    with reporter.loading(STORAGE) as step:
+        step.progress = broken
     report = reporter.report()
     assert report is not None
     assert report.bytes == 0
@@ -136,9 +136,9 @@ def test_nobody_waits_for_a_server_that_hangs(line: Line) -> None:
         answer.wait()
 
     reporter = LoadReporter(hang)
-    with reporter.loading(STORAGE) as way:
+    with reporter.loading(STORAGE) as step:
         assert asked.wait(60)
-        way(2, 2)
+        step(2, 2)
     assert reporter.report() is not None  # while the call still hangs
     assert not answer.is_set()
     answer.set()
@@ -147,19 +147,19 @@ def test_nobody_waits_for_a_server_that_hangs(line: Line) -> None:
 
 def test_calls_that_take_long_become_rare() -> None:
     reporter = LoadReporter(lambda progress: threading.Event().wait(0.1) or None)
-    with reporter.loading(STORAGE) as way:
-        assert reporter._tell(way, "1", 1.0) >= 0.1 / load_progress.CALL_SHARE
+    with reporter.loading(STORAGE) as step:
+        assert reporter._tell(step, "1", 1.0) >= 0.1 / load_progress.CALL_SHARE
     reporter.close()
     quick = LoadReporter(Line())
-    with quick.loading(STORAGE) as way:
-        assert quick._tell(way, "1", 1.0) >= load_progress.INTERVAL_SECONDS
+    with quick.loading(STORAGE) as step:
+        assert quick._tell(step, "1", 1.0) >= load_progress.INTERVAL_SECONDS
     quick.close()
 
 
 def test_another_membership_tells_the_report(line: Line, reporter: LoadReporter) -> None:
     first = LoadReporter(line)
-    with first.loading(STORAGE) as way:
-        way(3, 3)
+    with first.loading(STORAGE) as step:
+        step(3, 3)
     reporter.take_over(first)
     assert first.report() is None
     report = reporter.report()
@@ -171,8 +171,8 @@ def test_another_membership_tells_the_report(line: Line, reporter: LoadReporter)
 def test_nothing_is_told_after_the_end(line: Line, reporter: LoadReporter) -> None:
     reporter.close()
     reporter.close()
-    with reporter.loading(STORAGE) as way:
-        way(1, 1)
+    with reporter.loading(STORAGE) as step:
+        step(1, 1)
     assert line.tries == 0
 
 

@@ -6,14 +6,14 @@ import logging
 
 import pytest
 
-from mxcore.transfer.receive.change_log import Trouble, logged
+from mxcore.transfer.receive.change_log import RecentErrors, logged
 from mxserver.wire.errors import ServerUnreachable
 
-log = logging.getLogger("tests.trouble")
+log = logging.getLogger("tests.errors")
 
 
-def look(trouble: Trouble, error: Exception | None = None) -> str:
-    with trouble:
+def look(errors: RecentErrors, error: Exception | None = None) -> str:
+    with errors:
         if error is not None:
             raise error
         return "there"
@@ -21,11 +21,11 @@ def look(trouble: Trouble, error: Exception | None = None) -> str:
 
 
 def test_what_is_polled_warns_once_until_it_goes_well(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "tests.trouble")
-    trouble = Trouble(log, "nobody answers")
+    caplog.set_level(logging.DEBUG, "tests.errors")
+    errors = RecentErrors(log, "nobody answers")
     away = ServerUnreachable("away")
 
-    found = [look(trouble, away), look(trouble, away), look(trouble), look(trouble), look(trouble, away)]
+    found = [look(errors, away), look(errors, away), look(errors), look(errors), look(errors, away)]
 
     assert found == ["nothing", "nothing", "there", "there", "nothing"]
     levels = [record.levelno for record in caplog.records]
@@ -34,11 +34,11 @@ def test_what_is_polled_warns_once_until_it_goes_well(caplog: pytest.LogCaptureF
 
 
 def test_other_errors_go_on_and_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    trouble = Trouble(log, "nobody answers")
-    assert look(trouble, ServerUnreachable("away")) == "nothing"
+    errors = RecentErrors(log, "nobody answers")
+    assert look(errors, ServerUnreachable("away")) == "nothing"
     with pytest.raises(KeyError):
-        look(trouble, KeyError("a mistake"))
-    assert look(trouble, ServerUnreachable("away")) == "nothing"
+        look(errors, KeyError("a mistake"))
+    assert look(errors, ServerUnreachable("away")) == "nothing"
     assert len(caplog.records) == 1
 
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mxcore.errors import ChunksMissing, DigestMismatch
+from mxcore.errors import ChunksMissing, DigestMismatch, ReceivedInPart
 from mxcore.settings import load_settings
 from mxcore.transfer.layout.layout import build_layout
 from mxcore.transfer.layout.plan import SwarmPlan, all_chunks
 from mxcore.transfer.member.membership import Membership
 from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.partial import PartialReceive
-from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
+from mxcore.transfer.receive.receiver import Receiver
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7
@@ -48,7 +47,7 @@ class Half:
             chunk_bytes=CHUNK_BYTES,
         )
 
-    def receive(self) -> PartialReceive[ReceiveReport]:
+    def receive(self) -> ReceivedInPart:
         source = Source(self.source.source_id, self.source.worker_id, 0, self.source.endpoint or "")
         with pytest.raises(ChunksMissing) as raised:
             self.receiver.receive([source])
@@ -56,7 +55,7 @@ class Half:
         assert raised.value.partial is not None
         return raised.value.partial
 
-    def fill(self, partial: PartialReceive[ReceiveReport]) -> int:
+    def fill(self, partial: ReceivedInPart) -> int:
         """Copies what is missing from the holder's memory; returns how many bytes that were."""
         return self.here.copy_from(self.there, partial.missing_stretches())
 

@@ -12,9 +12,9 @@ from mxcore.transfer.layout.plan import (
     FEWEST_AT_MOST,
     FIRST_IN_FLIGHT,
     MOST_IN_FLIGHT,
-    Given,
+    ChunkRequest,
+    GrantCounts,
     SwarmPlan,
-    Wanted,
     all_chunks,
     chunk_set,
     chunks_of,
@@ -22,7 +22,7 @@ from mxcore.transfer.layout.plan import (
     set_to_bytes,
 )
 
-NOTHING = Wanted(0, 0, 0)
+NOTHING = ChunkRequest(0, 0, 0)
 
 
 @given(st.sets(st.integers(0, 200)))
@@ -42,7 +42,7 @@ def new_plan(count: int, **have: int) -> SwarmPlan:
 
 def test_the_rarest_are_preferred() -> None:
     plan = new_plan(6, seed=all_chunks(6), a=chunk_set([0, 1, 2]), b=chunk_set([0, 1]), c=chunk_set([0]))
-    assert plan.wanted("seed") == Wanted(all_chunks(6), chunk_set([3, 4, 5]), FIRST_IN_FLIGHT)
+    assert plan.wanted("seed") == ChunkRequest(all_chunks(6), chunk_set([3, 4, 5]), FIRST_IN_FLIGHT)
     assert plan.wanted("a").preferred == chunk_set([2])
     assert plan.wanted("c").preferred == chunk_set([0])
 
@@ -53,7 +53,7 @@ def test_what_is_granted_is_in_flight_once() -> None:
     assert plan.claim("b", [1, 2, 99], 0.0) == ([2], [1, 99])
     assert plan.missing == chunk_set([3])
     assert plan.wanted("a") == NOTHING
-    assert plan.wanted("b") == Wanted(chunk_set([3]), chunk_set([3]), FIRST_IN_FLIGHT - 1)
+    assert plan.wanted("b") == ChunkRequest(chunk_set([3]), chunk_set([3]), FIRST_IN_FLIGHT - 1)
     plan.done("a", 0, 1.0)
     assert plan.completed == 1
     assert plan.drop_holder("a") == chunk_set([1])
@@ -96,16 +96,16 @@ def test_whoever_holds_up_the_end_is_named() -> None:
     plan = new_plan(3, fast=all_chunks(3), slow=all_chunks(3))
     plan.claim("fast", [0], 0.0)
     plan.claim("slow", [1, 2], 0.0)
-    assert plan.hopeless(100.0) == []  # nobody is idle and known to be faster
+    assert plan.stragglers(100.0) == []  # nobody is idle and known to be faster
     plan.done("fast", 0, 0.1)
-    assert plan.hopeless(0.2) == []
-    assert plan.hopeless(5.0) == ["slow"]
+    assert plan.stragglers(0.2) == []
+    assert plan.stragglers(5.0) == ["slow"]
     plan.give_back("slow", 1)
-    assert plan.hopeless(5.0) == []  # there is something to do for others
+    assert plan.stragglers(5.0) == []  # there is something to do for others
     plan.claim("fast", [1], 5.0)
     plan.add_holder("fast", chunk_set([0, 1]))
     plan.done("fast", 1, 5.1)
-    assert plan.hopeless(9.0) == []  # nobody else has chunk 2
+    assert plan.stragglers(9.0) == []  # nobody else has chunk 2
 
 
 def test_a_leaving_holder_is_needed_or_not() -> None:
@@ -119,7 +119,7 @@ def test_a_leaving_holder_is_needed_or_not() -> None:
 
 
 def test_what_was_given_least_is_granted_first() -> None:
-    giver = Given(random.Random(1))
+    giver = GrantCounts(random.Random(1))
     everything = all_chunks(10)
     first = giver.grant(everything, 0, 6)
     second = giver.grant(everything, 0, 6)
@@ -133,7 +133,7 @@ def test_what_was_given_least_is_granted_first() -> None:
 
 
 def test_among_equals_the_preferred_is_granted() -> None:
-    giver = Given(random.Random(1))
+    giver = GrantCounts(random.Random(1))
     assert set(giver.grant(all_chunks(100), chunk_set([7, 77]), 2)) == {7, 77}
     assert set(giver.grant(all_chunks(100), chunk_set([7, 77]), 98)).isdisjoint({7, 77})
     assert set(giver.grant(chunk_set([1, 2]), 0, 5)) == {1, 2}
@@ -145,7 +145,7 @@ def test_among_equals_the_preferred_is_granted() -> None:
 @given(st.integers(1, 60), st.integers(2, 6), st.randoms(use_true_random=False))
 def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance: random.Random) -> None:
     plan = SwarmPlan(count, 100)
-    givers = {f"h{i}": Given(chance) for i in range(holders)}
+    givers = {f"h{i}": GrantCounts(chance) for i in range(holders)}
     for name in givers:
         plan.add_holder(name, all_chunks(count) if name == "h0" else chunk_set(chance.sample(range(count), count // 2)))
     done: list[int] = []

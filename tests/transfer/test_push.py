@@ -11,7 +11,8 @@ import pytest
 
 from mxcore.errors import PeerLost, SourceRefused, TransferStalled
 from mxcore.nixl.mailbox import Mailbox
-from mxcore.transfer.move.movers import PullByWrite
+from mxcore.transfer.move.movers import Arrived
+from mxcore.transfer.move.nixl_write import NixlWriteMover
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import wait_for
 
@@ -36,7 +37,7 @@ class Call:
 
 
 class Holder:
-    """What PullByWrite needs of a client: begins calls, and keeps them."""
+    """What NixlWriteMover needs of a client: begins calls, and keeps them."""
 
     def __init__(self) -> None:
         self.source = SimpleNamespace(worker_id="holder")
@@ -54,14 +55,14 @@ class Holder:
         return self.calls[-1]
 
 
-def pulling(holder: Holder, stall_seconds: float = PATIENT_SECONDS, *, threaded: bool = False) -> PullByWrite:
+def pulling(holder: Holder, stall_seconds: float = PATIENT_SECONDS, *, threaded: bool = False) -> NixlWriteMover:
     session: Any = SimpleNamespace(mailbox=Mailbox(), has_progress_thread=threaded)
-    return PullByWrite(holder, "lease", session, stall_timeout_seconds=stall_seconds)  # type: ignore[arg-type]
+    return NixlWriteMover(holder, "lease", session, stall_timeout_seconds=stall_seconds)  # type: ignore[arg-type]
 
 
-def everything(mover: PullByWrite) -> list[int]:
+def everything(mover: NixlWriteMover) -> list[int]:
     found: list[int] = []
-    wait_for(lambda: found.extend(mover.arrived()) or mover.idle)
+    wait_for(lambda: found.extend(chunk for chunk, _ in mover.arrived()) or mover.idle)
     return found
 
 
@@ -83,7 +84,7 @@ def test_a_chunk_is_told_by_its_notification_and_not_again_by_the_message() -> N
         assert holder.notify == [True]
         for number in (2, 77, 1, 2):  # nobody asked for 77
             mover._mailbox.put(number)
-        assert list(mover.arrived()) == [2, 1]
+        assert list(mover.arrived()) == [Arrived(2), Arrived(1)]
         holder.calls[0].go.set()
         assert everything(mover) == [3]
         mover.ask([9])
@@ -102,7 +103,7 @@ def test_two_calls_at_a_time_and_the_rest_when_one_has_ended() -> None:
 
         def third_begins() -> bool:
             mover.wake()
-            found.extend(mover.arrived())
+            found.extend(chunk for chunk, _ in mover.arrived())
             return len(holder.asked) == 3
 
         wait_for(third_begins)

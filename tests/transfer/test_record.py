@@ -75,16 +75,16 @@ def test_the_record_says_what_is_served(new_record: NewRecord) -> None:
     assert record.keep()
     assert (kept.written().status, kept.written().worker_grpc_endpoint) == (INITIALIZING, "")
     kept.served = Served("agent-1", "127.0.0.1:7000", 2)
-    record.say_ready()
+    record.mark_ready()
     assert (record.ready, record.published) == (True, False)
     assert kept.written().status == INITIALIZING  # until it is published
     record.keep()
     written = kept.written()
     assert (written.status, written.agent_name, written.worker_grpc_endpoint) == (READY, "agent-1", "127.0.0.1:7000")
     assert (written.worker_rank, written.accelerator) == (RANK, "cpu")
-    record.take_back()
-    assert record.outdate()
-    assert not record.outdate()
+    record.unmark_ready()
+    assert record.mark_changed()
+    assert not record.mark_changed()
     record.publish()
     assert kept.written().status == INITIALIZING
     record.goodbye()
@@ -96,7 +96,7 @@ def test_an_outdated_record_is_published_by_the_next_heartbeat(new_record: NewRe
     kept = new_record(0.05)
     kept.record.keep()
     kept.served = Served("agent-2", "127.0.0.1:7001", 0)
-    kept.record.outdate()
+    kept.record.mark_changed()
     wait_for(lambda: kept.written().worker_grpc_endpoint == "127.0.0.1:7001")
     wait_for(lambda: kept.record.published)
 
@@ -140,7 +140,7 @@ def test_publishing_with_an_old_epoch_is_told(new_record: NewRecord) -> None:
 def test_without_a_server_nothing_is_published() -> None:
     kept = Kept(None, NEVER_SECONDS)
     assert not kept.record.keep()
-    kept.record.say_ready()
+    kept.record.mark_ready()
     kept.record.publish()
     kept.record.goodbye()
     assert not kept.record.published

@@ -98,6 +98,6 @@ def test_a_session_that_cannot_be_prepared_is_fenced() -> None:
 def test_what_a_receiver_will_most_likely_need(
     transport: Transport, same_host: bool, tls: str | None, by_nixl: str | None
 ) -> None:
-    assert UcxPolicy.from_environment(transport, {}).likely(same_host=same_host) == tls
+    assert UcxPolicy.from_environment(transport, {}).likely_tls(same_host=same_host) == tls
     policy = UcxPolicy.from_environment(transport, {}, tcp_transfer="nixl")
-    assert policy.likely(same_host=same_host) == by_nixl
+    assert policy.likely_tls(same_host=same_host) == by_nixl

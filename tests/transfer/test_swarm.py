@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
-from mxcore.transfer.layout.plan import Wanted, all_chunks
+from mxcore.transfer.layout.plan import ChunkRequest, all_chunks
 from mxcore.transfer.move.source_client import Source
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import ServerUnreachable
@@ -211,7 +211,7 @@ def test_waiting_ends(new_member: NewMember) -> None:
 def test_a_turn_can_be_handed_over(new_member: NewMember) -> None:
     first, successor, other = new_member(), new_member(SEED), new_member(MX_SOURCE_WAIT_SECS=0.3)
     assert first.membership.wait_for_source() == []
-    successor.membership.take_over_turn(first.membership)
+    successor.membership.take_over_election(first.membership)
     first.membership.close()
     served = successor.serve()
     assert [source.worker_id for source in other.membership.wait_for_source()] == [served.worker_id]
@@ -309,12 +309,12 @@ def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -
     count = len(holder.chunks)
     holder.update(0b101)
     lease = holder.grant()
-    answer = holder.ask(lease.lease_id, Wanted(all_chunks(count), 0, count), 0)
+    answer = holder.ask(lease.lease_id, ChunkRequest(all_chunks(count), 0, count), 0)
     assert sorted(answer.granted) == [0, 2]
     assert not answer.complete
     waiting = threading.Timer(0.05, holder.update, args=(all_chunks(count),))
     waiting.start()
-    news = holder.ask(lease.lease_id, Wanted(0b10, 0, 1), answer.version, wait_seconds=30)
+    news = holder.ask(lease.lease_id, ChunkRequest(0b10, 0, 1), answer.version, wait_seconds=30)
     waiting.join()
     assert (news.granted, news.complete) == ([1], True)
     holder.update(0b101)

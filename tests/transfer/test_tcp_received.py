@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from mxcore.transfer.move.tcp_received import TcpReceived, tcp_received
+from mxcore.transfer.move.tcp_received import TcpByteCounter, tcp_received
 
 
 def descriptors() -> int:
@@ -46,7 +46,7 @@ def test_what_is_no_tcp_connection_is_not_counted() -> None:
 
 def test_connections_that_were_there_before_do_not_count() -> None:
     old = pair()
-    watch = TcpReceived()
+    watch = TcpByteCounter()
     new = pair()
     with old[0], old[1], new[0], new[1]:
         send(*new, 10)

@@ -169,7 +169,7 @@ def test_host_memory_is_sent_over_tcp_from_where_there_is_a_chunk_port(
     assert route.operation == operation
     assert route.by_nixl == (operation == "write")
     assert choose_route(here, there, device_index=0).operation == "write"  # from the host into a device: staged by UCX
-    tried = here.instead(there, device_memory=False, without_rdma=True, without_sockets=True)
+    tried = here.fallback_route(there, device_memory=False, without_rdma=True, without_sockets=True)
     assert tried.operation == "write"
     there.chunk_port = 0
     assert choose_route(here, there).operation in ("read", "write")
@@ -199,7 +199,7 @@ def test_with_ports_on_both_sides_a_read_goes_by_nothing_that_emulates_it(
     else:
         assert (route.operation, route.transport, route.tls) == ("read", "rdma", tls)
         assert not any(UcxPolicy("auto", route.tls).allows(name) for name in ("tcp", "sysv", "posix"))
-        assert policy(*receiver).likely(same_host=False) == tls  # the agent that is made ahead is of use
+        assert policy(*receiver).likely_tls(same_host=False) == tls  # the agent that is made ahead is of use
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,14 @@ def test_with_ports_on_both_sides_a_read_goes_by_nothing_that_emulates_it(
     ],
 )
 def test_where_rdma_was_tried_in_vain_it_is_left_out(tls: str, written: str) -> None:
-    route = policy("auto", tls).written(without_rdma=True)
+    route = policy("auto", tls).write_route(without_rdma=True)
     assert (route.operation, route.transport, route.tls) == ("write", "tcp", written)
 
 
 @pytest.mark.usefixtures("a_port")
 def test_on_one_host_memory_is_read_there_and_not_through_the_port() -> None:
     assert choose_route(policy("auto"), offer(policy("auto"), ProbeTarget())).transport == "same-host"
-    assert policy("auto").likely(same_host=True) is None
+    assert policy("auto").likely_tls(same_host=True) is None
     assert policy("auto").serving("cpu") == ("all", True)  # a reader over the port connects when it likes
 
 
@@ -241,7 +241,7 @@ def test_device_memory_is_read_over_a_port() -> None:
         promised = offer(policy("auto"), ProbeTarget())
         route = choose_route(receiver, promised, device_index=0)
         assert (route.operation, route.transport, route.tls) == ("read", "rdma", expected)
-        assert receiver.likely(same_host=False, device_memory=True) == expected
+        assert receiver.likely_tls(same_host=False, device_memory=True) == expected
 
 
 @pytest.mark.usefixtures("no_port")
@@ -304,8 +304,8 @@ def test_device_memory_is_written_by_ways_that_can_be_fenced_and_read_where_the_
     assert chosen.reads_devices == (reading is not None)
     if reading is not None:
         assert chosen.device_reading == reading
-        assert chosen.likely(same_host=True, device_memory=True) == reading
-    assert chosen.likely(same_host=False, device_memory=True) == (
+        assert chosen.likely_tls(same_host=True, device_memory=True) == reading
+    assert chosen.likely_tls(same_host=False, device_memory=True) == (
         "^tcp,sysv,posix" if transport == "rdma" else fenceable
     )
 

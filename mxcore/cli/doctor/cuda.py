@@ -73,7 +73,7 @@ def _pinned() -> Finding:
 def _proof(index: int) -> Finding:
     from mxcore.errors import LayoutUnsupported
     from mxcore.transfer.layout.layout import Placement
-    from mxcore.transfer.route.device_memory import proven_device, release_devices
+    from mxcore.transfer.route.device_proof import proven_device, release_devices
 
     name = f"device {index}"
     try:

@@ -1,4 +1,4 @@
-"""The cut of a layout's bytes into chunks.
+"""How a layout's bytes are cut into chunks.
 
 All extents of a layout, one after the other, are its bytes; chunk i is the stretch [i * chunk_bytes, (i + 1) *
 chunk_bytes) of them. The cut follows from the layout alone, so that every worker with that layout has the same.

@@ -1,4 +1,4 @@
-"""What a worker's tensors look like in memory, apart from where that memory is.
+"""How a worker's tensors lie in memory, apart from where that memory is.
 
 A layout lists tensors by name with dtype, shape, stride, and the stretch of memory (extent) that each lies in. Two
 workers whose layouts have the same fingerprint can exchange the bytes of their extents one to one: tied tensors and
@@ -28,7 +28,7 @@ _CANONICAL_FORM = "mx-layout-1"
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A tensor of this process: everything about it but the engine's own object.
+    """A tensor of this process, without the engine's own object.
 
     `shape` and `stride` count elements, `address` is the first element's, `storage_address` and `storage_bytes` are
     the allocation that the tensor lies in, `dtype` is `str(tensor.dtype)`.
@@ -59,8 +59,8 @@ class LayoutTensor:
     """A tensor without its address.
 
     `extent` is the index of the stretch of memory that it lies in and `offset_bytes` where its first element is
-    in there; a tensor without elements lies nowhere (None and 0). The stride of a dimension of length 1, and every
-    stride of a tensor without elements, places nothing and is 0 here.
+    in it; a tensor without elements lies nowhere (None and 0). The stride of a dimension of length 1, and every stride
+    of a tensor without elements, has no effect and is 0 here.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (lower hex) over a canonical form of everything here; equal exactly for equal layouts."""
+        """SHA-256 (lower hex) of a canonical form of the layout; equal exactly for equal layouts."""
         rows = [[t.name, t.dtype, t.shape, t.stride, t.extent, t.offset_bytes] for t in self.tensors]
         canonical = json.dumps(
             [_CANONICAL_FORM, self.kind, rows, self.extent_bytes], ensure_ascii=True, separators=(",", ":")

@@ -1,9 +1,9 @@
-"""Who gives which chunk: the decisions of a swarm, without threads, sockets or a clock.
+"""Chunk assignment: which holder gives which chunk, decided without threads, sockets or a clock.
 
-A receiver has a `SwarmPlan`: what is missing, what each holder has and how fast it is. A holder has `Given`: how often
-it gave each chunk away. Between them: the receiver says what it wants of a holder and which of that is rarest among
-those that it knows; the holder grants what it gave away least. So a holder that alone has something sends each chunk
-out once before it sends any twice, whoever asks, and receivers exchange the rest among themselves.
+A receiver has a `SwarmPlan`: what is missing, what each holder has and how fast it is. A holder has `GrantCounts`: how
+often it granted each chunk. A receiver asks a holder for chunks and says which of them are rarest among the holders
+that it knows; the holder grants those that it granted least. So a holder that alone has something sends each chunk
+once before it sends any twice, and receivers exchange the rest among themselves.
 
 Sets of chunks are integers, bit i for chunk i: unions and differences of 100,000 chunks cost microseconds.
 """
@@ -15,17 +15,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import ceil
 
-__all__ = ["Given", "SwarmPlan", "Wanted", "all_chunks", "chunk_set", "chunks_of", "set_from_bytes", "set_to_bytes"]
+__all__ = [
+    "ChunkRequest",
+    "GrantCounts",
+    "SwarmPlan",
+    "all_chunks",
+    "chunk_set",
+    "chunks_of",
+    "set_from_bytes",
+    "set_to_bytes",
+]
 
 FIRST_IN_FLIGHT = 2  # chunks, as long as a holder's speed is unknown
 MOST_IN_FLIGHT = 16
-FEWEST_AT_MOST = 8  # also of large chunks, and of a small model: what a lost holder costs is asked for again
+FEWEST_AT_MOST = 8  # also of large chunks, and of a small model
 _MOST_BYTES_IN_FLIGHT = 256 << 20
 _MOST_SHARE = 4  # a quarter of the model
-AHEAD_SECONDS = 0.1  # what a holder is asked for at a time takes about so long; more makes the end of all longer
+AHEAD_SECONDS = 0.1  # what is in flight at a holder takes about so long; more delays the end of the receive
 _SPEED_WEIGHT = 0.3  # of the newest measurement
-_HOPELESS_FACTOR = 4.0  # a holder this much slower than the others may be given up on for the last chunks
-_HOPELESS_SECONDS = 2.0  # but not for less than this
+_STRAGGLER_FACTOR = 4.0  # a holder this much slower than the others may be dropped for the last chunks
+_STRAGGLER_SECONDS = 2.0  # but not for less than this
 
 
 def all_chunks(count: int) -> int:
@@ -60,7 +69,7 @@ def set_from_bytes(data: bytes, count: int) -> int:
 
 
 def _some_of(members: int, wanted: int, chance: random.Random) -> Iterator[int]:
-    """Up to `wanted` chunks of a set, each found from a random place on."""
+    """Up to `wanted` chunks of a set, each the first at or after a random place."""
     while members and wanted > 0:
         start = chance.randrange(members.bit_length())
         above = members >> start
@@ -70,15 +79,15 @@ def _some_of(members: int, wanted: int, chance: random.Random) -> Iterator[int]:
         yield chunk
 
 
-class Given:
-    """How often a holder gave each chunk away. Not thread-safe."""
+class GrantCounts:
+    """How often a holder granted each chunk. Not thread-safe."""
 
     def __init__(self, chance: random.Random | None = None) -> None:
-        self._at_least: list[int] = []  # [n]: the chunks that were given more than n times
+        self._at_least: list[int] = []  # [n]: the chunks that were granted more than n times
         self._chance = chance or random.Random()  # noqa: S311 - no secret
 
     def grant(self, wanted: int, preferred: int, most: int) -> list[int]:
-        """Up to `most` chunks of `wanted`, those given least first, of these those in `preferred`; counted."""
+        """Grants up to `most` chunks of `wanted`: those granted least first, of these the `preferred`; counts them."""
         granted: list[int] = []
         left = wanted
         for given in (*self._at_least, 0):
@@ -92,11 +101,11 @@ class Given:
         return granted
 
     def take_back(self, chunks: Iterable[int]) -> None:
-        """Chunks that were granted and not fetched."""
+        """Uncounts chunks that were granted and not fetched."""
         self._count(chunks, -1)
 
     def times(self, chunk: int) -> int:
-        """How often this chunk was given away."""
+        """How often this chunk was granted."""
         return sum(given >> chunk & 1 for given in self._at_least)
 
     def _count(self, chunks: Iterable[int], step: int) -> None:
@@ -119,8 +128,8 @@ class _HolderState:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a receiver asks of a holder: at most `most` chunks of `chunks`, best those in `preferred`."""
+class ChunkRequest:
+    """What a receiver asks a holder for: at most `most` chunks of `chunks`, best those in `preferred`."""
 
     chunks: int
     preferred: int
@@ -129,11 +138,11 @@ class Wanted:
 
 @dataclass
 class SwarmPlan:
-    """One receiver's books. Not thread-safe; times are given to it, in seconds of any clock.
+    """One receiver's state of all chunks. Not thread-safe; times are given to it, in seconds of any clock.
 
     A chunk is missing, in flight at one holder, or done. `wanted` says what to ask a holder for, `claim` takes what it
-    granted, `done` and `give_back` end that. A holder that is dropped gets no more, and what it had in flight is
-    missing again: drop it only once nothing of it can arrive any more. Holders are named by any string.
+    granted, `done` and `give_back` end that. When a holder is dropped, what it had in flight is missing again: drop it
+    only once nothing of it can arrive any more. Holders are named by any string.
     """
 
     count: int
@@ -162,11 +171,11 @@ class SwarmPlan:
 
     @property
     def holders(self) -> frozenset[str]:
-        """Those that were added and not dropped."""
+        """All holders that were added and not dropped."""
         return frozenset(self._holders)
 
     def add_holder(self, holder: str, have: int) -> None:
-        """Makes a holder known, or renews what it has."""
+        """Adds a holder, or updates what it has."""
         if (state := self._holders.get(holder)) is not None:
             state.have = have
         else:
@@ -195,17 +204,17 @@ class SwarmPlan:
         most = max(FEWEST_AT_MOST, min(MOST_IN_FLIGHT, sensible))
         return max(FIRST_IN_FLIGHT, min(most, ceil(speed * AHEAD_SECONDS / self.chunk_bytes)))
 
-    def wanted(self, holder: str) -> Wanted:
+    def wanted(self, holder: str) -> ChunkRequest:
         """What to ask `holder` for now; `most` is 0 when it may get nothing, or has nothing that is missing."""
         state = self._holders[holder]
         chunks = self._missing & state.have
         room = self.limit(holder) - state.in_flight.bit_count()
         if not chunks or room <= 0:
-            return Wanted(0, 0, 0)
-        return Wanted(chunks, self._rarest(chunks, holder), room)
+            return ChunkRequest(0, 0, 0)
+        return ChunkRequest(chunks, self._rarest(chunks, holder), room)
 
     def claim(self, holder: str, granted: Iterable[int], now: float) -> tuple[list[int], list[int]]:
-        """Takes what `holder` granted; returns what is now in flight there, and what somebody else has meanwhile."""
+        """Takes what `holder` granted; returns what is now in flight there, and what is no longer missing."""
         state = self._holders[holder]
         taken, declined = [], []
         for chunk in granted:
@@ -220,7 +229,7 @@ class SwarmPlan:
         return taken, declined
 
     def done(self, holder: str, chunk: int, now: float) -> None:
-        """A chunk of `holder` has arrived and is right."""
+        """A chunk of `holder` has arrived and is verified."""
         state = self._holders[holder]
         self._end(state, chunk)
         self._done |= 1 << chunk
@@ -252,15 +261,17 @@ class SwarmPlan:
         self._missing |= chunks
 
     def adopt(self, chunks: int) -> None:
-        """Missing chunks that came by another way are done."""
+        """Missing chunks that came from elsewhere are done."""
         if chunks & ~self._missing:
             raise ValueError(f"chunks {list(chunks_of(chunks & ~self._missing))[:5]} are not missing")
         self._missing &= ~chunks
         self._done |= chunks
 
-    def hopeless(self, now: float) -> list[str]:
-        """Holders that hold up the end: nothing is missing but what is in flight, another holder has nothing to do,
-        has it, and would be done with it long before. Giving one up costs what it has in flight."""
+    def stragglers(self, now: float) -> list[str]:
+        """Holders that delay completion: an idle holder has what they have in flight and would be done much sooner.
+
+        Empty while anything is missing that is not in flight. Dropping one costs what it has in flight.
+        """
         if self._missing:
             return []
         idle = [state for state in self._holders.values() if not state.in_flight and state.bytes_per_second]
@@ -274,7 +285,7 @@ class SwarmPlan:
                 continue
             waited = now - state.busy_since
             rest = max(left / state.bytes_per_second - waited, waited) if state.bytes_per_second else waited
-            if rest > _HOPELESS_SECONDS + _HOPELESS_FACTOR * left / max(rivals):
+            if rest > _STRAGGLER_SECONDS + _STRAGGLER_FACTOR * left / max(rivals):
                 found.append(name)
         return found
 

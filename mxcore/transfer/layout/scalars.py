@@ -25,5 +25,5 @@ def scalars_to_proto(scalars: Mapping[str, float]) -> list[mx_pb2.Scalar]:
 
 
 def scalars_from_proto(messages: Iterable[mx_pb2.Scalar]) -> dict[str, float]:
-    """What another worker sent; of a name that comes twice the digest will not be right."""
+    """What another worker sent; if a name comes twice, the digest does not match."""
     return {message.name: message.value for message in messages}

@@ -1,4 +1,4 @@
-"""Whom to take weights from: what the server lists, with where each worker is reached."""
+"""The workers that weights can be taken from: what the server lists, with each worker's endpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_PARAMETER = "checkpoint"
 """The extra parameter with the digest of the weight files; empty for a worker that has none."""
 
-_ENDPOINT_SECONDS = 5.0  # that a record need not be asked for again, unless the worker has told something since
+_ENDPOINT_SECONDS = 5.0  # before a record is asked for again, unless it was updated
 _CANDIDATES = 16  # of each status: workers whose records are asked for
 
 
 class Directory:
-    """Lists holders of one rank, never the asker. Thread-safe. All calls raise WireError."""
+    """Lists holders of one rank, except this worker. Thread-safe. All calls raise WireError."""
 
     def __init__(self, client: ServerClient, worker_id: str, worker_rank: int) -> None:
         self._client = client
@@ -31,7 +31,7 @@ class Directory:
         self._worker_rank = worker_rank
         self._lock = threading.Lock()
         self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
-        self._refused: set[str] = set()  # checkpoints that were told of, none of which was taken
+        self._refused: set[str] = set()  # checkpoints of the last warning, none of which was taken
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
         """Complete holders with exactly this identity, the least loaded first, then the newest."""
@@ -53,16 +53,16 @@ class Directory:
         return [*self.ready(identity), *self.receiving(identity)]
 
     def ranks(self, identity: p2p_pb2.SourceIdentity, *, ready: bool) -> set[int]:
-        """Ranks of all workers with this identity that are READY, or else that are READY or INITIALIZING."""
+        """Ranks of the workers with this identity that are READY, or (not `ready`) READY or INITIALIZING."""
         statuses = [p2p_pb2.SOURCE_STATUS_READY, *([] if ready else [p2p_pb2.SOURCE_STATUS_INITIALIZING])]
         refs = [ref for status in statuses for ref in self._client.list_sources(identity, status=status)]
         return {ref.worker_rank for ref in refs}
 
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
-        """The one identity of complete holders that equals `identity` in all but the checkpoint.
+        """The identity of complete holders that equals `identity` in all but the checkpoint.
 
-        None when there is none, or (a warning, once for the same ones) several, which a worker without weight files
-        cannot choose from.
+        None when there is none, or when there are several, which a worker without weight files cannot choose from: a
+        warning says so, once for the same ones.
         """
         refs = self._client.list_sources(
             model_name=identity.model_name,

@@ -1,4 +1,4 @@
-"""A thread that gives a sign of life at an interval, and more often while it does not get through."""
+"""A thread that sends heartbeats at an interval, and more often while they fail."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Heartbeat"]
 logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 1.0
-_LEASE_FRACTION = 3  # renew at a third of the lease: two may get lost
+_LEASE_FRACTION = 3  # renewed at a third of the lease: two heartbeats may fail
 
 
 class Heartbeat:
     """Calls `beat` on a daemon thread of its own; thread-safe.
 
-    `beat` raises WireError when it did not get through; it is then repeated after 1, 2, 4 ... seconds, at most the
-    interval. The first failure of a row and its end are logged.
+    `beat` raises WireError when it fails; it is then repeated after 1, 2, 4 ... seconds, at most the interval. The
+    first of several failures and their end are logged.
     """
 
     def __init__(self, interval_seconds: float, beat: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ class Heartbeat:
 
     @property
     def interval_seconds(self) -> float:
-        """The time between two beats that get through."""
+        """The time between two heartbeats that succeed."""
         return self._interval_seconds
 
     def limit(self, lease_seconds: float) -> None:
@@ -48,7 +48,7 @@ class Heartbeat:
                 self._thread.start()
 
     def stop(self) -> None:
-        """Ends it and waits for a beat that is under way, except on the thread itself. Idempotent."""
+        """Ends it and waits for a heartbeat that is running, except on the thread itself. Idempotent."""
         self._stop.set()
         with self._lock:
             thread = self._thread

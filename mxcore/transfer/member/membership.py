@@ -13,18 +13,19 @@ from functools import partial
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout.chunks import CHUNK_BYTES
+from mxcore.transfer.layout.digests import ChunkDigests
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.layout.plan import all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.record import Served, WorkerRecord
-from mxcore.transfer.member.storage_election import StorageTurn
-from mxcore.transfer.move.agent_session import require_movable
+from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move.session_ahead import SessionAhead
 from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.change_log import Trouble, logged
-from mxcore.transfer.receive.load_progress import LoadPath, Way
-from mxcore.transfer.receive.received_chunks import Content, Progress
+from mxcore.transfer.receive.change_log import RecentErrors, logged
+from mxcore.transfer.receive.load_progress import LoadPath, LoadStep
+from mxcore.transfer.receive.received_chunks import Content, ProgressCallback
 from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
+from mxcore.transfer.route.device_memory import require_movable
 from mxcore.transfer.route.routes import UcxPolicy
 from mxcore.transfer.serve.holder import LEASE_SECONDS, Holder
 from mxcore.transfer.serve.relay import ServedRelay
@@ -38,17 +39,17 @@ __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = "mx-1"
-"""`mx_version` of our identities: workers of any release of ours that speaks this exchange weights."""
+"""`mx_version` of our identities: workers of all releases that use this protocol exchange weights."""
 
-_GIVEN_UP_DRAIN_SECONDS = 5.0  # readers of memory that a failed receive leaves behind
+_FAILED_DRAIN_SECONDS = 5.0  # for readers of what a failed receive relayed
 _FIRST_RETRY_SECONDS = 0.5
-_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source: then storage
+_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source; then weights come from storage
 
 
 class Membership:
-    """This worker's record at the server, and what it serves. Thread-safe; leave it with `close`.
+    """This worker's record at the server, and what it serves. Thread-safe; end it with `close`.
 
-    No call raises because the server cannot be reached: that is logged once, and the heartbeat goes on trying.
+    No call raises because the server cannot be reached: that is logged once, and the heartbeat keeps trying.
     """
 
     def __init__(
@@ -84,18 +85,20 @@ class Membership:
             served=self._served,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = threading.RLock()  # over what is served; never around calls to the record, which asks for that
+        self._lock = (
+            threading.RLock()
+        )  # guards what is served; never held around calls to the record, which calls `_served`
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
-        self._turn: StorageTurn | None = None
-        self._listing = Trouble(logger, "sources cannot be listed")
+        self._election: StorageElection | None = None
+        self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
         self._holder: Holder | None = None
         self._server: WorkerServer | None = None
 
     @property
     def identity(self) -> p2p_pb2.SourceIdentity:
-        """What this worker's weights are; changes when `find_sources` adopts a checkpoint."""
+        """The identity of this worker's weights; changes when `find_sources` adopts a checkpoint."""
         return self._record.identity
 
     @property
@@ -116,13 +119,13 @@ class Membership:
 
     @property
     def superseded(self) -> bool:
-        """Whether a newer life of this worker took over its record; it serves nothing then."""
+        """Whether a newer process of this worker took over its record; then it serves nothing."""
         return self._record.superseded
 
     def join(self) -> bool:
         """Publishes this worker as INITIALIZING and keeps that alive; False, logged, without a server.
 
-        Idempotent. The record is published later when the server becomes reachable.
+        Idempotent. If the server cannot be reached, the record is published once it can.
         """
         if self._client is None:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
@@ -133,16 +136,16 @@ class Membership:
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
 
-        With `receiving`, after them those that are still receiving and serve what they have. With
-        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are
-        equal in everything else are taken if they all have one checkpoint, which becomes this worker's.
+        With `receiving`, also those that are still receiving and serve what they have, at the end. With
+        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are equal in
+        everything else are taken if they all have the same checkpoint, which becomes this worker's.
         """
         with self._listing:
             return self._listed(match_any_checkpoint=match_any_checkpoint, receiving=receiving)
         return []
 
     def _listed(self, *, match_any_checkpoint: bool, receiving: bool) -> list[Source]:
-        """What `find_sources` says. Raises WireError."""
+        """As `find_sources`. Raises WireError."""
         directory = self._directory
         if directory is None:
             return []
@@ -154,11 +157,11 @@ class Membership:
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
     def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
-        """Holders to take the weights from, but for the workers `avoid`; none: read storage, now.
+        """Holders to take the weights from, except the workers `avoid`; empty: read storage now.
 
-        When nobody is READY, the server lets one worker of all with these weights and this rank read storage; the
-        others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one's turn comes
-        within seconds. Whoever reads keeps its turn until `serve`, or `close` (then nobody waits for it any more).
+        When no worker is READY, the server elects one of those with these weights and this rank to read storage; the
+        others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one is elected
+        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more).
         """
         began = heard = time.monotonic()
         told = away = False
@@ -169,12 +172,12 @@ class Membership:
                 found = [source for source in listed if source.worker_id not in avoid]
                 if any(not source.receiving for source in found):
                     return found
-                answer = self._take_turn()
+                answer = self._stand_for_election()
                 if answer is None:
                     return []
                 pause = answer.retry_ms / 1000
                 heard = time.monotonic()
-            except WireError as error:  # it does not mean that nobody has them
+            except WireError as error:  # others may have the weights all the same
                 known = told or self._record.published
                 if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
                     logger.warning("nobody can be waited for, weights come from storage: %s", error)
@@ -199,20 +202,20 @@ class Membership:
         return []
 
     def published_ranks(self, *, ready: bool) -> set[int]:
-        """Ranks with this identity that are READY, or else that are there at all. Raises WireError."""
+        """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
         return self._directory.ranks(self.identity, ready=ready) if self._directory else set()
 
-    def take_over_turn(self, other: Membership) -> None:
-        """Another membership of this process had the turn to read storage, and loaded: both end with this one."""
+    def take_over_election(self, other: Membership) -> None:
+        """Takes over the election to read storage, and the load's report, from another membership of this process."""
         with self._lock:
-            self._turn, other._turn = other._turn, None
+            self._election, other._election = other._election, None
         self._record.loads.take_over(other._record.loads)
 
-    def loading(self, path: LoadPath) -> AbstractContextManager[Way]:
-        """Around a load that is not `receive`; `way(bytes_done, bytes_total)` as often as wanted tells how far it is.
+    def loading(self, path: LoadPath) -> AbstractContextManager[LoadStep]:
+        """Around a load that is not `receive`; call its value with (bytes done, bytes in all), as often as you like.
 
-        The server hears of it about once a second, and of the whole with `serve` or `close`. An exception that leaves
-        the block is kept as the reason why this way was left, and goes on. Never raises by itself, never waits.
+        The server is told about once a second, and of the whole load with `serve` or `close`. An exception that leaves
+        the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
 
@@ -222,15 +225,15 @@ class Membership:
         placement: Placement,
         scalars: Mapping[str, float],
         sources: Sequence[Source],
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         *,
         relay_from: object = None,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
-        `scalars`: this worker's own, of which only the names count. With `relay_from`, what keeps that memory alive,
-        this worker serves each chunk as soon as it is verified; `serve` or `withdraw` ends that, so does a failure.
-        Raises TransferError; then nothing arrives in the memory any more, and nobody reads there.
+        Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
+        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. Raises
+        TransferError; then nothing arrives in the memory any more, and nobody reads there.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -244,12 +247,12 @@ class Membership:
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
         )
         try:
-            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as way:
+            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
                 lists = self._directory if self._record.published else None
                 find_more = partial(lists.holders, self.identity) if lists is not None else None
-                return receiver.receive(sources, find_more, way)
+                return receiver.receive(sources, find_more, step)
         except BaseException:
-            self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+            self.withdraw(_FAILED_DRAIN_SECONDS)
             raise
 
     def serve(
@@ -257,13 +260,13 @@ class Membership:
         layout: Layout,
         placement: Placement,
         scalars: Mapping[str, float],
-        digests: bytes | None = None,
+        digests: ChunkDigests | None = None,
         keep_alive: object = None,
     ) -> None:
         """Serves the memory at `placement` until `close` or `withdraw`, and publishes this worker as READY.
 
-        `digests`: those of a ReceiveReport; without them they are computed. `keep_alive` is held until nobody reads
-        any more. Serving twice is an error of the caller.
+        `digests`: those of a ReceiveReport; None: they are computed. `keep_alive` is kept until nobody reads any more.
+        Raises TransferError when it serves already.
 
         Raises:
             LayoutUnsupported, NixlMissing, NixlError, SettingError: nothing is served.
@@ -278,28 +281,28 @@ class Membership:
             holder.keep(keep_alive)
             holder.update(all_chunks(len(holder.chunks)))
         else:
-            self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+            self.withdraw(_FAILED_DRAIN_SECONDS)
             self._offer(layout, placement, scalars, digests, keep_alive)
-        self._record.say_ready()
+        self._record.mark_ready()
         logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
         self.join()
-        if self._turn is not None:
-            self._turn.end(shared=True)
+        if self._election is not None:
+            self._election.end(shared=True)
 
     def withdraw(self, timeout_seconds: float | None = None) -> bool:
         """Stops serving but stays a member: before the engine sleeps, reloads, or frees what is served.
 
-        New readers are refused at once, those that read are waited for; then the agent is destroyed, and only after
-        that this returns. False when readers were cut off. `serve` may follow. Idempotent.
+        Refuses new readers at once, waits for those that read, then destroys the agent, and only then returns. False
+        when readers were cut off. `serve` may follow. Idempotent.
         """
         with self._lock:
             holder = self._holder
             if holder is None:
                 return True
-        self._record.take_back()
+        self._record.unmark_ready()
         drained = holder.drain(self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds)
         self._stop_serving()
-        if self._record.outdate() and not self._closed:
+        if self._record.mark_changed() and not self._closed:
             with logged("telling the server that nothing is served"):
                 self._record.publish()
         return drained
@@ -324,29 +327,29 @@ class Membership:
         with logged("stopping its services"):
             self._stop_serving()
             self._ahead.drop()
-        if self._turn is not None:
-            self._turn.end(shared=False)
+        if self._election is not None:
+            self._election.end(shared=False)
         if self._client is not None:
             with logged("closing its connection to the server"):
                 self._client.close()
 
     def _relay(self, layout: Layout, placement: Placement, keep_alive: object, content: Content) -> Holder:
         """Serves what is being received, with nothing there yet. Raises MxError."""
-        self.withdraw(_GIVEN_UP_DRAIN_SECONDS)
+        self.withdraw(_FAILED_DRAIN_SECONDS)
         holder = self._offer(layout, placement, content.scalars, content.digests, keep_alive, have=0)
         with logged("telling the server where chunks can be had"):
             self._record.publish()
         return holder
 
-    def _take_turn(self) -> mx_pb2.TakeStorageTurnResponse | None:
-        """Word to wait; None when this worker reads storage. Raises WireError."""
+    def _stand_for_election(self) -> mx_pb2.TakeStorageTurnResponse | None:
+        """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        turn = StorageTurn(self._client, self.source_id, self.worker_rank, self.worker_id)
-        answer = turn.take()
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id)
+        answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             with self._lock:
-                self._turn = turn
+                self._election = election
         return answer if answer.turn == mx_pb2.STORAGE_TURN_WAIT else None
 
     def _offer(
@@ -354,7 +357,7 @@ class Membership:
         layout: Layout,
         placement: Placement,
         scalars: Mapping[str, float],
-        digests: bytes | None,
+        digests: ChunkDigests | None,
         keep_alive: object,
         have: int | None = None,
     ) -> Holder:
@@ -406,7 +409,7 @@ class Membership:
             return Served(holder.session.name, self.endpoint or "", holder.live_leases)
 
     def _superseded_by_newer(self) -> None:
-        """On the heartbeat's thread."""
+        """Called on the heartbeat's thread."""
         with logged("stopping its services"):
             if self._holder is not None:
                 self._holder.drain(self.settings.drain_timeout_seconds)

@@ -1,4 +1,4 @@
-"""This worker's record at the server: published, kept alive by heartbeats, given up when a newer life takes it over."""
+"""This worker's record at the server: published, kept alive by heartbeats, left to a newer process of this worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Served(NamedTuple):
-    """What a worker serves, as its record tells it; empty while it serves nothing."""
+    """What a worker's record says that it serves; empty while it serves nothing."""
 
     agent_name: str = ""
     endpoint: str = ""  # host:port of its gRPC services
@@ -31,8 +31,9 @@ class Served(NamedTuple):
 class WorkerRecord:
     """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
 
-    `served` is asked at each publish and heartbeat, `superseded_by_newer` called on the heartbeat's thread when a newer
-    life of this worker has the record: nothing is written any more then. Without a client nothing is ever published.
+    `served` is called at each publish and heartbeat, `superseded_by_newer` on the heartbeat's thread when a newer
+    process of this worker has taken over the record: then nothing more is written. Without a client nothing is
+    published at all.
     """
 
     def __init__(
@@ -75,16 +76,16 @@ class WorkerRecord:
 
     @property
     def superseded(self) -> bool:
-        """Whether a newer life of this worker took it over."""
+        """Whether a newer process of this worker took it over."""
         return self._superseded
 
     @property
     def ready(self) -> bool:
-        """Whether it says, or is to say, READY."""
+        """Whether its status is READY, published or not."""
         return self._status == p2p_pb2.SOURCE_STATUS_READY
 
     def keep(self) -> bool:
-        """Publishes it, and keeps it alive from now on; False, logged, without an answer. Idempotent."""
+        """Publishes it, and keeps it alive from now on; False, logged, when the server does not answer. Idempotent."""
         try:
             self.publish()
         except WireError as error:
@@ -94,7 +95,7 @@ class WorkerRecord:
             return self._published
 
     def publish(self) -> None:
-        """Writes the whole record. Raises WireError; StaleEpoch when a newer life has it."""
+        """Writes the whole record. Raises WireError; StaleEpoch when a newer process has taken it over."""
         if self._client is None:
             return
         with self._lock:
@@ -115,29 +116,29 @@ class WorkerRecord:
             self._epoch = answer.epoch
             self._published = True
             self._heartbeat.limit(answer.lease_ms / 1000)
-            if self.ready:  # servers that leave the status of a publish aside
+            if self.ready:  # some servers ignore the status of a publish
                 self._update_status()
 
-    def say_ready(self) -> None:
-        """READY from the next `keep` on."""
+    def mark_ready(self) -> None:
+        """The next `keep` publishes READY."""
         with self._lock:
             self._status = p2p_pb2.SOURCE_STATUS_READY
             self._published = False
 
-    def take_back(self) -> None:
-        """Not READY any more, from the next heartbeat or publish on."""
+    def unmark_ready(self) -> None:
+        """The next heartbeat or publish says that it is no longer READY."""
         with self._lock:
             if self.ready:
                 self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
 
-    def outdate(self) -> bool:
-        """What is served has changed: the next heartbeat publishes the whole. Whether it was published before."""
+    def mark_changed(self) -> bool:
+        """Has the next heartbeat publish the whole record. Returns whether it was published as it was."""
         with self._lock:
             before, self._published = self._published, False
             return before
 
     def change_identity(self, identity: p2p_pb2.SourceIdentity) -> None:
-        """Goes on as a worker of other weights: a goodbye under the old source id, and published under the new one."""
+        """Continues with other weights: says goodbye under the old source id, and publishes under the new one."""
         with self._lock:
             if source_id(identity) == self.source_id:
                 return
@@ -153,7 +154,7 @@ class WorkerRecord:
             self.keep()
 
     def goodbye(self) -> None:
-        """STALE, if it is published and ours. Never raises."""
+        """Publishes STALE, if the record is published and still ours. Never raises."""
         with self._lock:
             if not self._published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
                 return
@@ -162,7 +163,7 @@ class WorkerRecord:
                 self._update_status(self.loads.report())
 
     def end(self) -> None:
-        """No heartbeat and no news of loads after this; `goodbye` may follow. Idempotent."""
+        """Stops heartbeats and reports of loads; `goodbye` may follow. Idempotent."""
         self.loads.close()
         self._heartbeat.stop()
 
@@ -200,7 +201,7 @@ class WorkerRecord:
                     self.publish()
         except StaleEpoch as error:
             logger.error(
-                "a newer life of worker %s has taken over: this one stops serving (%s)", self._worker_id, error
+                "a newer process of worker %s has taken over: this one stops serving (%s)", self._worker_id, error
             )
             self._superseded = True
             self._heartbeat.stop()

@@ -1,4 +1,4 @@
-"""This worker's turn to read storage for all that have the same weights and rank: taken, kept, ended."""
+"""The election of the one worker that reads storage for all with the same weights and rank."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import WireError
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["StorageTurn"]
+__all__ = ["StorageElection"]
 
 logger = logging.getLogger(__name__)
 
-_LEASE_FRACTION = 3  # renew at a third of the lease: two may get lost
+_LEASE_FRACTION = 3  # renewed at a third of the lease: two calls may fail
 
 
-class StorageTurn:
-    """A turn under (source id, rank). While it is ours, a thread extends it; thread-safe.
+class StorageElection:
+    """This worker's part in the election for (source id, rank). While it is elected, a thread renews that; thread-safe.
 
-    A turn that was lost while reading (the server was away for too long) changes nothing here: somebody else may then
-    read storage as well.
+    A worker that loses it while reading (the server was away for too long) reads on; another one may then read storage
+    as well.
     """
 
     def __init__(self, client: ServerClient, source_id: str, worker_rank: int, worker_id: str) -> None:
@@ -29,11 +29,11 @@ class StorageTurn:
         self._worker_rank = worker_rank
         self._worker_id = worker_id
         self._epoch = 0
-        self._ended = threading.Event()
+        self._stepped_down = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def take(self) -> mx_pb2.TakeStorageTurnResponse:
-        """Asks for it; when it is ours, it stays ours until `end`. Raises WireError."""
+    def stand(self) -> mx_pb2.TakeStorageTurnResponse:
+        """Asks to be elected; once elected, this worker stays so until `end`. Raises WireError."""
         answer = self._client.take_storage_turn(self.source_id, self._worker_rank, self._worker_id)
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             self._epoch = answer.epoch
@@ -43,24 +43,24 @@ class StorageTurn:
         return answer
 
     def end(self, *, shared: bool) -> None:
-        """Ends it; without `shared`, nobody waits for what was read. Idempotent; nothing when it is not ours."""
-        if self._thread is None or self._ended.is_set():
+        """Steps down; without `shared`, nobody waits for what was read. Idempotent; does nothing when not elected."""
+        if self._thread is None or self._stepped_down.is_set():
             return
-        self._ended.set()
+        self._stepped_down.set()
         self._thread.join()
         try:
             self._client.end_storage_turn(
                 self.source_id, self._worker_rank, self._worker_id, self._epoch, shared=shared
             )
-        except WireError as error:  # it ends by itself
-            logger.info("the turn to read storage ends by itself: %s", error)
+        except WireError as error:  # it expires by itself
+            logger.info("the election to read storage expires by itself: %s", error)
 
     def _keep(self, pause: float) -> None:
-        while not self._ended.wait(pause):
+        while not self._stepped_down.wait(pause):
             try:
                 answer = self._client.take_storage_turn(self.source_id, self._worker_rank, self._worker_id, self._epoch)
             except WireError as error:
-                logger.info("the turn to read storage was not extended: %s", error)
+                logger.info("the election to read storage was not renewed: %s", error)
                 continue
             if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
                 self._epoch = answer.epoch

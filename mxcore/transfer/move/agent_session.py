@@ -1,4 +1,4 @@
-"""One NIXL agent with our policy on it: a deadline on progress, polling that sleeps, a fence."""
+"""One NIXL agent with a stall time-out, polling that sleeps, and a fence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from mxcore.errors import CudaError, NixlError, TransferStalled
 from mxcore.memory.descriptors import merge_adjoining
@@ -19,17 +18,17 @@ from mxcore.nixl.mailbox import Mailbox
 from mxcore.nixl.table import notifies
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.layout.regions import Regions, merge_regions
+from mxcore.transfer.route.device_memory import allocation_regions, require_movable
+from mxcore.transfer.route.device_proof import ProvenDevice, nixl_device, proven_device
 from mxcore.transfer.route.rdma_devices import pinning_advice, pins_too_little
 from mxcore.transfer.route.routes import Operation, UcxPolicy, ucx_environment
+from mxserver.wire.calls.closing import Closing
 
-if TYPE_CHECKING:
-    from mxcore.transfer.route.device_memory import ProvenDevice
-
-__all__ = ["AgentSession", "Move", "require_movable"]
+__all__ = ["AgentSession", "Move"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.02  # at a time, at what is in flight; afterwards at whether it is still wanted
+_WAIT_SECONDS = 0.02  # for what is in flight, before `cancelled` is asked again
 
 
 class Move(NamedTuple):
@@ -42,23 +41,11 @@ class Move(NamedTuple):
     remote_device: int | None = None  # None: host memory
 
 
-def require_movable(placement: Placement) -> None:
-    """The one check of what kind of memory can be moved.
-
-    Raises:
-        LayoutUnsupported: device memory whose bytes cannot be checked or moved here; the message says what failed.
-    """
-    if placement.device_type != "cpu":
-        from mxcore.transfer.route.device_memory import proven_device  # the driver is asked for only where a device is
-
-        proven_device(placement)
-
-
-class AgentSession:
+class AgentSession(Closing):
     """An agent of this process whose memory is `placement`; thread-safe.
 
-    Its name is new every time: a peer that knew an earlier agent never takes this one for it. `fence` destroys it,
-    and only that makes sure that no byte lands any more; leaving the context does the same.
+    Its name is new every time, so that peers never mistake it for an earlier agent. Only `fence`, which destroys the
+    agent, ensures that nothing is written to the memory any more; leaving the context fences, too.
     """
 
     def __init__(
@@ -96,17 +83,17 @@ class AgentSession:
 
     @property
     def fenced(self) -> bool:
-        """Whether the agent is gone."""
+        """Whether the agent is destroyed."""
         return self._agent.destroyed
 
     @property
     def has_progress_thread(self) -> bool:
-        """Whether NIXL has one: then nothing comes into the `mailbox`."""
+        """Whether NIXL has a progress thread: then nothing comes into the `mailbox`."""
         return self._has_thread
 
     @contextmanager
     def progressing(self) -> Iterator[None]:
-        """While it lasts, what peers do moves on, by a thread that looks often; from any number of threads."""
+        """Within it, a thread polls often, so that peers make progress. May be entered by any number of threads."""
         if self._has_thread:
             yield
             return
@@ -148,37 +135,35 @@ class AgentSession:
     def _regions(self, layout: Layout, placement: Placement) -> list[Regions]:
         if placement.device_type == "cpu":
             return merge_regions(placement, layout.extent_bytes)
-        from mxcore.transfer.route import device_memory
-
-        self._device = device_memory.proven_device(placement)
-        self._local = device_memory.nixl_device(self._device.index)
+        self._device = proven_device(placement)
+        self._local = nixl_device(self._device.index)
         try:
-            return device_memory.allocation_regions(placement, layout.extent_bytes)
+            return allocation_regions(placement, layout.extent_bytes)
         except CudaError as error:
             raise NixlError(f"the weights cannot be registered: {error}") from error
 
     def metadata(self) -> bytes:
-        """What the other side needs to reach the registered memory."""
+        """What a peer needs to reach the registered memory."""
         return self._agent.metadata()
 
     def connect(self, metadata: bytes) -> str:
-        """Makes the other side known; returns its agent's name. Raises NixlError."""
+        """Makes a peer known by its metadata; returns its agent's name. Raises NixlError."""
         return self._agent.load_remote(metadata)
 
     def disconnect(self, peer: str) -> None:
-        """Forgets the other side; in silence when it is not known or the agent is gone."""
+        """Forgets a peer; does nothing when it is not known or the agent is destroyed."""
         if not self._agent.destroyed:
             self._agent.forget_remote(peer)
 
     @property
     def notifies(self) -> bool:
-        """Whether peers whose agents have no progress thread can be told of each move."""
+        """Whether peers whose agents have no progress thread can be notified of each move."""
         return notifies()
 
     def post(self, operation: Operation, move: Move, peer: str, *, notify: bool = False) -> tuple[Transfer, bool]:
         """Starts one move; True with it when it is complete already. Raises NixlError, PeerLost.
 
-        With `notify` the peer is told the chunk when it is there.
+        With `notify` the peer is notified when the chunk is there.
         """
         # Both sides register neighbours as one region (`merge_regions`), so that these may be one descriptor as well.
         # On devices regions end with their allocation, whatever adjoins.
@@ -196,8 +181,6 @@ class AgentSession:
     def _memory_kinds(self, move: Move) -> dict[str, Any]:
         remote: Mapping[str, int | bool] = {"device_index": 0, "device_memory": False}
         if move.remote_device is not None:
-            from mxcore.transfer.route.device_memory import nixl_device
-
             remote = nixl_device(move.remote_device)
         return {
             **{f"local_{name}": value for name, value in self._local.items()},
@@ -216,9 +199,9 @@ class AgentSession:
     ) -> Iterator[int]:
         """Runs moves, at most `in_flight_limit` at a time; yields each chunk once its bytes are there.
 
-        Where a chunk has arrived, the next one is begun before that is told: UCX sends while it is posted to, and
-        nothing is to move slower for what the caller does with the news. With `notify` the peer is told as well.
-        Ends early once `cancelled` says so; what is in flight is then released, not stopped.
+        When a chunk has arrived, the next one is begun before that one is yielded, so that moving does not wait for the
+        caller. With `notify` the peer is notified of each as well. Ends early once `cancelled` returns true; what is in
+        flight is then released, not stopped.
 
         Raises:
             PeerLost: the other side is gone.
@@ -241,7 +224,7 @@ class AgentSession:
                 yield from completed
                 if not in_flight and not at_once:
                     return
-                completed = self._completed(in_flight, 0.0 if at_once else _LOOK_SECONDS)
+                completed = self._completed(in_flight, 0.0 if at_once else _WAIT_SECONDS)
                 if completed or at_once:
                     deadline = time.monotonic() + self.stall_timeout_seconds
                 elif time.monotonic() > deadline:
@@ -255,7 +238,7 @@ class AgentSession:
             in_flight.clear()
 
     def _completed(self, in_flight: dict[int, Transfer], seconds: float) -> list[int]:
-        """Waits for so long at most; takes out what has arrived. Raises PeerLost."""
+        """Waits at most `seconds`; removes and returns what has arrived. Raises PeerLost."""
         if not in_flight:
             return []
         chunks = list(in_flight)
@@ -265,10 +248,10 @@ class AgentSession:
         return completed
 
     def fence(self) -> None:
-        """Destroys the agent: when this returns, nothing arrives in or leaves the memory any more. Idempotent.
+        """Destroys the agent: when this returns, nothing is read from or written to the memory any more. Idempotent.
 
-        What the agent gave to a device (READs by cuda_ipc) is waited for first: it copies from another process' memory,
-        which destroying the agent takes out of this process.
+        Waits first for the device's work (READs by cuda_ipc): it copies from another process' memory, which is unmapped
+        when the agent is destroyed.
         """
         if self._device is not None:
             self._device.context.synchronize()
@@ -276,10 +259,6 @@ class AgentSession:
         if self._device is not None:
             self._device.context.synchronize()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Fences it."""
         self.fence()

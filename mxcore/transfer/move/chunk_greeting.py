@@ -14,7 +14,7 @@ TOKEN_BYTES = 16
 
 
 def show_token(connection: socket.socket, token: bytes, seconds: float) -> None:
-    """The receiver's side, within so long. Raises OSError where nobody of ours answers, or not yes."""
+    """The receiver's side, within `seconds`. Raises OSError unless a holder accepts the token."""
     connection.settimeout(seconds)
     connection.sendall(GREETING + token)
     said = _receive(connection, len(GREETING), seconds)
@@ -24,9 +24,9 @@ def show_token(connection: socket.socket, token: bytes, seconds: float) -> None:
 
 
 def expect_token(connection: socket.socket, seconds: float) -> bytes:
-    """The holder's side: the token that was shown within so long, empty where somebody else is calling. Raises OSError.
+    """The holder's side: the token that was shown within `seconds`, empty for another protocol. Raises OSError.
 
-    Whoever knows the token is answered with the GREETING.
+    The holder answers a token that it knows with the GREETING.
     """
     shown = _receive(connection, len(GREETING) + TOKEN_BYTES, seconds)
     connection.settimeout(None)
@@ -35,7 +35,7 @@ def expect_token(connection: socket.socket, seconds: float) -> bytes:
 
 
 def _receive(connection: socket.socket, count: int, seconds: float) -> bytes:
-    """So many bytes, or fewer where the other side closes. Raises OSError: TimeoutError when all took longer."""
+    """`count` bytes, or fewer where the other side closes. Raises OSError; TimeoutError after `seconds` in all."""
     received, deadline = b"", time.monotonic() + seconds
     while len(received) < count:
         connection.settimeout(max(deadline - time.monotonic(), 0.001))

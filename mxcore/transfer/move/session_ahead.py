@@ -1,4 +1,4 @@
-"""An agent that is made before it is needed: UCX takes half a second to start the first one of a process."""
+"""An agent that is made before it is needed: UCX takes half a second to start the first agent of a process."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class SessionAhead:
         self._session: AgentSession | None = None
 
     def start(self) -> None:
-        """Begins; idempotent. Its failure is not told: whoever needs a session gets the same one."""
+        """Begins; idempotent. A failure is only logged: `take` runs into it again, and raises."""
         with self._lock:
             if self._thread is None and self._tls is not None:
-                # No daemon: a process that ends while UCX starts would tear it down under this thread.
+                # No daemon: a process that ends while UCX starts would unload it under this thread.
                 self._thread = threading.Thread(target=self._run, args=(self._tls,), name="mx-agent-ahead")
                 self._thread.start()
 
     def take(self, tls: str, progress_thread: bool = False) -> AgentSession:
-        """The session that was made ahead, once and if it is of this kind, else a new one.
+        """The session that was made ahead, if it is of this kind and not taken yet, else a new one.
 
-        It is the caller's to fence. Raises NixlMissing, NixlError, and what `prepare` raises.
+        The caller fences it. Raises NixlMissing, NixlError, and what `prepare` raises.
         """
         fits = (tls, progress_thread) == (self._tls, self._progress_thread)
         if fits and (session := self._made()) is not None:
@@ -58,7 +58,7 @@ class SessionAhead:
         return self._make(tls, progress_thread)
 
     def drop(self) -> None:
-        """Fences what nobody took. Idempotent."""
+        """Fences the session that was not taken. Idempotent."""
         if (session := self._made()) is not None:
             session.fence()
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
-from mxcore.transfer.layout.plan import Wanted, set_to_bytes
+from mxcore.transfer.layout.plan import ChunkRequest, set_to_bytes
 from mxserver.wire.calls.channels import channel_options
 from mxserver.wire.calls.closing import Closing
 from mxserver.wire.calls.credentials import open_channel
@@ -22,7 +22,7 @@ __all__ = ["PendingCall", "Source", "SourceClient"]
 Response = TypeVar("Response")
 
 _RELEASE_SECONDS = 1.0
-_CANCELLED_RELEASE_SECONDS = 0.3  # nobody is to wait for a holder that may be gone
+_CANCELLED_RELEASE_SECONDS = 0.3  # the holder may be gone
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -73,7 +73,7 @@ class SourceClient(Closing):
         return self._call("GetLayout", self._transfer.GetLayout, request)
 
     def prepare(self) -> str:
-        """Takes a lease; returns its id."""
+        """Takes a lease to read; returns its id."""
         request = p2p_pb2.PrepareTensorReadRequest(mx_source_id=self.source.source_id, worker_id=self.source.worker_id)
         return self._call("PrepareTensorRead", self._worker.PrepareTensorRead, request).lease_id
 
@@ -87,7 +87,7 @@ class SourceClient(Closing):
         *,
         device_memory: bool = False,
     ) -> mx_pb2.OpenTransferResponse:
-        """Exchanges agents' metadata and addresses."""
+        """Exchanges the agents' metadata and the addresses of the extents."""
         request = mx_pb2.OpenTransferRequest(
             mx_source_id=self.source.source_id,
             worker_id=self.source.worker_id,
@@ -103,14 +103,14 @@ class SourceClient(Closing):
     def ask(
         self,
         lease_id: str,
-        wanted: Wanted,
+        wanted: ChunkRequest,
         count: int,
         *,
         known_version: int = 0,
         wait_seconds: float = 0.0,
         declined: Sequence[int] = (),
     ) -> PendingCall[mx_pb2.AskChunksResponse]:
-        """Asks for some of `wanted`, out of `count` chunks; the holder waits for news when none of them is there."""
+        """Asks for some of `wanted`, out of `count` chunks; if the holder has none, it waits up to `wait_seconds`."""
         request = mx_pb2.AskChunksRequest(
             lease_id=lease_id,
             wanted=set_to_bytes(wanted.chunks, count),
@@ -128,12 +128,12 @@ class SourceClient(Closing):
         return self._transfer.PushChunks(request, timeout=timeout_seconds)
 
     def renew(self, lease_id: str) -> float:
-        """A sign of life; returns the seconds until the next one is due at the latest."""
+        """Renews the lease; returns the seconds for which it holds."""
         request = mx_pb2.RenewLeaseRequest(lease_id=lease_id)
         return self._call("RenewLease", self._transfer.RenewLease, request).lease_ms / 1000
 
     def cancel(self) -> None:
-        """Ends the calls that run, with SourceUnreachable, and lets none begin but `release`."""
+        """Ends running calls with SourceUnreachable; afterwards only `release` can be called."""
         with self._lock:
             self._cancelled = True
             running = list(self._running)

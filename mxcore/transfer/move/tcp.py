@@ -1,8 +1,8 @@
-"""Chunks fetched over TCP connections to the holder, without an agent of either side.
+"""Chunks fetched over TCP connections to the holder, without an agent on either side.
 
-NIXL could do it too, by UCX. Our own connections cost nothing a tensor (many stretches are one call of the kernel, on
-both sides), hash each piece while it is in the core's cache, and are over when they are closed: there is nothing to
-fence, and a holder that dies, or whose receiver does, ends nobody.
+NIXL could do it too, by UCX. Our own connections cost nothing per tensor (one system call moves many stretches, on both
+sides), hash each piece while it is in the core's cache, and nothing arrives once they are closed: there is nothing to
+fence, and the death of a holder or receiver does not end the other process.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from array import array
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
-from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError, TransferStalled
+from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError
 from mxcore.sockets.socket_chunks import SocketReads
 from mxcore.transfer.layout.chunks import Chunks
 from mxcore.transfer.move.chunk_greeting import show_token
-from mxcore.transfer.move.movers import LeaseKeeper
+from mxcore.transfer.move.movers import Arrived, Awaited
 from mxcore.transfer.move.source_client import SourceClient
+from mxserver.wire.calls.closing import Closing
 
-__all__ = ["PullBySocket", "connections_of"]
+__all__ = ["TcpMover", "connections_of"]
 
 _MOST_CONNECTIONS = 4
 
@@ -31,24 +29,20 @@ _MOST_CONNECTIONS = 4
 def connections_of(cores: int, asked_for: int) -> int:
     """How many connections to one holder; `asked_for` 0: one for every two cores, at most 4.
 
-    One is the limit of a core on either side; on two cores a second one only takes from the first.
+    A connection keeps a core busy on either side; on two cores a second one only takes from the first.
     """
     return asked_for or min(max(1, cores // 2), _MOST_CONNECTIONS)
 
 
-class PullBySocket:
-    """Asks a holder for chunks on connections to its `port` with `token`; the compiled core takes them in.
+class TcpMover(Closing):
+    """Asks a holder for chunks on connections to its `port` with `token`; the compiled core takes them in. See Mover.
 
-    With `hashed`, `digest_of` has the XXH3-64 of what arrived. `connections` as for `connections_of`. Used by one
-    thread but for `wake` and `interrupt`; `arrived` waits no longer than until these.
+    With `hashed`, digests are made on the way. `connections` as for `connections_of`.
     """
-
-    needs_this_thread = False  # the threads of the core go on
 
     def __init__(
         self,
         client: SourceClient,
-        lease_id: str,
         port: int,
         token: bytes,
         chunks: Chunks,
@@ -59,15 +53,10 @@ class PullBySocket:
         stall_timeout_seconds: float,
     ) -> None:
         """Connects. Raises NoChunkPort where that fails, OSError when no thread can be started."""
-        self._lease = LeaseKeeper(client, lease_id)
         self._holder = client.source.worker_id
         self._chunks = chunks
         self._local = local
-        self._stall_timeout_seconds = stall_timeout_seconds
-        self._expected: set[int] = set()
-        self._digests: dict[int, bytes] = {}
-        self._error: TransferError | None = None
-        self._news = 0.0  # when bytes last came, or the first chunk of several was asked for
+        self._awaited = Awaited(f"worker {self._holder} sent nothing of", stall_timeout_seconds)
         self._received_bytes = 0
         self._sockets: list[socket.socket] = []
         try:
@@ -78,36 +67,28 @@ class PullBySocket:
             self._close_sockets()
             raise
 
-    def __enter__(self) -> Self:
-        self._lease.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reads.close()  # afterwards nothing is written here any more
+    def close(self) -> None:
+        """Closes the connections: afterwards nothing is written here any more. Idempotent."""
+        self._reads.close()
         self._close_sockets()
-        self._lease.__exit__(kind, error, trace)
 
     def interrupt(self, error: TransferError) -> None:
-        """Makes `arrived` raise `error` instead of waiting on; from any thread."""
-        self._error = self._error or error
+        """See Mover."""
+        self._awaited.interrupt(error)
         self.wake()
 
     def wake(self) -> None:
-        """Makes `arrived` return; from any thread."""
+        """See Mover."""
         self._reads.wake()
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was asked for has arrived."""
-        return not self._expected
+        """See Mover."""
+        return not self._awaited.chunks
 
     def ask(self, chunks: Sequence[int]) -> None:
-        """Adds chunks to what is fetched."""
-        if self.idle:
-            self._news = time.monotonic()
-        self._expected.update(chunks)
+        """See Mover."""
+        self._awaited.add(chunks)
         for chunk in chunks:
             self._reads.ask(
                 chunk,
@@ -115,31 +96,17 @@ class PullBySocket:
                 self._chunks.slice_of(self._chunks.lengths, chunk),
             )
 
-    def arrived(self) -> Iterator[int]:
-        """Waits; yields chunks whose bytes are there. Raises PeerLost, SourceRefused, TransferStalled."""
-        self._lease.check()
-        if self._expected:
-            waits = self._news + self._stall_timeout_seconds - time.monotonic()
-            for chunk, error, digest in self._reads.ended(waits):
-                if error:
-                    raise self._as_error(chunk, error)
-                self._expected.discard(chunk)
-                self._digests[chunk] = digest
-                yield chunk
-        if self._error is not None:
-            raise self._error
+    def arrived(self) -> Iterator[Arrived]:
+        """See Mover; a part of a chunk is progress, too."""
+        for chunk, error, digest in self._reads.ended(self._awaited.seconds_left):
+            if error:
+                raise self._as_error(chunk, error)
+            self._awaited.remove(chunk)
+            yield Arrived(chunk, digest or None)
         if (received := self._reads.received_bytes) != self._received_bytes:
             self._received_bytes = received
-            self._news = time.monotonic()
-        elif self._expected and time.monotonic() > self._news + self._stall_timeout_seconds:
-            raise TransferStalled(
-                f"worker {self._holder} sent nothing of chunks {sorted(self._expected)[:5]} for "
-                f"{time.monotonic() - self._news:.1f} s"
-            )
-
-    def digest_of(self, chunk: int) -> bytes:
-        """The digest of a chunk that has arrived, once; empty if none was made."""
-        return self._digests.pop(chunk, b"")
+            self._awaited.news()
+        self._awaited.check()
 
     def _as_error(self, chunk: int, error: int) -> TransferError:
         text = f"chunk {chunk} from worker {self._holder}: {os.strerror(error)}"

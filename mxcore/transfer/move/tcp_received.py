@@ -1,7 +1,7 @@
-"""How much this process' TCP connections have received, as the kernel counts: what tells that a READ was none.
+"""How much this process' TCP connections have received, as the kernel counts: whether a READ went over TCP.
 
-UCX says nowhere by which way bytes came. A READ by cross-memory attach is complete when it is posted; one by cuda_ipc
-is not, as one over TCP is not. But that one comes through a socket.
+UCX does not tell over which transport bytes came. A READ by cross-memory attach is complete when it is posted; one by
+cuda_ipc is not, nor is one over TCP. But the latter comes through a socket.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["TcpReceived", "tcp_received"]
+__all__ = ["TcpByteCounter", "tcp_received"]
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _TCP_INFO_BYTES = 136
@@ -52,8 +52,8 @@ def _tcp_info(descriptor: int) -> bytes:
     return b"" if refused else info.raw[: size.value]
 
 
-class TcpReceived:
-    """What connections that were made since this was made have received since `reset`; by whomever: it may be more."""
+class TcpByteCounter:
+    """Bytes received since `reset` by connections made after this object, whoever made them: it may count too many."""
 
     def __init__(self) -> None:
         self._others = tcp_received().keys()
@@ -64,6 +64,6 @@ class TcpReceived:
         self._before = tcp_received()
 
     def bytes(self) -> int:
-        """Since then; what a connection had received that is closed by now is lost."""
+        """Bytes since `reset`; those of connections that are closed by now are not counted."""
         now = tcp_received()
         return sum(count - self._before.get(inode, 0) for inode, count in now.items() if inode not in self._others)

@@ -1,7 +1,7 @@
 """What the server is told about a load: how far it is while it runs, and how it went once it is done.
 
-It is for people who watch (status page, metrics); nothing depends on it. Messages go out on a thread of their own,
-about one a second and fewer when the server is slow to answer. What cannot be sent is left; no load waits or fails.
+It feeds the status page and metrics; nothing depends on it. Messages go out on a thread of their own, about one a
+second and fewer when the server is slow to answer. What cannot be sent is dropped; no load waits or fails for it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TypeAlias
 from mxserver.wire.errors import StaleEpoch, WireError
 from mxserver.wire.proto import load_pb2
 
-__all__ = ["LoadPath", "LoadReporter", "Standing", "Way", "peer_path"]
+__all__ = ["LoadPath", "LoadReporter", "LoadStep", "Progress", "peer_path"]
 
 logger = logging.getLogger(__name__)
 
-FIRST_SECONDS = 0.5  # most loads of small models are over by then, and cost no message
+FIRST_SECONDS = 0.5  # most loads of small models are over by then, and send no message
 INTERVAL_SECONDS = 1.0
-CALL_SHARE = 0.02  # of the time that calls may take: thousands that load at once slow down together
+CALL_SHARE = 0.02  # of the time may go into calls: thousands that load at once slow down together
 LONGEST_INTERVAL_SECONDS = 30.0
 _JOIN_SECONDS = 2.0
 
@@ -39,12 +39,12 @@ _PEER_PATHS: dict[str, LoadPath] = {
 
 
 def peer_path(transport: str) -> LoadPath:
-    """The path that stands for a route's transport."""
+    """The path by which a route's transport is reported."""
     return _PEER_PATHS.get(transport, load_pb2.LOAD_PATH_UNSPECIFIED)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Progress:
     """How far a load is, in bytes; from whom, and how many give at the moment (0 and empty: not from workers)."""
 
     path: LoadPath
@@ -54,29 +54,28 @@ class Standing:
     holders: int = 0
 
 
-class Way:
-    """One way on which weights are loaded: call it with (bytes done, bytes in all), as often as wanted, on any thread.
+class LoadStep:
+    """One attempt to load from one place: call it with (bytes done, bytes in all), as often as you like, on any thread.
 
-    `standing` may be replaced by a function that is asked instead, once a message. After the load, `ended` says more
-    about it than the last call did.
+    `progress` may be replaced by a function that is asked instead, once a message. `ended` reports a finished load.
     """
 
     def __init__(self, path: LoadPath) -> None:
-        self._now = Standing(path, 0, 0)
-        self.standing: Callable[[], Standing] = lambda: self._now
+        self._now = Progress(path, 0, 0)
+        self.progress: Callable[[], Progress] = lambda: self._now
         self.chunks_verified = 0
         self.started = time.monotonic()
         self.seconds: float | None = None
 
     def __call__(self, bytes_done: int, bytes_total: int) -> None:
-        self._now = Standing(self._now.path, bytes_done, bytes_total)
+        self._now = Progress(self._now.path, bytes_done, bytes_total)
 
     def ended(
         self, path: LoadPath, bytes_loaded: int, seconds: float, from_worker_id: str = "", chunks_verified: int = 0
     ) -> None:
-        """What the whole load was."""
-        self._now = Standing(path, bytes_loaded, bytes_loaded, from_worker_id)
-        self.standing = lambda: self._now
+        """Reports the whole load, once it is done."""
+        self._now = Progress(path, bytes_loaded, bytes_loaded, from_worker_id)
+        self.progress = lambda: self._now
         self.seconds = seconds
         self.chunks_verified = chunks_verified
 
@@ -89,32 +88,32 @@ class LoadReporter:
         self._send = send
         self._changed = threading.Condition()
         self._load_id = ""
-        self._way: Way | None = None
+        self._step: LoadStep | None = None
         self._fallbacks: list[load_pb2.Fallback] = []
         self._report: load_pb2.LoadReport | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @contextlib.contextmanager
-    def loading(self, path: LoadPath) -> Iterator[Way]:
-        """Around a load on one way. An exception that leaves it is the reason why the way was left, and goes on.
+    def loading(self, path: LoadPath) -> Iterator[LoadStep]:
+        """Around one step of a load. An exception that leaves it is reported as the reason why the step failed.
 
-        A way that is tried after another one that failed belongs to the same load.
+        A step after one that failed belongs to the same load.
         """
-        way = Way(path)
+        step = LoadStep(path)
         with self._changed:
             if self._report is not None or not self._load_id:
                 self._load_id, self._fallbacks = uuid.uuid4().hex, []
             self._report = None
-            self._way = way
+            self._step = step
             self._start()
             self._changed.notify_all()
         try:
-            yield way
+            yield step
         except BaseException as error:
-            self._leave(way, f"{type(error).__name__}: {error}")
+            self._leave(step, f"{type(error).__name__}: {error}")
             raise
-        self._leave(way, None)
+        self._leave(step, None)
 
     def report(self) -> load_pb2.LoadReport | None:
         """How the last load went, until `reported` says that the server knows; None while there is nothing to tell."""
@@ -122,13 +121,13 @@ class LoadReporter:
             return self._report
 
     def reported(self, report: load_pb2.LoadReport) -> None:
-        """The server has taken this report."""
+        """The server has received this report."""
         with self._changed:
             if self._report is report:
                 self._report, self._load_id = None, ""
 
     def take_over(self, other: LoadReporter) -> None:
-        """The report of a load that ran under another membership of this process is told by this one."""
+        """Takes over the report of a load that ran under another membership of this process."""
         with other._changed:
             load_id, report, fallbacks = other._load_id, other._report, other._fallbacks
             other._load_id, other._report, other._fallbacks = "", None, []
@@ -136,25 +135,25 @@ class LoadReporter:
             self._load_id, self._report, self._fallbacks = load_id, report, fallbacks
 
     def close(self) -> None:
-        """Nothing is sent from now on, but for a call that is under way. Idempotent."""
+        """Nothing is sent from now on, but for a call that is running. Idempotent."""
         with self._changed:
             self._closed = True
-            self._way = None
+            self._step = None
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join(_JOIN_SECONDS)
 
-    def _leave(self, way: Way, failure: str | None) -> None:
-        """Never raises: `standing` is somebody else's function."""
+    def _leave(self, step: LoadStep, failure: str | None) -> None:
+        """Never raises, whatever the caller's `progress` does."""
         try:
-            last = way.standing()
+            last = step.progress()
         except Exception:
-            logger.debug("how far the load was is not known", exc_info=True)
-            last = Standing(load_pb2.LOAD_PATH_UNSPECIFIED, 0, 0)
+            logger.debug("the load's progress is unknown", exc_info=True)
+            last = Progress(load_pb2.LOAD_PATH_UNSPECIFIED, 0, 0)
         with self._changed:
-            if self._way is way:
-                self._way = None
+            if self._step is step:
+                self._step = None
             if failure is not None:
                 self._fallbacks.append(load_pb2.Fallback(path=last.path, reason=failure))
                 return
@@ -162,9 +161,9 @@ class LoadReporter:
                 load_id=self._load_id,
                 path=last.path,
                 bytes=last.bytes_done,
-                seconds=time.monotonic() - way.started if way.seconds is None else way.seconds,
+                seconds=time.monotonic() - step.started if step.seconds is None else step.seconds,
                 from_worker_id=last.from_worker_id,
-                chunks_verified=way.chunks_verified,
+                chunks_verified=step.chunks_verified,
                 fallbacks=self._fallbacks,
             )
 
@@ -174,28 +173,28 @@ class LoadReporter:
             self._thread.start()
 
     def _run(self) -> None:
-        told: Way | None = None
+        told: LoadStep | None = None
         pause = FIRST_SECONDS
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._way is not None)
-                way, load_id = self._way, self._load_id
-                if self._closed or way is None:
+                self._changed.wait_for(lambda: self._closed or self._step is not None)
+                step, load_id = self._step, self._load_id
+                if self._closed or step is None:
                     return
-                if way is not told:
-                    told, pause = way, FIRST_SECONDS
+                if step is not told:
+                    told, pause = step, FIRST_SECONDS
                 until = time.monotonic() + pause
-                while self._way is way and (left := until - time.monotonic()) > 0:
+                while self._step is step and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
-                if self._way is not way:
+                if self._step is not step:
                     continue
-            pause = self._tell(way, load_id, pause)
+            pause = self._tell(step, load_id, pause)
 
-    def _tell(self, way: Way, load_id: str, pause: float) -> float:
+    def _tell(self, step: LoadStep, load_id: str, pause: float) -> float:
         """Sends one message; returns the seconds until the next one."""
         started = time.monotonic()
         try:
-            now = way.standing()
+            now = step.progress()
             self._send(
                 load_pb2.LoadProgress(
                     load_id=load_id,
@@ -207,7 +206,7 @@ class LoadReporter:
                 )
             )
         except StaleEpoch:
-            return LONGEST_INTERVAL_SECONDS  # the heartbeat finds out, and acts
+            return LONGEST_INTERVAL_SECONDS  # the heartbeat notices it too, and acts
         except WireError as error:
             logger.debug("progress was not taken: %s", error)
             return min(2 * max(pause, INTERVAL_SECONDS), LONGEST_INTERVAL_SECONDS)

@@ -1,4 +1,4 @@
-"""What a receive that ended early left in memory, for whoever can bring the rest by another way."""
+"""What a receive that ended early left in memory, to be completed from elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from mxcore.errors import DigestMismatch
 from mxcore.transfer.layout.plan import chunk_set
-from mxcore.transfer.receive.received_chunks import Intake
+from mxcore.transfer.receive.received_chunks import ReceivedChunks
 
 __all__ = ["PartialReceive"]
 
@@ -18,30 +18,30 @@ _NAMED_CHUNKS = 8
 
 
 class PartialReceive(Generic[Report]):
-    """Verified chunks in place, the digests of the others known, nothing arriving any more. Use it from one thread.
+    """Some chunks verified in place, the digests of the others known, nothing arriving any more. For one thread.
 
     `total_bytes` and `missing_bytes` are of all chunks and of those that are missing.
     """
 
-    def __init__(self, intake: Intake, report: Callable[[int], Report]) -> None:
+    def __init__(self, received: ReceivedChunks, report: Callable[[int], Report]) -> None:
         """`report` makes the report of the whole, given the bytes that did not come from workers."""
-        self._intake = intake
+        self._received = received
         self._report = report
         self._checked = False
 
     @property
     def total_bytes(self) -> int:
-        """Of the whole layout."""
-        return self._intake.layout.total_bytes
+        """The size of the whole layout."""
+        return self._received.layout.total_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """Of the chunks that are not there."""
-        return sum(map(self._intake.chunks.bytes_of, self._missing()))
+        """The bytes of the missing chunks."""
+        return sum(map(self._received.chunks.bytes_of, self._missing()))
 
     def missing_stretches(self) -> list[tuple[int, int]]:
         """The memory that has to be filled: (first address, address after the last), ascending, none adjoining."""
-        chunks, addresses = self._intake.chunks, self._intake.addresses
+        chunks, addresses = self._received.chunks, self._received.addresses
         pieces = sorted(
             (address, address + length)
             for chunk in self._missing()
@@ -58,27 +58,27 @@ class PartialReceive(Generic[Report]):
         return merged
 
     def complete(self) -> Report:
-        """After the missing memory was filled: compares every chunk with its digest, those that came before too.
+        """Call it when the missing memory is filled: compares every chunk with its digest, received ones too.
 
         Raises DigestMismatch: then nothing of this memory is to be trusted.
         """
-        content, chunks = self._intake.content, self._intake.chunks
+        content, chunks = self._received.content, self._received.chunks
         if content is None:
             raise DigestMismatch("nothing was received: there are no digests to compare with")
         missing = self._missing()
         other_bytes = sum(map(chunks.bytes_of, missing))
-        found = self._intake.digests_here(content.digests.kind, _THREADS)
+        found = self._received.digests_here(content.digests.kind, _THREADS)
         wrong = [chunk for chunk in range(len(chunks)) if found.of_chunk(chunk) != content.digests.of_chunk(chunk)]
         if wrong:
             raise DigestMismatch(
                 f"chunks {wrong[:_NAMED_CHUNKS]} ({len(wrong)} of {len(chunks)}) are not what the workers' digests "
                 f"promise, {len(set(wrong) & set(missing))} of them among the {len(missing)} that came otherwise"
             )
-        self._intake.adopt(chunk_set(missing))
+        self._received.adopt(chunk_set(missing))
         return self._report(other_bytes)
 
     def _missing(self) -> list[int]:
-        if not self._checked:  # what was given up on may have landed late, before its fence
-            self._intake.recheck()
+        if not self._checked:  # an abandoned transfer may have overwritten verified chunks before its fence
+            self._received.recheck()
             self._checked = True
-        return self._intake.missing
+        return self._received.missing

@@ -1,4 +1,4 @@
-"""What a worker wants in its memory, what of it is there and verified, and what holders promise about it."""
+"""The chunks that a worker receives: which are verified, which are missing, and the digests they must have."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
 from mxcore.transfer.layout.chunks import Chunks
-from mxcore.transfer.layout.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, digester_of
+from mxcore.transfer.layout.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, chunk_digests
 from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import SwarmPlan, Wanted, all_chunks, chunk_set, chunks_of
+from mxcore.transfer.layout.plan import ChunkRequest, SwarmPlan, all_chunks, chunk_set, chunks_of
 from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto
+from mxcore.transfer.route.device_memory import digester_of
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["Content", "Intake", "OtherContent", "Progress"]
+__all__ = ["Content", "ContentMismatch", "ProgressCallback", "ReceivedChunks"]
 
-Progress: TypeAlias = Callable[[int, int], None]
+ProgressCallback: TypeAlias = Callable[[int, int], None]
 
 _NAMED_DIFFERENCES = 5
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the bytes of a layout are: the digests of its chunks, and the numbers that belong to them."""
+    """Which bytes a layout has: the digests of its chunks, and the numbers that belong to them."""
 
     digests: ChunkDigests
     scalars_digest: str
     scalars: dict[str, float]
 
     def same_as(self, other: Content) -> bool:
-        """Whether chunks of the one can stand for chunks of the other."""
+        """Whether chunks of both have the same bytes."""
         return (self.digests, self.scalars_digest) == (other.digests, other.scalars_digest)
 
 
-class OtherContent(SourceRefused):
+class ContentMismatch(SourceRefused):
     """A holder has other bytes under the same identity and layout than those that are being received."""
 
     def __init__(self, message: str, content: Content) -> None:
@@ -45,12 +46,12 @@ class OtherContent(SourceRefused):
         self.content = content
 
 
-class Intake:
-    """The books of one receive: the plan, and the memory that it fills. Thread-safe.
+class ReceivedChunks:
+    """The state of one receive: the plan, and the memory that it fills. Thread-safe.
 
     `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
-    that was admitted. `news` is when something last went forward, `first_asked_at` when the
-    first chunk was granted, `done_at` when a chunk was last verified, in monotonic seconds.
+    that was admitted. In monotonic seconds: `news` is when there was last any progress, `first_asked_at` when the first
+    chunk was granted, `done_at` when a chunk was last verified.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Intake:
         placement: Placement,
         *,
         scalar_names: Sequence[str],
-        progress: Progress | None,
+        progress: ProgressCallback | None,
         chunk_bytes: int,
     ) -> None:
         self.layout = layout
@@ -95,7 +96,7 @@ class Intake:
 
     @property
     def verified(self) -> int:
-        """The set of chunks that are."""
+        """The set of verified chunks."""
         with self.changed:
             return self._plan.completed
 
@@ -106,9 +107,9 @@ class Intake:
             return list(chunks_of(all_chunks(len(self.chunks)) & ~self._plan.completed))
 
     def admit(self, where: str, answer: mx_pb2.GetLayoutResponse) -> None:
-        """Checks what a holder has against what is wanted here; its content becomes ours when there is none yet.
+        """Compares what a holder has with what is wanted here; the first holder's content becomes ours.
 
-        Raises LayoutMismatch, SourceRefused, DigestMismatch, OtherContent.
+        Raises LayoutMismatch, SourceRefused, DigestMismatch, ContentMismatch.
         """
         if answer.fingerprint != self.layout.fingerprint:
             raise LayoutMismatch(f"{where} has another layout: {self._differences(answer.layout)}")
@@ -131,12 +132,12 @@ class Intake:
                     f"which have {self.content.digests.kind}, cannot be told"
                 )
             elif not self.content.same_as(content):
-                raise OtherContent(
+                raise ContentMismatch(
                     f"{where} has other bytes under the same identity and layout than the holders before it", content
                 )
 
     def start_anew(self, content: Content) -> None:
-        """Takes up another content; nothing of the one before is kept. No holder may be at work."""
+        """Begins again with another content; nothing of the old one is kept. No holder may be at work."""
         with self.changed:
             self._plan.reopen(self._plan.completed)
             self._bytes_done = self._told = 0
@@ -144,37 +145,37 @@ class Intake:
             self.news = time.monotonic()
 
     def join(self, holder: str) -> None:
-        """A holder that is ready to be asked; what it has is not known yet."""
+        """Adds a holder that can be asked; what it has is not known yet."""
         with self.changed:
             self._plan.add_holder(holder, 0)
             self.news = time.monotonic()
 
     def has(self, holder: str, have: int) -> None:
-        """What a holder has now."""
+        """Records what a holder has now."""
         with self.changed:
             self._plan.add_holder(holder, have)
             self.news = time.monotonic()
 
-    def wanted(self, holder: str) -> Wanted:
+    def wanted(self, holder: str) -> ChunkRequest:
         """What to ask a holder for."""
         with self.changed:
             return self._plan.wanted(holder)
 
     def limit(self, holder: str) -> int:
-        """How many chunks may be in flight there."""
+        """How many chunks may be in flight at a holder."""
         with self.changed:
             return self._plan.limit(holder)
 
     def claim(self, holder: str, granted: Collection[int]) -> tuple[list[int], list[int]]:
-        """Takes what a holder granted: what to fetch, and what is not needed any more."""
+        """Takes what a holder granted; returns what to fetch, and what is no longer needed."""
         with self.changed:
             now = time.monotonic()
             if self.first_asked_at is None and granted:
                 self.first_asked_at = now
             return self._plan.claim(holder, granted, now)
 
-    def verify(self, chunk: int, made: bytes = b"") -> bool:
-        """Whether the chunk's bytes here are those of the digest; `made` is their XXH3-64 if it is known already."""
+    def verify(self, chunk: int, made: bytes | None = None) -> bool:
+        """Whether the chunk's bytes have the expected digest; `made` is their XXH3-64 if it is known already."""
         if self.content is None:
             return False
         expected = self.content.digests
@@ -187,17 +188,15 @@ class Intake:
 
     @property
     def hashed_on_arrival(self) -> bool:
-        """Whether the digests that chunks are compared with are of the kind that is made on their way here."""
+        """Whether the expected digests are of the kind that is made while bytes arrive."""
         return self.content is not None and self.content.digests.kind == XXH3
 
     def digests_here(self, kind: str, threads: int) -> ChunkDigests:
-        """The digests of what all chunks hold here now."""
-        chunks = self.chunks
-        made = self._digester.many(kind, self.addresses, chunks.lengths, chunks.segment_starts, threads=threads)
-        return ChunkDigests(made, kind)
+        """The digests of the bytes that are in memory now."""
+        return chunk_digests(self._digester, self.chunks, self.addresses, kind=kind, threads=threads)
 
     def accept(self, holder: str, chunk: int) -> None:
-        """Takes a verified chunk into the books."""
+        """Records a verified chunk."""
         with self.changed:
             self.news = self.done_at = time.monotonic()
             self._plan.done(holder, chunk, self.news)
@@ -213,7 +212,7 @@ class Intake:
                     self._progress(done, self.layout.total_bytes)
 
     def drop(self, holder: str) -> None:
-        """A holder from which nothing can arrive any more: what it was asked for is missing again."""
+        """Removes a holder from which nothing can arrive any more: what it was asked for is missing again."""
         with self.changed:
             lost = self._plan.drop_holder(holder)
             self.bytes_again += sum(map(self.chunks.bytes_of, chunks_of(lost)))
@@ -224,13 +223,13 @@ class Intake:
         with self.changed:
             return self._plan.can_do_without(holder)
 
-    def hopeless(self) -> list[str]:
-        """Holders that hold up the end."""
+    def stragglers(self) -> list[str]:
+        """Holders that delay completion."""
         with self.changed:
-            return self._plan.hopeless(time.monotonic())
+            return self._plan.stragglers(time.monotonic())
 
     def recheck(self) -> list[int]:
-        """After a failure and its fence: what was verified must still be right, or is missing again; returns that."""
+        """Verifies all verified chunks again, after a fence; returns those that are wrong and so missing again."""
         wrong = [chunk for chunk in chunks_of(self.verified) if not self.verify(chunk)]
         with self.changed:
             self._plan.reopen(chunk_set(wrong))
@@ -238,7 +237,7 @@ class Intake:
         return wrong
 
     def adopt(self, chunks: int) -> None:
-        """Missing chunks that came by another way, and were compared with their digests."""
+        """Marks missing chunks as verified that came from elsewhere and have the right digests."""
         with self.changed:
             self._plan.adopt(chunks)
             self._bytes_done += sum(map(self.chunks.bytes_of, chunks_of(chunks)))

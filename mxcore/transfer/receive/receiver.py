@@ -1,7 +1,7 @@
-"""Pulls all chunks of a layout from many holders at once into this process' memory, and verifies each one.
+"""Receives all chunks of a layout from many holders at once into this process' memory, and verifies each one.
 
-Nothing may be used before `receive` has returned: then every chunk's bytes have been compared with the digest that
-its holders agree on, and everything that was given up on is fenced.
+Nothing may be used before `receive` has returned: then every chunk has the digest that its holders agree on, and every
+abandoned transfer is fenced.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout.chunks import CHUNK_BYTES
+from mxcore.transfer.layout.digests import ChunkDigests
 from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.move.agent_session import require_movable
 from mxcore.transfer.move.session_ahead import SessionAhead
 from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.change_log import Trouble
+from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.holder_pull import HolderPull
-from mxcore.transfer.receive.load_progress import Standing, Way, peer_path
+from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
-from mxcore.transfer.receive.received_chunks import Content, Intake, OtherContent, Progress
+from mxcore.transfer.receive.received_chunks import Content, ContentMismatch, ProgressCallback, ReceivedChunks
+from mxcore.transfer.route.device_memory import require_movable
 from mxcore.transfer.route.routes import Route, UcxPolicy
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
@@ -44,28 +45,27 @@ __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 logger = logging.getLogger(__name__)
 
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
-_Digests: TypeAlias = bytes  # ReceiveReport has a field of that name
 
 _HOLDERS_AT_ONCE = 8
-_LOOK_SECONDS = 0.1  # between two looks at who ended, who is slow, who is new
-_FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked moments later
-_FIND_SECONDS = 1.0  # between two questions to the server
+_POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
+_FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked soon
+_FIND_SECONDS = 1.0  # between two calls to the server
 _BUSY_SECONDS = 0.5  # before a holder that was full is asked again
 _AGAIN_SECONDS = 10.0  # before a holder that failed is trusted again
-_IDLE_SECONDS = 2.0  # a holder without anything for us makes room for another after this long
-_PATIENCE_STALLS = 2  # stall time-outs without any news, then the rest is missing
+_IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for another
+_PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
-_LOAD_SPREAD = 4.0  # readers of difference that chance makes up for, so that not all receivers choose alike
+_LOAD_SPREAD = 4.0  # random readers added to a holder's load, so that not all receivers choose the same one
 
 
 @dataclass(frozen=True)
 class ReceiveReport:
-    """What `receive` did. `digests`: 8 bytes little-endian a chunk, so that serving needs no second pass.
+    """What `receive` did. With its `digests`, serving needs no second pass over the memory.
 
-    `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has them all.
-    `bytes_again` were asked for more than once, since a holder was lost. `seconds` are those of the whole receive,
+    `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has all.
+    `bytes_again` were asked for more than once, because a holder was lost. `seconds` are those of the whole receive,
     `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
-    `bytes_otherwise` came from no worker: see `PartialReceive`.
+    `bytes_otherwise` came from elsewhere: see `PartialReceive`.
     """
 
     bytes: int
@@ -76,7 +76,7 @@ class ReceiveReport:
     operation: str
     transport: str
     scalars: dict[str, float]
-    digests: _Digests
+    digests: ChunkDigests
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0
@@ -90,10 +90,10 @@ class ReceiveReport:
 
 
 class Relay(Protocol):
-    """Gives away what is verified while the rest still comes. Called from one thread at a time."""
+    """Serves verified chunks while the others still come. Called from one thread at a time."""
 
     def begin(self, content: Content) -> None:
-        """What is being received is known now; called again when everything starts anew."""
+        """The content is known now; called again when the receive begins again with another one."""
 
     def update(self, verified: int) -> None:
         """The set of chunks that are verified."""
@@ -103,7 +103,7 @@ class Receiver:
     """One attempt of one worker to fill its memory; use it once, from one thread.
 
     `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
-    thread. `relay` may serve what is there while the rest comes.
+    thread. `relay` may serve verified chunks while the others come.
     """
 
     def __init__(
@@ -114,17 +114,19 @@ class Receiver:
         settings: WorkerSettings,
         worker_id: str,
         scalar_names: Sequence[str] = (),
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
     ) -> None:
         require_movable(placement)
         self._settings = settings
         self._relay = relay
-        self._intake = Intake(layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes)
+        self._received = ReceivedChunks(
+            layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes
+        )
         policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
-        likely = policy.likely(same_host=settings.shares_only_this_host, device_memory=on_device)
+        likely = policy.likely_tls(same_host=settings.shares_only_this_host, device_memory=on_device)
         self._sessions = SessionAhead(
             settings,
             worker_id,
@@ -147,21 +149,21 @@ class Receiver:
         self._over = threading.Event()
 
     def receive(
-        self, sources: Sequence[Source], find_more: FindMore | None = None, way: Way | None = None
+        self, sources: Sequence[Source], find_more: FindMore | None = None, step: LoadStep | None = None
     ) -> ReceiveReport:
         """Fetches from all `sources` at once, and from what `find_more` finds meanwhile, until all is verified.
 
-        A holder that fails, stalls, leaves or lies costs what it had in flight; the others go on. `way` is told.
-        `find_more` raises WireError where it does not know.
+        A holder that fails, stalls, leaves or sends wrong bytes costs what it had in flight; the others go on. `step`
+        reports the progress. `find_more` may raise WireError.
 
         Raises:
-            ChunksMissing: nobody is left to give the rest. The memory then holds anything but in the verified
-                chunks, and nothing arrives in it any more.
+            ChunksMissing: no holder is left to give the rest. Outside of the verified chunks the memory then holds
+                anything; nothing arrives in it any more.
             TransferError: what the only holder said, when nothing at all came from it.
         """
         started = self._began = time.monotonic()
-        if way is not None:
-            way.standing = self.standing
+        if step is not None:
+            step.progress = self.progress
         self._may_find = find_more is not None
         self._sessions.start()  # while the first holders are asked what they have
         self._add(sources)
@@ -175,35 +177,35 @@ class Receiver:
         finally:
             self._end_all(TransferStalled("the transfer was given up on"))
             self._over.set()
-            with self._intake.changed:
-                self._intake.changed.notify_all()
+            with self._received.changed:
+                self._received.changed.notify_all()
             for thread in background:
                 thread.join()
             self._sessions.drop()
         report = self._report(time.monotonic() - started)
-        if way is not None:
+        if step is not None:
             path, verified = peer_path(report.transport), report.chunks_verified
-            way.ended(path, report.bytes, report.seconds, report.source_worker_id, verified)
+            step.ended(path, report.bytes, report.seconds, report.source_worker_id, verified)
         return report
 
-    def standing(self) -> Standing:
-        """How far it is and which holder gave most; on any thread, while `receive` runs or after."""
-        with self._intake.changed:
-            done, given = self._intake.bytes_done, dict(self._intake.bytes_from)
+    def progress(self) -> Progress:
+        """How far it is and which holder gave most; from any thread, while `receive` runs or after."""
+        with self._received.changed:
+            done, given = self._received.bytes_done, dict(self._received.bytes_from)
         pulls = dict(self._pulls)
         most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
         route = pulls[most].route if most in pulls else self._routes.get(most)
         path = peer_path(route.transport if route is not None else "")
-        return Standing(path, done, self._intake.layout.total_bytes, most, len(pulls))
+        return Progress(path, done, self._received.layout.total_bytes, most, len(pulls))
 
     def _run(self, deadline: float) -> None:
-        """Ends once everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
+        """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
         while True:
-            self._reap()
-            if self._intake.finished:
+            self._collect_ended()
+            if self._received.finished:
                 self._end_all(None)
-                self._reap()
-                wrong = [] if self._clean else self._intake.recheck()
+                self._collect_ended()
+                wrong = [] if self._clean else self._received.recheck()
                 if not wrong:
                     return
                 logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
@@ -214,25 +216,25 @@ class Receiver:
                     f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s (MX_TRANSFER_TIMEOUT)"
                 )
             self._start(now)
-            self._hurry()
+            self._drop_stragglers()
             self._make_room(now)
             if self._nobody_left(now):
                 if not self._other_contents:
                     raise self._failed()
                 self._start_anew(self._other_contents.pop(0))
-            with self._intake.changed:
-                if not self._intake.finished:
-                    self._intake.changed.wait(_LOOK_SECONDS)
+            with self._received.changed:
+                if not self._received.finished:
+                    self._received.changed.wait(_POLL_SECONDS)
 
     def _add(self, sources: Sequence[Source]) -> None:
-        with self._intake.changed:
+        with self._received.changed:
             for source in sources:
                 self._candidates[source.worker_id] = source
-            self._intake.changed.notify_all()
+            self._received.changed.notify_all()
 
     def _startable(self, now: float) -> list[Source]:
-        """Holders that could be asked: complete ones first, the less loaded rather first, and by chance."""
-        with self._intake.changed:
+        """Holders that could be asked: complete ones first, then by load with some randomness."""
+        with self._received.changed:
             candidates = list(self._candidates.values())
         found = [
             source
@@ -244,7 +246,7 @@ class Receiver:
     def _start(self, now: float) -> None:
         for source in self._startable(now)[: max(0, _HOLDERS_AT_ONCE - len(self._pulls))]:
             try:
-                pull = HolderPull(self._intake, source, self._settings, self._sessions)
+                pull = HolderPull(self._received, source, self._settings, self._sessions)
             except TransferError as error:  # its address or its certificate is of no use
                 self._not_before[source.worker_id] = now + self._failed_holder(source, error, 0.0)
                 continue
@@ -252,19 +254,19 @@ class Receiver:
             pull.start()
 
     def _make_room(self, now: float) -> None:
-        """A holder that has nothing for us any more ends, when another one waits."""
+        """Stops a holder that gave nothing for long, when another one waits."""
         if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
             return
         idle = min(self._pulls.values(), key=lambda pull: pull.busy_at)
         if now - idle.busy_at > _IDLE_SECONDS:
             idle.stop()
 
-    def _hurry(self) -> None:
-        for name in self._intake.hopeless():
+    def _drop_stragglers(self) -> None:
+        for name in self._received.stragglers():
             if (pull := self._pulls.get(name)) is not None:
                 pull.stop(TransferStalled(f"worker {name} is so slow that others give its last chunks sooner"))
 
-    def _reap(self) -> None:
+    def _collect_ended(self) -> None:
         now = time.monotonic()
         for name in [name for name, pull in self._pulls.items() if pull.ended]:
             pull = self._pulls.pop(name)
@@ -278,10 +280,10 @@ class Receiver:
                 self._not_before[name] = now + self._failed_holder(pull.source, pull.failure, now - pull.started_at)
 
     def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> float:
-        """Books a holder's failure; returns the seconds until it is asked again."""
+        """Records a holder's failure; returns the seconds until it is asked again."""
         if isinstance(error, SourceBusy):
-            with self._intake.changed:
-                self._intake.news = time.monotonic()  # it lives and gives to others
+            with self._received.changed:
+                self._received.news = time.monotonic()  # it is alive and gives to others
             return _BUSY_SECONDS
         logger.warning(
             "worker %s (%s), asked for %.1f s, gives no (more) weights: %s",
@@ -292,7 +294,7 @@ class Receiver:
         )
         self._failures.append(error)
         self._failed_at = time.monotonic()
-        if isinstance(error, OtherContent):
+        if isinstance(error, ContentMismatch):
             if not any(content.same_as(error.content) for content in self._other_contents):
                 self._other_contents.append(error.content)
             return math.inf
@@ -300,21 +302,21 @@ class Receiver:
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:
-        """Nothing can come: all failed for good and nobody else is listed; or nothing has come for too long."""
-        with self._intake.changed:
+        """Whether nothing can come: all failed for good and no other is listed, or no progress for too long."""
+        with self._received.changed:
             for_good = all(self._not_before.get(name, 0.0) == math.inf for name in self._candidates)
             if not self._pulls and not self._may_find:
                 return for_good
             if not self._pulls and for_good and self._candidates and self._listed_at > self._failed_at:
                 return True
-            return now - self._intake.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
+            return now - self._received.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
 
     def _start_anew(self, content: Content) -> None:
-        """Nobody can complete what was begun, and somebody has other bytes under the same name: those, from 0."""
-        logger.warning("starting anew with other bytes: %d chunks were missing", len(self._intake.missing))
+        """No holder can complete what was begun, and one has another content: receives that from the beginning."""
+        logger.warning("starting anew with other bytes: %d chunks were missing", len(self._received.missing))
         self._end_all(TransferStalled("it has other bytes than those that are taken now"))
-        self._reap()
-        self._intake.start_anew(content)
+        self._collect_ended()
+        self._received.start_anew(content)
         self._not_before.clear()
         self._failures.clear()
 
@@ -327,18 +329,18 @@ class Receiver:
     def _failed(self) -> TransferError:
         if not self._candidates and not self._failures:
             return SourceUnreachable("there is no worker to receive weights from")
-        if len(self._failures) == 1 and not self._intake.verified:
+        if len(self._failures) == 1 and not self._received.verified:
             only = self._failures[0]
-            if not isinstance(only, DigestMismatch):  # then bytes came, whether or not others were verified before
+            if not isinstance(only, DigestMismatch):  # of which bytes came
                 return only
-        missing = self._intake.missing
+        missing = self._received.missing
         names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")
         reasons = "; ".join(str(error) for error in self._failures) or "nobody had them"
         return ChunksMissing(
-            f"{len(missing)} of {len(self._intake.chunks)} chunks did not come ({names}): {reasons}",
+            f"{len(missing)} of {len(self._received.chunks)} chunks did not come ({names}): {reasons}",
             missing=missing,
             failures=self._failures,
-            partial=self._partial() if self._intake.verified else None,
+            partial=self._partial() if self._received.verified else None,
         )
 
     def _partial(self) -> PartialReceive[ReceiveReport]:
@@ -347,51 +349,51 @@ class Receiver:
         def report(other_bytes: int) -> ReceiveReport:
             return replace(self._report(time.monotonic() - began), bytes_otherwise=other_bytes)
 
-        return PartialReceive(self._intake, report)
+        return PartialReceive(self._received, report)
 
     def _relaying(self) -> None:
-        """On a thread of its own: tells the relay what there is to give away."""
-        relay, intake = self._relay, self._intake
+        """On a thread of its own: tells the relay which chunks are verified."""
+        relay, received = self._relay, self._received
         if relay is None:
             return
         begun: Content | None = None
         while not self._over.is_set():
-            with intake.changed:
-                content, verified = intake.content, intake.verified
+            with received.changed:
+                content, verified = received.content, received.verified
             if content is not None and content is not begun:
                 relay.begin(content)
                 begun = content
             if content is not None:
                 relay.update(verified)
-            with intake.changed:
-                if not self._over.is_set() and (intake.content, intake.verified) == (content, verified):
-                    intake.changed.wait(_LOOK_SECONDS)
+            with received.changed:
+                if not self._over.is_set() and (received.content, received.verified) == (content, verified):
+                    received.changed.wait(_POLL_SECONDS)
 
     def _finding(self, find_more: FindMore) -> None:
-        """On a thread of its own: the server may take its time to answer."""
+        """On a thread of its own, since the server may be slow: looks for more holders."""
         pause = _FIRST_FIND_SECONDS
-        trouble = Trouble(logger, "sources cannot be listed")
+        errors = RecentErrors(logger, "sources cannot be listed")
         while not self._over.wait(pause * (0.5 + self._chance.random())):
             asked_at = time.monotonic()
-            with trouble:
+            with errors:
                 found = find_more()
-                with self._intake.changed:
+                with self._received.changed:
                     self._add(found)
                     self._listed_at = asked_at
             pause = min(2 * pause, _FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:
-        intake = self._intake
-        content = intake.content
+        received = self._received
+        content = received.content
         if content is None:
             raise SourceUnreachable("there is no worker to receive weights from")
-        most = max(intake.bytes_from or self._routes, key=lambda name: intake.bytes_from.get(name, 0))
+        most = max(received.bytes_from or self._routes, key=lambda name: received.bytes_from.get(name, 0))
         route = self._routes.get(most)
-        moving_seconds = intake.done_at - intake.first_asked_at if intake.first_asked_at is not None else 0.0
+        moving_seconds = received.done_at - received.first_asked_at if received.first_asked_at is not None else 0.0
         return ReceiveReport(
-            bytes=intake.layout.total_bytes,
-            tensors=len(intake.layout.tensors),
-            chunks_verified=intake.verified.bit_count(),
+            bytes=received.layout.total_bytes,
+            tensors=len(received.layout.tensors),
+            chunks_verified=received.verified.bit_count(),
             seconds=seconds,
             source_worker_id=most,
             operation=route.operation if route else "read",
@@ -399,7 +401,7 @@ class Receiver:
             scalars=content.scalars,
             digests=content.digests,
             failures=tuple(str(error) for error in self._failures),
-            bytes_from=dict(intake.bytes_from),
-            bytes_again=intake.bytes_again,
+            bytes_from=dict(received.bytes_from),
+            bytes_again=received.bytes_again,
             moving_seconds=moving_seconds,
         )

@@ -1,8 +1,8 @@
 """Which RDMA ports this process could use: active ones of devices that it may open, where it may pin memory.
 
-A container sees its host's devices in /sys whether or not it was given them, so that a name there says nothing: the
-verbs are reached through /dev/infiniband. What RDMA reaches is pinned: UCX alone pins about 50 MB a port for what it
-receives, and where it may not, it complains on every turn and registers no weights, for TCP neither.
+A container sees its host's devices in /sys whether or not it may use them; the verbs are reached through
+/dev/infiniband. Memory for RDMA is pinned: UCX alone pins about 50 MB a port for its receive buffers, and where it may
+not, it warns again and again and registers no weights, not even for TCP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["RdmaPort", "pinnable_bytes", "pinning_advice", "pins_too_little", "rdma_ports", "usable_ports"]
 
 _ROOT = Path("/")
-_LEAST_PINNABLE_BYTES = 1 << 30  # below are the defaults of systems (64 KiB, 8 MiB), above what somebody has chosen
+_LEAST_PINNABLE_BYTES = 1 << 30  # systems' defaults (64 KiB, 8 MiB) are below it
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
 
@@ -47,7 +47,7 @@ def rdma_ports(root: Path = _ROOT) -> list[RdmaPort]:
 def usable_ports(root: Path = _ROOT, environ: Mapping[str, str] | None = None) -> list[str]:
     """Names of active ports that can be opened and that UCX_NET_DEVICES, where it is set, does not leave out.
 
-    None where hardly any memory may be pinned.
+    Empty where hardly any memory may be pinned.
     """
     values = os.environ if environ is None else environ
     chosen = [part.strip() for part in values.get("UCX_NET_DEVICES", "all").split(",")]
@@ -69,7 +69,7 @@ def pins_too_little(root: Path = _ROOT) -> bool:
 
 
 def pinning_advice(needed_bytes: int = 0, root: Path = _ROOT) -> str:
-    """What to do about memory that cannot be registered; empty where no RDMA device or no limit is the reason."""
+    """What to do about memory that cannot be registered; empty unless an RDMA device and a limit are the reason."""
     limit_bytes = pinnable_bytes(root)
     if limit_bytes is None or not _openable_devices(root):
         return ""

@@ -1,12 +1,11 @@
 """How bytes move between two workers: UCX's settings, and who moves them (READ, WRITE or SEND).
 
-A READ over TCP is emulated by UCX: the holder's process answers it, dies when the receiver vanishes at the wrong
-moment, and its bytes go on landing after the receiver gave up. So a receiver READs only where that is one-sided for
-certain: on one host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read,
-`mxcore.transfer.route.same_host` and `same_device`), or where both sides have an RDMA port, by an agent without TCP and
-without shared memory, over which UCX emulates a READ as well. Where that fails before the first byte, and everywhere
-else, host memory is sent over TCP connections of our own; the holder WRITEs by UCX what lies on a device, and where its
-chunk port is not reached.
+A READ over TCP is emulated by UCX: the holder's process answers it, can die when the receiver vanishes, and its bytes
+may still be written after the receiver gave up. So a receiver READs only where that is one-sided for certain: on one
+host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read, `same_host` and
+`same_device`), or where both sides have an RDMA port, by an agent without TCP and without shared memory, over which UCX
+emulates a READ as well. Where that fails before the first byte, and everywhere else, host memory is sent over TCP
+connections of our own; the holder WRITEs by UCX what lies on a device, and where its chunk port is not reached.
 
 A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
 receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
@@ -23,6 +22,7 @@ from typing import Literal
 
 from mxcore.process.c_environment import c_getenv, c_setenv
 from mxcore.transfer.route.rdma_devices import pins_too_little, usable_ports
+from mxcore.transfer.route.same_device import cannot_read
 from mxcore.transfer.route.same_host import can_read
 from mxserver.wire.proto import mx_pb2
 
@@ -44,7 +44,7 @@ UCX_DEFAULTS = {
     "UCX_RC_RETRY_COUNT": "3",
     "UCX_RC_VERBS_TIMEOUT": "50ms",
     "UCX_RC_VERBS_RETRY_COUNT": "3",
-    # UCX reads device memory by cuda_ipc only over NVLink, unless it is told to: without, over TCP, silently.
+    # Without this, UCX reads device memory by cuda_ipc only over NVLink, and else silently over TCP.
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
     # UCX complains about the above on machines without RDMA.
     "UCX_WARN_UNUSED_ENV_VARS": "n",
@@ -66,25 +66,25 @@ _CUDA_COPY = "cuda_copy"  # stages device memory for TCP
 _ALL = "all"
 _WITHOUT_RDMA = "^ib"
 _OVER_RDMA = ("ib", "rc", "dc", "ud")
-_environment_lock = threading.Lock()  # one agent at a time is made
+_environment_lock = threading.Lock()  # agents are made one at a time
 
 
 @dataclass(frozen=True)
 class Route:
-    """How bytes come from one holder: who moves them, over what, and the UCX_TLS of the receiver's agent.
+    """How bytes come from one holder: the operation, the transport, and the UCX_TLS of the receiver's agent.
 
-    On one host there is no agent, nor where the holder sends; `process` is the holder's on this host.
+    Within one host there is no agent, nor where the holder sends; `process` is the holder's on this host.
     """
 
     operation: Literal["read", "write", "send"]
     transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
     tls: str
     process: int = 0
-    because: str = ""  # why not by a faster way of this host, for device memory
+    because: str = ""  # why device memory is not READ within this host
 
     @property
     def by_nixl(self) -> bool:
-        """Whether it takes an agent on both sides, and a fence when it is given up on."""
+        """Whether it needs an agent on both sides, and a fence when a transfer is abandoned."""
         return self.transport != "same-host" and self.operation != "send"
 
 
@@ -105,7 +105,7 @@ class UcxPolicy:
         *,
         tcp_transfer: Literal["sockets", "nixl"] = "sockets",
     ) -> UcxPolicy:
-        """What holds for this process; the user's UCX_TLS wins over `transport`."""
+        """The policy of this process; the user's UCX_TLS wins over `transport`."""
         tls = (os.environ if environ is None else environ).get("UCX_TLS", "")
         everything = _WITHOUT_RDMA if transport == "auto" and pins_too_little() else _ALL
         effective = tls or _TLS_OF_TRANSPORT.get(transport, everything)
@@ -124,8 +124,8 @@ class UcxPolicy:
         """Whether host memory may be read by cross-memory attach."""
         return self.allows("cma") and self.transport in ("auto", "same-host")
 
-    def likely(self, *, same_host: bool, device_memory: bool = False) -> str | None:
-        """The UCX_TLS that a receiver's agent will most likely have, before a holder is asked; None: it needs none."""
+    def likely_tls(self, *, same_host: bool, device_memory: bool = False) -> str | None:
+        """The UCX_TLS that a receiver's agent will most likely need, before a holder is asked; None: no agent."""
         if device_memory:
             if same_host and self.reads_devices:
                 return self.device_reading
@@ -139,7 +139,7 @@ class UcxPolicy:
 
     @property
     def sends(self) -> bool:
-        """Whether host memory is sent over our own TCP connections where no READ is one-sided for certain."""
+        """Whether holders send host memory over our own TCP connections where a READ may not be one-sided."""
         return self.sockets and self.allows("tcp")
 
     @property
@@ -149,7 +149,7 @@ class UcxPolicy:
 
     @property
     def reads_by_rdma(self) -> bool:
-        """Whether UCX may use RDMA here, and there is a port that it could use."""
+        """Whether UCX may use RDMA here, and there is a port for it."""
         return self.transport in ("auto", "rdma") and self.allows("rc") and bool(usable_ports())
 
     def one_sided(self, *, device_memory: bool = False) -> str:
@@ -166,7 +166,7 @@ class UcxPolicy:
     def serving(self, device_type: str) -> tuple[str, bool]:
         """The UCX_TLS for an agent that serves such memory, and whether it needs a progress thread all the time.
 
-        It does where receivers READ by NIXL, and connect when they like; else it WRITEs, when it is asked to.
+        It does where receivers READ by NIXL, and connect at any time; else the agent WRITEs, when it is asked to.
         """
         if device_type == "cpu":
             return self.tls, self.rdma_only or self.reads_by_rdma
@@ -182,10 +182,10 @@ class UcxPolicy:
             return "^" + ",".join(_ATTACHING)
         return ",".join(name for name in names if name not in (*_ATTACHING, "mm", *_SHARED_MEMORY))
 
-    def written(self, *, device_memory: bool = False, without_rdma: bool = False) -> Route:
-        """The way by UCX where no READ is one-sided; `without_rdma` where that was tried and does not get there.
+    def write_route(self, *, device_memory: bool = False, without_rdma: bool = False) -> Route:
+        """The route by UCX where no READ is one-sided; `without_rdma` where RDMA was tried and reaches nobody.
 
-        UCX would choose it again: it knows no reachability but that of addresses.
+        UCX would choose RDMA again: it does not find out whether a port is reachable.
         """
         tls = self.device_fenceable if device_memory else self.fenceable
         if without_rdma:
@@ -194,13 +194,13 @@ class UcxPolicy:
             tls = ",".join([*names, "ib"] if tls.startswith("^") else left)
         return Route("write", "tcp", tls)
 
-    def instead(
+    def fallback_route(
         self, offer: mx_pb2.TransportOffer, *, device_memory: bool, without_rdma: bool, without_sockets: bool
     ) -> Route:
-        """The way where no READ is one-sided for certain, or one was tried and failed, or the chunk port was."""
+        """The route where no READ is one-sided for certain, or where a READ or the chunk port was tried and failed."""
         if self.sends and offer.chunk_port and not (device_memory or without_sockets):
             return Route("send", "tcp", "")
-        return self.written(device_memory=device_memory, without_rdma=without_rdma)
+        return self.write_route(device_memory=device_memory, without_rdma=without_rdma)
 
     @property
     def serving_device(self) -> str:
@@ -223,9 +223,9 @@ class UcxPolicy:
 
     @property
     def device_fenceable(self) -> str:
-        """The UCX_TLS for an agent with device memory: also without cuda_ipc, by which the holder's GPU would write.
+        """The UCX_TLS for an agent with device memory: without cuda_ipc too, by which the holder's GPU would write.
 
-        RDMA takes device memory as it is; for TCP it is staged.
+        RDMA reaches device memory directly; for TCP it is staged.
         """
         if self.tls.startswith("^"):
             without = [name for name in (*_ATTACHING, _CUDA_IPC) if self.allows(name)]
@@ -236,7 +236,7 @@ class UcxPolicy:
         return ",".join([*names, *([_CUDA_COPY] if _CUDA_COPY not in names else [])])
 
     def to_proto(self, probe: mx_pb2.SameHostProbe) -> mx_pb2.TransportOffer:
-        """What a holder tells receivers about the ways into its memory."""
+        """What a holder tells receivers about how its memory can be reached."""
         return mx_pb2.TransportOffer(
             same_host_read=self.attaches,
             rdma_only=self.rdma_only,
@@ -247,10 +247,10 @@ class UcxPolicy:
 
 @contextmanager
 def ucx_environment(tls: str) -> Iterator[None]:
-    """UCX's environment while an agent is created; afterwards it is as it was, for other users of UCX in this process.
+    """UCX's environment while an agent is created; restored afterwards, for other users of UCX in this process.
 
-    What the user has set of UCX_DEFAULTS stays. UCX reads all of it when a backend is created, by way of every NIXL,
-    hence the lock: one agent at a time. `os.environ` does not see it.
+    Where the user has set one of UCX_DEFAULTS, that stays. UCX reads the environment when a backend is created; the
+    lock lets one agent at a time be made. `os.environ` does not see the changes.
     """
     with _environment_lock:
         meant = {name: value for name, value in UCX_DEFAULTS.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
@@ -265,11 +265,11 @@ def ucx_environment(tls: str) -> Iterator[None]:
 
 
 def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:
-    """The way to a holder that offers `offer`; reads the holder's probe where it is on this host.
+    """The route to a holder that offers `offer`; reads the holder's probe where that is on this host.
 
     `device_index`: where the receiver's memory is, None for the host. With device memory on both sides of one host it
-    is READ by cuda_ipc. With it on either side there is RDMA, or WRITEs that pass the receiver's own agent:
-    cross-memory attach does not reach a device, and what cuda_ipc writes cannot be fenced by the receiver.
+    is READ by cuda_ipc. With it on one side only there is RDMA, or WRITEs that pass the receiver's own agent:
+    cross-memory attach does not reach a device, and a WRITE by cuda_ipc cannot be fenced by the receiver.
     """
     on_device = device_index is not None or offer.device_memory
     because = ""
@@ -283,7 +283,7 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_inde
         return Route("read", "same-host", "", process=offer.probe.pid)
     if policy.reads_by_rdma and offer.rdma_device:
         return Route("read", "rdma", policy.one_sided(device_memory=on_device))
-    otherwise = policy.instead(offer, device_memory=on_device, without_rdma=False, without_sockets=False)
+    otherwise = policy.fallback_route(offer, device_memory=on_device, without_rdma=False, without_sockets=False)
     return replace(otherwise, because=because)
 
 
@@ -294,6 +294,4 @@ def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_inde
         return "the settings of this worker (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
     if not offer.HasField("device_probe"):
         return offer.no_device_read or "the holder offers none"
-    from mxcore.transfer.route.same_device import cannot_read  # opens the driver
-
     return cannot_read(offer.device_probe, device_index)

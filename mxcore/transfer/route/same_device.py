@@ -1,9 +1,9 @@
 """Proof that one process may read another's device memory on this machine (cuda_ipc).
 
-UCX reads device memory of another process by cuda_ipc where it can, and over TCP otherwise, without a word; and it ends
-the process when a handle that it took for good does not open. So a receiver READs device memory only after it opened
-an allocation of the holder by itself, and found the holder's random bytes there. What the driver does not export
-(memory of cuMemCreate) is known before.
+UCX reads device memory of another process by cuda_ipc where it can, and silently over TCP otherwise; and it ends the
+process when a handle that it expects to work does not open. So a receiver READs device memory only after it has opened
+an allocation of the holder itself and found the holder's random bytes there. What the driver does not export (memory
+of cuMemCreate) is found out first.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mxcore.transfer.layout.layout import Placement
 from mxcore.transfer.route.same_host import host_identity
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "offer"]
+__all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "device_offer"]
 
 NONCE_BYTES = 32
-# What the driver hands out in one piece: a smaller allocation shares it with others, and they would be opened as well.
+# The driver's unit of allocation: a smaller one shares it with others, which would be opened as well.
 PROBE_BYTES = 2 * 1024 * 1024
 
 
@@ -45,7 +45,7 @@ class DeviceProbeTarget:
             raise
 
     def to_proto(self) -> mx_pb2.DeviceProbe:
-        """Where they are. Empty where /proc is not there to tell."""
+        """Where they are; empty without /proc."""
         try:
             boot_id, namespace = host_identity()
         except OSError:
@@ -63,8 +63,8 @@ class DeviceProbeTarget:
         self._buffer.close()
 
 
-def offer(placement: Placement) -> tuple[DeviceProbeTarget | None, str]:
-    """What lets other processes of this machine READ a placement of device memory, or None and why they cannot."""
+def device_offer(placement: Placement) -> tuple[DeviceProbeTarget | None, str]:
+    """The probe for other processes of this machine that READ device memory, or None and why they cannot."""
     try:
         because = cannot_export(placement.addresses)
         return (None, because) if because else (DeviceProbeTarget(context_of(placement.device_indices[0])), "")
@@ -88,7 +88,7 @@ def cannot_export(addresses: Iterable[int]) -> str:
 
 
 def cannot_read(probe: mx_pb2.DeviceProbe, device_index: int) -> str:
-    """Why this process does not read the probe's bytes out of the other one's device memory; empty if it does."""
+    """Why this process cannot read the probe's bytes out of the other process' device memory; empty if it can."""
     if len(probe.nonce) != NONCE_BYTES:
         return "it shows no bytes to try it on"
     try:

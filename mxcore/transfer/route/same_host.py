@@ -1,8 +1,8 @@
 """Proof that one process may read another's memory on this host.
 
 UCX moves bytes between processes of one host by cross-memory attach (CMA, process_vm_readv) where the kernel allows
-it, and over TCP otherwise, without a word. A READ is one-sided only in the first case, so that nothing but a real
-read proves it: a holder publishes random bytes with their address, a receiver reads them there.
+it, and silently over TCP otherwise. A READ is one-sided only in the first case, and only a real read proves it: a
+holder publishes random bytes with their address, and a receiver reads them there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ProbeTarget:
         self._memory = ctypes.create_string_buffer(self.nonce, _NONCE_BYTES)
 
     def to_proto(self) -> mx_pb2.SameHostProbe:
-        """Where they are. Empty where /proc is not there to tell."""
+        """Where they are; empty without /proc."""
         try:
             boot_id, namespace = host_identity()
         except OSError:
@@ -45,7 +45,7 @@ class ProbeTarget:
 
 
 def can_read(probe: mx_pb2.SameHostProbe) -> bool:
-    """Whether this process really reads the probe's bytes out of the other one's memory."""
+    """Whether this process can read the probe's bytes out of the other process' memory."""
     if len(probe.nonce) != _NONCE_BYTES or probe.pid == 0:
         return False
     try:

@@ -1,7 +1,7 @@
-"""Where receivers fetch chunks over TCP connections of their own: a port, and a thread for each connection.
+"""The chunk port, from which receivers fetch chunks over TCP, with a thread for each connection.
 
-A receiver shows the token that OpenTransfer gave it, and is shown the greeting back; then it asks for chunks, as
-socket_chunks.h says, and the compiled core answers out of the holder's memory. A connection ends with its lease.
+A receiver shows the token that OpenTransfer gave it, and gets the greeting back; then it asks for chunks, as described
+in socket_chunks.h, and the compiled core sends them from the holder's memory. A connection ends with its lease.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["ChunkListener"]
 logger = logging.getLogger(__name__)
 
 _GREETING_SECONDS = 5.0
-_STRANGERS = 8  # connections that have not shown a token yet, beside all those of the readers
-_ROOM_SECONDS = 1.0  # for one that is cut off to be gone
+_STRANGERS = 8  # connections that have not shown a token yet, besides those of all readers
+_ROOM_SECONDS = 1.0  # until a connection that is cut off has ended
 _BACKLOG = 64
 _LAST_PORT = 65535
 
@@ -41,13 +41,13 @@ class ChunkListener:
         self.port = int(self._listener.getsockname()[1])
         self._room = threading.BoundedSemaphore(MOST_CONNECTIONS * holder.most_readers + _STRANGERS)
         self._lock = threading.Lock()
-        self._greeting: dict[socket.socket, None] = {}  # who has shown no token yet, the longest there first
+        self._greeting: dict[socket.socket, None] = {}  # connections without a token yet, the oldest first
         self._closed = False
         self._accepting = threading.Thread(target=self._accept, name="mx-chunk-port", daemon=True)
         self._accepting.start()
 
     def close(self) -> None:
-        """Takes no connection any more; those that are open end with their leases. Idempotent."""
+        """Accepts no more connections; open ones end with their leases. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -82,7 +82,7 @@ class ChunkListener:
                 connection.close()
 
     def _make_room(self) -> bool:
-        """Cuts off whoever has shown no token for longest: a reader shows it at once."""
+        """Cuts off the oldest connection without a token: a reader shows it at once."""
         with self._lock:
             longest = next(iter(self._greeting), None)
         if longest is None:
@@ -102,7 +102,7 @@ class ChunkListener:
             self._room.release()
 
     def _greet(self, connection: socket.socket) -> bytes:
-        """The token that was shown; empty where somebody else is calling. Raises OSError."""
+        """The token that was shown; empty for another protocol. Raises OSError."""
         with self._lock:
             if self._closed:
                 return b""

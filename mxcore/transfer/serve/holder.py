@@ -1,9 +1,9 @@
 """What a worker serves: its layout's bytes in memory, their digests, and leases on them.
 
-A holder may be incomplete: a worker that is still receiving serves each chunk from the moment it has verified it.
-Readers ask before they fetch: that renews their lease, tells them what is there, and lets the holder choose what it
-gave least often, and how much. A lease says that somebody reads. It ends when it is released, or by itself when its
-receiver gave no sign for a while; the holder's memory stays as it is until every lease has ended (`drain`).
+A holder may be incomplete: a worker that is still receiving serves each chunk as soon as it is verified. Readers ask
+before they fetch: that renews their lease, tells them what is there, and lets the holder choose the chunks that it
+granted least often, and how many. A lease says that somebody reads. It ends when it is released, or expires when its
+receiver was silent for too long; the holder's memory stays as it is until every lease has ended (`drain`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.sockets.socket_chunks import ChunkSender
 from mxcore.transfer.layout.chunks import CHUNK_BYTES, Chunks
-from mxcore.transfer.layout.digests import DIGEST_BYTES, ChunkDigests, chunk_digests, digester_of
+from mxcore.transfer.layout.digests import DIGEST_BYTES, ChunkDigests, chunk_digests
 from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import Given, Wanted, all_chunks, set_to_bytes
-from mxcore.transfer.move.agent_session import AgentSession, Move, require_movable
+from mxcore.transfer.layout.plan import ChunkRequest, GrantCounts, all_chunks, set_to_bytes
+from mxcore.transfer.move.agent_session import AgentSession, Move
 from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES
+from mxcore.transfer.route.device_memory import digester_of, require_movable
 from mxcore.transfer.serve.rate_limit import RateLimit
 
-__all__ = ["MOST_CONNECTIONS", "Answer", "Holder", "Lease"]
+__all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,10 @@ LEASE_SECONDS = 15.0
 MOST_READERS = 8
 MOST_CONNECTIONS = 8  # of one reader to the chunk port
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
-_PUSHED_BYTES_IN_FLIGHT = 32 << 20  # enough for the longest way; UCX ends all that is begun at about the same time
-_MOST_WAITING = 16  # askers that wait for news; more are answered at once
+_PUSHED_BYTES_IN_FLIGHT = (
+    32 << 20
+)  # enough for the longest link; UCX completes all that is begun at about the same time
+_MOST_WAITING = 16  # readers that wait for new chunks; more are answered at once
 _UNASKED_PAUSE_SECONDS = 0.1
 
 
@@ -48,12 +51,12 @@ class Lease:
     """One receiver's right to read. The holder's lock guards it."""
 
     lease_id: str
-    deadline: float  # monotonic seconds; moved by every sign of the receiver
+    deadline: float  # monotonic seconds; extended by every call of the receiver
     peer: str | None = None  # the receiver's agent, once a transfer is open
     remote_addresses: array[int] = field(default_factory=lambda: array("Q"))  # of every segment, there
     remote_device: int | None = None  # that they are on, as its process counts; None: host memory
     pushes: int = 0  # streams that are running
-    turn: threading.Lock = field(default_factory=threading.Lock)  # of the streams: one begins chunks at a time
+    turn: threading.Lock = field(default_factory=threading.Lock)  # held by the stream that begins chunks
     token: bytes = b""  # that its connections to the chunk port show, once a transfer is open that sends
     connections: set[socket.socket] = field(default_factory=set)  # to the chunk port, shut down when it ends
     connecting: ExitStack = field(default_factory=ExitStack)  # from the opening to the end of the first stream
@@ -61,11 +64,11 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AskAnswer:
     """What a reader is told: the chunks that it may fetch now, and what is there as of `version`.
 
-    With nothing granted, `pause_seconds` says when to ask again (0: at will). A `leaving` holder goes on for those that
-    read already, for a while: whoever can do without it ends.
+    With nothing granted, `pause_seconds` says when to ask again (0: at any time). A `leaving` holder still serves its
+    readers for a while; those that can do without it end.
     """
 
     granted: list[int]
@@ -77,7 +80,7 @@ class Answer:
 
 
 class Holder:
-    """The bytes of one layout with digests, complete or (with `have`, a set of chunks) becoming so; thread-safe.
+    """The bytes of one layout with digests, complete or (with `have`, a set of chunks) not yet; thread-safe.
 
     Keeps `keep_alive` (the engine's model) until it is closed. Exists only with registered memory: raises NixlError,
     NixlMissing, LayoutUnsupported. At most `most_readers` have leases at a time, and all together are granted
@@ -91,7 +94,7 @@ class Holder:
         session: AgentSession,
         *,
         scalars: Mapping[str, float] | None = None,
-        digests: bytes | None = None,
+        digests: ChunkDigests | None = None,
         keep_alive: object = None,
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
@@ -107,12 +110,9 @@ class Holder:
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
         self.regions = session.register(layout, placement)  # before digests: it looks whose memory that is
-        if digests is None:
-            self.digests = chunk_digests(digester_of(placement), self.chunks, self.addresses)
-        else:
-            self.digests = ChunkDigests.of(digests)
-        if len(self.digests) != DIGEST_BYTES * len(self.chunks):
-            raise ValueError(f"{len(self.digests)} bytes of digests for {len(self.chunks)} chunks")
+        self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
+        if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
+            raise ValueError(f"{len(self.digests.values)} bytes of digests for {len(self.chunks)} chunks")
         self.lease_seconds = lease_seconds
         self.most_readers = most_readers
         self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
@@ -121,7 +121,7 @@ class Holder:
         self._sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
         self._sender.set_have(set_to_bytes(self._have, len(self.chunks)))
         self._version = 1
-        self._given = Given()
+        self._grant_counts = GrantCounts()
         self._waiting = 0
         self._sending = 0  # connections that chunks are sent on
         self._bytes_sent = 0
@@ -137,7 +137,7 @@ class Holder:
 
     @property
     def live_leases(self) -> int:
-        """Receivers that are reading, as far as known."""
+        """How many leases have not ended."""
         with self._changed:
             self._expire()
             return len(self._leases)
@@ -152,23 +152,24 @@ class Holder:
         """What readers were allowed to fetch so far."""
         return self._bytes_sent
 
-    def serves(self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: bytes | None) -> bool:
-        """Whether this is a holder of exactly that."""
+    def serves(
+        self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: ChunkDigests | None
+    ) -> bool:
+        """Whether it serves exactly these weights, and is not draining."""
         ours = (self.layout.fingerprint, self.placement, self.scalars, self.digests)
         return ours == (layout.fingerprint, placement, dict(scalars), digests) and not self._draining
 
     def unchanged(self) -> bool:
-        """Whether the memory has the bytes that the digests are of; also after `close`, while the memory is kept."""
-        kind, chunks = self.digests.kind, self.chunks
-        made = digester_of(self.placement).many(kind, self.addresses, chunks.lengths, chunks.segment_starts)
-        return made == bytes(self.digests)
+        """Whether the memory still has the digests; also after `close`, while the memory is kept."""
+        digester = digester_of(self.placement)
+        return chunk_digests(digester, self.chunks, self.addresses, kind=self.digests.kind) == self.digests
 
     def keep(self, keep_alive: object) -> None:
-        """Holds another object as well until it is closed."""
+        """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
 
     def update(self, have: int) -> None:
-        """The set of chunks that are there and verified, while the worker is still receiving."""
+        """Sets which chunks are there and verified, while the worker is still receiving."""
         with self._changed:
             if have != self._have:
                 self._have = have
@@ -179,19 +180,19 @@ class Holder:
     def ask(
         self,
         lease_id: str,
-        wanted: Wanted,
+        wanted: ChunkRequest,
         known_version: int,
         wait_seconds: float = 0.0,
         declined: Sequence[int] = (),
-    ) -> Answer:
+    ) -> AskAnswer:
         """What a reader may fetch now; renews its lease.
 
-        Waits up to `wait_seconds` for news after `known_version` when there is nothing to grant. `declined` are
-        chunks of earlier answers that the reader does not fetch. Raises LeaseEnded.
+        With nothing to grant, it waits up to `wait_seconds` for a version after `known_version`. `declined` are
+        chunks that were granted and that the reader does not fetch. Raises LeaseEnded.
         """
         with self._changed:
             lease = self.renew(lease_id)
-            self._given.take_back(chunk for chunk in declined if 0 <= chunk < len(self.chunks))
+            self._grant_counts.take_back(chunk for chunk in declined if 0 <= chunk < len(self.chunks))
             pause = 0.0
             if not wanted.chunks & self._have and wait_seconds > 0:
                 pause = self._wait_for_news(lease, known_version, wait_seconds)
@@ -199,12 +200,12 @@ class Holder:
             available = wanted.chunks & self._have
             if available:
                 most, pause = self._rate_limit.allowed(min(wanted.most, available.bit_count()), self.chunks.chunk_bytes)
-                granted = self._given.grant(available, wanted.preferred, most)
+                granted = self._grant_counts.grant(available, wanted.preferred, most)
                 self._bytes_sent += sum(map(self.chunks.bytes_of, granted))
-            return Answer(granted, self._version, self._have, self.complete, self._draining, pause)
+            return AskAnswer(granted, self._version, self._have, self.complete, self._draining, pause)
 
     def _wait_for_news(self, lease: Lease, known_version: int, wait_seconds: float) -> float:
-        """Waits for another version; returns the pause of an asker for whom there is no room to wait."""
+        """Waits for another version; returns the seconds to pause where too many wait already."""
         if self._waiting >= _MOST_WAITING:
             return _UNASKED_PAUSE_SECONDS
         self._waiting += 1
@@ -229,7 +230,7 @@ class Holder:
             return lease
 
     def renew(self, lease_id: str) -> Lease:
-        """A sign of the receiver. Raises LeaseEnded."""
+        """Extends a lease. Raises LeaseEnded."""
         with self._changed:
             self._expire()
             lease = self._leases.get(lease_id)
@@ -264,7 +265,7 @@ class Holder:
             lease.remote_device = device
 
     def open_sending(self, lease_id: str) -> bytes:
-        """The token with which the receiver's connections to the chunk port show that they are this lease's.
+        """The token by which the receiver's connections to the chunk port belong to this lease.
 
         Raises LeaseEnded.
         """
@@ -274,10 +275,10 @@ class Holder:
             return lease.token
 
     def send_chunks(self, token: bytes, connection: socket.socket) -> None:
-        """Greets the receiver that showed `token`, and answers what it asks for, until either side ends it.
+        """Greets the receiver that showed `token`, and sends the chunks that it asks for, until either side ends it.
 
-        A receiver that is lost in the midst of a chunk loses its lease. Raises LeaseEnded where the token is none,
-        HolderBusy where its receiver has connections enough, OSError where the connection fails.
+        A receiver that is lost in the middle of a chunk loses its lease. Raises LeaseEnded for an unknown token,
+        HolderBusy where its receiver has too many connections, OSError where the connection fails.
         """
         with self._changed:
             self._expire()
@@ -307,7 +308,7 @@ class Holder:
     ) -> Iterator[int]:
         """WRITEs chunks into the receiver's memory; yields each one that has arrived there.
 
-        With `notify` the receiver's agent is told of each as well, which costs both sides less than a message.
+        With `notify` the receiver's agent is notified of each as well, which costs both sides less than a message.
 
         Raises LeaseEnded (also while it runs: the lease was ended), PeerLost, TransferStalled, NixlError, and
         ValueError for chunks that are not there or a transfer that was not opened.
@@ -345,9 +346,9 @@ class Holder:
                 self._disconnect(lease)
 
     def _moves(self, lease: Lease, chunks: Sequence[int]) -> Generator[Move, None, None]:
-        """The WRITEs of chunks, once the lease's stream before this one has begun all of its own.
+        """The WRITEs of chunks, after the lease's earlier stream has begun all of its own.
 
-        So they arrive one after the other, and are verified meanwhile, instead of all at the end.
+        So chunks arrive one after the other, and are verified meanwhile, instead of all at the end.
         """
         with lease.turn:
             for chunk in chunks:
@@ -358,7 +359,7 @@ class Holder:
                 yield Move(chunk, local, remote, lengths, lease.remote_device)
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Refuses new readers and waits until the ones that read are done or silent; False when some still read."""
+        """Refuses new readers and waits until all leases have ended; False when some still read after the time-out."""
         give_up = time.monotonic() + timeout_seconds
         with self._changed:
             self._draining = True

@@ -1,4 +1,4 @@
-"""A limit on what a holder gives away, so that it keeps serving its users."""
+"""A limit on what a holder grants, so that its engine keeps serving its users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BURST_SECONDS = 0.25
 class RateLimit:
     """A token bucket over bytes; 0 bytes a second is no limit. Not thread-safe.
 
-    It holds a quarter of a second's worth, at least `burst_bytes` (one unit of what is asked for).
+    It holds a quarter of a second's bytes, at least `burst_bytes` (one unit of what is asked for).
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class RateLimit:
         self._at = clock()
 
     def allowed(self, count: int, unit_bytes: int) -> tuple[int, float]:
-        """How many of `count` units may go now, taken off; and the seconds until the next one when it is none."""
+        """Takes up to `count` units out of the bucket; returns how many, and if none the seconds until the next one."""
         if not self._bytes_per_second:
             return count, 0.0
         now = self._clock()

@@ -1,4 +1,4 @@
-"""Serving what a receive has verified so far."""
+"""Serves what a receive has verified so far."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class ServedRelay:
-    """The receiver's relay: `start` makes an empty holder of a content, which then grows. One thread at a time."""
+    """The receiver's relay: `start` makes an empty holder of a content, which then grows. For one thread at a time."""
 
     def __init__(self, start: Callable[[Content], Holder]) -> None:
         self._start = start
         self._holder: Holder | None = None
 
     def begin(self, content: Content) -> None:
-        """Starts serving, with nothing yet; a failure costs the relaying alone."""
+        """Starts serving, with no chunks yet; on a failure only the relay does without it."""
         self._holder = None
         try:
             self._holder = self._start(content)
@@ -30,6 +30,6 @@ class ServedRelay:
             logger.warning("this worker does not serve while it receives: %s", error)
 
     def update(self, verified: int) -> None:
-        """What there is to give away."""
+        """Sets which chunks are verified."""
         if self._holder is not None:
             self._holder.update(verified)

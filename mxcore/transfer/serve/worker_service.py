@@ -10,15 +10,16 @@ import threading
 from collections.abc import Iterator
 from concurrent import futures
 from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import grpc
 
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process.attached_memory import allow_attaching
-from mxcore.transfer.layout.plan import Wanted, set_from_bytes, set_to_bytes
+from mxcore.transfer.layout.plan import ChunkRequest, set_from_bytes, set_to_bytes
 from mxcore.transfer.layout.scalars import scalars_digest, scalars_to_proto
 from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.route.same_device import DeviceProbeTarget, device_offer
 from mxcore.transfer.route.same_host import ProbeTarget
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
@@ -27,15 +28,12 @@ from mxserver.wire.calls.credentials import server_credentials, worker_tls
 from mxserver.wire.errors import SettingError
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
-if TYPE_CHECKING:
-    from mxcore.transfer.route.same_device import DeviceProbeTarget
-
 __all__ = ["WorkerServer"]
 
 logger = logging.getLogger(__name__)
 
 _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
-_SPARE_THREADS = 24  # besides those that push: 16 may wait for news, the rest answers
+_SPARE_THREADS = 24  # besides those that push: 16 may wait for new chunks, the others answer
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
 _LAST_PORT = 65535
@@ -151,15 +149,13 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._device_probe: DeviceProbeTarget | None = None
         self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
         if self._holder.placement.device_type != "cpu" and policy.reads_devices:
-            from mxcore.transfer.route import same_device  # opens the driver
-
-            self._device_probe, self._no_device_read = same_device.offer(self._holder.placement)
+            self._device_probe, self._no_device_read = device_offer(self._holder.placement)
             if self._no_device_read:
                 logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
 
     def close(self) -> None:
-        """Frees what it shows to others. Idempotent."""
+        """Frees the probe for other processes. Idempotent."""
         if self._device_probe is not None:
             self._device_probe.close()
 
@@ -176,7 +172,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             layout=None if same else holder.layout.to_proto(),
             chunk_bytes=holder.chunks.chunk_bytes,
             digest_kind=holder.digests.kind,
-            digests=holder.digests,
+            digests=holder.digests.values,
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),
@@ -246,7 +242,9 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self, request: mx_pb2.AskChunksRequest, context: grpc.ServicerContext
     ) -> mx_pb2.AskChunksResponse:
         count = len(self._holder.chunks)
-        wanted = Wanted(set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most)
+        wanted = ChunkRequest(
+            set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most
+        )
         with _as_status(context):
             answer = self._holder.ask(
                 request.lease_id,
@@ -298,7 +296,7 @@ class WorkerServer:
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
-    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the policy leaves that to NIXL.
+    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL.
     Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
@@ -336,7 +334,7 @@ class WorkerServer:
         self._server.start()
 
     def stop(self) -> None:
-        """Ends all calls, and takes no connection any more. Idempotent."""
+        """Ends all calls, and accepts no more connections. Idempotent."""
         if self._chunks is not None:
             self._chunks.close()
         self._server.stop(_STOP_GRACE_SECONDS).wait()
@@ -358,7 +356,7 @@ def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerC
 
 
 def _is_free(listen: str, port: int) -> bool:
-    """Whether nobody listens there; grpcio finds that out as well, but writes an error of its own to the log."""
+    """Whether nobody listens there; grpcio finds that out as well, but logs an error of its own."""
     if port > _LAST_PORT:  # of a high rank
         return False
     try:
