@@ -1,7 +1,7 @@
 """Builds the compiled core: every .pyx below mxcore/ becomes an extension module of the same name.
 
 One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
-free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers).
+free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
 """
 
 import os
@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
-FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", *shlex.split(os.environ.get("MX_CFLAGS", ""))]
+MORE_FLAGS = shlex.split(os.environ.get("MX_CFLAGS", ""))
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", *MORE_FLAGS]  # Python's own flags begin with -g
 
 
 def extension(source: Path) -> Extension:
@@ -24,7 +25,7 @@ def extension(source: Path) -> Extension:
         [str(relative)],
         include_dirs=["third_party/xxhash", "mxcore"],
         extra_compile_args=FLAGS,
-        extra_link_args=shlex.split(os.environ.get("MX_CFLAGS", "")),
+        extra_link_args=MORE_FLAGS or ["-s"],
         libraries=["dl", "pthread"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
         py_limited_api=LIMITED_API,
