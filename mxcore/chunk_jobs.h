@@ -35,8 +35,8 @@ typedef struct {
 typedef struct {
     pid_t owner; /* the process that has the threads: not one that is forked from it */
     bool closing, woken;
-    size_t waiting; /* chunks that are asked for and not taken yet */
-    size_t idle; /* threads that wait for work */
+    size_t waiting;     /* chunks that are asked for and not taken yet */
+    size_t idle;        /* threads that wait for work */
     size_t asked_count; /* of `asked_for`, to be looked at without the lock */
     pthread_mutex_t lock;
     pthread_cond_t asked, ended; /* `ended` by the monotonic clock */
@@ -45,19 +45,18 @@ typedef struct {
     size_t count;
 } mx_chunk_pool;
 
-static inline void mx_chunk_push(mx_chunk_queue *queue, mx_chunk_job *job)
-{
+static inline void mx_chunk_push(mx_chunk_queue *queue, mx_chunk_job *job) {
     job->next = NULL;
-    if (queue->first == NULL)
+    if (queue->first == NULL) {
         queue->first = job;
-    else
+    } else {
         queue->last->next = job;
+    }
     queue->last = job;
     queue->count++;
 }
 
-static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue)
-{
+static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue) {
     mx_chunk_job *job = queue->first;
     if (job != NULL) {
         queue->first = job->next;
@@ -67,32 +66,28 @@ static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue)
 }
 
 /* The next chunk that is asked for, or NULL; with the lock. */
-static inline mx_chunk_job *mx_chunk_next(mx_chunk_pool *pool)
-{
+static inline mx_chunk_job *mx_chunk_next(mx_chunk_pool *pool) {
     mx_chunk_job *job = mx_chunk_pop(&pool->asked_for);
     __atomic_store_n(&pool->asked_count, pool->asked_for.count, __ATOMIC_RELAXED);
     return job;
 }
 
 /* Waits for work; with the lock. */
-static inline void mx_chunk_wait(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_wait(mx_chunk_pool *pool) {
     pool->idle++;
     pthread_cond_wait(&pool->asked, &pool->lock);
     pool->idle--;
 }
 
 /* Tells how a chunk ended; with the lock. */
-static inline void mx_chunk_end(mx_chunk_pool *pool, mx_chunk_job *job, int error)
-{
+static inline void mx_chunk_end(mx_chunk_pool *pool, mx_chunk_job *job, int error) {
     job->error = error;
     mx_chunk_push(&pool->done, job);
     pthread_cond_signal(&pool->ended);
 }
 
 /* Starts up to `threads` that run `run(data)`. Returns 0, or errno when not even one could be started. */
-static inline int mx_chunk_start(mx_chunk_pool *pool, size_t threads, void *(*run)(void *), void *data)
-{
+static inline int mx_chunk_start(mx_chunk_pool *pool, size_t threads, void *(*run)(void *), void *data) {
     int error = 0;
     sigset_t blocked, before;
     pthread_condattr_t monotonic;
@@ -116,8 +111,7 @@ static inline int mx_chunk_start(mx_chunk_pool *pool, size_t threads, void *(*ru
     return pool->count != 0 ? 0 : error;
 }
 
-static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
-{
+static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job) {
     pthread_mutex_lock(&pool->lock);
     mx_chunk_push(&pool->asked_for, job);
     __atomic_store_n(&pool->asked_count, pool->asked_for.count, __ATOMIC_RELAXED);
@@ -127,8 +121,7 @@ static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
 }
 
 /* Makes whoever waits in `mx_chunk_take` return. */
-static inline void mx_chunk_wake(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_wake(mx_chunk_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     pool->woken = true;
     pthread_cond_broadcast(&pool->ended);
@@ -137,8 +130,7 @@ static inline void mx_chunk_wake(mx_chunk_pool *pool)
 
 /* Waits until a chunk has ended, for so long at most (below 0: for ever); NULL when none is asked for, when woken, and
  * once it is stopped. */
-static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds)
-{
+static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds) {
     mx_chunk_job *job = NULL;
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -149,21 +141,22 @@ static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_n
     pthread_mutex_lock(&pool->lock);
     while (!pool->closing && (job = mx_chunk_pop(&pool->done)) == NULL && longest_nanoseconds != 0 &&
            pool->waiting != 0 && !pool->woken) {
-        if (longest_nanoseconds < 0)
+        if (longest_nanoseconds < 0) {
             pthread_cond_wait(&pool->ended, &pool->lock);
-        else if (pthread_cond_timedwait(&pool->ended, &pool->lock, &until) != 0)
+        } else if (pthread_cond_timedwait(&pool->ended, &pool->lock, &until) != 0) {
             longest_nanoseconds = 0;
+        }
     }
-    if (longest_nanoseconds != 0)
+    if (longest_nanoseconds != 0) {
         pool->woken = false;
+    }
     pool->waiting -= job != NULL;
     pthread_mutex_unlock(&pool->lock);
     return job;
 }
 
 /* First half of the end: nothing more is begun. */
-static inline void mx_chunk_stop(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_stop(mx_chunk_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     __atomic_store_n(&pool->closing, true, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&pool->asked);
@@ -172,20 +165,18 @@ static inline void mx_chunk_stop(mx_chunk_pool *pool)
 }
 
 /* Second half: waits for the threads; afterwards they write nowhere any more. What was not begun is dropped. */
-static inline void mx_chunk_join(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_join(mx_chunk_pool *pool) {
     mx_chunk_job *job;
-    while (pool->count != 0)
+    while (pool->count != 0) {
         pthread_join(pool->threads[--pool->count], NULL);
-    while ((job = mx_chunk_pop(&pool->asked_for)) != NULL || (job = mx_chunk_pop(&pool->done)) != NULL)
+    }
+    while ((job = mx_chunk_pop(&pool->asked_for)) != NULL || (job = mx_chunk_pop(&pool->done)) != NULL) {
         free(job);
+    }
     pool->waiting = 0;
 }
 
 /* Whether this process has the threads: a fork has neither them nor a lock in a known state, and leaks a copy. */
-static inline bool mx_chunk_owned(const mx_chunk_pool *pool)
-{
-    return pool->owner == getpid();
-}
+static inline bool mx_chunk_owned(const mx_chunk_pool *pool) { return pool->owner == getpid(); }
 
 #endif

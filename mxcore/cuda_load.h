@@ -2,8 +2,8 @@
  *
  * Each thread has a stream and some slots of its own. A slot is used again when the event behind its copies is reached.
  * Runs of 64 KiB and more are copied one by one; where a piece has several smaller ones, one kernel copies them all,
- * which reads the slot where it is: nothing is allocated on the device. Long runs of files that cuFile reads pass no slot
- * (cufile_read.h).
+ * which reads the slot where it is: nothing is allocated on the device. Long runs of files that cuFile reads pass no
+ * slot (cufile_read.h).
  */
 #ifndef MX_CUDA_LOAD_H
 #define MX_CUDA_LOAD_H
@@ -64,7 +64,8 @@ static inline char *mx_device_read(mx_work *work, const mx_piece *piece, char *s
         return slot + (piece->offset - begin);
     }
     for (int64_t done = 0; done < piece->length;) {
-        ssize_t got = pread(work->files[piece->file].fd, slot + done, (size_t)(piece->length - done), piece->offset + done);
+        ssize_t got =
+            pread(work->files[piece->file].fd, slot + done, (size_t)(piece->length - done), piece->offset + done);
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -97,7 +98,8 @@ static inline int mx_device_copy(mx_work *work, const mx_piece *piece, char *slo
             records[count++] = (mx_stitch_record){to, (uint64_t)(uintptr_t)from + on_device, (uint64_t)take};
         } else {
             mx_add(&load->copies, 1);
-            if (!mx_device_ok(work, "cuMemcpyHtoDAsync", (int)load->cuda->copy_to_device(to, from, (size_t)take, stream))) {
+            if (!mx_device_ok(work, "cuMemcpyHtoDAsync",
+                              (int)load->cuda->copy_to_device(to, from, (size_t)take, stream))) {
                 return 0;
             }
         }
@@ -108,8 +110,9 @@ static inline int mx_device_copy(mx_work *work, const mx_piece *piece, char *slo
         uint64_t list = (uint64_t)(uintptr_t)records + on_device;
         void *arguments[] = {&list};
         mx_add(&load->launches, 1);
-        return mx_device_ok(work, "cuLaunchKernel", (int)load->cuda->launch(load->stitch, count, 1, 1, MX_BLOCK_THREADS, 1, 1,
-                                                                            0, stream, arguments, NULL));
+        return mx_device_ok(
+            work, "cuLaunchKernel",
+            (int)load->cuda->launch(load->stitch, count, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, stream, arguments, NULL));
     }
     return 1;
 }
@@ -133,8 +136,8 @@ static inline int mx_device_piece(mx_work *work, mx_device_lane *lane, const mx_
     return 1;
 }
 
-/* A piece of which cuFile reads the long runs, and the lane what is between their whole blocks; 0 after a failure of the
- * lane. After one of cuFile's the job is left. */
+/* A piece of which cuFile reads the long runs, and the lane what is between their whole blocks; 0 after a failure of
+ * the lane. After one of cuFile's the job is left. */
 static inline int mx_device_straight(mx_work *work, mx_device_lane *lane, const mx_piece *piece, int64_t job) {
     mx_cufile_reads *reads = ((mx_device_load *)work->run_data)->reads;
     mx_piece rest = {.file = piece->file};
@@ -178,7 +181,8 @@ static inline int mx_device_after(mx_work *work, mx_stream stream) {
     if (load->after == NULL) {
         return 1;
     }
-    if (load->reads != NULL && !mx_device_ok(work, "cuEventSynchronize", (int)load->cuda->event_synchronize(load->after))) {
+    if (load->reads != NULL &&
+        !mx_device_ok(work, "cuEventSynchronize", (int)load->cuda->event_synchronize(load->after))) {
         return 0;
     }
     return mx_device_ok(work, "cuStreamWaitEvent", (int)load->cuda->stream_wait_event(stream, load->after, 0));

@@ -2,8 +2,8 @@
  *
  * The vendored xxhash.h compiles to SSE2 on x86_64, so that one build runs anywhere. Its AVX2 kernel, and one of ours
  * for AVX-512, are compiled beside it with their own target attributes and chosen once at run time. On data in cache an
- * AMD EPYC of 2024 hashes 35 GB/s with SSE2, 70 with AVX2, 85 with xxhash's AVX-512 kernel and 145 with ours; on data in
- * memory 29, 34, 36 and 37. On other processors (NEON, VSX) xxhash's own choice at compile time is right.
+ * AMD EPYC of 2024 hashes 35 GB/s with SSE2, 70 with AVX2, 85 with xxhash's AVX-512 kernel and 145 with ours; on data
+ * in memory 29, 34, 36 and 37. On other processors (NEON, VSX) xxhash's own choice at compile time is right.
  */
 #ifndef MX_DIGEST_DISPATCH_H
 #define MX_DIGEST_DISPATCH_H
@@ -36,8 +36,8 @@ enum { MX_BLOCK_BYTES = 1024, MX_BLOCK_STRIPES = 16, MX_PREFETCH_BYTES = 512 }; 
 /* Whole blocks. XXH3 adds each stripe to the accumulators in turn, and the next addition waits for it. Here a block is
  * summed apart, and added once; swapping the halves of the sum is swapping those of each. The accumulators stay in a
  * register from block to block. */
-static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(
-    xxh_u64 *accumulators, const xxh_u8 *data, size_t blocks, const xxh_u8 *secret) {
+static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(xxh_u64 *accumulators, const xxh_u8 *data, size_t blocks,
+                                                      const xxh_u8 *secret) {
     __m512i sum = _mm512_load_si512(accumulators);
     const __m512i last = _mm512_loadu_si512(secret + XXH_SECRET_CONSUME_RATE * MX_BLOCK_STRIPES);
     const __m512i prime = _mm512_set1_epi32((int)XXH_PRIME32_1);
@@ -64,7 +64,7 @@ static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(
     _mm512_store_si512(accumulators, sum);
 }
 
-/* Blocks that begin in `data` by `blocks`, the ends by xxhash's own update, which keeps up to 256 bytes in its buffer. */
+/* Blocks that begin in `data` by `blocks`, the ends by xxhash's own update, whose buffer has up to 256 bytes. */
 static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const void *data, size_t length) {
     const xxh_u8 *at = data;
     const unsigned char *secret = state->extSecret == NULL ? state->customSecret : state->extSecret;
@@ -73,10 +73,11 @@ static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const
         if (head != 0) {
             XXH3_update(state, at, head, XXH3_accumulate_avx512, XXH3_scrambleAcc_avx512);
         }
-        if (state->bufferedSize != 0) { /* the end of the block before, whole stripes, which is not the last: more follows */
+        if (state->bufferedSize != 0) {
+            /* the end of the block before, whole stripes, which is not the last: more follows */
             XXH3_consumeStripes(state->acc, &state->nbStripesSoFar, state->nbStripesPerBlock, state->buffer,
-                state->bufferedSize / XXH_STRIPE_LEN, secret, state->secretLimit, XXH3_accumulate_avx512,
-                XXH3_scrambleAcc_avx512);
+                                state->bufferedSize / XXH_STRIPE_LEN, secret, state->secretLimit,
+                                XXH3_accumulate_avx512, XXH3_scrambleAcc_avx512);
             state->bufferedSize = 0;
         }
         size_t blocks = (length - head) / MX_BLOCK_BYTES - 1; /* what is left then is more than the buffer takes */
@@ -113,7 +114,8 @@ __attribute__((unused)) static void mx_digest_update(XXH3_state_t *state, const 
 }
 
 /* The digest of `count` stretches of memory, one after the other. */
-static inline uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
+static inline uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count,
+                                          uint64_t seed) {
     XXH3_state_t state; /* its type carries the 64-byte alignment that it needs */
     XXH3_INITSTATE(&state);
     XXH3_64bits_reset_withSeed(&state, seed);

@@ -1,9 +1,9 @@
 /* What to read, as data: parts → jobs → pieces; and how a piece that was read gets to its destinations.
  *
- * A part is `count` runs of `bytes` each, `stride` bytes apart in a file and `to_stride` apart in memory: a whole tensor
- * is one run, a slice along an inner dimension many. A job is what one thread takes: a stretch of the list of parts,
- * with one digest if it has one. A piece is one read: runs that are near in one file, at most piece_bytes long, never
- * across a multiple of piece_bytes, so that all but the first and last are aligned.
+ * A part is `count` runs of `bytes` each, `stride` bytes apart in a file and `to_stride` apart in memory: a whole
+ * tensor is one run, a slice along an inner dimension many. A job is what one thread takes: a stretch of the list of
+ * parts, with one digest if it has one. A piece is one read: runs that are near in one file, at most piece_bytes long,
+ * never across a multiple of piece_bytes, so that all but the first and last are aligned.
  */
 #ifndef MX_READ_PARTS_H
 #define MX_READ_PARTS_H

@@ -21,8 +21,8 @@ static inline int mx_buffered_piece(mx_work *work, const mx_piece *piece, XXH3_s
         done += take;
     }
     for (done = 0; done < piece->length;) {
-        ssize_t got = preadv(work->files[piece->file].fd, places + first, (int)(piece->segments - first),
-                             piece->offset + done);
+        ssize_t got =
+            preadv(work->files[piece->file].fd, places + first, (int)(piece->segments - first), piece->offset + done);
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -124,7 +124,7 @@ static inline void mx_read_job(mx_work *work, const mx_job *job, int way, char *
 static inline clockid_t mx_trial_clock(const mx_work *work) {
     int copies = (1 << MX_BUFFERED) | (1 << MX_MAPPED);
     return work->other_way >= 0 && ((1 << work->way | 1 << work->other_way) & ~copies) == 0 ? CLOCK_THREAD_CPUTIME_ID
-                                                                                           : CLOCK_MONOTONIC;
+                                                                                            : CLOCK_MONOTONIC;
 }
 
 /* The way for the job at that place: both in turn at first, then the faster one. */
@@ -141,7 +141,8 @@ static inline int mx_way_at(mx_work *work, size_t place) {
 }
 
 static inline void mx_read_ahead(mx_work *work, size_t place) {
-    for (size_t ahead = place ? place + (size_t)work->read_ahead : 0; ahead <= place + (size_t)work->read_ahead; ahead++) {
+    for (size_t ahead = place ? place + (size_t)work->read_ahead : 0; ahead <= place + (size_t)work->read_ahead;
+         ahead++) {
         if (ahead < work->count) {
             const mx_job *job = work->jobs + work->order[ahead];
             mx_piece piece = mx_next_piece(work->parts, job->from, job->payload, &work->limits);

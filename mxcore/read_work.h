@@ -40,9 +40,9 @@ typedef struct mx_work {
     int stopped;
     int64_t done_bytes, read_bytes;
     int64_t probe_ns[2], probe_bytes[2];
-    size_t fell_back;    /* reads that O_DIRECT refused */
-    int register_error;  /* why io_uring could not pin the slots; 0: it could */
-    int failed_setup;    /* io_uring_setup's errno */
+    size_t fell_back;   /* reads that O_DIRECT refused */
+    int register_error; /* why io_uring could not pin the slots; 0: it could */
+    int failed_setup;   /* io_uring_setup's errno */
     /* written by who sets `stopped` first */
     int error; /* errno; 0: the file ended; -1: memory behind a mapping went */
     int64_t failed_file, failed_offset, failed_bytes, failed_got;
@@ -123,9 +123,10 @@ static inline mx_span mx_span_of(const mx_work *work, const mx_piece *piece) {
     return (mx_span){0, piece->offset & ~mask, (end + mask) & ~mask};
 }
 
-/* Reads [begin, end) past the page cache, at least `need` bytes of it, from where `got` says. The bytes there, or -1. */
-static inline int64_t mx_direct_read(mx_work *work, const mx_piece *piece, char *to, int64_t begin, int64_t end, int64_t need,
-                              int64_t got) {
+/* Reads [begin, end) past the page cache, at least `need` bytes of it, from where `got` says. The bytes there, or -1.
+ */
+static inline int64_t mx_direct_read(mx_work *work, const mx_piece *piece, char *to, int64_t begin, int64_t end,
+                                     int64_t need, int64_t got) {
     const mx_file *file = work->files + piece->file;
     int fd = file->direct_fd >= 0 ? file->direct_fd : file->fd;
     while (got < need) {

@@ -11,7 +11,7 @@ typedef struct {
     mx_chunk_pool jobs;
     int hashed;
     uint64_t received; /* bytes; atomic */
-    size_t next; /* connection that no thread has yet; atomic */
+    size_t next;       /* connection that no thread has yet; atomic */
     int fds[MX_CHUNK_MOST_THREADS];
 } mx_socket_pool;
 
@@ -23,17 +23,16 @@ typedef struct {
     int error; /* that ended the connection */
 } mx_socket_reader;
 
-static inline size_t mx_socket_job_bytes(const mx_chunk_job *job)
-{
+static inline size_t mx_socket_job_bytes(const mx_chunk_job *job) {
     size_t bytes = 0;
-    for (size_t i = 0; i < job->count; i++)
+    for (size_t i = 0; i < job->count; i++) {
         bytes += (size_t)job->stretches[job->count + i];
+    }
     return bytes;
 }
 
 /* Requests what there is room for; with the lock. The second one only where no other thread could begin it at once. */
-static inline void mx_socket_request_more(mx_socket_reader *reader)
-{
+static inline void mx_socket_request_more(mx_socket_reader *reader) {
     mx_chunk_pool *jobs = &reader->pool->jobs;
     mx_chunk_job *job;
     while (!jobs->closing && reader->error == 0 && reader->requested.count < MX_SOCKET_REQUESTS &&
@@ -46,8 +45,7 @@ static inline void mx_socket_request_more(mx_socket_reader *reader)
 }
 
 /* Takes the bytes of a requested chunk, each piece hashed while the cache has it. Returns 0 or errno. */
-static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job)
-{
+static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job) {
     struct iovec vectors[MX_SOCKET_VECTORS];
     mx_chunk_pool *jobs = &reader->pool->jobs;
     mx_socket_walk walk = {job->stretches, job->stretches + job->count, job->count, 0, 0};
@@ -58,8 +56,9 @@ static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job)
     XXH3_64bits_reset(&state);
     while (error == 0 && (count = mx_socket_piece(&walk, vectors, &bytes)) != 0) {
         ssize_t got = mx_socket_take(&reader->end, vectors, count);
-        if (got < 0)
+        if (got < 0) {
             return (int)-got;
+        }
         __atomic_fetch_add(&reader->pool->received, (uint64_t)got, __ATOMIC_RELAXED);
         mx_socket_advance(&walk, (size_t)got);
         for (size_t i = 0, left = (size_t)got; reader->pool->hashed && left != 0; i++) {
@@ -77,8 +76,7 @@ static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job)
     return error;
 }
 
-static void *mx_socket_read(void *data)
-{
+static void *mx_socket_read(void *data) {
     mx_socket_reader reader = {.pool = data};
     mx_chunk_pool *jobs = &reader.pool->jobs;
     int fd = reader.pool->fds[__atomic_fetch_add(&reader.pool->next, 1, __ATOMIC_RELAXED)];
@@ -87,46 +85,51 @@ static void *mx_socket_read(void *data)
     pthread_mutex_lock(&jobs->lock);
     while (!jobs->closing) {
         mx_socket_request_more(&reader);
-        if (reader.error != 0 && reader.requested.count == 0)
-            if ((reader.requested.first = reader.requested.last = mx_chunk_next(jobs)) != NULL)
+        if (reader.error != 0 && reader.requested.count == 0) {
+            if ((reader.requested.first = reader.requested.last = mx_chunk_next(jobs)) != NULL) {
                 reader.requested.count = 1; /* it fails with this connection: its user is to know */
+            }
+        }
         if (reader.requested.count == 0) {
             mx_chunk_wait(jobs);
             continue;
         }
         pthread_mutex_unlock(&jobs->lock);
         int error = reader.error;
-        if (error == 0 && (error = mx_socket_receive(&reader, reader.requested.first)) != 0)
+        if (error == 0 && (error = mx_socket_receive(&reader, reader.requested.first)) != 0) {
             reader.error = error; /* requesting the next one meanwhile may have failed as well: this one is there */
+        }
         pthread_mutex_lock(&jobs->lock);
         mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), error);
     }
-    while (reader.requested.count != 0) /* closed meanwhile: nobody takes them */
+    while (reader.requested.count != 0) { /* closed meanwhile: nobody takes them */
         mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), ECANCELED);
+    }
     pthread_mutex_unlock(&jobs->lock);
     return NULL;
 }
 
 /* Starts a thread for each of `count` connections (1 to 64), which stay the caller's to close, after the pool.
  * Returns 0, or errno when not even one could be started; connections beyond those that were are not used. */
-static inline int mx_socket_pool_open(mx_socket_pool *pool, const int *fds, size_t count, int hashed)
-{
+static inline int mx_socket_pool_open(mx_socket_pool *pool, const int *fds, size_t count, int hashed) {
     pool->hashed = hashed;
     pool->received = pool->next = 0;
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
         pool->fds[i] = fds[i];
+    }
     return mx_chunk_start(&pool->jobs, count, mx_socket_read, pool);
 }
 
 /* Shuts the connections down and waits for the threads: afterwards nothing is written here any more. */
-static inline void mx_socket_pool_close(mx_socket_pool *pool)
-{
+static inline void mx_socket_pool_close(mx_socket_pool *pool) {
     size_t count = pool->jobs.count;
-    if (!mx_chunk_owned(&pool->jobs))
+    if (!mx_chunk_owned(&pool->jobs)) {
         return;
+    }
     mx_chunk_stop(&pool->jobs);
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
         shutdown(pool->fds[i], SHUT_RDWR);
+    }
     mx_chunk_join(&pool->jobs);
 }
 
