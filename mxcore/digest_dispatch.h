@@ -23,8 +23,12 @@
 #define XXH_INLINE_ALL
 #include "xxhash.h"
 
+#include "native/xxh3.h"
+
 #include <stddef.h>
 #include <stdint.h>
+
+_Static_assert(sizeof(mx_xxh3) >= sizeof(XXH3_state_t) && _Alignof(mx_xxh3) >= _Alignof(XXH3_state_t), "");
 
 #ifdef MX_DIGEST_X86
 static XXH_TARGET_AVX2 XXH_errorcode mx_digest_update_avx2(XXH3_state_t *state, const void *data, size_t length) {
@@ -94,12 +98,13 @@ static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const
 static int mx_digest_width = MX_PLAIN;
 
 /* Called at the module's import, and by tests to reach all kernels: allows vectors up to `widest`, returns the used. */
-__attribute__((unused)) static int mx_digest_choose(int widest) {
+static int mx_digest_choose(int widest) {
     mx_digest_width = mx_vector_width(widest);
     return mx_digest_width;
 }
 
-__attribute__((unused)) static void mx_digest_update(XXH3_state_t *state, const void *data, size_t length) {
+static void mx_digest_update(mx_xxh3 *digest, const void *data, size_t length) {
+    XXH3_state_t *state = (XXH3_state_t *)digest;
 #ifdef MX_DIGEST_X86
     if (mx_digest_width == MX_AVX512) {
         mx_digest_update_avx512(state, data, length);
@@ -113,18 +118,28 @@ __attribute__((unused)) static void mx_digest_update(XXH3_state_t *state, const 
     XXH3_64bits_update(state, data, length);
 }
 
+static void mx_digest_begin_seeded(mx_xxh3 *state, uint64_t seed) {
+    XXH3_INITSTATE((XXH3_state_t *)state);
+    XXH3_64bits_reset_withSeed((XXH3_state_t *)state, seed);
+}
+
+static void mx_digest_begin(mx_xxh3 *state) { mx_digest_begin_seeded(state, 0); }
+
+static uint64_t mx_digest_end(const mx_xxh3 *state) { return XXH3_64bits_digest((const XXH3_state_t *)state); }
+
 /* The digest of `count` stretches of memory, one after the other. */
-static inline uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count,
-                                          uint64_t seed) {
-    XXH3_state_t state; /* its type carries the 64-byte alignment that it needs */
-    XXH3_INITSTATE(&state);
-    XXH3_64bits_reset_withSeed(&state, seed);
+static uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
+    mx_xxh3 state;
+    mx_digest_begin_seeded(&state, seed);
     for (size_t index = 0; index < count; index++) {
         if (lengths[index] != 0) {
             mx_digest_update(&state, (const void *)(uintptr_t)addresses[index], (size_t)lengths[index]);
         }
     }
-    return XXH3_64bits_digest(&state);
+    return mx_digest_end(&state);
 }
+
+/* For other extensions. */
+static const mx_xxh3_functions mx_digest_functions = {mx_digest_begin, mx_digest_update, mx_digest_end};
 
 #endif

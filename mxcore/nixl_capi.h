@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "mailbox.h"
+#include "native/clock.h"
 
 enum { MX_NIXL_SUCCESS = 0, MX_NIXL_IN_PROGRESS = 1 };
 
@@ -210,12 +211,6 @@ static inline void mx_nixl_pause(int64_t quiet_nanoseconds) {
     nanosleep(&pause, NULL);
 }
 
-static inline int64_t mx_nixl_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
 /* Drives an agent without a progress thread until `stopped`: asking for notifications makes all the progress there is.
  * Looking 10,000 times a second costs less than being woken for each of the 20,000 stretches that
  * TCP brings meanwhile, on both sides: a sender has nobody to wake. The kernel's buffers hold what comes in a pause.
@@ -226,15 +221,15 @@ static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agen
     if (table->create_notif_map(&map) != MX_NIXL_SUCCESS) {
         return;
     }
-    int64_t busy = mx_nixl_now();
+    int64_t busy = mx_now_ns();
     while (!__atomic_load_n(stopped, __ATOMIC_ACQUIRE)) {
-        int64_t began = mx_nixl_now(), ended;
+        int64_t began = mx_now_ns(), ended;
         table->get_notifs(agent, map, options); /* a lost peer is told by its transfers */
         if (table->notifies) {
             mx_nixl_take_numbers(table, map, box);
         }
         table->notif_map_clear(map);
-        ended = mx_nixl_now();
+        ended = mx_now_ns();
         if (ended - began > MX_NIXL_BUSY_NANOSECONDS) {
             busy = ended;
         }
@@ -246,14 +241,14 @@ static inline void mx_nixl_progress_until(const mx_nixl_table *table, void *agen
 /* Asks after requests until one of them has ended or `longest_nanoseconds` are over; leaves what each answered. */
 static inline void mx_nixl_wait_any(const mx_nixl_table *table, void *agent, void *const *requests, ptrdiff_t count,
                                     int *statuses, int64_t longest_nanoseconds) {
-    int64_t began = mx_nixl_now();
+    int64_t began = mx_now_ns();
     for (;;) {
         bool ended = false;
         for (ptrdiff_t i = 0; i < count; i++) {
             statuses[i] = table->get_xfer_status(agent, requests[i]);
             ended |= statuses[i] != MX_NIXL_IN_PROGRESS;
         }
-        int64_t waited = mx_nixl_now() - began;
+        int64_t waited = mx_now_ns() - began;
         if (ended || waited >= longest_nanoseconds) {
             return;
         }

@@ -79,6 +79,22 @@ static inline void mx_cursor_advance(const mx_part *parts, mx_cursor *at, int64_
     }
 }
 
+/* Bytes that lie together in the file, and in memory. */
+typedef struct {
+    int64_t offset;
+    char *to;
+    int64_t bytes;
+} mx_run;
+
+/* The bytes at the cursor up to the end of their run, at most the `left` ones of a piece; moves on behind them. */
+static inline mx_run mx_next_run(const mx_part *parts, mx_cursor *at, int64_t *left) {
+    mx_run run = {mx_cursor_offset(parts, at), mx_cursor_address(parts, at),
+                  mx_least(*left, parts[at->part].bytes - at->skip)};
+    mx_cursor_advance(parts, at, run.bytes);
+    *left -= run.bytes;
+    return run;
+}
+
 /* The next piece of a job of which `payload` bytes are left (1 or more); all parts have bytes. */
 static inline mx_piece mx_next_piece(const mx_part *parts, mx_cursor from, int64_t payload, const mx_limits *limits) {
     mx_piece piece = {.from = from, .file = parts[from.part].file, .offset = mx_cursor_offset(parts, &from)};

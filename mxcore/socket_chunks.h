@@ -23,7 +23,7 @@
 #include <sys/time.h>
 #include <sys/uio.h>
 
-#include "digest_dispatch.h"
+#include "native/stretches.h"
 
 enum {
     MX_SOCKET_PIECE_BYTES = 256 * 1024,
@@ -33,41 +33,6 @@ enum {
     MX_SOCKET_LOOK_MICROSECONDS = 200 * 1000 /* what has come so far is taken this often, if it is less than a piece */
 };
 enum { MX_SOCKET_BYTES_FOLLOW = 0, MX_SOCKET_NOT_HERE = 1 };
-
-/* Where a walk through stretches of memory stands: `done` bytes of stretch `index`. */
-typedef struct {
-    const uint64_t *addresses, *lengths;
-    size_t count, index, done;
-} mx_socket_walk;
-
-/* The next piece as vectors, without moving on; returns their number and their bytes. */
-static inline size_t mx_socket_piece(const mx_socket_walk *walk, struct iovec *vectors, size_t *bytes) {
-    size_t found = 0, index = walk->index, done = walk->done;
-    *bytes = 0;
-    for (; index < walk->count && found < MX_SOCKET_VECTORS && *bytes < MX_SOCKET_PIECE_BYTES; index++, done = 0) {
-        size_t left = (size_t)walk->lengths[index] - done, room = MX_SOCKET_PIECE_BYTES - *bytes;
-        if (left == 0) {
-            continue;
-        }
-        vectors[found].iov_base = (void *)(uintptr_t)(walk->addresses[index] + done);
-        vectors[found].iov_len = left < room ? left : room;
-        *bytes += vectors[found++].iov_len;
-    }
-    return found;
-}
-
-static inline void mx_socket_advance(mx_socket_walk *walk, size_t bytes) {
-    while (bytes != 0 || (walk->index < walk->count && walk->done == walk->lengths[walk->index])) {
-        size_t left = (size_t)walk->lengths[walk->index] - walk->done;
-        if (bytes < left) {
-            walk->done += bytes;
-            return;
-        }
-        bytes -= left;
-        walk->index++;
-        walk->done = 0;
-    }
-}
 
 static inline void mx_socket_put32(unsigned char *place, uint32_t value) {
     for (int i = 0; i < 4; i++) {
@@ -81,25 +46,21 @@ static inline uint32_t mx_socket_get32(const unsigned char *place) {
 
 /* Sends all of the vectors, which it changes. Returns 0 or errno. */
 static inline int mx_socket_send(int fd, struct iovec *vectors, size_t count) {
-    struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
-    while (message.msg_iovlen != 0) {
+    while (count != 0) {
+        const struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
         ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR) {
-            continue;
-        }
-        if (sent < 0) {
+        if (sent >= 0) {
+            mx_vectors_advance(&vectors, &count, (size_t)sent);
+        } else if (errno != EINTR) {
             return errno;
-        }
-        for (; message.msg_iovlen != 0 && (size_t)sent >= message.msg_iov->iov_len; message.msg_iov++) {
-            sent -= (ssize_t)message.msg_iov->iov_len;
-            message.msg_iovlen--;
-        }
-        if (message.msg_iovlen != 0) {
-            message.msg_iov->iov_base = (char *)message.msg_iov->iov_base + sent;
-            message.msg_iov->iov_len -= (size_t)sent;
         }
     }
     return 0;
+}
+
+/* The next piece of a chunk as vectors; see mx_stretches_piece. */
+static inline size_t mx_socket_piece(const mx_stretches *walk, struct iovec *vectors, size_t *bytes) {
+    return mx_stretches_piece(walk, vectors, MX_SOCKET_VECTORS, MX_SOCKET_PIECE_BYTES, bytes);
 }
 
 /* What a holder has: chunk i is the stretches `starts[i]` up to `starts[i + 1]`; `have` has a bit a chunk. */
@@ -118,7 +79,7 @@ static inline int mx_socket_answer(const mx_socket_table *table, int fd, uint32_
     unsigned char head[MX_SOCKET_ANSWER_BYTES];
     bool here = mx_socket_has(table, chunk);
     uint64_t first = here ? table->starts[chunk] : 0, last = here ? table->starts[chunk + 1] : 0;
-    mx_socket_walk walk = {table->addresses + first, table->lengths + first, (size_t)(last - first), 0, 0};
+    mx_stretches walk = {table->addresses + first, table->lengths + first, (size_t)(last - first), 0, 0};
     size_t count, bytes;
     int error;
     mx_socket_put32(head, chunk);
@@ -131,7 +92,7 @@ static inline int mx_socket_answer(const mx_socket_table *table, int fd, uint32_
     }
     while (bytes != 0) {
         __atomic_fetch_add(sent, bytes, __ATOMIC_RELAXED);
-        mx_socket_advance(&walk, bytes);
+        mx_stretches_advance(&walk, bytes);
         count = mx_socket_piece(&walk, vectors, &bytes);
         if ((error = mx_socket_send(fd, vectors, count)) != 0) {
             return error;

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from mxcore.file_set import live_file_descriptors
 from mxcore.host_buffer import live_host_buffers, live_host_bytes
-from mxcore.range_reader import live_file_descriptors
 
 settings.register_profile("no-deadline", deadline=None)  # this machine is shared: time says nothing
 settings.load_profile("no-deadline")
