@@ -5,6 +5,7 @@ free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers), and keeps the
 """
 
 import os
+import re
 import shlex
 import sysconfig
 from pathlib import Path
@@ -16,6 +17,19 @@ ROOT = Path(__file__).parent
 LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
 MORE_FLAGS = shlex.split(os.environ.get("MX_CFLAGS", ""))
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", *MORE_FLAGS]  # Python's own flags begin with -g
+INCLUDED = re.compile(r'^\s*(?:#include|cdef extern from) "([\w/]+\.h)"|^from (mxcore[\w.]*) cimport', re.MULTILINE)
+
+
+def included(source: Path, found: set[str] | None = None) -> set[str]:
+    """The headers and .pxd files that a source includes, those that these include, and so on."""
+    found = set() if found is None else found
+    for header, module in INCLUDED.findall(source.read_text()):
+        name = header or module.replace(".", "/") + ".pxd"
+        for path in (source.parent / name, ROOT / "mxcore" / name, ROOT / "third_party/xxhash" / name, ROOT / name):
+            if path.is_file() and str(path.relative_to(ROOT)) not in found:
+                found.add(str(path.relative_to(ROOT)))
+                included(path, found)
+    return found
 
 
 def extension(source: Path) -> Extension:
@@ -24,6 +38,7 @@ def extension(source: Path) -> Extension:
         ".".join(relative.with_suffix("").parts),
         [str(relative)],
         include_dirs=["third_party/xxhash", "mxcore"],
+        depends=sorted(included(source)),
         extra_compile_args=FLAGS,
         extra_link_args=MORE_FLAGS or ["-s"],
         libraries=["dl", "pthread"],

@@ -1,4 +1,3 @@
-# distutils: depends = mxcore/read_parts.h mxcore/read_scatter.h mxcore/read_work.h mxcore/read_ways.h mxcore/uring_way.h mxcore/bus_guard.h mxcore/stream_copy.h mxcore/native/clock.h mxcore/native/stretches.h mxcore/native/threads.h mxcore/native/xxh3.h mxcore/cuda_load.h mxcore/cuda_kernels.h mxcore/cufile_read.h mxcore/cufile_library.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
