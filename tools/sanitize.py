@@ -49,8 +49,10 @@ def build() -> None:
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, copy)
-    for header in (ROOT / "mxcore").glob("*.h"):  # for the stand-in driver, which the tests compile
-        shutil.copy2(header, TREE / "mxcore" / header.name)
+    for header in (ROOT / "mxcore").rglob("*.h"):  # for the stand-in driver, which the tests compile
+        copy = TREE / header.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(header, copy)
 
 
 def library(name: str) -> str:
