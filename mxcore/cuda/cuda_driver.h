@@ -75,61 +75,59 @@ enum {
 };
 
 /* F(member, exported name, arguments) */
-#define MX_CUDA_FUNCTIONS(F)                                                                                         \
-    F(init, cuInit, (unsigned int flags))                                                                            \
-    F(driver_version, cuDriverGetVersion, (int *version))                                                            \
-    F(error_name, cuGetErrorName, (mx_result error, const char **name))                                              \
-    F(error_string, cuGetErrorString, (mx_result error, const char **text))                                          \
-    F(device_count, cuDeviceGetCount, (int *count))                                                                  \
-    F(device_get, cuDeviceGet, (int *device, int ordinal))                                                           \
-    F(device_name, cuDeviceGetName, (char *name, int length, int device))                                            \
-    F(device_total, cuDeviceTotalMem_v2, (size_t *bytes, int device))                                                \
-    F(device_attribute, cuDeviceGetAttribute, (int *value, mx_device_attribute attribute, int device))               \
-    F(device_pci, cuDeviceGetPCIBusId, (char *id, int length, int device))                                           \
-    F(primary_retain, cuDevicePrimaryCtxRetain, (mx_context *context, int device))                                   \
-    F(primary_release, cuDevicePrimaryCtxRelease_v2, (int device))                                                   \
-    F(primary_state, cuDevicePrimaryCtxGetState, (int device, unsigned int *flags, int *active))                     \
-    F(context_push, cuCtxPushCurrent_v2, (mx_context context))                                                       \
-    F(context_pop, cuCtxPopCurrent_v2, (mx_context *context))                                                        \
-    F(context_current, cuCtxGetCurrent, (mx_context *context))                                                       \
-    F(context_synchronize, cuCtxSynchronize, (void))                                                                 \
-    F(stream_create, cuStreamCreate, (mx_stream *stream, unsigned int flags))                                        \
-    F(stream_destroy, cuStreamDestroy_v2, (mx_stream stream))                                                        \
-    F(stream_synchronize, cuStreamSynchronize, (mx_stream stream))                                                   \
-    F(stream_query, cuStreamQuery, (mx_stream stream))                                                               \
-    F(stream_wait_event, cuStreamWaitEvent, (mx_stream stream, mx_event event, unsigned int flags))                  \
-    F(event_create, cuEventCreate, (mx_event *event, unsigned int flags))                                            \
-    F(event_destroy, cuEventDestroy_v2, (mx_event event))                                                            \
-    F(event_record, cuEventRecord, (mx_event event, mx_stream stream))                                               \
-    F(event_query, cuEventQuery, (mx_event event))                                                                   \
-    F(event_synchronize, cuEventSynchronize, (mx_event event))                                                       \
-    F(event_elapsed, cuEventElapsedTime, (float *milliseconds, mx_event start, mx_event end))                        \
-    F(memory_info, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total_bytes))                                       \
-    F(memory_alloc, cuMemAlloc_v2, (mx_device_address *address, size_t bytes))                                       \
-    F(memory_free, cuMemFree_v2, (mx_device_address address))                                                        \
-    F(pointer_attribute, cuPointerGetAttribute,                                                                      \
-      (void *data, mx_pointer_attribute attribute, mx_device_address address))                                       \
-    F(ipc_handle, cuIpcGetMemHandle, (mx_ipc_handle *handle, mx_device_address address))                             \
-    F(ipc_open, cuIpcOpenMemHandle_v2, (mx_device_address *address, mx_ipc_handle handle, unsigned int flags))       \
-    F(ipc_close, cuIpcCloseMemHandle, (mx_device_address address))                                                   \
-    F(host_alloc, cuMemHostAlloc, (void **address, size_t bytes, unsigned int flags))                                \
-    F(host_free, cuMemFreeHost, (void *address))                                                                     \
-    F(host_register, cuMemHostRegister_v2, (void *address, size_t bytes, unsigned int flags))                        \
-    F(host_unregister, cuMemHostUnregister, (void *address))                                                         \
-    F(host_device_address, cuMemHostGetDevicePointer_v2,                                                             \
-      (mx_device_address *device, void *host, unsigned int flags))                                                   \
-    F(copy_to_device, cuMemcpyHtoDAsync_v2,                                                                          \
-      (mx_device_address to, const void *from, size_t bytes, mx_stream stream))                                      \
-    F(copy_to_host, cuMemcpyDtoHAsync_v2, (void *to, mx_device_address from, size_t bytes, mx_stream stream))        \
-    F(copy_on_device, cuMemcpyDtoDAsync_v2,                                                                          \
-      (mx_device_address to, mx_device_address from, size_t bytes, mx_stream stream))                                \
-    F(module_load, cuModuleLoadDataEx,                                                                               \
-      (mx_module *module, const void *image, unsigned int options, mx_jit_option *names, void **values))             \
-    F(module_unload, cuModuleUnload, (mx_module module))                                                             \
-    F(module_function, cuModuleGetFunction, (mx_function *function, mx_module module, const char *name))             \
-    F(launch, cuLaunchKernel,                                                                                        \
-      (mx_function function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,    \
-       unsigned int block_y, unsigned int block_z, unsigned int shared_bytes, mx_stream stream, void **arguments,    \
+#define MX_CUDA_FUNCTIONS(F)                                                                                           \
+    F(init, cuInit, (unsigned int flags))                                                                              \
+    F(driver_version, cuDriverGetVersion, (int *version))                                                              \
+    F(error_name, cuGetErrorName, (mx_result error, const char **name))                                                \
+    F(error_string, cuGetErrorString, (mx_result error, const char **text))                                            \
+    F(device_count, cuDeviceGetCount, (int *count))                                                                    \
+    F(device_get, cuDeviceGet, (int *device, int ordinal))                                                             \
+    F(device_name, cuDeviceGetName, (char *name, int length, int device))                                              \
+    F(device_total, cuDeviceTotalMem_v2, (size_t *bytes, int device))                                                  \
+    F(device_attribute, cuDeviceGetAttribute, (int *value, mx_device_attribute attribute, int device))                 \
+    F(device_pci, cuDeviceGetPCIBusId, (char *id, int length, int device))                                             \
+    F(primary_retain, cuDevicePrimaryCtxRetain, (mx_context * context, int device))                                    \
+    F(primary_release, cuDevicePrimaryCtxRelease_v2, (int device))                                                     \
+    F(primary_state, cuDevicePrimaryCtxGetState, (int device, unsigned int *flags, int *active))                       \
+    F(context_push, cuCtxPushCurrent_v2, (mx_context context))                                                         \
+    F(context_pop, cuCtxPopCurrent_v2, (mx_context * context))                                                         \
+    F(context_current, cuCtxGetCurrent, (mx_context * context))                                                        \
+    F(context_synchronize, cuCtxSynchronize, (void))                                                                   \
+    F(stream_create, cuStreamCreate, (mx_stream * stream, unsigned int flags))                                         \
+    F(stream_destroy, cuStreamDestroy_v2, (mx_stream stream))                                                          \
+    F(stream_synchronize, cuStreamSynchronize, (mx_stream stream))                                                     \
+    F(stream_query, cuStreamQuery, (mx_stream stream))                                                                 \
+    F(stream_wait_event, cuStreamWaitEvent, (mx_stream stream, mx_event event, unsigned int flags))                    \
+    F(event_create, cuEventCreate, (mx_event * event, unsigned int flags))                                             \
+    F(event_destroy, cuEventDestroy_v2, (mx_event event))                                                              \
+    F(event_record, cuEventRecord, (mx_event event, mx_stream stream))                                                 \
+    F(event_query, cuEventQuery, (mx_event event))                                                                     \
+    F(event_synchronize, cuEventSynchronize, (mx_event event))                                                         \
+    F(event_elapsed, cuEventElapsedTime, (float *milliseconds, mx_event start, mx_event end))                          \
+    F(memory_info, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total_bytes))                                         \
+    F(memory_alloc, cuMemAlloc_v2, (mx_device_address * address, size_t bytes))                                        \
+    F(memory_free, cuMemFree_v2, (mx_device_address address))                                                          \
+    F(pointer_attribute, cuPointerGetAttribute,                                                                        \
+      (void *data, mx_pointer_attribute attribute, mx_device_address address))                                         \
+    F(ipc_handle, cuIpcGetMemHandle, (mx_ipc_handle * handle, mx_device_address address))                              \
+    F(ipc_open, cuIpcOpenMemHandle_v2, (mx_device_address * address, mx_ipc_handle handle, unsigned int flags))        \
+    F(ipc_close, cuIpcCloseMemHandle, (mx_device_address address))                                                     \
+    F(host_alloc, cuMemHostAlloc, (void **address, size_t bytes, unsigned int flags))                                  \
+    F(host_free, cuMemFreeHost, (void *address))                                                                       \
+    F(host_register, cuMemHostRegister_v2, (void *address, size_t bytes, unsigned int flags))                          \
+    F(host_unregister, cuMemHostUnregister, (void *address))                                                           \
+    F(host_device_address, cuMemHostGetDevicePointer_v2, (mx_device_address * device, void *host, unsigned int flags)) \
+    F(copy_to_device, cuMemcpyHtoDAsync_v2, (mx_device_address to, const void *from, size_t bytes, mx_stream stream))  \
+    F(copy_to_host, cuMemcpyDtoHAsync_v2, (void *to, mx_device_address from, size_t bytes, mx_stream stream))          \
+    F(copy_on_device, cuMemcpyDtoDAsync_v2,                                                                            \
+      (mx_device_address to, mx_device_address from, size_t bytes, mx_stream stream))                                  \
+    F(module_load, cuModuleLoadDataEx,                                                                                 \
+      (mx_module * module, const void *image, unsigned int options, mx_jit_option *names, void **values))              \
+    F(module_unload, cuModuleUnload, (mx_module module))                                                               \
+    F(module_function, cuModuleGetFunction, (mx_function * function, mx_module module, const char *name))              \
+    F(launch, cuLaunchKernel,                                                                                          \
+      (mx_function function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x,      \
+       unsigned int block_y, unsigned int block_z, unsigned int shared_bytes, mx_stream stream, void **arguments,      \
        void **extra))
 
 typedef struct {
@@ -143,7 +141,8 @@ typedef struct {
 
 /* Opens the library at `path`; with `stand_in` only the tests' stand-in, without it never that. `what` names it in the
  * reason why not, with which NULL is returned. It stays loaded: a driver does not survive dlclose. */
-static inline void *mx_library_open(const char *path, int stand_in, const char *what, char *reason, size_t reason_bytes) {
+static inline void *mx_library_open(const char *path, int stand_in, const char *what, char *reason,
+                                    size_t reason_bytes) {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (library == NULL) {
         const char *error = dlerror();
@@ -163,17 +162,18 @@ static inline void *mx_library_open(const char *path, int stand_in, const char *
 }
 
 /* Fills `table` by mx_library_open. Returns 0, or -1 with the reason in `reason`. */
-static inline int mx_cuda_open(const char *path, int stand_in, mx_cuda_table *table, char *reason, size_t reason_bytes) {
+static inline int mx_cuda_open(const char *path, int stand_in, mx_cuda_table *table, char *reason,
+                               size_t reason_bytes) {
     mx_cuda_table found;
     void *library = mx_library_open(path, stand_in, "a driver", reason, reason_bytes);
     if (library == NULL) {
         return -1;
     }
-#define MX_CUDA_RESOLVE(member, symbol, arguments)                                                        \
-    *(void **)&found.member = dlsym(library, #symbol);                                                    \
-    if (found.member == NULL) {                                                                           \
-        snprintf(reason, reason_bytes, "%s has no function %s: the driver is too old", path, #symbol);    \
-        return -1;                                                                                        \
+#define MX_CUDA_RESOLVE(member, symbol, arguments)                                                     \
+    *(void **)&found.member = dlsym(library, #symbol);                                                 \
+    if (found.member == NULL) {                                                                        \
+        snprintf(reason, reason_bytes, "%s has no function %s: the driver is too old", path, #symbol); \
+        return -1;                                                                                     \
     }
     MX_CUDA_FUNCTIONS(MX_CUDA_RESOLVE)
 #undef MX_CUDA_RESOLVE

@@ -37,7 +37,8 @@ MX_ON_BOTH uint64_t mx_tile_lane(const mx_tile *tile, uint32_t lane, uint32_t la
     uint64_t words = tile->words, first = tile->first;
     uint32_t skew = (uint32_t)(tile->address & 7);
     const uint64_t *source = (const uint64_t *)(uintptr_t)(tile->address - skew);
-    if (skew != 0) { /* aligned loads, of which two make a word; the ends of the outermost are in the same 8 bytes as ours */
+    if (skew != 0) {
+        /* aligned loads, of which two make a word; the ends of the outermost are in the same 8 bytes as ours */
         for (uint64_t at = lane; at < words; at += lanes) {
             uint64_t word = (source[at] >> (8 * skew)) | (source[at + 1] << (64 - 8 * skew));
             sum += mx_mixed(word, first + at);

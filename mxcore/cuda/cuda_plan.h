@@ -36,12 +36,13 @@ static int mx_plan_run(mx_plan *plan, const char **call) {
     int status = MX_CUDA_SUCCESS;
     *call = "cuLaunchKernel";
     if (plan->tiles > 0) {
-        status = (int)cuda->launch(plan->sum_tiles, plan->tiles, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, plan->stream, of_tiles,
-                                   NULL);
+        status = (int)cuda->launch(plan->sum_tiles, plan->tiles, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, plan->stream,
+                                   of_tiles, NULL);
     }
     if (status == MX_CUDA_SUCCESS && plan->seams > 0) {
         unsigned blocks = (plan->seams + MX_BLOCK_THREADS - 1) / MX_BLOCK_THREADS;
-        status = (int)cuda->launch(plan->sum_seams, blocks, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, plan->stream, of_seams, NULL);
+        status =
+            (int)cuda->launch(plan->sum_seams, blocks, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, plan->stream, of_seams, NULL);
     }
     *call = status == MX_CUDA_SUCCESS ? "cuStreamSynchronize" : *call;
     int waited = (int)cuda->stream_synchronize(plan->stream); /* also after a failure: a kernel may be under way */

@@ -11,12 +11,15 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t, uintptr_t
 
+from mxcore.digest.digest cimport mx_xxh3_functions
+
 import array
 import sys
 
 cdef extern from "digest/digest_dispatch.h" nogil:
     int mx_digest_choose(int widest)
     uint64_t mx_digest_segments(const uint64_t* addresses, const uint64_t* lengths, size_t count, uint64_t seed)
+    const mx_xxh3_functions mx_digest_functions
 
 cdef extern from "digest/mixsum_host.h" nogil:
     int mx_mixsum_choose(int widest)
@@ -25,24 +28,23 @@ cdef extern from "digest/mixsum_host.h" nogil:
 cdef extern from "native/vector_width.h":
     enum: MX_AVX512
 
-cdef extern from *:
-    """
-    #include <pthread.h>
-    static inline size_t mx_claim(size_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-    """
-    ctypedef unsigned long pthread_t
-    int pthread_create(pthread_t* thread, const void* attributes, void* (*run)(void*) noexcept nogil, void* data) nogil
-    int pthread_join(pthread_t thread, void** result) nogil
-    size_t mx_claim(size_t* next) nogil
+cdef extern from "native/threads.h" nogil:
+    enum: MX_MOST_THREADS
+    size_t mx_claim(size_t* next)
+    void mx_run_together(size_t workers, void (*run)(void* data, int worker) noexcept nogil, void* data)
 
 cdef enum:
     KEEP_GIL_BYTES = 4096  # hashing this much takes less than giving the GIL away and taking it again
-    MAX_THREADS = 64
 
 cdef tuple FORMATS = (b"Q", b"L", b"@Q", b"@L", b"=Q", b"<Q" if sys.byteorder == "little" else b">Q")
 
 mx_digest_choose(MX_AVX512)
 mx_mixsum_choose(MX_AVX512)
+
+
+cdef const mx_xxh3_functions* xxh3_functions() noexcept:
+    return &mx_digest_functions
+
 
 ctypedef uint64_t (*Digest)(const uint64_t*, const uint64_t*, size_t) noexcept nogil
 
@@ -151,7 +153,7 @@ cdef struct Groups:
     unsigned char* digests  # 8 bytes each, little-endian
 
 
-cdef void* digest_groups(void* data) noexcept nogil:
+cdef void digest_groups(void* data, int worker) noexcept nogil:
     """What each thread runs: takes the next group until none is left."""
     cdef Groups* groups = <Groups*>data
     cdef size_t group, first, last
@@ -160,7 +162,7 @@ cdef void* digest_groups(void* data) noexcept nogil:
     while True:
         group = mx_claim(&groups.next)
         if group >= groups.count:
-            return NULL
+            return
         first = groups.starts[group]
         last = groups.starts[group + 1]
         digest = groups.made(groups.addresses + first, groups.lengths + first, last - first)
@@ -168,27 +170,15 @@ cdef void* digest_groups(void* data) noexcept nogil:
             groups.digests[8 * group + index] = <unsigned char>(digest >> (8 * index))
 
 
-cdef void run_threads(Groups* groups, size_t threads) noexcept nogil:
-    """The calling thread works too; a thread that cannot be made leaves its share to the others."""
-    cdef pthread_t[MAX_THREADS] made
-    cdef size_t count = 0
-    while count + 1 < threads and pthread_create(&made[count], NULL, digest_groups, groups) == 0:
-        count += 1
-    digest_groups(groups)
-    while count:
-        count -= 1
-        pthread_join(made[count], NULL)
-
-
 cdef bytes of_groups(Digest made, object addresses, object lengths, object segment_starts, object threads):
     cdef Uint64s places = Uint64s(addresses, "addresses")
     cdef Uint64s sizes = Uint64s(lengths, "lengths")
     cdef Uint64s starts = Uint64s(segment_starts, "segment_starts")
     cdef Groups groups
-    cdef size_t workers, index
+    cdef size_t index
     cdef bytes digests
-    if not 1 <= threads <= MAX_THREADS:
-        raise ValueError(f"threads is {threads}, has to be 1 to {MAX_THREADS}")
+    if not 1 <= threads <= MX_MOST_THREADS:
+        raise ValueError(f"threads is {threads}, has to be 1 to {MX_MOST_THREADS}")
     check_segments(places, sizes)
     if starts.count == 0 or starts.values[0] != 0 or starts.values[starts.count - 1] != places.count:
         raise ValueError(f"segment_starts has to begin with 0 and to end with the number of segments, {places.count}")
@@ -204,9 +194,9 @@ cdef bytes of_groups(Digest made, object addresses, object lengths, object segme
     groups.next = 0
     digests = PyBytes_FromStringAndSize(NULL, 8 * groups.count)
     groups.digests = <unsigned char*>PyBytes_AsString(digests)
-    workers = min(<size_t>threads, groups.count)
+    cdef size_t workers = min(<size_t>threads, groups.count)
     with nogil:
-        run_threads(&groups, workers)
+        mx_run_together(workers, digest_groups, &groups)
     return digests  # written before anybody else has seen the object
 
 

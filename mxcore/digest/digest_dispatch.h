@@ -2,8 +2,8 @@
  *
  * The vendored xxhash.h compiles to SSE2 on x86_64, so that one build runs anywhere. Its AVX2 kernel, and one of ours
  * for AVX-512, are compiled beside it with their own target attributes and chosen once at run time. On data in cache an
- * AMD EPYC of 2024 hashes 35 GB/s with SSE2, 70 with AVX2, 85 with xxhash's AVX-512 kernel and 145 with ours; on data in
- * memory 29, 34, 36 and 37. On other processors (NEON, VSX) xxhash's own choice at compile time is right.
+ * AMD EPYC of 2024 hashes 35 GB/s with SSE2, 70 with AVX2, 85 with xxhash's AVX-512 kernel and 145 with ours; on data
+ * in memory 29, 34, 36 and 37. On other processors (NEON, VSX) xxhash's own choice at compile time is right.
  */
 #ifndef MX_DIGEST_DISPATCH_H
 #define MX_DIGEST_DISPATCH_H
@@ -23,8 +23,12 @@
 #define XXH_INLINE_ALL
 #include "xxhash.h"
 
+#include "native/xxh3.h"
+
 #include <stddef.h>
 #include <stdint.h>
+
+_Static_assert(sizeof(mx_xxh3) >= sizeof(XXH3_state_t) && _Alignof(mx_xxh3) >= _Alignof(XXH3_state_t), "");
 
 #ifdef MX_DIGEST_X86
 static XXH_TARGET_AVX2 XXH_errorcode mx_digest_update_avx2(XXH3_state_t *state, const void *data, size_t length) {
@@ -36,8 +40,8 @@ enum { MX_BLOCK_BYTES = 1024, MX_BLOCK_STRIPES = 16, MX_PREFETCH_BYTES = 512 }; 
 /* Whole blocks. XXH3 adds each stripe to the accumulators in turn, and the next addition waits for it. Here a block is
  * summed apart, and added once; swapping the halves of the sum is swapping those of each. The accumulators stay in a
  * register from block to block. */
-static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(
-    xxh_u64 *accumulators, const xxh_u8 *data, size_t blocks, const xxh_u8 *secret) {
+static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(xxh_u64 *accumulators, const xxh_u8 *data, size_t blocks,
+                                                      const xxh_u8 *secret) {
     __m512i sum = _mm512_load_si512(accumulators);
     const __m512i last = _mm512_loadu_si512(secret + XXH_SECRET_CONSUME_RATE * MX_BLOCK_STRIPES);
     const __m512i prime = _mm512_set1_epi32((int)XXH_PRIME32_1);
@@ -64,7 +68,7 @@ static XXH_TARGET_AVX512 void mx_digest_blocks_avx512(
     _mm512_store_si512(accumulators, sum);
 }
 
-/* Blocks that begin in `data` by `blocks`, the ends by xxhash's own update, which keeps up to 256 bytes in its buffer. */
+/* Blocks that begin in `data` by `blocks`, the ends by xxhash's own update, whose buffer has up to 256 bytes. */
 static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const void *data, size_t length) {
     const xxh_u8 *at = data;
     const unsigned char *secret = state->extSecret == NULL ? state->customSecret : state->extSecret;
@@ -73,10 +77,11 @@ static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const
         if (head != 0) {
             XXH3_update(state, at, head, XXH3_accumulate_avx512, XXH3_scrambleAcc_avx512);
         }
-        if (state->bufferedSize != 0) { /* the end of the block before, whole stripes, which is not the last: more follows */
+        if (state->bufferedSize != 0) {
+            /* the end of the block before, whole stripes, which is not the last: more follows */
             XXH3_consumeStripes(state->acc, &state->nbStripesSoFar, state->nbStripesPerBlock, state->buffer,
-                state->bufferedSize / XXH_STRIPE_LEN, secret, state->secretLimit, XXH3_accumulate_avx512,
-                XXH3_scrambleAcc_avx512);
+                                state->bufferedSize / XXH_STRIPE_LEN, secret, state->secretLimit,
+                                XXH3_accumulate_avx512, XXH3_scrambleAcc_avx512);
             state->bufferedSize = 0;
         }
         size_t blocks = (length - head) / MX_BLOCK_BYTES - 1; /* what is left then is more than the buffer takes */
@@ -93,12 +98,13 @@ static XXH_TARGET_AVX512 void mx_digest_update_avx512(XXH3_state_t *state, const
 static int mx_digest_width = MX_PLAIN;
 
 /* Called at the module's import, and by tests to reach all kernels: allows vectors up to `widest`, returns the used. */
-__attribute__((unused)) static int mx_digest_choose(int widest) {
+static int mx_digest_choose(int widest) {
     mx_digest_width = mx_vector_width(widest);
     return mx_digest_width;
 }
 
-__attribute__((unused)) static void mx_digest_update(XXH3_state_t *state, const void *data, size_t length) {
+static void mx_digest_update(mx_xxh3 *digest, const void *data, size_t length) {
+    XXH3_state_t *state = (XXH3_state_t *)digest;
 #ifdef MX_DIGEST_X86
     if (mx_digest_width == MX_AVX512) {
         mx_digest_update_avx512(state, data, length);
@@ -112,17 +118,28 @@ __attribute__((unused)) static void mx_digest_update(XXH3_state_t *state, const 
     XXH3_64bits_update(state, data, length);
 }
 
+static void mx_digest_begin_seeded(mx_xxh3 *state, uint64_t seed) {
+    XXH3_INITSTATE((XXH3_state_t *)state);
+    XXH3_64bits_reset_withSeed((XXH3_state_t *)state, seed);
+}
+
+static void mx_digest_begin(mx_xxh3 *state) { mx_digest_begin_seeded(state, 0); }
+
+static uint64_t mx_digest_end(const mx_xxh3 *state) { return XXH3_64bits_digest((const XXH3_state_t *)state); }
+
 /* The digest of `count` stretches of memory, one after the other. */
-static inline uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
-    XXH3_state_t state; /* its type carries the 64-byte alignment that it needs */
-    XXH3_INITSTATE(&state);
-    XXH3_64bits_reset_withSeed(&state, seed);
+static uint64_t mx_digest_segments(const uint64_t *addresses, const uint64_t *lengths, size_t count, uint64_t seed) {
+    mx_xxh3 state;
+    mx_digest_begin_seeded(&state, seed);
     for (size_t index = 0; index < count; index++) {
         if (lengths[index] != 0) {
             mx_digest_update(&state, (const void *)(uintptr_t)addresses[index], (size_t)lengths[index]);
         }
     }
-    return XXH3_64bits_digest(&state);
+    return mx_digest_end(&state);
 }
+
+/* For other extensions. */
+static const mx_xxh3_functions mx_digest_functions = {mx_digest_begin, mx_digest_update, mx_digest_end};
 
 #endif

@@ -16,13 +16,13 @@
 #error "mixsum-64's words are little-endian; loading them on this processor wants a swap"
 #endif
 
-#define MX_SUM_LOOP                                                 \
-    uint64_t sum = 0;                                               \
-    for (size_t at = 0; at < words; at++) {                         \
-        uint64_t word;                                              \
-        memcpy(&word, data + 8 * at, 8);                            \
-        sum += mx_mixed(word, first + at);                          \
-    }                                                               \
+#define MX_SUM_LOOP                         \
+    uint64_t sum = 0;                       \
+    for (size_t at = 0; at < words; at++) { \
+        uint64_t word;                      \
+        memcpy(&word, data + 8 * at, 8);    \
+        sum += mx_mixed(word, first + at);  \
+    }                                       \
     return sum;
 
 static uint64_t mx_sum_plain(const unsigned char *data, size_t words, uint64_t first) { MX_SUM_LOOP }

@@ -6,16 +6,15 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { MX_CHUNK_MOST_THREADS = 64 };
+#include "native/clock.h"
+#include "native/threads.h"
 
 /* A chunk: what of it is asked for, then how it ended. One allocation. */
 typedef struct mx_chunk_job {
@@ -35,29 +34,27 @@ typedef struct {
 typedef struct {
     pid_t owner; /* the process that has the threads: not one that is forked from it */
     bool closing, woken;
-    size_t waiting; /* chunks that are asked for and not taken yet */
-    size_t idle; /* threads that wait for work */
+    size_t waiting;     /* chunks that are asked for and not taken yet */
+    size_t idle;        /* threads that wait for work */
     size_t asked_count; /* of `asked_for`, to be looked at without the lock */
     pthread_mutex_t lock;
     pthread_cond_t asked, ended; /* `ended` by the monotonic clock */
     mx_chunk_queue asked_for, done;
-    pthread_t threads[MX_CHUNK_MOST_THREADS];
-    size_t count;
+    mx_threads threads;
 } mx_chunk_pool;
 
-static inline void mx_chunk_push(mx_chunk_queue *queue, mx_chunk_job *job)
-{
+static inline void mx_chunk_push(mx_chunk_queue *queue, mx_chunk_job *job) {
     job->next = NULL;
-    if (queue->first == NULL)
+    if (queue->first == NULL) {
         queue->first = job;
-    else
+    } else {
         queue->last->next = job;
+    }
     queue->last = job;
     queue->count++;
 }
 
-static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue)
-{
+static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue) {
     mx_chunk_job *job = queue->first;
     if (job != NULL) {
         queue->first = job->next;
@@ -67,57 +64,38 @@ static inline mx_chunk_job *mx_chunk_pop(mx_chunk_queue *queue)
 }
 
 /* The next chunk that is asked for, or NULL; with the lock. */
-static inline mx_chunk_job *mx_chunk_next(mx_chunk_pool *pool)
-{
+static inline mx_chunk_job *mx_chunk_next(mx_chunk_pool *pool) {
     mx_chunk_job *job = mx_chunk_pop(&pool->asked_for);
     __atomic_store_n(&pool->asked_count, pool->asked_for.count, __ATOMIC_RELAXED);
     return job;
 }
 
 /* Waits for work; with the lock. */
-static inline void mx_chunk_wait(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_wait(mx_chunk_pool *pool) {
     pool->idle++;
     pthread_cond_wait(&pool->asked, &pool->lock);
     pool->idle--;
 }
 
 /* Tells how a chunk ended; with the lock. */
-static inline void mx_chunk_end(mx_chunk_pool *pool, mx_chunk_job *job, int error)
-{
+static inline void mx_chunk_end(mx_chunk_pool *pool, mx_chunk_job *job, int error) {
     job->error = error;
     mx_chunk_push(&pool->done, job);
     pthread_cond_signal(&pool->ended);
 }
 
 /* Starts up to `threads` that run `run(data)`. Returns 0, or errno when not even one could be started. */
-static inline int mx_chunk_start(mx_chunk_pool *pool, size_t threads, void *(*run)(void *), void *data)
-{
-    int error = 0;
-    sigset_t blocked, before;
-    pthread_condattr_t monotonic;
+static inline int mx_chunk_start(mx_chunk_pool *pool, size_t threads, void *(*run)(void *), void *data) {
     memset(pool, 0, sizeof *pool);
     pool->owner = getpid();
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->asked, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&pool->ended, &monotonic);
-    pthread_condattr_destroy(&monotonic);
-    sigfillset(&blocked); /* signals are for the interpreter's own threads; faults are for who made them */
-    sigdelset(&blocked, SIGBUS);
-    sigdelset(&blocked, SIGSEGV);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    while (pool->count < threads && error == 0) {
-        error = pthread_create(&pool->threads[pool->count], NULL, run, data);
-        pool->count += error == 0;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return pool->count != 0 ? 0 : error;
+    mx_condition_init(&pool->ended);
+    int error = mx_threads_start(&pool->threads, threads, run, data);
+    return pool->threads.count != 0 ? 0 : error;
 }
 
-static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
-{
+static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job) {
     pthread_mutex_lock(&pool->lock);
     mx_chunk_push(&pool->asked_for, job);
     __atomic_store_n(&pool->asked_count, pool->asked_for.count, __ATOMIC_RELAXED);
@@ -127,8 +105,7 @@ static inline void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
 }
 
 /* Makes whoever waits in `mx_chunk_take` return. */
-static inline void mx_chunk_wake(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_wake(mx_chunk_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     pool->woken = true;
     pthread_cond_broadcast(&pool->ended);
@@ -137,33 +114,28 @@ static inline void mx_chunk_wake(mx_chunk_pool *pool)
 
 /* Waits until a chunk has ended, for so long at most (below 0: for ever); NULL when none is asked for, when woken, and
  * once it is stopped. */
-static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds)
-{
+static inline mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds) {
     mx_chunk_job *job = NULL;
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    if (longest_nanoseconds > 0) {
-        until.tv_sec += (longest_nanoseconds + until.tv_nsec) / 1000000000;
-        until.tv_nsec = (longest_nanoseconds + until.tv_nsec) % 1000000000;
-    }
+    int64_t deadline_ns = mx_now_ns() + longest_nanoseconds;
     pthread_mutex_lock(&pool->lock);
     while (!pool->closing && (job = mx_chunk_pop(&pool->done)) == NULL && longest_nanoseconds != 0 &&
            pool->waiting != 0 && !pool->woken) {
-        if (longest_nanoseconds < 0)
+        if (longest_nanoseconds < 0) {
             pthread_cond_wait(&pool->ended, &pool->lock);
-        else if (pthread_cond_timedwait(&pool->ended, &pool->lock, &until) != 0)
+        } else if (mx_condition_wait_until(&pool->ended, &pool->lock, deadline_ns) != 0) {
             longest_nanoseconds = 0;
+        }
     }
-    if (longest_nanoseconds != 0)
+    if (longest_nanoseconds != 0) {
         pool->woken = false;
+    }
     pool->waiting -= job != NULL;
     pthread_mutex_unlock(&pool->lock);
     return job;
 }
 
 /* First half of the end: nothing more is begun. */
-static inline void mx_chunk_stop(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_stop(mx_chunk_pool *pool) {
     pthread_mutex_lock(&pool->lock);
     __atomic_store_n(&pool->closing, true, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&pool->asked);
@@ -172,20 +144,16 @@ static inline void mx_chunk_stop(mx_chunk_pool *pool)
 }
 
 /* Second half: waits for the threads; afterwards they write nowhere any more. What was not begun is dropped. */
-static inline void mx_chunk_join(mx_chunk_pool *pool)
-{
+static inline void mx_chunk_join(mx_chunk_pool *pool) {
     mx_chunk_job *job;
-    while (pool->count != 0)
-        pthread_join(pool->threads[--pool->count], NULL);
-    while ((job = mx_chunk_pop(&pool->asked_for)) != NULL || (job = mx_chunk_pop(&pool->done)) != NULL)
+    mx_threads_join(&pool->threads);
+    while ((job = mx_chunk_pop(&pool->asked_for)) != NULL || (job = mx_chunk_pop(&pool->done)) != NULL) {
         free(job);
+    }
     pool->waiting = 0;
 }
 
 /* Whether this process has the threads: a fork has neither them nor a lock in a known state, and leaks a copy. */
-static inline bool mx_chunk_owned(const mx_chunk_pool *pool)
-{
-    return pool->owner == getpid();
-}
+static inline bool mx_chunk_owned(const mx_chunk_pool *pool) { return pool->owner == getpid(); }
 
 #endif

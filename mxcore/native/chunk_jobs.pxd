@@ -4,6 +4,9 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 
+cdef extern from "native/threads.h" nogil:
+    enum: MX_MOST_THREADS
+
 cdef extern from "native/chunk_jobs.h" nogil:
     ctypedef struct mx_chunk_job:
         uint64_t key, digest
@@ -12,7 +15,6 @@ cdef extern from "native/chunk_jobs.h" nogil:
         uint64_t *stretches
     ctypedef struct mx_chunk_pool:
         pass
-    enum: MX_CHUNK_MOST_THREADS
 
     void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
     void mx_chunk_wake(mx_chunk_pool *pool)

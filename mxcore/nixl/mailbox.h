@@ -7,7 +7,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "native/clock.h"
 
 typedef struct {
     pthread_mutex_t lock;
@@ -18,24 +19,20 @@ typedef struct {
 } mx_mailbox;
 
 /* Returns NULL without memory. */
-static inline mx_mailbox *mx_mailbox_new(void)
-{
+static inline mx_mailbox *mx_mailbox_new(void) {
     mx_mailbox *box = calloc(1, sizeof *box);
-    pthread_condattr_t monotonic;
-    if (box == NULL)
+    if (box == NULL) {
         return NULL;
+    }
     pthread_mutex_init(&box->lock, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&box->changed, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    mx_condition_init(&box->changed);
     return box;
 }
 
-static inline void mx_mailbox_free(mx_mailbox *box)
-{
-    if (box == NULL)
+static inline void mx_mailbox_free(mx_mailbox *box) {
+    if (box == NULL) {
         return;
+    }
     pthread_cond_destroy(&box->changed);
     pthread_mutex_destroy(&box->lock);
     free(box->numbers);
@@ -43,8 +40,7 @@ static inline void mx_mailbox_free(mx_mailbox *box)
 }
 
 /* False without memory. */
-static inline bool mx_mailbox_put(mx_mailbox *box, uint64_t number)
-{
+static inline bool mx_mailbox_put(mx_mailbox *box, uint64_t number) {
     bool put = true;
     pthread_mutex_lock(&box->lock);
     if (box->count == box->room) {
@@ -56,15 +52,15 @@ static inline bool mx_mailbox_put(mx_mailbox *box, uint64_t number)
             box->room = room;
         }
     }
-    if (put)
+    if (put) {
         box->numbers[box->count++] = number;
+    }
     pthread_cond_signal(&box->changed);
     pthread_mutex_unlock(&box->lock);
     return put;
 }
 
-static inline void mx_mailbox_wake(mx_mailbox *box)
-{
+static inline void mx_mailbox_wake(mx_mailbox *box) {
     pthread_mutex_lock(&box->lock);
     box->woken = true;
     pthread_cond_signal(&box->changed);
@@ -72,18 +68,15 @@ static inline void mx_mailbox_wake(mx_mailbox *box)
 }
 
 /* Waits for numbers or to be woken, for so long at most; hands out the numbers (to be freed) and how many there are. */
-static inline size_t mx_mailbox_take(mx_mailbox *box, int64_t longest_nanoseconds, uint64_t **numbers)
-{
-    struct timespec until;
+static inline size_t mx_mailbox_take(mx_mailbox *box, int64_t longest_nanoseconds, uint64_t **numbers) {
+    int64_t deadline_ns = mx_now_ns() + longest_nanoseconds;
     size_t count;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    longest_nanoseconds += until.tv_nsec;
-    until.tv_sec += longest_nanoseconds / 1000000000;
-    until.tv_nsec = longest_nanoseconds % 1000000000;
     pthread_mutex_lock(&box->lock);
-    while (box->count == 0 && !box->woken)
-        if (pthread_cond_timedwait(&box->changed, &box->lock, &until) != 0)
+    while (box->count == 0 && !box->woken) {
+        if (mx_condition_wait_until(&box->changed, &box->lock, deadline_ns) != 0) {
             break;
+        }
+    }
     box->woken = false;
     count = box->count;
     *numbers = box->numbers;

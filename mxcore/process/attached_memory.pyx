@@ -1,20 +1,18 @@
 """Another process' memory, read by cross-memory attach. Types and documentation: attached_memory.pyi."""
 
 cimport cython
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 import os
 
-from mxcore.native.chunk_jobs cimport (
-    MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
-)
+from mxcore.native.chunk_jobs cimport MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
+from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.memory.descriptors import merge_adjoining
 
 cdef extern from "process/attached_read.h" nogil:
     ctypedef int pid_t
-    int mx_digest_choose(int widest)
     int mx_attached_allow()
     int mx_attached_read(pid_t pid, const uint64_t* local, const uint64_t* remote, const uint64_t* lengths,
                          size_t count, uint64_t* digest)
@@ -26,10 +24,7 @@ cdef extern from "process/attached_pool.h" nogil:
     int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads)
     void mx_attached_close(mx_attached_pool* pool)
 
-cdef extern from "native/vector_width.h":
-    enum: MX_AVX512
-
-mx_digest_choose(MX_AVX512)
+mx_xxh3_use(xxh3_functions())
 
 
 @cython.boundscheck(False)
@@ -65,8 +60,8 @@ cdef class AttachedReads:
     def __init__(self, int pid, *, size_t threads, bint hashed):
         if pid <= 0:
             raise ValueError(f"{pid} is no process")
-        if not 1 <= threads <= MX_CHUNK_MOST_THREADS:
-            raise ValueError(f"threads is {threads}, has to be 1 to {MX_CHUNK_MOST_THREADS}")
+        if not 1 <= threads <= MX_MOST_THREADS:
+            raise ValueError(f"threads is {threads}, has to be 1 to {MX_MOST_THREADS}")
         if self.is_open:
             raise ValueError("opened already")
         cdef int error = mx_attached_open(&self.pool, pid, hashed, threads)
@@ -94,12 +89,8 @@ cdef class AttachedReads:
         job.key, job.count = key, count
         mx_chunk_ask(&self.pool.jobs, job)
 
-    def ended(self, double seconds=-1.0):
-        return chunks_ended(&self.pool.jobs, <int64_t> (min(seconds, 1e9) * 1e9), self.pool.hashed)
-
-    def wake(self):
-        if self.is_open:
-            mx_chunk_wake(&self.pool.jobs)
+    def ended(self):
+        return chunks_ended(&self.pool.jobs, -1, self.pool.hashed)
 
     def close(self):
         self._close()

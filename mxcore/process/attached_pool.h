@@ -15,8 +15,7 @@ typedef struct {
     int hashed;
 } mx_attached_pool;
 
-static void *mx_attached_reader(void *data)
-{
+static void *mx_attached_reader(void *data) {
     mx_attached_pool *pool = data;
     mx_chunk_pool *jobs = &pool->jobs;
     mx_chunk_job *job;
@@ -29,8 +28,7 @@ static void *mx_attached_reader(void *data)
         }
         pthread_mutex_unlock(&jobs->lock);
         const uint64_t *local = job->stretches, *lengths = local + job->count, *remote = lengths + job->count;
-        int error =
-            mx_attached_read(pool->pid, local, remote, lengths, job->count, pool->hashed ? &job->digest : NULL);
+        int error = mx_attached_read(pool->pid, local, remote, lengths, job->count, pool->hashed ? &job->digest : NULL);
         pthread_mutex_lock(&jobs->lock);
         mx_chunk_end(jobs, job, error);
     }
@@ -39,18 +37,17 @@ static void *mx_attached_reader(void *data)
 }
 
 /* Starts up to `threads`. Returns 0, or errno when not even one could be started. */
-static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed, size_t threads)
-{
+static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed, size_t threads) {
     pool->pid = pid;
     pool->hashed = hashed;
     return mx_chunk_start(&pool->jobs, threads, mx_attached_reader, pool);
 }
 
 /* Waits for what is being read; afterwards nothing is written here any more. What was not begun is dropped. */
-static inline void mx_attached_close(mx_attached_pool *pool)
-{
-    if (!mx_chunk_owned(&pool->jobs))
+static inline void mx_attached_close(mx_attached_pool *pool) {
+    if (!mx_chunk_owned(&pool->jobs)) {
         return;
+    }
     mx_chunk_stop(&pool->jobs);
     mx_chunk_join(&pool->jobs);
 }

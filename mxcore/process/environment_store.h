@@ -20,27 +20,25 @@ typedef struct mx_environment_kept {
 
 static mx_environment_kept *mx_environment_all;
 
-static inline void *mx_environment_keep(size_t bytes)
-{
+static inline void *mx_environment_keep(size_t bytes) {
     mx_environment_kept *made = malloc(sizeof *made + bytes);
-    if (made == NULL)
+    if (made == NULL) {
         return NULL;
+    }
     made->before = mx_environment_all;
     mx_environment_all = made;
     return made->bytes;
 }
 
 /* A copy that is kept for ever, or NULL. */
-static inline char *mx_environment_copy(const char *entry)
-{
+static inline char *mx_environment_copy(const char *entry) {
     char *made = mx_environment_keep(strlen(entry) + 1);
     return made == NULL ? NULL : strcpy(made, entry);
 }
 
 /* Puts `entry`, a kept one, in the place of `name`, or adds it. It is NAME=value, or NAME alone, which getenv does not
  * find, for a name that is taken out. Callers exclude each other. Returns 0, or -1 without memory. */
-static inline int mx_environment_store(const char *name, char *entry)
-{
+static inline int mx_environment_store(const char *name, char *entry) {
     size_t length = strlen(name), count = 0;
     for (; environ != NULL && environ[count] != NULL; count++) {
         const char *found = environ[count];
@@ -49,13 +47,16 @@ static inline int mx_environment_store(const char *name, char *entry)
             return 0;
         }
     }
-    if (entry[length] == '\0')
+    if (entry[length] == '\0') {
         return 0;
+    }
     char **larger = mx_environment_keep((count + 2) * sizeof *larger);
-    if (larger == NULL)
+    if (larger == NULL) {
         return -1;
-    if (count != 0)
+    }
+    if (count != 0) {
         memcpy(larger, environ, count * sizeof *larger);
+    }
     larger[count] = entry;
     larger[count + 1] = NULL;
     __atomic_store_n(&environ, larger, __ATOMIC_RELEASE);

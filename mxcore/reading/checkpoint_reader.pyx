@@ -1,4 +1,3 @@
-# distutils: depends = mxcore/reading/read_parts.h mxcore/reading/read_scatter.h mxcore/reading/read_work.h mxcore/reading/read_ways.h mxcore/reading/uring_way.h mxcore/native/bus_guard.h mxcore/native/stream_copy.h mxcore/digest/digest_dispatch.h mxcore/reading/device_load.h mxcore/cuda/cuda_kernels.h mxcore/reading/cufile_read.h mxcore/reading/cufile_library.h
 """Reads the jobs of a list, in the way it is told. Types and documentation: checkpoint_reader.pyi.
 
 The work is in C (read_parts.h says what a part, a job and a piece are); here are the checks, the memory between disk and
@@ -14,6 +13,7 @@ from libc.string cimport memset
 
 from mxcore.reading.device_ring cimport DeviceRing
 from mxcore.reading.cufile cimport FileHandles
+from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.reading.file_set cimport FileSet
 from mxcore.reading.read_jobs cimport _Int64s, JobList
 from mxcore.reading.read_parts cimport mx_file, mx_job, mx_limits, mx_part
@@ -47,16 +47,17 @@ cdef extern from "reading/uring_way.h" nogil:
         int64_t probe_ns[2]
         int64_t probe_bytes[2]
         int64_t failed_file, failed_offset, failed_bytes, failed_got
-    int64_t mx_now_ns()
-    enum: MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING, MX_MAX_THREADS, MX_MAX_LANES
+    enum: MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING, MX_MAX_LANES
     void mx_run_work(mx_work* work)
     int mx_bus_guard_begin()
     void mx_bus_guard_end()
     int mx_uring_refused()
-    int mx_digest_choose(int widest)
 
-cdef extern from "native/vector_width.h":
-    enum: MX_AVX512
+cdef extern from "native/clock.h" nogil:
+    int64_t mx_now_ns()
+
+cdef extern from "native/threads.h":
+    enum: MX_MOST_THREADS
 
 cdef extern from "reading/device_load.h" nogil:
     void mx_device_jobs(mx_work* work, int index)
@@ -67,10 +68,10 @@ cdef enum:
     MOST_SLOT_BYTES = 2 * 1024 * 1024  # of one read past the page cache: what all lanes hold fits the processor's cache
 
 BUFFERED, MAPPED, DIRECT, URING = MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING
-MAX_THREADS, MAX_LANES = MX_MAX_THREADS, MX_MAX_LANES
+MAX_THREADS, MAX_LANES = MX_MOST_THREADS, MX_MAX_LANES
 SLOT_PIECE_BYTES = MOST_SLOT_BYTES
 
-mx_digest_choose(MX_AVX512)
+mx_xxh3_use(xxh3_functions())
 
 
 cdef struct Pulse:  # what `tick` is given
@@ -126,8 +127,8 @@ cdef int check(JobList jobs, _Int64s order, int way, int other_way, int threads,
     cdef size_t index
     if not MX_BUFFERED <= way <= MX_URING or not -1 <= other_way < MX_URING or (other_way >= 0 and way == MX_URING):
         raise ValueError(f"ways {way} and {other_way}")
-    if not 1 <= threads <= MX_MAX_THREADS or not threads <= lanes <= MX_MAX_LANES:
-        raise ValueError(f"{threads} threads, {lanes} lanes: 1 to {MX_MAX_THREADS}, and up to {MX_MAX_LANES}, at least "
+    if not 1 <= threads <= MX_MOST_THREADS or not threads <= lanes <= MX_MAX_LANES:
+        raise ValueError(f"{threads} threads, {lanes} lanes: 1 to {MX_MOST_THREADS}, and up to {MX_MAX_LANES}, at least "
                          "one for each thread")
     for index in range(order.count):
         if not 0 <= order.values[index] < <int64_t>jobs.job_count:

@@ -1,4 +1,3 @@
-# distutils: depends = mxcore/reading/cufile_library.h mxcore/reading/cufile_read.h mxcore/cuda/cuda_driver.h mxcore/reading/read_work.h
 """libcufile's functions, opened at first use, its driver, and files registered with it; docs in cufile.pyi.
 
 cuFile falls back to reads through host memory without a word (compatibility mode), of its own accord too where its kernel

@@ -1,7 +1,8 @@
 /* libcufile's functions (GPUDirect Storage) as a table that is filled at run time from libcufile.so.0.
  *
  * Declarations by hand, from the public interface, as in cuda_driver.h; nothing is linked. The properties are as
- * cuFile 1.14 (CUDA 12.9) to 1.20 (CUDA 13) have them. tests/cuda/driver/cufile_matches.c compiles this beside cufile.h.
+ * cuFile 1.14 (CUDA 12.9) to 1.20 (CUDA 13) have them. tests/cuda/driver/cufile_matches.c compiles this beside
+ * cufile.h.
  */
 #ifndef MX_CUFILE_LIBRARY_H
 #define MX_CUFILE_LIBRARY_H
@@ -25,7 +26,7 @@ typedef struct {
 
 typedef struct {
     struct {
-        unsigned int major_version, minor_version; /* of nvidia-fs */
+        unsigned int major_version, minor_version;   /* of nvidia-fs */
         size_t poll_thresh_size, max_direct_io_size; /* KiB */
         unsigned int dstatusflags, dcontrolflags;
     } nvfs;
@@ -47,8 +48,10 @@ typedef int mx_cufile_flag;
 #endif
 
 /* As cufile.h of 1.14 and of 1.20 lay them out. */
-_Static_assert(sizeof(mx_cufile_error) == 8 && sizeof(mx_cufile_properties) == 56 && sizeof(mx_cufile_descriptor) == 24, "");
-_Static_assert(offsetof(mx_cufile_properties, nvfs.dcontrolflags) == 28 && offsetof(mx_cufile_descriptor, handle) == 8, "");
+_Static_assert(sizeof(mx_cufile_error) == 8 && sizeof(mx_cufile_properties) == 56 && sizeof(mx_cufile_descriptor) == 24,
+               "");
+_Static_assert(offsetof(mx_cufile_properties, nvfs.dcontrolflags) == 28 && offsetof(mx_cufile_descriptor, handle) == 8,
+               "");
 
 enum {
     MX_CUFILE_DESCRIPTOR = 1,
@@ -58,15 +61,15 @@ enum {
 };
 
 /* F(member, exported name, result, arguments) */
-#define MX_CUFILE_FUNCTIONS(F)                                                                                       \
-    F(open, cuFileDriverOpen, mx_cufile_error, (void))                                                               \
-    F(close, cuFileDriverClose_v2, mx_cufile_error, (void))                                                          \
-    F(use_count, cuFileUseCount, long, (void))                                                                       \
-    F(properties, cuFileDriverGetProperties, mx_cufile_error, (mx_cufile_properties * properties))                   \
-    F(version, cuFileGetVersion, mx_cufile_error, (int *version))                                                    \
-    F(set_flag, cuFileSetParameterBool, mx_cufile_error, (mx_cufile_flag flag, bool value))                          \
-    F(handle_register, cuFileHandleRegister, mx_cufile_error, (void **handle, mx_cufile_descriptor *descriptor))     \
-    F(handle_deregister, cuFileHandleDeregister, void, (void *handle))                                               \
+#define MX_CUFILE_FUNCTIONS(F)                                                                                   \
+    F(open, cuFileDriverOpen, mx_cufile_error, (void))                                                           \
+    F(close, cuFileDriverClose_v2, mx_cufile_error, (void))                                                      \
+    F(use_count, cuFileUseCount, long, (void))                                                                   \
+    F(properties, cuFileDriverGetProperties, mx_cufile_error, (mx_cufile_properties * properties))               \
+    F(version, cuFileGetVersion, mx_cufile_error, (int *version))                                                \
+    F(set_flag, cuFileSetParameterBool, mx_cufile_error, (mx_cufile_flag flag, bool value))                      \
+    F(handle_register, cuFileHandleRegister, mx_cufile_error, (void **handle, mx_cufile_descriptor *descriptor)) \
+    F(handle_deregister, cuFileHandleDeregister, void, (void *handle))                                           \
     F(read, cuFileRead, ssize_t, (void *handle, void *base, size_t bytes, off_t file_offset, off_t base_offset))
 
 typedef struct {
@@ -83,11 +86,11 @@ static inline int mx_cufile_open(const char *path, int stand_in, mx_cufile_table
     if (library == NULL) {
         return -1;
     }
-#define MX_CUFILE_RESOLVE(member, symbol, result, arguments)                                                  \
-    *(void **)&found.member = dlsym(library, #symbol);                                                        \
-    if (found.member == NULL) {                                                                               \
-        snprintf(reason, reason_bytes, "%s has no function %s: cuFile is older than 1.14", path, #symbol);    \
-        return -1;                                                                                            \
+#define MX_CUFILE_RESOLVE(member, symbol, result, arguments)                                               \
+    *(void **)&found.member = dlsym(library, #symbol);                                                     \
+    if (found.member == NULL) {                                                                            \
+        snprintf(reason, reason_bytes, "%s has no function %s: cuFile is older than 1.14", path, #symbol); \
+        return -1;                                                                                         \
     }
     MX_CUFILE_FUNCTIONS(MX_CUFILE_RESOLVE)
 #undef MX_CUFILE_RESOLVE
@@ -99,8 +102,8 @@ static inline unsigned int mx_cufile_control_flags(const mx_cufile_properties *p
     return properties->nvfs.dcontrolflags;
 }
 
-/* Registers a descriptor that was opened with O_DIRECT. Files are opened with O_NONBLOCK, for pipes that lie in their place;
- * it means nothing for files, and cuFile is strict about flags. */
+/* Registers a descriptor that was opened with O_DIRECT. Files are opened with O_NONBLOCK, for pipes that lie in their
+ * place; it means nothing for files, and cuFile is strict about flags. */
 static inline mx_cufile_error mx_cufile_register(const mx_cufile_table *table, int fd, void **handle) {
     int flags = fcntl(fd, F_GETFL);
     if (flags >= 0) {

@@ -1,7 +1,7 @@
 /* The middle of a long run, whole blocks of its file, by cuFile straight into device memory.
  *
- * A read that fails ends cuFile's use for this run: its job is left, everything that was not begun goes through the ring.
- * What is left is read again when the handles are deregistered, so that nothing of cuFile's lands on it late.
+ * A read that fails ends cuFile's use for this run: its job is left, everything that was not begun goes through the
+ * ring. What is left is read again when the handles are deregistered, so that nothing of cuFile's lands on it late.
  */
 #ifndef MX_CUFILE_READ_H
 #define MX_CUFILE_READ_H

@@ -2,8 +2,8 @@
  *
  * Each thread has a stream and some slots of its own. A slot is used again when the event behind its copies is reached.
  * Runs of 64 KiB and more are copied one by one; where a piece has several smaller ones, one kernel copies them all,
- * which reads the slot where it is: nothing is allocated on the device. Long runs of files that cuFile reads pass no slot
- * (cufile_read.h).
+ * which reads the slot where it is: nothing is allocated on the device. Long runs of files that cuFile reads pass no
+ * slot (cufile_read.h).
  */
 #ifndef MX_CUDA_LOAD_H
 #define MX_CUDA_LOAD_H
@@ -64,7 +64,8 @@ static inline char *mx_device_read(mx_work *work, const mx_piece *piece, char *s
         return slot + (piece->offset - begin);
     }
     for (int64_t done = 0; done < piece->length;) {
-        ssize_t got = pread(work->files[piece->file].fd, slot + done, (size_t)(piece->length - done), piece->offset + done);
+        ssize_t got =
+            pread(work->files[piece->file].fd, slot + done, (size_t)(piece->length - done), piece->offset + done);
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -80,42 +81,42 @@ static inline char *mx_device_read(mx_work *work, const mx_piece *piece, char *s
 
 /* Starts all copies of a piece; digests on the way. */
 static inline int mx_device_copy(mx_work *work, const mx_piece *piece, char *slot, const char *data, mx_stream stream,
-                                 XXH3_state_t *state) {
+                                 mx_xxh3 *state) {
     mx_device_load *load = (mx_device_load *)work->run_data;
     mx_stitch_record *records = (mx_stitch_record *)(slot + load->slot_bytes - (int64_t)MX_RECORD_BYTES);
     uint64_t on_device = load->slots_on_device - (uint64_t)(uintptr_t)load->slots;
     unsigned count = 0;
     mx_cursor at = piece->from;
     for (int64_t left = piece->payload; left > 0;) {
-        const char *from = data + (mx_cursor_offset(work->parts, &at) - piece->offset);
-        uint64_t to = (uint64_t)(uintptr_t)mx_cursor_address(work->parts, &at);
-        int64_t take = mx_least(left, work->parts[at.part].bytes - at.skip);
+        mx_run run = mx_next_run(work->parts, &at, &left);
+        const char *from = data + (run.offset - piece->offset);
+        uint64_t to = (uint64_t)(uintptr_t)run.to;
+        size_t bytes = (size_t)run.bytes;
         if (state != NULL) {
-            mx_digest_update(state, from, (size_t)take);
+            mx_xxh3_update(state, from, bytes);
         }
-        if (load->stitch != NULL && piece->segments > 1 && take < MX_STITCH_BYTES) {
-            records[count++] = (mx_stitch_record){to, (uint64_t)(uintptr_t)from + on_device, (uint64_t)take};
-        } else {
-            mx_add(&load->copies, 1);
-            if (!mx_device_ok(work, "cuMemcpyHtoDAsync", (int)load->cuda->copy_to_device(to, from, (size_t)take, stream))) {
-                return 0;
-            }
+        if (load->stitch != NULL && piece->segments > 1 && bytes < MX_STITCH_BYTES) {
+            records[count++] = (mx_stitch_record){to, (uint64_t)(uintptr_t)from + on_device, bytes};
+            continue;
         }
-        mx_cursor_advance(work->parts, &at, take);
-        left -= take;
+        mx_add(&load->copies, 1);
+        if (!mx_device_ok(work, "cuMemcpyHtoDAsync", (int)load->cuda->copy_to_device(to, from, bytes, stream))) {
+            return 0;
+        }
     }
     if (count > 0) {
         uint64_t list = (uint64_t)(uintptr_t)records + on_device;
         void *arguments[] = {&list};
         mx_add(&load->launches, 1);
-        return mx_device_ok(work, "cuLaunchKernel", (int)load->cuda->launch(load->stitch, count, 1, 1, MX_BLOCK_THREADS, 1, 1,
-                                                                            0, stream, arguments, NULL));
+        return mx_device_ok(
+            work, "cuLaunchKernel",
+            (int)load->cuda->launch(load->stitch, count, 1, 1, MX_BLOCK_THREADS, 1, 1, 0, stream, arguments, NULL));
     }
     return 1;
 }
 
 /* A piece by way of the lane's next slot; 0 after a failure. */
-static inline int mx_device_piece(mx_work *work, mx_device_lane *lane, const mx_piece *piece, XXH3_state_t *state) {
+static inline int mx_device_piece(mx_work *work, mx_device_lane *lane, const mx_piece *piece, mx_xxh3 *state) {
     mx_device_load *load = (mx_device_load *)work->run_data;
     const mx_cuda_table *cuda = load->cuda;
     char *slot = lane->slots + lane->place * load->slot_bytes;
@@ -133,36 +134,32 @@ static inline int mx_device_piece(mx_work *work, mx_device_lane *lane, const mx_
     return 1;
 }
 
-/* A piece of which cuFile reads the long runs, and the lane what is between their whole blocks; 0 after a failure of the
- * lane. After one of cuFile's the job is left. */
+/* A piece of which cuFile reads the long runs, and the lane what is between their whole blocks; 0 after a failure of
+ * the lane. After one of cuFile's the job is left. */
 static inline int mx_device_straight(mx_work *work, mx_device_lane *lane, const mx_piece *piece, int64_t job) {
     mx_cufile_reads *reads = ((mx_device_load *)work->run_data)->reads;
     mx_piece rest = {.file = piece->file};
     mx_cursor at = piece->from;
     int64_t straight = 0;
     for (int64_t left = piece->payload; left > 0;) {
-        int64_t offset = mx_cursor_offset(work->parts, &at);
-        int64_t take = mx_least(left, work->parts[at.part].bytes - at.skip);
-        mx_span middle = mx_cufile_span(reads, piece->file, offset, take);
+        mx_cursor here = at;
+        mx_run run = mx_next_run(work->parts, &at, &left);
+        mx_span middle = mx_cufile_span(reads, piece->file, run.offset, run.bytes);
         if (middle.begin == middle.end) {
-            mx_rest_add(&rest, at, offset, take);
-        } else {
-            mx_cursor tail = at;
-            char *to = mx_cursor_address(work->parts, &at) + (middle.begin - offset);
-            mx_rest_add(&rest, at, offset, middle.begin - offset);
-            if (rest.payload > 0 && !mx_device_piece(work, lane, &rest, NULL)) {
-                return 0;
-            }
-            if (!mx_cufile_middle(work, reads, piece->file, middle, to, job)) {
-                return 1;
-            }
-            straight += middle.end - middle.begin;
-            rest = (mx_piece){.file = piece->file};
-            mx_cursor_advance(work->parts, &tail, middle.end - offset);
-            mx_rest_add(&rest, tail, middle.end, offset + take - middle.end);
+            mx_rest_add(&rest, here, run.offset, run.bytes);
+            continue;
         }
-        mx_cursor_advance(work->parts, &at, take);
-        left -= take;
+        mx_rest_add(&rest, here, run.offset, middle.begin - run.offset);
+        if (rest.payload > 0 && !mx_device_piece(work, lane, &rest, NULL)) {
+            return 0;
+        }
+        if (!mx_cufile_middle(work, reads, piece->file, middle, run.to + (middle.begin - run.offset), job)) {
+            return 1;
+        }
+        straight += middle.end - middle.begin;
+        rest = (mx_piece){.file = piece->file};
+        mx_cursor_advance(work->parts, &here, middle.end - run.offset);
+        mx_rest_add(&rest, here, middle.end, run.offset + run.bytes - middle.end);
     }
     if (rest.payload > 0 && !mx_device_piece(work, lane, &rest, NULL)) {
         return 0;
@@ -178,7 +175,8 @@ static inline int mx_device_after(mx_work *work, mx_stream stream) {
     if (load->after == NULL) {
         return 1;
     }
-    if (load->reads != NULL && !mx_device_ok(work, "cuEventSynchronize", (int)load->cuda->event_synchronize(load->after))) {
+    if (load->reads != NULL &&
+        !mx_device_ok(work, "cuEventSynchronize", (int)load->cuda->event_synchronize(load->after))) {
         return 0;
     }
     return mx_device_ok(work, "cuStreamWaitEvent", (int)load->cuda->stream_wait_event(stream, load->after, 0));
@@ -196,8 +194,8 @@ static inline void mx_device_run(mx_work *work, int index) {
         return;
     }
     while ((job = mx_take_job(work, &number)) != NULL) {
-        mx_hash hash;
-        XXH3_state_t *state = mx_hash_begin(&hash, job);
+        mx_xxh3 hash;
+        mx_xxh3 *state = mx_hash_begin(&hash, job);
         mx_cursor at = job->from;
         for (int64_t left = job->payload; left > 0 && !mx_get(&work->stopped);) {
             mx_piece piece = mx_next_piece(work->parts, at, left, &work->limits);

@@ -1,4 +1,3 @@
-# distutils: depends = mxcore/reading/read_parts.h
 """The files of one read: descriptors, mappings, and whether they stay what they were. Documentation: file_set.pyi."""
 
 cimport cython

@@ -1,4 +1,3 @@
-# distutils: depends = mxcore/reading/read_parts.h
 """What is to be read, cut into jobs. Types and documentation: read_jobs.pyi; the structures: read_parts.h."""
 
 cimport cython

@@ -1,9 +1,9 @@
 /* What to read, as data: parts → jobs → pieces; and how a piece that was read gets to its destinations.
  *
- * A part is `count` runs of `bytes` each, `stride` bytes apart in a file and `to_stride` apart in memory: a whole tensor
- * is one run, a slice along an inner dimension many. A job is what one thread takes: a stretch of the list of parts,
- * with one digest if it has one. A piece is one read: runs that are near in one file, at most piece_bytes long, never
- * across a multiple of piece_bytes, so that all but the first and last are aligned.
+ * A part is `count` runs of `bytes` each, `stride` bytes apart in a file and `to_stride` apart in memory: a whole
+ * tensor is one run, a slice along an inner dimension many. A job is what one thread takes: a stretch of the list of
+ * parts, with one digest if it has one. A piece is one read: runs that are near in one file, at most piece_bytes long,
+ * never across a multiple of piece_bytes, so that all but the first and last are aligned.
  */
 #ifndef MX_READ_PARTS_H
 #define MX_READ_PARTS_H
@@ -77,6 +77,22 @@ static inline void mx_cursor_advance(const mx_part *parts, mx_cursor *at, int64_
             at->part++;
         }
     }
+}
+
+/* Bytes that lie together in the file, and in memory. */
+typedef struct {
+    int64_t offset;
+    char *to;
+    int64_t bytes;
+} mx_run;
+
+/* The bytes at the cursor up to the end of their run, at most the `left` ones of a piece; moves on behind them. */
+static inline mx_run mx_next_run(const mx_part *parts, mx_cursor *at, int64_t *left) {
+    mx_run run = {mx_cursor_offset(parts, at), mx_cursor_address(parts, at),
+                  mx_least(*left, parts[at->part].bytes - at->skip)};
+    mx_cursor_advance(parts, at, run.bytes);
+    *left -= run.bytes;
+    return run;
 }
 
 /* The next piece of a job of which `payload` bytes are left (1 or more); all parts have bytes. */

@@ -3,26 +3,23 @@
 #define MX_READ_WAYS_H
 
 #include "native/bus_guard.h"
+#include "native/stretches.h"
 #include "read_work.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 
-static inline int mx_buffered_piece(mx_work *work, const mx_piece *piece, XXH3_state_t *state) {
-    struct iovec places[MX_SEGMENTS];
+static inline int mx_buffered_piece(mx_work *work, const mx_piece *piece, mx_xxh3 *state) {
+    struct iovec places[MX_SEGMENTS], *next = places;
     mx_cursor at = piece->from;
-    size_t first = 0;
-    int64_t done = 0;
-    for (size_t index = 0; index < piece->segments; index++) {
-        int64_t take = mx_least(piece->payload - done, work->parts[at.part].bytes - at.skip);
-        places[index] = (struct iovec){mx_cursor_address(work->parts, &at), (size_t)take};
-        mx_cursor_advance(work->parts, &at, take);
-        done += take;
+    size_t count = 0;
+    for (int64_t left = piece->payload; left > 0;) {
+        mx_run run = mx_next_run(work->parts, &at, &left);
+        places[count++] = (struct iovec){run.to, (size_t)run.bytes};
     }
-    for (done = 0; done < piece->length;) {
-        ssize_t got = preadv(work->files[piece->file].fd, places + first, (int)(piece->segments - first),
-                             piece->offset + done);
+    for (int64_t done = 0; done < piece->length;) {
+        ssize_t got = preadv(work->files[piece->file].fd, next, (int)count, piece->offset + done);
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -31,19 +28,10 @@ static inline int mx_buffered_piece(mx_work *work, const mx_piece *piece, XXH3_s
         }
         done += got;
         mx_add(&work->read_bytes, got);
-        for (; first < piece->segments && (size_t)got >= places[first].iov_len; first++) {
-            if (state != NULL) { /* what was read last is in the cache */
-                mx_digest_update(state, (char *)places[first].iov_base, places[first].iov_len);
-            }
-            got -= (ssize_t)places[first].iov_len;
+        if (state != NULL) { /* what was read last is in the cache */
+            mx_xxh3_update_vectors(state, next, (size_t)got);
         }
-        if (got > 0) {
-            if (state != NULL) {
-                mx_digest_update(state, places[first].iov_base, (size_t)got);
-            }
-            places[first].iov_base = (char *)places[first].iov_base + got;
-            places[first].iov_len -= (size_t)got;
-        }
+        mx_vectors_advance(&next, &count, (size_t)got);
     }
     return 0;
 }
@@ -51,7 +39,7 @@ static inline int mx_buffered_piece(mx_work *work, const mx_piece *piece, XXH3_s
 typedef struct {
     mx_work *work;
     const mx_piece *piece;
-    XXH3_state_t *state;
+    mx_xxh3 *state;
 } mx_copy;
 
 static inline void mx_copy_mapped(void *data) {
@@ -60,7 +48,7 @@ static inline void mx_copy_mapped(void *data) {
     mx_scatter(copy->work->parts, piece, copy->work->files[piece->file].map + piece->offset, copy->state);
 }
 
-static inline int mx_mapped_piece(mx_work *work, const mx_piece *piece, XXH3_state_t *state) {
+static inline int mx_mapped_piece(mx_work *work, const mx_piece *piece, mx_xxh3 *state) {
     mx_copy copy = {work, piece, state};
     if (mx_guarded(mx_copy_mapped, &copy) != 0) {
         return mx_fail(work, piece, 0, -1);
@@ -71,7 +59,7 @@ static inline int mx_mapped_piece(mx_work *work, const mx_piece *piece, XXH3_sta
     return 0;
 }
 
-static inline int mx_direct_piece(mx_work *work, const mx_piece *piece, char *slot, XXH3_state_t *state) {
+static inline int mx_direct_piece(mx_work *work, const mx_piece *piece, char *slot, mx_xxh3 *state) {
     mx_span span = mx_span_of(work, piece);
     int64_t end = piece->offset + piece->length;
     if (!span.in_place) {
@@ -94,8 +82,8 @@ static inline int mx_direct_piece(mx_work *work, const mx_piece *piece, char *sl
 }
 
 static inline void mx_read_job(mx_work *work, const mx_job *job, int way, char *slot) {
-    mx_hash hash;
-    XXH3_state_t *state = mx_hash_begin(&hash, job);
+    mx_xxh3 hash;
+    mx_xxh3 *state = mx_hash_begin(&hash, job);
     mx_cursor at = job->from;
     mx_limits limits = work->limits;
     if (way == MX_BUFFERED) {
@@ -124,7 +112,7 @@ static inline void mx_read_job(mx_work *work, const mx_job *job, int way, char *
 static inline clockid_t mx_trial_clock(const mx_work *work) {
     int copies = (1 << MX_BUFFERED) | (1 << MX_MAPPED);
     return work->other_way >= 0 && ((1 << work->way | 1 << work->other_way) & ~copies) == 0 ? CLOCK_THREAD_CPUTIME_ID
-                                                                                           : CLOCK_MONOTONIC;
+                                                                                            : CLOCK_MONOTONIC;
 }
 
 /* The way for the job at that place: both in turn at first, then the faster one. */
@@ -141,7 +129,8 @@ static inline int mx_way_at(mx_work *work, size_t place) {
 }
 
 static inline void mx_read_ahead(mx_work *work, size_t place) {
-    for (size_t ahead = place ? place + (size_t)work->read_ahead : 0; ahead <= place + (size_t)work->read_ahead; ahead++) {
+    for (size_t ahead = place ? place + (size_t)work->read_ahead : 0; ahead <= place + (size_t)work->read_ahead;
+         ahead++) {
         if (ahead < work->count) {
             const mx_job *job = work->jobs + work->order[ahead];
             mx_piece piece = mx_next_piece(work->parts, job->from, job->payload, &work->limits);
@@ -172,45 +161,18 @@ static inline void mx_read_jobs(mx_work *work, int index) {
 
 static inline void mx_uring_jobs(mx_work *work, int index);
 
-static inline void *mx_run_thread(void *data) {
-    mx_thread *thread = data;
-    if (thread->work->run != NULL) {
-        thread->work->run(thread->work, thread->index);
-    } else if (thread->work->way == MX_URING) {
-        mx_uring_jobs(thread->work, thread->index);
+static inline void mx_run_worker(void *data, int index) {
+    mx_work *work = (mx_work *)data;
+    if (work->run != NULL) {
+        work->run(work, index);
+    } else if (work->way == MX_URING) {
+        mx_uring_jobs(work, index);
     } else {
-        mx_read_jobs(thread->work, thread->index);
+        mx_read_jobs(work, index);
     }
-    return NULL;
 }
-
-#define MX_MAX_THREADS 64
 
 /* Reads all jobs with work->threads threads, this one included; returns when all have ended. */
-static inline void mx_run_work(mx_work *work) {
-    pthread_t made[MX_MAX_THREADS];
-    mx_thread threads[MX_MAX_THREADS];
-    int count = 0;
-    sigset_t blocked, before;
-    sigfillset(&blocked); /* signals are for the interpreter's own threads; faults are for who made them */
-    sigdelset(&blocked, SIGBUS);
-    sigdelset(&blocked, SIGSEGV);
-    sigdelset(&blocked, SIGFPE);
-    sigdelset(&blocked, SIGILL);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    for (int index = 1; index < work->threads; index++) {
-        threads[index] = (mx_thread){work, index};
-        if (pthread_create(&made[count], NULL, mx_run_thread, &threads[index]) != 0) {
-            break; /* its share is for the others */
-        }
-        count++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    threads[0] = (mx_thread){work, 0};
-    mx_run_thread(&threads[0]);
-    while (count > 0) {
-        pthread_join(made[--count], NULL);
-    }
-}
+static inline void mx_run_work(mx_work *work) { mx_run_together((size_t)work->threads, mx_run_worker, work); }
 
 #endif

@@ -2,14 +2,13 @@
 #ifndef MX_READ_WORK_H
 #define MX_READ_WORK_H
 
+#include "native/clock.h"
+#include "native/threads.h"
 #include "read_scatter.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/types.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { MX_BUFFERED, MX_MAPPED, MX_DIRECT, MX_URING };
@@ -40,29 +39,16 @@ typedef struct mx_work {
     int stopped;
     int64_t done_bytes, read_bytes;
     int64_t probe_ns[2], probe_bytes[2];
-    size_t fell_back;    /* reads that O_DIRECT refused */
-    int register_error;  /* why io_uring could not pin the slots; 0: it could */
-    int failed_setup;    /* io_uring_setup's errno */
+    size_t fell_back;   /* reads that O_DIRECT refused */
+    int register_error; /* why io_uring could not pin the slots; 0: it could */
+    int failed_setup;   /* io_uring_setup's errno */
     /* written by who sets `stopped` first */
     int error; /* errno; 0: the file ended; -1: memory behind a mapping went */
     int64_t failed_file, failed_offset, failed_bytes, failed_got;
 } mx_work;
 
-typedef struct {
-    mx_work *work;
-    int index;
-} mx_thread;
-
 #define mx_add(where, value) __atomic_fetch_add((where), (value), __ATOMIC_RELAXED)
 #define mx_get(where) __atomic_load_n((where), __ATOMIC_RELAXED)
-
-static inline int64_t mx_clock_ns(clockid_t clock) {
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-static inline int64_t mx_now_ns(void) { return mx_clock_ns(CLOCK_MONOTONIC); }
 
 static inline int mx_fail(mx_work *work, const mx_piece *piece, int64_t got, int error) {
     if (__atomic_exchange_n(&work->stopped, 1, __ATOMIC_ACQ_REL) == 0) {
@@ -81,27 +67,22 @@ static inline const mx_job *mx_take_job(mx_work *work, size_t *place) {
     if (mx_get(&work->stopped)) {
         return NULL;
     }
-    *place = mx_add(&work->next, 1);
+    *place = mx_claim(&work->next);
     return *place < work->count ? work->jobs + work->order[*place] : NULL;
 }
 
-/* A digest that is being made; lies in memory aligned to 64 bytes. */
-typedef struct {
-    XXH3_state_t state;
-} mx_hash;
-
-static inline XXH3_state_t *mx_hash_begin(mx_hash *hash, const mx_job *job) {
+/* Begins the digest that a job has; NULL: it has none. */
+static inline mx_xxh3 *mx_hash_begin(mx_xxh3 *hash, const mx_job *job) {
     if (job->digest < 0) {
         return NULL;
     }
-    XXH3_INITSTATE(&hash->state);
-    XXH3_64bits_reset(&hash->state);
-    return &hash->state;
+    mx_xxh3_begin(hash);
+    return hash;
 }
 
-static inline void mx_hash_end(mx_work *work, mx_hash *hash, const mx_job *job) {
+static inline void mx_hash_end(mx_work *work, const mx_xxh3 *hash, const mx_job *job) {
     if (job->digest >= 0) {
-        work->digests[job->digest] = XXH3_64bits_digest(&hash->state);
+        work->digests[job->digest] = mx_xxh3_end(hash);
     }
 }
 
@@ -123,9 +104,10 @@ static inline mx_span mx_span_of(const mx_work *work, const mx_piece *piece) {
     return (mx_span){0, piece->offset & ~mask, (end + mask) & ~mask};
 }
 
-/* Reads [begin, end) past the page cache, at least `need` bytes of it, from where `got` says. The bytes there, or -1. */
-static inline int64_t mx_direct_read(mx_work *work, const mx_piece *piece, char *to, int64_t begin, int64_t end, int64_t need,
-                              int64_t got) {
+/* Reads [begin, end) past the page cache, at least `need` bytes of it, from where `got` says. The bytes there, or -1.
+ */
+static inline int64_t mx_direct_read(mx_work *work, const mx_piece *piece, char *to, int64_t begin, int64_t end,
+                                     int64_t need, int64_t got) {
     const mx_file *file = work->files + piece->file;
     int fd = file->direct_fd >= 0 ? file->direct_fd : file->fd;
     while (got < need) {

@@ -30,8 +30,8 @@ typedef struct {
     mx_span span;
     int64_t left, got, need;
     char *slot, *to;
-    mx_hash hash;
-    XXH3_state_t *state;
+    mx_xxh3 hash;
+    mx_xxh3 *state;
 } mx_lane;
 
 static inline void mx_uring_close(mx_uring *ring) {

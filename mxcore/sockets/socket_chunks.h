@@ -23,7 +23,7 @@
 #include <sys/time.h>
 #include <sys/uio.h>
 
-#include "digest/digest_dispatch.h"
+#include "native/stretches.h"
 
 enum {
     MX_SOCKET_PIECE_BYTES = 256 * 1024,
@@ -34,73 +34,33 @@ enum {
 };
 enum { MX_SOCKET_BYTES_FOLLOW = 0, MX_SOCKET_NOT_HERE = 1 };
 
-/* Where a walk through stretches of memory stands: `done` bytes of stretch `index`. */
-typedef struct {
-    const uint64_t *addresses, *lengths;
-    size_t count, index, done;
-} mx_socket_walk;
-
-/* The next piece as vectors, without moving on; returns their number and their bytes. */
-static inline size_t mx_socket_piece(const mx_socket_walk *walk, struct iovec *vectors, size_t *bytes)
-{
-    size_t found = 0, index = walk->index, done = walk->done;
-    *bytes = 0;
-    for (; index < walk->count && found < MX_SOCKET_VECTORS && *bytes < MX_SOCKET_PIECE_BYTES; index++, done = 0) {
-        size_t left = (size_t)walk->lengths[index] - done, room = MX_SOCKET_PIECE_BYTES - *bytes;
-        if (left == 0)
-            continue;
-        vectors[found].iov_base = (void *)(uintptr_t)(walk->addresses[index] + done);
-        vectors[found].iov_len = left < room ? left : room;
-        *bytes += vectors[found++].iov_len;
-    }
-    return found;
-}
-
-static inline void mx_socket_advance(mx_socket_walk *walk, size_t bytes)
-{
-    while (bytes != 0 || (walk->index < walk->count && walk->done == walk->lengths[walk->index])) {
-        size_t left = (size_t)walk->lengths[walk->index] - walk->done;
-        if (bytes < left) {
-            walk->done += bytes;
-            return;
-        }
-        bytes -= left;
-        walk->index++;
-        walk->done = 0;
-    }
-}
-
-static inline void mx_socket_put32(unsigned char *place, uint32_t value)
-{
-    for (int i = 0; i < 4; i++)
+static inline void mx_socket_put32(unsigned char *place, uint32_t value) {
+    for (int i = 0; i < 4; i++) {
         place[i] = (unsigned char)(value >> (8 * i));
+    }
 }
 
-static inline uint32_t mx_socket_get32(const unsigned char *place)
-{
+static inline uint32_t mx_socket_get32(const unsigned char *place) {
     return place[0] | (uint32_t)place[1] << 8 | (uint32_t)place[2] << 16 | (uint32_t)place[3] << 24;
 }
 
 /* Sends all of the vectors, which it changes. Returns 0 or errno. */
-static inline int mx_socket_send(int fd, struct iovec *vectors, size_t count)
-{
-    struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
-    while (message.msg_iovlen != 0) {
+static inline int mx_socket_send(int fd, struct iovec *vectors, size_t count) {
+    while (count != 0) {
+        const struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
         ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent < 0)
+        if (sent >= 0) {
+            mx_vectors_advance(&vectors, &count, (size_t)sent);
+        } else if (errno != EINTR) {
             return errno;
-        for (; message.msg_iovlen != 0 && (size_t)sent >= message.msg_iov->iov_len; message.msg_iov++) {
-            sent -= (ssize_t)message.msg_iov->iov_len;
-            message.msg_iovlen--;
-        }
-        if (message.msg_iovlen != 0) {
-            message.msg_iov->iov_base = (char *)message.msg_iov->iov_base + sent;
-            message.msg_iov->iov_len -= (size_t)sent;
         }
     }
     return 0;
+}
+
+/* The next piece of a chunk as vectors; see mx_stretches_piece. */
+static inline size_t mx_socket_piece(const mx_stretches *walk, struct iovec *vectors, size_t *bytes) {
+    return mx_stretches_piece(walk, vectors, MX_SOCKET_VECTORS, MX_SOCKET_PIECE_BYTES, bytes);
 }
 
 /* What a holder has: chunk i is the stretches `starts[i]` up to `starts[i + 1]`; `have` has a bit a chunk. */
@@ -110,18 +70,16 @@ typedef struct {
     unsigned char *have;
 } mx_socket_table;
 
-static inline bool mx_socket_has(const mx_socket_table *table, size_t chunk)
-{
+static inline bool mx_socket_has(const mx_socket_table *table, size_t chunk) {
     return chunk < table->chunks && (__atomic_load_n(&table->have[chunk / 8], __ATOMIC_ACQUIRE) >> (chunk % 8) & 1);
 }
 
-static inline int mx_socket_answer(const mx_socket_table *table, int fd, uint32_t chunk, uint64_t *sent)
-{
+static inline int mx_socket_answer(const mx_socket_table *table, int fd, uint32_t chunk, uint64_t *sent) {
     struct iovec vectors[1 + MX_SOCKET_VECTORS];
     unsigned char head[MX_SOCKET_ANSWER_BYTES];
     bool here = mx_socket_has(table, chunk);
     uint64_t first = here ? table->starts[chunk] : 0, last = here ? table->starts[chunk + 1] : 0;
-    mx_socket_walk walk = {table->addresses + first, table->lengths + first, (size_t)(last - first), 0, 0};
+    mx_stretches walk = {table->addresses + first, table->lengths + first, (size_t)(last - first), 0, 0};
     size_t count, bytes;
     int error;
     mx_socket_put32(head, chunk);
@@ -129,31 +87,35 @@ static inline int mx_socket_answer(const mx_socket_table *table, int fd, uint32_
     vectors[0].iov_base = head;
     vectors[0].iov_len = sizeof head;
     count = mx_socket_piece(&walk, vectors + 1, &bytes);
-    if ((error = mx_socket_send(fd, vectors, 1 + count)) != 0)
+    if ((error = mx_socket_send(fd, vectors, 1 + count)) != 0) {
         return error;
+    }
     while (bytes != 0) {
         __atomic_fetch_add(sent, bytes, __ATOMIC_RELAXED);
-        mx_socket_advance(&walk, bytes);
+        mx_stretches_advance(&walk, bytes);
         count = mx_socket_piece(&walk, vectors, &bytes);
-        if ((error = mx_socket_send(fd, vectors, count)) != 0)
+        if ((error = mx_socket_send(fd, vectors, count)) != 0) {
             return error;
+        }
     }
     return 0;
 }
 
 /* Answers requests until the other side closes (0) or something fails (errno; also when `fd` was shut down here). */
-static inline int mx_socket_serve(const mx_socket_table *table, int fd, uint64_t *sent)
-{
+static inline int mx_socket_serve(const mx_socket_table *table, int fd, uint64_t *sent) {
     unsigned char request[MX_SOCKET_REQUEST_BYTES];
     for (;;) {
         ssize_t got = recv(fd, request, sizeof request, MSG_WAITALL);
-        if (got < 0 && errno == EINTR)
+        if (got < 0 && errno == EINTR) {
             continue;
-        if (got != (ssize_t)sizeof request)
+        }
+        if (got != (ssize_t)sizeof request) {
             return got < 0 ? errno : 0;
+        }
         int error = mx_socket_answer(table, fd, mx_socket_get32(request), sent);
-        if (error != 0)
+        if (error != 0) {
             return error;
+        }
     }
 }
 
@@ -168,35 +130,36 @@ typedef struct {
 /* Takes some bytes into the vectors. Returns how many, or -errno: ECONNRESET when the other side has closed.
  *
  * With SO_RCVLOWAT the kernel wakes nobody for less: it must not be more than what is still to come. */
-static inline ssize_t mx_socket_take(mx_socket_end *end, struct iovec *vectors, size_t count)
-{
+static inline ssize_t mx_socket_take(mx_socket_end *end, struct iovec *vectors, size_t count) {
     struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
     int low_water = end->expected >= 2 * MX_SOCKET_PIECE_BYTES ? MX_SOCKET_PIECE_BYTES : 1;
-    if (low_water != end->low_water && setsockopt(end->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) == 0)
+    if (low_water != end->low_water &&
+        setsockopt(end->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof low_water) == 0) {
         end->low_water = low_water;
+    }
     for (;;) {
         ssize_t got = recvmsg(end->fd, &message, 0);
         if (got > 0) {
             end->expected -= (size_t)got;
             return got;
         }
-        if (got == 0 || __atomic_load_n(end->closing, __ATOMIC_ACQUIRE))
+        if (got == 0 || __atomic_load_n(end->closing, __ATOMIC_ACQUIRE)) {
             return -ECONNRESET;
-        if (errno != EINTR && errno != EAGAIN && errno != EWOULDBLOCK)
+        }
+        if (errno != EINTR && errno != EAGAIN && errno != EWOULDBLOCK) {
             return -errno;
+        }
     }
 }
 
-static inline int mx_socket_open_end(mx_socket_end *end, int fd, const bool *closing)
-{
+static inline int mx_socket_open_end(mx_socket_end *end, int fd, const bool *closing) {
     const struct timeval look = {0, MX_SOCKET_LOOK_MICROSECONDS};
     *end = (mx_socket_end){fd, 0, 1, closing};
     return setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &look, sizeof look) == 0 ? 0 : errno;
 }
 
 /* Requests a chunk of `bytes` bytes. Returns 0 or errno. */
-static inline int mx_socket_request(mx_socket_end *end, uint32_t chunk, size_t bytes)
-{
+static inline int mx_socket_request(mx_socket_end *end, uint32_t chunk, size_t bytes) {
     unsigned char request[MX_SOCKET_REQUEST_BYTES];
     struct iovec vector = {request, sizeof request};
     mx_socket_put32(request, chunk);
@@ -205,19 +168,20 @@ static inline int mx_socket_request(mx_socket_end *end, uint32_t chunk, size_t b
 }
 
 /* Takes the head of the next answer. Returns 0 or errno: EPROTO for another chunk's, ENODATA where it has no bytes. */
-static inline int mx_socket_take_head(mx_socket_end *end, uint32_t chunk)
-{
+static inline int mx_socket_take_head(mx_socket_end *end, uint32_t chunk) {
     unsigned char head[MX_SOCKET_ANSWER_BYTES];
     size_t have = 0;
     while (have < sizeof head) {
         struct iovec vector = {head + have, sizeof head - have};
         ssize_t got = mx_socket_take(end, &vector, 1);
-        if (got < 0)
+        if (got < 0) {
             return (int)-got;
+        }
         have += (size_t)got;
     }
-    if (mx_socket_get32(head) != chunk)
+    if (mx_socket_get32(head) != chunk) {
         return EPROTO;
+    }
     return mx_socket_get32(head + 4) == MX_SOCKET_BYTES_FOLLOW ? 0 : ENODATA;
 }
 

@@ -10,8 +10,9 @@ from libc.string cimport memcpy
 import os
 
 from mxcore.native.chunk_jobs cimport (
-    MX_CHUNK_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
+    MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
 )
+from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.memory.descriptors import merge_adjoining
 
 cdef extern from "sockets/socket_pool.h" nogil:
@@ -19,7 +20,6 @@ cdef extern from "sockets/socket_pool.h" nogil:
         mx_chunk_pool jobs
         int hashed
         uint64_t received
-    int mx_digest_choose(int widest)
     int mx_socket_pool_open(mx_socket_pool* pool, const int* fds, size_t count, int hashed)
     void mx_socket_pool_close(mx_socket_pool* pool)
 
@@ -32,9 +32,6 @@ cdef extern from "sockets/socket_chunks.h" nogil:
         unsigned char* have
     int mx_socket_serve(const mx_socket_table* table, int fd, uint64_t* sent)
 
-cdef extern from "native/vector_width.h":
-    enum: MX_AVX512
-
 cdef extern from *:
     """
     static inline uint64_t mx_look(const uint64_t *value) { return __atomic_load_n(value, __ATOMIC_RELAXED); }
@@ -46,7 +43,7 @@ cdef extern from *:
     uint64_t mx_look(const uint64_t* value) nogil
     void mx_put(unsigned char* place, unsigned char value) nogil
 
-mx_digest_choose(MX_AVX512)
+mx_xxh3_use(xxh3_functions())
 
 
 cdef class SocketReads:
@@ -54,12 +51,12 @@ cdef class SocketReads:
     cdef bint is_open
 
     def __init__(self, fds not None, *, bint hashed):
-        cdef int[MX_CHUNK_MOST_THREADS] numbers
+        cdef int[MX_MOST_THREADS] numbers
         cdef size_t count = 0
         if self.is_open:
             raise ValueError("opened already")
-        if not 1 <= len(fds) <= MX_CHUNK_MOST_THREADS:
-            raise ValueError(f"{len(fds)} connections, have to be 1 to {MX_CHUNK_MOST_THREADS}")
+        if not 1 <= len(fds) <= MX_MOST_THREADS:
+            raise ValueError(f"{len(fds)} connections, have to be 1 to {MX_MOST_THREADS}")
         for fd in fds:
             numbers[count] = fd
             count += 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
-from mxcore.reading.range_reader import live_file_descriptors
+from mxcore.reading.file_set import live_file_descriptors
 
 settings.register_profile("no-deadline", deadline=None)  # this machine is shared: time says nothing
 settings.load_profile("no-deadline")

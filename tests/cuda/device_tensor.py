@@ -1,14 +1,20 @@
-"""A tensor in the stand-in's device memory: as much of torch's as mxcore.storage.checkpoint.tensor_memory looks at."""
+"""A tensor in the stand-in's device memory, with what mxcore.storage.checkpoint.tensor_memory looks at in torch's; and
+loading a checkpoint's tensors into such."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from mxcore.cuda.context import Context
 from mxcore.cuda.memory import DeviceBuffer
+from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.load.device_load import read_rows_to_device
+from mxcore.storage.load.host_load import LoadReport
+from mxcore.storage.plan.read_plan import Want, merged, parts_of
 
 
 class _Device(NamedTuple):
@@ -71,6 +77,13 @@ class DeviceTensor:
     def on_host(self) -> torch.Tensor:
         """The elements, copied: on the stand-in the host reaches device memory."""
         return self._on_device().clone(memory_format=torch.preserve_format)
+
+
+def load_to_device(checkpoint: Checkpoint, wants: Mapping[str, Any] | Iterable[Want], **more: Any) -> LoadReport:
+    """Reads tensors, or boxes of them, into device memory, by the product's own `read_rows_to_device`."""
+    listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
+    rows = [part for want in listed for part in parts_of(checkpoint, want, on="cuda")]
+    return read_rows_to_device(checkpoint, merged(rows), **more)
 
 
 def same_bits(one: torch.Tensor, other: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import os
@@ -23,18 +22,17 @@ from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer, copy_on_device, live_pinned_bytes
 from mxcore.cuda.stream import Stream
 from mxcore.digest.digest import xxh3_64
-from mxcore.errors import CudaError, DestinationMismatch, DeviceMemoryError, HostMemoryLimit, TruncatedRead
+from mxcore.errors import CudaError, DestinationMismatch, HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.reading.device_ring import DeviceRing, slot_bytes
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load import device_ring
-from mxcore.storage.load.device_load import load_arena, load_to_device
 from mxcore.storage.load.device_ring import release_rings
 from mxcore.storage.load.host_load import LoadReport, Reader
 from mxcore.storage.load.near_device import node_of, prefer_node
 from mxcore.storage.plan.memory_limit import MemoryBudget
 from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of
-from tests.cuda.device_tensor import DeviceTensor, same_bits
+from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 
 MODES = ("auto", "buffered", "mapped", "direct", "uring")
@@ -198,28 +196,6 @@ def test_copies_wait_for_the_stream_they_are_told(
     assert same_bits(made["large"].on_host(), tensors["large"])
     close(made)
     close(other)
-
-
-def test_an_arena_holds_all(
-    driver: StandIn, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], memory: MemoryBudget
-) -> None:
-    arena = load_arena(checkpoint, device_index=0, memory=memory)
-    assert driver.counts().device_allocations == 1
-    assert set(arena.places) == set(tensors)
-    for name, tensor in tensors.items():
-        begin = arena.places[name]
-        assert begin % 256 == 0
-        data = ctypes.string_at(arena.buffer.address + begin, tensor.nbytes)
-        assert data == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
-    arena.buffer.close()
-    some = load_arena(checkpoint, ["scalar", "odd"], device_index=0, memory=memory)
-    assert sorted(some.places) == ["odd", "scalar"]
-    some.buffer.close()
-    with pytest.raises(KeyError, match="nobody"):
-        load_arena(checkpoint, ["nobody"], device_index=0, memory=memory)
-    driver.memory(1 << 20)
-    with pytest.raises(DeviceMemoryError):
-        load_arena(checkpoint, device_index=0, memory=memory)
 
 
 def test_no_copy_goes_beyond_an_allocation(
@@ -446,13 +422,17 @@ def test_rings_end_with_the_process(loaded: StandIn, checkpoint: Checkpoint) -> 
 import torch
 from pathlib import Path
 from mxcore import cuda_driver
-from mxcore import cuda_driver
 from mxcore.cuda.context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
-from mxcore.storage.load.device_load import load_arena
+from mxcore.cuda.memory import DeviceBuffer
+from mxcore.storage.load.device_load import read_rows_to_device
 cuda_driver._load_stand_in({str(loaded.path)!r})
-arena = load_arena(open_checkpoint({[str(file) for file in checkpoint.files]!r}), device_index=0)
-arena.buffer.close()
+checkpoint = open_checkpoint({[str(file) for file in checkpoint.files]!r})
+info = checkpoint["large"]
+buffer = DeviceBuffer(context_of(0), info.size_bytes)
+rows = [(info.file, info.offset, info.size_bytes, 0, 1, buffer.address, 0)]
+read_rows_to_device(checkpoint, rows, device_index=0)
+buffer.close()
 """
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -27,12 +27,12 @@ from mxcore.reading import cufile
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load import cufile_trial, device_direct
 from mxcore.storage.load import host_load as load
-from mxcore.storage.load.device_load import load_arena, load_to_device, read_rows_to_device
+from mxcore.storage.load.device_load import read_rows_to_device
 from mxcore.storage.load.device_ring import ring_of
 from mxcore.storage.load.host_load import Reader
 from mxcore.storage.plan.memory_limit import MemoryBudget
 from mxcore.storage.plan.read_plan import Row, Want
-from tests.cuda.device_tensor import DeviceTensor, same_bits
+from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device
 from tests.cuda.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
@@ -106,19 +106,18 @@ def test_what_the_page_cache_has_comes_from_there(
     assert gpudirect.counts().cufile_reads == 0
 
 
-def test_an_arena_and_a_second_device(
+def test_a_second_device(
     gpudirect: StandIn, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], memory: MemoryBudget
 ) -> None:
     for index in (0, 1):
+        made = destinations(tensors, index)
         before = gpudirect.counts().device_allocations
-        arena = load_arena(checkpoint, device_index=index, memory=memory, mode="direct")
-        assert arena.report.bytes_by_way[load.STRAIGHT] > 0
-        assert gpudirect.counts().device_allocations == before + 1
+        report = load_to_device(checkpoint, made, device_index=index, memory=memory, mode="direct")
+        assert report.bytes_by_way[load.STRAIGHT] > 0
+        assert gpudirect.counts().device_allocations == before
         for name, tensor in tensors.items():
-            begin = arena.places[name]
-            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert on_device(arena.buffer)[begin : begin + tensor.nbytes] == data, name
-        arena.buffer.close()
+            assert same_bits(made[name].on_host(), tensor), name
+        close(made)
 
 
 def test_a_reader_reads_straight_to_one_device(

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import DeviceBuffer, live_device_bytes
 from mxcore.errors import HostBufferBusy
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.device_load import load_arena
-from mxcore.storage.load.device_ring import release_rings
-from tests.cuda.device_tensor import same_bits
 from tests.cuda.stand_in import StandIn
 
 SIZE = 100_000
@@ -67,12 +59,6 @@ class Consumer:
         self._capsule = capsule
         self.managed = (Versioned if self.versioned else Legacy).from_address(self._pointer)
         self.tensor: DLTensor = self.managed.tensor
-
-    def as_bytes(self) -> torch.Tensor:
-        """What torch makes of it, on the stand-in's memory; gives it back when the tensor is gone."""
-        array = (ctypes.c_uint8 * self.tensor.shape[0]).from_address(self.tensor.data + self.tensor.byte_offset)
-        weakref.finalize(array, self.delete)
-        return torch.frombuffer(array, dtype=torch.uint8)
 
     def delete(self) -> None:
         self.managed.deleter(self._pointer)
@@ -142,56 +128,3 @@ def test_what_cannot_be_exported_as_asked_for_is_refused(driver: StandIn) -> Non
     del right
     assert memory.exports == 0
     memory.close()
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(6)
-    return {
-        "bf16": torch.randn(33, 100).bfloat16(),
-        "bool": torch.rand(13) > 0.5,
-        "complex": torch.randn(5, 3, dtype=torch.complex64),
-        "e4m3": torch.randn(64, 65).to(torch.float8_e4m3fn),
-        "e5m2": torch.randn(3, 5).to(torch.float8_e5m2),
-        "empty": torch.empty(0, 4),
-        "fp16": torch.randn(7).half(),
-        "fp64": torch.randn(2, 3, 4, dtype=torch.float64),
-        "int64": torch.arange(17),
-        "scalar": torch.tensor(2.5),
-    }
-
-
-@pytest.fixture
-def checkpoint(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Checkpoint:
-    save_file(tensors, tmp_path / "a.safetensors")
-    return open_checkpoint([tmp_path / "a.safetensors"])
-
-
-def test_tensors_of_an_arena(
-    driver: StandIn, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every dtype, as a view of the one export, which keeps the arena's memory."""
-    monkeypatch.setattr(torch, "from_dlpack", lambda exporter: Consumer(exporter, stream=1).as_bytes())
-    arena = load_arena(checkpoint, device_index=0)
-    address = arena.buffer.address
-    made = {name: arena.tensor(name) for name in tensors}
-    assert arena.buffer.exports == 1
-    for name, tensor in made.items():
-        assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
-        assert same_bits(tensor, tensors[name]), name
-        if tensor.numel():
-            assert tensor.data_ptr() == address + arena.places[name], "no copy"
-    with pytest.raises(KeyError):
-        arena.tensor("nobody")
-    with pytest.raises(HostBufferBusy):
-        arena.buffer.close()
-    del arena, tensor
-    last = made.pop("bf16")
-    made.clear()
-    gc.collect()
-    assert driver.counts().device_allocations == 1
-    assert same_bits(last, tensors["bf16"])
-    del last
-    gc.collect()
-    assert driver.counts().device_allocations == 0
-    release_rings()

@@ -77,13 +77,15 @@ def oldest(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_carries_types_and_no_tests(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     for package in ("mxcore", "mxserver", "vllm_plugin"):
         assert f"{package}/py.typed" in names
     compiled = [name for name in names if name.endswith(".abi3.so")]
     assert compiled
     for name in compiled:
         assert name.replace(".abi3.so", ".pyi") in names
+        assert b".debug_info" not in archive.read(name), "symbols are five sixths of a binary"
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mxcore", "mxserver", "vllm_plugin"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mxcore.digest.digest import xxh3_64
-from mxcore.errors import DestinationMismatch, HostMemoryLimit
+from mxcore.errors import DestinationMismatch, HostMemoryLimit, StorageError, TruncatedRead
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.host_load import Reader, load, load_digested
+from mxcore.storage.load.host_load import Reader, load, load_digested, read_ranges
 from mxcore.storage.plan.memory_limit import MemoryBudget
 from mxcore.storage.plan.read_plan import Want, merged, parts_of
 from tests.core.headers import entry, file_of
@@ -241,3 +242,99 @@ def test_one_reader_reads_again_and_again(checkpoint: Checkpoint, tensors: Tenso
             assert same(there, tensors[name])
     with pytest.raises(ValueError, match="not open"):
         reader.read(merged(parts_of(checkpoint, Want("large", torch.zeros(3000, 1000)))))
+
+
+MIB = 1 << 20
+SIZE = 20 * MIB + 12345  # more than two pieces, and a rest
+
+
+@pytest.fixture(scope="module")
+def content() -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, SIZE, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory, content: np.ndarray) -> list[Path]:
+    """The content in two files."""
+    folder = tmp_path_factory.mktemp("ranges")
+    for name, part in (("a", content[: SIZE // 2]), ("b", content[SIZE // 2 :])):
+        (folder / name).write_bytes(part.tobytes())
+    return [folder / "a", folder / "b"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, SIZE // 2), st.integers(0, 5000) | st.integers(0, SIZE)), max_size=30
+    ),
+    st.sampled_from([1, 2, 8, 64]),
+)
+def test_any_ranges_of_files(
+    halves: list[Path], content: np.ndarray, spans: list[tuple[bool, int, int]], threads: int
+) -> None:
+    ranges = [(int(second), offset, min(length, SIZE // 2 - offset)) for second, offset, length in spans]
+    to = np.zeros(sum(length for _, _, length in ranges) + 2, np.uint8)
+    wanted, at = [], to.ctypes.data + 1
+    for file, offset, length in ranges:
+        wanted.append((file, offset, length, at))
+        at += length
+    read_ranges(halves, wanted, threads=threads)
+    begins = [(file * (SIZE // 2) + offset, length) for file, offset, length in ranges]
+    expected = [content[begin : begin + length] for begin, length in begins]
+    assert np.array_equal(to[1:-1], np.concatenate([*expected, content[:0]]))
+    assert to[0] == to[-1] == 0
+
+
+def test_neighbours_in_the_file_scattered_in_memory(halves: list[Path], content: np.ndarray) -> None:
+    """More of them than one preadv takes, with empty ones between."""
+    parts = [np.zeros(length, np.uint8) for length in [1, 0, 7, 4096, 0, 33] * 200]
+    wanted, at = [], 5
+    for part in parts:
+        wanted.append((0, at, len(part), part.ctypes.data if len(part) else 0))
+        at += len(part)
+    read_ranges(halves, wanted, threads=3)
+    assert np.array_equal(np.concatenate(parts), content[5:at])
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "got"),
+    [(SIZE // 2, 1, 0), (SIZE // 2 - 1, 2, 1), (0, SIZE // 2 + 1, SIZE // 2), (2**62, 5, 0)],
+)
+def test_a_range_beyond_the_end_is_found_before_anything_is_read(
+    halves: list[Path], offset: int, length: int, got: int
+) -> None:
+    first = np.zeros(10, np.uint8)
+    with pytest.raises(TruncatedRead) as caught:
+        read_ranges(halves, [(1, 0, 10, first.ctypes.data), (0, offset, length, 4096)], threads=2)
+    error = caught.value
+    assert (error.file, error.offset, error.wanted, error.got) == (str(halves[0]), offset, length, got)
+    assert not first.any()
+
+
+def test_ranges_of_files_that_cannot_be_read(halves: list[Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    to = np.zeros(10, np.uint8)
+    for file, message in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "no regular"),
+        (tmp_path / "fifo", "no regular"),
+    ):
+        with pytest.raises(StorageError, match=message) as caught:
+            read_ranges([*halves, file], [(0, 0, 10, to.ctypes.data), (2, 5, 10, to.ctypes.data)], threads=2)
+        assert not isinstance(caught.value, TruncatedRead)
+    with pytest.raises(StorageError, match="Bad address"):
+        read_ranges(halves, [(0, 7, 1000, 4096)], threads=2)  # page 1 is never mapped
+    for threads in (0, 65):
+        with pytest.raises(ValueError, match="threads"):
+            read_ranges(halves, [(0, 20 * number, 10, to.ctypes.data) for number in range(70)], threads=threads)
+    read_ranges(halves, [(0, SIZE, 0, 0)], threads=1)
+
+
+def test_ranges_are_read_by_many_at_once(halves: list[Path], content: np.ndarray) -> None:
+    def read(index: int) -> bool:
+        to = np.zeros(MIB, np.uint8)
+        read_ranges(halves, [(0, index, MIB, to.ctypes.data)], threads=2)
+        return np.array_equal(to, content[index : index + MIB])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(40)))

@@ -1,4 +1,4 @@
-"""Tensors through the ring and on an arena: right, bounded, and nobody's memory changes under him."""
+"""Tensors through the ring and on one stretch: right, bounded, and nobody's memory changes under him."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mxcore.errors import HostBufferBusy, HostMemoryLimit, TruncatedRead
+from mxcore.errors import HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.tensor_stream import Arena, load_file, stream
+from mxcore.storage.checkpoint.tensor_views import Framework
+from mxcore.storage.load.tensor_stream import load_file, stream
 from mxcore.storage.plan.memory_limit import MemoryBudget
 from tests.core.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
@@ -106,8 +107,9 @@ def test_numpy_and_what_it_does_not_have(checkpoint: Checkpoint, tensors: Tensor
         del array
 
 
-def test_load_file_lives_as_long_as_its_tensors(checkpoint: Checkpoint, tensors: Tensors) -> None:
-    loaded = load_file(checkpoint.files[0].parent)
+@pytest.mark.parametrize("mode", MODES)
+def test_load_file_lives_as_long_as_its_tensors(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
+    loaded = load_file(checkpoint.files[0].parent, mode=mode)
     assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
     last = loaded["cube"]
     del loaded
@@ -118,31 +120,15 @@ def test_load_file_lives_as_long_as_its_tensors(checkpoint: Checkpoint, tensors:
     assert live_host_buffers() == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_arena_is_used_again(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
-    folder = checkpoint.files[0].parent
-    with Arena() as arena:
-        first = arena.load(folder, mode=mode)
-        address, size = first["cube"].data_ptr(), arena.size_bytes
-        with pytest.raises(HostBufferBusy, match="alive"):
-            arena.load(folder, mode=mode)
-        del first
-        again = arena.load(checkpoint.files, mode=mode)
-        assert all(same(again[name], tensor) for name, tensor in tensors.items())
-        assert (again["cube"].data_ptr(), arena.size_bytes) == (address, size)
-        del again
-
-
-def test_misaligned_tensors_are_copied_and_counted(tmp_path: Path) -> None:
+def test_misaligned_tensors_are_copied(tmp_path: Path) -> None:
     file = tmp_path / "odd.safetensors"
     header = {"b": entry("U8", [3], 0, 3), "f": entry("F32", [2], 3, 11), "z": entry("F64", [], 11, 19)}
     data = bytes(3) + np.array([1.5, 2.5], np.float32).tobytes() + np.array(7.0).tobytes()
     file.write_bytes(file_of(header, data))
-    with Arena() as arena:
-        for framework in ("torch", "numpy"):
-            loaded = arena.load(file, framework=framework)  # type: ignore[arg-type]
-            assert loaded["f"].tolist() == [1.5, 2.5]
-            assert float(loaded["z"]) == 7.0
-            assert arena.misaligned in (1, 2)
-            del loaded
+    frameworks: tuple[Framework, ...] = ("torch", "numpy")
+    for framework in frameworks:
+        loaded = load_file(file, framework=framework)
+        assert loaded["f"].tolist() == [1.5, 2.5]
+        assert float(loaded["z"]) == 7.0
+        del loaded
     assert open_checkpoint(file)["f"].size_bytes == 8

@@ -6,7 +6,6 @@ cost more than the transfer saves. So this looks at what differs between checkpo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING
 from mxcore.digest.digest import xxh3_64
 from mxcore.errors import StorageError
 from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading.range_reader import RangeReader, ReadRange
 from mxcore.safetensors.header import read_header
+from mxcore.storage.load.host_load import read_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,8 +57,7 @@ def checkpoint_digest(weight_files: Sequence[Path], index_file: Path | None) -> 
     names = [path.name for path in paths]
     if len(set(names)) != len(names):
         raise ValueError(f"two weight files have the same name: {sorted(names)}")
-    reader = RangeReader(_READER_THREADS)
-    return digest_of_parts(_index_part(index_file), [_file_part(reader, path) for path in paths])
+    return digest_of_parts(_index_part(index_file), [_file_part(path) for path in paths])
 
 
 def digest_of_parts(index: str, files: Sequence[str]) -> str:
@@ -87,7 +85,7 @@ def _index_part(index_file: Path | None) -> str:
         raise StorageError(f"{index_file}: cannot be read: {error.strerror}", file=str(index_file)) from error
 
 
-def _file_part(reader: RangeReader, path: Path) -> str:
+def _file_part(path: Path) -> str:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
@@ -100,9 +98,9 @@ def _file_part(reader: RangeReader, path: Path) -> str:
     with HostBuffer(total_bytes, huge_pages=False) as buffer:
         reads, at = [], buffer.address
         for offset, length in ranges:
-            reads.append(ReadRange(os.fspath(path), offset, length, at))
+            reads.append((0, offset, length, at))
             at += length
-        reader.read(reads)
+        read_ranges([path], reads, threads=_READER_THREADS)
         return file_part(path.name, size_bytes, buffer)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
-from mxcore.cuda.memory import DeviceBuffer
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.checkpoint.checkpoint import TensorInfo
 from mxcore.storage.checkpoint.dtypes import DTYPES
@@ -16,16 +15,15 @@ Framework = Literal["torch", "numpy"]
 
 
 class TensorViews:
-    """Makes tensors on one buffer. `misaligned` counts those that had to be copied for their alignment.
+    """Makes tensors on one buffer; one that is misaligned there is a copy.
 
     A type that the framework does not have (the sub-byte ones; for numpy bfloat16 and the fp8 types) comes as bytes,
     uint8 of one dimension. The framework is imported when the first object is made. One thread at a time.
     """
 
-    def __init__(self, buffer: HostBuffer | DeviceBuffer, framework: Framework) -> None:
+    def __init__(self, buffer: HostBuffer, framework: Framework) -> None:
         self._module: Any = importlib.import_module(framework)
         self._framework = framework
-        self.misaligned = 0
         if framework == "torch":
             self._bytes = self._module.from_dlpack(buffer)
         else:
@@ -39,6 +37,5 @@ class TensorViews:
         if name is None:
             return stretch
         if begin % max(1, dtype.bits // 8 // (2 if name.startswith("complex") else 1)):
-            self.misaligned += 1
             stretch = stretch.clone() if self._framework == "torch" else stretch.copy()
         return stretch.view(getattr(self._module, name)).reshape(info.shape)

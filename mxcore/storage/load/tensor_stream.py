@@ -1,4 +1,4 @@
-"""Tensors one after the other through a bounded ring, and whole files on one reused arena."""
+"""Tensors one after the other through a bounded ring, and whole checkpoints on one stretch of memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-from mxcore.errors import HostBufferBusy
 from mxcore.memory.host_buffer import HostBuffer
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
@@ -18,7 +16,7 @@ from mxcore.storage.plan.memory_limit import MemoryBudget, budget
 from mxcore.storage.plan.progress import Progress
 from mxcore.storage.plan.read_plan import Row, merged
 
-__all__ = ["Arena", "load_file", "stream"]
+__all__ = ["load_file", "stream"]
 
 BATCH_BYTES = 64 * 1024 * 1024
 _LEAST_BATCH_BYTES = 1024 * 1024
@@ -187,80 +185,31 @@ class _BatchRing:
             self._leave(self._free.pop())
 
 
-class Arena:
-    """Memory that whole checkpoints are loaded into, one after the other: its pages are touched once only.
+def load_file(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    framework: Framework = "torch",
+    mode: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """All tensors of a checkpoint by name, in file order, on one stretch of memory that lives as long as any of them.
 
-    The tensors lie in it; before the next load, and before `close`, they have to be gone. One thread at a time.
+    A tensor that is misaligned there is a copy. Raises as `open_checkpoint` and `load`.
     """
-
-    def __init__(self) -> None:
-        self._buffer: HostBuffer | None = None
-        self.misaligned = 0
-        """Tensors of the last load that had to be copied for their alignment."""
-
-    @property
-    def size_bytes(self) -> int:
-        """What is held."""
-        return self._buffer.size_bytes if self._buffer is not None else 0
-
-    def load(
-        self,
-        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        *,
-        framework: Framework = "torch",
-        mode: str | None = None,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
-        """All tensors by name, in file order. Raises as `open_checkpoint` and `load`; HostBufferBusy while tensors of
-        the load before are alive."""
-        checkpoint = open_checkpoint(path)
-        images, at = [], 0
-        by_file: dict[int, list[TensorInfo]] = {}
-        for info in checkpoint.tensors.values():
-            by_file.setdefault(info.file, []).append(info)
-        for tensors in by_file.values():
-            image = _image(tensors)
-            images += [_Placed(info, at + begin) for info, begin in image.tensors]
-            at += -(-image.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
-        buffer = self._room(max(at, 1))
+    checkpoint = open_checkpoint(path)
+    images, at = [], 0
+    by_file: dict[int, list[TensorInfo]] = {}
+    for info in checkpoint.tensors.values():
+        by_file.setdefault(info.file, []).append(info)
+    for tensors in by_file.values():
+        image = _image(tensors)
+        images += [_Placed(info, at + begin) for info, begin in image.tensors]
+        at += -(-image.size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    buffer = HostBuffer(max(at, 1))
+    try:
         rows = _rows(_Batch(images, at, 0), buffer)
         read_rows(checkpoint.files, rows, mode=mode, progress=progress, stamps=checkpoint.stamps)
         views = TensorViews(buffer, framework)
-        result = {info.name: views.tensor(info, begin) for info, begin in images}
-        self.misaligned = views.misaligned
-        return result
-
-    def _room(self, size_bytes: int) -> HostBuffer:
-        if self._buffer is not None:
-            if self._buffer.exports:
-                raise HostBufferBusy("tensors of the arena's last load are alive: delete them before the next one")
-            if self._buffer.size_bytes >= size_bytes:
-                return self._buffer
-            self._buffer.close()
-        self._buffer = HostBuffer(size_bytes)
-        return self._buffer
-
-    def close(self) -> None:
-        """Gives the memory back; if tensors are alive, with the last of them."""
-        if self._buffer is not None:
-            self._buffer.close_after_exports()
-            self._buffer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def load_file(
-    path: str | os.PathLike[str], *, framework: Framework = "torch", mode: str | None = None
-) -> dict[str, Any]:
-    """All tensors of a checkpoint by name, on one stretch of memory that lives as long as any of them.
-
-    Raises as `Arena.load`.
-    """
-    with Arena() as arena:
-        return arena.load(path, framework=framework, mode=mode)
+        return {info.name: views.tensor(info, begin) for info, begin in images}
+    finally:
+        buffer.close_after_exports()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mxcore.errors import StorageError
-from mxcore.reading.range_reader import RangeReader, ReadRange
+from mxcore.storage.load.host_load import read_ranges
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 
 __all__ = ["LocalFolder"]
@@ -42,8 +42,11 @@ class LocalFolder:
 
     def read_into(self, ranges: Sequence[RemoteRange]) -> None:
         """All ranges, by the compiled reader."""
-        RangeReader(_READER_THREADS).read(
-            [ReadRange(str(self._folder / path), offset, length, to) for path, offset, length, to in ranges if length]
+        places = {path: place for place, path in enumerate(dict.fromkeys(path for path, *_ in ranges))}
+        read_ranges(
+            [self._folder / path for path in places],
+            [(places[path], offset, length, to) for path, offset, length, to in ranges],
+            threads=_READER_THREADS,
         )
 
     def check_unchanged(self) -> None:

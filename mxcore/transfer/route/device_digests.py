@@ -37,7 +37,7 @@ class DeviceDigester:
     def many(
         self, kind: str, addresses: array[int], lengths: array[int], starts: array[int], *, threads: int = 1
     ) -> bytes:
-        """See mxcore.transfer.layout.digests.Digester. mixsum-64 is made on the device, xxh3-64 of a copy in host memory."""
+        """See mxcore.transfer.layout.Digester. mixsum-64 is made on the device, xxh3-64 of a copy in host memory."""
         self.context.synchronize()
         if kind == MIXSUM:
             return self._digest.many(addresses, lengths, starts)

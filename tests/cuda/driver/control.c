@@ -107,7 +107,7 @@ EXPORT void mx_stand_in_memory(size_t bytes) {
     pthread_mutex_unlock(&lock);
 }
 
-/* Whether device memory that is made from now on is as cudaMalloc's, or as cuMemCreate's, which cuIpc* do not export. */
+/* Whether device memory that is made from now on is cudaMalloc's, or cuMemCreate's, which cuIpc* do not export. */
 EXPORT void mx_stand_in_share(int share) {
     pthread_mutex_lock(&lock);
     shared = share;

@@ -1,9 +1,9 @@
 /* libcufile of the stand-in: reads of real files into the stand-in's device memory, whole blocks past the page cache.
  *
- * It keeps the rules that ours promises to keep: registered handles of descriptors with O_DIRECT, whole blocks within the
- * file, device memory of the current context that no stream still writes to, a driver that is closed after its handles.
- * Faults (mx_stand_in_fail_later): cufile-short (bytes that come), cufile-wrong (one bit), cufile-beyond (a byte behind
- * the end), cufile-host (the properties say compatibility mode).
+ * It keeps the rules that ours promises to keep: registered handles of descriptors with O_DIRECT, whole blocks within
+ * the file, device memory of the current context that no stream still writes to, a driver that is closed after its
+ * handles. Faults (mx_stand_in_fail_later): cufile-short (bytes that come), cufile-wrong (one bit), cufile-beyond (a
+ * byte behind the end), cufile-host (the properties say compatibility mode).
  */
 #define _GNU_SOURCE
 #include "stand_in.h"
@@ -41,10 +41,11 @@ static int opened, compatible = 1, staged = 1, reading;
 
 static mx_cufile_error status(int err) { return (mx_cufile_error){err, 0}; }
 
-#define FILE_FAULT(function)                       \
-    do {                                           \
-        int fault_ = injected(function);           \
-        if (fault_ != 0) return status(fault_);    \
+#define FILE_FAULT(function)             \
+    do {                                 \
+        int fault_ = injected(function); \
+        if (fault_ != 0)                 \
+            return status(fault_);       \
     } while (0)
 
 EXPORT mx_cufile_error cuFileGetVersion(int *version) {
@@ -136,8 +137,8 @@ EXPORT mx_cufile_error cuFileHandleRegister(void **made, mx_cufile_descriptor *d
     FILE_FAULT("cuFileHandleRegister");
     pthread_mutex_lock(&lock);
     off_t bytes = 0;
-    int err = descriptor->type != MX_CUFILE_DESCRIPTOR ? FILE_INVALID_VALUE
-                                                       : cannot_register(descriptor->handle.fd, &bytes);
+    int err =
+        descriptor->type != MX_CUFILE_DESCRIPTOR ? FILE_INVALID_VALUE : cannot_register(descriptor->handle.fd, &bytes);
     if (err == 0) {
         handle *added = calloc(1, sizeof *added);
         *added = (handle){handles, descriptor->handle.fd, bytes};

@@ -7,7 +7,7 @@
 #define MX_WITH_CUFILE_H 1
 #include "reading/cufile_library.h"
 
-#define CHECK(member, symbol, result, arguments)                                                              \
+#define CHECK(member, symbol, result, arguments)                                                                  \
     _Static_assert(__builtin_types_compatible_p(__typeof__(&symbol), __typeof__(((mx_cufile_table *)0)->member)), \
                    #symbol " has another type in cufile.h");
 MX_CUFILE_FUNCTIONS(CHECK)

@@ -307,7 +307,7 @@ EXPORT int cuStreamQuery(void *handle) {
     FAULT("cuStreamQuery");
     pthread_mutex_lock(&lock);
     stream *found = stream_of(handle);
-    int status = found == NULL                        ? INVALID_HANDLE
+    int status = found == NULL                         ? INVALID_HANDLE
                  : found->first != NULL || found->busy ? MX_CUDA_NOT_READY
                                                        : found->error;
     pthread_mutex_unlock(&lock);

@@ -1,8 +1,8 @@
 /* Modules and launches of the stand-in: a module is PTX text, a kernel what mxcore/cuda/cuda_kernels.h says of each thread.
  *
  * Shown here: that the text is there, with these entries and as many parameters; that records are made right; what the
- * threads of a launch make together. Not shown: what a GPU's compiler makes of the text, and the reduction within a block
- * (shuffles and shared memory), which has no counterpart here.
+ * threads of a launch make together. Not shown: what a GPU's compiler makes of the text, and the reduction within a
+ * block (shuffles and shared memory), which has no counterpart here.
  */
 #include "stand_in.h"
 
@@ -78,8 +78,9 @@ static int check_tiles(const work *item) {
         status = readable_by_kernels(item->arguments[1], item->grid * 8, "the sums");
     }
     for (unsigned i = 0; status == 0 && i < item->grid; i++) {
-        status = tiles[i].words > MX_TILE_WORDS ? violation(LAUNCH_FAILED, "a tile of %zu words", (size_t)tiles[i].words)
-                                                : in_device_memory(tiles[i].address, 8 * tiles[i].words, "a tile");
+        status = tiles[i].words > MX_TILE_WORDS
+                     ? violation(LAUNCH_FAILED, "a tile of %zu words", (size_t)tiles[i].words)
+                     : in_device_memory(tiles[i].address, 8 * tiles[i].words, "a tile");
     }
     return status;
 }

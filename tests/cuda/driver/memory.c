@@ -24,11 +24,14 @@ memory *find_memory(uintptr_t address, size_t bytes) {
 static int complain(uintptr_t address, size_t bytes, const char *what) {
     for (memory *each = all; each != NULL; each = each->next) {
         if (address >= each->base && address < each->base + each->bytes) {
-            return violation(ILLEGAL_ADDRESS, each->freed ? "%s: %zu bytes at %#zx were freed" :
-                             "%s: %zu bytes at %#zx go beyond their allocation", what, bytes, (size_t)address);
+            return violation(ILLEGAL_ADDRESS,
+                             each->freed ? "%s: %zu bytes at %#zx were freed"
+                                         : "%s: %zu bytes at %#zx go beyond their allocation",
+                             what, bytes, (size_t)address);
         }
     }
-    return violation(ILLEGAL_ADDRESS, "%s: %zu bytes at %#zx are no memory of the device", what, bytes, (size_t)address);
+    return violation(ILLEGAL_ADDRESS, "%s: %zu bytes at %#zx are no memory of the device", what, bytes,
+                     (size_t)address);
 }
 
 int in_device_memory(uintptr_t address, size_t bytes, const char *what) {
@@ -178,9 +181,9 @@ EXPORT int cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
     FAULT("cuMemHostRegister_v2");
     (void)flags;
     pthread_mutex_lock(&lock);
-    int status = current_device() == NULL                           ? violation(INVALID_CONTEXT, "pinning without a context")
+    int status = current_device() == NULL ? violation(INVALID_CONTEXT, "pinning without a context")
                  : find_memory((uintptr_t)address, bytes) != NULL ? ALREADY_REGISTERED
-                                                                    : 0;
+                                                                  : 0;
     if (status == 0) {
         remember((uintptr_t)address, bytes, REGISTERED_MEMORY);
         count.registrations++;
@@ -237,9 +240,9 @@ EXPORT int cuIpcGetMemHandle(mx_ipc_handle *handle, mx_device_address address) {
     FAULT("cuIpcGetMemHandle");
     pthread_mutex_lock(&lock);
     memory *found = find_memory((uintptr_t)address, 1);
-    int status = current_device() == NULL             ? violation(INVALID_CONTEXT, "exporting without a context")
+    int status = current_device() == NULL         ? violation(INVALID_CONTEXT, "exporting without a context")
                  : found == NULL || found->fd < 0 ? MX_CUDA_INVALID_VALUE
-                                                      : 0;
+                                                  : 0;
     if (status == 0) {
         exported what = {HANDLE_MARK, found->bytes, getpid(), found->fd};
         memset(handle, 0, sizeof *handle);

@@ -111,10 +111,11 @@ void end_stream(stream *ending);
 void run_kernel(work *item);
 double now_seconds(void);
 
-#define FAULT(function)                    \
-    do {                                   \
-        int fault_ = injected(function);   \
-        if (fault_ != 0) return fault_;    \
+#define FAULT(function)                  \
+    do {                                 \
+        int fault_ = injected(function); \
+        if (fault_ != 0)                 \
+            return fault_;               \
     } while (0)
 
 #endif

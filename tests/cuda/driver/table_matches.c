@@ -8,7 +8,7 @@
 #undef cuEventElapsedTime
 CUresult CUDAAPI cuEventElapsedTime(float *milliseconds, CUevent start, CUevent end);
 
-#define CHECK(member, symbol, arguments)                                                                    \
+#define CHECK(member, symbol, arguments)                                                                        \
     _Static_assert(__builtin_types_compatible_p(__typeof__(&symbol), __typeof__(((mx_cuda_table *)0)->member)), \
                    #symbol " has another type in cuda.h");
 MX_CUDA_FUNCTIONS(CHECK)
