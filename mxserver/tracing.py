@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from mxserver import __version__
-from mxserver.interceptors import Around, status_of
+from mxserver.calls.handlers import Around
+from mxserver.interceptors import telling_status
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:
@@ -74,16 +75,13 @@ def call_spans(provider: TracerProvider) -> Around:
             record_exception=False,  # an abort is an answer; failures are in the log
             set_status_on_exception=False,
         ) as span:
-            code = grpc.StatusCode.UNKNOWN
-            try:
-                yield
-                code = status_of(context) or grpc.StatusCode.OK
-            except BaseException:
-                code = status_of(context) or grpc.StatusCode.UNKNOWN
-                raise
-            finally:
+
+            def ended(code: grpc.StatusCode) -> None:
                 span.set_attribute("rpc.grpc.status_code", code.value[0])
                 if code in _SERVER_FAILED:
                     span.set_status(Status(StatusCode.ERROR, code.name))
+
+            with telling_status(context, ended):
+                yield
 
     return traced

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import grpc
 
+from mxserver.calls.refusals import refuse
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceStore
@@ -153,5 +154,5 @@ def _key(
     request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest, context: grpc.ServicerContext
 ) -> TurnKey:
     if not request.mx_source_id or not request.worker_id:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "mx_source_id or worker_id is missing")
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "mx_source_id or worker_id is missing")
     return TurnKey(request.mx_source_id, request.worker_rank)

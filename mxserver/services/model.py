@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
+from mxserver.calls.refusals import Statuses, refuse_for, refuses
 from mxserver.models import errors
 from mxserver.models.downloads import DownloadJob, JobState
 from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, selected_files, spans
@@ -23,7 +24,6 @@ from mxserver.models.opened import OpenCache
 from mxserver.models.record import ModelRecord
 from mxserver.models.transfer import Stopped
 from mxserver.wire import model_pb2
-from mxserver.wire.client import ERROR_CODE_METADATA
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,26 +35,19 @@ MAX_STREAMS = 64
 _UPDATE_SECONDS = 1.0  # a caller hears at least so often, and at most four times as often, how far a download is
 _MIN_UPDATE_SECONDS = 0.25
 
-_STATUSES: tuple[tuple[type[errors.ModelError], grpc.StatusCode], ...] = (
-    (errors.BadModelName, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.UnsafePath, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.ModelNotCached, grpc.StatusCode.NOT_FOUND),
-    (errors.RevisionNotFound, grpc.StatusCode.NOT_FOUND),
-    (errors.ModelInUse, grpc.StatusCode.FAILED_PRECONDITION),
-    (errors.CacheUnusable, grpc.StatusCode.FAILED_PRECONDITION),
-    (FileDamaged, grpc.StatusCode.DATA_LOSS),
-)
+_STATUSES: Statuses = {
+    errors.BadModelName: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsafePath: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotCached: grpc.StatusCode.NOT_FOUND,
+    errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    FileDamaged: grpc.StatusCode.DATA_LOSS,
+    errors.ModelError: grpc.StatusCode.UNAVAILABLE,
+}
 
-
-def refuse(context: grpc.ServicerContext, error: errors.ModelError | OSError) -> NoReturn:
-    """Ends a call with the status that fits the error; OSError: what the cache's file system says."""
-    if isinstance(error, OSError):
-        error = errors.CacheUnusable(f"the cache folder cannot be used: {error}")
-    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
-    _LOG.info("call refused status=%s reason=%s", status.name, error)
-    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
-    context.abort(status, str(error))
-    raise AssertionError("abort returned")
+refuses_for_models = refuses(_STATUSES, lambda error: errors.CacheUnusable(f"the cache folder cannot be used: {error}"))
+"""For methods that use the model cache."""
 
 
 class ModelService:
@@ -94,24 +87,19 @@ class ModelService:
         self._waiting.shutdown(wait=False)
         self._streaming.shutdown(wait=False)
 
+    @refuses_for_models
     def ensure_model_downloaded(
         self, request: model_pb2.ModelDownloadRequest, context: grpc.ServicerContext
     ) -> Iterator[model_pb2.ModelStatusUpdate]:
-        try:
-            model = model_name(request.provider, request.model_name)
-            revision = checked_revision(model, request.revision)
-            job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model = model_name(request.provider, request.model_name)
+        revision = checked_revision(model, request.revision)
+        job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
         yield from self._follow(job, context)
         state = job.state()
         if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
-            refuse(context, state.error)
+            refuse_for("ensure_model_downloaded", context, state.error, _STATUSES)
         if state.phase == "done" and request.pin:
-            try:
-                self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
-            except OSError as error:
-                refuse(context, error)
+            self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
         if state.ended:
             yield _update(job, state)
 
@@ -131,15 +119,13 @@ class ModelService:
                 if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
                     break
 
+    @refuses_for_models
     def list_model_files(
         self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
     ) -> model_pb2.ModelFileList:
-        try:
-            model, revision = _named(request)
-            record = self._opened.cache.find(model, revision)
-            files = selected_files(record, request)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model, revision = _named(request)
+        record = self._opened.cache.find(model, revision)
+        files = selected_files(record, request)
         self._opened.cache.touch(record.key)
         return model_pb2.ModelFileList(
             model_name=request.model_name,
@@ -151,28 +137,24 @@ class ModelService:
             folder=str(self._opened.cache.layout.snapshot(record.key)),
         )
 
+    @refuses_for_models
     def stream_model_files(
         self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        try:
-            model, revision = _named(request)
-            cache = self._opened.cache
-            with cache.reading(model, revision) as record:
-                parts = spans(selected_files(record, request), request)
-                size = chunk_bytes(request.chunk_size)
-                yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model, revision = _named(request)
+        cache = self._opened.cache
+        with cache.reading(model, revision) as record:
+            parts = spans(selected_files(record, request), request)
+            size = chunk_bytes(request.chunk_size)
+            yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
 
+    @refuses_for_models
     def delete_model(
         self, request: model_pb2.DeleteModelRequest, context: grpc.ServicerContext
     ) -> model_pb2.DeleteModelResponse:
-        try:
-            model = model_name(request.provider, request.model_name)
-            revision = checked_revision(model, request.revision) if request.revision else ""
-            keys = self._keys(model, revision)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model = model_name(request.provider, request.model_name)
+        revision = checked_revision(model, request.revision) if request.revision else ""
+        keys = self._keys(model, revision)
         if not keys:
             return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []

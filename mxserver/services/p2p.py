@@ -7,27 +7,20 @@ of an earlier life (FAILED_PRECONDITION with the code in the trailing metadata),
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
 
 import grpc
 
+from mxserver.calls.refusals import refuses
 from mxserver.loads import Loads
 from mxserver.security.roles import current_owner
 from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
 from mxserver.wire import p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.client import ERROR_CODE_METADATA
-from mxserver.wire.errors import MxError, StaleEpoch
+from mxserver.wire.errors import StaleEpoch
 from mxserver.wire.source_id import source_id
-
-Service = TypeVar("Service")
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,32 +28,13 @@ _UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 _STATUSES = (p2p_pb2.SOURCE_STATUS_INITIALIZING, p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE)
 
 
-def _abort(context: grpc.ServicerContext, status: grpc.StatusCode, error: MxError) -> NoReturn:
-    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
-    context.abort(status, str(error))
-    raise AssertionError("abort returned")
-
-
-def _with_error_status(
-    method: Callable[[Service, Request, grpc.ServicerContext], Response],
-) -> Callable[[Service, Request, grpc.ServicerContext], Response]:
-    """Turns the store's errors into gRPC statuses."""
-
-    @functools.wraps(method)
-    def answer(self: Service, request: Request, context: grpc.ServicerContext) -> Response:
-        try:
-            return method(self, request, context)
-        except StoreUnavailable as error:
-            _LOG.warning("call failed method=%s reason=%s", method.__name__, error)
-            _abort(context, grpc.StatusCode.UNAVAILABLE, error)
-        except StaleEpoch as error:
-            _LOG.info("call refused method=%s reason=%s", method.__name__, error)
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
-        except NotOwner as error:
-            _LOG.warning("call refused method=%s peer=%s reason=%s", method.__name__, context.peer(), error)
-            _abort(context, grpc.StatusCode.PERMISSION_DENIED, error)
-
-    return answer
+_refuses = refuses(
+    {
+        StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        StaleEpoch: grpc.StatusCode.FAILED_PRECONDITION,
+        NotOwner: grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
 
 
 class P2pService(p2p_pb2_grpc.P2pServiceServicer):
@@ -71,7 +45,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         self._loads = loads
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
 
-    @_with_error_status
+    @_refuses
     def PublishMetadata(  # noqa: N802
         self, request: p2p_pb2.PublishMetadataRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.PublishMetadataResponse:
@@ -97,7 +71,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             lease_ms=self._lease_ms,
         )
 
-    @_with_error_status
+    @_refuses
     def ListSources(  # noqa: N802
         self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.ListSourcesResponse:
@@ -108,7 +82,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         records = self._store.find(_query(request))
         return p2p_pb2.ListSourcesResponse(instances=[_reference(record) for record in records])
 
-    @_with_error_status
+    @_refuses
     def GetMetadata(  # noqa: N802
         self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.GetMetadataResponse:
@@ -129,7 +103,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             epoch=record.epoch,
         )
 
-    @_with_error_status
+    @_refuses
     def UpdateStatus(  # noqa: N802
         self, request: p2p_pb2.UpdateStatusRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.UpdateStatusResponse:

@@ -12,9 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxserver.calls.handlers import wrapped
 from mxserver.security import access_file as access_file_module
 from mxserver.security.access_file import AccessFile, read_rules
-from mxserver.security.interceptors import guarded
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
 from mxserver.server import Server
 from mxserver.wire import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
@@ -138,11 +138,11 @@ def test_headers_that_are_no_token_are_refused(server: Server, headers: list[tup
 
 
 @pytest.mark.parametrize(("request_streams", "response_streams"), [(a, b) for a in (0, 1) for b in (0, 1)])
-def test_a_guard_keeps_the_kind_of_its_method(request_streams: bool, response_streams: bool) -> None:
+def test_a_wrapped_handler_keeps_the_kind_of_its_method(request_streams: bool, response_streams: bool) -> None:
     """Also of kinds that the server does not have yet: a new method is never left open for want of a kind."""
     kind = f"{'stream' if request_streams else 'unary'}_{'stream' if response_streams else 'unary'}"
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    handler = guarded("/m", make(lambda *_: None), lambda *_: pytest.fail("not called"))
+    handler = wrapped("/m", make(lambda *_: None), lambda *_: pytest.fail("not called"))
     assert (handler.request_streaming, handler.response_streaming) == (request_streams, response_streams)
     assert getattr(handler, kind) is not None
 
