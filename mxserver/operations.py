@@ -23,7 +23,7 @@ from mxserver.web.cache_view import CacheView
 from mxserver.web.http import HttpServer
 from mxserver.web.pages import application
 from mxserver.web.status import StatusView
-from mxserver.wire.credentials import ServerTls
+from mxserver.wire.tls_files import ServerTls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

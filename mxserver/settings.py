@@ -17,9 +17,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
 from mxserver.wire.channels import MAX_MESSAGE_BYTES
-from mxserver.wire.credentials import ServerTls
 from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
+from mxserver.wire.tls_files import ServerTls
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
 LogFormat = Literal["text", "json"]

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -165,7 +165,3 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 NEEDS = {"runai": "runai_model_streamer", "runai_best": "runai_model_streamer", "fastsafetensors": "fastsafetensors"}
-
-
-def any_of(names: Any) -> dict[str, Candidate]:
-    return {name: candidate for name, candidate in CANDIDATES.items() if name in names}

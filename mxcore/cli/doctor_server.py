@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from mxcore import __version__
-from mxcore.cli.connection import Connection
+from mxcore.cli.connection import SERVER_NAMES, Connection
 from mxcore.cli.findings import Finding
 from mxserver.wire.client import ServerClient
 from mxserver.wire.environment import is_kubernetes_value, misspelt, setting, without_effect
@@ -16,12 +16,9 @@ CALL_SECONDS = 5.0
 SKEW_SECONDS = 2.0
 
 
-_NAMES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
-
-
 def is_named(environ: Mapping[str, str]) -> bool:
     """Whether the environment names a server."""
-    return any(setting(environ, name) for name in _NAMES)
+    return any(setting(environ, name) for name in SERVER_NAMES)
 
 
 def environment(environ: Mapping[str, str]) -> list[Finding]:
@@ -33,7 +30,7 @@ def environment(environ: Mapping[str, str]) -> list[Finding]:
         Finding("setting", "note", f"{variable.name} has no effect on a worker of this version", "unset it")
         for variable in without_effect(environ, "worker")
     ]
-    for name in _NAMES:
+    for name in SERVER_NAMES:
         if is_kubernetes_value(environ.get(name, "")):
             do = "enableServiceLinks: false in the pod, or another name for the service"
             findings.append(Finding("setting", "warn", f"{name} was set by Kubernetes for a service", do))

@@ -106,11 +106,11 @@ def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, An
         raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")
     secure = url.scheme == "https"
     request = urllib.request.Request(url.geturl())  # noqa: S310 - the scheme is checked above
-    if token := credentials.token_for(url.hostname, secure=secure):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    if token := credentials.authorization(("https://" if secure else "") + url.hostname):
+        request.add_unredirected_header("Authorization", token)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # it is in the same cluster
     if secure:
-        handlers.append(urllib.request.HTTPSHandler(context=credentials.context()))
+        handlers.append(urllib.request.HTTPSHandler(context=credentials.ssl_context()))
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=PAGE_SECONDS) as answer:
             data: dict[str, Any] = json.load(answer)

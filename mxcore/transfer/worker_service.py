@@ -23,8 +23,8 @@ from mxcore.transfer.same_host import ProbeTarget
 from mxcore.transfer.scalars import scalars_digest, scalars_to_proto
 from mxcore.transfer.transports import UcxPolicy
 from mxserver.wire import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.channels import channel_options
-from mxserver.wire.credentials import server_credentials, worker_tls
+from mxserver.wire.channels import channel_options, server_credentials
+from mxserver.wire.credentials import worker_tls
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ import logging
 import re
 import threading
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mxserver.config_file import read_toml
 from mxserver.security.roles import Caller, Role, Unauthenticated
 from mxserver.wire.errors import SettingError
 from mxserver.wire.nearest import unknown_key
@@ -57,15 +57,7 @@ class AccessRules:
 
 def read_rules(path: Path) -> AccessRules:
     """Raises SettingError, which names the file, the entry and the rule."""
-    try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise SettingError(
-            f"access file {path} cannot be read ({error.strerror}); give one with --auth-file"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"access file {path} is no TOML: {error}") from error
+    content = read_toml(path, "access file", "give one with --auth-file")
     for key in content:
         if key not in ("tokens", "subjects"):
             raise SettingError(f"access file {path}: {unknown_key(key, ('tokens', 'subjects'))}")

@@ -10,8 +10,9 @@ from mxserver.security.access_file import AccessFile
 from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
-from mxserver.wire.channels import channel_options
-from mxserver.wire.credentials import ServerTls, is_loopback, server_credentials
+from mxserver.wire.channels import channel_options, server_credentials
+from mxserver.wire.credentials import is_loopback
+from mxserver.wire.tls_files import ServerTls
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:

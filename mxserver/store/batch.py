@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import replace
+from typing import TypeVar
 
 from mxserver.store.clock import Clock
 from mxserver.store.index import STALE, RecordIndex, require_epoch, require_owner, unknown
@@ -11,6 +13,24 @@ from mxserver.wire import p2p_pb2
 
 UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
+
+
+Waiting = TypeVar("Waiting")
+
+
+def take_waiting(waiting: queue.SimpleQueue[Waiting | None], first: Waiting, most: int) -> list[Waiting]:
+    """`first`, and what waits in the queue behind it, up to `most` in all; stops before None, which ends the queue."""
+    taken = [first]
+    while len(taken) < most:
+        try:
+            following = waiting.get_nowait()
+        except queue.Empty:
+            break
+        if following is None:
+            waiting.put(None)  # for the next call; nothing comes after it
+            break
+        taken.append(following)
+    return taken
 
 
 class EpochCounter:

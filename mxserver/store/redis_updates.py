@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from mxserver.store.batch import take_waiting
 from mxserver.store.errors import StoreUnavailable
 
 Update: TypeAlias = tuple[str | bytes, ...]
@@ -66,17 +67,7 @@ class Updates:
             if not self._closed:
                 self._enough.wait(self._linger_seconds)
                 self._enough.clear()
-            batch = [first]
-            while len(batch) < MOST_TOGETHER:
-                try:
-                    following = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    self._waiting.put(None)  # for the next round; nothing comes after it
-                    break
-                batch.append(following)
-            self._keep(batch)
+            self._keep(take_waiting(self._waiting, first, MOST_TOGETHER))
 
     def _keep(self, batch: list[tuple[Update, Future[Any]]]) -> None:
         try:

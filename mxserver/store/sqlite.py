@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from mxserver.store.batch import Batch, EpochCounter
+from mxserver.store.batch import Batch, EpochCounter, take_waiting
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable, StoreUnusable
 from mxserver.store.index import RecordIndex
@@ -130,19 +130,9 @@ class SqliteStore(SourceStore):
             opened.set_exception(error)  # raised by the constructor
 
     def _next_changes(self) -> list[_Change]:
-        """Waits for a change, and takes those along that wait as well; none at all when the store closes."""
+        """Waits for a change, and takes the others that wait by then too; an empty list once the store closes."""
         first = self._changes.get()
-        changes = [] if first is None else [first]
-        while changes and len(changes) < MAX_CHANGES_PER_COMMIT:
-            try:
-                following = self._changes.get_nowait()
-            except queue.Empty:
-                break
-            if following is None:
-                self._changes.put(None)  # for the next round; nothing comes after it
-                break
-            changes.append(following)
-        return changes
+        return [] if first is None else take_waiting(self._changes, first, MAX_CHANGES_PER_COMMIT)
 
     def _keep(self, file: SqliteFile, epochs: EpochCounter, changes: list[_Change]) -> None:
         batch = Batch(self._index, epochs, self._clock)

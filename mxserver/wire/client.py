@@ -9,9 +9,9 @@ import grpc
 
 from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from mxserver.wire.address import with_advice
-from mxserver.wire.channels import channel_options
+from mxserver.wire.channels import ServerChannel
 from mxserver.wire.closing import Closing
-from mxserver.wire.credentials import ClientCredentials, Connection
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 
 Request = TypeVar("Request")
@@ -43,7 +43,7 @@ class ServerClient(Closing):
         """
         self.address = address
         self.timeout_seconds = timeout_seconds
-        self._connection = Connection(address, channel_options(), credentials)
+        self._server = ServerChannel(address, credentials)
         self._stubs: tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub] | None = None
 
     def publish(
@@ -178,7 +178,7 @@ class ServerClient(Closing):
 
     def close(self) -> None:
         """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
-        self._connection.close()
+        self._server.close()
 
     @property
     def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:
@@ -194,7 +194,7 @@ class ServerClient(Closing):
 
     def _current_stubs(self) -> tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub]:
         try:
-            channel = self._connection.channel()
+            channel = self._server.channel()
         except (SettingError, ValueError) as error:
             raise ServerUnreachable(f"{self.address} cannot be called: {error}") from error
         stubs = self._stubs

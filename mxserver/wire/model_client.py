@@ -14,9 +14,9 @@ import grpc
 
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.address import with_advice
-from mxserver.wire.channels import channel_options
+from mxserver.wire.channels import ServerChannel
 from mxserver.wire.closing import Closing
-from mxserver.wire.credentials import ClientCredentials, Connection
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.disk_room import check_room, full_disk_is_told
 from mxserver.wire.errors import (
     DiskFull,
@@ -96,19 +96,19 @@ class ModelClient(Closing):
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
         self._credentials = credentials
-        self._connection = Connection(address, channel_options(), credentials)
+        self._server = ServerChannel(address, credentials)
 
     @property
     def _models(self) -> model_pb2_grpc.ModelServiceStub:
-        return model_pb2_grpc.ModelServiceStub(self._connection.channel())
+        return model_pb2_grpc.ModelServiceStub(self._server.channel())
 
     @property
     def _cache(self) -> cache_pb2_grpc.CacheServiceStub:
-        return cache_pb2_grpc.CacheServiceStub(self._connection.channel())
+        return cache_pb2_grpc.CacheServiceStub(self._server.channel())
 
     def close(self) -> None:
         """Idempotent."""
-        self._connection.close()
+        self._server.close()
 
     def ensure(
         self,

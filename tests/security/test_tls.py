@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from mxserver.server import Server
+from mxserver.wire.channels import server_credentials
 from mxserver.wire.client import ServerClient
-from mxserver.wire.credentials import ClientCredentials, ServerTls, is_loopback, server_credentials, worker_tls
+from mxserver.wire.credentials import ClientCredentials, is_loopback, worker_tls
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire.tls_files import ServerTls
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer
 

@@ -18,9 +18,9 @@ from mxserver.security.access_file import AccessFile, read_rules
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
 from mxserver.server import Server
 from mxserver.wire import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
-from mxserver.wire.channels import channel_options
+from mxserver.wire.channels import open_channel
 from mxserver.wire.client import ServerClient
-from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials, open_channel
+from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
@@ -303,7 +303,7 @@ def test_token_is_never_sent_in_clear_but_to_loopback_or_where_told(
     target = f"127.0.0.1:{port}" if host == "127.0.0.1" else f"ipv4:127.0.0.1:{port}"
     with (
         caplog.at_level(logging.WARNING),
-        open_channel(target, channel_options(), credentials, to_worker=to_worker) as channel,
+        open_channel(target, credentials, to_worker=to_worker) as channel,
     ):
         channel.unary_unary("/s/m")(b"", timeout=60)
     server.stop(None).wait()
