@@ -59,5 +59,5 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(_toml(part) for part in value)}]"
     if isinstance(value, int | float):
         return repr(value)
-    # JSON's escapes are TOML's, but for the surrogates that JSON makes of what lies beyond 16 bits.
+    # TOML has JSON's escapes, except the surrogate pairs that JSON uses for characters beyond 16 bits.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

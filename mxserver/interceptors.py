@@ -27,7 +27,7 @@ def telling_status(context: grpc.ServicerContext, tell: Callable[[grpc.StatusCod
         tell(context.code() or unless_set)  # type: ignore[attr-defined] # types-grpcio does not know `code`
 
 
-class AroundCalls(WrappingInterceptor):
+class ObservingInterceptor(WrappingInterceptor):
     """Runs context managers around every call, the first one outermost."""
 
     def __init__(self, arounds: list[Around], on_unknown_method: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class AroundCalls(WrappingInterceptor):
 
 
 def call_metrics(metrics: Metrics, events: Events) -> tuple[Around, Callable[[], None]]:
-    """What measures calls: around each, and at one of a method that the server does not have."""
+    """Two functions that measure calls: one goes around each call, one counts calls of unknown methods."""
     observers: dict[tuple[str, str], Callable[[float], None]] = {}
 
     def observe(method: str, code: str, seconds: float) -> None:

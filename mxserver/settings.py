@@ -62,7 +62,7 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?)B?|B)?", re.IGNORECASE)
 
 
 def parse_bytes(value: Any) -> Any:
-    """Bytes out of `500GiB`, `1.5 TB`, `10G` or a plain number; what is none of these is left to be refused."""
+    """Bytes out of `500GiB`, `1.5 TB`, `10G` or a plain number; anything else is passed on, and refused later."""
     match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return value

@@ -1,7 +1,7 @@
 """OpenTelemetry traces of the server's calls: one span a call, a child of the caller's (W3C Trace Context).
 
-Off by default. The packages come with the extra `otel` and are imported only when traces are on; where the spans go
-is what the standard names say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER).
+Off by default. The packages come with the extra `otel` and are imported only when traces are on. The standard names
+(OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER) say where spans go.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def otlp_provider() -> TracerProvider:
 
 
 def call_spans(provider: TracerProvider) -> Around:
-    """What makes a span around each call."""
+    """Makes a span around each call."""
     from opentelemetry.trace import SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -1,4 +1,4 @@
-"""Which server a command calls, and with what: --server, TLS and the token. The same for all commands that call it."""
+"""Which server a command calls, and its credentials: --server, TLS and the token. The same for all commands."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Connection:
-    """What was given on the command line; the environment has the rest."""
+    """What the command line gave; the environment has the rest."""
 
     server: str | None = None
     flags: dict[str, str] = field(default_factory=dict)  # environment name -> value
 
     def over(self, other: Connection) -> Connection:
-        """This one, and of another one what this one leaves open."""
+        """This connection, with what it leaves open taken from another one."""
         return Connection(self.server or other.server, {**other.flags, **self.flags})
 
     @property
@@ -57,7 +57,7 @@ class Connection:
 
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options; the command gets them together as `connection`."""
+    """Adds the options; the command gets them as its argument `connection`."""
 
     @click.option(
         "--server",

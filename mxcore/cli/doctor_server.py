@@ -22,7 +22,7 @@ def is_named(environ: Mapping[str, str]) -> bool:
 
 
 def environment(environ: Mapping[str, str]) -> list[Finding]:
-    """Names that are set and will not do what whoever set them expects."""
+    """Names that are set and will not have the expected effect."""
     findings = [
         Finding("setting", "warn", f"{name} is no setting", f"did you mean {near}?") for name, near in misspelt(environ)
     ]
@@ -48,7 +48,7 @@ def server(connection: Connection) -> list[Finding]:
         return [Finding("server", "fail", str(error), "correct --server, MODEL_EXPRESS_URL or MX_SERVER_ADDRESS")]
     try:
         with ServerClient(address, timeout_seconds=CALL_SECONDS, credentials=credentials) as client:
-            client.health()  # connects, so that the next one tells the way's own time
+            client.health()  # connects, so that the next call measures only the round trip
             sent_ms, started = time.time() * 1000, time.monotonic()
             health = client.health()
             took_seconds = time.monotonic() - started
@@ -87,7 +87,7 @@ def access(client: ServerClient) -> Finding:
 
 
 def clock(server_ms: int, sent_ms: float, took_seconds: float) -> Finding:
-    """How far this machine's clock is from the server's; only what people read depends on it."""
+    """How far this machine's clock is from the server's. Only times shown to people depend on it."""
     if not server_ms:
         return Finding("clock", "note", "this server does not tell its time")
     skew_seconds = (sent_ms + took_seconds * 500 - server_ms) / 1000

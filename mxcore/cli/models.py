@@ -43,7 +43,7 @@ def models(context: click.Context, connection: Connection) -> None:
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The group's options for a command of it, which win: `mx models get NAME --server ADDRESS`."""
+    """Gives a command the group's options; its own win: `mx models get NAME --server ADDRESS`."""
 
     @connection_options
     @functools.wraps(command)
@@ -231,7 +231,7 @@ def validate(context: click.Context, name: str, revision: str | None, as_json: b
 
 
 class _Bar:
-    """A progress bar on stderr; where that is no terminal, a line every ten seconds."""
+    """A progress bar on stderr; if that is not a terminal, a line every ten seconds."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -84,7 +84,7 @@ STATE_NAMES = ("ready", "initializing", "stale")
 
 
 def instances_by_state(client: ServerClient, **filters: Any) -> dict[str, list[p2p_pb2.SourceInstanceRef]]:
-    """A list does not tell the states, so each is asked for."""
+    """A listing does not contain the state, so it asks for each state."""
     from mxserver.wire import p2p_pb2
 
     return {
@@ -100,7 +100,7 @@ def default_page(address: str) -> str:
 
 
 def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, Any] | None, str]:
-    """What the status page knows, or why there is nothing. Raises SettingError."""
+    """The status page's data, or why there is none. Raises SettingError."""
     url = urlsplit(f"{page.rstrip('/')}/status?workers=0")
     if url.scheme not in ("http", "https") or not url.hostname:
         raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")

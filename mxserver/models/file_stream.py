@@ -1,4 +1,4 @@
-"""Which bytes of which files a stream sends, and the messages of it."""
+"""Which bytes of which files a stream sends, and the stream's messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 class FileDamaged(ModelError):
-    """A cached file is not what was recorded; the model must be removed and downloaded again."""
+    """A cached file differs from its record; the model must be removed and downloaded again."""
 
     code = "MX_FILE_DAMAGED"
 
@@ -87,8 +87,9 @@ def _span(file: FileRecord, wanted: model_pb2.FileRange | None) -> Span:
 def messages(
     root: Path, record: ModelRecord, parts: list[Span], size: int, *, with_digests: bool = False
 ) -> Iterator[bytes]:
-    """Serialised FileChunks, one in memory at a time. Reading ahead in a thread of its own was tried, and cost more
-    in switches between threads than it hid. `with_digests`: each chunk carries the digest of its data.
+    """Serialised FileChunks, one in memory at a time. `with_digests`: each chunk carries the digest of its data.
+
+    Reading ahead in another thread was tried: switching between threads cost more than it saved.
 
     Raises:
         FileDamaged: a file is missing or has another size than the record says.

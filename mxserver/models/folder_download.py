@@ -1,6 +1,6 @@
 """Models in a folder of the server's machine (`file:///…`), below one of the folders that the server allows.
 
-Copied into the cache, since the cache's promises (whole files, digests, eviction) cannot be made for foreign folders.
+The files are copied into the cache, which can guarantee whole files, digests and eviction only for its own folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COPY_BYTES = 64 * 1024 * 1024
 
 
 class FolderSource:
-    """Folders below `roots`; with none, every name is refused. Links that lead out of a root are refused too."""
+    """Folders below `roots`; without roots, every name is refused. Links that lead out of a root are refused too."""
 
     parallel_files = 2
 

@@ -1,4 +1,4 @@
-"""What a model is called: providers, names and revisions, checked before anything is done with them."""
+"""Names of models: providers, names and revisions, checked before they are used."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _checked_url(provider: Provider, name: str) -> str:
 
 
 def checked_revision(model: ModelName, revision: str) -> str:
-    """The revision that is meant; "" (none given) is the default one.
+    """The revision, checked; "" (none given) is the default one.
 
     Raises:
         BadModelName: it cannot be one, or the provider has none.

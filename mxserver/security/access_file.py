@@ -11,8 +11,8 @@ TOML, such as::
     name = "system:serviceaccount:models:*"
     role = "publish"
 
-Only hashes are kept, here and in memory. Tokens must be long and random (openssl rand -hex 32), for a hash of a short
-one can be guessed. The file is read again when it has changed.
+Only hashes are kept, here and in memory. Tokens must be long and random (openssl rand -hex 32), because the hash of a
+short token can be guessed. The file is read again when it has changed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _entry(path: Path, kind: str, number: int, entry: Any) -> _Entry:
 
 
 class AccessFile:
-    """The rules of a file, as it is now. Thread-safe. A file that became unusable leaves the last rules in force."""
+    """The rules of a file as it is now. Thread-safe. If the file becomes unusable, the last rules stay in force."""
 
     def __init__(self, path: Path) -> None:
         """Raises SettingError."""
@@ -118,7 +118,7 @@ class AccessFile:
         return status.st_mtime_ns, status.st_ino, status.st_size
 
     def rules(self) -> AccessRules:
-        """The rules in force; the file is looked at once a second at most."""
+        """The rules in force. The file is checked at most once a second."""
         with self._lock:
             if time.monotonic() - self._looked_at < LOOK_SECONDS:
                 return self._rules

@@ -39,7 +39,7 @@ class AccessInterceptor(WrappingInterceptor):
     """Lets a call pass whose caller has the method's role; `roles.CALLER` is who calls while it runs. Thread-safe."""
 
     def __init__(self, authenticator: Authenticator | None) -> None:
-        """Without an authenticator, callers are told apart by their certificates and may do everything."""
+        """Without an authenticator, callers are identified by their certificates and may do everything."""
         super().__init__()
         self._authenticator = authenticator
 
@@ -54,7 +54,7 @@ class AccessInterceptor(WrappingInterceptor):
         try:
             yield
         finally:
-            # A stream may go on in another thread; what it set there is nobody else's.
+            # A stream may continue in another thread, whose context is its own.
             with contextlib.suppress(ValueError):
                 CALLER.reset(before)
 
@@ -90,9 +90,9 @@ def _subject_of_certificate(context: grpc.ServicerContext) -> str:
 
 
 class StreamLimit(WrappingInterceptor):
-    """Refuses a client more than so many streams at once; a stream holds a thread and a file. Thread-safe.
+    """Limits the streams that one client has open; a stream holds a thread and a file. Thread-safe.
 
-    A client is who calls, where callers are told apart, or else a host.
+    A client is the caller, where callers are identified, or else the host.
     """
 
     def __init__(self, most_per_client: int) -> None:

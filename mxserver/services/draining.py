@@ -1,7 +1,7 @@
-"""Refusing new calls with a reason while those that run finish.
+"""Refusing new calls with a reason while running calls finish.
 
-`grpc.Server.stop` alone ends calls that had arrived and not begun with CANCELLED, which clients do not take for an
-outage. So new calls are answered UNAVAILABLE first, and the server stops once callers had time to notice.
+`grpc.Server.stop` alone ends calls that have arrived but not begun with CANCELLED, which clients do not treat as an
+outage. So new calls are first answered UNAVAILABLE, and the server stops after callers had time to notice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DrainInterceptor(grpc.ServerInterceptor):  # type: ignore[misc,unused-igno
         return with_behaviour(handler, _refuse)
 
     def drain(self) -> None:
-        """Refuses calls from now on, and returns when none came for a moment, or too many go on coming."""
+        """Refuses calls from now on. Returns after a moment without calls, or after LONGEST_WAIT_SECONDS."""
         self._draining.set()
         started_at = self._last_refused_at = time.monotonic()
         while (now := time.monotonic()) < started_at + LONGEST_WAIT_SECONDS:

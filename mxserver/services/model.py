@@ -1,7 +1,6 @@
 """ModelService: model files in the server's cache. Thin over mxserver.models.
 
-Streams that wait or send for long run in thread pools of their own, so that they never hold up the calls that
-workers find each other with.
+Long streams run in their own thread pools, apart from the calls with which workers find each other.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SERVICE = "model_express.model.ModelService"
 MAX_WAITING_CALLERS = 1024
 MAX_STREAMS = 64
 
-_UPDATE_SECONDS = 1.0  # a caller hears at least so often, and at most four times as often, how far a download is
+_UPDATE_SECONDS = 1.0  # a caller gets the download's progress at least this often, and at most four times as often
 _MIN_UPDATE_SECONDS = 0.25
 
 _STATUSES: Statuses = {
@@ -83,7 +82,7 @@ class ModelService:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def close(self) -> None:
-        """Lets go of the threads. Idempotent."""
+        """Releases the threads. Idempotent."""
         self._waiting.shutdown(wait=False)
         self._streaming.shutdown(wait=False)
 
@@ -104,7 +103,7 @@ class ModelService:
             yield _update(job, state)
 
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
-        """Tells how far the download is, until it ends or the caller leaves."""
+        """Yields the download's progress until it ends or the caller leaves."""
         state = job.state()
         if not state.ended:
             context.add_callback(functools.partial(_note_end_of_call, job))
@@ -189,7 +188,7 @@ def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:
 
 
 def _public_revision(record: ModelRecord) -> str | None:
-    """The commit; a prefix of an object store has none that a client could ask for."""
+    """The commit. None for a prefix of an object store, which has no revision that a client could ask for."""
     return record.key.revision if record.key.model.provider == model_pb2.HUGGING_FACE else None
 
 
@@ -215,7 +214,7 @@ def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
 
 
 def _in_pool(method: Callable[..., Iterator[Any]], pool: ThreadPoolExecutor) -> Callable[..., Iterator[Any]]:
-    """A method that grpcio runs in a thread pool of its own: the attribute is how it is told so."""
+    """Makes grpcio run a method in its own thread pool; grpcio reads the attribute set here."""
 
     @functools.wraps(method)
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:

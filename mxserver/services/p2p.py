@@ -1,8 +1,8 @@
 """P2pService: workers publish, list and fetch records.
 
-Existing clients expect status OK with `success`, `found` or an empty list for requests that make no sense; those
-are answers here, not errors. Errors are: a store that does not work (UNAVAILABLE, never an empty list), and an epoch
-of an earlier life (FAILED_PRECONDITION with the code in the trailing metadata), which only our own clients send.
+Existing clients expect status OK with `success`, `found` or an empty list for invalid requests, so these get answers,
+not errors. Errors are: a store that does not work (UNAVAILABLE, never an empty list), and an epoch of an earlier life
+(FAILED_PRECONDITION with the code in the trailing metadata). Only our own clients send epochs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.ListSourcesResponse:
         if request.min_training_step > 0:
-            # No record carries a training step in this version, so none can be shown to have come that far.
+            # Records have no training step in this version, so no record is known to have reached this one.
             self._store.check()
             return p2p_pb2.ListSourcesResponse()
         records = self._store.find(_query(request))
@@ -128,7 +128,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
 
     def _take_progress(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:
-        """Progress by itself changes no record. Late ones, of a load that has ended, are left aside."""
+        """Takes progress, which changes no record. Late progress, of a load that has ended, is ignored."""
         key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
         record = self._store.get(key.source_id, key.worker_id)
         if record is None or record.key != key or record.status != p2p_pb2.SOURCE_STATUS_INITIALIZING:
@@ -139,7 +139,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         return p2p_pb2.UpdateStatusResponse(success=True, message="noted")
 
     def _has_left(self, key: RecordKey) -> bool:
-        """A worker that is killed while it says goodbye leaves that to its last will, which says it again."""
+        """Whether the worker said goodbye already. If it was killed meanwhile, its departure process says it again."""
         record = self._store.get(key.source_id, key.worker_id)
         return record is not None and record.key == key and record.status == p2p_pb2.SOURCE_STATUS_STALE
 
@@ -183,7 +183,7 @@ def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
 
 
 def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
-    """The filters that are set; a filter with the value that says nothing (empty, UNKNOWN, limit 0) is none."""
+    """The filters that are set. An empty value, UNKNOWN or a limit of 0 means no filter."""
     return Query(
         source_id=source_id(request.identity) if request.identity.model_name else None,
         model_name=request.model_name_filter or None,

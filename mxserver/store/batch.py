@@ -45,10 +45,10 @@ class EpochCounter:
 
 
 class Batch:
-    """Decides changes one after the other, each on top of those before it; the index sees none of them.
+    """Decides changes one after the other, each on top of the earlier ones. The index does not see them yet.
 
-    Whoever made the batch keeps `changes` and then gives them to `RecordIndex.apply`. An epoch that was given out in
-    a batch that could not be kept is not used again. Used by one thread at a time.
+    The caller writes `changes` and then passes them to `RecordIndex.apply`. An epoch handed out in a batch that could
+    not be written is not used again. Used by one thread at a time.
     """
 
     def __init__(self, index: RecordIndex, epochs: EpochCounter, clock: Clock) -> None:
@@ -104,7 +104,7 @@ class Batch:
         )
 
     def sweep(self) -> tuple[int, int]:
-        """Makes changes of what time has done: how many records became STALE, and how many are gone."""
+        """Adds what time has changed. Returns how many records became STALE, and how many are deleted."""
         stale, gone = self._index.due()
         expired = [record for record in stale if record.key not in self.changes]
         deleted = [key for key in gone if key not in self.changes]

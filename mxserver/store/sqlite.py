@@ -1,7 +1,7 @@
 """The default store: records in memory for reading, kept in one SQLite file.
 
-Changes of several callers that wait at the same moment are kept by one commit; each caller gets its answer after
-that commit. Repeated heartbeats stay in memory.
+Changes of callers that wait at the same moment are written by one commit; each caller gets its answer after that
+commit. Repeated heartbeats stay in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mxserver.store.sqlite_file import SqliteFile, unusable
 T = TypeVar("T")
 
 MAX_CHANGES_PER_COMMIT = 256
-ANSWER_SECONDS = 20.0  # less than the 30 s that clients wait, so that they are told the reason
+ANSWER_SECONDS = 20.0  # below the 30 s that clients wait, so that they get the reason
 
 
 class _Change(NamedTuple):
@@ -38,8 +38,8 @@ class _Change(NamedTuple):
 class SqliteStore(SourceStore):
     """Records in one SQLite file, which this process locks.
 
-    A file that stops working (disk full, I/O error, removed) makes changes fail with StoreUnavailable; what was
-    kept before can still be read, and changes work again as soon as the file does.
+    When the file stops working (disk full, I/O error, removed), changes raise StoreUnavailable. Earlier records can
+    still be read, and changes work again as soon as the file does.
     """
 
     def __init__(self, path: Path, leases: Leases | None = None, clock: Clock | None = None) -> None:
@@ -118,7 +118,7 @@ class SqliteStore(SourceStore):
         try:
             with contextlib.closing(SqliteFile(path)) as file:
                 try:
-                    # A new file begins at the time in ms: epochs grow even when an earlier file was thrown away.
+                    # A new file begins at the time in ms, so epochs grow even if an earlier file was deleted.
                     epochs = EpochCounter(file.last_epoch() or self._clock.unix_ms())
                     self._index.load(file.records())
                 except (sqlite3.Error, DecodeError) as error:

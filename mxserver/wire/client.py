@@ -61,7 +61,7 @@ class ServerClient(Closing):
         weights came; the server counts each load once.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
         """
         response = self._call(
             "PublishMetadata",
@@ -113,11 +113,11 @@ class ServerClient(Closing):
     ) -> None:
         """Sets the status and renews the lease: the heartbeat.
 
-        With `load_progress` it also tells how far a load is, with `load_report` how one has ended; both are for people
-        who look at the server, and servers that do not know them leave them aside.
+        `load_progress` also tells how far a load is, `load_report` how one has ended. Both are shown to people; servers
+        that do not know them ignore them.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
             ServerRefused: the server does not know the record (any more); publish again.
         """
         request = p2p_pb2.UpdateStatusRequest(
@@ -146,7 +146,7 @@ class ServerClient(Closing):
         """Tells how far a load is and changes nothing else: the record's status and lease stay as they are.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
             ServerRefused: the worker is not loading by its record, or the server does not know such messages.
         """
         self.update_status(
@@ -156,9 +156,9 @@ class ServerClient(Closing):
     def take_storage_turn(
         self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
     ) -> mx_pb2.TakeStorageTurnResponse:
-        """Asks whether this worker is to read storage for all with its weights and rank; with `epoch`, extends that.
+        """Storage reader election: asks whether this worker reads storage for all with its weights and rank.
 
-        ServerRefused also comes from servers that do not know turns.
+        With `epoch`, the elected reader extends its lease. Servers without elections raise ServerRefused.
         """
         request = mx_pb2.TakeStorageTurnRequest(
             mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch
@@ -166,7 +166,7 @@ class ServerClient(Closing):
         return self._call("TakeStorageTurn", self._fleet.TakeStorageTurn, request)
 
     def end_storage_turn(self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool) -> None:
-        """Ends a turn; without `shared`, the others are told to read for themselves."""
+        """Ends an elected reader's lease. Without `shared`, the others are told to read for themselves."""
         request = mx_pb2.EndStorageTurnRequest(
             mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, shared=shared
         )

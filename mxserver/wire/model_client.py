@@ -89,8 +89,8 @@ class ModelClient(Closing):
         credentials: ClientCredentials | None = None,
     ) -> None:
         """`address` is what `parse_server_address` returns. `timeout_seconds`: of short calls; `patience_seconds`:
-        how long a download or a stream waits for a server that is away. Without `credentials`, certificates and
-        token are those of the environment.
+        how long a download or a stream waits for a silent server. Without `credentials`, certificates and token are
+        those of the environment.
         """
         self.address = address
         self._timeout_seconds = timeout_seconds
@@ -148,7 +148,7 @@ class ModelClient(Closing):
             return last.resolved_revision if last.HasField("resolved_revision") else None
 
     def list_files(self, name: str, *, revision: str | None = None, ignore_weights: bool = False) -> ModelFiles:
-        """The model's files in the server's cache; starts no download.
+        """The model's files in the server's cache. Starts no download.
 
         Raises:
             FileRefused: the server lists a name that cannot be a file below a folder.
@@ -163,7 +163,7 @@ class ModelClient(Closing):
             if problem := path_problem(info.relative_path):
                 raise FileRefused(f"{self.address} lists {info.relative_path[:200]!r} for {name}: {problem}")
         files = tuple(FileInfo(info.relative_path, info.size, info.digest) for info in listed.files)
-        # A server that knows the original fields alone names no commit; then the stream must ask for the same name.
+        # A server with the protocol's original fields alone names no commit: then streams use the same name.
         commit = listed.resolved_revision if listed.HasField("resolved_revision") else revision
         return ModelFiles(files, commit, Path(listed.folder) if listed.folder else None)
 
@@ -193,12 +193,12 @@ class ModelClient(Closing):
     ) -> FetchReport:
         """Brings the model's files into a folder; files that are there with the right bytes stay.
 
-        A file has its name only once it is whole, checked and on the disk. What had come of others lies in
-        `.mx-partial` for the next attempt. One process at a time fetches into a folder; the next one waits.
+        A file gets its name once it is complete, checked and on the disk. Incomplete files lie in `.mx-partial` for
+        the next attempt. One process at a time fetches into a folder; the next one waits.
 
         Raises:
             FileRefused: a name leads out of the folder, or bytes are wrong after three attempts.
-            DiskFull: there is no room, before the first byte or later; all that this fetch brought is gone then.
+            DiskFull: there is no room, before the first byte or later; all that this fetch brought is removed.
             OSError: the folder cannot be written.
         """
         listed = self.list_files(name, revision=revision, ignore_weights=ignore_weights)
@@ -342,7 +342,7 @@ class ModelClient(Closing):
 
 
 def _run(fetch: FolderFetch, missing: list[FileInfo], folder: Path, beside: Path) -> None:
-    """Raises DiskFull before the first byte where it can be told that there is no room: nothing comes in vain."""
+    """Raises DiskFull before the first byte if there is no room, so that nothing is fetched in vain."""
     partials = [partial_path(info, beside) for info in missing]
     here_bytes = sum(path.stat().st_size for path in partials if path.exists())
     wanted_bytes = sum(info.size for info in missing) - here_bytes
@@ -352,7 +352,7 @@ def _run(fetch: FolderFetch, missing: list[FileInfo], folder: Path, beside: Path
 
 
 def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
-    """What a fetch brought that did not fit: others need the room, and half a checkpoint is no use."""
+    """Removes what a failed fetch brought: others need the room, and an incomplete checkpoint is useless."""
     for info in missing:
         (folder / info.path).unlink(missing_ok=True)
         partial_path(info, beside).unlink(missing_ok=True)

@@ -24,8 +24,8 @@ MAX_CONTENT_ATTEMPTS = 3
 _BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
 BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,  # what a call gets that is cut by the server's end
-    grpc.StatusCode.INTERNAL,  # a reset of the stream on the way
+    grpc.StatusCode.CANCELLED,  # of a call that ended with the server
+    grpc.StatusCode.INTERNAL,  # a proxy reset the stream
     grpc.StatusCode.UNKNOWN,
 )
 
@@ -60,7 +60,7 @@ class FolderFetch:
         on_bytes: Callable[[int], None],
         as_error: Callable[[str, grpc.RpcError], WireError],
     ) -> None:
-        """`request` says which model; `beside` is a folder for what is not whole yet, on the same file system."""
+        """`request` says which model; `beside` is a folder for incomplete files, on the same file system."""
         self._address = address
         self._credentials = credentials
         self._request = request
@@ -76,7 +76,7 @@ class FolderFetch:
         self.report = FetchReport()
 
     def run(self, files: list[FileInfo]) -> None:
-        """Raises what the first stream that failed raised; the others are ended then."""
+        """Raises the error of the first stream that fails, and ends the others."""
         batches: queue.SimpleQueue[list[FileInfo]] = queue.SimpleQueue()
         made = _batches(files)
         for batch in made:
@@ -123,7 +123,7 @@ class FolderFetch:
                 buffer = self._batch(connection, batch, buffer)
 
     def _batch(self, connection: StreamConnection, batch: list[FileInfo], buffer: bytearray) -> bytearray:
-        """`buffer` takes a chunk at a time; a larger one is returned where it was too small."""
+        """`buffer` holds one chunk at a time; if it was too small, a larger one is returned."""
         partials = {info.path: PartialFile(info, self._beside) for info in batch}
         with self._lock:
             self.report.bytes_resumed += sum(partial.offset for partial in partials.values())
@@ -186,7 +186,7 @@ class FolderFetch:
         if chunk.offset != partial.offset:
             if chunk.offset:
                 raise FileRefused(f"{partial.info.path}: byte {partial.offset} was to come, not {chunk.offset}")
-            with self._lock:  # a server that knows no ranges begins at the beginning
+            with self._lock:  # a server without ranges starts at the beginning
                 self.report.resent_bytes += partial.offset
             partial.restart()
         partial.append(data)
