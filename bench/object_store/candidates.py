@@ -46,7 +46,7 @@ def ours(uri: str) -> dict[str, torch.Tensor]:
 
 
 def ours_stream(uri: str) -> dict[str, torch.Tensor]:
-    """As the plugin loads: through the ring, each tensor copied to where it stays."""
+    """Loads as the plugin does: through the ring, each tensor copied to its final place."""
     from mxcore.storage.model_uri import parse_model_uri
     from mxcore.storage.object_store import ObjectFolder
     from mxcore.storage.remote import open_remote, stream_remote

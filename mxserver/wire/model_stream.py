@@ -45,7 +45,7 @@ class FetchReport:
 
 
 class FolderFetch:
-    """One fetch into a folder, by `run`. `on_bytes` is called with the bytes of each chunk, from any thread."""
+    """One fetch into a folder, by `run`. `on_bytes` is called with the size of each chunk in bytes, from any thread."""
 
     def __init__(
         self,
