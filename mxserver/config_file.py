@@ -29,7 +29,7 @@ def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
     except OSError as error:
         raise SettingError(f"{what} {path} cannot be read ({error.strerror}); {advice}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{what} {path} is no TOML: {error}") from error
+        raise SettingError(f"{what} {path} is not TOML: {error}") from error
 
 
 def read_config(path: Path, known: Iterable[str]) -> ConfigFile:
@@ -38,7 +38,7 @@ def read_config(path: Path, known: Iterable[str]) -> ConfigFile:
     values = read_toml(path, "settings file", "give one with --config, or unset MX_CONFIG_FILE")
     problems = [unknown_key(key, names) for key in values if key not in names]
     problems += [
-        f"{key} = {json.dumps(value)} must be a text or a number"
+        f"{key} = {json.dumps(value)} must be a string or a number"
         for key, value in values.items()
         if isinstance(value, bool) and key in names
     ]

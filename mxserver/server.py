@@ -175,7 +175,7 @@ class Server:
             late_seconds = time.monotonic() - expected
             try:
                 if late_seconds > self._tick_seconds:
-                    _LOG.warning("was stopped seconds=%.1f; leases are extended by it", late_seconds)
+                    _LOG.warning("was stopped seconds=%.1f; leases are extended by that time", late_seconds)
                     self._store.extend_leases(late_seconds)
                 expired, deleted = self._store.sweep()
                 if expired or deleted:

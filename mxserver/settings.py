@@ -31,7 +31,7 @@ MetricsTls = Literal["auto", "off"]
 
 def _absolute(folder: Path) -> Path:
     if not folder.is_absolute():
-        raise ValueError("it is no absolute path")
+        raise ValueError("it is not an absolute path")
     return folder
 
 

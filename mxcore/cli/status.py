@@ -120,7 +120,7 @@ def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, An
     except (OSError, ValueError, http.client.HTTPException) as error:
         return None, f"{url.geturl()}: {error}"
     if "loads" not in data or "server" not in data:
-        return None, f"{url.geturl()} is no status page of mxserver"
+        return None, f"{url.geturl()} is not a status page of mxserver"
     return data, ""
 
 

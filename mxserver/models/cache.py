@@ -251,9 +251,9 @@ class ModelCache:
     def _full(self, missing: int) -> str:
         room, limits = self.room(), self.limits
         return (
-            f"{missing} bytes are missing in {self.layout.root}: {room.used_bytes} are used, {room.coming_bytes} are "
-            f"coming, {room.free_bytes} are free on the disk; limits: MX_CACHE_MAX_BYTES={limits.max_bytes}, "
-            f"MX_CACHE_MIN_FREE_BYTES={limits.min_free_bytes}; what is pinned, read or downloaded stays"
+            f"{missing} bytes are missing in {self.layout.root}: {room.used_bytes} are used, {room.coming_bytes} "
+            f"to be downloaded, {room.free_bytes} free on the disk; limits: MX_CACHE_MAX_BYTES={limits.max_bytes}, "
+            f"MX_CACHE_MIN_FREE_BYTES={limits.min_free_bytes}; models that are pinned or in use are not evicted"
         )
 
     # Downloads.

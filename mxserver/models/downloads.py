@@ -111,7 +111,7 @@ class Downloads:
                 return running[0]
             job = DownloadJob(model, revision, ignore_weights=ignore_weights)
             if self._cache.stopping.is_set():
-                job.show(phase="failed", error=Stopped(f"{model.name}: the server stops"))
+                job.show(phase="failed", error=Stopped(f"{model.name}: the server is stopping"))
                 return job
             thread = threading.Thread(target=self._run, args=(wanted, job), name="download", daemon=True)
             self._jobs[wanted] = (job, thread)
@@ -196,7 +196,7 @@ class Downloads:
                 record = self._under_lease(source, remote, job)
             except LeaseLost as error:
                 if self._cache.stopping.is_set():
-                    raise Stopped(f"{remote.key}: the server stops") from error
+                    raise Stopped(f"{remote.key}: the server is stopping") from error
                 _LOG.warning("download was taken over model=%s reason=%s", remote.key, error)
             else:
                 return record
@@ -212,7 +212,7 @@ class Downloads:
                 wait = self._retry.wait_seconds(attempt, error.retry_after_seconds)
                 job.show(message=f"asking the provider again in {wait:.0f} s: {error}")
                 if self._cache.stopping.wait(wait):
-                    raise Stopped(f"{job.model}: the server stops") from error
+                    raise Stopped(f"{job.model}: the server is stopping") from error
             attempt += 1
 
     def _ask(self, source: ModelSource, job: DownloadJob) -> RemoteModel:
@@ -231,7 +231,7 @@ class Downloads:
                 found = answer.get(timeout=0.1)
             except queue.Empty:
                 if self._cache.stopping.is_set():
-                    raise Stopped(f"{job.model}: the server stops") from None
+                    raise Stopped(f"{job.model}: the server is stopping") from None
             else:
                 if isinstance(found, BaseException):
                     raise found
@@ -285,7 +285,7 @@ class Downloads:
                     self._cache.leases.release(lease)
             job.show(phase="waiting", message="another replica downloads it")
             if self._cache.stopping.wait(0.25):
-                raise Stopped(f"{key}: the server stops")
+                raise Stopped(f"{key}: the server is stopping")
 
     def _name(self, remote: RemoteModel, job: DownloadJob) -> None:
         """Points the requested name to the revision, now that all files are in the cache."""

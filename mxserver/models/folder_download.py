@@ -30,7 +30,7 @@ class FolderSource:
     def resolve(self, model: ModelName, revision: str) -> RemoteModel:
         folder, root = self._folder(model)
         if not folder.is_dir():
-            raise RevisionNotFound(f"{model.name} is no folder of the server")
+            raise RevisionNotFound(f"{model.name} is not a folder on the server")
         files = []
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -50,7 +50,7 @@ class FolderSource:
             try:
                 _copy(source, beside, stopping)
                 if str(os.fstat(source).st_mtime_ns) != file.etag:
-                    raise DownloadFailed(f"{folder / file.path} was changed while it was copied; ask again")
+                    raise DownloadFailed(f"{folder / file.path} changed while it was copied; ask again")
             finally:
                 os.close(source)
         except OSError as error:
@@ -74,6 +74,6 @@ def _copy(source: int, beside: Path, stopping: Event) -> None:
     try:
         while os.sendfile(handle, source, None, _COPY_BYTES):
             if stopping.is_set():
-                raise DownloadFailed(f"{beside.name} was left off: the server stops")
+                raise DownloadFailed(f"{beside.name} was interrupted: the server is stopping")
     finally:
         os.close(handle)

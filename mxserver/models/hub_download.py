@@ -153,7 +153,7 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     if any(isinstance(cause, errors.RevisionNotFoundError | errors.RepositoryNotFoundError) for cause in chain):
         return RevisionNotFound(f"{what} is not known to the hub, or HF_TOKEN may not see it ({text})")
     if any(isinstance(cause, errors.FileMetadataError) for cause in chain):
-        return DownloadFailed(f"{what}: what HF_ENDPOINT names does not answer as a hub does ({text})")
+        return DownloadFailed(f"{what}: the address in HF_ENDPOINT does not answer like a hub ({text})")
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain):
         return DownloadFailed(f"{what}: HF_HUB_OFFLINE is set")
     for cause in chain:

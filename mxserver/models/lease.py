@@ -162,7 +162,7 @@ class LeaseFolder:
         """
         while (lease := self.try_acquire(key)) is None:
             if stopping.wait(0.02):
-                raise LeaseLost(f"lease {key} was not waited for any longer: the server stops")
+                raise LeaseLost(f"the wait for lease {key} has ended: the server is stopping")
         try:
             yield lease
         finally:

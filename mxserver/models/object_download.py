@@ -82,7 +82,9 @@ class ObjectSource:
             options = _unchanged(file) | ({} if end - start == size else {"range": (start, end)})
             part = memoryview(obstore.get(store, path, options=options).bytes())
             if len(part) != end - start:
-                raise DownloadInterrupted(f"{path} at {start}: {len(part)} bytes came instead of {end - start}")
+                raise DownloadInterrupted(
+                    f"{path} at {start}: {len(part)} bytes were received instead of {end - start}"
+                )
             _check_running(path, stopping)
             write_all(handle, part, start)
 
@@ -103,7 +105,7 @@ def _unchanged(file: RemoteFile) -> Any:
 
 def _check_running(path: str, stopping: Event) -> None:
     if stopping.is_set():
-        raise DownloadFailed(f"{path} was left off: the server stops")
+        raise DownloadFailed(f"{path} was interrupted: the server is stopping")
 
 
 def listing_revision(files: list[RemoteFile]) -> str:
@@ -153,7 +155,7 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     if isinstance(error, refusals) or status in (401, 403):
         return DownloadFailed(f"{what}: the store refuses access; check the credentials of the server ({text})")
     if isinstance(error, errors.PreconditionError):
-        return DownloadFailed(f"{what} was changed while it was downloaded; ask again for the new state")
+        return DownloadFailed(f"{what} changed while it was downloaded; ask again for the new state")
     if isinstance(error, (errors.BaseError, OSError)):
         return DownloadInterrupted(f"{what}: {type(error).__name__}: {text}")
     raise error

@@ -107,7 +107,7 @@ class OpenCache:
     def _open(self) -> tuple[ModelCache, Downloads]:
         with self._lock:
             if self._closed:
-                raise CacheUnusable("the server stops")
+                raise CacheUnusable("the server is stopping")
             if self._opened is None:
                 cache = ModelCache(self.settings.root, self.settings.limits, lease_seconds=self.settings.lease_seconds)
                 objects = ObjectSource()

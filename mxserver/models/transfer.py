@@ -242,7 +242,7 @@ class Transfer:
         size = found.stat().st_size
         if file.size not in (None, size):
             found.unlink()
-            raise DownloadInterrupted(f"{file.path} came with {size} bytes, but the provider lists {file.size}")
+            raise DownloadInterrupted(f"{file.path} has {size} bytes, but the provider lists {file.size}")
         sha256 = hashlib.sha256()
         git = git_blob_sha1(size)
         hub = self._remote.key.model.provider == model_pb2.HUGGING_FACE
@@ -257,7 +257,7 @@ class Transfer:
             if promised and promised != made.hexdigest():
                 found.unlink()
                 raise DownloadInterrupted(
-                    f"{file.path} came with other bytes than the provider promises: {made.name} is "
+                    f"{file.path} does not have the content that the provider lists: {made.name} is "
                     f"{made.hexdigest()}, not {promised}"
                 )
         return self._keep(file, found, size, digest, file.blob or sha256.hexdigest())
@@ -302,7 +302,7 @@ class Transfer:
 
     def _check_running(self) -> None:
         if self._cache.stopping.is_set():
-            raise Stopped(f"{self._remote.key}: the server stops; what is complete is kept for the next download")
+            raise Stopped(f"{self._remote.key}: the server is stopping; complete files are kept for the next download")
 
     def _show_progress(self, total_files: int) -> None:
         done = sum(one.size for one in self._done.values())

@@ -20,7 +20,7 @@ LONGEST_WAIT_SECONDS = 1.0
 
 _ANSWERED_TO_THE_END = "/grpc.health.v1.Health/"  # says NOT_SERVING by itself
 
-_REASON = "the server is draining; try again, on another one or after its restart"
+_REASON = "the server is draining; try again on another server, or after the restart"
 
 
 def _refuse(_: object, context: grpc.ServicerContext) -> NoReturn:

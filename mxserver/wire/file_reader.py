@@ -63,7 +63,7 @@ class FileReader(Closing):
         done = attempts = 0
         while done < len(into):
             if self._stop.is_set():
-                raise ServerUnreachable(f"{path} was not read from {self._address} any further: it was aborted")
+                raise ServerUnreachable(f"{path} was not read to its end from {self._address}: the read was aborted")
             before = done
             try:
                 for count in self._chunks(path, offset + done, into[done:]):
@@ -108,7 +108,7 @@ class FileReader(Closing):
         if fields.offset != offset or count > room:
             raise ServerRefused(
                 f"{self._address} sent {count} bytes of {path} from {fields.offset}, but {room} from {offset} were "
-                "asked for; it may know no ranges: fetch whole files from it"
+                "asked for; it may not support ranges: fetch whole files from it"
             )
 
     def _check_digest(self, fields: model_pb2.FileChunk, data: memoryview) -> None:
@@ -116,7 +116,7 @@ class FileReader(Closing):
             self.bytes_unverified += len(data)
         elif (digest := xxhash.xxh3_64_intdigest(data)) != fields.data_digest:
             raise FileRefused(
-                f"{fields.relative_path} from {fields.offset}: {len(data)} bytes came with the digest {digest:016x}, "
+                f"{fields.relative_path} from {fields.offset}: {len(data)} bytes have the digest {digest:016x}, "
                 f"not {fields.data_digest:016x}"
             )
 

@@ -116,7 +116,7 @@ class Http2Connection:
     def request(self, headers: Headers, body: bytes) -> None:
         """Sends a request with a short body (less than a first window); only while `is_free`. Raises Http2Error."""
         if not self.is_free:
-            raise Http2Error("the answer before has not ended, or the server goes away")
+            raise Http2Error("the previous answer has not ended, or the server is going away")
         self._stream += 2
         self._ended = False
         self.headers, self.trailers = [], []
@@ -213,9 +213,9 @@ class Http2Connection:
             last = int.from_bytes(payload[:4], "big") & 0x7FFF_FFFF
             self._going_away = True
             if last < self._stream:  # else the server ends the connection after this answer
-                raise Http2Error(f"the server goes away: {payload[8:200]!r}")
+                raise Http2Error(f"the server is going away: {payload[8:200]!r}")
         elif kind in (FrameType.PUSH_PROMISE, FrameType.CONTINUATION):
-            raise Http2Error(f"a frame of type {kind} came, which has no place here")
+            raise Http2Error(f"a frame of type {kind} came, which is not allowed here")
 
     def _take_headers(self, flags: int, stream: int, payload: bytes) -> None:
         if stream != self._stream:

@@ -231,7 +231,7 @@ class ModelClient(Closing):
         if len(commit) != 40 or not set(commit) <= set("0123456789abcdef"):
             raise ServerRefused(f"{self.address} names no commit of {name}, but {commit[:100]!r}")
         if ("/" in name and path_problem(name)) or (revision and path_problem(revision)):
-            raise ServerRefused(f"{name}@{revision} is no name of the hub")
+            raise ServerRefused(f"{name}@{revision} is not a name of the hub")
         repository = cache / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / commit
         beside = repository / PARTIAL_FOLDER

@@ -185,7 +185,7 @@ class FolderFetch:
             raise FileRefused(f"{self._address} sent {chunk.relative_path[:200]!r}, which was not asked for")
         if chunk.offset != partial.offset:
             if chunk.offset:
-                raise FileRefused(f"{partial.info.path}: byte {partial.offset} was to come, not {chunk.offset}")
+                raise FileRefused(f"{partial.info.path}: expected byte {partial.offset}, but got byte {chunk.offset}")
             with self._lock:  # a server without ranges starts at the beginning
                 self.report.resent_bytes += partial.offset
             partial.restart()

@@ -74,7 +74,7 @@ class PartialFile:
     def append(self, data: memoryview) -> None:
         """Raises FileRefused when more comes than the file has."""
         if self.offset + len(data) > self.info.size:
-            raise FileRefused(f"{self.info.path} has {self.info.size} bytes, but more came")
+            raise FileRefused(f"{self.info.path} has {self.info.size} bytes, but the server sent more")
         self._hasher.update(data)
         while data:
             written = os.pwrite(self._handle, data, self.offset)
@@ -98,7 +98,7 @@ class PartialFile:
             came, self.offset = self.offset, 0
             self.restart()
             raise FileRefused(
-                f"{self.info.path} came with {came} bytes and digest {digest}; the server lists {self.info.size} and "
+                f"{self.info.path} has {came} bytes and digest {digest}; the server lists {self.info.size} and "
                 f"{self.info.digest or 'no digest'}"
             )
         os.fsync(self._handle)

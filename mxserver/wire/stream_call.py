@@ -185,7 +185,7 @@ def _end_of(headers: Headers, trailers: Headers) -> tuple[grpc.StatusCode, str]:
         status = _STATUSES.get(int(number) if number.isascii() and number.isdigit() else -1, grpc.StatusCode.UNKNOWN)
         return status, unquote(last.get("grpc-message", ""))
     answered = dict(headers).get(":status", "")
-    return _HTTP.get(answered, grpc.StatusCode.UNKNOWN), f"HTTP status {answered or 'none'}, and no status of gRPC"
+    return _HTTP.get(answered, grpc.StatusCode.UNKNOWN), f"HTTP status {answered or 'none'}, and no gRPC status"
 
 
 def _with_tls(connected: socket.socket, host: str, credentials: ClientCredentials) -> socket.socket:
@@ -194,5 +194,5 @@ def _with_tls(connected: socket.socket, host: str, credentials: ClientCredential
     secured = context.wrap_socket(connected, server_hostname=host)
     if secured.selected_alpn_protocol() != "h2":
         secured.close()
-        raise ssl.SSLError(f"{host} does not talk HTTP/2")
+        raise ssl.SSLError(f"{host} does not speak HTTP/2")
     return secured

@@ -200,8 +200,8 @@ DIGEST = "0" * 64
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[[tokens", "is no TOML"),
-        ("\x00", "is no TOML"),
+        ("[[tokens", "is not TOML"),
+        ("\x00", "is not TOML"),
         ("[[token]]\nname = 'a'", "'token' is no setting; the nearest one is 'tokens'"),
         ("tokens = 'a'", "must be written as [[tokens]]"),
         ("tokens = ['a']", "number 1: must have name, role, sha256"),
