@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
-from mxserver.wire.address import split_scheme
+from mxserver.wire.address import split_scheme, with_advice
 from mxserver.wire.credentials import TOKEN_IN_CLEAR, ClientCredentials
 from mxserver.wire.errors import SettingError
 from mxserver.wire.tls_files import FollowedFiles, ServerTls, read_ca, read_pair
@@ -20,6 +20,16 @@ MAX_MESSAGE_BYTES = 100 * 1024 * 1024  # the protocol's limit, each way; gRPC's 
 
 KEEPALIVE_INTERVAL_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
+
+NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+"""The statuses of calls that the server did not answer."""
+
+
+def call_failure(name: str, address: str, error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
+    """The status of a failed call, and a message with advice where the address looks wrong."""
+    call = cast("grpc.Call", error)  # every RpcError of an invocation is one
+    status: grpc.StatusCode = call.code()
+    return status, f"{name} at {address} failed with {status.name}: {with_advice(call.details() or '', address)}"
 
 
 def channel_options() -> list[tuple[str, int]]:

@@ -8,8 +8,7 @@ from typing import TypeVar, cast
 import grpc
 
 from mxserver.wire import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
-from mxserver.wire.address import with_advice
-from mxserver.wire.channels import ServerChannel
+from mxserver.wire.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
@@ -19,8 +18,6 @@ Response = TypeVar("Response")
 
 ERROR_CODE_METADATA = "mx-error-code"
 """Trailing metadata of our server's errors: the stable code of the error (`StaleEpoch.code`)."""
-
-_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
 class ServerClient(Closing):
@@ -215,13 +212,13 @@ class ServerClient(Closing):
         return ServerRefused(f"{name} at {self.address} was refused: {message}")
 
     def _as_wire_error(self, name: str, error: grpc.RpcError) -> WireError:
-        call = cast(grpc.Call, error)  # every RpcError of an invocation is one
-        status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
+        status, text = call_failure(name, self.address, error)
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
-        if status in _NO_ANSWER:
+        if status in NO_ANSWER:
             return ServerUnreachable(text)
-        if (ERROR_CODE_METADATA, StaleEpoch.code) in (tuple(item) for item in call.trailing_metadata() or ()):
+        if (ERROR_CODE_METADATA, StaleEpoch.code) in (
+            tuple(item) for item in cast(grpc.Call, error).trailing_metadata() or ()
+        ):
             return StaleEpoch(text)
         return ServerRefused(text)

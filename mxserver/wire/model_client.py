@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import grpc
 
 from mxserver.wire import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
-from mxserver.wire.address import with_advice
-from mxserver.wire.channels import ServerChannel
+from mxserver.wire.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.disk_room import check_room, full_disk_is_told
@@ -44,7 +43,6 @@ _SCHEMES: dict[str, model_pb2.ModelProvider.ValueType] = {
     "abfss": model_pb2.AZURE,
     "file": model_pb2.FILE,
 }
-_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 PARTIAL_FOLDER = ".mx-partial"
 
@@ -331,10 +329,8 @@ class ModelClient(Closing):
             raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
 
     def _as_error(self, name: str, error: grpc.RpcError) -> WireError:
-        call = cast("grpc.Call", error)  # every RpcError of an invocation is one
-        status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
-        if status in _UNREACHABLE:
+        status, text = call_failure(name, self.address, error)
+        if status in NO_ANSWER:
             return ServerUnreachable(text)
         if status is grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(text)
