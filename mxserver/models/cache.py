@@ -66,30 +66,12 @@ class ModelCache:
         return record
 
     def record(self, key: ModelKey) -> ModelRecord | None:
-        path = self.layout.record(key)
-        try:
-            record = record_from_json(path.read_text())
-            if record.key != key:
-                raise BadRecord(f"it is the record of {record.key}")
-        except FileNotFoundError:
-            return None
-        except (BadRecord, UnicodeDecodeError) as error:
-            _LOG.warning("record is ignored file=%s reason=%s", path, error)
-            return None
-        return record
+        return _read_record(self.layout.record(key), key)
 
     def records(self) -> list[ModelRecord]:
         """All models, in no order."""
-        found = []
-        for path in self.layout.records.iterdir():
-            if path.suffix == ".json":
-                try:
-                    found.append(record_from_json(path.read_text()))
-                except FileNotFoundError:
-                    continue
-                except (BadRecord, UnicodeDecodeError) as error:
-                    _LOG.warning("record is ignored file=%s reason=%s", path, error)
-        return found
+        paths = self.layout.records.iterdir()
+        return [record for path in paths if path.suffix == ".json" and (record := _read_record(path))]
 
     def last_used(self, key: ModelKey) -> float:
         """Unix time in seconds, by the file system's clock."""
@@ -304,6 +286,20 @@ class ModelCache:
 
     def publish_record(self, record: ModelRecord, scratch: Path) -> None:
         write_in_one_step(self.layout.record(record.key), record.to_json(), scratch)
+
+
+def _read_record(path: Path, expected: ModelKey | None = None) -> ModelRecord | None:
+    """The record in a file; None when there is none, or it is damaged or another model's, which is logged."""
+    try:
+        record = record_from_json(path.read_text())
+        if expected not in (None, record.key):
+            raise BadRecord(f"it is the record of {record.key}")
+    except FileNotFoundError:
+        return None
+    except (BadRecord, UnicodeDecodeError) as error:
+        _LOG.warning("record is ignored file=%s reason=%s", path, error)
+        return None
+    return record
 
 
 def _bytes_below(folder: Path) -> int:

@@ -118,10 +118,8 @@ def open_channel(
 
 def _channel_credentials(credentials: ClientCredentials) -> grpc.ChannelCredentials:
     ca = read_ca(credentials.ca_file) if credentials.ca_file else None
-    key, chain = None, None
-    if credentials.cert_file and credentials.key_file:
-        key, chain = read_pair(credentials.cert_file, credentials.key_file)
-    return grpc.ssl_channel_credentials(ca, key, chain)
+    cert, key = credentials.cert_file, credentials.key_file
+    return grpc.ssl_channel_credentials(ca, *(read_pair(cert, key) if cert and key else ()))
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,6 @@ class ServerClient(Closing):
             text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
         if status in NO_ANSWER:
             return ServerUnreachable(text)
-        if (ERROR_CODE_METADATA, StaleEpoch.code) in (
-            tuple(item) for item in cast(grpc.Call, error).trailing_metadata() or ()
-        ):
+        if dict(cast(grpc.Call, error).trailing_metadata() or ()).get(ERROR_CODE_METADATA) == StaleEpoch.code:
             return StaleEpoch(text)
         return ServerRefused(text)
