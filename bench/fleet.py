@@ -108,7 +108,7 @@ class Process:
             )
         self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.progress: list[tuple[float, int]] = []
-        self.lost: list[dict[str, Any]] = []  # when which source was given up on, and why
+        self.lost: list[dict[str, Any]] = []  # which source was dropped when, and why
         threading.Thread(target=self._pump, daemon=True).start()
 
     def _pump(self) -> None:
@@ -224,7 +224,7 @@ class Fleet:
     def link(self, process: Process, *, up: bool) -> None:
         """Cuts a worker off the network, or restores its link."""
         if self._network is None:
-            raise FleetError("this fleet has no network of its own")
+            raise FleetError("this fleet runs without a network of namespaces")
         self._network.link(process.slot, up)
 
     def __enter__(self) -> Self:

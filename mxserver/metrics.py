@@ -59,7 +59,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         "mxserver_call_duration_seconds", "histogram", ("method", "code"), "gRPC calls, by outcome", CALL_BUCKETS
     ),
     Definition("mxserver_calls_in_progress", "gauge", (), "gRPC calls that are being answered"),
-    Definition("mxserver_leases_expired_total", "counter", (), "records that became stale for want of a heartbeat"),
+    Definition("mxserver_leases_expired_total", "counter", (), "records that became stale without a heartbeat"),
     Definition("mxserver_records_deleted_total", "counter", (), "stale records that were deleted"),
     Definition("mxserver_epochs_refused_total", "counter", (), "calls refused because a newer life had published"),
     Definition(

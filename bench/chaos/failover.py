@@ -69,7 +69,7 @@ def stop_at_half(transport: str) -> float:
         source.signal(signal.SIGCONT)
         done = target.expect("done")
         if not target.lost or not done["right"]:
-            raise FleetError(f"a stopped source was not given up on: {done}; the log ends: {target.tail()}")
+            raise FleetError(f"a stopped source was not dropped: {done}; the log ends: {target.tail()}")
         return float(target.lost[0]["at"] - stopped_at)
 
 

@@ -62,7 +62,7 @@ def wrapped(method: str, handler: Handler, around: Around) -> Handler:
     return with_behaviour(handler, answers if handler.response_streaming else answer)
 
 
-class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] # grpc has types only beside it
+class WrappingInterceptor(grpc.ServerInterceptor):
     """Base of our interceptors: wraps each handler once, at its first call."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ def _refuse(_: object, context: grpc.ServicerContext) -> NoReturn:
     refuse(context, grpc.StatusCode.UNAVAILABLE, _REASON)
 
 
-class DrainInterceptor(grpc.ServerInterceptor):  # type: ignore[misc,unused-ignore] # grpc has types only beside it
+class DrainInterceptor(grpc.ServerInterceptor):
     """Lets all calls pass until `drain`. Thread-safe."""
 
     def __init__(self) -> None:

@@ -110,7 +110,7 @@ class FolderFetch:
                 connection.abort()
 
     def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
-        # A connection of its own for each: one TCP connection is slower than several.
+        # One connection each: one TCP connection is slower than several.
         with StreamConnection(self._address, self._credentials) as connection:
             with self._lock:
                 self._open.append(connection)
