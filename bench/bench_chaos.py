@@ -1,4 +1,4 @@
-"""A fleet whose workers and server are killed, stopped and cut off at random: does everybody else finish, and right?"""
+"""Kills, stops and cuts off workers and the server of a fleet at random: do the others finish, with the right bytes?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = ("tcp", BY_NIXL, "same-host", "network")
 
 
 def choose(chance: random.Random, setting: str, faults: tuple[str, ...]) -> str:
-    """A fault for one run. Without a choice of the user: a target of a stalled source in every third run."""
+    """Chooses the fault of one run. Unless the user chose faults, every third run stalls a source."""
     possible = [*FAULTS, *(CUTS if setting == "network" else ())]
     if faults:
         return chance.choice([fault for fault in possible if fault in faults] or possible)
@@ -32,7 +32,7 @@ def choose(chance: random.Random, setting: str, faults: tuple[str, ...]) -> str:
 
 
 def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random, tally: Tally) -> None:
-    """`runs` runs of one fleet."""
+    """Plays `runs` runs with one fleet."""
     with ExitStack() as stack:
         network = None
         if setting == "network":

@@ -49,7 +49,7 @@ def command(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """A start-up storm of workers, then their heartbeats, on one core's server."""
+    """A start-up storm of workers, then their heartbeats, against a server on one core."""
     replicas = replicas or (2 if store == "redis" else 1)
     if replicas > 1 and store != "redis":
         raise click.UsageError("only servers over Redis share their state; give --store redis")
@@ -114,7 +114,7 @@ def _measure(
 
 
 class _Phase(NamedTuple):
-    """What one task of all clients took: seconds of each call, sorted, and of the servers' CPU."""
+    """The cost of one task of all clients: sorted seconds of the calls, and seconds of the servers' CPU."""
 
     calls: list[float]
     errors: dict[str, int]
@@ -164,7 +164,7 @@ class _Fleet:
         return _Phase(sorted(calls), dict(errors), seconds, used_after - used, redis_after - redis_used)
 
     def _cpu_seconds(self) -> tuple[float, float]:
-        """So far, of all and of Redis among them."""
+        """The CPU seconds so far of all servers, and Redis' part of them."""
         from bench.control.processes import cpu_seconds
 
         of_redis = sum(cpu_seconds(pid) for pid in self._redis_pids)

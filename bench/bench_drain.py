@@ -1,8 +1,8 @@
 """`mx bench drain`: SIGTERM of a server under load; every call is counted.
 
 Callers send one call after the other over connections that stay open. Each round ends with SIGTERM while all of them
-are at work. A call may be answered, or be refused cleanly: by the server, because it drains, or by the system, because
-nobody listens any more. Anything else (cancelled, cut, without an answer) is a failed call.
+are at work. A call may be answered or refused cleanly: by the server, because it drains, or by the system, because
+the port is closed. Anything else (cancelled, cut, without an answer) is a failed call.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def command(calls: int, rounds: int, callers: int, as_json: bool) -> None:
 
 
 def _round(place: Path, number: int, calls: int, callers: int, outcomes: Counter[str]) -> tuple[int, float]:
-    """Load until so many are answered, SIGTERM, until all callers are refused; the exit code and its seconds."""
+    """Runs calls, sends SIGTERM, waits until all callers are refused; returns exit code and seconds."""
     server = Server(place, number, ["--store-path", str(place / "state.sqlite3"), "--drain", "30"], 0)
     counting, enough = threading.Lock(), threading.Event()
     answered = 0

@@ -1,4 +1,4 @@
-"""One seed, N receivers, each in a namespace with a shaped link: how long all take against one alone."""
+"""One seed and N receivers, each in a network namespace with a shaped link: all together, compared with one alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @dataclass
 class Round:
-    """One fan-out: seconds until the last receiver had everything, what the seed sent, how each one went on."""
+    """One fan-out: seconds until the last receiver had everything, what the seed sent, each one's progress."""
 
     seconds: float
     sent_bytes: list[int]  # the seed's first
@@ -27,7 +27,7 @@ class Round:
 
 
 def fan_out(receivers: int, strategy: str, megabytes: int, megabits: float, chunk_mib: float) -> Round:
-    """Runs one. `strategy`: star (all from the seed), doubling (finished copies serve one each), swarm (ours)."""
+    """Runs one fan-out. `strategy`: star (all from the seed), doubling (a finished copy serves one), swarm (ours)."""
     readers = {"star": receivers, "doubling": 1, "swarm": 8}[strategy]
     task = {
         "model": "bench/fanout",
@@ -59,7 +59,7 @@ def fan_out(receivers: int, strategy: str, megabytes: int, megabits: float, chun
 
 
 def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
-    """Progress of every receiver over time, a panel a strategy; written as an image."""
+    """Draws the progress of every receiver over time, one panel per strategy, into an image file."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:

@@ -43,7 +43,7 @@ Options = list[tuple[str, int]]
 
 
 def bare_server(pipe: Connection, options: Options) -> None:
-    """Streams as many MiB as it is asked for, in messages of 1 MiB."""
+    """Streams the requested number of MiB, in messages of 1 MiB."""
     data = os.urandom(MIB)
 
     def stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -142,15 +142,15 @@ def server(cache: Path, source: Path) -> Iterator[tuple[str, int]]:
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process has held at once."""
+    """The peak memory of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def resent_after_cut(address: str, name: str, folder: Path, total_bytes: int) -> tuple[float, float]:
-    """A fetch that is cut in its middle: chunks (of 1 MiB) that the client got twice, and MiB that crossed the network
-    twice, which counts what lay in buffers when the cut came. The proxy on the way counts the latter; headers of
-    HTTP/2 and gRPC are left out, by a fetch without a cut.
+    """A fetch whose connection is cut in the middle: chunks (of 1 MiB) that the client got twice, and MiB that
+    crossed the network twice, including bytes in buffers at the cut. A proxy counts the latter; a fetch without a cut
+    is subtracted, so that headers of HTTP/2 and gRPC do not count.
     """
     from tests.models.tcp_proxy import TcpProxy
 

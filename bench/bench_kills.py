@@ -60,7 +60,7 @@ def command(kills: int, store: str, victim: str, threads: int, longest: float, s
 
 
 class Publishers:
-    """Threads that publish; what was acknowledged, by worker id."""
+    """Threads that publish, and what was acknowledged, by worker id."""
 
     def __init__(self, address: str, threads: int) -> None:
         self.acknowledged: dict[str, int] = {}
@@ -100,7 +100,7 @@ class Publishers:
 
 
 def missing(client: ServerClient, acknowledged: dict[str, int], source: str) -> tuple[set[str], set[str]]:
-    """Of what was acknowledged: records that are lost or older, and sources that are not READY."""
+    """Counts acknowledged records that are lost or older, and sources that are not READY."""
     ready = {reference.worker_id for reference in client.list_sources(IDENTITY, status=READY)}
     lost = set()
     for name, epoch in acknowledged.items():
@@ -111,7 +111,7 @@ def missing(client: ServerClient, acknowledged: dict[str, int], source: str) -> 
 
 
 class Victims:
-    """The processes: kills one and starts it again."""
+    """The server and Redis processes: kills one and starts it again."""
 
     def __init__(self, stack: ExitStack, place: Path, store: str, victim: str) -> None:
         self._place = place
@@ -132,7 +132,7 @@ class Victims:
         return f"127.0.0.1:{self._port}"
 
     def start(self, *, wait: bool = True) -> None:
-        """What is not there; with `wait`, until the server listens."""
+        """Starts the processes that do not run; with `wait`, waits until the server listens."""
         if self._redis is not None and self._redis.process.poll() is not None:
             self._redis = Redis(self._place, 0)
         if self._server is None or self._server.process.poll() is not None:
@@ -200,7 +200,7 @@ def _run(
 
 
 def _answered(ask: Any) -> Any:
-    """What it returns once the server and its store are back."""
+    """Repeats a call until the server and its store are back; returns its result."""
     deadline = time.monotonic() + BACK_SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`mx bench load`: safetensors into tensors that exist, ours against what else there is, warm and cold.
+"""`mx bench load`: safetensors into existing tensors, our loader against others, with warm and cold page cache.
 
 A multi-shard bf16 checkpoint is made; every candidate loads it in a fresh process, in turns, several rounds; each
 tensor's content is checked. The ratios are of medians of one run. Peers come with `make bench-deps`; those that are

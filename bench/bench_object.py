@@ -1,10 +1,9 @@
 """`mx bench object`: a checkpoint from S3 into memory, ours against Run:ai's streamer alone and boto3.
 
-The server is rclone, over HTTP with real signatures, behind a proxy that adds latency, cuts connections, and calls
-answers to ranges 206 (rclone says 200). Every candidate runs in a fresh process, in turns, with the same time-outs;
-every tensor's digest is compared. Ratios are of medians of one run. `fetched_over_model` is what came through the
-proxy, over the size of the checkpoint's files: in all runs of ours, those included in which one connection, and all of
-them, are cut in the middle.
+The server is rclone, over HTTP with real signatures, behind a proxy that adds latency, cuts connections, and turns
+rclone's 200 for ranges into 206. Every candidate runs in a fresh process, in turns, with the same time-outs; every
+tensor's digest is compared. Ratios are of medians of one run. `fetched_over_model` is the bytes through the proxy over
+the size of the checkpoint's files, in all our runs, including those in which one or all connections are cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One holder, one receiver on this host: the transfer's rate against the transport's and the machine's limits."""
+"""One holder and one receiver on this host: the transfer's rate against the limits of transport and machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rates:
 
 
 class Pair:
-    """A worker that serves a model and one that receives it, again and again."""
+    """A worker that serves a model, and one that receives it repeatedly."""
 
     def __init__(
         self, fleet: Fleet, transport: str, shape: Shape, gap_bytes: int, source: Mapping[str, str] | None = None
@@ -112,7 +112,7 @@ def measure(transport: Literal["tcp", "same-host"], shape: Shape, gap_bytes: int
 
 
 def idle_worker_share(transport: str, seconds: float) -> float:
-    """The share of a core of a worker that serves to nobody: agent, gRPC services, heartbeat."""
+    """The share of a core that a worker without readers uses: agent, gRPC services, heartbeat."""
     with Fleet() as fleet:
         source = Pair(fleet, transport, [(8, MIB)], 0).source
         before, started = _cpu_seconds(source), time.monotonic()

@@ -1,4 +1,4 @@
-"""`mx bench vllm`: the seconds of a load in a real vLLM by step, against vLLM's default loader and nothing but bytes.
+"""`mx bench vllm`: seconds of a load in a real vLLM by step, against vLLM's default loader and a plain copy.
 
 Two processes with vLLM's CPU build and a server. For each model of the demo: the default loader; `mx` from storage in
 one process; `mx` from that worker in the other, while the weight files are moved away. Building and processing the
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 
 
 def copy_seconds(total_bytes: int) -> float:
-    """Of so many bytes within memory, best of five: no loader is faster."""
+    """Seconds to copy this many bytes within memory, best of five: no loader is faster."""
     source, target = bytearray(total_bytes), bytearray(total_bytes)
     best = float("inf")
     for _ in range(5):
@@ -88,7 +88,7 @@ def one_round(source: Any, target: Any, model: Path, options: dict[str, Any]) ->
 
 
 def with_own(steps: dict[str, float], bytes_seconds: float) -> dict[str, float]:
-    """With what a loader needs beyond the engine's own steps and the bytes."""
+    """Adds `own`: what a loader needs beyond the engine's own steps and the copy of bytes."""
     engine = sum(steps.get(step, 0.0) for step in ENGINE_STEPS)
     return {**steps, "bytes": bytes_seconds, "own": max(0.0, steps["total"] - engine - bytes_seconds)}
 

@@ -16,8 +16,8 @@ _random = random.SystemRandom()  # processes that choose at the same time choose
 def free_port(following: int = 0) -> int:
     """A port that is free, as are the `following` ones after it. OSError when none was found.
 
-    It lies below the ports that the kernel gives to outgoing connections and to whoever asks for any port: one of
-    those would be taken by the next connection of anybody before the process that it is for has bound it.
+    The port lies below those that the kernel gives to outgoing connections and to processes that ask for any port:
+    another connection could take one of those before the process that it is for has bound it.
     """
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     highest = (first_given if first_given > LOWEST + following + 1 else 1 << 16) - following

@@ -1,4 +1,4 @@
-"""The server: who has which weights, and how far along they are. It knows neither torch nor an engine."""
+"""The server: which worker has which weights, and how far loads have come. It uses neither torch nor an engine."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
 
 
 def _import_extras(chosen: ServerSettings) -> None:
-    """Raises SettingError where a setting wants a package that is not installed."""
+    """Raises SettingError if a setting needs a package that is not installed."""
     if chosen.store == "redis":
         import mxserver.store.redis  # noqa: F401
     if chosen.traces == "otlp":

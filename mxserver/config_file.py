@@ -21,21 +21,24 @@ class ConfigFile:
     values: Mapping[str, Any]
 
 
+def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
+    """A TOML file's content. Raises SettingError, which calls the file `what` and says with `advice` what to do."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise SettingError(f"{what} {path} cannot be read ({error.strerror}); {advice}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"{what} {path} is not TOML: {error}") from error
+
+
 def read_config(path: Path, known: Iterable[str]) -> ConfigFile:
     """Reads a file whose keys must be among `known`. Raises SettingError, which names every key that is not."""
     names = tuple(known)
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise SettingError(
-            f"settings file {path} cannot be read ({error.strerror}); give one with --config, or unset MX_CONFIG_FILE"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"settings file {path} is no TOML: {error}") from error
+    values = read_toml(path, "settings file", "give one with --config, or unset MX_CONFIG_FILE")
     problems = [unknown_key(key, names) for key in values if key not in names]
     problems += [
-        f"{key} = {json.dumps(value)} must be a text or a number"
+        f"{key} = {json.dumps(value)} must be a string or a number"
         for key, value in values.items()
         if isinstance(value, bool) and key in names
     ]
@@ -56,5 +59,5 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(_toml(part) for part in value)}]"
     if isinstance(value, int | float):
         return repr(value)
-    # JSON's escapes are TOML's, but for the surrogates that JSON makes of what lies beyond 16 bits.
+    # TOML has JSON's escapes, except the surrogate pairs that JSON uses for characters beyond 16 bits.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -19,7 +19,7 @@ LEVELS = {
 
 
 class LineFormatter(logging.Formatter):
-    """UTC with milliseconds; line breaks in values are escaped, so that no client can write a line of its own."""
+    """UTC with milliseconds. Line breaks in values are escaped, so that a client cannot forge log lines."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"

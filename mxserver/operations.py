@@ -1,4 +1,4 @@
-"""What those who run the server see of it, in one place: metrics, events, loads, traces, and the HTTP port."""
+"""What operators see of the server: metrics, events, loads, traces, and the HTTP port."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import SourceStore
 from mxserver.telemetry.events import Events
 from mxserver.telemetry.loads import Loads
-from mxserver.telemetry.measured_calls import AroundCalls, call_metrics
+from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics
 from mxserver.telemetry.metrics import Metrics
 from mxserver.telemetry.observed_store import ObservedStore
 from mxserver.web.cache_view import CacheView
 from mxserver.web.http import HttpServer
 from mxserver.web.pages import application
 from mxserver.web.status import StatusView
-from mxserver.wire.calls.credentials import ServerTls
+from mxserver.wire.calls.tls_files import ServerTls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -36,7 +36,7 @@ Traces = Literal["off", "otlp"]
 class Operations:
     """Made before the services, which report to it. Thread-safe.
 
-    The server is ready from `open` on, until `leave`, and while its store works.
+    The server is ready between `open` and `leave`, while its store works.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Operations:
         traces: Traces = "off",
         provider: TracerProvider | None = None,
     ) -> None:
-        """`provider` is where spans go if not where `traces` says.
+        """`provider` takes the spans; it replaces what `traces` chooses.
 
         Raises:
             SettingError: traces are wanted and their packages are not installed.
@@ -66,7 +66,7 @@ class Operations:
 
             self._provider = provider or tracing.otlp_provider()
             arounds.append(tracing.call_spans(self._provider))
-        self.interceptors: tuple[grpc.ServerInterceptor, ...] = (AroundCalls(arounds, on_unknown_method),)
+        self.interceptors: tuple[grpc.ServerInterceptor, ...] = (ObservingInterceptor(arounds, on_unknown_method),)
         self._state_lock = threading.Lock()
         self._state = "starting"
         self._http: HttpServer | None = None
@@ -77,7 +77,7 @@ class Operations:
         self._cache_view = CacheView(cache)
 
     def download_ended(self, job: DownloadJob) -> None:
-        """Counts a download; what the cache had is none."""
+        """Counts a download. A model that the cache had does not count."""
         state = job.state()
         if state.began or state.error is not None:
             self.metrics.downloads.labels(state.phase).inc()
@@ -94,9 +94,9 @@ class Operations:
         tls: ServerTls | None = None,
         authenticator: Authenticator | None = None,
     ) -> int:
-        """Answers HTTP (with `tls`, HTTPS) from now on, not ready yet; returns the port. Call once.
+        """Starts to answer HTTP (with `tls`, HTTPS), as not ready yet. Returns the port. Call once.
 
-        With an authenticator, what names models and workers is for who has a token. Raises OSError and SettingError.
+        With an authenticator, pages that name models and workers need a token. Raises OSError and SettingError.
         """
         view = StatusView(
             self.store,
@@ -137,7 +137,7 @@ class Operations:
         return None
 
     def close(self) -> None:
-        """Lets go of the port and sends what traces are left. Idempotent."""
+        """Releases the port and sends the remaining traces. Idempotent."""
         self.leave()
         if self._http is not None:
             self._http.stop()

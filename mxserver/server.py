@@ -36,7 +36,7 @@ from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, m
 
 _LOG = logging.getLogger("mxserver")
 
-# Most calls wait for the disk, not for a core: as many wait together as one commit may take along.
+# Most calls wait for the disk, not for a core: as many may wait as one commit can take.
 HANDLER_THREADS = 64
 
 LONGEST_TICK_SECONDS = 1.0
@@ -144,12 +144,12 @@ class Server:
         return server
 
     def leave(self) -> None:
-        """Says that it is not ready, for good, and goes on answering. Idempotent."""
+        """Reports "not ready" for good, and goes on answering. Idempotent."""
         self._operations.leave()
         self._health.drain()
 
     def drain(self) -> threading.Event:
-        """Refuses new calls; the event is set when those that ran have ended, or were cut at the drain time-out."""
+        """Refuses new calls. The event is set when running calls have ended, or were cut at the drain time-out."""
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
@@ -157,7 +157,7 @@ class Server:
         return stopped
 
     def close(self) -> None:
-        """Cuts the calls that still run, and lets go of ports and store. Idempotent."""
+        """Cuts running calls, and releases ports and store. Idempotent."""
         self.leave()
         self._cache.stop_downloads()
         self._grpc.stop(0).wait()
@@ -169,13 +169,13 @@ class Server:
         self._store.close()
 
     def _tick(self) -> None:
-        """Sweeps, and watches the store; and gives workers back the time in which this process was stopped."""
+        """Sweeps and checks the store, and extends leases by the time in which this process was stopped."""
         expected = time.monotonic() + self._tick_seconds
         while not self._stopping.wait(max(0.0, expected - time.monotonic())):
             late_seconds = time.monotonic() - expected
             try:
                 if late_seconds > self._tick_seconds:
-                    _LOG.warning("was stopped seconds=%.1f; leases are extended by it", late_seconds)
+                    _LOG.warning("was stopped seconds=%.1f; leases are extended by that time", late_seconds)
                     self._store.extend_leases(late_seconds)
                 expired, deleted = self._store.sweep()
                 if expired or deleted:
@@ -196,7 +196,7 @@ class Server:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises PortUnavailable with the system's reason, which gRPC does not tell."""
+    """Raises PortUnavailable with the system's reason, which gRPC does not give."""
     try:
         places = socket.getaddrinfo(_unbracketed(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, place in places:
@@ -233,10 +233,10 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
 
 
 class Signals:
-    """SIGTERM and SIGINT, as they come in. Made in the main thread.
+    """SIGTERM and SIGINT, in the order of their arrival. Made in the main thread.
 
-    They are waited for on a socket that Python writes to from the signal itself: one that arrives just before a lock
-    is waited for, or in another thread, would not end that wait.
+    Waiting uses a socket that Python's signal handler writes to. A wait for a lock would miss a signal that arrives
+    just before it, or in another thread.
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ class Signals:
             signal.signal(number, lambda number, _: self._received.append(number))
 
     def wait(self, count: int, timeout_seconds: float | None = None) -> bool:
-        """Whether so many have come, at the latest when the time is over."""
+        """Waits for this many signals. Returns False if the time is over first."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while len(self._received) < count:
             left = None if deadline is None else deadline - time.monotonic()
@@ -263,14 +263,14 @@ class Signals:
         return signal.Signals(self._received[index])
 
     def close(self) -> None:
-        """The process no longer needs to be told."""
+        """Stops listening for signals."""
         signal.set_wakeup_fd(-1)
         self._ear.close()
         self._mouth.close()
 
 
 def raise_file_limit() -> None:
-    """Lets this process open as many files as it may ask for: each worker's connection is one, and 1024 is usual."""
+    """Raises this process' limit of open files as far as allowed: each connection is one, and 1024 is a usual limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
 from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
-from mxserver.wire.calls.credentials import ServerTls
+from mxserver.wire.calls.tls_files import ServerTls
 from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
 
@@ -31,7 +31,7 @@ MetricsTls = Literal["auto", "off"]
 
 def _absolute(folder: Path) -> Path:
     if not folder.is_absolute():
-        raise ValueError("it is no absolute path")
+        raise ValueError("it is not an absolute path")
     return folder
 
 
@@ -62,7 +62,7 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?)B?|B)?", re.IGNORECASE)
 
 
 def parse_bytes(value: Any) -> Any:
-    """Bytes out of `500GiB`, `1.5 TB`, `10G` or a plain number; what is none of these is left to be refused."""
+    """Bytes out of `500GiB`, `1.5 TB`, `10G` or a plain number; anything else is passed on, and refused later."""
     match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return value
@@ -207,7 +207,7 @@ class ServerSettings(BaseSettings):
 
     @property
     def effective_metrics_port(self) -> int:
-        """9401 unless told otherwise; a free one (0) where the calls' port is a free one, so that several fit."""
+        """9401 unless set. If the port for calls is a free one (0), this one is too, so that several servers fit."""
         if self.metrics_port is not None:
             return self.metrics_port
         return DEFAULT_METRICS_PORT if self.port else 0
@@ -221,7 +221,7 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags and environment, without what Kubernetes puts under our names."""
+        """Flags and environment, without the values that Kubernetes puts under our names."""
         if isinstance(env_settings, EnvSettingsSource):
             env_settings.env_vars = {
                 name: value for name in env_settings.env_vars if (value := setting(os.environ, name)) is not None
@@ -277,7 +277,7 @@ def config_of(flag: str | None) -> ConfigFile | None:
 
 
 def as_config(settings: ServerSettings, origins: Origins) -> list[str]:
-    """The settings in force as lines of a settings file, each with where it comes from; passwords are left out."""
+    """The settings in force as lines of a settings file, each with its origin, without passwords."""
     lines = []
     for name in FLAGS:
         value = getattr(settings, name)
@@ -288,7 +288,7 @@ def as_config(settings: ServerSettings, origins: Origins) -> list[str]:
 
 
 SECRET = ("redis_url",)
-"""Settings that may carry a password, and are never shown whole."""
+"""Settings that may contain a password, and are never shown whole."""
 
 
 class Origins(dict[str, str]):
@@ -330,7 +330,7 @@ def load_with_origins(
 
 
 def shown(name: str, value: object) -> str:
-    """A value for messages, without the password that it may carry."""
+    """A value for messages, without the password that it may contain."""
     text = str(value)
     return _PASSWORD.sub(r"\1\2***", text) if name in SECRET else text
 

@@ -1,7 +1,7 @@
 """OpenTelemetry traces of the server's calls: one span a call, a child of the caller's (W3C Trace Context).
 
-Off by default. The packages come with the extra `otel` and are imported only when traces are on; where the spans go
-is what the standard names say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER).
+Off by default. The packages come with the extra `otel` and are imported only when traces are on. The standard names
+(OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER) say where spans go.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from mxserver import __version__
-from mxserver.telemetry.measured_calls import Around, status_of
+from mxserver.calls.handlers import Around
+from mxserver.telemetry.measured_calls import telling_status
 from mxserver.wire.errors import SettingError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def otlp_provider() -> TracerProvider:
 
 
 def call_spans(provider: TracerProvider) -> Around:
-    """What makes a span around each call."""
+    """Makes a span around each call."""
     from opentelemetry.trace import SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -74,16 +75,13 @@ def call_spans(provider: TracerProvider) -> Around:
             record_exception=False,  # an abort is an answer; failures are in the log
             set_status_on_exception=False,
         ) as span:
-            code = grpc.StatusCode.UNKNOWN
-            try:
-                yield
-                code = status_of(context) or grpc.StatusCode.OK
-            except BaseException:
-                code = status_of(context) or grpc.StatusCode.UNKNOWN
-                raise
-            finally:
+
+            def ended(code: grpc.StatusCode) -> None:
                 span.set_attribute("rpc.grpc.status_code", code.value[0])
                 if code in _SERVER_FAILED:
                     span.set_status(Status(StatusCode.ERROR, code.name))
+
+            with telling_status(context, ended):
+                yield
 
     return traced

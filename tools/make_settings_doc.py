@@ -26,52 +26,53 @@ PAGE = ROOT / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-Made by `python tools/make_settings_doc.py` from the code; a test holds it true.
+Made by `python tools/make_settings_doc.py` from the code; a test checks that it is current.
 
 A flag wins over the environment, the environment over the file, the file over the default. An empty value counts as
 unset, and so does a value that Kubernetes injects for a service of the same name
 (`MODEL_EXPRESS_SERVER_PORT=tcp://10.0.0.7:8001`).
-Names that begin with `MX_` or `MODEL_EXPRESS_` and are none of these are warned about, with the nearest right one.
+Unknown names that begin with `MX_` or `MODEL_EXPRESS_` cause a warning with the nearest known name.
 """
 
 SERVER = """\
 ## The server, `mxserver`
 
-A value that breaks its rule keeps the server from starting: one line that names it, exit code 2. A store or a port
-that cannot be used: one line, exit code 1. `--store memory` forgets everything at the end; `sqlite` keeps one file,
-which belongs to one server at a time; `redis` is for several servers over one Redis, which needs `appendonly yes` and
-`appendfsync always` to keep what it acknowledged (not a Redis Cluster; the extra `redis` installs the client). On
-SIGTERM or SIGINT the server refuses new calls, finishes those that run, and ends with 0; a second signal cuts them.
+A value that breaks its rule keeps the server from starting: it prints one line that names the value (exit code 2). If
+the store or a port cannot be used, it prints one line (exit code 1). `--store memory` forgets everything at the end;
+`sqlite` keeps one file, which belongs to one server at a time; `redis` is for several servers over one Redis, which
+needs `appendonly yes` and `appendfsync always` to keep what it acknowledged (not a Redis Cluster; the extra `redis`
+installs the client). On SIGTERM or SIGINT the server refuses new calls, finishes running ones, and exits with 0; a
+second signal cuts them.
 """
 
 FILE = """\
 ### The file
 
-`--config FILE` or `MX_CONFIG_FILE` names a TOML file with the names of the first column, such as `port = 9001`. A key
-that is none is an error with the nearest right one. `mxserver --print-config` writes the settings in force in that
-form, each with where it comes from, passwords left out; `mxserver --check-config` also looks into certificates and the
-access file, and ends with 0 or, with one line that says what is wrong, 2.
+`--config FILE` or `MX_CONFIG_FILE` names a TOML file with the names of the first column, such as `port = 9001`. An
+unknown key is an error, which shows the nearest known one. `mxserver --print-config` writes the settings in force in
+that form, each with its origin, without passwords. `mxserver --check-config` also checks certificates and the access
+file. It exits with 0, or with 2 and one line that says what is wrong.
 
-Certificates, keys, and the access file are read again when they change; a new file that cannot be used is logged, and
-the old one stays in use. The access file's form is in `docs/threat-model.md`.
+Certificates, keys, and the access file are read again when they change. If a new file cannot be used, the server logs
+it and keeps the old one in use. The access file's form is in `docs/threat-model.md`.
 """
 
 WORKER = """\
 ## Workers and other clients
 
-A worker starts whatever its settings say: a bad value is warned about with its rule, and the default taken. The engine
-gives settings by name as well (`--model-loader-extra-config '{"layout": "raw"}'`); those win over the environment.
-The certificates and the token are read from the environment by everything that calls a server, `mx` included.
+A worker always starts: a bad value causes a warning with its rule, and the default is used. The engine can give
+settings by name as well (`--model-loader-extra-config '{"layout": "raw"}'`); those win over the environment. Every
+client of a server, `mx` included, reads certificates and token from the environment.
 
-`https://` in the server's address means TLS, and nothing else is tried. Workers that have a certificate
-(`MX_TLS_CERT_FILE`) serve TLS and call each other by TLS, so give it to the whole fleet; with `MX_TLS_CLIENT_CA_FILE`
-they take only callers that have one as well.
+`https://` in the server's address means TLS only. Workers that have a certificate (`MX_TLS_CERT_FILE`) serve TLS and
+call each other by TLS, so give one to the whole fleet. With `MX_TLS_CLIENT_CA_FILE` they accept only callers that
+have a certificate as well.
 """
 
 WITHOUT_EFFECT = """\
 ## Known names without an effect
 
-Existing images set them, this version does not read them, and says so in its log where they are set.
+Existing images set these names. This version does not read them, and logs a warning if they are set.
 """
 
 

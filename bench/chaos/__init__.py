@@ -1,1 +1,1 @@
-"""What `mx bench chaos` is made of."""
+"""The parts of `mx bench chaos`."""

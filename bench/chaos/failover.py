@@ -1,4 +1,4 @@
-"""A source killed or stopped when half of the model is there: what comes twice, what it costs, when it is noticed."""
+"""A source is killed or stopped when half of the model has arrived: bytes sent twice, extra seconds, time to notice."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TASK = {
 
 @dataclass(frozen=True)
 class Failover:
-    """`resent_ratio` of the model; `seconds_on_top` of what the sources that are left would take for the rest."""
+    """`resent_ratio`: bytes sent twice over the model's. `seconds_on_top`: beyond what the others need for the rest."""
 
     resent_ratio: float
     seconds_on_top: float
 
 
 def kill_at_half(transport: str, repeats: int) -> Failover:
-    """The worst of some repeats."""
+    """The worst result of several repeats."""
     with Fleet() as fleet:
         _seed(fleet, transport)
         target = fleet.add({**TASK, "role": "receiver"}, transport=transport)
@@ -55,7 +55,7 @@ def kill_at_half(transport: str, repeats: int) -> Failover:
 
 
 def stop_at_half(transport: str) -> float:
-    """Seconds until a receiver gives up on its only source, which was stopped; it must end up right all the same."""
+    """Seconds until a receiver drops its only source, which was stopped. It must still end up with the right bytes."""
     with Fleet() as fleet:
         source = _seed(fleet, transport)
         target = fleet.add({**TASK, "role": "receiver"}, transport=transport)
@@ -69,7 +69,7 @@ def stop_at_half(transport: str) -> float:
         source.signal(signal.SIGCONT)
         done = target.expect("done")
         if not target.lost or not done["right"]:
-            raise FleetError(f"a stopped source was not given up on: {done}; the log ends: {target.tail()}")
+            raise FleetError(f"a stopped source was not dropped: {done}; the log ends: {target.tail()}")
         return float(target.lost[0]["at"] - stopped_at)
 
 

@@ -1,4 +1,4 @@
-"""What can happen to a fleet in the middle of a transfer: each fault strikes, and says who must live on."""
+"""The faults of a fleet during a transfer: each one strikes, and says which processes must survive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.fleet.fleet import Fleet, Process
 
 @dataclass(frozen=True)
 class Scene:
-    """A fleet in the middle of a run, with those whose turn it is. `all`: every worker."""
+    """A fleet during a run, with the processes that the fault concerns. `all`: every worker."""
 
     fleet: Fleet
     chance: random.Random
@@ -32,7 +32,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Struck:
-    """`lost`: processes that the fault ended, or that stay unreachable in this run. `end` puts right what it can."""
+    """`lost`: processes that the fault ended, or that stay unreachable in this run. `end` undoes what can be undone."""
 
     lost: frozenset[Process] = frozenset()
     source_is_gone: bool = False
@@ -41,7 +41,7 @@ class Struck:
 
 Fault = Callable[[Scene], Struck]
 
-_LONGEST_STOP_SECONDS = 7.0  # longer than the stall time-out: some come back after they were given up on
+_LONGEST_STOP_SECONDS = 7.0  # longer than the stall time-out: some come back after they were dropped
 
 
 def _kill_target_of_stalled_source(scene: Scene) -> Struck:
@@ -101,7 +101,7 @@ def _restart_server(scene: Scene) -> Struck:
 
 
 def _flip(scene: Scene) -> Struck:
-    """One bit of the source's memory, after its digests were made; it goes on serving that."""
+    """Flips one bit of the source's memory after its digests were made; the source goes on serving it."""
     scene.source.send(f"flip {scene.chance.randrange(1 << 62)}")
     scene.source.expect("flipped")
     return Struck(frozenset([scene.source]))

@@ -30,7 +30,7 @@ Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Flips:
-    """`caught` of `made`; `false_alarms`: chunks that were right and refused."""
+    """`made` flips, `caught` flips; `false_alarms`: right chunks that were refused."""
 
     made: int
     caught: int
@@ -55,7 +55,7 @@ class _Pair:
         self.port = ChunkListener(self.holder, "127.0.0.1", 0)
 
     def move(self, *, by_nixl: bool) -> int:
-        """All chunks; how many are refused, by digests of what is there, or by those made on the way."""
+        """Receives all chunks; returns how many are refused, by digests of memory or those made in transfer."""
         if by_nixl:
             for _ in self.holder.push(self.lease, range(CHUNKS), lambda: False):
                 pass
@@ -74,7 +74,7 @@ class _Pair:
         return found
 
     def refused(self) -> int:
-        """How many chunks are not what their digests promise."""
+        """How many chunks do not match their digests."""
         return sum(not self.received.verify(chunk) for chunk in range(CHUNKS))
 
     def close(self) -> None:

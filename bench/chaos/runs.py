@@ -34,7 +34,7 @@ TASK = {
 
 
 class Chaos:
-    """A fleet whose workers are replaced when they are lost, and used again from run to run when they live."""
+    """A fleet that is used for several runs; lost workers are replaced."""
 
     def __init__(self, fleet: Fleet, chance: random.Random, tally: Tally, transport: str) -> None:
         self.fleet = fleet
@@ -50,7 +50,7 @@ class Chaos:
         return frozenset([*self.targets, *(process for process, _ in self.sources)])
 
     def run(self, fault: str) -> None:
-        """One run; what happened goes to the tally."""
+        """Plays one run and adds the outcome to the tally."""
         self._fill()
         for target in self.targets:
             target.progress.clear()
@@ -98,7 +98,7 @@ class Chaos:
         self.tally.bytes_again.append(done["bytes_again"] / MODEL_BYTES)
 
     def _noticed(self, target: Process, source_id: str, struck_at: float) -> None:
-        """How long it took this target to give the source up, if it was asking it."""
+        """How long this target took to drop the source, if it was using it."""
         for loss in target.lost:
             if loss["worker"] != source_id or loss["at"] <= struck_at:
                 continue

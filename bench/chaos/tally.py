@@ -1,4 +1,4 @@
-"""What came of all runs."""
+"""The outcome of all runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tally:
     by_fault: dict[str, int] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """The flat map of a bench."""
+        """The result as a bench's flat map."""
         again = self.bytes_again or [0.0]
         return {
             "runs": self.runs,

@@ -1,4 +1,4 @@
-"""The processes of `mx bench control`: servers, Redis, simulated workers; and the cores that they may use."""
+"""The processes of `mx bench control` (servers, Redis, simulated workers), and the cores that they may use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Server:
     """An mxserver on a free port; `core` is the only one that it runs on."""
 
     def __init__(self, folder: Path, number: int, arguments: list[str], core: int, *, wait: bool = True) -> None:
-        """Without `wait` it may not listen yet, and has no address."""
+        """Without `wait`, the server may not listen yet, and has no address."""
         self._log = folder / f"server-{number}.log"
         command = [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", "--port", "0"]
         names = {k: v for k, v in os.environ.items() if not k.startswith(("MX_", "MODEL_EXPRESS_", "REDIS_"))}

@@ -55,7 +55,7 @@ class Outcome:
     errors: dict[str, int] = field(default_factory=dict)
 
     async def call(self, method: Any, request: Any) -> Any:
-        """The answer; None, and one error more, when it failed or said no."""
+        """The answer. None if the call failed or was refused, which counts as an error."""
         started = time.perf_counter()
         try:
             answer = await method(request, timeout=CALL_SECONDS)

@@ -31,11 +31,11 @@ ENGINE_ENVIRONMENT = {
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message says why and where the log is."""
+    """The demo cannot continue; the message says why and where the log is."""
 
 
 cancelled = threading.Event()
-"""Set when the demo gives up: whoever waits for a process then stops waiting."""
+"""Set when the demo gives up, so that nothing waits for a process any more."""
 
 
 class Child:
@@ -111,7 +111,7 @@ def files_away(files: Sequence[Path]) -> Iterator[None]:
 
 
 def bring_back(folder: Path) -> None:
-    """Moves back what an earlier run that was killed may have left away."""
+    """Moves files back that a killed earlier run may have left moved away."""
     away = folder / AWAY
     if away.is_dir():
         for file in away.iterdir():

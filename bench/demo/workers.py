@@ -1,4 +1,4 @@
-"""The demo's processes: the server, and `vllm serve` with a given load format; and what is asked of a worker."""
+"""The demo's processes (the server, and `vllm serve` with a given load format), and the questions to a worker."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ _serial = itertools.count()
 
 
 def settings_of(transport: str) -> dict[str, str]:
-    """What a value of MX_TRANSPORT stands for; BY_NIXL: TCP, by UCX's WRITEs instead of our own connections."""
+    """The settings for a value of MX_TRANSPORT. BY_NIXL: TCP by UCX's WRITEs instead of our own connections."""
     return {"MX_TRANSPORT": "tcp", "MX_TCP_TRANSFER": "nixl"} if transport == BY_NIXL else {"MX_TRANSPORT": transport}
 
 
 class FleetError(RuntimeError):
-    """A process of the fleet did not do what the bench waits for."""
+    """A process of the fleet did not do what the bench expected."""
 
 
 class Network:
@@ -108,7 +108,7 @@ class Process:
             )
         self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.progress: list[tuple[float, int]] = []
-        self.lost: list[dict[str, Any]] = []  # when which source was given up on, and why
+        self.lost: list[dict[str, Any]] = []  # which source was dropped when, and why
         threading.Thread(target=self._pump, daemon=True).start()
 
     def _pump(self) -> None:
@@ -124,7 +124,7 @@ class Process:
         self.lines.put({"event": "ended", "status": self.popen.wait()})
 
     def send(self, line: str) -> None:
-        """Tells it to do something; in silence when it has died."""
+        """Sends it a command; does nothing if it has died."""
         if self.popen.stdin is not None:
             with suppress(BrokenPipeError):
                 self.popen.stdin.write(line + "\n")
@@ -148,7 +148,7 @@ class Process:
             self.popen.send_signal(number)
 
     def until(self, count: float, seconds: float = DEADLINE_SECONDS) -> None:
-        """Waits until it has told of so many bytes. Raises FleetError."""
+        """Waits until it has reported this many bytes. Raises FleetError."""
         deadline = time.monotonic() + seconds
         while not self.progress or self.progress[-1][1] < count:
             if time.monotonic() > deadline or not self.alive:
@@ -156,7 +156,7 @@ class Process:
             time.sleep(0.002)
 
     def leave(self) -> None:
-        """Lets it say goodbye and end."""
+        """Lets it leave the fleet and end."""
         if self.popen.stdin is not None:
             self.popen.stdin.close()
         self.popen.wait(DEADLINE_SECONDS)
@@ -183,7 +183,7 @@ class Fleet:
         self.start_server()
 
     def start_server(self) -> None:
-        """Starts it, or again on the same port with the same state."""
+        """Starts the server, or starts it again on the same port with the same state."""
         log = self._folder / "server.log"
         host = self._network.host if self._network else "127.0.0.1"
         arguments = ["--host", host, "--port", self._port, "--store-path", str(self._folder / "state.sqlite3")]
@@ -206,7 +206,7 @@ class Fleet:
         environ: dict[str, str] | None = None,
         module: str = "bench.fleet.fleet_worker",
     ) -> Process:
-        """Starts a worker, in the network in the first place that nobody living has.
+        """Starts a worker; in a network, in the first free place.
 
         `transport`: as `settings_of` has them.
         """
@@ -224,7 +224,7 @@ class Fleet:
     def link(self, process: Process, *, up: bool) -> None:
         """Cuts a worker off the network, or restores its link."""
         if self._network is None:
-            raise FleetError("this fleet has no network of its own")
+            raise FleetError("this fleet runs without a network of namespaces")
         self._network.link(process.slot, up)
 
     def __enter__(self) -> Self:

@@ -54,7 +54,7 @@ def _threads_without_hashing(cores: int, asked_for: int, *, hashed: bool) -> int
 
 
 class _Losses(logging.Handler):
-    """Says when a receiver gives up on a source."""
+    """Reports when a receiver drops a source."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if isinstance(record.args, tuple) and "gives no" in str(record.msg):
@@ -133,7 +133,7 @@ class FleetWorker:
         self.memory[:] = self.content()
 
     def verify(self, on: bool) -> None:
-        """Without, the digests are not looked at: what looking costs is the difference."""
+        """Switches the check of digests off: the difference is what checking costs."""
         ReceivedChunks.verify = self.verifies if on else lambda received, chunk, made=None: True  # type: ignore[method-assign]
         attached_pull.threads_of = threads_of if on else _threads_without_hashing
         attached_pull.AttachedReads = AttachedReads if on else _NotLookedAt  # type: ignore[attr-defined, assignment]

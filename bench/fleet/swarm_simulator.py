@@ -117,7 +117,7 @@ class Swarm:
         self._look(name)
 
     def _look(self, name: str) -> None:
-        """What the receiver's main loop does: drops idle holders, takes on others, or gives up."""
+        """Does what the receiver's main loop does: drops idle holders, adds others, or gives up."""
         me, setting = self.workers[name], self.setting
         if not me.alive or me.finished_at is not None:
             return

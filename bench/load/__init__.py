@@ -1,1 +1,1 @@
-"""What `mx bench load` is made of."""
+"""The parts of `mx bench load`."""

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -87,7 +87,7 @@ def readinto(files: list[Path], destinations: Destinations) -> None:
 
 
 def memcpy(files: list[Path], destinations: Destinations) -> None:
-    """The same bytes from memory, a stretch of 256 MiB again and again, by torch's threads."""
+    """Copies as many bytes within memory, from one buffer of 256 MiB, by torch's threads."""
     source = _memcpy_source()
     for tensor in destinations.values():
         flat = tensor.reshape(-1).view(torch.uint8)
@@ -106,8 +106,8 @@ def _memcpy_source() -> torch.Tensor:
 
 
 def disk_limit(depth: int) -> Callable[[list[Path], Destinations], None]:
-    """What the disk gives past the page cache: so many reads of 8 MiB in flight, into memory that is used again and
-    again (huge pages, touched by the small load before) and looked at by nobody. No parsing, no copies."""
+    """The disk's rate past the page cache: this many reads of 8 MiB in flight, into reused memory (huge pages,
+    touched by the small load before). No parsing, no copies."""
 
     def run(files: list[Path], destinations: Destinations) -> None:
         buffers = _limit_buffers(depth)
@@ -165,7 +165,3 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 NEEDS = {"runai": "runai_model_streamer", "runai_best": "runai_model_streamer", "fastsafetensors": "fastsafetensors"}
-
-
-def any_of(names: Any) -> dict[str, Candidate]:
-    return {name: candidate for name, candidate in CANDIDATES.items() if name in names}

@@ -10,7 +10,7 @@ _LIMITS = {"memcpy", "disk_limit", "disk_limit_deep"}
 
 
 def draw(speeds: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """`speeds`: warm and cold → candidate → GB/s; a panel each, the fastest first, ours and the limits in colour."""
+    """`speeds`: warm and cold → candidate → GB/s. One panel each, the fastest first, ours and the limits in colour."""
     import matplotlib
 
     matplotlib.use("Agg")  # a file, on machines without a screen too

@@ -22,7 +22,7 @@ class Measured(NamedTuple):
 
 
 def measure(name: str, state: str, files: list[Path], small: list[Path], digests: dict[str, int]) -> Measured:
-    """Runs a candidate once, in a fresh process; raises RuntimeError with what that said if it failed."""
+    """Runs a candidate once, in a fresh process; raises RuntimeError with its output if it failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "safetensors.torch", "bench.load.candidates"])
     ours, theirs = context.Pipe()
@@ -119,7 +119,7 @@ class _Descriptor:
 
 
 def warm(files: list[Path]) -> None:
-    """Takes the files into the page cache; nothing happens to those that are there."""
+    """Reads the files into the page cache; files that are already there are not read again."""
     buffer = bytearray(made.ROWS * 1024)
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -143,5 +143,5 @@ def header_us(count: int, rounds: int) -> float:
 
 
 def trim() -> None:
-    """Gives freed memory of this process back, so that the candidates have the machine's."""
+    """Gives this process' freed memory back to the machine, so that candidates can use it."""
     ctypes.CDLL(None).malloc_trim(0)

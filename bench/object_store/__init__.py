@@ -1,1 +1,1 @@
-"""Candidates of `mx bench object`."""
+"""The candidates of `mx bench object`."""

@@ -46,7 +46,7 @@ def ours(uri: str) -> dict[str, torch.Tensor]:
 
 
 def ours_stream(uri: str) -> dict[str, torch.Tensor]:
-    """As the plugin loads: through the ring, each tensor copied to where it stays."""
+    """Loads as the plugin does: through the ring, each tensor copied to its final place."""
     from mxcore.storage.remote.model_uri import parse_model_uri
     from mxcore.storage.remote.object_store import ObjectFolder
     from mxcore.storage.remote.remote_folder import open_remote, stream_remote

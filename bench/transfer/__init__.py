@@ -1,1 +1,1 @@
-"""What `mx bench transfer` is made of."""
+"""The parts of `mx bench transfer`."""

@@ -1,4 +1,4 @@
-"""What the machine and the transports give at best: memcpy, sockets, one NIXL descriptor on one region, digests."""
+"""The best rates of machine and transports: memcpy, sockets, one NIXL descriptor on one region, digests."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _median(count: int, function: Any) -> float:
 
 
 class OneDescriptor:
-    """NIXL between two processes, `count` bytes as one descriptor on one region: what a transport gives at best.
+    """NIXL between two processes, `count` bytes as one descriptor on one region: the best rate of a transport.
 
     Over TCP this process WRITEs, with agents that are driven as ours are; on one host it READs by cross-memory attach,
     in segments of 4 MiB, the fastest for UCX (16 GB/s with its default of 512 KiB where this made 18). One descriptor

@@ -1,4 +1,4 @@
-"""Registering a model's memory: by merged regions, and tensor by tensor."""
+"""The cost of registering a model's memory: by merged regions, and tensor by tensor."""
 
 from __future__ import annotations
 

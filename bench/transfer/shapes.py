@@ -1,4 +1,4 @@
-"""Models to be moved, as runs of (how many tensors, bytes of each)."""
+"""The models to be moved, as runs of (how many tensors, bytes of each)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which server a command calls, and with what: --server, TLS and the token. The same for all commands that call it."""
+"""Which server a command calls, and its credentials: --server, TLS and the token. The same for all commands."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mxserver.wire.address import parse_server_address, split_scheme
+from mxserver.wire.calls.credentials import CA_FILE, CERT_FILE, KEY_FILE, TOKEN_FILE, TOKEN_IN_CLEAR, ClientCredentials
 from mxserver.wire.environment import setting
 from mxserver.wire.errors import SettingError
 
-if TYPE_CHECKING:
-    from mxserver.wire.calls.credentials import ClientCredentials
+SERVER_NAMES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
+"""The environment names of the server's address; the first that is set counts."""
 
 _FLAGS = {
-    "tls_ca": ("--tls-ca", "MX_TLS_CA_FILE"),
-    "tls_cert": ("--tls-cert", "MX_TLS_CERT_FILE"),
-    "tls_key": ("--tls-key", "MX_TLS_KEY_FILE"),
-    "token_file": ("--token-file", "MX_AUTH_TOKEN_PATH"),
+    "tls_ca": ("--tls-ca", CA_FILE),
+    "tls_cert": ("--tls-cert", CERT_FILE),
+    "tls_key": ("--tls-key", KEY_FILE),
+    "token_file": ("--token-file", TOKEN_FILE),
 }
-_IN_CLEAR = "MX_AUTH_TOKEN_IN_CLEAR"
 
 
 @dataclass(frozen=True)
 class Connection:
-    """What was given on the command line; the environment has the rest."""
+    """What the command line gave; the environment has the rest."""
 
     server: str | None = None
     flags: dict[str, str] = field(default_factory=dict)  # environment name -> value
 
     def over(self, other: Connection) -> Connection:
-        """This one, and of another one what this one leaves open."""
+        """This connection, with what it leaves open taken from another one."""
         return Connection(self.server or other.server, {**other.flags, **self.flags})
 
     @property
     def address(self) -> str:
         """host:port or https://host:port. Raises SettingError."""
-        names = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
-        given = self.server or next((value for name in names if (value := setting(os.environ, name))), "localhost")
+        named = (value for name in SERVER_NAMES if (value := setting(os.environ, name)))
+        given = self.server or next(named, "localhost")
         address = parse_server_address(given)
         tls = [flag for flag, name in _FLAGS.values() if name in self.flags and flag.startswith("--tls")]
         if tls and split_scheme(address)[0] != "https":
@@ -53,13 +53,11 @@ class Connection:
     @property
     def credentials(self) -> ClientCredentials:
         """What to trust and to show. Raises SettingError."""
-        from mxserver.wire.calls.credentials import ClientCredentials
-
         return ClientCredentials.from_environ({**os.environ, **self.flags})
 
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options; the command gets them together as `connection`."""
+    """Adds the options; the command gets them as its argument `connection`."""
 
     @click.option(
         "--server",
@@ -80,7 +78,7 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_connection(server: str | None, token_in_clear: bool, **given: Any) -> Any:
         flags = {name: value for key, (_, name) in _FLAGS.items() if (value := given.pop(key))}
         if token_in_clear:
-            flags[_IN_CLEAR] = "1"
+            flags[TOKEN_IN_CLEAR] = "1"
         return command(connection=Connection(server, flags), **given)
 
     return with_connection

@@ -14,17 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
+from mxcore.cli.server_calls import EXIT_DAMAGED, MODEL_EXIT_CODES, bytes_text, exiting_on_errors, json_option
 
 if TYPE_CHECKING:
     from mxserver.wire.files.model_client import ModelClient
     from mxserver.wire.proto import model_pb2
-
-EXIT_FAILED = 1
-EXIT_UNREACHABLE = 3
-EXIT_NOT_FOUND = 4
-EXIT_REFUSED = 5
-EXIT_DAMAGED = 6
 
 EPILOG = """
 \b
@@ -49,7 +43,7 @@ def models(context: click.Context, connection: Connection) -> None:
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The group's options for a command of it, which win: `mx models get NAME --server ADDRESS`."""
+    """Gives a command the group's options; its own win: `mx models get NAME --server ADDRESS`."""
 
     @connection_options
     @functools.wraps(command)
@@ -63,40 +57,21 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 name_argument = click.argument("name")
 revision_option = click.option("--revision", metavar="REVISION", help="A branch, tag or commit. [default: main]")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
 @contextmanager
 def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterator[ModelClient]:
-    """A client; errors end the command with their exit code and one line."""
+    """A client; an error ends the command."""
     from mxserver.wire.files.model_client import ModelClient
 
-    try:
-        connection: Connection = context.obj
-        with ModelClient(
+    connection: Connection = context.obj
+    with (
+        exiting_on_errors(MODEL_EXIT_CODES),
+        ModelClient(
             connection.address, patience_seconds=patience_seconds, credentials=connection.credentials
-        ) as client:
-            yield client
-    except MxError as error:
-        click.echo(f"mx: {error}", err=True)
-        sys.exit(_exit_code(error))
-    except OSError as error:
-        click.echo(f"mx: {error}", err=True)
-        sys.exit(EXIT_FAILED)
-
-
-def _exit_code(error: MxError) -> int:
-    from mxserver.wire.errors import FileRefused, ModelDownloadError, ModelNotFound, ServerRefused
-
-    codes: tuple[tuple[type[MxError], int], ...] = (
-        (SettingError, 2),
-        (ServerUnreachable, EXIT_UNREACHABLE),
-        (ModelNotFound, EXIT_NOT_FOUND),
-        (ModelDownloadError, EXIT_FAILED),
-        (ServerRefused, EXIT_REFUSED),
-        (FileRefused, EXIT_DAMAGED),
-    )
-    return next((code for kind, code in codes if isinstance(error, kind)), EXIT_FAILED)
+        ) as client,
+    ):
+        yield client
 
 
 def _print(as_json: bool, data: dict[str, Any], text: str) -> None:
@@ -194,13 +169,13 @@ def list_models(context: click.Context, as_json: bool) -> None:
     data: dict[str, Any] = {"models": rows}
     data |= {name: getattr(answer, name) for name in ("used_bytes", "max_bytes", "free_bytes", "min_free_bytes")}
     lines = [
-        f"{row['name']}  {str(row['revision'])[:12]}  {_amount(row['bytes'])}  {row['files']} files"
+        f"{row['name']}  {str(row['revision'])[:12]}  {bytes_text(row['bytes'])}  {row['files']} files"
         + "".join(f"  {mark}" for mark in ("pinned", "in_use") if row[mark])
         + ("" if row["weights"] else "  without weights")
         for row in rows
     ]
-    limit = f" of {_amount(answer.max_bytes)}" if answer.max_bytes else ""
-    lines.append(f"{len(rows)} models, {_amount(answer.used_bytes)}{limit}; {_amount(answer.free_bytes)} free")
+    limit = f" of {bytes_text(answer.max_bytes)}" if answer.max_bytes else ""
+    lines.append(f"{len(rows)} models, {bytes_text(answer.used_bytes)}{limit}; {bytes_text(answer.free_bytes)} free")
     _print(as_json, data, "\n".join(lines))
 
 
@@ -255,17 +230,8 @@ def validate(context: click.Context, name: str, revision: str | None, as_json: b
         sys.exit(EXIT_DAMAGED)
 
 
-def _amount(size_bytes: int) -> str:
-    """Bytes for people."""
-    if size_bytes < 1000:
-        return f"{size_bytes} B"
-    units = ("kB", "MB", "GB", "TB")
-    power = min((len(str(size_bytes)) - 1) // 3, len(units))
-    return f"{size_bytes / 1000**power:.1f} {units[power - 1]}"
-
-
 class _Bar:
-    """A progress bar on stderr; where that is no terminal, a line every ten seconds."""
+    """A progress bar on stderr; if that is not a terminal, a line every ten seconds."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -302,11 +268,10 @@ class _Bar:
             return
         self._shown_at = now
         share = done / total if total else 0.0
+        amounts = f"{bytes_text(done)} of {bytes_text(total)}"
         if self._terminal:
             filled = round(share * 30)
-            line = (
-                f"\r\x1b[K{self._name} [{'#' * filled}{'.' * (30 - filled)}] {_amount(done)} of {_amount(total)} {what}"
-            )
+            line = f"\r\x1b[K{self._name} [{'#' * filled}{'.' * (30 - filled)}] {amounts} {what}"
             click.echo(line[:120], nl=False, err=True)
         else:
-            click.echo(f"{self._name}: {share:.0%}, {_amount(done)} of {_amount(total)}, {what}", err=True)
+            click.echo(f"{self._name}: {share:.0%}, {amounts}, {what}", err=True)

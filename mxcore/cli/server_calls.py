@@ -1,4 +1,4 @@
-"""What the commands that ask the server share: a client, exit codes, tables."""
+"""What the commands that ask the server share: clients, exit codes, tables, amounts."""
 
 from __future__ import annotations
 
@@ -10,36 +10,64 @@ from typing import TYPE_CHECKING
 import click
 
 from mxcore.cli.connection import Connection
-from mxcore.cli.models import EXIT_FAILED, EXIT_UNREACHABLE
-from mxserver.wire.errors import MxError, ServerUnreachable, SettingError
+from mxserver.wire.errors import (
+    FileRefused,
+    ModelDownloadError,
+    ModelNotFound,
+    MxError,
+    ServerRefused,
+    ServerUnreachable,
+    SettingError,
+)
 
 if TYPE_CHECKING:
     from mxserver.wire.calls.client import ServerClient
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_UNREACHABLE = 3
+EXIT_NOT_FOUND = 4
+EXIT_REFUSED = 5
+EXIT_DAMAGED = 6
 CALL_SECONDS = 10.0
+
+MODEL_EXIT_CODES: dict[type[MxError], int] = {
+    SettingError: EXIT_USAGE,
+    ServerUnreachable: EXIT_UNREACHABLE,
+    ModelNotFound: EXIT_NOT_FOUND,
+    ModelDownloadError: EXIT_FAILED,
+    ServerRefused: EXIT_REFUSED,
+    FileRefused: EXIT_DAMAGED,
+}
+"""Exit codes of `mx models`; the first kind that fits counts, and any other error is EXIT_FAILED."""
+_EXIT_CODES: dict[type[MxError], int] = {SettingError: EXIT_USAGE, ServerUnreachable: EXIT_UNREACHABLE}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
 @contextmanager
+def exiting_on_errors(exit_codes: dict[type[MxError], int], when_unreachable: str = "") -> Iterator[None]:
+    """An error ends the command with one line on stderr and its exit code; `when_unreachable` is a second line."""
+    try:
+        yield
+    except (MxError, OSError) as error:
+        click.echo(f"mx: {error}", err=True)
+        if when_unreachable and isinstance(error, ServerUnreachable):
+            click.echo(f"mx: {when_unreachable}", err=True)
+        sys.exit(next((code for kind, code in exit_codes.items() if isinstance(error, kind)), EXIT_FAILED))
+
+
+@contextmanager
 def server_client(connection: Connection) -> Iterator[ServerClient]:
-    """A client; an error ends the command with one line and its exit code."""
+    """A client; an error ends the command."""
     from mxserver.wire.calls.client import ServerClient
 
-    try:
-        with ServerClient(
-            connection.address, timeout_seconds=CALL_SECONDS, credentials=connection.credentials
-        ) as client:
-            yield client
-    except MxError as error:
-        click.echo(f"mx: {error}", err=True)
-        if isinstance(error, ServerUnreachable):
-            click.echo(
-                "mx: is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer", err=True
-            )
-        codes = {SettingError: EXIT_USAGE, ServerUnreachable: EXIT_UNREACHABLE}
-        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
+    advice = "is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer"
+    with (
+        exiting_on_errors(_EXIT_CODES, advice),
+        ServerClient(connection.address, timeout_seconds=CALL_SECONDS, credentials=connection.credentials) as client,
+    ):
+        yield client
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,7 +89,7 @@ def duration(seconds: float) -> str:
 
 def bytes_text(count: float) -> str:
     """Decimal bytes with one figure after the point."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000

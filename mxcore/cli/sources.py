@@ -70,7 +70,7 @@ def _source(instance: p2p_pb2.SourceInstanceRef, state: str, now_ms: int) -> dic
 
 
 def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Source id → identity. A worker that has gone since it was listed is passed over."""
+    """Source id → identity. A worker that has left since it was listed is skipped."""
     from google.protobuf.json_format import MessageToDict
 
     known: dict[str, Any] = {}

@@ -84,7 +84,7 @@ STATE_NAMES = ("ready", "initializing", "stale")
 
 
 def instances_by_state(client: ServerClient, **filters: Any) -> dict[str, list[p2p_pb2.SourceInstanceRef]]:
-    """A list does not tell the states, so each is asked for."""
+    """A listing does not contain the state, so it asks for each state."""
     from mxserver.wire.proto import p2p_pb2
 
     return {
@@ -100,17 +100,17 @@ def default_page(address: str) -> str:
 
 
 def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, Any] | None, str]:
-    """What the status page knows, or why there is nothing. Raises SettingError."""
+    """The status page's data, or why there is none. Raises SettingError."""
     url = urlsplit(f"{page.rstrip('/')}/status?workers=0")
     if url.scheme not in ("http", "https") or not url.hostname:
         raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")
     secure = url.scheme == "https"
     request = urllib.request.Request(url.geturl())  # noqa: S310 - the scheme is checked above
-    if token := credentials.token_for(url.hostname, secure=secure):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    if token := credentials.authorization(("https://" if secure else "") + url.hostname):
+        request.add_unredirected_header("Authorization", token)
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # it is in the same cluster
     if secure:
-        handlers.append(urllib.request.HTTPSHandler(context=credentials.context()))
+        handlers.append(urllib.request.HTTPSHandler(context=credentials.ssl_context()))
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=PAGE_SECONDS) as answer:
             data: dict[str, Any] = json.load(answer)
@@ -120,7 +120,7 @@ def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, An
     except (OSError, ValueError, http.client.HTTPException) as error:
         return None, f"{url.geturl()}: {error}"
     if "loads" not in data or "server" not in data:
-        return None, f"{url.geturl()} is no status page of mxserver"
+        return None, f"{url.geturl()} is not a status page of mxserver"
     return data, ""
 
 

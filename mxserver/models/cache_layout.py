@@ -1,4 +1,4 @@
-"""Where things lie in the cache folder.
+"""The layout of the cache folder.
 
 ::
 
@@ -32,7 +32,7 @@ STATE = ".modelexpress"
 
 
 class CacheLayout:
-    """Paths of one cache folder; all given out as absolute ones. Stateless."""
+    """Paths in one cache folder, all absolute. Stateless."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import xxhash
 
@@ -34,15 +33,6 @@ def digest_fd(handle: int, *others: hashlib._Hash, progress: Callable[[int], Non
         size += count
         progress(count)
     return size, PREFIX + ours.hexdigest()
-
-
-def digest_file(path: Path) -> tuple[int, str]:
-    """Bytes and digest of a file."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return digest_fd(handle)
-    finally:
-        os.close(handle)
 
 
 def git_blob_sha1(size: int) -> hashlib._Hash:

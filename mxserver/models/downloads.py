@@ -1,4 +1,4 @@
-"""Downloads that run: one for all who ask for the same, in this server and in others on the same cache folder."""
+"""Running downloads: one for all callers that ask for the same, across all servers on the same cache folder."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LOG = logging.getLogger(__name__)
 
 Phase = Literal["resolving", "waiting", "downloading", "done", "failed"]
 
-_CLOSE_SECONDS = 5.0  # how long downloads may take to notice that the server stops
+_CLOSE_SECONDS = 5.0  # how long downloads may take to notice that the server is stopping
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
     """A download at one moment. `version` grows with every change; `error` is there when it failed.
 
-    `began`: something had to be downloaded by this server; else the cache had it, or another replica got it.
+    `began`: this server had to download something. Otherwise the cache had it, or another replica downloaded it.
     """
 
     version: int = 0
@@ -55,8 +55,8 @@ class JobState:
 
 
 class DownloadJob:
-    """One download, which any number of callers follow. A caller that leaves does not stop it, and neither does the
-    last one: the model is wanted, and whoever asks next finds more of it. Thread-safe.
+    """One download, followed by any number of callers. It goes on when callers leave, also after the last one: the next
+    caller then finds more of the model. Thread-safe.
     """
 
     def __init__(self, model: ModelName, revision: str, *, ignore_weights: bool) -> None:
@@ -71,7 +71,7 @@ class DownloadJob:
             return self._state
 
     def wait_for_change(self, since: int, timeout_seconds: float) -> JobState:
-        """The state once its version is another one than `since`, or after the time-out."""
+        """The state, once its version differs from `since` or after the time-out."""
         with self._changed:
             self._changed.wait_for(lambda: self._state.version != since, timeout_seconds)
             return self._state
@@ -104,14 +104,14 @@ class Downloads:
         self._jobs: dict[tuple[ModelName, str, bool], tuple[DownloadJob, threading.Thread]] = {}
 
     def ensure(self, model: ModelName, revision: str, *, ignore_weights: bool = False) -> DownloadJob:
-        """Joins the download that runs, or starts one. `revision` is one that `checked_revision` returned."""
+        """Joins a running download, or starts one. `revision` comes from `checked_revision`."""
         wanted = (model, revision, ignore_weights)
         with self._lock:
             if running := self._jobs.get(wanted):
                 return running[0]
             job = DownloadJob(model, revision, ignore_weights=ignore_weights)
             if self._cache.stopping.is_set():
-                job.show(phase="failed", error=Stopped(f"{model.name}: the server stops"))
+                job.show(phase="failed", error=Stopped(f"{model.name}: the server is stopping"))
                 return job
             thread = threading.Thread(target=self._run, args=(wanted, job), name="download", daemon=True)
             self._jobs[wanted] = (job, thread)
@@ -119,7 +119,7 @@ class Downloads:
             return job
 
     def jobs(self) -> list[DownloadJob]:
-        """Those that run, in the order in which they began."""
+        """The running downloads, in the order of their start."""
         with self._lock:
             return [job for job, _ in self._jobs.values()]
 
@@ -128,10 +128,10 @@ class Downloads:
             return len(self._jobs)
 
     def close(self) -> None:
-        """Ends all downloads; what is complete of them is kept. Idempotent.
+        """Ends all downloads and keeps their complete files. Idempotent.
 
-        One that hangs, in a file system that does not answer, is left behind: its thread is a daemon, and what it
-        would publish is refused once its lease has been let go.
+        A download that hangs in a file system is abandoned: its thread is a daemon, and it can publish nothing once its
+        lease is released.
         """
         self._cache.stopping.set()
         with self._lock:
@@ -140,7 +140,7 @@ class Downloads:
         for job, thread in running:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                _LOG.warning("a download does not end, it is left behind model=%s", job.model)
+                _LOG.warning("a download does not end and is abandoned model=%s", job.model)
 
     def _run(self, wanted: tuple[ModelName, str, bool], job: DownloadJob) -> None:
         try:
@@ -161,13 +161,13 @@ class Downloads:
         except Exception as error:  # noqa: BLE001 - shown to all who wait, and logged with where it came from
             failure = self._unexpected(job, error)
             end = {"phase": "failed", "message": str(failure), "error": failure}
-        with self._lock:  # first: who asks from now on gets a new download
+        with self._lock:  # first: a caller that asks from now on gets a new download
             del self._jobs[wanted]
         job.show(**end)
         self._ended(job)
 
     def _unexpected(self, job: DownloadJob, error: Exception) -> ModelError:
-        """An error of no kind of ours: of the disk, or a fault of ours, whose traceback is logged."""
+        """An error that is not a ModelError: one of the disk, or a bug, whose traceback is logged."""
         failure: ModelError | None = None
         if is_disk_full(error):
             failure = CacheFull(
@@ -196,7 +196,7 @@ class Downloads:
                 record = self._under_lease(source, remote, job)
             except LeaseLost as error:
                 if self._cache.stopping.is_set():
-                    raise Stopped(f"{remote.key}: the server stops") from error
+                    raise Stopped(f"{remote.key}: the server is stopping") from error
                 _LOG.warning("download was taken over model=%s reason=%s", remote.key, error)
             else:
                 return record
@@ -212,11 +212,11 @@ class Downloads:
                 wait = self._retry.wait_seconds(attempt, error.retry_after_seconds)
                 job.show(message=f"asking the provider again in {wait:.0f} s: {error}")
                 if self._cache.stopping.wait(wait):
-                    raise Stopped(f"{job.model}: the server stops") from error
+                    raise Stopped(f"{job.model}: the server is stopping") from error
             attempt += 1
 
     def _ask(self, source: ModelSource, job: DownloadJob) -> RemoteModel:
-        """Asks in a thread that can be left behind: a provider that does not answer must not hold up the stop."""
+        """Asks the provider in a thread that can be abandoned: its silence must not delay the server's stop."""
         answer: queue.SimpleQueue[RemoteModel | BaseException] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -231,14 +231,14 @@ class Downloads:
                 found = answer.get(timeout=0.1)
             except queue.Empty:
                 if self._cache.stopping.is_set():
-                    raise Stopped(f"{job.model}: the server stops") from None
+                    raise Stopped(f"{job.model}: the server is stopping") from None
             else:
                 if isinstance(found, BaseException):
                     raise found
                 return found
 
     def _cached_instead(self, job: DownloadJob, error: DownloadFailed) -> ModelRecord:
-        """While the provider cannot be asked, a name stands for what it stood for the last time."""
+        """The cached revision of a name, for the time in which the provider cannot be asked."""
         try:
             record = self._cache.find(job.model, job.revision)
         except ModelNotCached:
@@ -285,10 +285,10 @@ class Downloads:
                     self._cache.leases.release(lease)
             job.show(phase="waiting", message="another replica downloads it")
             if self._cache.stopping.wait(0.25):
-                raise Stopped(f"{key}: the server stops")
+                raise Stopped(f"{key}: the server is stopping")
 
     def _name(self, remote: RemoteModel, job: DownloadJob) -> None:
-        """Lets the asked-for name stand for the revision, now that all of it is there."""
+        """Points the requested name to the revision, now that all files are in the cache."""
         if job.revision != remote.key.revision:
             layout = self._cache.layout
             if layout.read_ref(job.model, job.revision) != remote.key.revision:

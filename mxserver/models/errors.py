@@ -12,8 +12,8 @@
         ├── CacheFull              MX_CACHE_FULL            no room within the limits, or on the disk
         ├── LeaseLost              MX_LEASE_LOST            another replica has taken the download over
         ├── CacheUnusable          MX_CACHE_UNUSABLE        the folder cannot be made or written
-        └── DownloadFailed         MX_DOWNLOAD_FAILED       the provider does not give it; retrying now is no use
-            └── DownloadInterrupted MX_DOWNLOAD_INTERRUPTED  may work when it is tried again
+        └── DownloadFailed         MX_DOWNLOAD_FAILED       the provider refuses; retrying now does not help
+            └── DownloadInterrupted MX_DOWNLOAD_INTERRUPTED  a retry may help
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ModelError(MxError):
 
 
 class BadModelName(ModelError):
-    """A name, provider or revision that makes no sense; the message says which rule it breaks."""
+    """An invalid name, provider or revision; the message says which rule it breaks."""
 
     code = "MX_MODEL_NAME"
 
 
 class UnsafePath(ModelError):
-    """A file name that is absolute, leads out of its folder, or is not portable; or a link that does so."""
+    """A file name that is absolute, leads out of its folder, or is not portable; or a link that leads out of it."""
 
     code = "MX_MODEL_PATH"
 
@@ -58,13 +58,13 @@ class ModelInUse(ModelError):
 
 
 class CacheFull(ModelError):
-    """No room: the cache's limits, or the disk's end, even after everything unused was evicted."""
+    """No room within the cache's limits or on the disk, even after everything unused was evicted."""
 
     code = "MX_CACHE_FULL"
 
 
 class LeaseLost(ModelError):
-    """Another replica has taken over what this one was doing; nothing of ours may be published any more."""
+    """Another replica has taken over this one's work, so this one must not publish anything any more."""
 
     code = "MX_LEASE_LOST"
 
@@ -76,13 +76,13 @@ class CacheUnusable(ModelError):
 
 
 class DownloadFailed(ModelError):
-    """The provider does not give the model."""
+    """The provider does not deliver the model."""
 
     code = "MX_DOWNLOAD_FAILED"
 
 
 class DownloadInterrupted(DownloadFailed):
-    """A download broke off in a way that may not happen again. `retry_after_seconds`: what the provider asks for."""
+    """A download was interrupted; a retry may help. `retry_after_seconds`: the wait that the provider asks for."""
 
     code = "MX_DOWNLOAD_INTERRUPTED"
 

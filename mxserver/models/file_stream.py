@@ -1,4 +1,4 @@
-"""Which bytes of which files a stream sends, and the messages of it."""
+"""Which bytes of which files a stream sends, and the stream's messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 class FileDamaged(ModelError):
-    """A cached file is not what was recorded; the model must be removed and downloaded again."""
+    """A cached file differs from its record; the model must be removed and downloaded again."""
 
     code = "MX_FILE_DAMAGED"
 
@@ -67,9 +67,9 @@ def spans(files: list[FileRecord], request: model_pb2.ModelFilesRequest) -> list
     """Raises BadModelName for a range that the file does not have, or of a file that is not sent."""
     ranges = {one.relative_path: one for one in request.ranges}
     if len(ranges) != len(request.ranges):
-        raise BadModelName("a file has two ranges; one a file is possible")
+        raise BadModelName("a file has two ranges; only one per file is possible")
     if foreign := sorted(set(ranges) - {file.path for file in files}):
-        raise BadModelName(f"a range is of {foreign[0]!r}, which is not among the files that are asked for")
+        raise BadModelName(f"a range names {foreign[0]!r}, which is not among the requested files")
     return [_span(file, ranges.get(file.path)) for file in files]
 
 
@@ -79,7 +79,7 @@ def _span(file: FileRecord, wanted: model_pb2.FileRange | None) -> Span:
     end = wanted.offset + wanted.length if wanted.length else file.size
     if wanted.offset > file.size or end > file.size:
         raise BadModelName(
-            f"{file.path!r} has {file.size} bytes, but the range from {wanted.offset} to {end} was asked for"
+            f"{file.path!r} has {file.size} bytes, but the range from {wanted.offset} to {end} was requested"
         )
     return Span(file, wanted.offset, end)
 
@@ -87,8 +87,9 @@ def _span(file: FileRecord, wanted: model_pb2.FileRange | None) -> Span:
 def messages(
     root: Path, record: ModelRecord, parts: list[Span], size: int, *, with_digests: bool = False
 ) -> Iterator[bytes]:
-    """Serialised FileChunks, one in memory at a time. Reading ahead in a thread of its own was tried, and cost more
-    in switches between threads than it hid. `with_digests`: each chunk carries the digest of its data.
+    """Serialised FileChunks, one in memory at a time. `with_digests`: each chunk carries the digest of its data.
+
+    Reading ahead in another thread was tried: switching between threads cost more than it saved.
 
     Raises:
         FileDamaged: a file is missing or has another size than the record says.
@@ -100,7 +101,7 @@ def messages(
             for fields, offset, length in _chunks(part, size, commit, is_last_file=part is parts[-1]):
                 yield chunk_message(fields.SerializeToString(), handle, offset, length, with_digest=with_digests)
         except FileTooShort as error:
-            raise FileDamaged(f"{part.file.path} of {record.key} was cut: {error}") from error
+            raise FileDamaged(f"{part.file.path} of {record.key} was truncated: {error}") from error
         finally:
             os.close(handle)
         commit = None

@@ -26,12 +26,12 @@ _address_of.restype = ctypes.c_void_p
 
 
 class FileTooShort(OSError):
-    """The file ended before the range did: somebody cut it."""
+    """The file ended before the range did: it was truncated."""
 
 
 def chunk_message(fields: bytes, handle: int, offset: int, length: int, *, with_digest: bool = False) -> bytes:
-    """A serialised FileChunk: `fields` (serialised, without data), then `length` bytes of the file from `offset`,
-    and before those, where it is asked for, their digest.
+    """A serialised FileChunk: `fields` (serialised, without data), the digest of the data if requested, then `length`
+    bytes of the file from `offset`.
 
     Raises:
         FileTooShort: the file has fewer bytes.

@@ -1,4 +1,4 @@
-"""What a model is called: providers, names and revisions, checked before anything is done with them."""
+"""Names of models: providers, names and revisions, checked before they are used."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def _check_repository(name: str) -> None:
     parts = name.split("/")
     if len(parts) > 2 or not all(_REPO_PART.fullmatch(part) for part in parts) or "--" in name or ".." in name:
         raise BadModelName(
-            f"model name {name[:200]!r} is no repository of the hub: it must be NAME or ORGANISATION/NAME of letters, "
-            "digits, '.', '_' and '-', without '--' and '..'"
+            f"model name {name[:200]!r} is not a repository of the hub: it must be NAME or ORGANISATION/NAME of "
+            "letters, digits, '.', '_' and '-', without '--' and '..'"
         )
 
 
@@ -98,14 +98,14 @@ def _checked_url(provider: Provider, name: str) -> str:
         if bucket or not prefix:
             raise BadModelName(f"model name {name[:200]!r} must look like {form}")
     elif not _BUCKET.fullmatch(bucket) or ".." in bucket:
-        raise BadModelName(f"model name {name[:200]!r}: {bucket[:100]!r} is no bucket; it must look like {form}")
+        raise BadModelName(f"model name {name[:200]!r}: {bucket[:100]!r} is not a bucket; it must look like {form}")
     if prefix and (problem := path_problem(prefix)):
         raise BadModelName(f"model name {name[:200]!r}: {problem}")
     return f"{scheme}://{bucket}/{prefix}" if prefix else f"{scheme}://{bucket}"
 
 
 def checked_revision(model: ModelName, revision: str) -> str:
-    """The revision that is meant; "" (none given) is the default one.
+    """The revision, checked; "" (none given) is the default one.
 
     Raises:
         BadModelName: it cannot be one, or the provider has none.
@@ -117,7 +117,9 @@ def checked_revision(model: ModelName, revision: str) -> str:
     revision = revision or DEFAULT_REVISION
     # git's own rules (git-check-ref-format), as far as they matter for a path; refs/pr/1 is a revision of the hub.
     if (problem := path_problem(revision)) or re.search(r"[\s~^?*\[]|@\{", revision):
-        raise BadModelName(f"revision {revision[:100]!r} is no branch, tag or commit: {problem or 'it has such signs'}")
+        raise BadModelName(
+            f"revision {revision[:100]!r} is not a branch, tag or commit: {problem or 'git does not allow it'}"
+        )
     return revision
 
 

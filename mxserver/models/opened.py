@@ -22,7 +22,7 @@ from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
 
-_CLOSE_SECONDS = 5.0  # how long the folder's file system may take to let go of it
+_CLOSE_SECONDS = 5.0  # how long closing may wait for the folder's file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class CacheSettings:
 
 
 class OpenCache:
-    """Cache and downloads. The folder is not touched before `cache` or `downloads` is asked for. Thread-safe."""
+    """Cache and downloads. The folder is not touched before `cache` or `downloads` is used. Thread-safe."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class OpenCache:
         show_state: Callable[[bool], None],
         download_ended: Callable[[DownloadJob], None] = lambda _: None,
     ) -> None:
-        """`show_state` is told, from a thread of this object, whether the folder can be used.
+        """`show_state` is called from a thread of this object with whether the folder can be used.
 
-        `download_ended` is called with every download that has ended, from its thread.
+        `download_ended` is called with every ended download, from the download's thread.
         """
         self._download_ended = download_ended
         self.settings = settings
@@ -76,15 +76,15 @@ class OpenCache:
         self._open()
 
     def stop_downloads(self) -> None:
-        """Ends downloads, now or soon; who waits for them is told. What is complete of them is kept."""
+        """Ends downloads, now or soon, and tells the callers that wait for them. Complete files are kept."""
         with self._lock:
             self._closed = True
             if self._opened:
                 self._opened[0].stopping.set()
 
     def close(self) -> None:
-        """Ends downloads and lets go of the folder; idempotent. A file system that does not answer is not waited
-        for: leases in it end with this process, or by their time.
+        """Ends downloads and releases the folder. Idempotent. Does not wait for a file system that does not answer:
+        leases in it end with this process, or by their time.
         """
         with self._lock:
             self._closed = True
@@ -102,12 +102,12 @@ class OpenCache:
         closing.start()
         closing.join(_CLOSE_SECONDS)
         if closing.is_alive():
-            _LOG.warning("the cache folder does not answer, it is left as it is folder=%s", cache.layout.root)
+            _LOG.warning("the cache folder does not answer and is left as it is folder=%s", cache.layout.root)
 
     def _open(self) -> tuple[ModelCache, Downloads]:
         with self._lock:
             if self._closed:
-                raise CacheUnusable("the server stops")
+                raise CacheUnusable("the server is stopping")
             if self._opened is None:
                 cache = ModelCache(self.settings.root, self.settings.limits, lease_seconds=self.settings.lease_seconds)
                 objects = ObjectSource()
@@ -126,7 +126,7 @@ class OpenCache:
             return self._opened[0], self._opened[1]
 
     def _keep(self, cache: ModelCache) -> None:
-        """Clears up after others and holds the limits, which may be hit from outside: the disk is shared."""
+        """Cleans up after other replicas and keeps the limits, which others may exceed: the disk is shared."""
         while True:
             try:
                 cache.sweep()
@@ -135,8 +135,8 @@ class OpenCache:
             except CacheFull as error:
                 self._show_state(True)
                 _LOG.warning("the cache is over its limits reason=%s", error)
-            except LeaseLost as error:  # another replica clears up, or this one stops
-                _LOG.debug("clearing up was left off reason=%s", error)
+            except LeaseLost as error:  # another replica cleans up, or this one is stopping
+                _LOG.debug("cleaning up was interrupted reason=%s", error)
             except OSError as error:
                 self._show_state(False)
                 _LOG.error("the cache folder does not work reason=%s", error)

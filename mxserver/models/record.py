@@ -1,4 +1,4 @@
-"""What the cache knows of a model: a JSON file beside the data, written in one step."""
+"""The cache's record of a model: a JSON file beside the data, written in one step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file: its name in the model, its bytes, its digest (`xxh3-64:HEX`), and where it lies in the cache folder."""
+    """One file: its name in the model, its bytes, its digest (`xxh3-64:HEX`), and its place in the cache folder."""
 
     path: str
     size: int
@@ -54,11 +54,11 @@ class ModelRecord:
 
 
 class BadRecord(ValueError):
-    """A record that nobody here wrote; the message says what is wrong."""
+    """An invalid record, not written by us; the message says what is wrong."""
 
 
 def record_from_json(text: str) -> ModelRecord:
-    """Raises BadRecord: a damaged record must not lead a stream or a removal astray."""
+    """Raises BadRecord, so that a damaged record does not misdirect a stream or a removal."""
     try:
         fields = json.loads(text)
         if fields["version"] != VERSION:
@@ -78,9 +78,9 @@ def record_from_json(text: str) -> ModelRecord:
 
 
 def write_in_one_step(path: Path, text: str, scratch: Path) -> None:
-    """Writes a file beside (in `scratch`, same file system) and renames it: never half there, also after power loss.
+    """Writes a file in `scratch` (same file system) and renames it: it is never incomplete, also after power loss.
 
-    Raises OSError; FileNotFoundError too when `scratch` was taken away, which is how a fenced writer notices.
+    Raises OSError; FileNotFoundError if `scratch` was moved away, by which a fenced writer notices that.
     """
     beside = scratch / f".{path.name}.{os.getpid()}.new"
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -94,7 +94,7 @@ def write_in_one_step(path: Path, text: str, scratch: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames into a folder last through a power loss."""
+    """Makes renames into a folder survive a power loss."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often one thing is tried, and how long is waited: doubled each time, never less than the provider asks."""
+    """How often a request is tried, and the waits between: doubled each time, never less than the provider asks for."""
 
     attempts: int = 6
     first_wait_seconds: float = 1.0
@@ -56,15 +56,15 @@ NO_PROGRESS = Progress()
 
 
 class Stopped(ModelError):
-    """The server stops; the download goes on when somebody asks again."""
+    """The server is stopping; the download goes on when somebody asks again."""
 
     code = "MX_SERVER_STOPS"
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A complete, checked file in the staging folder. Its name there says what it is, so that a later holder of the
-    lease can go on with it: PATH_HASH.SIZE.DIGEST.BLOB"""
+    """A complete, checked file in the staging folder. Its name, PATH_HASH.SIZE.DIGEST.BLOB, lets a later holder of the
+    lease use it."""
 
     file: RemoteFile
     staged: Path
@@ -102,10 +102,10 @@ class Transfer:
         """Returns the record once it is in the cache. `wanted` are files of the model.
 
         Raises:
-            DownloadFailed, DownloadInterrupted: the provider does not give it, after all retries.
+            DownloadFailed, DownloadInterrupted: the provider does not deliver it, after all retries.
             CacheFull: there is no room.
             LeaseLost: another replica has taken over.
-            Stopped: the server stops.
+            Stopped: the server is stopping.
         """
         try:
             self._scratch.mkdir(exist_ok=True)
@@ -125,14 +125,14 @@ class Transfer:
 
     def _as_model_error(self, error: CacheFull | OSError) -> ModelError:
         if isinstance(error, CacheFull) or is_disk_full(error):
-            shutil.rmtree(self._staging, ignore_errors=True)  # half a model must not keep the disk full
+            shutil.rmtree(self._staging, ignore_errors=True)  # an incomplete model must not keep the disk full
             return CacheFull(error.args[0] if isinstance(error, CacheFull) else f"{self._remote.key}: the disk is full")
         return DownloadFailed(f"{self._remote.key} cannot be written: {error}")
 
     # What is there already.
 
     def _reuse(self, wanted: list[RemoteFile]) -> list[RemoteFile]:
-        """Takes what an earlier attempt or another revision left; returns the files that are missing."""
+        """Takes the files that an earlier attempt or another revision left; returns the missing ones."""
         known = {
             file.place: file
             for record in self._cache.records()
@@ -160,7 +160,7 @@ class Transfer:
         return _Done(file, staged, int(size), f"xxh3-64:{digest}", blob)
 
     def _in_place(self, file: RemoteFile, known: dict[str, FileRecord]) -> _Done | None:
-        """A file that is in the cache, by a link of our own to it, so that nobody can take it away meanwhile."""
+        """A file that is in the cache, hard-linked so that nobody can remove it meanwhile."""
         layout, key = self._cache.layout, self._remote.key
         place = layout.place(key, file.path, file.blob) if file.blob else ""
         for found in (layout.root / place if place else layout.root, layout.snapshot(key) / file.path):
@@ -184,7 +184,7 @@ class Transfer:
     # Fetching.
 
     def _fetch_all(self, missing: list[RemoteFile], total_files: int) -> None:
-        """Worker threads fetch; this one shows the progress. Threads are daemons, for some calls cannot be cut."""
+        """Worker threads fetch; this one shows the progress. They are daemons: some calls cannot be interrupted."""
         tasks: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
         results: queue.SimpleQueue[_Done | BaseException] = queue.SimpleQueue()
         for file in sorted(missing, key=lambda file: -(file.size or 0)):
@@ -233,7 +233,7 @@ class Transfer:
             attempt += 1
 
     def _after_disk_full(self, error: DownloadInterrupted) -> None:
-        """Others filled the disk, or the provider named no sizes: goes on if something could be evicted."""
+        """Called if others filled the disk, or the provider gave no sizes: goes on if something could be evicted."""
         if not self._cache.enforce_limits():
             raise CacheFull(f"{error}; nothing is left to evict in {self._cache.layout.root}") from error
 
@@ -242,7 +242,7 @@ class Transfer:
         size = found.stat().st_size
         if file.size not in (None, size):
             found.unlink()
-            raise DownloadInterrupted(f"{file.path} came with {size} bytes, but the provider lists {file.size}")
+            raise DownloadInterrupted(f"{file.path} has {size} bytes, but the provider lists {file.size}")
         sha256 = hashlib.sha256()
         git = git_blob_sha1(size)
         hub = self._remote.key.model.provider == model_pb2.HUGGING_FACE
@@ -257,7 +257,7 @@ class Transfer:
             if promised and promised != made.hexdigest():
                 found.unlink()
                 raise DownloadInterrupted(
-                    f"{file.path} came with other bytes than the provider promises: {made.name} is "
+                    f"{file.path} does not have the content that the provider lists: {made.name} is "
                     f"{made.hexdigest()}, not {promised}"
                 )
         return self._keep(file, found, size, digest, file.blob or sha256.hexdigest())
@@ -302,7 +302,7 @@ class Transfer:
 
     def _check_running(self) -> None:
         if self._cache.stopping.is_set():
-            raise Stopped(f"{self._remote.key}: the server stops; what is complete is kept for the next download")
+            raise Stopped(f"{self._remote.key}: the server is stopping; complete files are kept for the next download")
 
     def _show_progress(self, total_files: int) -> None:
         done = sum(one.size for one in self._done.values())
@@ -322,5 +322,5 @@ def _path_hash(file: RemoteFile) -> str:
 
 
 def _blob_name(digest: str) -> str:
-    """A name for bytes whose provider gives none."""
+    """A name for a blob whose provider gives none."""
     return hashlib.sha256(digest.encode()).hexdigest()

@@ -11,8 +11,8 @@ TOML, such as::
     name = "system:serviceaccount:models:*"
     role = "publish"
 
-Only hashes are kept, here and in memory. Tokens must be long and random (openssl rand -hex 32), for a hash of a short
-one can be guessed. The file is read again when it has changed.
+Only hashes are kept, here and in memory. Tokens must be long and random (openssl rand -hex 32), because the hash of a
+short token can be guessed. The file is read again when it has changed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import logging
 import re
 import threading
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mxserver.config_file import read_toml
 from mxserver.security.roles import Caller, Role, Unauthenticated
 from mxserver.wire.errors import SettingError
 from mxserver.wire.nearest import unknown_key
@@ -57,15 +57,7 @@ class AccessRules:
 
 def read_rules(path: Path) -> AccessRules:
     """Raises SettingError, which names the file, the entry and the rule."""
-    try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise SettingError(
-            f"access file {path} cannot be read ({error.strerror}); give one with --auth-file"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"access file {path} is no TOML: {error}") from error
+    content = read_toml(path, "access file", "give one with --auth-file")
     for key in content:
         if key not in ("tokens", "subjects"):
             raise SettingError(f"access file {path}: {unknown_key(key, ('tokens', 'subjects'))}")
@@ -108,7 +100,7 @@ def _entry(path: Path, kind: str, number: int, entry: Any) -> _Entry:
 
 
 class AccessFile:
-    """The rules of a file, as it is now. Thread-safe. A file that became unusable leaves the last rules in force."""
+    """The rules of a file as it is now. Thread-safe. If the file becomes unusable, the last rules stay in force."""
 
     def __init__(self, path: Path) -> None:
         """Raises SettingError."""
@@ -126,7 +118,7 @@ class AccessFile:
         return status.st_mtime_ns, status.st_ino, status.st_size
 
     def rules(self) -> AccessRules:
-        """The rules in force; the file is looked at once a second at most."""
+        """The rules in force. The file is checked at most once a second."""
         with self._lock:
             if time.monotonic() - self._looked_at < LOOK_SECONDS:
                 return self._rules

@@ -37,10 +37,10 @@ ROLE_OF_METHOD: dict[str, Role] = {
     _CACHE + "PinModel": Role.ADMIN,
     _CACHE + "ValidateModel": Role.ADMIN,
 }
-"""A method that is not in it needs ADMIN: a new one is closed until somebody has thought about it."""
+"""A method that is missing here needs ADMIN, so that a new method is closed by default."""
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/model_express.health.HealthService/", "/model_express.api.ApiService/")
-"""Probes have no token: is it there, does it work, which version."""
+"""Open to all, because probes have no token. They tell only whether the server works, and its version."""
 
 
 def required_role(method: str) -> Role | None:
@@ -52,7 +52,7 @@ def required_role(method: str) -> Role | None:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody whose token or certificate was checked; `subject` is whom records belong to."""
+    """A caller whose token or certificate was checked; records belong to `subject`."""
 
     subject: str
     role: Role
@@ -62,24 +62,24 @@ CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 def current_owner() -> str:
-    """Whose records the running call may change; empty where callers are not told apart."""
+    """Whose records the running call may change; empty where callers are not identified."""
     caller = CALLER.get()
     return caller.subject if caller else ""
 
 
 class AccessError(MxError):
-    """A call is not allowed; the message is shown to the caller and has nothing secret in it."""
+    """A call is not allowed. The message is shown to the caller and contains nothing secret."""
 
     code = "MX_ACCESS"
 
 
 class Unauthenticated(AccessError):
-    """No token, or one that is not (or no longer) good."""
+    """There is no token, or it is not (or no longer) valid."""
 
     code = "MX_UNAUTHENTICATED"
 
 
 class AccessUnknown(AccessError):
-    """Whoever judges tokens does not answer; nothing is allowed meanwhile."""
+    """The service that judges tokens does not answer; no call is allowed meanwhile."""
 
     code = "MX_ACCESS_UNKNOWN"

@@ -10,12 +10,13 @@ from mxserver.security.access_file import AccessFile
 from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
-from mxserver.wire.calls.channels import channel_options
-from mxserver.wire.calls.credentials import ServerTls, is_loopback, server_credentials
+from mxserver.wire.calls.channels import channel_options, server_credentials
+from mxserver.wire.calls.credentials import is_loopback
+from mxserver.wire.calls.tls_files import ServerTls
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
-    """Who judges tokens; None where nobody does. Raises SettingError."""
+    """What judges tokens; None if nothing does. Raises SettingError."""
     if settings.auth == "off" or settings.auth_file is None:
         return None
     access = AccessFile(settings.auth_file)
@@ -61,7 +62,7 @@ def metrics_tls(settings: ServerSettings) -> ServerTls | None:
 
 
 def warning(settings: ServerSettings) -> str | None:
-    """What should be known about a server that others can reach; None where all is closed, or stays on this machine."""
+    """A warning about a server that others can reach; None if it is protected, or listens on loopback only."""
     if is_loopback(settings.host):
         return None
     if settings.auth == "off" and settings.tls_client_ca_file is None:

@@ -2,8 +2,8 @@
 
 https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-review-v1/
 
-The server's own service account needs the ClusterRole system:auth-delegator. Whoever a token is of gets a role by the
-access file's [[subjects]]; records belong to the pod that a token is bound to, or to its service account.
+The server's own service account needs the ClusterRole system:auth-delegator. The access file's [[subjects]] give the
+token's user a role. Records belong to the pod that a token is bound to, or to its service account.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACCOUNT_FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
 
 ANSWER_SECONDS = 5.0
-GOOD_SECONDS = 60.0  # so long does a token stay good that was revoked meanwhile
+GOOD_SECONDS = 60.0  # a revoked token stays valid this long
 BAD_SECONDS = 10.0
 KNOWN_TOKENS = 20_000
 LARGEST_ANSWER_BYTES = 1024 * 1024
@@ -48,9 +48,9 @@ class _Verdict:
 
 
 class TokenReviews:
-    """Asks the API server, and remembers what it said for a while. Thread-safe.
+    """Asks the API server, and remembers its answers for a while. Thread-safe.
 
-    One call at a time asks about one token; the others with the same token wait for its answer.
+    One call at a time asks about one token; other calls with the same token wait for its answer.
     """
 
     def __init__(

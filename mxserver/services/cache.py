@@ -8,12 +8,11 @@ from pathlib import Path
 
 import grpc
 
-from mxserver.models import errors
 from mxserver.models.digests import digest_fd
 from mxserver.models.names import checked_revision, model_name
 from mxserver.models.opened import OpenCache
 from mxserver.models.record import FileRecord
-from mxserver.services.model import refuse
+from mxserver.services.model import refuses_for_models
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc
 from mxserver.wire.relative_path import open_regular_below
 
@@ -30,13 +29,11 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
 
+    @refuses_for_models
     def ListModels(  # noqa: N802
         self, request: cache_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> cache_pb2.ListModelsResponse:
-        try:
-            cache = self._opened.cache
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        cache = self._opened.cache
         room = cache.room()
         return cache_pb2.ListModelsResponse(
             models=[
@@ -59,23 +56,22 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             min_free_bytes=cache.limits.min_free_bytes,
         )
 
+    @refuses_for_models
     def PinModel(  # noqa: N802
         self, request: cache_pb2.PinModelRequest, context: grpc.ServicerContext
     ) -> cache_pb2.PinModelResponse:
-        try:
-            model = model_name(request.provider, request.model_name)
-            record = self._opened.cache.find(model, checked_revision(model, request.revision))
-            self._opened.cache.set_pin(record.key, pinned=not request.unpin)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model = model_name(request.provider, request.model_name)
+        record = self._opened.cache.find(model, checked_revision(model, request.revision))
+        self._opened.cache.set_pin(record.key, pinned=not request.unpin)
         return cache_pb2.PinModelResponse(revision=record.key.revision)
 
+    @refuses_for_models
     def ValidateModel(  # noqa: N802
         self, request: cache_pb2.ValidateModelRequest, context: grpc.ServicerContext
     ) -> Iterator[cache_pb2.FileVerdict]:
+        model = model_name(request.provider, request.model_name)
+        cache = self._opened.cache
         try:
-            model = model_name(request.provider, request.model_name)
-            cache = self._opened.cache
             with cache.reading(model, checked_revision(model, request.revision)) as record:
                 for number, file in enumerate(record.files, 1):
                     yield cache_pb2.FileVerdict(
@@ -85,8 +81,6 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
                         files_done=number,
                         files_total=len(record.files),
                     )
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
         except _CallerLeft:
             return
 

@@ -1,7 +1,7 @@
-"""FleetService: of workers that start together and find nobody to take weights from, one reads storage.
+"""FleetService, the storage reader election: of workers that start together without a source, one reads storage.
 
-Turns are leases in this process' memory. After a restart of the server nobody's turn is known: for one lease's time
-new turns are then given only where no worker was starting before, and readers that live extend theirs.
+Elections are leases in this process' memory, so a restart of the server forgets them. For the length of one lease
+after a restart, the server elects a reader only where no worker was starting before; a living reader extends its lease.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import grpc
 
+from mxserver.calls.refusals import refuse
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.interface import Query, SourceStore
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
-__all__ = ["FleetService", "StorageTurns", "TurnKey"]
+__all__ = ["ElectionKey", "FleetService", "StorageElections"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,73 +31,73 @@ _RETRY_SECONDS_A_WAITER = 0.005  # 200 questions a second in all, however many w
 _LONGEST_RETRY_SECONDS = 5.0
 
 
-class TurnKey(NamedTuple):
-    """For whom one worker reads: all with these weights and this rank."""
+class ElectionKey(NamedTuple):
+    """The workers that one reader serves: all with these weights and this rank."""
 
     source_id: str
     worker_rank: int
 
 
 @dataclass
-class _Turn:
+class _Reader:
     worker_id: str
     epoch: int
     until: float  # monotonic seconds
 
 
-class StorageTurns:
-    """Who reads storage for whom. Thread-safe."""
+class StorageElections:
+    """Which worker reads storage for which others. Thread-safe."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
         self._started = self._clock.monotonic_seconds()
         self._epoch = self._clock.unix_ms()
-        self._turns: dict[TurnKey, _Turn] = {}
-        self._everybody: dict[TurnKey, float] = {}
-        self._waiting: dict[TurnKey, dict[str, float]] = {}
+        self._readers: dict[ElectionKey, _Reader] = {}
+        self._everybody: dict[ElectionKey, float] = {}
+        self._waiting: dict[ElectionKey, dict[str, float]] = {}
 
     def take(
-        self, key: TurnKey, worker_id: str, epoch: int, others_were_starting: Callable[[], bool]
+        self, key: ElectionKey, worker_id: str, epoch: int, others_were_starting: Callable[[], bool]
     ) -> mx_pb2.TakeStorageTurnResponse:
-        """A turn, its extension (with its epoch), or word to wait."""
+        """Elects this worker, extends its lease (if it passes the lease's epoch), or tells it to wait."""
         with self._lock:
             now = self._clock.monotonic_seconds()
             self._forget(now)
             if self._everybody.get(key, now) > now:
                 return mx_pb2.TakeStorageTurnResponse(turn=mx_pb2.STORAGE_TURN_EVERYBODY)
-            turn = self._turns.get(key)
-            if turn is not None and turn.worker_id != worker_id:
-                return self._wait(key, worker_id, turn.worker_id, now)
+            reader = self._readers.get(key)
+            if reader is not None and reader.worker_id != worker_id:
+                return self._wait(key, worker_id, reader.worker_id, now)
             settling = now < self._started + LEASE_SECONDS
-            if turn is None and not epoch and settling and others_were_starting():
+            if reader is None and not epoch and settling and others_were_starting():
                 return self._wait(key, worker_id, "", now)
-            if turn is None:
+            if reader is None:
                 self._epoch += 1
-                turn = self._turns[key] = _Turn(worker_id, max(epoch, self._epoch), now)
-                _LOG.info("storage turn source=%s rank=%d worker=%s epoch=%d", *key, worker_id, turn.epoch)
-            turn.until = now + LEASE_SECONDS
+                reader = self._readers[key] = _Reader(worker_id, max(epoch, self._epoch), now)
+                _LOG.info("storage reader elected source=%s rank=%d worker=%s epoch=%d", *key, worker_id, reader.epoch)
+            reader.until = now + LEASE_SECONDS
             self._waiting.get(key, {}).pop(worker_id, None)
             return mx_pb2.TakeStorageTurnResponse(
                 turn=mx_pb2.STORAGE_TURN_YOURS,
-                epoch=turn.epoch,
+                epoch=reader.epoch,
                 lease_ms=round(LEASE_SECONDS * 1000),
                 reader_worker_id=worker_id,
             )
 
-    def end(self, key: TurnKey, worker_id: str, epoch: int, *, shared: bool) -> bool:
-        """Ends a turn; False when it is not that worker's any more."""
+    def end(self, key: ElectionKey, worker_id: str, epoch: int, *, shared: bool) -> bool:
+        """Ends a reader's lease. Returns False if the worker no longer holds it."""
         with self._lock:
-            turn = self._turns.get(key)
-            if turn is None or (turn.worker_id, turn.epoch) != (worker_id, epoch):
+            reader = self._readers.get(key)
+            if reader is None or (reader.worker_id, reader.epoch) != (worker_id, epoch):
                 return False
-            del self._turns[key]
+            del self._readers[key]
             if not shared:
                 self._everybody[key] = self._clock.monotonic_seconds() + EVERYBODY_SECONDS
-        _LOG.info("storage turn ended source=%s rank=%d worker=%s shared=%s", *key, worker_id, shared)
+        _LOG.info("storage reader done source=%s rank=%d worker=%s shared=%s", *key, worker_id, shared)
         return True
 
-    def _wait(self, key: TurnKey, worker_id: str, reader: str, now: float) -> mx_pb2.TakeStorageTurnResponse:
+    def _wait(self, key: ElectionKey, worker_id: str, reader: str, now: float) -> mx_pb2.TakeStorageTurnResponse:
         waiting = self._waiting.setdefault(key, {})
         waiting[worker_id] = now + 2 * _LONGEST_RETRY_SECONDS
         retry = min(_LONGEST_RETRY_SECONDS, max(_SHORTEST_RETRY_SECONDS, len(waiting) * _RETRY_SECONDS_A_WAITER))
@@ -105,8 +106,8 @@ class StorageTurns:
         )
 
     def _forget(self, now: float) -> None:
-        for key in [key for key, turn in self._turns.items() if turn.until < now]:
-            _LOG.warning("storage turn lost source=%s rank=%d worker=%s", *key, self._turns.pop(key).worker_id)
+        for key in [key for key, reader in self._readers.items() if reader.until < now]:
+            _LOG.warning("storage reader lost source=%s rank=%d worker=%s", *key, self._readers.pop(key).worker_id)
         for key in [key for key, until in self._everybody.items() if until < now]:
             del self._everybody[key]
         for key, waiting in list(self._waiting.items()):
@@ -121,25 +122,25 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
 
     def __init__(self, store: SourceStore, clock: Clock | None = None) -> None:
         self._store = store
-        self._turns = StorageTurns(clock)
+        self._elections = StorageElections(clock)
         self._started_ms = (clock or SystemClock()).unix_ms()
 
     def TakeStorageTurn(  # noqa: N802 - the protocol's name, as below
         self, request: mx_pb2.TakeStorageTurnRequest, context: grpc.ServicerContext
     ) -> mx_pb2.TakeStorageTurnResponse:
         key = _key(request, context)
-        return self._turns.take(
+        return self._elections.take(
             key, request.worker_id, request.epoch, lambda: self._others_were_starting(key, request.worker_id)
         )
 
     def EndStorageTurn(  # noqa: N802
         self, request: mx_pb2.EndStorageTurnRequest, context: grpc.ServicerContext
     ) -> mx_pb2.EndStorageTurnResponse:
-        self._turns.end(_key(request, context), request.worker_id, request.epoch, shared=request.shared)
+        self._elections.end(_key(request, context), request.worker_id, request.epoch, shared=request.shared)
         return mx_pb2.EndStorageTurnResponse()
 
-    def _others_were_starting(self, key: TurnKey, worker_id: str) -> bool:
-        """Whether a record from before this server's start says that another worker may be reading."""
+    def _others_were_starting(self, key: ElectionKey, worker_id: str) -> bool:
+        """Whether a record from before this server's start shows that another worker may be reading."""
         query = Query(source_id=key.source_id, worker_rank=key.worker_rank, status=p2p_pb2.SOURCE_STATUS_INITIALIZING)
         try:
             records = self._store.find(query)
@@ -151,7 +152,7 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
 
 def _key(
     request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest, context: grpc.ServicerContext
-) -> TurnKey:
+) -> ElectionKey:
     if not request.mx_source_id or not request.worker_id:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "mx_source_id or worker_id is missing")
-    return TurnKey(request.mx_source_id, request.worker_rank)
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "mx_source_id or worker_id is missing")
+    return ElectionKey(request.mx_source_id, request.worker_rank)

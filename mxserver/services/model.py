@@ -1,7 +1,6 @@
 """ModelService: model files in the server's cache. Thin over mxserver.models.
 
-Streams that wait or send for long run in thread pools of their own, so that they never hold up the calls that
-workers find each other with.
+Long streams run in their own thread pools, apart from the calls with which workers find each other.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
+from mxserver.calls.refusals import Statuses, refuse_for, refuses
 from mxserver.models import errors
 from mxserver.models.downloads import DownloadJob, JobState
 from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, selected_files, spans
@@ -22,7 +22,6 @@ from mxserver.models.names import ModelKey, ModelName, checked_revision, is_comm
 from mxserver.models.opened import OpenCache
 from mxserver.models.record import ModelRecord
 from mxserver.models.transfer import Stopped
-from mxserver.wire.calls.client import ERROR_CODE_METADATA
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -32,29 +31,22 @@ SERVICE = "model_express.model.ModelService"
 MAX_WAITING_CALLERS = 1024
 MAX_STREAMS = 64
 
-_UPDATE_SECONDS = 1.0  # a caller hears at least so often, and at most four times as often, how far a download is
+_UPDATE_SECONDS = 1.0  # a caller gets the download's progress at least this often, and at most four times as often
 _MIN_UPDATE_SECONDS = 0.25
 
-_STATUSES: tuple[tuple[type[errors.ModelError], grpc.StatusCode], ...] = (
-    (errors.BadModelName, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.UnsafePath, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.ModelNotCached, grpc.StatusCode.NOT_FOUND),
-    (errors.RevisionNotFound, grpc.StatusCode.NOT_FOUND),
-    (errors.ModelInUse, grpc.StatusCode.FAILED_PRECONDITION),
-    (errors.CacheUnusable, grpc.StatusCode.FAILED_PRECONDITION),
-    (FileDamaged, grpc.StatusCode.DATA_LOSS),
-)
+_STATUSES: Statuses = {
+    errors.BadModelName: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsafePath: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotCached: grpc.StatusCode.NOT_FOUND,
+    errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    FileDamaged: grpc.StatusCode.DATA_LOSS,
+    errors.ModelError: grpc.StatusCode.UNAVAILABLE,
+}
 
-
-def refuse(context: grpc.ServicerContext, error: errors.ModelError | OSError) -> NoReturn:
-    """Ends a call with the status that fits the error; OSError: what the cache's file system says."""
-    if isinstance(error, OSError):
-        error = errors.CacheUnusable(f"the cache folder cannot be used: {error}")
-    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
-    _LOG.info("call refused status=%s reason=%s", status.name, error)
-    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
-    context.abort(status, str(error))
-    raise AssertionError("abort returned")
+refuses_for_models = refuses(_STATUSES, lambda error: errors.CacheUnusable(f"the cache folder cannot be used: {error}"))
+"""For methods that use the model cache."""
 
 
 class ModelService:
@@ -90,33 +82,28 @@ class ModelService:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def close(self) -> None:
-        """Lets go of the threads. Idempotent."""
+        """Releases the threads. Idempotent."""
         self._waiting.shutdown(wait=False)
         self._streaming.shutdown(wait=False)
 
+    @refuses_for_models
     def ensure_model_downloaded(
         self, request: model_pb2.ModelDownloadRequest, context: grpc.ServicerContext
     ) -> Iterator[model_pb2.ModelStatusUpdate]:
-        try:
-            model = model_name(request.provider, request.model_name)
-            revision = checked_revision(model, request.revision)
-            job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model = model_name(request.provider, request.model_name)
+        revision = checked_revision(model, request.revision)
+        job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
         yield from self._follow(job, context)
         state = job.state()
         if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
-            refuse(context, state.error)
+            refuse_for("ensure_model_downloaded", context, state.error, _STATUSES)
         if state.phase == "done" and request.pin:
-            try:
-                self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
-            except OSError as error:
-                refuse(context, error)
+            self._opened.cache.set_pin(ModelKey(model, state.revision), pinned=True)
         if state.ended:
             yield _update(job, state)
 
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
-        """Tells how far the download is, until it ends or the caller leaves."""
+        """Yields the download's progress until it ends or the caller leaves."""
         state = job.state()
         if not state.ended:
             context.add_callback(functools.partial(_note_end_of_call, job))
@@ -131,15 +118,13 @@ class ModelService:
                 if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
                     break
 
+    @refuses_for_models
     def list_model_files(
         self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
     ) -> model_pb2.ModelFileList:
-        try:
-            model, revision = _named(request)
-            record = self._opened.cache.find(model, revision)
-            files = selected_files(record, request)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model, revision = _named(request)
+        record = self._opened.cache.find(model, revision)
+        files = selected_files(record, request)
         self._opened.cache.touch(record.key)
         return model_pb2.ModelFileList(
             model_name=request.model_name,
@@ -151,28 +136,24 @@ class ModelService:
             folder=str(self._opened.cache.layout.snapshot(record.key)),
         )
 
+    @refuses_for_models
     def stream_model_files(
         self, request: model_pb2.ModelFilesRequest, context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        try:
-            model, revision = _named(request)
-            cache = self._opened.cache
-            with cache.reading(model, revision) as record:
-                parts = spans(selected_files(record, request), request)
-                size = chunk_bytes(request.chunk_size)
-                yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model, revision = _named(request)
+        cache = self._opened.cache
+        with cache.reading(model, revision) as record:
+            parts = spans(selected_files(record, request), request)
+            size = chunk_bytes(request.chunk_size)
+            yield from messages(cache.layout.root, record, parts, size, with_digests=request.chunk_digests)
 
+    @refuses_for_models
     def delete_model(
         self, request: model_pb2.DeleteModelRequest, context: grpc.ServicerContext
     ) -> model_pb2.DeleteModelResponse:
-        try:
-            model = model_name(request.provider, request.model_name)
-            revision = checked_revision(model, request.revision) if request.revision else ""
-            keys = self._keys(model, revision)
-        except (errors.ModelError, OSError) as error:
-            refuse(context, error)
+        model = model_name(request.provider, request.model_name)
+        revision = checked_revision(model, request.revision) if request.revision else ""
+        keys = self._keys(model, revision)
         if not keys:
             return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []
@@ -207,7 +188,7 @@ def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:
 
 
 def _public_revision(record: ModelRecord) -> str | None:
-    """The commit; a prefix of an object store has none that a client could ask for."""
+    """The commit. None for a prefix of an object store, which has no revision that a client could ask for."""
     return record.key.revision if record.key.model.provider == model_pb2.HUGGING_FACE else None
 
 
@@ -233,7 +214,7 @@ def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
 
 
 def _in_pool(method: Callable[..., Iterator[Any]], pool: ThreadPoolExecutor) -> Callable[..., Iterator[Any]]:
-    """A method that grpcio runs in a thread pool of its own: the attribute is how it is told so."""
+    """Makes grpcio run a method in its own thread pool; grpcio reads the attribute set here."""
 
     @functools.wraps(method)
     def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:

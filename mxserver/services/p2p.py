@@ -1,33 +1,26 @@
 """P2pService: workers publish, list and fetch records.
 
-Existing clients expect status OK with `success`, `found` or an empty list for requests that make no sense; those
-are answers here, not errors. Errors are: a store that does not work (UNAVAILABLE, never an empty list), and an epoch
-of an earlier life (FAILED_PRECONDITION with the code in the trailing metadata), which only our own clients send.
+Existing clients expect status OK with `success`, `found` or an empty list for invalid requests, so these get answers,
+not errors. Errors are: a store that does not work (UNAVAILABLE, never an empty list), and an epoch of an earlier life
+(FAILED_PRECONDITION with the code in the trailing metadata). Only our own clients send epochs.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
 
 import grpc
 
+from mxserver.calls.refusals import refuses
 from mxserver.security.roles import current_owner
 from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
 from mxserver.telemetry.loads import Loads
-from mxserver.wire.calls.client import ERROR_CODE_METADATA
 from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import MxError, StaleEpoch
+from mxserver.wire.errors import StaleEpoch
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
-
-Service = TypeVar("Service")
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,32 +28,13 @@ _UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 _STATUSES = (p2p_pb2.SOURCE_STATUS_INITIALIZING, p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE)
 
 
-def _abort(context: grpc.ServicerContext, status: grpc.StatusCode, error: MxError) -> NoReturn:
-    context.set_trailing_metadata(((ERROR_CODE_METADATA, error.code),))
-    context.abort(status, str(error))
-    raise AssertionError("abort returned")
-
-
-def _with_error_status(
-    method: Callable[[Service, Request, grpc.ServicerContext], Response],
-) -> Callable[[Service, Request, grpc.ServicerContext], Response]:
-    """Turns the store's errors into gRPC statuses."""
-
-    @functools.wraps(method)
-    def answer(self: Service, request: Request, context: grpc.ServicerContext) -> Response:
-        try:
-            return method(self, request, context)
-        except StoreUnavailable as error:
-            _LOG.warning("call failed method=%s reason=%s", method.__name__, error)
-            _abort(context, grpc.StatusCode.UNAVAILABLE, error)
-        except StaleEpoch as error:
-            _LOG.info("call refused method=%s reason=%s", method.__name__, error)
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
-        except NotOwner as error:
-            _LOG.warning("call refused method=%s peer=%s reason=%s", method.__name__, context.peer(), error)
-            _abort(context, grpc.StatusCode.PERMISSION_DENIED, error)
-
-    return answer
+_refuses = refuses(
+    {
+        StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        StaleEpoch: grpc.StatusCode.FAILED_PRECONDITION,
+        NotOwner: grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
 
 
 class P2pService(p2p_pb2_grpc.P2pServiceServicer):
@@ -71,7 +45,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         self._loads = loads
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
 
-    @_with_error_status
+    @_refuses
     def PublishMetadata(  # noqa: N802
         self, request: p2p_pb2.PublishMetadataRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.PublishMetadataResponse:
@@ -97,18 +71,18 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             lease_ms=self._lease_ms,
         )
 
-    @_with_error_status
+    @_refuses
     def ListSources(  # noqa: N802
         self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.ListSourcesResponse:
         if request.min_training_step > 0:
-            # No record carries a training step in this version, so none can be shown to have come that far.
+            # Records have no training step in this version, so no record is known to have reached this one.
             self._store.check()
             return p2p_pb2.ListSourcesResponse()
         records = self._store.find(_query(request))
         return p2p_pb2.ListSourcesResponse(instances=[_reference(record) for record in records])
 
-    @_with_error_status
+    @_refuses
     def GetMetadata(  # noqa: N802
         self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.GetMetadataResponse:
@@ -129,7 +103,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
             epoch=record.epoch,
         )
 
-    @_with_error_status
+    @_refuses
     def UpdateStatus(  # noqa: N802
         self, request: p2p_pb2.UpdateStatusRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.UpdateStatusResponse:
@@ -154,7 +128,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
 
     def _take_progress(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:
-        """Progress by itself changes no record. Late ones, of a load that has ended, are left aside."""
+        """Takes progress, which changes no record. Late progress, of a load that has ended, is ignored."""
         key = RecordKey(request.mx_source_id, request.worker_id, request.worker_rank)
         record = self._store.get(key.source_id, key.worker_id)
         if record is None or record.key != key or record.status != p2p_pb2.SOURCE_STATUS_INITIALIZING:
@@ -165,7 +139,7 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         return p2p_pb2.UpdateStatusResponse(success=True, message="noted")
 
     def _has_left(self, key: RecordKey) -> bool:
-        """A worker that is killed while it says goodbye leaves that to its last will, which says it again."""
+        """Whether the worker said goodbye already. If it was killed meanwhile, its departure process says it again."""
         record = self._store.get(key.source_id, key.worker_id)
         return record is not None and record.key == key and record.status == p2p_pb2.SOURCE_STATUS_STALE
 
@@ -209,7 +183,7 @@ def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
 
 
 def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
-    """The filters that are set; a filter with the value that says nothing (empty, UNKNOWN, limit 0) is none."""
+    """The filters that are set. An empty value, UNKNOWN or a limit of 0 means no filter."""
     return Query(
         source_id=source_id(request.identity) if request.identity.model_name else None,
         model_name=request.model_name_filter or None,

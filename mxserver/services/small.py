@@ -36,7 +36,7 @@ class HealthService(health_pb2_grpc.HealthServiceServicer):
 
 
 class ApiService(api_pb2_grpc.ApiServiceServicer):
-    """`ping`, with which existing clients see whether a server is there."""
+    """`ping`: existing clients check with it whether a server answers."""
 
     def SendRequest(  # noqa: N802
         self, request: api_pb2.ApiRequest, context: grpc.ServicerContext

@@ -1,7 +1,7 @@
 """grpc.health.v1: the true state of each service, and of the whole server under "".
 
-Whole server and P2pService serve while the store works, ModelService while the cache folder does; all stop
- serving when the server drains.
+The whole server and P2pService are SERVING while the store works, ModelService while the cache folder works. All are
+NOT_SERVING once the server drains.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Send = Callable[[health_pb2.HealthCheckResponse | None], None]
 
 
 class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health has no types
-    """The health service, which can end its watchers, so that they do not hold up a drain."""
+    """The health service. It can end its watchers, so that they do not delay a drain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health
         self._cache_works = True
 
     def show_store(self, *, works: bool) -> bool:
-        """Sets the state of what needs the store; returns whether it is another one than before.
+        """Sets the state of the services that need the store. Returns whether it changed.
 
         Called by one thread. The state is not changed any more once the server drains.
         """
-        if works is self._store_works:  # watchers are told changes only
+        if works is self._store_works:  # watchers get changes only
             return False
         self._store_works = works
         for service in WITH_STORE:
@@ -47,14 +47,14 @@ class StandardHealth(health.HealthServicer):  # type: ignore[misc] # grpc_health
         return True
 
     def show_cache(self, works: bool) -> None:
-        """Sets the state of what needs the model cache. Called by one thread."""
+        """Sets the state of the services that need the model cache. Called by one thread."""
         if works is not self._cache_works:
             self._cache_works = works
             for service in WITH_CACHE:
                 self.set(service, _SERVING if works else _NOT_SERVING)
 
     def drain(self) -> None:
-        """NOT_SERVING for all services, for good; tells watchers so and ends their calls."""
+        """Sets all services to NOT_SERVING for good, tells watchers, and ends their calls."""
         self.enter_graceful_shutdown()
         with self._watchers_lock:
             watchers = list(self._watchers)

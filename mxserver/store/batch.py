@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import replace
+from typing import TypeVar
 
 from mxserver.store.clock import Clock
 from mxserver.store.index import STALE, RecordIndex, require_epoch, require_owner, unknown
@@ -11,6 +13,24 @@ from mxserver.wire.proto import p2p_pb2
 
 UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
+
+
+Waiting = TypeVar("Waiting")
+
+
+def take_waiting(waiting: queue.SimpleQueue[Waiting | None], first: Waiting, most: int) -> list[Waiting]:
+    """`first`, and what waits in the queue behind it, up to `most` in all; stops before None, which ends the queue."""
+    taken = [first]
+    while len(taken) < most:
+        try:
+            following = waiting.get_nowait()
+        except queue.Empty:
+            break
+        if following is None:
+            waiting.put(None)  # for the next call; nothing comes after it
+            break
+        taken.append(following)
+    return taken
 
 
 class EpochCounter:
@@ -25,10 +45,10 @@ class EpochCounter:
 
 
 class Batch:
-    """Decides changes one after the other, each on top of those before it; the index sees none of them.
+    """Decides changes one after the other, each on top of the earlier ones. The index does not see them yet.
 
-    Whoever made the batch keeps `changes` and then gives them to `RecordIndex.apply`. An epoch that was given out in
-    a batch that could not be kept is not used again. Used by one thread at a time.
+    The caller writes `changes` and then passes them to `RecordIndex.apply`. An epoch handed out in a batch that could
+    not be written is not used again. Used by one thread at a time.
     """
 
     def __init__(self, index: RecordIndex, epochs: EpochCounter, clock: Clock) -> None:
@@ -84,7 +104,7 @@ class Batch:
         )
 
     def sweep(self) -> tuple[int, int]:
-        """Makes changes of what time has done: how many records became STALE, and how many are gone."""
+        """Adds what time has changed. Returns how many records became STALE, and how many are deleted."""
         stale, gone = self._index.due()
         expired = [record for record in stale if record.key not in self.changes]
         deleted = [key for key in gone if key not in self.changes]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where a store takes its time from; tests put in one that they turn themselves."""
+    """A store's source of time. Tests pass one that they set themselves."""
 
     def monotonic_seconds(self) -> float:
         """Seconds since any fixed moment; never goes back. Leases are judged by it."""

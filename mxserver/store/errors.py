@@ -34,7 +34,7 @@ class StoreTooNew(StoreUnusable):
 
 
 class StoreUnavailable(StoreError):
-    """The store does not work at the moment; nothing of the call was kept. Never to be taken for "no records"."""
+    """The store does not work at the moment; nothing of the call was kept. Must never be treated as "no records"."""
 
     code = "MX_STORE_UNAVAILABLE"
 

@@ -1,6 +1,6 @@
 """The records in memory: found by source id and by model name, judged by their leases.
 
-A record that is STALE by time is so for every reader at once; nothing has to be written for it.
+A record becomes STALE by time for every reader at once; nothing has to be written for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STALE = p2p_pb2.SOURCE_STATUS_STALE
 
 
 def require_epoch(record: SourceRecord, epoch: int) -> None:
-    """Raises StaleEpoch when the epoch is of an earlier life than the record's; 0 is none and fits."""
+    """Raises StaleEpoch when the epoch is of an earlier life than the record's. 0 means no epoch, and passes."""
     if 0 < epoch < record.life:
         raise stale_epoch(record.key, epoch, record.life)
 
@@ -54,27 +54,27 @@ def unknown(key: RecordKey) -> UnknownRecord:
 class _Entry:
     record: SourceRecord
     renewed_at: float  # monotonic seconds
-    stale_at: float | None  # since when its status is STALE; None while it is another one
+    stale_at: float | None  # since when it is STALE; None while it is not
 
     def stale_since(self, leases: Leases) -> float:
-        """The moment, past or to come, from which the record counts as STALE."""
+        """The moment, past or future, from which the record counts as STALE."""
         return self.stale_at if self.stale_at is not None else self.renewed_at + leases.heartbeat_seconds
 
 
 class RecordIndex:
-    """All records, with their leases. Thread-safe; every call takes the time by itself."""
+    """All records, with their leases. Thread-safe; every call reads the clock itself."""
 
     def __init__(self, leases: Leases, clock: Clock) -> None:
         self._leases = leases
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[RecordKey, _Entry] = {}
-        # Dictionaries as ordered sets: which key came first decides nothing, but runs stay repeatable.
+        # Dictionaries as ordered sets: the order decides nothing, but keeps runs repeatable.
         self._by_source: dict[str, dict[RecordKey, None]] = {}
         self._by_model: dict[str, dict[RecordKey, None]] = {}
 
     def load(self, records: Iterable[SourceRecord]) -> None:
-        """Takes over the records of an earlier run; whoever was alive then gets a whole new lease."""
+        """Takes over the records of an earlier run. Workers that were alive get a whole new lease."""
         now_ms = self._clock.unix_ms()
         self.apply({r.key: r if r.status == STALE else replace(r, updated_at_ms=now_ms) for r in records})
 
@@ -113,7 +113,7 @@ class RecordIndex:
         return fitting if query.limit is None else fitting[: query.limit]
 
     def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None, owner: str = "") -> bool:
-        """A sign of life that changes no status; False (and nothing done) when it would change it.
+        """A heartbeat that changes no status. Returns False, and does nothing, if the status would change.
 
         Raises UnknownRecord, StaleEpoch and NotOwner.
         """
@@ -134,7 +134,7 @@ class RecordIndex:
             return True
 
     def apply(self, changes: Mapping[RecordKey, SourceRecord | None]) -> None:
-        """Puts in records (with a new lease, unless STALE) and takes out those that are None."""
+        """Stores records (with a new lease, unless STALE) and removes those that are None."""
         with self._lock:
             now = self._clock.monotonic_seconds()
             for key, record in changes.items():
@@ -143,14 +143,16 @@ class RecordIndex:
                     continue
                 stale_at = None
                 if record.status == STALE:
-                    known = old is not None and self._view(old, now) is not None  # not one that is gone, but unswept
+                    known = (
+                        old is not None and self._view(old, now) is not None
+                    )  # not one that has expired but was not swept yet
                     stale_at = min(now, old.stale_since(self._leases)) if old and known else now
                 self._entries[key] = _Entry(record, now, stale_at)
                 self._by_source.setdefault(key.source_id, {})[key] = None
                 self._by_model.setdefault(record.model_name.lower(), {})[key] = None
 
     def due(self) -> tuple[list[SourceRecord], list[RecordKey]]:
-        """What time has done and no change shows yet: records that became STALE, and keys that are gone."""
+        """What time has changed and no batch has written yet: records that became STALE, and keys that expired."""
         stale, gone = [], []
         with self._lock:
             now = self._clock.monotonic_seconds()

@@ -4,13 +4,13 @@ Rules that every store holds (tests/server/store_contract.py runs them against e
 
 - A publish makes or replaces the record of (source, worker, rank) and gets an epoch that is greater than all before
   it, also across restarts. A publish without an epoch (0) begins a new life of the worker; one that carries an epoch
-  goes on with the life that this epoch was given to. A publish or an update that carries an epoch of an earlier life
-  is refused. Any epoch of the present life is taken, for the answer with the newest one may have got lost on its way.
-- A record belongs to whom it was published by, where callers are known (`owner`): nobody else changes it.
+  continues the life that got this epoch. A publish or an update that carries an epoch of an earlier life is refused.
+  Any epoch of the present life is accepted, because the answer with the newest one may have been lost.
+- Where callers are known (`owner`), a record belongs to the caller that published it: nobody else changes it.
 - A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
 - A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE
-  for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only makes them lasting.
-- What was answered is kept. A repeated status is a sign of life and nothing else: it is not written anywhere.
+  for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only writes them down.
+- What was acknowledged is kept. A repeated status only renews the lease: it is not written anywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Status: TypeAlias = p2p_pb2.SourceStatus.ValueType
 
 
 class RecordKey(NamedTuple):
-    """What a record is known by."""
+    """The key of a record."""
 
     source_id: str
     worker_id: str
@@ -55,7 +55,7 @@ class SourceRecord:
     accelerator: str
     topology: Mapping[str, str]
     source_load: float | None = None
-    owner: str = ""  # whose record it is; empty: published while callers were not told apart
+    owner: str = ""  # who published it; empty: callers were not identified then
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,11 @@ class SourceStore(ABC):
 
     @abstractmethod
     def sweep(self) -> tuple[int, int]:
-        """Makes lasting what time has done; returns how many records it made STALE and how many it deleted."""
+        """Writes down what time has changed. Returns how many records became STALE, and how many were deleted."""
 
     @abstractmethod
     def extend_leases(self, seconds: float) -> None:
-        """Gives every worker that much more time: the server itself could hear nobody for so long."""
+        """Extends every lease by this time, in which the server could not receive heartbeats."""
 
     @abstractmethod
     def check(self) -> None:
@@ -134,4 +134,4 @@ class SourceStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Finishes what was begun and lets go of the store. Idempotent; calls after it raise StoreUnavailable."""
+        """Finishes running changes and releases the store. Idempotent; later calls raise StoreUnavailable."""

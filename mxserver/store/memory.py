@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class MemoryStore(SourceStore):
-    """Records in this process alone. Epochs begin at the time in ms, so that they grow across restarts as well."""
+    """Records in this process alone. Epochs begin at the time in ms, so that they also grow across restarts."""
 
     def __init__(self, leases: Leases | None = None, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()

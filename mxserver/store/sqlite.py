@@ -1,7 +1,7 @@
 """The default store: records in memory for reading, kept in one SQLite file.
 
-Changes of several callers that wait at the same moment are kept by one commit; each caller gets its answer after
-that commit. Repeated heartbeats stay in memory.
+Changes of callers that wait at the same moment are written by one commit; each caller gets its answer after that
+commit. Repeated heartbeats stay in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from mxserver.store.batch import Batch, EpochCounter
+from mxserver.store.batch import Batch, EpochCounter, take_waiting
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable, StoreUnusable
 from mxserver.store.index import RecordIndex
@@ -27,7 +27,7 @@ from mxserver.store.sqlite_file import SqliteFile, unusable
 T = TypeVar("T")
 
 MAX_CHANGES_PER_COMMIT = 256
-ANSWER_SECONDS = 20.0  # less than the 30 s that clients wait, so that they are told the reason
+ANSWER_SECONDS = 20.0  # below the 30 s that clients wait, so that they get the reason
 
 
 class _Change(NamedTuple):
@@ -38,8 +38,8 @@ class _Change(NamedTuple):
 class SqliteStore(SourceStore):
     """Records in one SQLite file, which this process locks.
 
-    A file that stops working (disk full, I/O error, removed) makes changes fail with StoreUnavailable; what was
-    kept before can still be read, and changes work again as soon as the file does.
+    When the file stops working (disk full, I/O error, removed), changes raise StoreUnavailable. Earlier records can
+    still be read, and changes work again as soon as the file does.
     """
 
     def __init__(self, path: Path, leases: Leases | None = None, clock: Clock | None = None) -> None:
@@ -118,7 +118,7 @@ class SqliteStore(SourceStore):
         try:
             with contextlib.closing(SqliteFile(path)) as file:
                 try:
-                    # A new file begins at the time in ms: epochs grow even when an earlier file was thrown away.
+                    # A new file begins at the time in ms, so epochs grow even if an earlier file was deleted.
                     epochs = EpochCounter(file.last_epoch() or self._clock.unix_ms())
                     self._index.load(file.records())
                 except (sqlite3.Error, DecodeError) as error:
@@ -130,19 +130,9 @@ class SqliteStore(SourceStore):
             opened.set_exception(error)  # raised by the constructor
 
     def _next_changes(self) -> list[_Change]:
-        """Waits for a change, and takes those along that wait as well; none at all when the store closes."""
+        """Waits for a change, and takes the others that wait by then too; an empty list once the store closes."""
         first = self._changes.get()
-        changes = [] if first is None else [first]
-        while changes and len(changes) < MAX_CHANGES_PER_COMMIT:
-            try:
-                following = self._changes.get_nowait()
-            except queue.Empty:
-                break
-            if following is None:
-                self._changes.put(None)  # for the next round; nothing comes after it
-                break
-            changes.append(following)
-        return changes
+        return [] if first is None else take_waiting(self._changes, first, MAX_CHANGES_PER_COMMIT)
 
     def _keep(self, file: SqliteFile, epochs: EpochCounter, changes: list[_Change]) -> None:
         batch = Batch(self._index, epochs, self._clock)

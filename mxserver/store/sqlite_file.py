@@ -1,7 +1,7 @@
 """The SQLite file: its schema, its checks, and what one commit writes.
 
 One connection, used by one thread, with the file locked for this process alone: SQLite up to 3.51.2 can corrupt a WAL
-database that several connections use, and two servers on one file would each overwrite what the other knows.
+database with several connections, and two servers on one file would overwrite each other's records.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 
-# Version 1 knew neither lives nor owners: each record's life is what began with its last publish.
+# Version 1 had neither lives nor owners: each record's life began with its last publish.
 _FROM_VERSION_1 = """
 BEGIN IMMEDIATE;
 ALTER TABLE source ADD COLUMN life INTEGER NOT NULL DEFAULT 0;
@@ -183,7 +183,7 @@ class SqliteFile:
             raise StoreUnavailable(f"writing to {self.path} failed: {error}") from error
 
     def require_in_place(self) -> None:
-        """Raises StoreUnavailable when the path shows another file: what is written now would be lost."""
+        """Raises StoreUnavailable when the path names another file now: further writes would be lost."""
         try:
             status = os.stat(self.path)  # noqa: PTH116 - a path object costs more than the call
         except OSError as error:
@@ -196,7 +196,7 @@ class SqliteFile:
 
 
 def _require_writable(path: Path) -> None:
-    """Raises PermissionError, for which SQLite says "disk I/O error". The folder gets the write-ahead log."""
+    """Raises PermissionError, where SQLite would say "disk I/O error". The folder will hold the write-ahead log."""
     for place in (path, path.parent):
         if place.exists() and not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
@@ -207,7 +207,7 @@ def _damaged(path: Path, reason: str) -> str:
 
 
 def unusable(path: Path, error: OSError | sqlite3.Error | DecodeError) -> StoreUnusable:
-    """What opening or reading the file ended with, as one line that says what to do."""
+    """The error of opening or reading the file, as one line that says what to do."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
     if isinstance(error, DecodeError) or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreUnusable(_damaged(path, str(error)))

@@ -1,4 +1,4 @@
-"""What went wrong lately, for the status page: a short list in memory."""
+"""Recent problems, for the status page: a short list in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Events:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
 
     def add(self, kind: EventKind, text: str) -> None:
-        """Notes an event; the same one again only counts. User and password in URLs are left out of `text`."""
+        """Adds an event. If it equals the newest one, only its count grows. User and password in URLs are removed."""
         text = bounded(_USER_INFO.sub("//", text), LONGEST_TEXT)
         now = self._clock.unix_ms()
         with self._lock:

@@ -1,6 +1,6 @@
-"""The loads that workers report: those that run, with rate and time left, and the last that have ended.
+"""The loads that workers report: running ones, with rate and time left, and the last that have ended.
 
-All of it is in memory and only shown: after a restart, or on another replica, the next report of a worker fills it.
+All of it is in memory and is only shown. After a restart, or on another replica, workers' next reports fill it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _READY = p2p_pb2.SOURCE_STATUS_READY
 
 @dataclass(frozen=True, slots=True)
 class RunningLoad:
-    """A load at one moment; rate and time left are None until two reports tell them."""
+    """A load at one moment. Rate and time left are None until there are two reports."""
 
     key: RecordKey
     path: str
@@ -74,10 +74,10 @@ class _Running:
 
 
 class Loads:
-    """What workers report. Thread-safe; the caller makes sure that the records are known and their epochs right."""
+    """What workers report. Thread-safe. The caller has checked that the record is known and its epoch is right."""
 
     def __init__(self, metrics: Metrics, events: Events, clock: Clock, *, forget_seconds: float) -> None:
-        """A load of which nothing was heard for `forget_seconds` is no longer shown."""
+        """A load without a report for `forget_seconds` is no longer shown."""
         self._metrics = metrics
         self._events = events
         self._clock = clock
@@ -88,12 +88,12 @@ class Loads:
         self._counted: OrderedDict[str, None] = OrderedDict()  # load ids, oldest first
 
     def published(self, key: RecordKey, request: p2p_pb2.PublishMetadataRequest) -> None:
-        """A worker has published; what its request reports is taken."""
+        """Takes the load report in a worker's publish request."""
         if request.HasField("load_report"):
             self._finish(key, request.load_report, request.identity.model_name)
 
     def updated(self, key: RecordKey, request: p2p_pb2.UpdateStatusRequest, model_name: str = "") -> None:
-        """A worker has updated its status; what its request reports is taken."""
+        """Takes the load report and progress in a worker's status update."""
         status: Status = request.status
         if request.HasField("load_report"):
             self._finish(key, request.load_report, model_name)
@@ -104,7 +104,7 @@ class Loads:
                 self._running.pop(key, None)
 
     def running(self) -> list[RunningLoad]:
-        """The loads that run, the longest first."""
+        """The running loads, the longest-running first."""
         with self._lock:
             now = self._clock.monotonic_seconds()
             self._forget_silent(now)
@@ -122,7 +122,7 @@ class Loads:
             return list(self._finished)
 
     def told(self, key: RecordKey, progress: load_pb2.LoadProgress) -> None:
-        """A worker tells how far it is; of a load that is reported as ended, that is left aside."""
+        """Takes a worker's progress. It is ignored for a load that was already reported as ended."""
         now = self._clock.monotonic_seconds()
         with self._lock:
             if progress.load_id in self._counted:
@@ -138,7 +138,7 @@ class Loads:
             self._running.pop(key, None)
             if report.load_id:
                 if report.load_id in self._counted:
-                    return  # a call that was repeated
+                    return  # a repeated call: counted already
                 self._counted[report.load_id] = None
             while len(self._counted) > REMEMBERED_LOAD_IDS:
                 self._counted.popitem(last=False)

@@ -59,7 +59,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         "mxserver_call_duration_seconds", "histogram", ("method", "code"), "gRPC calls, by outcome", CALL_BUCKETS
     ),
     Definition("mxserver_calls_in_progress", "gauge", (), "gRPC calls that are being answered"),
-    Definition("mxserver_leases_expired_total", "counter", (), "records that became stale for want of a heartbeat"),
+    Definition("mxserver_leases_expired_total", "counter", (), "records that became stale without a heartbeat"),
     Definition("mxserver_records_deleted_total", "counter", (), "stale records that were deleted"),
     Definition("mxserver_epochs_refused_total", "counter", (), "calls refused because a newer life had published"),
     Definition(
@@ -113,13 +113,13 @@ class Metrics:
         self._gauge("mxserver_build_info").labels(__version__).set(1)
         for result in ("done", "failed"):
             self.downloads.labels(result)
-        for path in (*PATHS.values(), UNKNOWN):  # a rate() over a series needs it to be there before its first event
+        for path in (*PATHS.values(), UNKNOWN):  # rate() needs a series to exist before its first event
             self.loads.labels(path)
             self.load_bytes.labels(path)
             self.load_fallbacks.labels(path)
 
     def scrape_from(self, look: Callable[[], Observation]) -> None:
-        """`look` is called at every scrape, for what is not counted but looked up. Call once."""
+        """`look` is called at every scrape for values that are looked up, not counted. Call this once."""
         self.registry.register(_Lookup(look))
 
     def _make(self, definition: Definition) -> Counter | Gauge | Histogram:
@@ -156,7 +156,7 @@ class CacheObservation(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a scrape looks up. `sources` is None while the store does not work: no figures are better than old ones."""
+    """What a scrape looks up. `sources` is None while the store does not work: outdated values would mislead."""
 
     ready: bool
     sources: Mapping[str, int] | None

@@ -1,4 +1,4 @@
-"""A store with its operations measured and its failures noted; around any other store."""
+"""A wrapper around any store that measures its operations and records its failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxserver.wire.errors import StaleEpoch
 
 
 class ObservedStore(SourceStore):
-    """Does what the store in it does, and keeps count. Thread-safe, as far as that store is."""
+    """Passes each call to the wrapped store and counts it. Thread-safe, as far as that store is."""
 
     def __init__(self, store: SourceStore, metrics: Metrics, events: Events) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""The model cache as the status page and scrapes see it; opens nothing and writes nothing."""
+"""The model cache for the status page and scrapes; opens nothing and writes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mxserver.wire.proto import model_pb2
 
 LONGEST_MESSAGE = 200
 
-# The cache's size is looked up on disk: not more often than this.
+# The cache's size is computed from the disk: not more often than this.
 LOOK_SECONDS = 5.0
 
 

@@ -1,7 +1,7 @@
 """The HTTP server: uvicorn in a thread of its own, with a deadline for every request.
 
 Made for probes, scrapes and a few open pages. uvicorn itself lets a client that sends or reads slowly keep its
-connection for ever; here it is cut, so that nobody can use up the connections and so keep the probes out.
+connection for ever; here it is cut, so that it does not hold a connection that probes need.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mxserver.wire.calls.credentials import ServerTls, server_context
+from mxserver.wire.calls.tls_files import ServerTls, server_context
 
 MAX_CONNECTIONS = 256
-HEAD_SECONDS = 5.0  # from the connection, or the last answer, to a whole request
+HEAD_SECONDS = 5.0  # from the connection, or the last answer, to a complete request
 ANSWER_SECONDS = 30.0  # from then until the client has the answer
 MAX_HEAD_BYTES = 16 * 1024
 END_SECONDS = 2  # for answers that are under way when the server stops
@@ -29,7 +29,7 @@ class HttpServer:
     """Serves an ASGI application until `stop`. The constructor listens already, `start` answers."""
 
     def __init__(self, host: str, port: int, app: ASGIApp, tls: ServerTls | None = None) -> None:
-        """With IPv6, `::` is all of IPv4 as well. Raises OSError when it cannot listen there, and SettingError."""
+        """With IPv6, `::` includes all of IPv4. Raises OSError when it cannot listen there, and SettingError."""
         config = uvicorn.Config(
             app,
             http=_Protocol,
@@ -67,7 +67,7 @@ class HttpServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Lets go of the port. Idempotent."""
+        """Releases the port. Idempotent."""
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join()
@@ -76,7 +76,7 @@ class HttpServer:
 
 
 class _Protocol(H11Protocol):
-    """Cuts connections on which nothing goes forward."""
+    """Cuts connections without progress."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
@@ -93,7 +93,7 @@ class _Protocol(H11Protocol):
         super().on_response_complete()
 
     def _late(self) -> None:
-        """The head's time is over: a request that is there by now gets its time for the answer, once."""
+        """The time for the request is over. A request that has arrived gets its time for the answer, once."""
         cycle = self.cycle
         running = cycle is not None and not cycle.response_complete
         if running and cycle is not self._answering:

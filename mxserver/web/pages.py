@@ -1,7 +1,7 @@
-"""What is at which path: probes, metrics, the status page and its data; and who may see it.
+"""The paths of the HTTP port: probes, metrics, the status page and its data; and who may see them.
 
-Probes, metrics and the page's own files are open: they name no model, worker or address. What does is behind the
-server's tokens, where it has any: as `Authorization: Bearer`, or as the password that a browser asks for.
+Probes, metrics and the page's own files are open: they name no model, worker or address. The rest needs a token where
+the server has tokens: as `Authorization: Bearer`, or as the password that a browser asks for.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def application(
     not_ready: Callable[[], str | None],
     authenticator: Authenticator | None = None,
 ) -> ASGIApp:
-    """All pages. `not_ready` says why the server is not ready, or None; without an authenticator all may see all."""
+    """All pages. `not_ready` returns why the server is not ready, or None. Without an authenticator all is open."""
 
     async def livez(_: Request) -> Response:
-        """Without a thread: it answers also while all of them wait for the store."""
+        """Runs without a thread, so that it answers also while all threads wait for the store."""
         return PlainTextResponse("ok\n")
 
     def readyz(_: Request) -> Response:
@@ -86,7 +86,7 @@ def application(
 
 
 def with_headers(routes: list[Route]) -> ASGIApp:
-    """An application of these routes with our headers on every answer, and nothing about a failure but in the log."""
+    """An application of these routes. Every answer has our headers; details of failures go to the log only."""
     paths = " ".join(sorted(route.path for route in routes))
 
     def not_found(_: Request, __: Exception) -> Response:
@@ -137,7 +137,7 @@ def _asset(file: str, content_type: str) -> Endpoint:
 
 
 def _guarded(endpoint: Endpoint, authenticator: Authenticator | None) -> Endpoint:
-    """The endpoint for who has the role read; 401 with a challenge that browsers understand for others."""
+    """The endpoint for callers with the role read; others get a 401 with a challenge that browsers understand."""
     if authenticator is None:
         return endpoint
 

@@ -1,6 +1,6 @@
-"""What is going on, as plain data: the status page draws it, `/status` has it as JSON, scrapes count it.
+"""The server's state as plain data: the status page shows it, `/status` has it as JSON, scrapes count it.
 
-Nothing in it is secret: no tokens, no store's address with its password, no memory addresses of workers.
+Nothing in it is secret: no tokens, no store address with its password, no memory addresses of workers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DEFAULT_WORKERS = 50
 MOST_WORKERS = 10_000
 SHOWN_LOADS = 100
 
-# Probes, scrapes and any number of open pages share one look into the store in this time.
+# Probes, scrapes and open pages share one read of the store in this time.
 LOOK_SECONDS = 1.0
 
 _IDENTITY_FIELDS = ("revision", "dtype", "quantization")
 _PARALLEL_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
-# What to look at first: what loads, then what serves, then what is gone.
+# The order of the list: loading workers first, then serving ones, then those that are gone.
 _STATE_ORDER = {state: order for order, state in enumerate(("initializing", "ready", "stale"))}
 
 
@@ -132,7 +132,7 @@ class StatusView:
 
 
 def _fleets(records: Iterable[SourceRecord], now_ms: int, workers_per_fleet: int) -> list[Json]:
-    """One entry a source id, by model name; of many workers, those that load come first."""
+    """One entry for each source id, by model name; loading workers come first."""
     by_source: dict[str, list[SourceRecord]] = defaultdict(list)
     for record in records:
         by_source[record.key.source_id].append(record)

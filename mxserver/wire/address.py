@@ -48,7 +48,7 @@ def is_host(text: str) -> bool:
 
 
 _NOBODY = "no ModelExpress server answers there: its port is 8001 unless set"
-_ADVICE = {  # by the scheme that was used, what gRPC says of an address that is wrong, and what to do
+_ADVICE = {  # by scheme: what gRPC says about a wrong address, and what to do
     "https": {
         "WRONG_VERSION_NUMBER": "no TLS is spoken there: write the address without https://",
         "CERTIFICATE_VERIFY_FAILED": "MX_TLS_CA_FILE names the certificate that the server's has to come from",
@@ -63,7 +63,7 @@ _ADVICE = {  # by the scheme that was used, what gRPC says of an address that is
 
 
 def with_advice(details: str, address: str) -> str:
-    """gRPC's details of a failed call to `address`, with what to do where they look like a wrong address."""
+    """gRPC's details of a failed call to `address`, with advice if they look like a wrong address."""
     advice = _ADVICE[split_scheme(address)[0]]
     return "; ".join([details, *(advice[sign] for sign in advice if sign in details)])
 

@@ -1,7 +1,7 @@
-"""All environment names of server and worker, and what to make of names that are none of them.
+"""All environment names of server and worker, and what to do with unknown names.
 
-The one table: settings read from it, docs/settings.md is made from it, and whoever starts warns about names that
-look like ours and are not. Nothing here reads the environment by itself; it works on the mapping that it is given.
+The one table: settings read it, docs/settings.md is made from it, and every program warns about unknown names that look
+like ours. Nothing here reads the environment itself; it works on the mapping that it is given.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_WORKER_HOST", "worker", "the host that this worker advertises to others"),
     Variable("MX_WORKER_GRPC_PORT", "worker", "port of the worker's gRPC service, plus the device's index"),
     Variable("MX_HEARTBEAT_INTERVAL_SECS", "worker", "time between two heartbeats"),
-    Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is given up on"),
+    Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is abandoned"),
     Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
     Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
     Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
@@ -196,7 +196,7 @@ def without_effect(environ: Mapping[str, str], reader: Literal["server", "worker
 
 
 def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[str]:
-    """One line for every name that will not do what whoever set it expects."""
+    """One line for every name that will not have the expected effect."""
     lines = [f"{name} is no setting; the nearest one is {nearest}" for name, nearest in misspelt(environ)]
     lines += [f"{v.name} ({v.meaning}) has no effect in this version" for v in without_effect(environ, reader)]
     return lines

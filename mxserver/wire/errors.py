@@ -7,11 +7,11 @@
     ├── WireError
     │   ├── ServerUnreachable   MX_SERVER_UNREACHABLE
     │   ├── ServerRefused       MX_SERVER_REFUSED     the server answered, and said no
-    │   ├── StaleEpoch          MX_STALE_EPOCH        a newer life of this worker has published
+    │   ├── StaleEpoch          MX_STALE_EPOCH        a newer process of this worker has published
     │   ├── ModelNotFound       MX_MODEL_NOT_FOUND    the server, or its provider, has no such model, revision or file
     │   ├── ModelDownloadError  MX_MODEL_DOWNLOAD     the server could not download the model
-    │   └── FileRefused         MX_FILE_REFUSED       a file came with another name or other bytes than it may
-    ├── DiskFull                MX_DISK_FULL          no room here for files that were to come
+    │   └── FileRefused         MX_FILE_REFUSED       a file came with a name or bytes that are not allowed
+    ├── DiskFull                MX_DISK_FULL          no room here for files from elsewhere
     ├── StoreError              (mxserver.store)
     └── (mxcore.errors)         what the compiled core and the transfer raise
 """
@@ -56,7 +56,7 @@ class ServerRefused(WireError):
 
 
 class StaleEpoch(ServerRefused):
-    """A newer life of this worker has published; this one must not act on the record any more."""
+    """A newer process of this worker has published; this one must not act on the record any more."""
 
     code = "MX_STALE_EPOCH"
 

@@ -1,6 +1,6 @@
-"""File names from the network: what may become a path below a folder, and using it without being led out.
+"""File names from the network: which may become a path below a folder, and how to use it without leaving the folder.
 
-Used on both sides: the server does not trust hubs and clients, a client does not trust servers.
+Used on both sides: the server does not trust hubs and clients, and clients do not trust servers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 MAX_PATH_BYTES = 1024
 MAX_NAME_BYTES = 255
 
-# Windows' rules count too: a cache folder may be shared with, or copied to, such a machine.
+# Windows' rules apply too: a cache folder may be shared with, or copied to, such a machine.
 _DRIVE = re.compile(r"[A-Za-z]:")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 
 
 def path_problem(name: str) -> str | None:
-    """Why `name` is no path below a folder, with `/` between its parts; None when it is one.
+    """Why `name` cannot be a path below a folder, with `/` between its parts; None if it can.
 
     Refused: empty names and parts, `.` and `..`, absolute paths, drives, backslashes, colons, control characters,
     lone surrogates, names that Windows reserves or cuts short, and names that are too long.
@@ -90,7 +90,7 @@ def open_regular_below(folder: Path, path: Path) -> int:
     if not real.startswith(root + os.sep):
         raise PermissionError(f"{path} leads out of {folder}")
     handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    # The folders on the way were looked at before the open: look again at what was opened.
+    # The folders on the way were checked before the open: check what was opened, too.
     opened = os.path.realpath(f"/proc/self/fd/{handle}")
     if not stat.S_ISREG(os.fstat(handle).st_mode) or not opened.startswith(root + os.sep):
         os.close(handle)

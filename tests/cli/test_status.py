@@ -112,7 +112,7 @@ def other_page() -> Iterator[str]:
 def test_page_of_something_else(web: WebServer, other_page: str) -> None:
     ran = mx("status", "--server", web.address, "--json", "--page", other_page)
     assert ran.code == 0
-    assert "is no status page of mxserver" in ran.json()["page_problem"]
+    assert "is not a status page of mxserver" in ran.json()["page_problem"]
 
 
 @pytest.mark.parametrize(

@@ -6,31 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from mxcore.cli.connection import Connection
 from mxcore.cli.models import models
 from mxserver.wire.errors import SettingError
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn
+from tests.models.models_command import data, mx
 
 
 @pytest.fixture
 def server(start_server: StartServer) -> str:
     return start_server().address
-
-
-def mx(server: str, *arguments: str) -> Result:
-    return CliRunner().invoke(models, ["--server", server, *arguments])
-
-
-def data(result: Result) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def test_life_of_a_model(server: str, tmp_path: Path, hub: HubStandIn) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from mxcore.cli.models import models
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn
+from tests.models.models_command import data, mx
 
 TOTAL = sum(map(len, FILES.values()))
 
@@ -19,16 +16,6 @@ TOTAL = sum(map(len, FILES.values()))
 @pytest.fixture
 def server(start_server: StartServer) -> str:
     return start_server(MX_CACHE_MAX_BYTES="10MB").address
-
-
-def mx(server: str, *arguments: str) -> Result:
-    return CliRunner().invoke(models, ["--server", server, *arguments])
-
-
-def data(result: Result) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def test_get_says_what_came_from_where(server: str, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_waiting_ends_when_the_server_stops(make: Callable[..., LeaseFolder]) ->
     folder, stopping = make(), threading.Event()
     assert folder.try_acquire(KEY)
     stopping.set()
-    with pytest.raises(LeaseLost, match="stops"), folder.acquired(KEY, stopping):
+    with pytest.raises(LeaseLost, match="is stopping"), folder.acquired(KEY, stopping):
         pass
 
 

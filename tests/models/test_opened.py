@@ -283,5 +283,5 @@ def test_folder_that_hangs_does_not_hold_up_the_end(
     assert "does not answer" in caplog.text
     goes_on.set()
     assert closed.wait(60)
-    with pytest.raises(CacheUnusable, match="stops"):
+    with pytest.raises(CacheUnusable, match="is stopping"):
         opened.open()

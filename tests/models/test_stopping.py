@@ -110,7 +110,7 @@ def test_download_that_cannot_end_is_left_behind(
     job = downloads.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
     assert hangs.wait(120)
     downloads.close()
-    assert "left behind" in caplog.text
+    assert "abandoned" in caplog.text
     goes_on.set()
     assert ended(job).phase == "failed"
 

@@ -22,7 +22,8 @@ from mxserver.security.setup import warning
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.web.pages import application
-from mxserver.wire.calls.credentials import ClientCredentials, ServerTls, server_context
+from mxserver.wire.calls.credentials import ClientCredentials
+from mxserver.wire.calls.tls_files import ServerTls, server_context
 from mxserver.wire.errors import SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file
@@ -223,11 +224,11 @@ def test_client_gives_its_token_only_where_nobody_listens(tmp_path: Path) -> Non
     path = tmp_path / "token"
     path.write_text(TOKEN + "\n")
     closed = ClientCredentials(token_file=path)
-    assert closed.token_for("mx-server", secure=True) == TOKEN
-    assert closed.token_for("127.0.0.1", secure=False) == TOKEN
-    assert closed.token_for("mx-server", secure=False) is None
-    assert ClientCredentials(token_file=path, token_in_clear=True).token_for("mx-server", secure=False) == TOKEN
-    assert ClientCredentials().token_for("mx-server", secure=True) is None
+    assert closed.authorization("https://mx-server") == f"Bearer {TOKEN}"
+    assert closed.authorization("127.0.0.1") == f"Bearer {TOKEN}"
+    assert closed.authorization("mx-server") is None
+    assert ClientCredentials(token_file=path, token_in_clear=True).authorization("mx-server") == f"Bearer {TOKEN}"
+    assert ClientCredentials().authorization("https://mx-server") is None
 
 
 def test_page_in_a_browser_that_gives_the_token(guarded: Server, tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxserver.calls.handlers import wrapped
 from mxserver.security import access_file as access_file_module
 from mxserver.security.access_file import AccessFile, read_rules
-from mxserver.security.interceptors import guarded
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
 from mxserver.server import Server
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.channels import open_channel
 from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.credentials import LONGEST_TOKEN_BYTES, ClientCredentials, open_channel
+from mxserver.wire.calls.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from tests.security.authority import Authority
@@ -138,11 +138,11 @@ def test_headers_that_are_no_token_are_refused(server: Server, headers: list[tup
 
 
 @pytest.mark.parametrize(("request_streams", "response_streams"), [(a, b) for a in (0, 1) for b in (0, 1)])
-def test_a_guard_keeps_the_kind_of_its_method(request_streams: bool, response_streams: bool) -> None:
+def test_a_wrapped_handler_keeps_the_kind_of_its_method(request_streams: bool, response_streams: bool) -> None:
     """Also of kinds that the server does not have yet: a new method is never left open for want of a kind."""
     kind = f"{'stream' if request_streams else 'unary'}_{'stream' if response_streams else 'unary'}"
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    handler = guarded("/m", make(lambda *_: None), lambda *_: pytest.fail("not called"))
+    handler = wrapped("/m", make(lambda *_: None), lambda *_: pytest.fail("not called"))
     assert (handler.request_streaming, handler.response_streaming) == (request_streams, response_streams)
     assert getattr(handler, kind) is not None
 
@@ -200,8 +200,8 @@ DIGEST = "0" * 64
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[[tokens", "is no TOML"),
-        ("\x00", "is no TOML"),
+        ("[[tokens", "is not TOML"),
+        ("\x00", "is not TOML"),
         ("[[token]]\nname = 'a'", "'token' is no setting; the nearest one is 'tokens'"),
         ("tokens = 'a'", "must be written as [[tokens]]"),
         ("tokens = ['a']", "number 1: must have name, role, sha256"),
@@ -303,7 +303,7 @@ def test_token_is_never_sent_in_clear_but_to_loopback_or_where_told(
     target = f"127.0.0.1:{port}" if host == "127.0.0.1" else f"ipv4:127.0.0.1:{port}"
     with (
         caplog.at_level(logging.WARNING),
-        open_channel(target, channel_options(), credentials, to_worker=to_worker) as channel,
+        open_channel(target, credentials, to_worker=to_worker) as channel,
     ):
         channel.unary_unary("/s/m")(b"", timeout=60)
     server.stop(None).wait()

@@ -87,9 +87,9 @@ def test_service_of_kubernetes_named_mx_redis_is_no_setting(monkeypatch: pytest.
         ("prot = 1", "'prot' is no setting; the nearest one is 'port'"),
         ("[server]\nport = 1", "'server' is no setting"),
         ("MX_STORE_PATH = '/s'\nportt = 1", "'portt' is no setting; the nearest one is 'port'"),
-        ("port = true", "port = true must be a text or a number"),
-        ("port = ", "is no TOML"),
-        ("\xff", "is no TOML"),
+        ("port = true", "port = true must be a string or a number"),
+        ("port = ", "is not TOML"),
+        ("\xff", "is not TOML"),
     ],
 )
 def test_file_that_breaks_a_rule_is_refused_by_key_and_nearest(path: Path, text: str, named: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mxserver.services.fleet import EVERYBODY_SECONDS, LEASE_SECONDS, StorageTurns, TurnKey
+from mxserver.services.fleet import EVERYBODY_SECONDS, LEASE_SECONDS, ElectionKey, StorageElections
 from mxserver.wire.proto import mx_pb2
 
-KEY = TurnKey("0123456789abcdef", 0)
+KEY = ElectionKey("0123456789abcdef", 0)
 
 
 class TurnedClock:
@@ -27,28 +27,28 @@ def clock() -> TurnedClock:
 
 
 @pytest.fixture
-def turns(clock: TurnedClock) -> StorageTurns:
-    return StorageTurns(clock)
+def turns(clock: TurnedClock) -> StorageElections:
+    return StorageElections(clock)
 
 
 def take(
-    turns: StorageTurns, worker: str, epoch: int = 0, *, key: TurnKey = KEY, starting: bool = False
+    turns: StorageElections, worker: str, epoch: int = 0, *, key: ElectionKey = KEY, starting: bool = False
 ) -> mx_pb2.TakeStorageTurnResponse:
     return turns.take(key, worker, epoch, lambda: starting)
 
 
-def test_one_reads_and_the_others_wait(turns: StorageTurns) -> None:
+def test_one_reads_and_the_others_wait(turns: StorageElections) -> None:
     first = take(turns, "a")
     assert first.turn == mx_pb2.STORAGE_TURN_YOURS
     assert first.lease_ms == LEASE_SECONDS * 1000
     second = take(turns, "b")
     assert (second.turn, second.reader_worker_id) == (mx_pb2.STORAGE_TURN_WAIT, "a")
     assert second.retry_ms > 0
-    assert take(turns, "c", key=TurnKey(KEY.source_id, 1)).turn == mx_pb2.STORAGE_TURN_YOURS
+    assert take(turns, "c", key=ElectionKey(KEY.source_id, 1)).turn == mx_pb2.STORAGE_TURN_YOURS
     assert take(turns, "a", first.epoch).epoch == first.epoch
 
 
-def test_a_reader_that_dies_is_followed_within_seconds(turns: StorageTurns, clock: TurnedClock) -> None:
+def test_a_reader_that_dies_is_followed_within_seconds(turns: StorageElections, clock: TurnedClock) -> None:
     first = take(turns, "a")
     clock.seconds += LEASE_SECONDS / 2
     assert take(turns, "a", first.epoch).turn == mx_pb2.STORAGE_TURN_YOURS
@@ -63,12 +63,12 @@ def test_a_reader_that_dies_is_followed_within_seconds(turns: StorageTurns, cloc
     assert take(turns, "c").turn == mx_pb2.STORAGE_TURN_WAIT
 
 
-def test_after_the_end_somebody_else_may_read(turns: StorageTurns) -> None:
+def test_after_the_end_somebody_else_may_read(turns: StorageElections) -> None:
     assert turns.end(KEY, "a", take(turns, "a").epoch, shared=True)
     assert take(turns, "b").turn == mx_pb2.STORAGE_TURN_YOURS
 
 
-def test_what_cannot_be_shared_is_not_waited_for(turns: StorageTurns, clock: TurnedClock) -> None:
+def test_what_cannot_be_shared_is_not_waited_for(turns: StorageElections, clock: TurnedClock) -> None:
     turns.end(KEY, "a", take(turns, "a").epoch, shared=False)
     assert take(turns, "b").turn == mx_pb2.STORAGE_TURN_EVERYBODY
     clock.seconds += EVERYBODY_SECONDS + 1
@@ -76,20 +76,20 @@ def test_what_cannot_be_shared_is_not_waited_for(turns: StorageTurns, clock: Tur
 
 
 def test_after_a_restart_living_readers_keep_their_turn(clock: TurnedClock) -> None:
-    before = take(StorageTurns(clock), "a")
-    turns = StorageTurns(clock)
+    before = take(StorageElections(clock), "a")
+    turns = StorageElections(clock)
     assert take(turns, "b", starting=True).turn == mx_pb2.STORAGE_TURN_WAIT
     after = take(turns, "a", before.epoch, starting=True)
     assert after.turn == mx_pb2.STORAGE_TURN_YOURS
     assert after.epoch >= before.epoch
     assert take(turns, "b").reader_worker_id == "a"
-    alone = StorageTurns(clock)
+    alone = StorageElections(clock)
     assert take(alone, "b", starting=True).turn == mx_pb2.STORAGE_TURN_WAIT
     clock.seconds += LEASE_SECONDS
     assert take(alone, "b", starting=True).turn == mx_pb2.STORAGE_TURN_YOURS
 
 
-def test_many_that_wait_ask_less_often(turns: StorageTurns, clock: TurnedClock) -> None:
+def test_many_that_wait_ask_less_often(turns: StorageElections, clock: TurnedClock) -> None:
     take(turns, "a")
     first = take(turns, "b").retry_ms
     for number in range(500):

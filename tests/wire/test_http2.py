@@ -206,8 +206,8 @@ def test_windows_are_given_back_to_the_byte() -> None:
     [
         ([data(b"x", stream=3)], "stream 3"),
         ([data(b"\x05abc", flags=Flag.PADDED)], "padding"),
-        ([frame(FrameType.PUSH_PROMISE, 0, 1, b"")], "no place"),
-        ([frame(FrameType.CONTINUATION, 0, 1, b"")], "no place"),
+        ([frame(FrameType.PUSH_PROMISE, 0, 1, b"")], "not allowed"),
+        ([frame(FrameType.CONTINUATION, 0, 1, b"")], "not allowed"),
         ([frame(FrameType.HEADERS, Flag.END_HEADERS, 5, b"")], "stream 5"),
         ([frame(FrameType.HEADERS, Flag.END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff\xff\xff")], "cannot be read"),
         ([frame(FrameType.HEADERS, 0, 1, b""), data(b"x")], "between headers"),

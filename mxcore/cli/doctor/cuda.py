@@ -1,4 +1,4 @@
-"""`mx doctor`: CUDA. Looked at in a process of its own: a driver that hangs or crashes takes nothing else along."""
+"""`mx doctor`: CUDA, checked in another process, because a driver may hang or crash."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _holder_command() -> list[str]:
 
 
 def _between_processes(command: list[str]) -> Finding:
-    """Whether one process reads device memory of another one, which `command` starts, as two workers do."""
+    """Whether one process can read device memory of another one (started by `command`), as two workers do."""
     from mxcore.transfer.route.same_device import cannot_read
     from mxserver.wire.proto import mx_pb2
 
@@ -113,7 +113,7 @@ def _between_processes(command: list[str]) -> Finding:
 
 
 def _direct_storage() -> Finding:
-    """Whether it can be tried at all; whether it is right for a file is tried by the load that reads the file."""
+    """Whether GPUDirect Storage can be tried. Whether it works for a file is tried by the load that reads the file."""
     from mxcore.storage.load.cufile_trial import trial
     from mxcore.storage.load.device_direct import chosen, probe
 

@@ -125,7 +125,7 @@ def shared_memory(root: Path = Path("/")) -> Finding:
 
 
 def io_uring(root: Path = Path("/")) -> Finding:
-    """Asks the kernel for a ring: what is compiled in may be switched off, or filtered by the container."""
+    """Asks the kernel for a ring: io_uring may be switched off, or filtered by the container."""
     system = ctypes.CDLL(None, use_errno=True)
     parameters = ctypes.create_string_buffer(_IO_URING_PARAMETERS_BYTES)
     ring = int(system.syscall(_SYS_IO_URING_SETUP, 4, parameters))

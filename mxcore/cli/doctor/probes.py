@@ -1,4 +1,4 @@
-"""`mx doctor`: what is only known once it is tried, each in a process of its own: a native library may crash or hang.
+"""`mx doctor`: checks that must be tried, each in its own process, because a native library may crash or hang.
 
 `python -m mxcore.cli.doctor.probes NAME` is such a process.
 """
@@ -85,7 +85,7 @@ def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(ran: subprocess.CompletedProcess[str]) -> str:
-    """What it ended with, without the name of the exception's class where the error says its code."""
+    """The reason why it ended, without the exception's class name if the error has a code."""
     lines = ran.stderr.strip().splitlines()
     return _CLASS_NAME.sub("", lines[-1]) if lines else ""
 
@@ -112,7 +112,7 @@ def _agent() -> None:
 
 
 def _backends() -> None:
-    """Opens one plugin after the other, each in a line that begins before it is opened."""
+    """Opens one plugin after the other. Each prints the start of its line before it is opened."""
     import ctypes
 
     from mxcore.nixl.agent import load_library

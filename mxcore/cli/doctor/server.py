@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from mxcore import __version__
-from mxcore.cli.connection import Connection
+from mxcore.cli.connection import SERVER_NAMES, Connection
 from mxcore.cli.doctor.findings import Finding
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.environment import is_kubernetes_value, misspelt, setting, without_effect
@@ -16,16 +16,13 @@ CALL_SECONDS = 5.0
 SKEW_SECONDS = 2.0
 
 
-_NAMES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
-
-
 def is_named(environ: Mapping[str, str]) -> bool:
     """Whether the environment names a server."""
-    return any(setting(environ, name) for name in _NAMES)
+    return any(setting(environ, name) for name in SERVER_NAMES)
 
 
 def environment(environ: Mapping[str, str]) -> list[Finding]:
-    """Names that are set and will not do what whoever set them expects."""
+    """Names that are set and will not have the expected effect."""
     findings = [
         Finding("setting", "warn", f"{name} is no setting", f"did you mean {near}?") for name, near in misspelt(environ)
     ]
@@ -33,7 +30,7 @@ def environment(environ: Mapping[str, str]) -> list[Finding]:
         Finding("setting", "note", f"{variable.name} has no effect on a worker of this version", "unset it")
         for variable in without_effect(environ, "worker")
     ]
-    for name in _NAMES:
+    for name in SERVER_NAMES:
         if is_kubernetes_value(environ.get(name, "")):
             do = "enableServiceLinks: false in the pod, or another name for the service"
             findings.append(Finding("setting", "warn", f"{name} was set by Kubernetes for a service", do))
@@ -51,7 +48,7 @@ def server(connection: Connection) -> list[Finding]:
         return [Finding("server", "fail", str(error), "correct --server, MODEL_EXPRESS_URL or MX_SERVER_ADDRESS")]
     try:
         with ServerClient(address, timeout_seconds=CALL_SECONDS, credentials=credentials) as client:
-            client.health()  # connects, so that the next one tells the way's own time
+            client.health()  # connects, so that the next call measures only the round trip
             sent_ms, started = time.time() * 1000, time.monotonic()
             health = client.health()
             took_seconds = time.monotonic() - started
@@ -90,7 +87,7 @@ def access(client: ServerClient) -> Finding:
 
 
 def clock(server_ms: int, sent_ms: float, took_seconds: float) -> Finding:
-    """How far this machine's clock is from the server's; only what people read depends on it."""
+    """How far this machine's clock is from the server's. Only times shown to people depend on it."""
     if not server_ms:
         return Finding("clock", "note", "this server does not tell its time")
     skew_seconds = (sent_ms + took_seconds * 500 - server_ms) / 1000

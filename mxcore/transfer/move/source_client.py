@@ -11,9 +11,8 @@ import grpc
 
 from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
 from mxcore.transfer.layout.plan import ChunkRequest, set_to_bytes
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.channels import open_channel
 from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import open_channel
 from mxserver.wire.errors import SettingError
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
@@ -54,7 +53,7 @@ class SourceClient(Closing):
         self.source = source
         self.timeout_seconds = timeout_seconds
         try:
-            self._channel = open_channel(source.endpoint, channel_options(), to_worker=True)
+            self._channel = open_channel(source.endpoint, to_worker=True)
         except SettingError as error:
             raise SourceUnreachable(
                 f"worker {source.worker_id} ({source.endpoint}) cannot be called: {error}"

@@ -23,8 +23,8 @@ from mxcore.transfer.route.same_device import DeviceProbeTarget, device_offer
 from mxcore.transfer.route.same_host import ProbeTarget
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.calls.channels import channel_options
-from mxserver.wire.calls.credentials import server_credentials, worker_tls
+from mxserver.wire.calls.channels import channel_options, server_credentials
+from mxserver.wire.calls.credentials import worker_tls
 from mxserver.wire.errors import SettingError
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 

@@ -1,4 +1,4 @@
-"""The model cache: what is there, who uses it, and what goes when room is needed."""
+"""The model cache: which models are in it, who uses them, and which are evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -66,30 +66,12 @@ class ModelCache:
         return record
 
     def record(self, key: ModelKey) -> ModelRecord | None:
-        path = self.layout.record(key)
-        try:
-            record = record_from_json(path.read_text())
-            if record.key != key:
-                raise BadRecord(f"it is the record of {record.key}")
-        except FileNotFoundError:
-            return None
-        except (BadRecord, UnicodeDecodeError) as error:
-            _LOG.warning("record is left aside file=%s reason=%s", path, error)
-            return None
-        return record
+        return _read_record(self.layout.record(key), key)
 
     def records(self) -> list[ModelRecord]:
         """All models, in no order."""
-        found = []
-        for path in self.layout.records.iterdir():
-            if path.suffix == ".json":
-                try:
-                    found.append(record_from_json(path.read_text()))
-                except FileNotFoundError:
-                    continue
-                except (BadRecord, UnicodeDecodeError) as error:
-                    _LOG.warning("record is left aside file=%s reason=%s", path, error)
-        return found
+        paths = self.layout.records.iterdir()
+        return [record for path in paths if path.suffix == ".json" and (record := _read_record(path))]
 
     def last_used(self, key: ModelKey) -> float:
         """Unix time in seconds, by the file system's clock."""
@@ -107,7 +89,7 @@ class ModelCache:
         """
         key = self.find(model, revision).key
         with self.leases.in_use(key.id):
-            # The mark was made first: whoever removes the model takes the record away and then looks for marks.
+            # The use mark was made first: a removal hides the record and then looks for use marks.
             record = self.record(key)
             if record is None:
                 raise ModelNotCached(f"{key} was removed a moment ago")
@@ -116,7 +98,7 @@ class ModelCache:
             self.touch(key)
 
     def touch(self, key: ModelKey) -> None:
-        """Notes that a model was used, where that can be noted."""
+        """Records the use of a model, if the disk allows it."""
         with suppress(OSError):
             os.utime(self.layout.record(key))
 
@@ -156,14 +138,14 @@ class ModelCache:
     def _remove(self, record: ModelRecord, lease: Lease) -> None:
         trash = self.staging(lease)
         hidden, path = trash / HIDDEN_RECORD, self.layout.record(record.key)
-        path.replace(hidden)  # from here on nobody can start to read it
+        path.replace(hidden)  # from here on no new reader can find it
         if self.leases.is_used(record.key.id):
             hidden.replace(path)
             raise ModelInUse(f"{record.key} is being read")
         self._remove_files(record, trash)
 
     def _remove_files(self, record: ModelRecord, trash: Path) -> None:
-        """Can be done again when it was broken off: the hidden record goes last."""
+        """Can be repeated after an interruption: the hidden record is deleted last."""
         key = record.key
         self.set_pin(key, pinned=False)
         for ref in self.layout.refs_to(key.model, key.revision):
@@ -180,7 +162,7 @@ class ModelCache:
         _LOG.info("removed model=%s bytes=%d", key, record.size_bytes)
 
     def _places_in_use(self, model: ModelName) -> set[str]:
-        """What other revisions of a model need, also those that somebody else put into the hub's layout."""
+        """The files that other revisions of a model need, also revisions that others put into the hub's layout."""
         kept = {file.place for record in self.records() if record.key.model == model for file in record.files}
         for link in (self.layout.model_folder(model) / "snapshots").rglob("*"):
             if link.is_symlink():
@@ -202,7 +184,7 @@ class ModelCache:
         return Room(sum(places.values()) + staged + written, disk.f_bavail * disk.f_frsize, max(0, coming - written))
 
     def make_room(self, lease: Lease, needed_bytes: int) -> None:
-        """Sees to it that a download of so many bytes fits, evicting what was not used for the longest time.
+        """Makes room for a download of this many bytes, evicting the least recently used models.
 
         The room stays reserved until `give_back`.
 
@@ -221,7 +203,7 @@ class ModelCache:
         """Evicts until the limits hold; returns how many models went.
 
         Raises:
-            CacheFull: they do not hold even without all that may go.
+            CacheFull: they do not hold even after evicting all that may be evicted.
         """
         evicted = 0
         tried: set[ModelKey] = set()
@@ -251,18 +233,18 @@ class ModelCache:
     def _full(self, missing: int) -> str:
         room, limits = self.room(), self.limits
         return (
-            f"{missing} bytes are missing in {self.layout.root}: {room.used_bytes} are used, {room.coming_bytes} are "
-            f"coming, {room.free_bytes} are free on the disk; limits: MX_CACHE_MAX_BYTES={limits.max_bytes}, "
-            f"MX_CACHE_MIN_FREE_BYTES={limits.min_free_bytes}; what is pinned, read or downloaded stays"
+            f"{missing} bytes are missing in {self.layout.root}: {room.used_bytes} are used, {room.coming_bytes} "
+            f"to be downloaded, {room.free_bytes} free on the disk; limits: MX_CACHE_MAX_BYTES={limits.max_bytes}, "
+            f"MX_CACHE_MIN_FREE_BYTES={limits.min_free_bytes}; models that are pinned or in use are not evicted"
         )
 
     # Downloads.
 
     def staging(self, lease: Lease) -> Path:
-        """The folder of a lease: taken over from its earlier holders, who thereby lose it.
+        """The staging folder of a lease, taken over from its earlier holder, which thereby loses it.
 
-        Whatever a download publishes is renamed out of here, so that one who lost the lease can publish nothing.
-        Half files of an earlier holder, which it may still write to, are not taken over.
+        A download publishes by renaming files out of this folder, so a holder that lost the lease can publish nothing.
+        Incomplete files of an earlier holder, which it may still write to, are not taken over.
         """
         folder = self.layout.staging / lease.token
         for old in sorted(self.layout.staging.iterdir()):
@@ -277,8 +259,8 @@ class ModelCache:
         return folder
 
     def sweep(self) -> None:
-        """Clears up after replicas that died: finishes their removals, and drops downloads that nobody went on with
-        for a day. Younger ones stay: a download that starts again goes on with their complete files.
+        """Cleans up after replicas that died: finishes their removals, and deletes downloads that nobody continued for
+        a day. Younger ones stay: a download that starts again uses their complete files.
         """
         for folder in list(self.layout.staging.iterdir()):
             key = folder.name.rpartition(".")[0]
@@ -306,8 +288,22 @@ class ModelCache:
         write_in_one_step(self.layout.record(record.key), record.to_json(), scratch)
 
 
+def _read_record(path: Path, expected: ModelKey | None = None) -> ModelRecord | None:
+    """The record in a file; None when there is none, or it is damaged or another model's, which is logged."""
+    try:
+        record = record_from_json(path.read_text())
+        if expected not in (None, record.key):
+            raise BadRecord(f"it is the record of {record.key}")
+    except FileNotFoundError:
+        return None
+    except (BadRecord, UnicodeDecodeError) as error:
+        _LOG.warning("record is ignored file=%s reason=%s", path, error)
+        return None
+    return record
+
+
 def _bytes_below(folder: Path) -> int:
-    """Bytes of the files in a folder, each counted once; what vanishes meanwhile counts nothing."""
+    """Bytes of the files in a folder, each counted once. Files that vanish meanwhile are not counted."""
     inodes: dict[int, int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""Which models have to go when room is needed."""
+"""Which models are evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What is taken, and what will be."""
+    """Bytes that are used, and bytes that running downloads will use."""
 
     used_bytes: int  # by models that are there
     free_bytes: int  # of the file system
     coming_bytes: int  # that running downloads still write
 
     def missing_bytes(self, limits: Limits) -> int:
-        """How many bytes have to go so that the limits hold; 0 when they do. The disk itself is a limit too."""
+        """How many bytes to evict so that the limits hold; 0 if they hold. The disk's size is a limit too."""
         over_limit = self.used_bytes + self.coming_bytes - limits.max_bytes if limits.max_bytes else 0
         over_disk = self.coming_bytes + limits.min_free_bytes - self.free_bytes
         return max(0, over_limit, over_disk)
@@ -33,7 +33,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that may go. Files that several revisions share have one place."""
+    """A model that may be evicted. Files that several revisions share have one place."""
 
     key: ModelKey
     last_used: float
@@ -46,6 +46,6 @@ def eviction_order(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def evictable_bytes(candidates: Iterable[Candidate], kept_places: Set[str]) -> int:
-    """What removing all candidates gives back: each place once, and none that something else needs."""
+    """The bytes that removing all candidates frees: each place counts once, and not if another model needs it."""
     places = {place: size for one in candidates for place, size in one.places.items()}
     return sum(size for place, size in places.items() if place not in kept_places)

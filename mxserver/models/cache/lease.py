@@ -1,10 +1,9 @@
-"""Leases and use marks in a folder that replicas share, so that one downloads and none removes what another reads.
+"""Leases and use marks in a folder that replicas share: one replica downloads, and none removes what another reads.
 
-Both are files that a living process keeps alive: it touches them (the file system's clock is the only one that is
-read) and holds a flock on them. A file is dead when it was not touched for the lease's time; or at once, when it was
-made under the same running kernel and nobody holds the flock. Locks are never trusted between machines, since some
-network file systems keep them to themselves. On a full disk the file stays empty: its age alone counts then, so that
-what is there can be read and removed.
+Both are files that a living process touches (only the file system's clock is read) and holds a flock on. A file is dead
+if it was not touched for the lease's time. It is dead at once if it was made under the same running kernel and nobody
+holds the flock. Locks count only within one machine, because some network file systems keep them local. On a full disk
+the file stays empty: then its age alone counts, so that models can still be read and removed.
 
 A lease is a chain of files KEY.1, KEY.2 … that only grows: making the next one is exclusive (link(2), which is also
 atomic over NFS), the highest one is the lease, its number is the fencing token.
@@ -32,15 +31,15 @@ _RELEASED = b'{"released": true}'
 
 
 def kernel_id() -> str:
-    """What tells one running kernel from all others."""
+    """The id of the running kernel, different after every boot and on every machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class _LiveFile:
-    """A file that this process keeps alive. Valid until `let_go`."""
+    """A file that this process keeps alive until `let_go`."""
 
     def __init__(self, folder: Path, name: str, kernel: str) -> None:
-        """Raises FileExistsError when there is one of that name."""
+        """Raises FileExistsError if the name is taken."""
         self.path = folder / name
         made = folder / f".{uuid.uuid4().hex}"
         self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -75,7 +74,7 @@ class _LiveFile:
 
 
 def _write(handle: int, text: bytes) -> bool:
-    """Makes `text` all that the file holds; on a full disk nothing, and False. Raises OSError."""
+    """Replaces the file's content. On a full disk the file is left empty, and False returned. Raises OSError."""
     os.ftruncate(handle, 0)
     try:
         write_all(handle, text, 0)
@@ -88,7 +87,7 @@ def _write(handle: int, text: bytes) -> bool:
 
 
 class Lease:
-    """The right to download or remove one thing, until `release` or until it is lost."""
+    """The right to download or remove one model, until `release` or until it is lost."""
 
     def __init__(self, file: _LiveFile, folder: Path, key: str, generation: int) -> None:
         self.key = key
@@ -117,10 +116,10 @@ def _newest(folder: Path, key: str) -> int:
 
 
 class LeaseFolder:
-    """All leases and use marks of one cache folder, as this process sees and keeps them. Thread-safe."""
+    """The leases and use marks of one cache folder, and those that this process keeps alive. Thread-safe."""
 
     def __init__(self, folder: Path, lease_seconds: float, *, kernel: str | None = None) -> None:
-        """`kernel` is another one only in tests of what happens between machines."""
+        """Tests pass another `kernel` to act as another machine."""
         self._leases = folder / "leases"
         self._uses = folder / "uses"
         for made in (self._leases, self._uses):
@@ -137,7 +136,7 @@ class LeaseFolder:
         self._thread.start()
 
     def try_acquire(self, key: str) -> Lease | None:
-        """The lease, or None while somebody else has it."""
+        """The lease, or None while another holder has it."""
         newest = _newest(self._leases, key)
         if newest and self._is_alive(self._leases / f"{key}.{newest}"):
             return None
@@ -163,7 +162,7 @@ class LeaseFolder:
         """
         while (lease := self.try_acquire(key)) is None:
             if stopping.wait(0.02):
-                raise LeaseLost(f"lease {key} was not waited for any longer: the server stops")
+                raise LeaseLost(f"the wait for lease {key} has ended: the server is stopping")
         try:
             yield lease
         finally:
@@ -175,7 +174,7 @@ class LeaseFolder:
 
     @contextmanager
     def in_use(self, key: str) -> Iterator[None]:
-        """Marks a model as being read by this replica; on a read-only disk nobody can remove it anyway."""
+        """Marks a model as being read by this replica. Does nothing on a read-only disk, where nobody can remove it."""
         with self._lock:
             file, count = self._marks.get(key, (None, 0))
             if file is None:
@@ -217,7 +216,7 @@ class LeaseFolder:
         return newest > 0 and self._is_alive(self._leases / f"{key}.{newest}")
 
     def close(self) -> None:
-        """Lets go of everything. Idempotent."""
+        """Releases everything. Idempotent."""
         self._stopping.set()
         self._thread.join()
         with self._lock:
@@ -257,7 +256,7 @@ class LeaseFolder:
         return self._now() - os.fstat(handle).st_mtime <= self._lease_seconds
 
     def _now(self) -> float:
-        """The file system's time: what it stamps a file with that is touched now."""
+        """The file system's time: the time stamp of a file that is touched now."""
         os.utime(self._clock)
         return self._clock.stat().st_mtime
 

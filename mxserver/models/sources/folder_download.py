@@ -1,6 +1,6 @@
 """Models in a folder of the server's machine (`file:///…`), below one of the folders that the server allows.
 
-Copied into the cache, since the cache's promises (whole files, digests, eviction) cannot be made for foreign folders.
+The files are copied into the cache, which can guarantee whole files, digests and eviction only for its own folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COPY_BYTES = 64 * 1024 * 1024
 
 
 class FolderSource:
-    """Folders below `roots`; with none, every name is refused. Links that lead out of a root are refused too."""
+    """Folders below `roots`; without roots, every name is refused. Links that lead out of a root are refused too."""
 
     parallel_files = 2
 
@@ -30,7 +30,7 @@ class FolderSource:
     def resolve(self, model: ModelName, revision: str) -> RemoteModel:
         folder, root = self._folder(model)
         if not folder.is_dir():
-            raise RevisionNotFound(f"{model.name} is no folder of the server")
+            raise RevisionNotFound(f"{model.name} is not a folder on the server")
         files = []
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -50,7 +50,7 @@ class FolderSource:
             try:
                 _copy(source, beside, stopping)
                 if str(os.fstat(source).st_mtime_ns) != file.etag:
-                    raise DownloadFailed(f"{folder / file.path} was changed while it was copied; ask again")
+                    raise DownloadFailed(f"{folder / file.path} changed while it was copied; ask again")
             finally:
                 os.close(source)
         except OSError as error:
@@ -74,6 +74,6 @@ def _copy(source: int, beside: Path, stopping: Event) -> None:
     try:
         while os.sendfile(handle, source, None, _COPY_BYTES):
             if stopping.is_set():
-                raise DownloadFailed(f"{beside.name} was left off: the server stops")
+                raise DownloadFailed(f"{beside.name} was interrupted: the server is stopping")
     finally:
         os.close(handle)

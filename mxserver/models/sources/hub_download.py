@@ -25,13 +25,13 @@ _LOG = logging.getLogger(__name__)
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 
-_RESOLVE_SECONDS = 60.0  # the library itself would wait for ever for an answer to this one question
+_RESOLVE_SECONDS = 60.0  # the library would wait for ever for this one answer
 
 _IMPORT_LOCK = threading.Lock()
 
 
 def _hub() -> Any:
-    """The library, imported at the first use: it takes a second, and reads its environment then."""
+    """The library, imported at first use: importing takes a second, and reads the library's environment."""
     with _IMPORT_LOCK:
         try:
             import huggingface_hub
@@ -47,8 +47,8 @@ def _hub() -> Any:
         if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
             huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined] # it is documented
         if "HF_HUB_DISABLE_XET" not in os.environ:
-            # Only what a file has on the disk is counted as progress and against the limits, and Xet keeps a cache of
-            # chunks elsewhere. Whoever wants it says so.
+            # Progress and limits count a file's bytes on disk, but Xet keeps a cache of
+            # chunks elsewhere. So Xet must be switched on.
             huggingface_hub.constants.HF_HUB_DISABLE_XET = True
         return huggingface_hub
 
@@ -58,7 +58,7 @@ def _endpoint() -> str | None:
 
 
 class HubSource:
-    """The Hub. What an offline server finds in the cache folder counts too."""
+    """The Hub. Offline, it serves what is in the cache folder."""
 
     parallel_files = 4
 
@@ -104,7 +104,7 @@ class HubSource:
         return found
 
     def _offline(self, model: ModelName, revision: str) -> RemoteModel:
-        """With HF_HUB_OFFLINE=1, what lies in the cache folder is the model, whoever put it there."""
+        """With HF_HUB_OFFLINE=1, the files in the cache folder are the model, whoever put them there."""
         commit = revision if is_commit(revision) else self._layout.read_ref(model, revision)
         snapshot = self._layout.snapshot(ModelKey(model, commit)) if commit and is_commit(commit) else None
         if commit is None or snapshot is None or not snapshot.is_dir():
@@ -141,7 +141,7 @@ def _remote_file(sibling: Any) -> RemoteFile:
 
 
 def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNotFound:
-    """What an exception of the library means for us. Programming errors go through as they are."""
+    """Our error for one of the library's. Programming errors pass unchanged."""
     from huggingface_hub import errors
 
     chain = list(_causes(error))
@@ -153,7 +153,7 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     if any(isinstance(cause, errors.RevisionNotFoundError | errors.RepositoryNotFoundError) for cause in chain):
         return RevisionNotFound(f"{what} is not known to the hub, or HF_TOKEN may not see it ({text})")
     if any(isinstance(cause, errors.FileMetadataError) for cause in chain):
-        return DownloadFailed(f"{what}: what HF_ENDPOINT names does not answer as a hub does ({text})")
+        return DownloadFailed(f"{what}: the address in HF_ENDPOINT does not answer like a hub ({text})")
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain):
         return DownloadFailed(f"{what}: HF_HUB_OFFLINE is set")
     for cause in chain:
@@ -169,7 +169,7 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
 
 
 def _comes_from_xet(error: Exception) -> bool:
-    """Whether the library had left the download to `hf_xet`, whose errors are of no kind of their own."""
+    """Whether `hf_xet` did the download; its errors have no class of their own."""
     frames = (frame for cause in _causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__))
     return not is_disk_full(error) and any(frame.f_code.co_name == "xet_get" for frame in frames)
 
@@ -190,6 +190,6 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _retry_after(response: Any) -> float:
-    """Retry-After in seconds (RFC 9110, 10.2.3; the form with a date is left aside); 0 without."""
+    """Retry-After in seconds (RFC 9110, 10.2.3); 0 without one, and for the form with a date."""
     text = str(response.headers.get("Retry-After", ""))
     return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0

@@ -63,7 +63,7 @@ class ObjectSource:
             except errors.GenericError as error:
                 if "non-partial" not in str(error):
                     raise
-                self._in_one(store, path, file, handle, stopping)  # a store may leave ranges aside (RFC 9110, 14.2)
+                self._in_one(store, path, file, handle, stopping)  # a store may ignore ranges (RFC 9110, 14.2)
         except DownloadFailed:
             raise
         except Exception as error:
@@ -82,7 +82,9 @@ class ObjectSource:
             options = _unchanged(file) | ({} if end - start == size else {"range": (start, end)})
             part = memoryview(obstore.get(store, path, options=options).bytes())
             if len(part) != end - start:
-                raise DownloadInterrupted(f"{path} at {start}: {len(part)} bytes came instead of {end - start}")
+                raise DownloadInterrupted(
+                    f"{path} at {start}: {len(part)} bytes were received instead of {end - start}"
+                )
             _check_running(path, stopping)
             write_all(handle, part, start)
 
@@ -103,11 +105,11 @@ def _unchanged(file: RemoteFile) -> Any:
 
 def _check_running(path: str, stopping: Event) -> None:
     if stopping.is_set():
-        raise DownloadFailed(f"{path} was left off: the server stops")
+        raise DownloadFailed(f"{path} was interrupted: the server is stopping")
 
 
 def listing_revision(files: list[RemoteFile]) -> str:
-    """A name for what a prefix holds now: 40 hex digits."""
+    """A revision for the present content of a prefix: 40 hex digits."""
     listing = "\n".join(f"{file.path}\t{file.size}\t{file.etag}" for file in sorted(files, key=lambda f: f.path))
     return hashlib.sha256(listing.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
@@ -122,7 +124,7 @@ def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
             f"{model.name} needs obstore ({error}); install it with: pip install 'mx-modelexpress[{extra}]'"
         ) from error
     bucket, _, prefix = model.name.partition("://")[2].partition("/")
-    # Plain HTTP is refused unless whoever runs the server names such an endpoint.
+    # Plain HTTP is refused unless the server's environment names such an endpoint.
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     options: Any = {"client_options": {"allow_http": True}} if plain else {}
     if model.provider == model_pb2.S3:
@@ -136,16 +138,16 @@ def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
 
 
 def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNotFound:
-    """What an exception of the library means for us. Programming errors go through as they are.
+    """Our error for one of the library's. Programming errors pass unchanged.
 
-    The library has retried by itself what can be retried within a request.
+    The library has already retried what can be retried within a request.
     """
     import obstore.exceptions as errors
 
     text = " ".join(str(error).split())[:500]
     if isinstance(error, OSError) and is_disk_full(error):
         return DownloadInterrupted(f"{what}: no space left on the disk")
-    answered = re.search(r"status code: (4\d\d)", str(error))  # of a listing, for which there is no class
+    answered = re.search(r"status code: (4\d\d)", str(error))  # of a listing: the library has no class for it
     status = int(answered[1]) if answered else 0
     if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or status == 404:
         return RevisionNotFound(f"{what} is not there ({text})")
@@ -153,7 +155,7 @@ def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNot
     if isinstance(error, refusals) or status in (401, 403):
         return DownloadFailed(f"{what}: the store refuses access; check the credentials of the server ({text})")
     if isinstance(error, errors.PreconditionError):
-        return DownloadFailed(f"{what} was changed while it was downloaded; ask again for the new state")
+        return DownloadFailed(f"{what} changed while it was downloaded; ask again for the new state")
     if isinstance(error, (errors.BaseError, OSError)):
         return DownloadInterrupted(f"{what}: {type(error).__name__}: {text}")
     raise error

@@ -1,4 +1,4 @@
-"""Where models come from: what a provider must be able to do."""
+"""The interface of the providers that models come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mxserver.models.names import ModelKey, ModelName
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as its provider describes it; empty or None is what it does not say."""
+    """A file as its provider describes it; empty or None where the provider does not say."""
 
     path: str
     size: int | None
@@ -30,7 +30,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """One revision of a model, resolved: its files do not change any more, or it is noticed."""
+    """One resolved revision of a model: its files do not change any more, or a change is noticed."""
 
     key: ModelKey
     files: tuple[RemoteFile, ...]
@@ -45,7 +45,7 @@ class ModelSource(Protocol):
     parallel_files: int
 
     def resolve(self, model: ModelName, revision: str) -> RemoteModel:
-        """What a revision is now. Raises RevisionNotFound too."""
+        """Resolves a revision as it is now. Raises RevisionNotFound too."""
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
         """Downloads one file somewhere below `scratch`, and returns where it is, complete."""

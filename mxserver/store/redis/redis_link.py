@@ -1,4 +1,4 @@
-"""The connection to Redis: scripts that run, or fail as StoreUnavailable; and what the connection is called in logs."""
+"""The connection to Redis. It runs scripts, raises StoreUnavailable when they fail, and has a name for logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:
 _LOG = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
-ANSWER_SECONDS = 5.0  # less than the 30 s that clients wait, so that they are told the reason
+ANSWER_SECONDS = 5.0  # below the 30 s that clients wait, so that they get the reason
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
 
@@ -45,15 +45,15 @@ class RedisLink:
     """
 
     def __init__(self, url: str) -> None:
-        """Raises SettingError for a URL that is none. Connects at the first script."""
+        """Raises SettingError for an invalid URL. Connects at the first script."""
         self.place = place_of(url)
         try:
             self._redis: redis.Redis = redis.Redis.from_url(
                 url,
                 socket_connect_timeout=CONNECT_SECONDS,
                 socket_timeout=ANSWER_SECONDS,
-                # A connection of the pool that Redis closed meanwhile is one failure; scripts may be repeated, for
-                # a publish within one life can come twice.
+                # One retry, for a pooled connection that Redis closed meanwhile. Scripts may be repeated, because
+                # publishing twice within one life is harmless.
                 retry=Retry(ConstantBackoff(0.01), 1),
                 client_name="mxserver",
                 **({} if url.startswith("unix:") else {"socket_keepalive": True}),
@@ -81,10 +81,10 @@ class RedisLink:
         return answer
 
     def is_lasting(self) -> bool:
-        """Whether Redis writes what it acknowledges to a file before it does; True where it does not tell."""
+        """Whether Redis writes changes to a file before it acknowledges them. True where Redis does not say."""
         try:
             settings = self._redis.config_get("appendonly", "appendfsync")
-        except redis.RedisError:  # managed ones do not let themselves be asked
+        except redis.RedisError:  # managed services do not allow the question
             return True
         return settings.get("appendonly") == "yes" and settings.get("appendfsync") == "always"
 
@@ -99,7 +99,7 @@ class RedisLink:
             now = time.monotonic()
             if self._failure is not None and now < self._try_at:
                 raise StoreUnavailable(self._failure)
-            self._try_at = now + ANSWER_SECONDS  # this caller tries; the others wait for what it finds
+            self._try_at = now + ANSWER_SECONDS  # this caller tries; the others wait for its result
 
     def _failed(self, error: redis.RedisError) -> StoreUnavailable:
         text = f"Redis at {self.place} does not work: {_reason(error)}"
@@ -120,7 +120,7 @@ class RedisLink:
             self._failures = 0
 
     def require_usable(self) -> None:
-        """Raises StoreUnusable when Redis cannot be reached, or refuses: at start that is said at once."""
+        """Raises StoreUnusable when Redis cannot be reached, or refuses, so that the server fails at start."""
         try:
             self._redis.ping()
         except redis.RedisError as error:

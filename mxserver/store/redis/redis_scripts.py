@@ -1,4 +1,4 @@
-"""The Lua scripts of the Redis store: every operation is one of them, and so happens at once or not at all.
+"""The Lua scripts of the Redis store. Every operation is one script, so it happens completely or not at all.
 
 Keys, below the prefix:
 
@@ -28,10 +28,10 @@ _CLOCK = """
 local P, HEARTBEAT, COLLECT, STEP = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local CLOCK = P .. 'clock'
 
--- All replicas judge leases by this one clock, which is Redis' own: c, in ms. It goes on by what Redis' wall clock has
--- gone on since c was last kept, but by no more than the longest step: servers keep it every second, so a longer gap
--- is time in which no worker could be heard (Redis or all servers were down, or the wall clock was set), and does
--- not count against anybody. x is by how much leases were extended beside.
+-- All replicas judge leases by this one clock in Redis: c, in ms. It advances as much as Redis' wall clock did since c
+-- was last written, but at most by the longest step. Servers write it every second, so a longer gap is time in which
+-- no heartbeat could arrive (Redis or all servers were down, or the wall clock was set), and counts against nobody.
+-- x is how far leases were extended in addition.
 local anchor = redis.call('HMGET', CLOCK, 'c', 'wall', 'x')
 local extended = tonumber(anchor[3]) or 0
 local now, unix
@@ -132,7 +132,7 @@ else
   remove(name)
 end
 if status == '0' then status = (not current or current == STALE) and '1' or current end
--- Never below the time in ms: epochs grow even when Redis has lost its last seconds, or everything.
+-- Never below the time in ms: epochs grow even if Redis lost its last seconds, or everything.
 local next_epoch = math.max((tonumber(redis.call('GET', P .. 'epoch')) or 0) + 1, unix)
 redis.call('SET', P .. 'epoch', number(next_epoch))
 local life = epoch > 0 and epoch or next_epoch
@@ -154,7 +154,7 @@ return {'ok', row(name)}
 UPDATE = (
     _PRELUDE
     + """
--- Any number of updates, of five arguments each: name, status, epoch, load, owner.
+-- Any number of updates, with five arguments each: name, status, epoch, load, owner.
 local function update(name, status, epoch, load, owner)
   local current, since, kept, source = view(name)
   if not current then return {'unknown'} end
@@ -251,7 +251,7 @@ for _, id in ipairs(sources) do
   for status = 1, 2 do
     if wanted == '' or wanted == tostring(status) then
       walk(index(status, id), '+inf', limit)
-    elseif wanted == STALE then  -- those that are STALE by time and not swept yet
+    elseif wanted == STALE then  -- those that became STALE by time and were not swept yet
       walk(index(status, id), number(now - HEARTBEAT), math.huge)
     end
   end
@@ -301,13 +301,13 @@ return {}
 JOIN = (
     _PRELUDE
     + """
--- 7 this replica, 8 silence in ms after which another one is not there any more; returns the names to renew.
+-- 7 this replica, 8 silence in ms after which another replica counts as gone; returns the names to renew.
 redis.call('ZREMRANGEBYSCORE', P .. 'replicas', '-inf', number(now - tonumber(ARGV[8])))
 local others = redis.call('ZCARD', P .. 'replicas')
 redis.call('ZADD', P .. 'replicas', number(now), ARGV[7])
 local names = {}
 if others == 0 then
-  -- Nobody could be heard since the clock was last kept: that time does not count.
+  -- No heartbeat could arrive since the clock was last written: that time does not count.
   local silent = now - (tonumber(anchor[1]) or now)
   extended = extended + math.max(0, silent)
   redis.call('HSET', CLOCK, 'x', number(extended))
@@ -325,7 +325,7 @@ return names
 RENEW = (
     _PRELUDE
     + """
--- The first server after a time without any: who is alive gets a whole lease, who is STALE a whole time to be kept.
+-- For the first server after a time without any: living records get a whole lease, STALE ones a whole collect time.
 for i = 7, #ARGV do
   local name = ARGV[i]
   local rec = redis.call('HMGET', P .. 'rec:' .. name, 's', 'k')
@@ -352,7 +352,7 @@ return {}
 CHECK = (
     _PRELUDE
     + """
-keep_clock(true)  -- a write: a Redis that cannot write does not work
+keep_clock(true)  -- a write, because a Redis that cannot write does not work
 return {}
 """
 )

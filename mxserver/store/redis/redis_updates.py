@@ -1,7 +1,7 @@
-"""Updates of several callers, kept by one script.
+"""Updates of several callers, written by one script.
 
-A heartbeat by itself costs Redis more for the write to its file than for all else. So updates wait a moment for
-others to come along, and one script keeps all of them: the callers get their answers after it.
+Of a single heartbeat, the write to Redis' file costs the most. So updates wait a moment for others, and one script
+writes all of them; the callers get their answers after it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from mxserver.store.batch import take_waiting
 from mxserver.store.errors import StoreUnavailable
 
 Update: TypeAlias = tuple[str | bytes, ...]
 Run: TypeAlias = Callable[[Sequence[Update]], Sequence[Any]]
 
-MOST_TOGETHER = 32  # half of the threads that answer calls: when so many wait, they wait no longer
+MOST_TOGETHER = 32  # half of the threads that answer calls; when this many wait, the script runs at once
 
 
 class Updates:
-    """Hands updates to `run`, several at a time. Thread-safe."""
+    """Passes updates to `run`, several at a time. Thread-safe."""
 
     def __init__(self, run: Run, linger_seconds: float) -> None:
-        """`run` keeps updates and returns an answer for each; it raises StoreUnavailable. With `linger_seconds` 0
-        each is run by itself, in its caller's thread.
+        """`run` writes updates and returns an answer for each; it raises StoreUnavailable. With `linger_seconds` 0
+        each update runs alone, in its caller's thread.
         """
         self._run = run
         self._linger_seconds = linger_seconds
@@ -66,17 +67,7 @@ class Updates:
             if not self._closed:
                 self._enough.wait(self._linger_seconds)
                 self._enough.clear()
-            batch = [first]
-            while len(batch) < MOST_TOGETHER:
-                try:
-                    following = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    self._waiting.put(None)  # for the next round; nothing comes after it
-                    break
-                batch.append(following)
-            self._keep(batch)
+            self._keep(take_waiting(self._waiting, first, MOST_TOGETHER))
 
     def _keep(self, batch: list[tuple[Update, Future[Any]]]) -> None:
         try:

@@ -1,12 +1,12 @@
 """Records in Redis, for several servers over one Redis.
 
-Every operation is one Lua script (`redis_scripts`), so that replicas never see or make half of it. Leases are judged
-by a clock that is kept in Redis and is the same for all replicas; it stands still while nobody could be heard, so that
-an outage of Redis or of all servers makes no worker STALE.
+Every operation is one Lua script (`redis_scripts`), so it is atomic for all replicas. Leases are judged by a clock that
+is kept in Redis and shared by all replicas. It stops while no heartbeat could arrive, so that an outage of Redis or of
+all servers makes no worker STALE.
 
-What was published is the same for as long as its epoch is: each replica keeps what it has seen, and searches carry
-only what changes. Redis keeps what it has acknowledged across a kill or a power cut with `appendonly yes` and
-`appendfsync always`; the server says so when it is set otherwise.
+What was published does not change while its epoch stays the same: each replica caches it, and searches carry only
+what changes. With `appendonly yes` and `appendfsync always` Redis keeps what it has acknowledged across a kill or a
+power cut; with other settings the server logs a warning.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mxserver.wire.proto import p2p_pb2
 _LOG = logging.getLogger(__name__)
 
 PREFIX = "mx:"
-LONGEST_STEP_SECONDS = 3.0  # servers keep the clock every second; a longer gap is an outage
-LINGER_SECONDS = 0.1  # a heartbeat may take so much longer; hundreds a second then cost ten writes
-RECORDS_PER_SCRIPT = 500  # how long Redis serves nobody else: a few milliseconds
+LONGEST_STEP_SECONDS = 3.0  # servers advance the clock every second; a longer gap is an outage
+LINGER_SECONDS = 0.1  # how long a heartbeat waits for others; hundreds a second then cost ten writes
+RECORDS_PER_SCRIPT = 500  # limits how long one script blocks Redis: a few milliseconds
 KNOWN_PAYLOAD_BYTES = 256 * 1024 * 1024
 
 
@@ -60,7 +60,7 @@ class _Payload:
 
 
 class _Payloads:
-    """The payloads that were used last, by record and epoch, up to so many bytes. Thread-safe."""
+    """A cache of recently used payloads, by record and epoch, up to a number of bytes. Thread-safe."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -116,7 +116,7 @@ class RedisStore(SourceStore):
         prefix: str = PREFIX,
         linger_seconds: float = LINGER_SECONDS,
     ) -> None:
-        """`clock` is for tests; without it the time is Redis' own. Updates wait `linger_seconds` for others.
+        """`clock` is for tests; without it Redis' own time counts. Updates wait `linger_seconds` for others.
 
         Raises StoreUnusable and SettingError.
         """
@@ -181,7 +181,7 @@ class RedisStore(SourceStore):
 
     def find(self, query: Query) -> list[SourceRecord]:
         if query.source_id == "" or query.model_name == "":
-            return []  # no record has such a name; to the script an empty one is none
+            return []  # no record has such a name; the script treats an empty name as missing
         filters = (query.status, query.worker_rank, query.min_updated_at_ms, query.limit)
         rows = self._run(
             scripts.FIND,
@@ -189,7 +189,7 @@ class RedisStore(SourceStore):
             (query.model_name or "").lower(),
             *("" if value is None else str(value) for value in filters),
         )
-        # What had to be fetched is as it is by now.
+        # Records that had to be fetched are as new as the fetch.
         records = [record for record in self._records(rows) if query.status in (None, record.status)]
         records.sort(key=_age_order, reverse=True)
         return records if query.limit is None else records[: query.limit]
@@ -221,7 +221,7 @@ class RedisStore(SourceStore):
         self._link.close()
 
     def _join(self) -> None:
-        """Tells the others that this replica is there; the first one after a time without any renews all leases."""
+        """Registers this replica. The first replica after a time without any renews all leases."""
         names: Sequence[bytes] = self._run(scripts.JOIN, self._replica, self._silence)
         for start in range(0, len(names), RECORDS_PER_SCRIPT):
             self._run(scripts.RENEW, *names[start : start + RECORDS_PER_SCRIPT])
@@ -249,7 +249,7 @@ class RedisStore(SourceStore):
             raise not_owner(key, owner)
 
     def _records(self, rows: Iterable[Sequence[bytes]]) -> list[SourceRecord]:
-        """With what was published, which is fetched where this replica has not seen it yet."""
+        """Adds the published payloads. Those that this replica has not cached are fetched."""
         records, missing = [], []
         for row in (_Row(*parts) for parts in rows):
             payload = self._payloads.get(row.name, int(row.epoch))
@@ -270,7 +270,7 @@ def _ms(seconds: float) -> str:
 
 
 def _worker(source_id: str, worker_id: str) -> bytes:
-    """One name out of two, however they are made: the first one's length comes first."""
+    """Joins two names without ambiguity: the first one's length comes first."""
     source = source_id.encode()
     return b"%d:%s%s" % (len(source), source, worker_id.encode())
 
@@ -304,5 +304,5 @@ def _record(row: _Row, payload: _Payload) -> SourceRecord:
 
 
 def _age_order(record: SourceRecord) -> tuple[int, bytes]:
-    """As the index orders, where the times are the same: a search with a limit finds the first of one without."""
+    """Orders records with equal times as the index does, so that a limit cuts the same list."""
     return record.updated_at_ms, _name(record.key)

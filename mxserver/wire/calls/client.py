@@ -7,10 +7,9 @@ from typing import TypeVar, cast
 
 import grpc
 
-from mxserver.wire.address import with_advice
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import ClientCredentials, Connection
+from mxserver.wire.calls.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 from mxserver.wire.proto import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
@@ -19,8 +18,6 @@ Response = TypeVar("Response")
 
 ERROR_CODE_METADATA = "mx-error-code"
 """Trailing metadata of our server's errors: the stable code of the error (`StaleEpoch.code`)."""
-
-_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
 class ServerClient(Closing):
@@ -43,7 +40,7 @@ class ServerClient(Closing):
         """
         self.address = address
         self.timeout_seconds = timeout_seconds
-        self._connection = Connection(address, channel_options(), credentials)
+        self._server = ServerChannel(address, credentials)
         self._stubs: tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub] | None = None
 
     def publish(
@@ -61,7 +58,7 @@ class ServerClient(Closing):
         weights came; the server counts each load once.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
         """
         response = self._call(
             "PublishMetadata",
@@ -113,11 +110,11 @@ class ServerClient(Closing):
     ) -> None:
         """Sets the status and renews the lease: the heartbeat.
 
-        With `load_progress` it also tells how far a load is, with `load_report` how one has ended; both are for people
-        who look at the server, and servers that do not know them leave them aside.
+        `load_progress` also tells how far a load is, `load_report` how one has ended. Both are shown to people; servers
+        that do not know them ignore them.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
             ServerRefused: the server does not know the record (any more); publish again.
         """
         request = p2p_pb2.UpdateStatusRequest(
@@ -146,7 +143,7 @@ class ServerClient(Closing):
         """Tells how far a load is and changes nothing else: the record's status and lease stay as they are.
 
         Raises:
-            StaleEpoch: a newer life of this worker has published.
+            StaleEpoch: a newer process of this worker has published.
             ServerRefused: the worker is not loading by its record, or the server does not know such messages.
         """
         self.update_status(
@@ -156,9 +153,9 @@ class ServerClient(Closing):
     def take_storage_turn(
         self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
     ) -> mx_pb2.TakeStorageTurnResponse:
-        """Asks whether this worker is to read storage for all with its weights and rank; with `epoch`, extends that.
+        """Storage reader election: asks whether this worker reads storage for all with its weights and rank.
 
-        ServerRefused also comes from servers that do not know turns.
+        With `epoch`, the elected reader extends its lease. Servers without elections raise ServerRefused.
         """
         request = mx_pb2.TakeStorageTurnRequest(
             mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch
@@ -166,7 +163,7 @@ class ServerClient(Closing):
         return self._call("TakeStorageTurn", self._fleet.TakeStorageTurn, request)
 
     def end_storage_turn(self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool) -> None:
-        """Ends a turn; without `shared`, the others are told to read for themselves."""
+        """Ends an elected reader's lease. Without `shared`, the others are told to read for themselves."""
         request = mx_pb2.EndStorageTurnRequest(
             mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, shared=shared
         )
@@ -178,7 +175,7 @@ class ServerClient(Closing):
 
     def close(self) -> None:
         """Closes the channel; calls that run end with ServerUnreachable. Idempotent."""
-        self._connection.close()
+        self._server.close()
 
     @property
     def _p2p(self) -> p2p_pb2_grpc.P2pServiceStub:
@@ -194,7 +191,7 @@ class ServerClient(Closing):
 
     def _current_stubs(self) -> tuple[grpc.Channel, p2p_pb2_grpc.P2pServiceStub, health_pb2_grpc.HealthServiceStub]:
         try:
-            channel = self._connection.channel()
+            channel = self._server.channel()
         except (SettingError, ValueError) as error:
             raise ServerUnreachable(f"{self.address} cannot be called: {error}") from error
         stubs = self._stubs
@@ -215,13 +212,11 @@ class ServerClient(Closing):
         return ServerRefused(f"{name} at {self.address} was refused: {message}")
 
     def _as_wire_error(self, name: str, error: grpc.RpcError) -> WireError:
-        call = cast(grpc.Call, error)  # every RpcError of an invocation is one
-        status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
+        status, text = call_failure(name, self.address, error)
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
-        if status in _NO_ANSWER:
+        if status in NO_ANSWER:
             return ServerUnreachable(text)
-        if (ERROR_CODE_METADATA, StaleEpoch.code) in (tuple(item) for item in call.trailing_metadata() or ()):
+        if dict(cast(grpc.Call, error).trailing_metadata() or ()).get(ERROR_CODE_METADATA) == StaleEpoch.code:
             return StaleEpoch(text)
         return ServerRefused(text)

@@ -1,4 +1,4 @@
-"""What a `with` block closes."""
+"""The base class of objects that a `with` block closes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Self, final
 
 
 class Closing(ABC):
-    """Base of clients and connections: `with` gives the object and calls its `close`, whatever the block raised."""
+    """Base of clients and connections: `with` returns the object and calls its `close`, whatever the block raised."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what is held. Idempotent."""
+        """Releases what the object holds. Idempotent."""
 
     @final
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""How long, and how often, a server that is away is asked again."""
+"""Retries while a server does not answer: how often, and for how long."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ LONGEST_WAIT_SECONDS = 2.0
 
 
 class Patience:
-    """Waits between attempts: doubled each time, each a random part shorter, so that clients that lost a server at
-    the same moment do not come back at the same moment. Not thread-safe; `stop`, where given, ends waits early.
+    """Waits between attempts. Each wait doubles, less a random part, so that clients that lost a server together do not
+    return together. Not thread-safe. `stop`, if given, ends waits early.
 
-    Of the retry libraries none is needed for this: what ends the attempts here is how long nothing was heard.
+    Retry libraries count attempts; here the time without any answer from the server ends them.
     """
 
     def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
-        """`seconds`: how long the server may be away without a break."""
+        """`seconds`: how long the server may be silent."""
         self._seconds = seconds
         self._stop = stop or threading.Event()
         self._heard_at = time.monotonic()
         self._attempts = 0
 
     def heard(self) -> None:
-        """The server gave a sign of life."""
+        """The server answered: the time starts again."""
         self._heard_at = time.monotonic()
         self._attempts = 0
 
     def wait(self) -> bool:
-        """Waits for the next attempt. False, at once: the server has been away for too long, or `stop` is set."""
+        """Waits for the next attempt. Returns False at once if the server was silent for too long, or `stop` is set."""
         left = self._heard_at + self._seconds - time.monotonic()
         if left <= 0:
             return False

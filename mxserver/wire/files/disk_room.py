@@ -1,4 +1,4 @@
-"""Room on a disk for files that come from elsewhere: asked for before the first byte, told when it runs out."""
+"""Disk room for files from elsewhere: checked before the first byte, reported when it runs out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def full_disk_is_told(folder: Path, wanted_bytes: int) -> Iterator[None]:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """What this user may still write; None for file systems that do not know."""
+    """How many bytes this user may still write; None for file systems that do not say."""
     try:
         found = os.statvfs(folder)
     except OSError:

@@ -15,14 +15,14 @@ _HEAD_BYTES = 2048  # more than all fields but the data take: a path is 1 KiB at
 
 
 class BadMessage(ValueError):
-    """Bytes that are no protobuf message."""
+    """Bytes that are not a protobuf message."""
 
 
 class ChunkReader:
     """The chunks of a running call of StreamModelFiles, one after the other. Not thread-safe.
 
-    Servers of this project send the data last, so that it can be received where it belongs. Where it comes earlier
-    the message is received whole, and copied.
+    Servers of this project send the data last, so that it can be received in its final place. If it comes earlier,
+    the whole message is received and copied.
     """
 
     def __init__(self, call: StreamConnection) -> None:
@@ -74,8 +74,8 @@ class ChunkReader:
 
 
 def _fields_before_data(head: memoryview) -> tuple[int, int, int]:
-    """Where the fields before the data end, where the data begins, and how long it is. Without data in sight: where
-    the fields end that are in sight, twice, and 0. Raises BadMessage.
+    """Returns where the fields before the data end, where the data begins, and its length. If no data is visible yet:
+    the end of the visible fields, twice, and 0. Raises BadMessage.
     """
     at = 0
     while at < len(head):

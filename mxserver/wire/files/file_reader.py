@@ -1,4 +1,4 @@
-"""Stretches of a cached model's files, straight into memory of the caller."""
+"""Parts of a cached model's files, received straight into the caller's memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mxserver.wire.proto import model_pb2
 class FileReader(Closing):
     """Reads parts of the files of one revision of a model. Made by `ModelClient.reader`; `close` must be called.
 
-    Not thread-safe, but for `abort`: use one for each thread, for each has a connection of its own. Bytes go from the
-    socket into the caller's memory; each chunk's digest, made by the server when it reads the chunk, is compared in
-    place. Broken connections are made again, and the read goes on with the first chunk that was not whole.
+    Not thread-safe, except `abort`: use one for each thread, each has its own connection. Bytes go from the socket into
+    the caller's memory, where each chunk is compared with the digest that the server made when it read the chunk.
+    After a broken connection the read goes on with the first incomplete chunk.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FileReader(Closing):
         self, path: str, offset: int, into: memoryview, *, on_bytes: Callable[[int], None] = lambda _: None
     ) -> None:
         """Fills `into` (bytes, writable, contiguous) with the file's bytes from `offset` on. `on_bytes` is called
-        with the bytes of each chunk, once they are right. What is in `into` after an error is undefined.
+        with the number of bytes of each verified chunk. The content of `into` after an error is undefined.
 
         Raises:
             ModelNotFound: the server has no such file.
@@ -63,7 +63,7 @@ class FileReader(Closing):
         done = attempts = 0
         while done < len(into):
             if self._stop.is_set():
-                raise ServerUnreachable(f"{path} was not read from {self._address} any further: it was aborted")
+                raise ServerUnreachable(f"{path} was not read to its end from {self._address}: the read was aborted")
             before = done
             try:
                 for count in self._chunks(path, offset + done, into[done:]):
@@ -81,7 +81,7 @@ class FileReader(Closing):
                     raise
 
     def _chunks(self, path: str, offset: int, into: memoryview) -> Iterator[int]:
-        """Fills `into` in one call, and yields the bytes of each chunk that is right."""
+        """Fills `into` in one call, and yields the number of bytes of each verified chunk."""
         request = model_pb2.ModelFilesRequest()
         request.CopyFrom(self._request)
         request.file_selector.paths.append(path)
@@ -108,7 +108,7 @@ class FileReader(Closing):
         if fields.offset != offset or count > room:
             raise ServerRefused(
                 f"{self._address} sent {count} bytes of {path} from {fields.offset}, but {room} from {offset} were "
-                "asked for; it may know no ranges: fetch whole files from it"
+                "asked for; it may not support ranges: fetch whole files from it"
             )
 
     def _check_digest(self, fields: model_pb2.FileChunk, data: memoryview) -> None:
@@ -116,12 +116,12 @@ class FileReader(Closing):
             self.bytes_unverified += len(data)
         elif (digest := xxhash.xxh3_64_intdigest(data)) != fields.data_digest:
             raise FileRefused(
-                f"{fields.relative_path} from {fields.offset}: {len(data)} bytes came with the digest {digest:016x}, "
+                f"{fields.relative_path} from {fields.offset}: {len(data)} bytes have the digest {digest:016x}, "
                 f"not {fields.data_digest:016x}"
             )
 
     def abort(self) -> None:
-        """Ends a read that runs in another thread; others fail too from then on."""
+        """Ends a read that runs in another thread. All later reads fail too."""
         self._stop.set()
         self._connection.abort()
 

@@ -1,8 +1,8 @@
-"""As much of HTTP/2 (RFC 9113) as an answer takes that is streamed straight into memory of the receiver's choice.
+"""A minimal HTTP/2 client (RFC 9113) that receives an answer straight into the caller's memory.
 
 grpcio copies each message three times, under the interpreter's lock, before a client sees it. Files are large: here
-the kernel's copy is the only one. One request at a time on a connection of its own; what an answer does not need
-(pushes, priorities, several streams) is refused or left aside as the RFC says.
+the kernel's copy is the only one. A connection runs one request at a time. What an answer does not need (pushes,
+priorities, several streams) is refused or ignored as the RFC says.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Setting(IntEnum):
 
 
 class Http2Error(Exception):
-    """The connection is of no use any more: broken, silent, or the peer does not keep to the protocol."""
+    """The connection is unusable: broken, silent, or the peer violated the protocol."""
 
 
 class StreamReset(Http2Error):
@@ -69,15 +69,16 @@ def frame(kind: FrameType, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 class Http2Connection:
-    """Requests one after the other over a connected socket, which it owns from then on. Not thread-safe, but for
-    `abort`. After an error, or an answer that was not read to its end, only `close` is left.
+    """Sends one request after the other over a connected socket, which it owns. Not thread-safe, except `abort`.
+
+    After an error, or an answer that was not read to its end, only `close` may be called.
     """
 
     def __init__(
         self, connected: socket.socket, *, window_bytes: int, silence_seconds: float, ping_seconds: float
     ) -> None:
-        """`window_bytes`: what may be on its way here. A peer that is silent for `silence_seconds` is asked for a
-        sign of life, and given up on when none comes for `ping_seconds`. Raises Http2Error.
+        """`window_bytes`: how much may be in flight to us. A peer that is silent for `silence_seconds` gets a ping;
+        after `ping_seconds` more of silence the connection has failed. Raises Http2Error.
         """
         self._socket = connected
         self._window_bytes = window_bytes
@@ -115,7 +116,7 @@ class Http2Connection:
     def request(self, headers: Headers, body: bytes) -> None:
         """Sends a request with a short body (less than a first window); only while `is_free`. Raises Http2Error."""
         if not self.is_free:
-            raise Http2Error("the answer before has not ended, or the server goes away")
+            raise Http2Error("the previous answer has not ended, or the server is going away")
         self._stream += 2
         self._ended = False
         self.headers, self.trailers = [], []
@@ -145,7 +146,7 @@ class Http2Connection:
         return filled
 
     def abort(self) -> None:
-        """Ends what runs, in whichever thread: it raises Http2Error there."""
+        """Ends a running request, in whichever thread; Http2Error is raised there."""
         with suppress(OSError):  # it is not connected any more
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -156,7 +157,7 @@ class Http2Connection:
     # Frames.
 
     def _next_data(self) -> bool:
-        """Goes on to the next bytes of the body. False: it has ended."""
+        """Advances to the next bytes of the body. False: the body has ended."""
         while not self._ended:
             self._exactly(self._header)
             length = int.from_bytes(self._header[:3], "big")
@@ -212,9 +213,9 @@ class Http2Connection:
             last = int.from_bytes(payload[:4], "big") & 0x7FFF_FFFF
             self._going_away = True
             if last < self._stream:  # else the server ends the connection after this answer
-                raise Http2Error(f"the server goes away: {payload[8:200]!r}")
+                raise Http2Error(f"the server is going away: {payload[8:200]!r}")
         elif kind in (FrameType.PUSH_PROMISE, FrameType.CONTINUATION):
-            raise Http2Error(f"a frame of type {kind} came, which has no place here")
+            raise Http2Error(f"a frame of type {kind} came, which is not allowed here")
 
     def _take_headers(self, flags: int, stream: int, payload: bytes) -> None:
         if stream != self._stream:
@@ -238,7 +239,7 @@ class Http2Connection:
         self._ended = bool(flags & Flag.END_STREAM)
 
     def _give_back(self, count: int) -> None:
-        """Lets the server send as much again, in steps of a quarter of the window."""
+        """Lets the server send more, in steps of a quarter of the window."""
         self._to_return += count
         if self._to_return >= self._window_bytes // 4:
             step = struct.pack(">I", self._to_return)

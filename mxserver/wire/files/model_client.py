@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import grpc
 
-from mxserver.wire.address import with_advice
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import ClientCredentials, Connection
+from mxserver.wire.calls.credentials import ClientCredentials
 from mxserver.wire.calls.patience import Patience
 from mxserver.wire.errors import (
     DiskFull,
@@ -44,7 +43,6 @@ _SCHEMES: dict[str, model_pb2.ModelProvider.ValueType] = {
     "abfss": model_pb2.AZURE,
     "file": model_pb2.FILE,
 }
-_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 PARTIAL_FOLDER = ".mx-partial"
 
@@ -89,26 +87,26 @@ class ModelClient(Closing):
         credentials: ClientCredentials | None = None,
     ) -> None:
         """`address` is what `parse_server_address` returns. `timeout_seconds`: of short calls; `patience_seconds`:
-        how long a download or a stream waits for a server that is away. Without `credentials`, certificates and
-        token are those of the environment.
+        how long a download or a stream waits for a silent server. Without `credentials`, certificates and token are
+        those of the environment.
         """
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
         self._credentials = credentials
-        self._connection = Connection(address, channel_options(), credentials)
+        self._server = ServerChannel(address, credentials)
 
     @property
     def _models(self) -> model_pb2_grpc.ModelServiceStub:
-        return model_pb2_grpc.ModelServiceStub(self._connection.channel())
+        return model_pb2_grpc.ModelServiceStub(self._server.channel())
 
     @property
     def _cache(self) -> cache_pb2_grpc.CacheServiceStub:
-        return cache_pb2_grpc.CacheServiceStub(self._connection.channel())
+        return cache_pb2_grpc.CacheServiceStub(self._server.channel())
 
     def close(self) -> None:
         """Idempotent."""
-        self._connection.close()
+        self._server.close()
 
     def ensure(
         self,
@@ -148,7 +146,7 @@ class ModelClient(Closing):
             return last.resolved_revision if last.HasField("resolved_revision") else None
 
     def list_files(self, name: str, *, revision: str | None = None, ignore_weights: bool = False) -> ModelFiles:
-        """The model's files in the server's cache; starts no download.
+        """The model's files in the server's cache. Starts no download.
 
         Raises:
             FileRefused: the server lists a name that cannot be a file below a folder.
@@ -163,7 +161,7 @@ class ModelClient(Closing):
             if problem := path_problem(info.relative_path):
                 raise FileRefused(f"{self.address} lists {info.relative_path[:200]!r} for {name}: {problem}")
         files = tuple(FileInfo(info.relative_path, info.size, info.digest) for info in listed.files)
-        # A server that knows the original fields alone names no commit; then the stream must ask for the same name.
+        # A server with the protocol's original fields alone names no commit: then streams use the same name.
         commit = listed.resolved_revision if listed.HasField("resolved_revision") else revision
         return ModelFiles(files, commit, Path(listed.folder) if listed.folder else None)
 
@@ -193,12 +191,12 @@ class ModelClient(Closing):
     ) -> FetchReport:
         """Brings the model's files into a folder; files that are there with the right bytes stay.
 
-        A file has its name only once it is whole, checked and on the disk. What had come of others lies in
-        `.mx-partial` for the next attempt. One process at a time fetches into a folder; the next one waits.
+        A file gets its name once it is complete, checked and on the disk. Incomplete files lie in `.mx-partial` for
+        the next attempt. One process at a time fetches into a folder; the next one waits.
 
         Raises:
             FileRefused: a name leads out of the folder, or bytes are wrong after three attempts.
-            DiskFull: there is no room, before the first byte or later; all that this fetch brought is gone then.
+            DiskFull: there is no room, before the first byte or later; all that this fetch brought is removed.
             OSError: the folder cannot be written.
         """
         listed = self.list_files(name, revision=revision, ignore_weights=ignore_weights)
@@ -231,7 +229,7 @@ class ModelClient(Closing):
         if len(commit) != 40 or not set(commit) <= set("0123456789abcdef"):
             raise ServerRefused(f"{self.address} names no commit of {name}, but {commit[:100]!r}")
         if ("/" in name and path_problem(name)) or (revision and path_problem(revision)):
-            raise ServerRefused(f"{name}@{revision} is no name of the hub")
+            raise ServerRefused(f"{name}@{revision} is not a name of the hub")
         repository = cache / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / commit
         beside = repository / PARTIAL_FOLDER
@@ -331,10 +329,8 @@ class ModelClient(Closing):
             raise ServerUnreachable(f"{name} at {self.address}: {error}") from error
 
     def _as_error(self, name: str, error: grpc.RpcError) -> WireError:
-        call = cast("grpc.Call", error)  # every RpcError of an invocation is one
-        status = call.code()
-        text = f"{name} at {self.address} failed with {status.name}: {with_advice(call.details() or '', self.address)}"
-        if status in _UNREACHABLE:
+        status, text = call_failure(name, self.address, error)
+        if status in NO_ANSWER:
             return ServerUnreachable(text)
         if status is grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(text)
@@ -342,7 +338,7 @@ class ModelClient(Closing):
 
 
 def _run(fetch: FolderFetch, missing: list[FileInfo], folder: Path, beside: Path) -> None:
-    """Raises DiskFull before the first byte where it can be told that there is no room: nothing comes in vain."""
+    """Raises DiskFull before the first byte if there is no room, so that nothing is fetched in vain."""
     partials = [partial_path(info, beside) for info in missing]
     here_bytes = sum(path.stat().st_size for path in partials if path.exists())
     wanted_bytes = sum(info.size for info in missing) - here_bytes
@@ -352,7 +348,7 @@ def _run(fetch: FolderFetch, missing: list[FileInfo], folder: Path, beside: Path
 
 
 def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
-    """What a fetch brought that did not fit: others need the room, and half a checkpoint is no use."""
+    """Removes what a failed fetch brought: others need the room, and an incomplete checkpoint is useless."""
     for info in missing:
         (folder / info.path).unlink(missing_ok=True)
         partial_path(info, beside).unlink(missing_ok=True)

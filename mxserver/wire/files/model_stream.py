@@ -24,8 +24,8 @@ MAX_CONTENT_ATTEMPTS = 3
 _BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
 BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,  # what a call gets that is cut by the server's end
-    grpc.StatusCode.INTERNAL,  # a reset of the stream on the way
+    grpc.StatusCode.CANCELLED,  # of a call that ended with the server
+    grpc.StatusCode.INTERNAL,  # a proxy reset the stream
     grpc.StatusCode.UNKNOWN,
 )
 
@@ -45,7 +45,7 @@ class FetchReport:
 
 
 class FolderFetch:
-    """One fetch into a folder, by `run`. `on_bytes` is called with the bytes of each chunk, from any thread."""
+    """One fetch into a folder, by `run`. `on_bytes` is called with the size of each chunk in bytes, from any thread."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FolderFetch:
         on_bytes: Callable[[int], None],
         as_error: Callable[[str, grpc.RpcError], WireError],
     ) -> None:
-        """`request` says which model; `beside` is a folder for what is not whole yet, on the same file system."""
+        """`request` says which model; `beside` is a folder for incomplete files, on the same file system."""
         self._address = address
         self._credentials = credentials
         self._request = request
@@ -76,7 +76,7 @@ class FolderFetch:
         self.report = FetchReport()
 
     def run(self, files: list[FileInfo]) -> None:
-        """Raises what the first stream that failed raised; the others are ended then."""
+        """Raises the error of the first stream that fails, and ends the others."""
         batches: queue.SimpleQueue[list[FileInfo]] = queue.SimpleQueue()
         made = _batches(files)
         for batch in made:
@@ -110,7 +110,7 @@ class FolderFetch:
                 connection.abort()
 
     def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
-        # A connection of its own for each: one TCP connection is slower than several.
+        # One connection each: one TCP connection is slower than several.
         with StreamConnection(self._address, self._credentials) as connection:
             with self._lock:
                 self._open.append(connection)
@@ -123,7 +123,7 @@ class FolderFetch:
                 buffer = self._batch(connection, batch, buffer)
 
     def _batch(self, connection: StreamConnection, batch: list[FileInfo], buffer: bytearray) -> bytearray:
-        """`buffer` takes a chunk at a time; a larger one is returned where it was too small."""
+        """`buffer` holds one chunk at a time; if it was too small, a larger one is returned."""
         partials = {info.path: PartialFile(info, self._beside) for info in batch}
         with self._lock:
             self.report.bytes_resumed += sum(partial.offset for partial in partials.values())
@@ -185,8 +185,8 @@ class FolderFetch:
             raise FileRefused(f"{self._address} sent {chunk.relative_path[:200]!r}, which was not asked for")
         if chunk.offset != partial.offset:
             if chunk.offset:
-                raise FileRefused(f"{partial.info.path}: byte {partial.offset} was to come, not {chunk.offset}")
-            with self._lock:  # a server that knows no ranges begins at the beginning
+                raise FileRefused(f"{partial.info.path}: expected byte {partial.offset}, but got byte {chunk.offset}")
+            with self._lock:  # a server without ranges starts at the beginning
                 self.report.resent_bytes += partial.offset
             partial.restart()
         partial.append(data)

@@ -1,4 +1,4 @@
-"""A file that arrives in pieces: beside its final place until it is whole and checked; goes on after a break."""
+"""A file that arrives in pieces: beside its final place until it is complete and checked, resumed after a break."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def has_content(path: Path, info: FileInfo) -> bool:
 
 
 def _hash_up_to(handle: int, end: int, hasher: xxhash.xxh3_64) -> int:
-    """Hashes a file from its beginning; returns how far it went."""
+    """Hashes a file from its beginning; returns the number of bytes."""
     buffer = bytearray(_READ_BYTES)
     view = memoryview(buffer)
     offset = 0
@@ -52,13 +52,13 @@ def _hash_up_to(handle: int, end: int, hasher: xxhash.xxh3_64) -> int:
 
 
 def partial_path(info: FileInfo, beside: Path) -> Path:
-    """Where a file lies until it is whole; another place for other bytes."""
+    """Where an incomplete file lies; the place depends on the expected content."""
     known = "\n".join((info.path, str(info.size), info.digest)).encode("utf-8", "surrogatepass")
     return beside / hashlib.sha256(known).hexdigest()[:32]
 
 
 class PartialFile:
-    """One arriving file. Not thread-safe. `close` must be called; what has come stays for the next attempt."""
+    """One arriving file. Not thread-safe. `close` must be called; received bytes stay for the next attempt."""
 
     def __init__(self, info: FileInfo, beside: Path) -> None:
         """`beside`: a folder on the same file system as the final place. Raises OSError."""
@@ -67,14 +67,14 @@ class PartialFile:
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._hasher = xxhash.xxh3_64()
         self.offset = 0
-        if info.digest:  # without one nobody could tell whether what lies there is a beginning of this file
+        if info.digest:  # without a digest, nobody could tell whether these bytes are the start of this file
             self.offset = _hash_up_to(self._handle, info.size, self._hasher)
         os.ftruncate(self._handle, self.offset)
 
     def append(self, data: memoryview) -> None:
         """Raises FileRefused when more comes than the file has."""
         if self.offset + len(data) > self.info.size:
-            raise FileRefused(f"{self.info.path} has {self.info.size} bytes, but more came")
+            raise FileRefused(f"{self.info.path} has {self.info.size} bytes, but the server sent more")
         self._hasher.update(data)
         while data:
             written = os.pwrite(self._handle, data, self.offset)
@@ -82,7 +82,7 @@ class PartialFile:
             data = data[written:]
 
     def restart(self) -> None:
-        """Drops what has come."""
+        """Drops the received bytes."""
         os.ftruncate(self._handle, 0)
         self.offset = 0
         self._hasher.reset()
@@ -91,14 +91,14 @@ class PartialFile:
         """Gives the file its final name below `folder`, once it is known to be right and on the disk.
 
         Raises:
-            FileRefused: its size or its digest is wrong; what came is dropped.
+            FileRefused: its size or digest is wrong; the received bytes are dropped.
         """
         digest = DIGEST_PREFIX + self._hasher.hexdigest()
         if self.offset != self.info.size or self.info.digest not in ("", digest):
             came, self.offset = self.offset, 0
             self.restart()
             raise FileRefused(
-                f"{self.info.path} came with {came} bytes and digest {digest}; the server lists {self.info.size} and "
+                f"{self.info.path} has {came} bytes and digest {digest}; the server lists {self.info.size} and "
                 f"{self.info.digest or 'no digest'}"
             )
         os.fsync(self._handle)

@@ -1,7 +1,7 @@
 """A gRPC call whose answer is a stream of large messages, received without copies over a connection of its own.
 
-The protocol is gRPC's (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md): any server and proxy that
-grpcio can talk to can be talked to with this.
+The protocol is gRPC's (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md), so it works with every server
+and proxy that works with grpcio.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mxserver.wire.calls.closing import Closing
 from mxserver.wire.calls.credentials import ClientCredentials
 from mxserver.wire.files.http2 import Headers, Http2Connection, Http2Error, StreamReset
 
-WINDOW_BYTES = 16 * 1024 * 1024  # what may be on its way to one stream
+WINDOW_BYTES = 16 * 1024 * 1024  # what may be in flight to one stream
 CONNECT_SECONDS = 20.0
 _PREFIX_BYTES = 5
 
@@ -30,7 +30,7 @@ _RESETS = {  # "Errors" in gRPC's description
     11: grpc.StatusCode.RESOURCE_EXHAUSTED,  # ENHANCE_YOUR_CALM
     12: grpc.StatusCode.PERMISSION_DENIED,  # INADEQUATE_SECURITY
 }
-_HTTP = {  # doc/http-grpc-status-mapping.md: answers of something that is no gRPC server
+_HTTP = {  # doc/http-grpc-status-mapping.md: answers of something that is not a gRPC server
     "400": grpc.StatusCode.INTERNAL,
     "401": grpc.StatusCode.UNAUTHENTICATED,
     "403": grpc.StatusCode.PERMISSION_DENIED,
@@ -40,7 +40,7 @@ _HTTP = {  # doc/http-grpc-status-mapping.md: answers of something that is no gR
 
 
 class CallFailed(grpc.RpcError):
-    """A call ended with another status than OK, as grpcio's own errors say it."""
+    """A call ended with another status than OK. It has the interface of grpcio's own errors."""
 
     def __init__(self, status: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{status.name}: {details}")
@@ -55,10 +55,10 @@ class CallFailed(grpc.RpcError):
 
 
 class StreamConnection(Closing):
-    """Calls one after the other, over a connection that the first one opens. Not thread-safe, but for `abort`.
+    """One call after the other, over a connection that the first call opens. Not thread-safe, except `abort`.
 
-    All methods raise CallFailed, with the status that grpcio would show: UNAVAILABLE where the connection broke or
-    cannot be made. After that the connection is closed, and the next call opens another.
+    All methods raise CallFailed, with the status that grpcio would show: UNAVAILABLE if the connection broke or cannot
+    be made. After that the connection is closed, and the next call opens another.
     """
 
     def __init__(self, address: str, credentials: ClientCredentials | None = None) -> None:
@@ -70,7 +70,7 @@ class StreamConnection(Closing):
         self._prefix = memoryview(bytearray(_PREFIX_BYTES))
 
     def call(self, method: str, request: bytes) -> None:
-        """Begins a call of `/package.Service/Method` with a serialised request. One that has not ended is given up.
+        """Begins a call of `/package.Service/Method` with a serialised request. An unfinished call is abandoned.
 
         Raises SettingError too: certificates or a token that cannot be used.
         """
@@ -101,7 +101,7 @@ class StreamConnection(Closing):
         host = host.removeprefix("[").removesuffix("]")
         connected = socket.create_connection((host, int(port)), CONNECT_SECONDS)
         try:
-            # What is sent is short; a peer whose host vanished is noticed by this, or by our pings.
+            # Requests are short. This, or our pings, notices a peer whose host vanished.
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, KEEPALIVE_INTERVAL_MS)
             if scheme == "https":
                 connected = _with_tls(connected, host, credentials)
@@ -117,7 +117,7 @@ class StreamConnection(Closing):
             raise
 
     def next_message(self) -> int | None:
-        """The bytes of the next message, to be taken by `read_into`; None after the last one."""
+        """The size of the next message in bytes, which `read_into` then takes; None after the last one."""
         if self._left:
             raise ValueError(f"{self._left} bytes of the message before were not read")
         http = self._open()
@@ -185,7 +185,7 @@ def _end_of(headers: Headers, trailers: Headers) -> tuple[grpc.StatusCode, str]:
         status = _STATUSES.get(int(number) if number.isascii() and number.isdigit() else -1, grpc.StatusCode.UNKNOWN)
         return status, unquote(last.get("grpc-message", ""))
     answered = dict(headers).get(":status", "")
-    return _HTTP.get(answered, grpc.StatusCode.UNKNOWN), f"HTTP status {answered or 'none'}, and no status of gRPC"
+    return _HTTP.get(answered, grpc.StatusCode.UNKNOWN), f"HTTP status {answered or 'none'}, and no gRPC status"
 
 
 def _with_tls(connected: socket.socket, host: str, credentials: ClientCredentials) -> socket.socket:
@@ -194,5 +194,5 @@ def _with_tls(connected: socket.socket, host: str, credentials: ClientCredential
     secured = context.wrap_socket(connected, server_hostname=host)
     if secured.selected_alpn_protocol() != "h2":
         secured.close()
-        raise ssl.SSLError(f"{host} does not talk HTTP/2")
+        raise ssl.SSLError(f"{host} does not speak HTTP/2")
     return secured

@@ -1,0 +1,1 @@
+"""What all gRPC calls share: the wrapper of method handlers, and the way to refuse a call."""

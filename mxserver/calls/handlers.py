@@ -1,0 +1,87 @@
+"""The wrapper of gRPC method handlers: one for all four kinds (one request or a stream, one answer or a stream)."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+
+if TYPE_CHECKING:
+    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+
+Around: TypeAlias = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
+"""Called with the method's full name. Entered before the call is answered, left when the answer is complete."""
+
+_KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+def behaviour_of(handler: Handler) -> Callable[..., Any]:
+    """The function that answers calls of this handler."""
+    behaviour: Callable[..., Any] = getattr(handler, _KINDS[handler.request_streaming, handler.response_streaming][0])
+    return behaviour
+
+
+def answers_in_callbacks(handler: Handler) -> bool:
+    """Whether the handler's function gets a callback for its answers and holds no thread, as health's Watch does."""
+    return bool(getattr(behaviour_of(handler), "experimental_non_blocking", False))
+
+
+def with_behaviour(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
+    """A handler of the same kind with the same serializers, answered by another function."""
+    made: Handler = _KINDS[handler.request_streaming, handler.response_streaming][1](
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
+
+
+def wrapped(method: str, handler: Handler, around: Around) -> Handler:
+    """The handler with `around` around each of its calls."""
+    behaviour = behaviour_of(handler)
+
+    @functools.wraps(behaviour)  # keeps the attributes that grpcio reads, such as a method's own thread pool
+    def answer(request: Any, context: grpc.ServicerContext) -> Any:
+        with around(method, context):
+            return behaviour(request, context)
+
+    @functools.wraps(behaviour)
+    def answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with around(method, context):
+            yield from behaviour(request, context)
+
+    return with_behaviour(handler, answers if handler.response_streaming else answer)
+
+
+class WrappingInterceptor(grpc.ServerInterceptor):
+    """Base of our interceptors: wraps each handler once, at its first call."""
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}  # method -> (its handler, the handler around that)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or not self._wraps(method, handler):
+            return handler
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = (handler, wrapped(method, handler, self._around))
+        return known[1]
+
+    @abstractmethod
+    def _wraps(self, method: str, handler: Handler) -> bool:
+        """Whether calls of this method are wrapped."""
+
+    @abstractmethod
+    def _around(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
+        """Held around a call. If it raises or aborts, the call ends."""
