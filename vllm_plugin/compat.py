@@ -16,9 +16,9 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -27,6 +27,9 @@ from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from mxcore.engine import EngineWatch
 
 OUR_LOGGERS = ("vllm_plugin", "mxcore", "mxserver")
 
@@ -236,18 +239,6 @@ def platform_worker() -> type:
     return Worker  # type: ignore[no-any-return]
 
 
-class Watch(Protocol):
-    """Who is told what the engine does to weights; see vllm_plugin.serving.EngineWatch."""
-
-    def sleeping(self, engine: str, level: int) -> None: ...
-
-    def awake(self, engine: str, tags: Sequence[str] | None) -> None: ...
-
-    def changing(self, engine: str, what: str) -> None: ...
-
-    def ending(self, engine: str) -> None: ...
-
-
 def engine_of(vllm_config: VllmConfig | None) -> str:
     """Which of a process' engines this is the configuration of; empty where that cannot be said."""
     return str(getattr(vllm_config, "instance_id", ""))
@@ -263,7 +254,7 @@ def worker_class(vllm_config: VllmConfig) -> type | None:
     return found if isinstance(found, type) and hasattr(found, "sleep") and hasattr(found, "wake_up") else None
 
 
-def watch_worker(vllm_config: VllmConfig, watch: Watch) -> bool:
+def watch_worker(vllm_config: VllmConfig, watch: EngineWatch) -> bool:
     """Has `watch` told before the worker sleeps, changes its weights or ends, and after it woke up. Idempotent.
 
     vLLM offers no event for that; each is a method of the worker, which is wrapped. What `watch` raises is logged.
@@ -380,15 +371,3 @@ def world_size(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
     if has_experts(model_config):
         size *= parallel.data_parallel_size * context_parallel_size(vllm_config)
     return int(size)
-
-
-def synchronize_all() -> None:
-    """Waits for what was queued on this process' accelerator, if it has one."""
-    if not current_platform.is_cpu():
-        torch.accelerator.synchronize()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for what was queued on an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

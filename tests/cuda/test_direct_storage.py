@@ -23,6 +23,7 @@ from mxcore.cuda_context import context_of
 from mxcore.cuda_digest import DeviceDigest
 from mxcore.cuda_memory import DeviceBuffer, copy_on_device
 from mxcore.cuda_stream import Stream
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.storage import cufile_trial, device_direct, load
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
@@ -35,7 +36,6 @@ from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device
 from tests.cuda.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 MIB = 1 << 20
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mxcore import checkpoint_reader
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 from mxcore.errors import FileChanged
 from mxcore.storage.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from mxcore.engine.collect import MAXIMUM_DEPTH, Collected, collect, emptied, shown
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import build_layout
-from vllm_plugin.collect import MAXIMUM_DEPTH, Collected, collect, emptied, shown
 
 CPU = torch.device("cpu")
 
