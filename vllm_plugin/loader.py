@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Generator
 from types import ModuleType
 from typing import Any
@@ -64,9 +65,8 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         return DefaultModelLoader(compat.plain_load_config(self.load_config, "auto"))
 
     def _withdraw(self) -> None:
-        from mxcore.engine import leave
-
-        leave("its weights are loaded anew")
+        if serving := sys.modules.get("mxcore.engine"):  # else nothing was ever served
+            serving.leave("its weights are loaded anew")
 
 
 def prepare(arguments: Any) -> None:
