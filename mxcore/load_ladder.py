@@ -53,15 +53,12 @@ def skip(reason: str) -> Look:
 
 
 class Rung(Protocol[T_co]):
-    """One place to load from. One thread at a time."""
+    """One place to load from. One thread at a time. `name` is a key of RUNGS; its own exception leaves the ladder when
+    no rung follows one that `is_last_resort`.
+    """
 
-    @property
-    def name(self) -> str:
-        """A key of RUNGS."""
-
-    @property
-    def is_last_resort(self) -> bool:
-        """Whether its own exception leaves the ladder when no rung follows."""
+    name: str
+    is_last_resort: bool = False
 
     def look(self) -> Look:
         """Cheap where it can be; may wait for others. What it raises is a reason to skip."""
@@ -71,9 +68,11 @@ class Rung(Protocol[T_co]):
 
     def undo(self) -> None:
         """After `load` raised: gives back what it took, and what it changed beside the model."""
+        return
 
     def again(self) -> bool:
         """After `undo`: whether it is to be looked at and tried once more before the next rung."""
+        return False
 
 
 @dataclass(frozen=True)

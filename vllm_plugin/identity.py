@@ -19,7 +19,6 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from mxcore.engine import CheckpointFiles, model_name
-from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.transfer.membership import PROTOCOL_VERSION
 from mxserver.wire import p2p_pb2
 from vllm_plugin import compat
@@ -59,9 +58,7 @@ def source_identity(
         quantization=model_config.quantization or "",
         extra_parameters={
             "layout": kind,
-            "checkpoint": checkpoint_digest(checkpoint.weight_files, checkpoint.index_file)
-            if known_digest is None
-            else known_digest,
+            "checkpoint": checkpoint.digest() if known_digest is None else known_digest,
             "config": digest(written_settings(model_config, checkpoint)),
             "engine": "",
         },

@@ -70,6 +70,9 @@ def load(engine: Engine, role: Role) -> nn.Module:
         },
         model=engine.model,
         rank=context.rank,
+        serving=bool(offers),
+        source_id=offers[0]["source_id"] if offers else "",
+        worker_id=offers[0]["worker_id"] if offers else "",
         offers=offers,
         load_seconds=round(time.monotonic() - started, 3),
         paths=[step.as_json() for step in ladder.steps],
@@ -106,7 +109,7 @@ def _with_membership(context: LoadContext) -> LoadContext:
     digest: str | None = None
     if context.uri is not None:
         with fallbacks.attempt("looking at MX_MODEL_URI"):
-            digest = context.uri.digest()
+            digest = context.uri.digest
     identity = context.identity(context.kind, digest)
     membership = context.new_membership(identity)
     cannot_receive = ""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,10 @@ class CheckpointFiles(NamedTuple):
     weight_files: tuple[Path, ...]
     index_file: Path | None
     commit: str
+
+    def digest(self) -> str:
+        """What tells the checkpoint apart; empty without weight files. Raises MxError for a malformed one."""
+        return checkpoint_digest(self.weight_files, self.index_file)
 
 
 def find_checkpoint(model: str, revision: str | None = None, download_dir: str | None = None) -> CheckpointFiles:
@@ -89,16 +94,12 @@ class UriPlace:
     def __init__(self, text: str, settings: WorkerSettings) -> None:
         self._text = text
         self._settings = settings
-        self._uri: ModelUri | None = None
         self._folder: ObjectFolder | None = None
-        self._digest = ""
 
-    @property
+    @cached_property
     def uri(self) -> ModelUri:
         """Raises SettingError."""
-        if self._uri is None:
-            self._uri = parse_model_uri(self._text)
-        return self._uri
+        return parse_model_uri(self._text)
 
     def objects(self) -> ObjectFolder:
         """The folder in the store; raises ObjectStoreError."""
@@ -113,15 +114,10 @@ class UriPlace:
             raise CheckpointError(f"MX_MODEL_URI={self.uri.text}: no complete checkpoint there")
         return found
 
+    @cached_property
     def digest(self) -> str:
         """What tells this checkpoint apart, the same for local files and objects; raises MxError."""
-        if not self._digest:
-            if self.uri.is_local:
-                found = self.files()
-                self._digest = checkpoint_digest(found.weight_files, found.index_file)
-            else:
-                self._digest = remote_digest(self.objects())
-        return self._digest
+        return self.files().digest() if self.uri.is_local else remote_digest(self.objects())
 
     def close(self) -> None:
         """Idempotent; it opens again at its next use."""

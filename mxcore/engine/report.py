@@ -97,32 +97,20 @@ class LoadedPart:
 class LoadReport(LoadedPart):
     """One load of one worker.
 
-    `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served (layout,
-    source_id, worker_id), `steps` the seconds of the load's parts (join, fill, keep, offer; build and process are the
+    `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of it
+    under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and process are the
     engine's), `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
     rank: int = 0
+    serving: bool = False
+    source_id: str = ""
+    worker_id: str = ""
     offers: Sequence[Mapping[str, str]] = ()
     load_seconds: float = 0.0
     paths: Sequence[Mapping[str, Any]] = ()
     fallbacks: Sequence[str] = ()
-
-    @property
-    def serving(self) -> bool:
-        """Whether anything is offered."""
-        return bool(self.offers)
-
-    @property
-    def source_id(self) -> str:
-        """Of the first offer."""
-        return self.offers[0]["source_id"] if self.offers else ""
-
-    @property
-    def worker_id(self) -> str:
-        """Of the first offer."""
-        return self.offers[0]["worker_id"] if self.offers else ""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -130,16 +118,9 @@ class LoadReport(LoadedPart):
         return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, whether it serves and the first offer's names, and the rate."""
-        derived = {name: getattr(self, name) for name in ("serving", "source_id", "worker_id")}
-        rate = round(self.gigabytes_per_second, 4)
-        return {
-            "model": self.model,
-            "rank": self.rank,
-            **dataclasses.asdict(self),
-            **derived,
-            "gigabytes_per_second": rate,
-        }
+        """All fields, and the rate."""
+        first = {"model": self.model, "rank": self.rank}
+        return {**first, **dataclasses.asdict(self), "gigabytes_per_second": round(self.gigabytes_per_second, 4)}
 
     def line(self) -> str:
         """The one line for the log."""

@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Sequence
 from multiprocessing import util
-from typing import Protocol
 
 from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
@@ -23,25 +22,12 @@ from mxcore.transfer.holder import Holder
 from mxcore.transfer.membership import Membership
 from mxserver.wire.errors import MxError
 
-__all__ = ["EngineWatch", "Member", "Offer", "leave", "stay"]
+__all__ = ["EngineWatch", "Offer", "leave", "stay"]
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_members: list[tuple[Member, Departure | None, str]] = []  # the last one names the engine whose weights these are
+_offers: list[tuple[Offer, Departure | None, str]] = []  # the last one names the engine whose weights these are
 _owner: list[int] = []  # the process that registered the exit function: a fork must not say its parent's goodbye
-
-
-class Member(Protocol):
-    """What can be paused and left."""
-
-    def pause(self) -> bool:
-        """Serves nothing for a while; False when readers were cut off. Idempotent."""
-
-    def resume(self) -> bool:
-        """Serves again; False when what was served is no longer there. May raise."""
-
-    def close(self) -> None:
-        """Drains, says goodbye; idempotent, never raises."""
 
 
 class Offer:
@@ -93,8 +79,8 @@ class Offer:
         self._paused = self._weights = None
 
 
-def stay(member: Member, record: Record, engine: str = "") -> None:
-    """Keeps a membership until its engine or this process ends, and sees to its goodbye however that comes.
+def stay(offer: Offer, record: Record, engine: str = "") -> None:
+    """Keeps an offer until its engine or this process ends, and sees to its goodbye however that comes.
 
     `engine` is what `EngineWatch` is told. Thread-safe.
     """
@@ -105,20 +91,20 @@ def stay(member: Member, record: Record, engine: str = "") -> None:
         departure = None
     with _lock:
         if os.getpid() not in _owner:
-            _members.clear()
+            _offers.clear()
             _owner[:] = [os.getpid()]
             util.Finalize(None, leave, args=("the process ends",), exitpriority=100)
-        _members.append((member, departure, engine))
+        _offers.append((offer, departure, engine))
 
 
 def leave(reason: str, engine: str = "") -> int:
-    """Leaves the memberships of an engine, or all of this process; how many. Idempotent, thread-safe, never raises."""
+    """Ends the offers of an engine, or all of this process; how many. Idempotent, thread-safe, never raises."""
     leaving = _of(engine)
     with _lock:
-        _members[:] = [entry for entry in _members if entry not in leaving]
-    for member, departure, _engine in leaving:
+        _offers[:] = [entry for entry in _offers if entry not in leaving]
+    for offer, departure, _engine in leaving:
         _log.info("no longer serving: %s", reason)
-        member.close()
+        offer.close()
         if departure is not None:
             departure.revoke()
     return len(leaving)
@@ -132,20 +118,20 @@ class EngineWatch:
         if level > 1:
             leave("the engine sleeps and drops its weights", engine)
             return
-        for member, _departure, _engine in _of(engine):
-            drained = member.pause()
+        for offer, _departure, _engine in _of(engine):
+            drained = offer.pause()
             _log.info("not serving while the engine sleeps%s", "" if drained else "; readers were cut off")
 
     def awake(self, engine: str, tags: Sequence[str] | None) -> None:
         """After the engine woke up; `tags` is what of its memory is back; None: all of it."""
         if tags is not None and "weights" not in tags:
             return
-        for member, departure, _engine in _of(engine):
-            if _resumed(member):
+        for offer, departure, _engine in _of(engine):
+            if _resumed(offer):
                 _log.info("the engine is awake and its weights are what they were: serving again")
                 continue
             _log.warning("the engine is awake, but its weights are not what was served: no longer serving")
-            _forget(member, departure)
+            _forget(offer, departure)
 
     def changing(self, engine: str, what: str) -> None:
         """Before weights are written to."""
@@ -156,24 +142,24 @@ class EngineWatch:
         leave("the engine ends", engine)
 
 
-def _of(engine: str) -> list[tuple[Member, Departure | None, str]]:
+def _of(engine: str) -> list[tuple[Offer, Departure | None, str]]:
     """What an engine offers; of one that is not known, everything: rather too little is served than what is gone."""
     with _lock:
-        present = list(_members) if os.getpid() in _owner else []
+        present = list(_offers) if os.getpid() in _owner else []
     return [entry for entry in present if entry[2] == engine != ""] or present
 
 
-def _resumed(member: Member) -> bool:
+def _resumed(offer: Offer) -> bool:
     try:
-        return member.resume()
+        return offer.resume()
     except MxError as error:
         _log.warning("serving again after sleep failed: %s", error)
         return False
 
 
-def _forget(member: Member, departure: Departure | None) -> None:
+def _forget(offer: Offer, departure: Departure | None) -> None:
     with _lock:
-        _members[:] = [entry for entry in _members if entry[0] is not member]
-    member.close()
+        _offers[:] = [entry for entry in _offers if entry[0] is not offer]
+    offer.close()
     if departure is not None:
         departure.revoke()

@@ -13,7 +13,6 @@ from torch import nn
 from mxcore.engine import EngineWatch, Files, Fill, Kind, Source, find_checkpoint, lazy_weights, model_name
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import open_checkpoint
-from mxcore.storage.checkpoint_digest import checkpoint_digest
 from mxcore.storage.progress import Progress
 from mxcore.transfer.membership import PROTOCOL_VERSION
 from mxserver.wire import p2p_pb2
@@ -119,7 +118,7 @@ class PlainEngine:
 
     def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         found = find_checkpoint(self.model)
-        digest = checkpoint_digest(found.weight_files, found.index_file) if checkpoint is None else checkpoint
+        digest = found.digest() if checkpoint is None else checkpoint
         return p2p_pb2.SourceIdentity(
             mx_version=PROTOCOL_VERSION,
             model_name=model_name(self.model),

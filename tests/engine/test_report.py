@@ -40,7 +40,8 @@ def test_the_line_says_where_the_weights_came_from() -> None:
     report = LoadReport(
         model="m",
         fallbacks=["joining: no server is set"],
-        offers=[{"layout": "raw", "source_id": "s", "worker_id": "w2"}],
+        serving=True,
+        worker_id="w2",
     )
     assert report.line().startswith("m rank 0: storage, 0.000 s, layout none, serving as w2")
     assert "serving as w2" in report.line()

@@ -126,9 +126,9 @@ def kept_serving() -> Iterator[None]:
     """What is served outlives the engine that ends within it, so that the next one of this process has a source."""
     from mxcore.engine import serving
 
-    members, serving._members[:] = serving._members[:], []
+    members, serving._offers[:] = serving._offers[:], []
     yield
-    serving._members[:] = members
+    serving._offers[:] = members
 
 
 def _complete(llm: Any, prompt: str) -> Any:

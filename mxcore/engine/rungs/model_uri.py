@@ -8,18 +8,17 @@ from mxcore.engine.model_files import UriPlace
 from mxcore.engine.protocol import Files, Source
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
-from mxcore.load_ladder import Look, skip, take
+from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.storage.model_uri import missing_packages
 from mxserver.wire import load_pb2
 
 __all__ = ["UriRung"]
 
 
-class UriRung:
+class UriRung(Rung[Loaded]):
     """Streams safetensors from MX_MODEL_URI."""
 
     name = "uri"
-    is_last_resort = False
 
     def __init__(self, context: LoadContext) -> None:
         self._context = context
@@ -43,7 +42,7 @@ class UriRung:
         if place is None:
             raise CheckpointError("MX_MODEL_URI is not set")
         path = load_pb2.LOAD_PATH_STORAGE if place.uri.is_local else load_pb2.LOAD_PATH_OBJECT_STORE
-        digest = place.digest()
+        digest = place.digest
         return load_stored(self._context, "uri", path, lambda progress: (self._source(place), digest))
 
     def _source(self, place: UriPlace) -> Source:
@@ -55,7 +54,3 @@ class UriRung:
         """The store's connections are closed."""
         if self._context.uri is not None:
             self._context.uri.close()
-
-    def again(self) -> bool:
-        """Never."""
-        return False

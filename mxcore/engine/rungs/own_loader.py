@@ -5,13 +5,13 @@ from __future__ import annotations
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Loaded, load_stored
 from mxcore.engine.protocol import Files
-from mxcore.load_ladder import Look, take
+from mxcore.load_ladder import Look, Rung, take
 from mxserver.wire import load_pb2
 
 __all__ = ["EngineRung"]
 
 
-class EngineRung:
+class EngineRung(Rung[Loaded]):
     """The engine's own loader, with the bytes of safetensors files read by mxcore.storage."""
 
     name = "engine"
@@ -34,10 +34,3 @@ class EngineRung:
             lambda progress: (Files(), None),
             reading_alone=self._context.membership is not None,
         )
-
-    def undo(self) -> None:
-        """Nothing is left of it."""
-
-    def again(self) -> bool:
-        """Never."""
-        return False

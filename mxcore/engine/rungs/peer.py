@@ -15,7 +15,7 @@ from mxcore.engine.report import LoadedPart
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, derived, synchronize
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
-from mxcore.load_ladder import Look, skip, take
+from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.membership import CHECKPOINT_PARAMETER, Membership
 from mxcore.transfer.receiver import ReceiveReport
@@ -68,11 +68,10 @@ class _Attempt:
         self._built.clear()
 
 
-class PeerRung:
+class PeerRung(Rung[Loaded]):
     """Weights of workers that have all of them, now."""
 
     name = "p2p"
-    is_last_resort = False
 
     def __init__(self, context: LoadContext, tried: Tried) -> None:
         self._context = context
@@ -184,10 +183,6 @@ class PeerRung:
                 context.membership.withdraw()
         if attempt is not None:
             attempt.undo()
-
-    def again(self) -> bool:
-        """Never."""
-        return False
 
 
 def _files_are_the_same(context: LoadContext) -> bool:

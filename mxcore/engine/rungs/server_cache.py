@@ -12,8 +12,7 @@ from mxcore.engine.model_files import find_checkpoint, model_name
 from mxcore.engine.protocol import Files, Source
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
-from mxcore.load_ladder import Look, skip, take
-from mxcore.storage.checkpoint_digest import checkpoint_digest
+from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.storage.hub_cache import hub_cache
 from mxcore.storage.progress import Progress
 from mxcore.storage.remote import remote_digest
@@ -27,11 +26,10 @@ __all__ = ["CacheRung"]
 _log = logging.getLogger("vllm.modelexpress")
 
 
-class CacheRung:
+class CacheRung(Rung[Loaded]):
     """Weights out of the server's cache; with MODEL_EXPRESS_NO_SHARED_STORAGE=1 over gRPC."""
 
     name = "cache"
-    is_last_resort = False
 
     def __init__(self, context: LoadContext) -> None:
         self._context = context
@@ -100,7 +98,7 @@ class CacheRung:
         found = find_checkpoint(str(folder))
         if not found.weight_files:
             raise CheckpointError(f"{folder}: no complete checkpoint there")
-        return Files(folder), checkpoint_digest(found.weight_files, found.index_file)
+        return Files(folder), found.digest()
 
     def _fetched(self, client: ModelClient, listed: ModelFiles, progress: Progress) -> Path | None:
         """The snapshot in the hub's cache, or None where that has no room or cannot be written: weights need no disk.
@@ -121,10 +119,3 @@ class CacheRung:
             _log.warning("the weights go straight into the model, as with MX_CACHE_WEIGHTS=0: %s", error)
             self._context.fallbacks.append(f"{self.name}, past the disk: {error}")
             return None
-
-    def undo(self) -> None:
-        """Nothing is left of it."""
-
-    def again(self) -> bool:
-        """Never."""
-        return False
