@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,11 +102,8 @@ class LoadContext:
         """This worker at the server, not joined yet."""
         return Membership(self.settings, identity, self.rank, self.engine.accelerator)
 
-    @contextmanager
-    def loading(self, path: LoadPath) -> Iterator[Progress]:
+    def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""
         if self.membership is None:
-            yield lambda done_bytes, total_bytes: None
-            return
-        with self.membership.loading(path) as way:
-            yield way
+            return nullcontext(lambda done_bytes, total_bytes: None)
+        return self.membership.loading(path)

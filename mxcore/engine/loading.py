@@ -46,6 +46,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
     context = LoadContext(engine, role, load_settings({}, {}), fallbacks, ExitStack())
     with steps.step("join"), fallbacks.attempt("joining"):  # after a failure there is what was found before it
         context = _with_settings(context)
+        context = replace(context, rank=engine.rank())
         context = _with_membership(context)
     ladder = Ladder(rungs_of(context), restore=restore, failed=lambda step: fallbacks.append(str(step)))
     try:
@@ -64,10 +65,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
     with steps.step("offer"), fallbacks.attempt("serving"):
         offers = _serve(context, loaded)
     report = LoadReport(
-        **{
-            **vars(loaded.part),
-            "steps": {"join": steps["join"], **loaded.part.steps, "offer": steps["offer"]},
-        },
+        **{**vars(loaded.part), "steps": {"join": steps["join"], **loaded.part.steps, "offer": steps["offer"]}},
         model=engine.model,
         rank=context.rank,
         serving=bool(offers),
@@ -97,7 +95,6 @@ def _with_settings(context: LoadContext) -> LoadContext:
 
 
 def _with_membership(context: LoadContext) -> LoadContext:
-    context = replace(context, rank=context.engine.rank())
     fallbacks = context.fallbacks
     if context.settings.server_address is None:
         fallbacks.append("joining: no server is set")

@@ -97,9 +97,9 @@ class LoadedPart:
 class LoadReport(LoadedPart):
     """One load of one worker.
 
-    `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of it
-    under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and process are the
-    engine's), `fallbacks` one line for everything that did not go as wanted, in order.
+    `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of
+    it under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and
+    process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
