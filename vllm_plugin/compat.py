@@ -17,12 +17,11 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
-from vllm.distributed import get_world_group, parallel_state
+from vllm.distributed import parallel_state
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -156,15 +155,6 @@ def is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def ranks_here(vllm_config: VllmConfig) -> int:
-    """How many workers of this engine run on this node, data parallelism aside."""
-    parallel = vllm_config.parallel_config
-    try:
-        return int(parallel.local_world_size)
-    except AttributeError:  # before vLLM had engines over several nodes without Ray
-        return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-
-
 def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:
     """Calls a loader's `load_model`; `prefix` exists from vLLM 0.15.1 on, and a wrapper's `**kwargs` may hide it."""
     parameters = inspect.signature(loader.load_model).parameters.values()
@@ -185,24 +175,6 @@ def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
         or model_config is not vllm_config.model_config
         or getattr(model_config, "runner_type", None) == "draft"
     )
-
-
-def device(vllm_config: VllmConfig) -> torch.device:
-    """Where the weights go: what `BaseModelLoader.load_model` uses."""
-    chosen = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)
-    if chosen.type != "cpu" and chosen.index is None:
-        return torch.device(chosen.type, torch.accelerator.current_device_index())
-    return chosen
-
-
-def processed_weights_can_move() -> bool:
-    """False on vLLM's CPU build, which packs linear weights into objects that nothing can read back."""
-    return not current_platform.is_cpu()
-
-
-def accelerator() -> str:
-    """Name of the device that holds the weights, as the record on the server shows it."""
-    return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
 
 
 def architecture() -> str:
@@ -315,32 +287,6 @@ def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
                 value.update(before)
 
     return restore
-
-
-def quantised_while_loaded(model: Any) -> bool:
-    """Whether weights have no memory before they are filled: only vLLM's own loaders know how to fill such layers."""
-    return any(tensor.is_meta for tensor in model.parameters())
-
-
-def processing_reads_values(model_config: ModelConfig) -> bool:
-    """Whether weights must have sane values before processing: quantisation does arithmetic with them, and may refuse.
-
-    Without it, what is in fresh memory does no harm: all of it is overwritten, and a layout that came out different
-    for it is refused.
-    """
-    return model_config.quantization is not None
-
-
-def world_barrier(timeout_seconds: float) -> str:
-    """Waits until all workers of this engine are here; what went wrong, else an empty text."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return ""
-    group = get_world_group().cpu_group
-    try:
-        torch.distributed.monitored_barrier(group, timedelta(seconds=max(timeout_seconds, 1.0)), wait_all_ranks=True)
-    except RuntimeError as error:
-        return " ".join(str(error).split())
-    return ""
 
 
 def has_experts(model_config: ModelConfig) -> bool:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.distributed import get_world_group
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.platforms import current_platform
 
 from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint, load
 from mxcore.settings import WorkerSettings
@@ -77,8 +80,11 @@ class VllmEngine:
         self.model: str = model_config.model
         self.revision: str | None = model_config.revision
         self.download_dir: str | None = load_config.download_dir
-        self.device: torch.device = compat.device(vllm_config)
         self.instance = compat.engine_of(vllm_config)
+        device = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)  # as BaseModelLoader
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        self.device = device
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -86,11 +92,12 @@ class VllmEngine:
 
     @property
     def accelerator(self) -> str:
-        return compat.accelerator()
+        return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
 
     @property
     def processed_weights_move(self) -> bool:
-        return compat.processed_weights_can_move()
+        """Not on vLLM's CPU build, which packs linear weights into objects that nothing can read back."""
+        return not current_platform.is_cpu()
 
     def building_state(self) -> Callable[[], None]:
         return compat.building_state(self._vllm_config)
@@ -105,11 +112,15 @@ class VllmEngine:
         return loader.read_bytes
 
     def fill_placeholder(self, model: nn.Module) -> None:
-        """One small value everywhere, where processing reads values: as fast as memory is written."""
-        if compat.quantised_while_loaded(model):
+        """One small value everywhere, where processing reads values: quantisation does arithmetic with them.
+
+        Elsewhere what is in fresh memory does no harm: all of it is overwritten, and a layout that came out different
+        for it is refused. Layers whose weights have no memory yet only vLLM's own loaders know how to fill.
+        """
+        if any(parameter.is_meta for parameter in model.parameters()):
             dummy = DummyModelLoader(compat.plain_load_config(self._load_config, "dummy"))
             dummy.load_weights(model, self._model_config)
-        elif compat.processing_reads_values(self._model_config):
+        elif self._model_config.quantization is not None:
             with torch.no_grad():
                 for tensor in model.state_dict().values():
                     if tensor.is_floating_point() and not str(tensor.dtype).startswith("torch.float4"):
@@ -126,10 +137,21 @@ class VllmEngine:
         return compat.world_size(self._vllm_config, self._model_config)
 
     def ranks_on_node(self) -> int:
-        return compat.ranks_here(self._vllm_config)
+        parallel = self._vllm_config.parallel_config
+        try:
+            return int(parallel.local_world_size)  # data parallelism aside
+        except AttributeError:  # before vLLM had engines over several nodes without Ray
+            return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
 
     def barrier(self, timeout_seconds: float) -> str:
-        return compat.world_barrier(timeout_seconds)
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return ""
+        group, limit = get_world_group().cpu_group, timedelta(seconds=max(timeout_seconds, 1.0))
+        try:
+            torch.distributed.monitored_barrier(group, limit, wait_all_ranks=True)
+        except RuntimeError as error:
+            return " ".join(str(error).split())
+        return ""
 
     def loses_memory(self) -> str | None:
         return compat.may_lose_memory(self._vllm_config, self._model_config)

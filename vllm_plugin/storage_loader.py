@@ -16,7 +16,7 @@ import torch
 from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from mxcore.engine import LAZY_LEAST_BYTES, Files, Source, Streamed, lazy_weights
+from mxcore.engine import Files, Source, Streamed, lazy_weights
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.memory_limit import SETTING, budget, parse_bytes
@@ -94,7 +94,6 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
 
     def _ours(self, checkpoint: Checkpoint, names: list[str], show: bool) -> Weights:
         total_bytes = sum(checkpoint[name].size_bytes for name in names)
-        needed = self._source.needed if isinstance(self._source, Files) else None
 
         def count(read_bytes: int) -> None:
             self.read_bytes += read_bytes
@@ -106,7 +105,6 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 mode=self._settings.read_mode,
                 gpudirect_storage=self._settings.gpudirect_storage,
                 told=lambda done_bytes: tell(done_bytes, total_bytes),
-                lazy_least_bytes=LAZY_LEAST_BYTES if needed is None else 0,
-                needed=needed,
+                needed=self._source.needed if isinstance(self._source, Files) else None,
                 read=count,
             )

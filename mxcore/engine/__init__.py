@@ -6,7 +6,7 @@ mxcore does not, and imports nothing of this.
 from __future__ import annotations
 
 from mxcore.engine.context import Role
-from mxcore.engine.lazy_tensors import LAZY_LEAST_BYTES, lazy_weights
+from mxcore.engine.lazy_tensors import lazy_weights
 from mxcore.engine.loading import load
 from mxcore.engine.model_files import CheckpointFiles, find_checkpoint, model_name
 from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
@@ -14,7 +14,6 @@ from mxcore.engine.serving import EngineWatch, leave
 from mxcore.engine.weights import Kind, Weights
 
 __all__ = [
-    "LAZY_LEAST_BYTES",
     "CheckpointFiles",
     "Engine",
     "EngineWatch",

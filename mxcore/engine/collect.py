@@ -64,11 +64,6 @@ class Collected:
     refused: dict[str, str] = field(default_factory=dict)
     _setters: dict[str, _Setter] = field(default_factory=dict)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all storages, each counted once."""
-        return sum({tensor.storage_address: tensor.storage_bytes for tensor in self.tensors}.values())
-
     def require_movable(self) -> None:
         """Raises LayoutUnsupported with the names and reasons if anything was refused."""
         if self.refused:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mxcore.transfer.receiver import ReceiveReport
 from mxserver.wire.errors import MxError
 
 __all__ = ["Fallbacks", "LoadReport", "LoadedPart", "StepSeconds", "StoredPath"]
@@ -72,25 +71,6 @@ class LoadedPart:
     operation: str = ""
     transport: str = ""
     steps: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of_received(
-        cls, received: ReceiveReport, layout: str, steps: Mapping[str, float], bytes_from_storage: int
-    ) -> LoadedPart:
-        """Of a transfer from other workers."""
-        return cls(
-            path="p2p",
-            layout=layout,
-            tensors=received.tensors,
-            bytes=received.bytes,
-            seconds=received.seconds,
-            chunks_verified=received.chunks_verified,
-            bytes_from_storage=bytes_from_storage,
-            source_worker=received.source_worker_id,
-            operation=received.operation,
-            transport=received.transport,
-            steps=steps,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Sequence
 from multiprocessing import util
+from typing import TypeAlias
 
 from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
@@ -26,7 +27,7 @@ __all__ = ["EngineWatch", "Offer", "leave", "stay"]
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_offers: list[tuple[Offer, Departure | None, str]] = []  # the last one names the engine whose weights these are
+_offers: list[_Entry] = []
 _owner: list[int] = []  # the process that registered the exit function: a fork must not say its parent's goodbye
 
 
@@ -79,6 +80,9 @@ class Offer:
         self._paused = self._weights = None
 
 
+_Entry: TypeAlias = tuple[Offer, Departure | None, str]  # the last one names the engine whose weights these are
+
+
 def stay(offer: Offer, record: Record, engine: str = "") -> None:
     """Keeps an offer until its engine or this process ends, and sees to its goodbye however that comes.
 
@@ -100,13 +104,9 @@ def stay(offer: Offer, record: Record, engine: str = "") -> None:
 def leave(reason: str, engine: str = "") -> int:
     """Ends the offers of an engine, or all of this process; how many. Idempotent, thread-safe, never raises."""
     leaving = _of(engine)
-    with _lock:
-        _offers[:] = [entry for entry in _offers if entry not in leaving]
-    for offer, departure, _engine in leaving:
+    for entry in leaving:
         _log.info("no longer serving: %s", reason)
-        offer.close()
-        if departure is not None:
-            departure.revoke()
+        _end(entry)
     return len(leaving)
 
 
@@ -126,12 +126,12 @@ class EngineWatch:
         """After the engine woke up; `tags` is what of its memory is back; None: all of it."""
         if tags is not None and "weights" not in tags:
             return
-        for offer, departure, _engine in _of(engine):
-            if _resumed(offer):
+        for entry in _of(engine):
+            if _resumed(entry[0]):
                 _log.info("the engine is awake and its weights are what they were: serving again")
                 continue
             _log.warning("the engine is awake, but its weights are not what was served: no longer serving")
-            _forget(offer, departure)
+            _end(entry)
 
     def changing(self, engine: str, what: str) -> None:
         """Before weights are written to."""
@@ -142,7 +142,7 @@ class EngineWatch:
         leave("the engine ends", engine)
 
 
-def _of(engine: str) -> list[tuple[Offer, Departure | None, str]]:
+def _of(engine: str) -> list[_Entry]:
     """What an engine offers; of one that is not known, everything: rather too little is served than what is gone."""
     with _lock:
         present = list(_offers) if os.getpid() in _owner else []
@@ -157,9 +157,12 @@ def _resumed(offer: Offer) -> bool:
         return False
 
 
-def _forget(offer: Offer, departure: Departure | None) -> None:
+def _end(entry: _Entry) -> None:
     with _lock:
-        _offers[:] = [entry for entry in _offers if entry[0] is not offer]
+        if entry not in _offers:
+            return
+        _offers.remove(entry)
+    offer, departure, _engine = entry
     offer.close()
     if departure is not None:
         departure.revoke()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from mxcore.errors import LayoutUnsupported
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from mxcore.transfer.receiver import ReceiveReport
 
-__all__ = ["Kind", "Receive", "Weights", "derived", "synchronize"]
+__all__ = ["Kind", "Receive", "Weights", "remember_computed", "synchronize"]
 
 Kind: TypeAlias = Literal["processed", "raw"]
 
@@ -94,11 +94,19 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def derived(model: nn.Module, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every tensor of a fresh model that is no parameter, with a copy."""
+def remember_computed(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Copies every tensor of a fresh model that is no parameter; the result puts the copies back."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if not parameter.is_meta}
-    kept = collect(model, device).kept.values()
-    return [(tensor, tensor.clone()) for tensor in kept if tensor.untyped_storage().data_ptr() not in parameters]
+    found = collect(model, device).kept.values()
+    copies = [(tensor, tensor.clone()) for tensor in found if tensor.untyped_storage().data_ptr() not in parameters]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, before in copies:
+                tensor.copy_(before)
+        synchronize(device)
+
+    return restore
 
 
 def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

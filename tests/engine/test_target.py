@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 from mxcore.engine.context import LoadContext, Role  # noqa: E402
 from mxcore.engine.report import Fallbacks  # noqa: E402
 from mxcore.engine.rungs import Wait, peer, rungs_of, target, wait_for_ranks  # noqa: E402
+from mxcore.engine.weights import Weights  # noqa: E402
 from mxcore.errors import (  # noqa: E402
     LayoutMismatch,
     LayoutUnsupported,
@@ -105,7 +106,7 @@ class Climb:
             outcome = outcomes.pop(0)
             if not isinstance(outcome, Exception):
                 return outcome
-            rung._attempt = peer._Attempt("raw", torch.device("cpu"))
+            rung._attempt = peer._Attempt(Weights("raw", torch.device("cpu")))
             if not isinstance(outcome, LayoutUnsupported):
                 rung._tried.failed.update(names)
                 rung._attempt.others_may_do = True

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, types
 from vllm_plugin import compat
-from vllm_plugin.engine import role_of
+from vllm_plugin.engine import VllmEngine, role_of
 
 names = ("mx", "mx-source", "mx-target", "modelexpress")
 found = {"roles": {name: [*role_of(name)[:4], role_of(name).is_fixed] for name in names}}
@@ -36,7 +36,7 @@ sizes = ((1, 1, 1, False), (2, 3, 4, False), (2, 3, 4, True))
 found["world"] = [[compat.world_size(parallel(*each), model) for each in sizes] for model in (Dense(), Counting(8))]
 models = Dense(), Dense(num_experts=0, num_experts_per_tok=None), Dense(moe_num_experts=4), Counting(0), Counting(8)
 found["experts"] = [compat.has_experts(model) for model in models]
-found["barrier"] = compat.world_barrier(1.0)
+found["barrier"] = VllmEngine.barrier(None, 1.0)
 print(json.dumps(found))
 """
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import nn
 
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Keeping, Loaded, built
 from mxcore.engine.report import LoadedPart
 from mxcore.engine.rungs.missing_chunks import fill_missing
-from mxcore.engine.weights import Kind, Weights, derived, synchronize
+from mxcore.engine.weights import Kind, Weights, remember_computed
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import Look, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
@@ -22,8 +21,6 @@ from mxcore.transfer.receiver import ReceiveReport
 from mxcore.transfer.source_client import Source
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
-
-_FLEET_TRIES = 2
 
 
 @dataclass
@@ -37,35 +34,20 @@ class Tried:
     failed: set[str] = field(default_factory=set)
 
 
+@dataclass
 class _Attempt:
     """One model that is filled by peers: raw weights before processing; processed ones after it, over what it made.
 
-    After a failure `undo` puts back what building had put there: engines keep modules such as rotary embeddings for the
-    next model of the process, which must not find half of a transfer in them.
+    `restore` puts back what building had put there: engines keep modules such as rotary embeddings for the next model
+    of the process, which must not find half of a transfer in them. `checkpoint` is what the sources say that it is.
+    After a failure `others_may_do` says that it was the sources' and not this model's.
     """
 
-    def __init__(self, kind: Kind, device: torch.device) -> None:
-        self.weights = Weights(kind, device)
-        self.bytes_from_storage = 0
-        self.checkpoint = ""  # what the sources say that it is
-        self.others_may_do = False  # after a failure: it was the sources' and not this model's
-        self._built: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def remember(self, model: nn.Module) -> None:
-        """Before anything is filled."""
-        self._built = derived(model, self.weights.device)
-
-    def done(self) -> None:
-        """The model is right and stays: what `undo` would need is dropped."""
-        self._built.clear()
-
-    def undo(self) -> None:
-        """Restores the tensors that building the model computed; call it when the model is given up."""
-        with torch.no_grad():
-            for tensor, before in self._built:
-                tensor.copy_(before)
-        synchronize(self.weights.device)
-        self._built.clear()
+    weights: Weights
+    restore: Callable[[], None] = lambda: None
+    checkpoint: str = ""
+    bytes_from_storage: int = 0
+    others_may_do: bool = False
 
 
 class PeerRung(Rung[Loaded]):
@@ -117,11 +99,11 @@ class PeerRung(Rung[Loaded]):
     def load(self) -> Loaded:
         """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
         context, is_raw = self._context, self._kind == "raw"
-        attempt = self._attempt = _Attempt(self._kind, context.engine.device)
-        weights, keeping = attempt.weights, Keeping(context)
+        weights, keeping = Weights(self._kind, context.engine.device), Keeping(context)
+        attempt = self._attempt = _Attempt(weights)
 
         def fill(model: nn.Module) -> None:
-            attempt.remember(model)
+            attempt.restore = remember_computed(model, weights.device)
             if is_raw:
                 weights.loaded(model, partial(self._receive, attempt, model))
             else:
@@ -133,12 +115,25 @@ class PeerRung(Rung[Loaded]):
         with steps.step("fill"):
             if not is_raw:
                 weights.processed(model, partial(self._receive, attempt, None))
-        attempt.done()
+        received = weights.received
+        if received is None:
+            raise SourceUnreachable("nothing was received: the engine has filled no model")
+        self._attempt = None  # with its copies of what building computed
         with steps.step("keep"):
             kept = keeping.processed(model)
-        if weights.received is None:
-            raise SourceUnreachable("nothing was received: the engine has filled no model")
-        part = LoadedPart.of_received(weights.received, self._kind, steps, attempt.bytes_from_storage)
+        part = LoadedPart(
+            path="p2p",
+            layout=self._kind,
+            tensors=received.tensors,
+            bytes=received.bytes,
+            seconds=received.seconds,
+            chunks_verified=received.chunks_verified,
+            bytes_from_storage=attempt.bytes_from_storage,
+            source_worker=received.source_worker_id,
+            operation=received.operation,
+            transport=received.transport,
+            steps=steps,
+        )
         return Loaded(model, kept, attempt.checkpoint, part)
 
     def _receive(
@@ -182,7 +177,7 @@ class PeerRung(Rung[Loaded]):
             with context.fallbacks.attempt("withdrawing what was relayed"):
                 context.membership.withdraw()
         if attempt is not None:
-            attempt.undo()
+            attempt.restore()
 
 
 def _files_are_the_same(context: LoadContext) -> bool:
@@ -202,7 +197,7 @@ class FleetRung(PeerRung):
 
     def __init__(self, context: LoadContext, tried: Tried) -> None:
         super().__init__(context, tried)
-        self._tries_left = _FLEET_TRIES
+        self._tries_left = 2
 
     def _found(self) -> Sequence[Source]:
         context = self._context
