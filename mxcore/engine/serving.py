@@ -127,7 +127,12 @@ class EngineWatch:
         if tags is not None and "weights" not in tags:
             return
         for entry in _of(engine):
-            if _resumed(entry[0]):
+            try:
+                is_same = entry[0].resume()
+            except MxError as error:
+                _log.warning("serving again after sleep failed: %s", error)
+                is_same = False
+            if is_same:
                 _log.info("the engine is awake and its weights are what they were: serving again")
                 continue
             _log.warning("the engine is awake, but its weights are not what was served: no longer serving")
@@ -147,14 +152,6 @@ def _of(engine: str) -> list[_Entry]:
     with _lock:
         present = list(_offers) if os.getpid() in _owner else []
     return [entry for entry in present if entry[2] == engine != ""] or present
-
-
-def _resumed(offer: Offer) -> bool:
-    try:
-        return offer.resume()
-    except MxError as error:
-        _log.warning("serving again after sleep failed: %s", error)
-        return False
 
 
 def _end(entry: _Entry) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -20,12 +20,8 @@ from mxcore.transfer.receiver import ReceiveReport
 __all__ = ["Kind", "Receive", "Weights", "remember_computed", "synchronize"]
 
 Kind: TypeAlias = Literal["processed", "raw"]
-
-
-class Receive(Protocol):
-    """Fills the memory of a placement from a peer, verified; raises otherwise."""
-
-    def __call__(self, layout: Layout, placement: Placement, scalars: Mapping[str, float]) -> ReceiveReport: ...
+Receive: TypeAlias = Callable[[Layout, Placement, Mapping[str, float]], ReceiveReport]
+"""Fills the memory of a placement from a peer, verified; raises otherwise. The numbers are this worker's scalars."""
 
 
 class Weights:
