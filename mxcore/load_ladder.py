@@ -53,28 +53,26 @@ def skip(reason: str) -> PollResult:
 
 
 class Rung(Protocol[T_co]):
-    """One place to load from. One thread at a time."""
+    """One place to load from. One thread at a time. `name` is a key of RUNGS; its own exception leaves the ladder when
+    no rung follows one that `is_last_resort`.
+    """
 
-    @property
-    def name(self) -> str:
-        """A key of RUNGS."""
-
-    @property
-    def tries(self) -> int:
-        """How often it is polled and tried before the next rung."""
-
-    @property
-    def is_last_resort(self) -> bool:
-        """Whether its own exception leaves the ladder when no rung follows."""
+    name: str
+    is_last_resort: bool = False
 
     def poll(self) -> PollResult:
         """Whether to try it; cheap if possible, may wait for others. An exception is a reason to skip it."""
 
     def load(self) -> T_co:
-        """The loaded model. Raises anything."""
+        """What was loaded. Raises anything."""
 
     def undo(self) -> None:
         """After `load` raised: releases what it took, and reverts what it changed outside of the model."""
+        return
+
+    def again(self) -> bool:
+        """After `undo`: whether it is polled and tried once more before the next rung."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Ladder(Generic[T]):
         self.steps: list[Step] = []
 
     def climb(self) -> T:
-        """The model of the first rung that loads one.
+        """What the first rung gives that loads.
 
         Raises LoadPathsExhausted with the reason of every rung when none does; if the last of them is a last resort
         and was tried, what that raised.
@@ -152,7 +150,7 @@ class Ladder(Generic[T]):
             logger.info("load path %s (%s): taken: %s", rung.name, RUNGS[rung.name], polled.reason)
             started = time.monotonic()
             try:
-                model = rung.load()
+                loaded = rung.load()
             except Exception as error:
                 seconds = round(time.monotonic() - started, 6)
                 self._note(Step(rung.name, "failed", reason_of(error), seconds), error)
@@ -162,7 +160,7 @@ class Ladder(Generic[T]):
                 self.steps.append(
                     Step(rung.name, "loaded", polled.reason, seconds=round(time.monotonic() - started, 6))
                 )
-                return model
+                return loaded
             # Outside of the except clause, so that no traceback keeps the failed model alive.
             self._clear_up(rung)
         raise LoadPathsExhausted(
@@ -172,13 +170,13 @@ class Ladder(Generic[T]):
         )
 
     def _attempts(self) -> Iterator[tuple[Rung[T], bool]]:
-        """Each rung, and whether none comes after it; again while it failed and has tries left."""
+        """Each rung, and whether none comes after it; again where it failed and wants that."""
         for place, rung in enumerate(self._rungs):
-            for _ in range(rung.tries):
+            is_tried = True
+            while is_tried:
                 before = len(self.steps)
                 yield rung, place == len(self._rungs) - 1
-                if self.steps[before].outcome == "skipped":
-                    break
+                is_tried = self.steps[before].outcome == "failed" and rung.again()
 
     def _poll(self, rung: Rung[T]) -> PollResult:
         try:

@@ -16,17 +16,19 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
-from vllm.distributed import get_world_group, parallel_state
+from vllm.distributed import parallel_state
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from mxcore.engine import EngineWatch
 
 OUR_LOGGERS = ("vllm_plugin", "mxcore", "mxserver")
 
@@ -153,15 +155,6 @@ def is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def ranks_here(vllm_config: VllmConfig) -> int:
-    """How many workers of this engine run on this node, data parallelism aside."""
-    parallel = vllm_config.parallel_config
-    try:
-        return int(parallel.local_world_size)
-    except AttributeError:  # before vLLM had engines over several nodes without Ray
-        return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-
-
 def load_model(loader: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> Any:
     """Calls a loader's `load_model`; `prefix` exists from vLLM 0.15.1 on, and a wrapper's `**kwargs` may hide it."""
     parameters = inspect.signature(loader.load_model).parameters.values()
@@ -182,24 +175,6 @@ def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
         or model_config is not vllm_config.model_config
         or getattr(model_config, "runner_type", None) == "draft"
     )
-
-
-def device(vllm_config: VllmConfig) -> torch.device:
-    """Where the weights go: what `BaseModelLoader.load_model` uses."""
-    chosen = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)
-    if chosen.type != "cpu" and chosen.index is None:
-        return torch.device(chosen.type, torch.accelerator.current_device_index())
-    return chosen
-
-
-def processed_weights_can_move() -> bool:
-    """False on vLLM's CPU build, which packs linear weights into objects that nothing can read back."""
-    return not current_platform.is_cpu()
-
-
-def accelerator() -> str:
-    """Name of the device that holds the weights, as the record on the server shows it."""
-    return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
 
 
 def architecture() -> str:
@@ -236,18 +211,6 @@ def platform_worker() -> type:
     return Worker  # type: ignore[no-any-return]
 
 
-class Watch(Protocol):
-    """Who is told what the engine does to weights; see vllm_plugin.serving.EngineWatch."""
-
-    def sleeping(self, engine: str, level: int) -> None: ...
-
-    def awake(self, engine: str, tags: Sequence[str] | None) -> None: ...
-
-    def changing(self, engine: str, what: str) -> None: ...
-
-    def ending(self, engine: str) -> None: ...
-
-
 def engine_of(vllm_config: VllmConfig | None) -> str:
     """Which of a process' engines this is the configuration of; empty where that cannot be said."""
     return str(getattr(vllm_config, "instance_id", ""))
@@ -263,7 +226,7 @@ def worker_class(vllm_config: VllmConfig) -> type | None:
     return found if isinstance(found, type) and hasattr(found, "sleep") and hasattr(found, "wake_up") else None
 
 
-def watch_worker(vllm_config: VllmConfig, watch: Watch) -> bool:
+def watch_worker(vllm_config: VllmConfig, watch: EngineWatch) -> bool:
     """Has `watch` told before the worker sleeps, changes its weights or ends, and after it woke up. Idempotent.
 
     vLLM offers no event for that; each is a method of the worker, which is wrapped. What `watch` raises is logged.
@@ -326,32 +289,6 @@ def building_state(vllm_config: VllmConfig) -> Callable[[], None]:
     return restore
 
 
-def quantised_while_loaded(model: Any) -> bool:
-    """Whether weights have no memory before they are filled: only vLLM's own loaders know how to fill such layers."""
-    return any(tensor.is_meta for tensor in model.parameters())
-
-
-def processing_reads_values(model_config: ModelConfig) -> bool:
-    """Whether weights must have sane values before processing: quantisation does arithmetic with them, and may refuse.
-
-    Without it, what is in fresh memory does no harm: all of it is overwritten, and a layout that came out different
-    for it is refused.
-    """
-    return model_config.quantization is not None
-
-
-def world_barrier(timeout_seconds: float) -> str:
-    """Waits until all workers of this engine are here; what went wrong, else an empty text."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return ""
-    group = get_world_group().cpu_group
-    try:
-        torch.distributed.monitored_barrier(group, timedelta(seconds=max(timeout_seconds, 1.0)), wait_all_ranks=True)
-    except RuntimeError as error:
-        return " ".join(str(error).split())
-    return ""
-
-
 def has_experts(model_config: ModelConfig) -> bool:
     """Whether the model is a mixture of experts: by vLLM (from 0.11 on), or by a setting of the model's that says so.
 
@@ -380,15 +317,3 @@ def world_size(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
     if has_experts(model_config):
         size *= parallel.data_parallel_size * context_parallel_size(vllm_config)
     return int(size)
-
-
-def synchronize_all() -> None:
-    """Waits for what was queued on this process' accelerator, if it has one."""
-    if not current_platform.is_cpu():
-        torch.accelerator.synchronize()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for what was queued on an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -18,11 +18,10 @@ import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
+from mxcore.engine import CheckpointFiles, model_name
 from mxcore.transfer.member.membership import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat
-from vllm_plugin.checkpoint import Checkpoint, model_name
 
 # Of the names that vLLM reads, those that choose a kernel, and with it the form of processed weights.
 _KERNEL_VARIABLES = re.compile(
@@ -36,7 +35,7 @@ def source_identity(
     vllm_config: VllmConfig,
     model_config: ModelConfig,
     kind: str,
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFiles,
     revision: str = "",
     known_digest: str | None = None,
 ) -> p2p_pb2.SourceIdentity:
@@ -59,9 +58,7 @@ def source_identity(
         quantization=model_config.quantization or "",
         extra_parameters={
             "layout": kind,
-            "checkpoint": checkpoint_digest(checkpoint.weight_files, checkpoint.index_file)
-            if known_digest is None
-            else known_digest,
+            "checkpoint": checkpoint.digest() if known_digest is None else known_digest,
             "config": digest(written_settings(model_config, checkpoint)),
             "engine": "",
         },
@@ -114,7 +111,7 @@ def model_settings(model_config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _NOT_OF_THE_MODEL}
 
 
-def written_settings(model_config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def written_settings(model_config: ModelConfig, checkpoint: CheckpointFiles) -> dict[str, Any]:
     """The model's configuration as its files have it, which no version of transformers or vLLM has added to.
 
     Overrides of the command line are part of it: they change what is computed from it, such as rotary caches. Without

@@ -1,16 +1,17 @@
-"""The model loader behind `--load-format mx`, `mx-source` and `mx-target` (vllm_plugin.roles).
+"""The model loader behind `--load-format mx`, `mx-source` and `mx-target` (vllm_plugin.engine).
 
-Kept light: vLLM imports this in each of its processes. The work is in `vllm_plugin.loading`, imported when a model is
+Kept light: vLLM imports this in each of its processes. The work is in `vllm_plugin.engine`, imported when a model is
 loaded.
 
 `--model-loader-extra-config` takes the worker's settings by name (`{"server_address": "mx:8001"}`; they win over the
-environment), and `report_path`: a file to which the load's report is written as JSON (`vllm_plugin.report`).
+environment), and `report_path`: a file to which the load's report is written as JSON (`mxcore.engine.report`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Generator
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,7 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         mx-target there is no storage: it raises NoSource, or what keeps us from working at all.
         """
         try:
-            from vllm_plugin.loading import load_model
+            from vllm_plugin.engine import load_model
         except Exception:
             if self.load_config.load_format == "mx-target":
                 raise
@@ -64,28 +65,27 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         return DefaultModelLoader(compat.plain_load_config(self.load_config, "auto"))
 
     def _withdraw(self) -> None:
-        from vllm_plugin.serving import leave
-
-        leave("its weights are loaded anew")
+        if serving := sys.modules.get("mxcore.engine"):  # else nothing was ever served
+            serving.leave("its weights are loaded anew")
 
 
 def prepare(arguments: Any) -> None:
-    """Before vLLM makes a configuration of its arguments: see `vllm_plugin.small_files`."""
-    if getattr(arguments, "load_format", None) in OUR_FORMATS and (small_files := _small_files()):
-        small_files.prepare(arguments, OUR_FORMATS)
+    """Before vLLM makes a configuration of its arguments: see `vllm_plugin.config_and_tokenizer`."""
+    if getattr(arguments, "load_format", None) in OUR_FORMATS and (before := _config_and_tokenizer()):
+        before.prepare(arguments, OUR_FORMATS)
 
 
 def prepare_offline(model: Any, revision: Any) -> None:
     """Before vLLM looks for a model in the hub's cache alone."""
     wanted = os.environ.get("MX_MODEL_URI") or os.environ.get("MODEL_EXPRESS_NO_SHARED_STORAGE")
-    if wanted and (small_files := _small_files()):
-        small_files.prepare_offline(model, revision)
+    if wanted and (before := _config_and_tokenizer()):
+        before.prepare_offline(model, revision)
 
 
-def _small_files() -> ModuleType | None:
+def _config_and_tokenizer() -> ModuleType | None:
     try:
-        from vllm_plugin import small_files
+        from vllm_plugin import config_and_tokenizer
     except Exception:  # noqa: BLE001 - vLLM must start; the log has the traceback
         _log.exception("ModelExpress cannot bring configuration and tokenizer here")
         return None
-    return small_files
+    return config_and_tokenizer

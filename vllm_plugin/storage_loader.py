@@ -1,13 +1,14 @@
-"""vLLM's default loader, with the bytes of safetensors files read by mxcore.storage.
+"""vLLM's default loader, with the bytes of safetensors files read by mxcore.storage, or with tensors from elsewhere.
 
-Which files, which names and what becomes of the tensors stay vLLM's; MX_STORAGE_READER=engine leaves the reading to it
-as well.
+Which files, which names and what becomes of the tensors stay vLLM's; MX_STORAGE_READER=engine leaves the reading of
+files to it as well.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from mxcore.engine import Files, Source, Streamed, lazy_weights
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.plan.memory_limit import SETTING, budget, parse_bytes
 from mxcore.storage.plan.progress import Progress, ProgressDisplay
 from mxserver.wire.errors import MxError
 from vllm_plugin import compat
-from vllm_plugin.lazy_weights import LAZY_LEAST_BYTES, Needed, lazy_weights
+
+__all__ = ["StorageLoader"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,31 +32,53 @@ Weights = Generator[tuple[str, torch.Tensor], None, None]
 
 
 class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
-    """One load from storage; raises what vLLM's default loader raises. `progress` hears how far it is.
+    """Fills `model` from `source`; raises what vLLM's default loader raises. `progress` hears how far it is.
 
-    With `needed` (`lazy_weights`), only that is read, of what our reader reads; `read_bytes` counts it.
+    `read_bytes` counts what our reader reads of files.
     """
 
     def __init__(
-        self,
-        load_config: LoadConfig,
-        settings: WorkerSettings,
-        progress: Progress = lambda done_bytes, total_bytes: None,
-        needed: Needed | None = None,
+        self, load_config: LoadConfig, settings: WorkerSettings, model: str, source: Source, progress: Progress
     ) -> None:
         super().__init__(compat.plain_load_config(load_config, "auto"))
         self._settings = settings
-        self._needed = needed
-        self.read_bytes = 0
+        self._model = model
+        self._source = source
         self._progress = progress
+        self.read_bytes = 0
         if settings.host_memory_limit is not None:
             budget().set_limit(parse_bytes(settings.host_memory_limit), SETTING)
 
+    def _prepare_weights(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        folder = self._source.folder if isinstance(self._source, Files) else None
+        is_ours = folder is not None and model_name_or_path == self._model
+        return super()._prepare_weights(str(folder) if is_ours else model_name_or_path, *args, **kwargs)
+
     def _get_weights_iterator(self, source: Any) -> Any:
+        if isinstance(self._source, Streamed) and source.model_or_path == self._model:
+            return ((source.prefix + name, tensor) for name, tensor in self._streamed(self._source))
         if self._settings.storage_reader == "engine":
             return super()._get_weights_iterator(source)
         with compat.reading_safetensors_with(self._weights):
             return super()._get_weights_iterator(source)
+
+    def _streamed(self, source: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
+        experts = {"local_expert_ids": getattr(self, "local_expert_ids", None)}
+        names = compat.wanted_names(source.checkpoint, (), experts)
+        with self._told(show=True) as tell:
+            yield from source.tensors(None if names is None else set(names), tell)
+
+    @contextmanager
+    def _told(self, *, show: bool) -> Iterator[Progress]:
+        """What is called with the progress: for the server's page, and shown to who watches the engine."""
+        with ProgressDisplay("Loading safetensors") as display:
+
+            def tell(done_bytes: int, total_bytes: int) -> None:
+                self._progress(done_bytes, total_bytes)
+                if show and compat.is_first_rank():
+                    display(done_bytes, total_bytes)
+
+            yield tell
 
     def _weights(self, theirs: Callable[..., Weights], files: list[str], *args: Any, **kwargs: Any) -> Weights:
         """What vLLM's own iterator over safetensors files gives, which is `theirs`; that itself where we cannot."""
@@ -65,29 +90,21 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
         names = compat.wanted_names(checkpoint, args, kwargs)
         if names is None:
             return theirs(files, *args, **kwargs)
-        show = bool(args[0] if args else kwargs.get("use_tqdm_on_load", False))
-        return self._ours(checkpoint, names, show)
+        return self._ours(checkpoint, names, bool(args[0] if args else kwargs.get("use_tqdm_on_load", False)))
 
     def _ours(self, checkpoint: Checkpoint, names: list[str], show: bool) -> Weights:
         total_bytes = sum(checkpoint[name].size_bytes for name in names)
-        with ProgressDisplay("Loading safetensors") as display:
 
-            def tell(done_bytes: int) -> None:
-                self._progress(done_bytes, total_bytes)
-                if show and compat.is_first_rank():
-                    display(done_bytes, total_bytes)
+        def count(read_bytes: int) -> None:
+            self.read_bytes += read_bytes
 
-            def count(read_bytes: int) -> None:
-                self.read_bytes += read_bytes
-
-            weights: Iterator[tuple[str, torch.Tensor]] = lazy_weights(
+        with self._told(show=show) as tell:
+            yield from lazy_weights(
                 checkpoint,
                 set(names),
                 mode=self._settings.read_mode,
                 gpudirect_storage=self._settings.gpudirect_storage,
-                told=tell,
-                lazy_least_bytes=LAZY_LEAST_BYTES if self._needed is None else 0,
-                needed=self._needed,
+                told=lambda done_bytes: tell(done_bytes, total_bytes),
+                needed=self._source.needed if isinstance(self._source, Files) else None,
                 read=count,
             )
-            yield from weights

@@ -89,7 +89,7 @@ class Worker:
         return [self._embedding(prompt) if self.pooling else self._completion(prompt) for prompt in PROMPTS]
 
     def report(self) -> dict[str, Any]:
-        """What the loader wrote (vllm_plugin.report), of all ranks together; empty with vLLM's own loaders."""
+        """What the loader wrote (mxcore.engine.report), of all ranks together; empty with vLLM's own loaders."""
         reports = [json.loads(path.read_text()) for path in self._report_paths() if path.exists()]
         if len(reports) < self.ranks:
             return {}

@@ -22,6 +22,7 @@ from mxcore.cuda.context import context_of
 from mxcore.cuda.digest import DeviceDigest
 from mxcore.cuda.memory import DeviceBuffer, copy_on_device
 from mxcore.cuda.stream import Stream
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.reading import cufile
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +37,6 @@ from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device
 from tests.cuda.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 MIB = 1 << 20
 

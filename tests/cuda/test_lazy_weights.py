@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from mxcore.cuda.context import context_of
 from mxcore.cuda.memory import copy_on_device, live_pinned_bytes
 from mxcore.cuda.stream import Stream
+from mxcore.engine import lazy_tensors as module
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 from mxcore.errors import FileChanged
 from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load.device_ring import release_rings
 from mxcore.storage.plan.memory_limit import budget
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import StandIn
-from vllm_plugin import lazy_weights as module
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 
 class TorchStream(NamedTuple):

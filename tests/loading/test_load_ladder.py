@@ -38,7 +38,7 @@ class FakeRung:
         touch: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self.tries = tries
+        self._tries_left = tries
         self.is_last_resort = is_last_resort
         self.given_up: list[weakref.ref[Model]] = []
         self._events, self._poll, self._error, self._touch = events, look, error, touch
@@ -60,6 +60,10 @@ class FakeRung:
 
     def undo(self) -> None:
         self._events.append(f"undo {self.name}")
+
+    def again(self) -> bool:
+        self._tries_left -= 1
+        return self._tries_left > 0
 
 
 def test_the_first_rung_that_can_gives_the_model() -> None:
@@ -114,7 +118,7 @@ def test_a_model_that_was_given_up_is_gone_before_the_next_one_is_built() -> Non
     assert alive == [None]
 
 
-def test_a_rung_is_tried_again_as_often_as_it_says() -> None:
+def test_a_rung_is_tried_again_as_long_as_it_says() -> None:
     events: list[str] = []
     rungs = [FakeRung("fleet", events, error=TransferError("cut off"), tries=2), FakeRung("engine", events)]
     ladder = Ladder(rungs)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from mxcore.engine import serving
+from mxcore.engine.departure import Record
 from mxserver.wire.errors import MxError
-from vllm_plugin import serving
-from vllm_plugin.last_will import Record
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 from mxcore.errors import FileChanged
 from mxcore.reading import checkpoint_reader
 from mxcore.storage.checkpoint.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.load import load
-from vllm_plugin.lazy_weights import LazyTensor, lazy_weights
+from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
 
 rank, rendezvous, file = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 checkpoint = open_checkpoint(file)

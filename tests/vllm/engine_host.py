@@ -124,11 +124,11 @@ def reload(command: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def kept_serving() -> Iterator[None]:
     """What is served outlives the engine that ends within it, so that the next one of this process has a source."""
-    from vllm_plugin import serving
+    from mxcore.engine import serving
 
-    members, serving._members[:] = serving._members[:], []
+    members, serving._offers[:] = serving._offers[:], []
     yield
-    serving._members[:] = members
+    serving._offers[:] = members
 
 
 def _complete(llm: Any, prompt: str) -> Any:
@@ -177,7 +177,7 @@ def corrupt(command: dict[str, Any]) -> dict[str, Any]:
     """Flips one bit of everything that this process serves under a name."""
     import torch
 
-    from vllm_plugin.weights import Weights
+    from mxcore.engine.weights import Weights
 
     flipped = 0
     for weights in [held for held in gc.get_objects() if isinstance(held, Weights)]:
@@ -190,14 +190,14 @@ def corrupt(command: dict[str, Any]) -> dict[str, Any]:
 
 def leave(command: dict[str, Any]) -> dict[str, Any]:
     """Ends all memberships of this process."""
-    from vllm_plugin import serving
+    from mxcore.engine import serving
 
     return {"left": serving.leave("a test asks for it")}
 
 
 def live(command: dict[str, Any]) -> dict[str, Any]:
     """How many models' weights this process holds on to."""
-    from vllm_plugin.weights import Weights
+    from mxcore.engine.weights import Weights
 
     gc.collect()
     return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
@@ -208,8 +208,8 @@ def identity(command: dict[str, Any]) -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
     from vllm import EngineArgs
 
+    from mxcore.engine.model_files import find_checkpoint
     from mxserver.wire.calls.source_ids import source_id
-    from vllm_plugin.checkpoint import find_checkpoint
     from vllm_plugin.identity import source_identity
 
     os.environ.update(command["environ"])

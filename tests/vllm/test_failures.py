@@ -17,7 +17,18 @@ IMPATIENT = {"stall_timeout_seconds": 1, "transfer_timeout_seconds": 5, "server_
 
 
 def warnings_of_ours(log: str) -> list[str]:
-    ours = ["loading", "loader", "serving", "membership", "record", "settings", "receiver", "heartbeat"]
+    ours = [
+        "loading",
+        "loaded",
+        "report",
+        "loader",
+        "serving",
+        "membership",
+        "record",
+        "settings",
+        "receiver",
+        "heartbeat",
+    ]
     return [line for line in log.splitlines() if "WARNING" in line and any(f"[{name}.py:" in line for name in ours)]
 
 

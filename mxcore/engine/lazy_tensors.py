@@ -326,14 +326,15 @@ def lazy_weights(
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
     A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
-    bytes handed over so far, `read` with those that a lazy tensor has read. With `needed`, a plain copy of a lazy
-    tensor reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
+    bytes handed over so far, `read` with those that a lazy tensor has read. With `needed`, all are lazy, and a plain
+    copy of one reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
     with safetensors, and a warning: a tensor raises what that raises, and FileChanged or TruncatedRead for a file that
     is not what it was when its header was read. Raises StorageError if the files cannot be opened, when the first
     tensor is asked for.
     """
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
-    lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= lazy_least_bytes}
+    least_bytes = lazy_least_bytes if needed is None else 0
+    lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= least_bytes}
     small = [info.name for info in chosen if info.name not in lazy]
     source = _Source(checkpoint, mode, needed, read, gpudirect_storage)
     ready = stream(checkpoint, small, mode=mode)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import struct
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,11 +63,6 @@ class Collected:
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     _setters: dict[str, _Setter] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all storages, each counted once."""
-        return sum({tensor.storage_address: tensor.storage_bytes for tensor in self.tensors}.values())
 
     def require_movable(self) -> None:
         """Raises LayoutUnsupported with the names and reasons if anything was refused."""
@@ -143,7 +139,7 @@ class _Walk:
     def attributes(self, owner: Any, prefix: str, depth: int) -> None:
         for name, value in _attributes(owner):
             if name not in RUN_TIME_STATE:
-                self.value(value, prefix + name, _attribute_setter(owner, name, prefix + name), depth)
+                self.value(value, prefix + name, _setter(functools.partial(setattr, owner, name), prefix + name), depth)
 
     def value(self, value: Any, name: str, setter: _Setter, depth: int) -> None:
         if isinstance(value, torch.Tensor):
@@ -170,10 +166,10 @@ class _Walk:
                 self.module(module, f"{name}.{path}." if path else f"{name}.", depth)
         elif isinstance(value, Mapping):
             for key in sorted(value, key=repr):
-                self.value(value[key], f"{name}[{key!r}]", _item_setter(value, key, f"{name}[{key!r}]"), depth)
+                self.item(value, key, name, depth)
         elif isinstance(value, Sequence):
-            for index, item in enumerate(value):
-                self.value(item, f"{name}[{index}]", _item_setter(value, index, f"{name}[{index}]"), depth)
+            for index in range(len(value)):
+                self.item(value, index, name, depth)
         elif isinstance(value, types.MethodType):
             self.value(value.__self__, f"{name}.__self__", _fixed(name), depth)
         elif isinstance(value, functools.partial | types.FunctionType):
@@ -182,6 +178,10 @@ class _Walk:
             self.found.refused[name] = f"a {type(value).__name__}, which owns memory that cannot be seen"
         else:
             self.attributes(value, f"{name}.", depth)
+
+    def item(self, owner: Any, key: Any, name: str, depth: int) -> None:
+        place = f"{name}[{key!r}]"
+        self.value(owner[key], place, _setter(functools.partial(operator.setitem, owner, key), place), depth)
 
     def function(self, value: Any, name: str, depth: int) -> None:
         """What a function closes over may be weights in a form of its own: fine only where a name moves them too."""
@@ -279,21 +279,13 @@ def _captured(function: Any) -> Iterator[tuple[str, Any]]:
     yield "defaults", (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
 
 
-def _attribute_setter(owner: Any, attribute: str, name: str) -> _Setter:
+def _setter(replace: _Setter, name: str) -> _Setter:
+    """Around what puts a number in its place: what cannot be replaced is refused by name."""
+
     def put(value: float) -> None:
         try:
-            setattr(owner, attribute, value)
+            replace(value)
         except (AttributeError, TypeError) as error:
-            raise LayoutMismatch(f"{name} differs from the source's ({value}) and cannot be set: {error}") from error
-
-    return put
-
-
-def _item_setter(owner: Any, key: Any, name: str) -> _Setter:
-    def put(value: float) -> None:
-        try:
-            owner[key] = value
-        except TypeError as error:
             raise LayoutMismatch(f"{name} differs from the source's ({value}) and cannot be set: {error}") from error
 
     return put

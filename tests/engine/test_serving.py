@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from bench.demo.workers import Server
+from mxcore.engine.departure import Record, say_goodbye
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.proto import p2p_pb2
-from vllm_plugin.last_will import Record, say_goodbye
 
 ROOT = Path(__file__).parents[2]
 SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without a goodbye
@@ -25,8 +25,8 @@ MEMBER = """
 import multiprocessing, os, signal, sys, time
 from mxserver.wire import p2p_pb2
 from mxserver.wire.calls.client import ServerClient
-from vllm_plugin import serving
-from vllm_plugin.last_will import Record
+from mxcore.engine import serving
+from mxcore.engine.departure import Record
 
 address, how = sys.argv[1], sys.argv[2]
 
@@ -115,7 +115,7 @@ def watchers(pid: int) -> list[int]:
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"vllm_plugin.last_will" in words and str(pid).encode() in words:
+        if any(word.endswith(b"mxcore/engine/departure.py") for word in words) and str(pid).encode() in words:
             found.append(int(folder.name))
     return found
 
@@ -134,7 +134,7 @@ def test_an_orderly_end_says_goodbye(
     wait_for_no_watchers(pid)
 
 
-def test_a_killed_worker_has_a_last_will(tmp_path: Path, server: str, client: ServerClient) -> None:
+def test_goodbye_is_said_for_a_killed_worker(tmp_path: Path, server: str, client: ServerClient) -> None:
     with started(tmp_path, server, "stay") as (process, source_id, pid):
         assert status(client, source_id) == p2p_pb2.SOURCE_STATUS_READY
         (watcher,) = watchers(pid)

@@ -1,13 +1,40 @@
-"""Which part of a destination is still missing, by addresses."""
+"""The rest of a model from storage, where a transfer ended early: only the bytes whose chunks did not come are read.
+
+The engine's own loader runs over the model once more, with tensors that are read where they are copied into memory
+that is still missing (`lazy_tensors`). What it copies into verified chunks is not read; what it does without a plain
+copy is read and done as ever. Afterwards every chunk must be what the workers' digests promise.
+"""
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-__all__ = ["MissingBytes"]
+from mxcore.engine.context import LoadContext
+from mxcore.engine.protocol import Files
+from mxcore.errors import ReceivedInPart
+
+__all__ = ["MissingBytes", "fill_missing"]
+
+_log = logging.getLogger(__name__)
+
+
+def fill_missing(partial: ReceivedInPart, model: nn.Module, context: LoadContext) -> int:
+    """Reads what is missing of `model`, whose memory `partial` is about; how many bytes. Then comes `partial.complete`.
+
+    Raises what the engine's loader raises: then the model is to be built anew.
+    """
+    _log.warning(
+        "%d of %d bytes did not come from workers: they are read from storage",
+        partial.missing_bytes,
+        partial.total_bytes,
+    )
+    source = Files(needed=MissingBytes(partial.missing_stretches()).rows)
+    return context.engine.fill(model, source, context.settings, lambda done_bytes, total_bytes: None)
 
 
 class MissingBytes:

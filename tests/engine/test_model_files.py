@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_plugin.checkpoint import find_checkpoint, model_name
+from mxcore.engine.model_files import find_checkpoint, model_name
 
 
 def write(folder: Path, *names: str) -> None:

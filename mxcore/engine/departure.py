@@ -1,9 +1,9 @@
 """Says goodbye for a worker that was killed.
 
-`vllm serve` ends its engine and workers with SIGKILL right after SIGTERM (`--shutdown-timeout` is 0 by default), so
-that nothing in them gets to run. A small process outside of their tree, started with this module as its program,
-watches the worker and marks its record STALE when the worker is gone, whatever it died of; receivers then do not try
-a source that is not there, and need not wait for its lease to end. After an orderly goodbye it just ends.
+Engines end their workers with SIGKILL (`vllm serve` right after SIGTERM, as `--shutdown-timeout` is 0 by default), so
+that nothing in them gets to run. A small process outside of their tree, started with this file as its program, watches
+the worker and marks its record STALE when the worker is gone, whatever it died of; receivers then do not try a source
+that is not there, and need not wait for its lease to end. After an orderly goodbye it just ends.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Record(NamedTuple):
     worker_rank: int
 
 
-class LastWill:
+class Departure:
     """The watcher of this process' record. `revoke` after an orderly goodbye; idempotent, never raises."""
 
     def __init__(self, record: Record) -> None:
         """Raises OSError when no process can be started."""
         paths = [path for path in sys.path if path]
         self._watcher = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(os.getpid())],
+            [sys.executable, "-P", __file__, str(os.getpid())],  # as a file: the package would import torch
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_plugin.report import LoadReport
+from mxcore.engine.report import LoadReport
 
 
 def test_json_has_every_field_and_the_rate(tmp_path: Path) -> None:
@@ -37,7 +37,12 @@ def test_the_line_says_where_the_weights_came_from() -> None:
     assert "no fallbacks" in report.line()
     assert "not serving" in report.line()
 
-    report = LoadReport(model="m", fallbacks=["joining: no server is set"], serving=True, worker_id="w2")
+    report = LoadReport(
+        model="m",
+        fallbacks=["joining: no server is set"],
+        serving=True,
+        worker_id="w2",
+    )
     assert report.line().startswith("m rank 0: storage, 0.000 s, layout none, serving as w2")
     assert "serving as w2" in report.line()
     assert "fallbacks: joining: no server is set" in report.line()

@@ -1,0 +1,32 @@
+"""Loading and sharing an engine's models: what needs torch and no engine. An engine is what the Protocol `Engine` asks
+for; `load` takes the model's weights from the first place that has them, and serves them. Needs torch; the rest of
+mxcore does not, and imports nothing of this.
+"""
+
+from __future__ import annotations
+
+from mxcore.engine.context import Role
+from mxcore.engine.lazy_tensors import lazy_weights
+from mxcore.engine.loading import load
+from mxcore.engine.model_files import CheckpointFiles, find_checkpoint, model_name
+from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
+from mxcore.engine.serving import EngineWatch, leave
+from mxcore.engine.weights import Kind, Weights
+
+__all__ = [
+    "CheckpointFiles",
+    "Engine",
+    "EngineWatch",
+    "Files",
+    "Fill",
+    "Kind",
+    "Role",
+    "Source",
+    "Streamed",
+    "Weights",
+    "find_checkpoint",
+    "lazy_weights",
+    "leave",
+    "load",
+    "model_name",
+]

@@ -1,0 +1,109 @@
+"""What one load is about, fixed before the first place is tried."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mxcore.engine.model_files import UriPlace
+from mxcore.engine.protocol import Engine
+from mxcore.engine.report import Fallbacks
+from mxcore.engine.weights import Kind
+from mxcore.settings import WorkerSettings
+from mxcore.storage.plan.progress import Progress
+from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.receive.load_progress import LoadPath
+from mxserver.wire.proto import p2p_pb2
+
+__all__ = ["LoadContext", "Role"]
+
+
+class Role(NamedTuple):
+    """What a worker does, by the load format that its user chose. Fixed roles exchange raw weights.
+
+    `otherwise` is what to do where one that only pulls finds no source.
+    """
+
+    load_format: str
+    pulls: bool
+    reads_storage: bool
+    offers: bool
+    otherwise: str = ""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is one of the split loaders: raw weights, and the settings of those."""
+        return not (self.pulls and self.reads_storage)
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """One load. Nothing here changes while rungs are tried; what a rung gives is a `Loaded`.
+
+    `fallbacks` takes a line for what does not go as wanted, `at_end` what is to be closed when the rungs are through.
+    Without a membership `alone` says why. `cannot_receive` is why no worker can help, whoever it is. With
+    `any_checkpoint` there are no weight files here that could tell checkpoints apart. `uri_digest` is that of the
+    checkpoint at `uri`, if it was found.
+    """
+
+    engine: Engine
+    role: Role
+    settings: WorkerSettings
+    fallbacks: Fallbacks
+    at_end: ExitStack
+    report_path: str = ""
+    rank: int = 0
+    uri: UriPlace | None = None
+    uri_digest: str | None = None
+    membership: Membership | None = None
+    alone: str = "this worker could not join"
+    cannot_receive: str = ""
+    any_checkpoint: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Which weights are exchanged."""
+        if self.role.is_fixed:
+            return "raw"
+        if self.settings.layout != "auto":
+            return self.settings.layout
+        return "processed" if self.engine.processed_weights_move else "raw"
+
+    @property
+    def kept_kinds(self) -> tuple[Kind, ...]:
+        """Which weights are offered."""
+        if not self.role.offers or self.membership is None:
+            return ()
+        keep = self.settings.source_keep
+        if keep == "both":
+            return ("processed", "raw")
+        return (self.kind if keep is None else keep,)
+
+    @property
+    def what(self) -> str:
+        """What is loaded, for messages."""
+        name = self.membership.identity.model_name if self.membership is not None else self.engine.model
+        return f"{self.kind} weights of {name}, rank {self.rank}"
+
+    @property
+    def ranks_wanted(self) -> int:
+        """MX_EXPECTED_WORKERS, or all that hold a part of the model."""
+        return self.settings.expected_workers or self.engine.world_size()
+
+    def identity(self, kind: Kind, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
+        """What this worker's weights are: by a checkpoint's digest, or else by the engine's files, as they are."""
+        made = self.engine.identity(kind, self.settings.model_revision, checkpoint)
+        if self.role.is_fixed and self.settings.model_name:
+            made.model_name = self.settings.model_name
+        return made
+
+    def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
+        """This worker at the server, not joined yet."""
+        return Membership(self.settings, identity, self.rank, self.engine.accelerator)
+
+    def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
+        """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""
+        if self.membership is None:
+            return nullcontext(lambda done_bytes, total_bytes: None)
+        return self.membership.loading(path)

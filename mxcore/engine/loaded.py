@@ -1,0 +1,128 @@
+"""What a rung gives, and how: a model is built, filled, processed, and looked at for what can be offered of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from mxcore.engine.context import LoadContext
+from mxcore.engine.protocol import Engine, Fill, Source, Streamed
+from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
+from mxcore.engine.weights import Weights
+from mxcore.storage.plan.progress import Progress
+from mxcore.transfer.receive.load_progress import LoadPath
+
+__all__ = ["Keeping", "Loaded", "built", "load_stored"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, what of it can be offered, and what the report says of it.
+
+    `checkpoint` is the digest of what was loaded; None: of the engine's own files.
+    """
+
+    model: nn.Module
+    kept: tuple[Weights, ...]
+    checkpoint: str | None
+    part: LoadedPart
+
+
+class Keeping:
+    """Looks at a model for what is to be offered of it. For one model; what cannot be offered is a fallback's line."""
+
+    def __init__(self, context: LoadContext) -> None:
+        self._context = context
+        self._kept: list[Weights] = []
+
+    def filled(self, model: nn.Module, given: Weights | None = None) -> None:
+        """Before processing. `given` are weights that were received, or will be after processing."""
+        context = self._context
+        for kind in context.kept_kinds:
+            if given is not None and given.kind == kind:
+                self._kept.append(given)
+            elif kind == "raw" and given is not None:
+                context.fallbacks.append("keeping raw weights: this worker received processed ones")
+            else:
+                weights = Weights(kind, context.engine.device)
+                with context.fallbacks.attempt(f"collecting {kind} weights"):
+                    weights.loaded(model)
+                    self._kept.append(weights)
+
+    def processed(self, model: nn.Module) -> tuple[Weights, ...]:
+        """After processing: what can be offered, complete."""
+        complete = []
+        for weights in self._kept:
+            if weights.received is not None and weights.kind == "processed":
+                complete.append(weights)
+                continue
+            with self._context.fallbacks.attempt(f"collecting {weights.kind} weights"):
+                weights.processed(model)
+                if weights.kind == "raw":
+                    beside = weights.bytes_beside(model)
+                    _log.info(
+                        "raw weights are kept for other workers: %d bytes beside the model (MX_SOURCE_KEEP)", beside
+                    )
+                complete.append(weights)
+        return tuple(complete)
+
+
+def built(engine: Engine, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+    """`Engine.build`, with the seconds of its steps. Raises what that raises."""
+    times = [time.monotonic()]
+
+    def timed(model: nn.Module) -> None:
+        times.append(time.monotonic())
+        fill(model)
+        times.append(time.monotonic())
+
+    model = engine.build(timed)
+    times.append(time.monotonic())
+    names = ("build", "fill", "process")
+    return model, StepSeconds(
+        (name, round(ended - began, 6)) for name, began, ended in zip(names, times, times[1:], strict=False)
+    )
+
+
+def load_stored(
+    context: LoadContext,
+    path: StoredPath,
+    load_path: LoadPath,
+    opened: Callable[[Progress], tuple[Source, str | None]],
+    *,
+    reading_alone: bool = True,
+) -> Loaded:
+    """A model from storage. `opened` gives what is to be read and its checkpoint's digest, None for the engine's files.
+
+    `load_path` is what the server hears. The report's seconds are those of reading, or of all that is done here where
+    `reading_alone` is False. Raises what `opened` and the engine raise.
+    """
+    keeping = Keeping(context)
+    started = time.monotonic()
+    seconds = 0.0
+    with context.loading(load_path) as progress:
+        source, checkpoint = opened(progress)
+
+        def fill(model: nn.Module) -> None:
+            nonlocal seconds
+            began = time.monotonic()
+            context.engine.fill(model, source, context.settings, progress)
+            seconds = time.monotonic() - began
+            keeping.filled(model)
+
+        model, steps = built(context.engine, fill)
+    if not reading_alone:
+        seconds = time.monotonic() - started
+    with steps.step("keep"):
+        kept = keeping.processed(model)
+    size_bytes = source.checkpoint.total_bytes if isinstance(source, Streamed) else 0
+    part = LoadedPart(path=path, layout=context.kind, bytes=size_bytes, seconds=round(seconds, 6), steps=steps)
+    if kept and kept[0].layout is not None:
+        part = replace(part, tensors=len(kept[0].found.tensors), bytes=kept[0].layout.total_bytes)
+    return Loaded(model, kept, checkpoint, part)

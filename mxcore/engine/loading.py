@@ -1,0 +1,208 @@
+"""One load: identity → membership → the ladder of places that weights come from → serve.
+
+The engine never ends because of us: what our part raises becomes a line in the log and in the report, and the next
+rung does the load, into a model built anew; the last one is the engine's own loader. Only what that raises reaches the
+engine, and LoadPathsExhausted if MX_LOAD_PATHS leaves that loader out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+from torch import nn
+
+from mxcore.engine import serving
+from mxcore.engine.context import LoadContext, Role
+from mxcore.engine.departure import Record
+from mxcore.engine.loaded import Loaded
+from mxcore.engine.model_files import UriPlace
+from mxcore.engine.protocol import Engine
+from mxcore.engine.report import Fallbacks, LoadReport, StepSeconds
+from mxcore.engine.rungs import Wait, rungs_of, wait_for_ranks
+from mxcore.engine.weights import Weights
+from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
+from mxcore.load_ladder import Ladder
+from mxcore.settings import load_settings
+from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
+from mxserver.wire.errors import MxError
+
+__all__ = ["load"]
+
+_log = logging.getLogger(__name__)
+
+
+def load(engine: Engine, role: Role) -> nn.Module:
+    """A model that is ready to run. What of it can be offered is served until the engine ends (`serving`).
+
+    Raises what the engine's own loader raises, and LoadPathsExhausted where that is left out; NoSource for a role that
+    only pulls.
+    """
+    started = time.monotonic()
+    restore = engine.building_state()
+    fallbacks, steps = Fallbacks(), StepSeconds()
+    context = LoadContext(engine, role, load_settings({}, {}), fallbacks, ExitStack())
+    with steps.step("join"), fallbacks.attempt("joining"):  # after a failure there is what was found before it
+        context = _with_settings(context)
+        context = replace(context, rank=engine.rank())
+        context = _with_membership(context)
+    ladder = Ladder(rungs_of(context), restore=restore, failed=lambda step: fallbacks.append(str(step)))
+    try:
+        loaded = ladder.climb()
+    except BaseException as error:
+        if context.membership is not None:
+            context.membership.close()
+        if isinstance(error, LoadPathsExhausted) and not role.reads_storage:
+            reason = ladder.steps[-1].reason if ladder.steps else "nothing was tried"
+            raise NoSource(f"{role.load_format} has no {context.what}: {reason}. {role.otherwise}") from None
+        raise
+    finally:
+        with fallbacks.attempt("closing what was read from"):
+            context.at_end.close()
+    offers: list[dict[str, str]] = []
+    with steps.step("offer"), fallbacks.attempt("serving"):
+        offers = _serve(context, loaded)
+    report = LoadReport(
+        **{**vars(loaded.part), "steps": {"join": steps["join"], **loaded.part.steps, "offer": steps["offer"]}},
+        model=engine.model,
+        rank=context.rank,
+        serving=bool(offers),
+        source_id=offers[0]["source_id"] if offers else "",
+        worker_id=offers[0]["worker_id"] if offers else "",
+        offers=offers,
+        load_seconds=round(time.monotonic() - started, 3),
+        paths=[step.as_json() for step in ladder.steps],
+        fallbacks=fallbacks,
+    )
+    _log.info("%s", report.line())
+    if context.report_path:
+        with fallbacks.attempt("writing the report"):
+            report.write(context.report_path)
+    return loaded.model
+
+
+def _with_settings(context: LoadContext) -> LoadContext:
+    options = dict(context.engine.options)
+    report_path = str(options.pop("report_path", ""))
+    settings = load_settings(options)
+    uri: UriPlace | None = None
+    if settings.model_uri and context.role.reads_storage:
+        uri = UriPlace(settings.model_uri, settings)
+        context.at_end.callback(uri.close)
+    return replace(context, settings=settings, report_path=report_path, uri=uri)
+
+
+def _with_membership(context: LoadContext) -> LoadContext:
+    fallbacks = context.fallbacks
+    if context.settings.server_address is None:
+        fallbacks.append("joining: no server is set")
+        _log.warning(
+            "no ModelExpress server is set: loading from storage, alone; "
+            "set MODEL_EXPRESS_URL=host:port to take weights from other workers and to offer them"
+        )
+        return replace(context, alone="no server is set")
+    digest: str | None = None
+    if context.uri is not None:
+        with fallbacks.attempt("looking at MX_MODEL_URI"):
+            digest = context.uri.digest
+    identity = context.identity(context.kind, digest)
+    membership = context.new_membership(identity)
+    cannot_receive = ""
+    try:
+        if not _publishes_late(context) and not membership.join():
+            reason, is_there = _unheard(membership)
+            fallbacks.append(f"joining: {reason}")
+            cannot_receive = "" if is_there or not context.role.reads_storage else reason
+    except BaseException:
+        membership.close()
+        raise
+    return replace(
+        context,
+        membership=membership,
+        uri_digest=digest,
+        cannot_receive=cannot_receive,
+        any_checkpoint=not identity.extra_parameters[CHECKPOINT_PARAMETER],
+    )
+
+
+def _publishes_late(context: LoadContext) -> bool:
+    """MX_SYNC_PUBLISH, of a worker that only offers: it is published when it is loaded."""
+    return context.settings.sync_publish and not context.role.pulls
+
+
+def _unheard(membership: Membership) -> tuple[str, bool]:
+    """What came of joining without success, and whether there is a server that can at least be asked for sources."""
+    address = membership.settings.server_address
+    try:
+        membership.published_ranks(ready=True)
+    except MxError:
+        return f"no answer from the server at {address}", False
+    return f"the server at {address} does not take this worker's record", True
+
+
+def _serve(context: LoadContext, loaded: Loaded) -> list[dict[str, str]]:
+    """Offers what this worker has; leaves when there is nothing, or nothing that may be offered."""
+    membership = context.membership
+    offers: list[dict[str, str]] = []
+    if membership is None:
+        return offers
+    try:
+        if loaded.kept and (reason := context.engine.loses_memory()):
+            raise LayoutUnsupported(f"in {reason} weights can vanish while they are read: not offered")
+        for weights in loaded.kept:
+            with context.fallbacks.attempt(f"offering {weights.kind} weights"):
+                offers.append(_offer(context, membership, loaded, weights))
+    finally:
+        if membership.holder is None:
+            membership.close()
+    return offers
+
+
+def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: Weights) -> dict[str, str]:
+    """Serves weights of one kind, until the engine ends. Raises what Membership.serve raises."""
+    if weights.kind == context.kind:
+        membership = _under_own_name(context, joined, loaded.checkpoint)
+    else:
+        membership = context.new_membership(context.identity(weights.kind, loaded.checkpoint))
+    offer = serving.Offer(membership, weights)
+    try:
+        if _publishes_late(context):
+            membership.join()
+            _wait_for_siblings(context, membership)
+        offer.start(weights.received.digests if weights.received is not None else None)
+    except BaseException:
+        membership.close()
+        raise
+    context.engine.watch(serving.EngineWatch())
+    address = context.settings.server_address or ""
+    record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
+    serving.stay(offer, record, context.engine.instance)
+    return {"layout": weights.kind, "source_id": membership.source_id, "worker_id": membership.worker_id}
+
+
+def _wait_for_siblings(context: LoadContext, membership: Membership) -> None:
+    """MX_SYNC_PUBLISH: until all ranks of this source have loaded and said so, in bounded time."""
+    wanted = context.ranks_wanted
+    wait = Wait(f"all {wanted} ranks of this source", context.settings.source_wait_seconds)
+    if not wait_for_ranks(membership, wait, wanted, ready=False):
+        _log.warning(
+            "not all %d ranks of this source were published within %g s: this one is offered all the same",
+            wanted,
+            wait.limit_seconds,
+        )
+
+
+def _under_own_name(context: LoadContext, joined: Membership, checkpoint: str | None) -> Membership:
+    """The membership to serve in: another one when what was loaded is not what this worker joined with."""
+    known = joined.identity.extra_parameters[CHECKPOINT_PARAMETER]
+    if checkpoint == known or (checkpoint is None and known and context.uri is None):
+        return joined
+    identity = context.identity(context.kind, checkpoint)
+    if identity == joined.identity:
+        return joined
+    membership = context.new_membership(identity)
+    membership.take_over_election(joined)
+    joined.close()
+    return membership

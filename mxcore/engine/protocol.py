@@ -1,0 +1,123 @@
+"""What an engine gives so that its models are loaded and shared (the Protocol `Engine`), and what it reads from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from mxcore.engine.lazy_tensors import Needed
+from mxcore.engine.serving import EngineWatch
+from mxcore.engine.weights import Kind
+from mxcore.settings import WorkerSettings
+from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.plan.progress import Progress
+from mxserver.wire.proto import p2p_pb2
+
+__all__ = ["Engine", "Files", "Fill", "Source", "Streamed"]
+
+Fill: TypeAlias = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Weight files: the engine's own, or those of `folder`. With `needed` (`lazy_weights`), only that is read."""
+
+    folder: Path | None = None
+    needed: Needed | None = None
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A checkpoint that is elsewhere.
+
+    `tensors(names, progress)` yields (name, tensor) of the names, or of all for None; each tensor is good until the
+    next but one is asked for.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Callable[[Collection[str] | None, Progress], Iterator[tuple[str, torch.Tensor]]]
+
+
+Source: TypeAlias = Files | Streamed
+
+
+class Engine(Protocol):
+    """One model in one process of an engine. All calls come from the thread that loads."""
+
+    @property
+    def model(self) -> str:
+        """What the user named: a folder, or a model of the hub."""
+
+    @property
+    def revision(self) -> str | None:
+        """Of the model on the hub; None: the newest."""
+
+    @property
+    def download_dir(self) -> str | None:
+        """The hub's cache, where it is not in its usual place."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Worker settings that the user gave the engine, by name; they win over the environment. Also `report_path`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where all weights are."""
+
+    @property
+    def accelerator(self) -> str:
+        """The device's name, as the record on the server shows it."""
+
+    @property
+    def instance(self) -> str:
+        """Which of this process' engines it is, as `watch` tells it; empty where that is not known."""
+
+    @property
+    def own_loader(self) -> str:
+        """What loads its files, for the log."""
+
+    @property
+    def processed_weights_move(self) -> bool:
+        """False where processing packs weights away so that nothing can read them back: raw ones are exchanged."""
+
+    def building_state(self) -> Callable[[], None]:
+        """Remembers what building a model changes beside it; the result restores that, so that another can be built."""
+
+    def build(self, fill: Fill) -> nn.Module:
+        """Builds the model, calls `fill` with it, processes it: ready to run. Raises what `fill` raises."""
+
+    def fill(self, model: nn.Module, source: Source, settings: WorkerSettings, progress: Progress) -> int:
+        """Within `build`: fills the model from a checkpoint; bytes that were read from files by mxcore."""
+
+    def fill_placeholder(self, model: nn.Module) -> None:
+        """Within `build`: values with which processing does no harm. Other values come after processing."""
+
+    def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
+        """What must match for weights to be interchangeable (wire.md).
+
+        `checkpoint` is the digest of weights that come from elsewhere; None: that of the engine's own files is made.
+        `revision`: what the settings say where the engine names none. Raises MxError for a malformed weight file.
+        """
+
+    def rank(self) -> int:
+        """Which part of the model is here: equal ranks of equal identities have equal weights."""
+
+    def world_size(self) -> int:
+        """Processes that hold one copy of the model together."""
+
+    def ranks_on_node(self) -> int:
+        """Processes of this engine on this machine."""
+
+    def barrier(self, timeout_seconds: float) -> str:
+        """Waits until all processes of this engine are here; what went wrong, else an empty text."""
+
+    def loses_memory(self) -> str | None:
+        """A mode in which weights vanish or move and nobody tells us: then they are not offered."""
+
+    def watch(self, watch: EngineWatch) -> None:
+        """Has `watch` told before weights are changed, sleep or vanish, and after they woke up. Idempotent."""

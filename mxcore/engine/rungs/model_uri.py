@@ -1,0 +1,56 @@
+"""The rung `uri`: MX_MODEL_URI, a folder of this machine or a prefix of an object store."""
+
+from __future__ import annotations
+
+from mxcore.engine.context import LoadContext
+from mxcore.engine.loaded import Loaded, load_stored
+from mxcore.engine.model_files import UriPlace
+from mxcore.engine.protocol import Files, Source
+from mxcore.engine.rungs.remote import streamed
+from mxcore.errors import CheckpointError
+from mxcore.load_ladder import PollResult, Rung, skip, take
+from mxcore.storage.remote.model_uri import missing_packages
+from mxserver.wire.proto import load_pb2
+
+__all__ = ["UriRung"]
+
+
+class UriRung(Rung[Loaded]):
+    """Streams safetensors from MX_MODEL_URI."""
+
+    name = "uri"
+
+    def __init__(self, context: LoadContext) -> None:
+        self._context = context
+
+    def poll(self) -> PollResult:
+        """Taken when a checkpoint is there."""
+        place = self._context.uri
+        if place is None:
+            return skip("MX_MODEL_URI is not set")
+        if missing := missing_packages(place.uri, streamer=self._context.settings.object_reader == "runai"):
+            return skip(f"{place.uri.text}: {missing}")
+        if place.uri.is_local:
+            return take(f"{place.uri.text}: {len(place.files().weight_files)} weight files")
+        folder = place.objects()
+        weights = [file for file in folder.files if file.path.endswith(".safetensors")]
+        return take(f"{folder.name}: {len(weights)} weight files, {sum(file.size_bytes for file in weights)} bytes")
+
+    def load(self) -> Loaded:
+        """A model with the weights of that place; raises MxError, and what building a model raises."""
+        place = self._context.uri
+        if place is None:
+            raise CheckpointError("MX_MODEL_URI is not set")
+        path = load_pb2.LOAD_PATH_STORAGE if place.uri.is_local else load_pb2.LOAD_PATH_OBJECT_STORE
+        digest = place.digest
+        return load_stored(self._context, "uri", path, lambda progress: (self._source(place), digest))
+
+    def _source(self, place: UriPlace) -> Source:
+        if place.uri.is_local:
+            return Files(place.files().folder or place.uri.folder)
+        return streamed(self._context, place.objects())
+
+    def undo(self) -> None:
+        """The store's connections are closed."""
+        if self._context.uri is not None:
+            self._context.uri.close()

@@ -1,0 +1,237 @@
+"""The rungs `p2p` and `fleet`: weights of other workers, memory to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from mxcore.engine.context import LoadContext
+from mxcore.engine.loaded import Keeping, Loaded, built
+from mxcore.engine.report import LoadedPart
+from mxcore.engine.rungs.missing_chunks import fill_missing
+from mxcore.engine.weights import Kind, Weights, remember_computed
+from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
+from mxcore.load_ladder import PollResult, Rung, skip, take
+from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.receive.receiver import ReceiveReport
+
+__all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
+
+
+@dataclass
+class Tried:
+    """What a load has learned of workers; its rungs that receive share it.
+
+    `failed` are those whose transfers failed; `cannot_receive` why none can help, whoever it is.
+    """
+
+    cannot_receive: str = ""
+    failed: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Attempt:
+    """One model that is filled by peers: raw weights before processing; processed ones after it, over what it made.
+
+    `restore` puts back what building had put there: engines keep modules such as rotary embeddings for the next model
+    of the process, which must not find half of a transfer in them. `checkpoint` is what the sources say that it is.
+    After a failure `others_may_do` says that it was the sources' and not this model's.
+    """
+
+    weights: Weights
+    restore: Callable[[], None] = lambda: None
+    checkpoint: str = ""
+    bytes_from_storage: int = 0
+    others_may_do: bool = False
+
+
+class PeerRung(Rung[Loaded]):
+    """Weights of workers that have all of them, now."""
+
+    name = "p2p"
+
+    def __init__(self, context: LoadContext, tried: Tried) -> None:
+        self._context = context
+        self._tried = tried
+        self._sources: Sequence[Source] = ()
+        self._attempt: _Attempt | None = None
+
+    @property
+    def _kind(self) -> Kind:
+        return self._context.kind
+
+    def poll(self) -> PollResult:
+        """Taken when a worker is READY."""
+        if reason := self._hopeless():
+            return skip(reason)
+        self._sources = self._found()
+        if not self._sources:
+            return skip(self._nobody())
+        workers = ", ".join(source.worker_id for source in self._sources[:3])
+        return take(f"{len(self._sources)} workers have these weights or some of them: {workers}")
+
+    def _hopeless(self) -> str:
+        """Why nobody needs to be looked for; empty if that is not so."""
+        return self._context.alone if self._context.membership is None else self._tried.cannot_receive
+
+    def _found(self) -> Sequence[Source]:
+        membership = self._membership()
+        if membership is None:
+            return ()
+        listed = membership.find_sources(match_any_checkpoint=self._context.any_checkpoint, receiving=True)
+        found = [source for source in listed if source.worker_id not in self._tried.failed]
+        return found if any(not source.receiving for source in found) else ()
+
+    def _membership(self) -> Membership | None:
+        """Where sources are looked for, and who receives."""
+        return self._context.membership
+
+    def _nobody(self) -> str:
+        failed = self._tried.failed
+        others = f" but those that failed ({', '.join(sorted(failed))})" if failed else ""
+        return f"no worker{others} has these weights for rank {self._context.rank}"
+
+    def load(self) -> Loaded:
+        """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
+        context, is_raw = self._context, self._kind == "raw"
+        weights, keeping = Weights(self._kind, context.engine.device), Keeping(context)
+        attempt = self._attempt = _Attempt(weights)
+
+        def fill(model: nn.Module) -> None:
+            attempt.restore = remember_computed(model, weights.device)
+            if is_raw:
+                weights.loaded(model, partial(self._receive, attempt, model))
+            else:
+                context.engine.fill_placeholder(model)
+                weights.loaded(model)
+            keeping.filled(model, weights)
+
+        model, steps = built(context.engine, fill)
+        with steps.step("fill"):
+            if not is_raw:
+                weights.processed(model, partial(self._receive, attempt, None))
+        received = weights.received
+        if received is None:
+            raise SourceUnreachable("nothing was received: the engine has filled no model")
+        self._attempt = None  # with its copies of what building computed
+        with steps.step("keep"):
+            kept = keeping.processed(model)
+        part = LoadedPart(
+            path="p2p",
+            layout=self._kind,
+            tensors=received.tensors,
+            bytes=received.bytes,
+            seconds=received.seconds,
+            chunks_verified=received.chunks_verified,
+            bytes_from_storage=attempt.bytes_from_storage,
+            source_worker=received.source_worker_id,
+            operation=received.operation,
+            transport=received.transport,
+            steps=steps,
+        )
+        return Loaded(model, kept, attempt.checkpoint, part)
+
+    def _receive(
+        self,
+        attempt: _Attempt,
+        unprocessed: nn.Module | None,
+        layout: Layout,
+        placement: Placement,
+        scalars: Mapping[str, float],
+    ) -> ReceiveReport:
+        """From workers; with `unprocessed`, what they could not give any more comes from storage."""
+        context, membership = self._context, self._membership()
+        if membership is None:
+            raise SourceUnreachable("no membership: there is nobody to receive from")
+        attempt.checkpoint = membership.identity.extra_parameters[CHECKPOINT_PARAMETER]
+        relays = (
+            membership is context.membership and self._kind in context.kept_kinds and not context.engine.loses_memory()
+        )
+        relay_from = attempt.weights if relays else None
+        try:
+            try:
+                return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+            except ChunksMissing as error:
+                if error.partial is None or unprocessed is None or not _files_are_the_same(context):
+                    raise
+                context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
+                attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
+                whole: ReceiveReport = error.partial.complete()
+                return whole
+        except TransferError:
+            self._tried.failed.update(source.worker_id for source in self._sources)
+            attempt.others_may_do = True
+            raise
+
+    def undo(self) -> None:
+        """Nothing more is relayed; what building computed is back."""
+        context = self._context
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None and not attempt.others_may_do and self._kind == context.kind:
+            self._tried.cannot_receive = "this model's weights cannot be taken from a worker, whoever it is"
+        if context.membership is not None:
+            with context.fallbacks.attempt("withdrawing what was relayed"):
+                context.membership.withdraw()
+        if attempt is not None:
+            attempt.restore()
+
+
+def _files_are_the_same(context: LoadContext) -> bool:
+    """Whether the engine's own files are of the checkpoint that workers give, and may be read by us."""
+    return (
+        context.role.reads_storage
+        and not context.any_checkpoint
+        and context.settings.storage_reader != "engine"
+        and context.uri is None  # the digest is that of files elsewhere
+    )
+
+
+class FleetRung(PeerRung):
+    """Weights of a worker that reads them for all: waited for, at most MX_SOURCE_WAIT_SECS."""
+
+    name = "fleet"
+
+    def __init__(self, context: LoadContext, tried: Tried) -> None:
+        super().__init__(context, tried)
+        self._tries_left = 2
+
+    def _found(self) -> Sequence[Source]:
+        context = self._context
+        if context.membership is None:
+            return ()
+        return context.membership.wait_for_source(match_any_checkpoint=context.any_checkpoint, avoid=self._tried.failed)
+
+    def _nobody(self) -> str:
+        return "nobody else loads them, or not in time: this worker's turn to read storage"
+
+    def again(self) -> bool:
+        """Once: whom it waited for may fail, and somebody else reads then."""
+        self._tries_left -= 1
+        return self._tries_left > 0
+
+
+class RawRung(PeerRung):
+    """Raw weights of a source whose processed layout is another one, or which offers only raw ones: processed here."""
+
+    def __init__(self, context: LoadContext, tried: Tried) -> None:
+        super().__init__(context, tried)
+        self._raw_membership: Membership | None = None
+
+    @property
+    def _kind(self) -> Kind:
+        return "raw"
+
+    def _membership(self) -> Membership | None:
+        context = self._context
+        if self._raw_membership is None and context.membership is not None:
+            self._raw_membership = context.new_membership(context.identity("raw", context.uri_digest))
+            context.at_end.callback(self._raw_membership.close)
+        return self._raw_membership
+
+    def _nobody(self) -> str:
+        return f"no worker has the raw weights for rank {self._context.rank} either"

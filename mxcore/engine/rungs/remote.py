@@ -1,0 +1,25 @@
+"""A checkpoint that is elsewhere, as tensors for an engine: ranks of a node share the reading."""
+
+from __future__ import annotations
+
+from mxcore.engine.context import LoadContext
+from mxcore.engine.protocol import Streamed
+from mxcore.storage.remote.remote_folder import BATCH_BYTES, RemoteFolder, open_remote, stream_remote
+from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
+
+__all__ = ["streamed"]
+
+
+def streamed(context: LoadContext, folder: RemoteFolder) -> Streamed:
+    """Reads the headers; raises MxError. Nothing of the tensors touches the disk."""
+    checkpoint = open_remote(folder)
+    ranks = context.engine.ranks_on_node()
+    shared = SharedReads(folder.name, folder.files, ranks, folder.read_into)
+    context.at_end.callback(shared.close)
+    batch_bytes = SHARED_BATCH_BYTES if ranks > 1 else BATCH_BYTES
+    return Streamed(
+        checkpoint,
+        lambda names, progress: stream_remote(
+            folder, checkpoint, names, read=shared.read_into, batch_bytes=batch_bytes, progress=progress
+        ),
+    )

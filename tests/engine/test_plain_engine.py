@@ -1,0 +1,177 @@
+"""An engine that is not vLLM: what `mxcore.engine` asks of one is enough. Real processes, sockets, server and files."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is the engine's")
+
+from bench.demo.workers import Server  # noqa: E402
+from mxcore.engine import Engine, leave, load  # noqa: E402
+from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
+from tests.engine.plain_engine import LAYERS, SIZE, PlainEngine, answer, write_checkpoint  # noqa: E402
+from tests.engine.plain_worker import ROLES  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+BYTES = LAYERS * SIZE * SIZE * 4
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    process = Server(tmp_path_factory.mktemp("server"))
+    try:
+        yield process.start()
+    finally:
+        process.child.stop()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def expected(folder: Path) -> str:
+    """What the model answers when nothing of ours takes part in it but the reader."""
+    return answer(load(PlainEngine(folder, {}), ROLES["both"]))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS", "MX_MODEL_URI", "MX_LOAD_PATHS"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    leave("the test ends")
+
+
+def options(server: str, **more: Any) -> dict[str, Any]:
+    return {"server_address": server, "worker_host": "127.0.0.1", "worker_grpc_port": 0, **more}
+
+
+@contextlib.contextmanager
+def started(folder: Path, role: str, given: dict[str, Any], *, processed: bool) -> Iterator[dict[str, Any]]:
+    """A worker in a process of its own, which serves within the block; its answer and report."""
+    report = folder.parent / f"{role}-{os.urandom(4).hex()}.json"
+    command = {
+        "folder": str(folder),
+        "role": role,
+        "options": given,
+        "processed": processed,
+        "report": str(report),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.engine.plain_worker", json.dumps(command)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line, f"the worker ended with {process.wait()}"
+            yield json.loads(line)
+            process.stdin.close()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_the_engine_has_all_that_the_protocol_asks_for(folder: Path) -> None:
+    engine = PlainEngine(folder, {})
+    for name, member in vars(Engine).items():
+        if name.startswith("_"):
+            continue
+        assert hasattr(engine, name), name
+        if inspect.isfunction(member):
+            assert inspect.signature(getattr(PlainEngine, name)) == inspect.signature(member), name
+
+
+def received(engine: PlainEngine, role: str, expected: str) -> dict[str, Any]:
+    """The report of a load in this process, which then serves nothing."""
+    assert answer(load(engine, ROLES[role])) == expected
+    leave("the next one is to find the first source")
+    report: dict[str, Any] = json.loads(Path(engine.options["report_path"]).read_text())
+    assert report["path"] == "p2p"
+    assert report["bytes"] > BYTES  # the table too
+    assert report["fallbacks"] == []
+    return report
+
+
+def test_processed_weights_go_from_process_to_process(server: str, folder: Path, expected: str) -> None:
+    given = options(server, load_paths=["p2p"], report_path=str(folder.parent / "report.json"))
+    with started(folder, "both", options(server), processed=True) as source:
+        assert source["answer"] == expected
+        assert (source["report"]["path"], source["report"]["serving"]) == ("storage", True)
+        assert source["events"] == ["build", "fill", "process"]
+        engine = PlainEngine(folder, given, processed_weights_move=True)
+        report = received(engine, "both", expected)
+    assert (report["layout"], report["serving"]) == ("processed", True)
+    assert report["source_worker"] == source["report"]["worker_id"]
+    assert engine.events == ["build", "placeholder", "process"]
+
+
+def test_raw_weights_go_to_whoever_processes_them(server: str, folder: Path, expected: str) -> None:
+    """To one that exchanges raw ones, to one that only pulls, and to one that would rather have processed ones."""
+    given = options(server, load_paths=["p2p"], report_path=str(folder.parent / "report.json"))
+    with started(folder, "source", options(server), processed=True) as source:
+        assert source["report"]["offers"][0]["layout"] == "raw"
+        for role, processed in (("both", False), ("target", False), ("both", True)):
+            engine = PlainEngine(folder, given, processed_weights_move=processed)
+            report = received(engine, role, expected)
+            assert report["source_worker"] == source["report"]["worker_id"]
+            assert [offer["layout"] for offer in report["offers"]] == (
+                [] if role == "target" else ["processed" if processed else "raw"]
+            )
+            assert engine.events == ["build", "process"]
+
+
+def test_a_transfer_that_fails_leaves_nothing_behind(
+    server: str, folder: Path, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The source's model is of another size: refused; then a model is built anew, and the files fill it."""
+    engine = PlainEngine(folder, options(server))
+    other = PlainEngine(folder, options(server), size=SIZE // 2)
+    other.fill = lambda *_: 0  # type: ignore[method-assign]  # its files do not fit it
+    load(other, ROLES["both"])
+    with caplog.at_level("INFO"):
+        assert answer(load(engine, ROLES["both"])) == expected
+    assert engine.events == ["build", "restore", "build", "fill", "process"]
+    assert "load path p2p failed" in caplog.text
+    assert engine.watched, "it offers what it has loaded"
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_storage_alone(folder: Path, expected: str, uri: bool, tmp_path: Path) -> None:
+    """Without a server; from the model's own folder and from MX_MODEL_URI."""
+    given: dict[str, Any] = {"report_path": str(tmp_path / "report.json")}
+    model = tmp_path / "a name without files" if uri else folder
+    if uri:
+        given["model_uri"] = f"file://{folder}"
+    assert answer(load(PlainEngine(model, given), ROLES["both"])) == expected
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["path"] == ("uri" if uri else "storage")
+    assert report["fallbacks"] == ["joining: no server is set"]
+    assert [step["rung"] for step in report["paths"]][:2] == ["p2p", "fleet"]
+    assert not report["serving"]
+
+
+def test_what_leaves_a_load(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        load(PlainEngine(nothing, {}), ROLES["both"])
+    with pytest.raises(LoadPathsExhausted, match="no server is set"):
+        load(PlainEngine(nothing, {"load_paths": ["p2p"]}), ROLES["both"])
+    with pytest.raises(NoSource, match=r"target has no raw weights of .*: no server is set\. Start a source\."):
+        load(PlainEngine(nothing, {}), ROLES["target"])
