@@ -9,21 +9,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.transfer.layout.chunks import Chunks, Segment
+from mxcore.transfer.layout.chunks import Chunks
 from mxcore.transfer.layout.layout import Layout, Placement
 from mxcore.transfer.layout.regions import PAGE_BYTES, merge_regions
+
+SPACE = 1000  # from one extent to the next
 
 
 def layout_of(*extent_bytes: int) -> Layout:
     return Layout("raw", (), extent_bytes)
 
 
+def segments(chunks: Chunks, extents: int, chunk: int) -> list[tuple[int, int, int]]:
+    """The parts of a chunk: extent, offset, length."""
+    addresses = chunks.slice_of(chunks.addresses([SPACE * extent for extent in range(extents)]), chunk)
+    lengths = chunks.slice_of(chunks.lengths, chunk)
+    return [(*divmod(address, SPACE), length) for address, length in zip(addresses, lengths, strict=True)]
+
+
 def test_small_extents_share_a_chunk_and_large_ones_are_split() -> None:
     chunks = Chunks(layout_of(3, 4, 10), 8)
     assert len(chunks) == 3
-    assert chunks.segments(0) == [Segment(0, 0, 3), Segment(1, 0, 4), Segment(2, 0, 1)]
-    assert chunks.segments(1) == [Segment(2, 1, 8)]
-    assert chunks.segments(2) == [Segment(2, 9, 1)]
+    assert segments(chunks, 3, 0) == [(0, 0, 3), (1, 0, 4), (2, 0, 1)]
+    assert segments(chunks, 3, 1) == [(2, 1, 8)]
+    assert segments(chunks, 3, 2) == [(2, 9, 1)]
     assert [chunks.bytes_of(i) for i in range(3)] == [8, 8, 1]
     assert chunks.segment_starts == array("Q", [0, 3, 4, 5])
 
@@ -49,14 +58,10 @@ def test_limits_must_be_positive(bad: int) -> None:
 @given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 64))
 def test_chunks_are_the_layouts_bytes_in_order(extents: list[int], chunk_bytes: int) -> None:
     chunks = Chunks(layout_of(*extents), chunk_bytes)
-    walked = [
-        (segment.extent, segment.offset + i)
-        for chunk in range(len(chunks))
-        for segment in chunks.segments(chunk)
-        for i in range(segment.length)
-    ]
+    parts = [segments(chunks, len(extents), chunk) for chunk in range(len(chunks))]
+    walked = [(extent, offset + i) for each in parts for extent, offset, length in each for i in range(length)]
     assert walked == [(extent, i) for extent, size in enumerate(extents) for i in range(size)]
-    sizes = [sum(segment.length for segment in chunks.segments(chunk)) for chunk in range(len(chunks))]
+    sizes = [sum(length for _, _, length in each) for each in parts]
     assert sizes == [chunks.bytes_of(chunk) for chunk in range(len(chunks))]
     assert all(size == chunk_bytes for size in sizes[:-1])
     assert chunks.segment_starts[-1] == len(chunks.lengths)

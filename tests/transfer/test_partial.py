@@ -94,8 +94,7 @@ def test_a_verified_chunk_that_was_written_over_is_refused(half: Half) -> None:
     partial = half.receive()
     half.fill(partial)
     chunk = (half.given & -half.given).bit_length() - 1
-    segment = half.chunks.segments(chunk)[0]
-    address = half.placement.addresses[segment.extent] + segment.offset
+    address = half.chunks.slice_of(half.chunks.local_addresses(half.placement), chunk)[0]
     for name, storage in half.here.storages.items():
         if half.here.address(name) <= address < half.here.address(name) + storage.nbytes:
             storage[address - half.here.address(name)] ^= 1

@@ -8,21 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from mxcore.transfer.layout.layout import Layout, Placement
 
-__all__ = ["CHUNK_BYTES", "Chunks", "Segment"]
+__all__ = ["CHUNK_BYTES", "Chunks"]
 
 CHUNK_BYTES = 16 * 1024 * 1024
-
-
-class Segment(NamedTuple):
-    """A part of a chunk that lies in one extent; offset and length in bytes."""
-
-    extent: int
-    offset: int
-    length: int
 
 
 class Chunks:
@@ -63,11 +54,6 @@ class Chunks:
     def bytes_of(self, chunk: int) -> int:
         """The length of a chunk; all but the last are `chunk_bytes` long."""
         return min(self.chunk_bytes, self.total_bytes - chunk * self.chunk_bytes)
-
-    def segments(self, chunk: int) -> list[Segment]:
-        """The parts of a chunk, in the layout's order."""
-        span = range(self.segment_starts[chunk], self.segment_starts[chunk + 1])
-        return [Segment(self._extents[i], self._offsets[i], self.lengths[i]) for i in span]
 
     def addresses(self, extent_addresses: Sequence[int]) -> array[int]:
         """The address of every segment of every chunk, for extents that lie at `extent_addresses`."""

@@ -169,11 +169,6 @@ class SwarmPlan:
         """The set of chunks that are neither done nor in flight."""
         return self._missing
 
-    @property
-    def holders(self) -> frozenset[str]:
-        """All holders that were added and not dropped."""
-        return frozenset(self._holders)
-
     def add_holder(self, holder: str, have: int) -> None:
         """Adds a holder, or updates what it has."""
         if (state := self._holders.get(holder)) is not None:
