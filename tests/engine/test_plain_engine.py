@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 from bench.demo.workers import Server  # noqa: E402
 from mxcore.engine import Engine, leave, load  # noqa: E402
 from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
-from tests.engine.plain_engine import LAYERS, SIZE, PlainEngine, answer, write_checkpoint  # noqa: E402
+from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +175,27 @@ def test_what_leaves_a_load(tmp_path: Path) -> None:
         load(PlainEngine(nothing, {"load_paths": ["p2p"]}), ROLES["both"])
     with pytest.raises(NoSource, match=r"target has no raw weights of .*: no server is set\. Start a source\."):
         load(PlainEngine(nothing, {}), ROLES["target"])
+
+
+def test_weights_that_are_packed_away_are_refused_by_name(
+    server: str, folder: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where processing keeps them in something that cannot be read back, nothing is offered."""
+
+    def pack(layer: Layer) -> None:
+        layer._gain_float = 1.0 + float(layer.weight.abs().mean())
+        packed = layer.weight.t().contiguous()
+        layer.multiply = lambda x: x @ packed
+        layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    monkeypatch.setattr(Layer, "process", pack)
+    monkeypatch.setattr(
+        Layer, "forward", lambda layer, x: torch.tanh(layer.multiply(x) * layer._gain_float * layer.table)
+    )
+    given = options(server, report_path=str(folder.parent / "report.json"))
+    assert answer(load(PlainEngine(folder, given, processed_weights_move=True), ROLES["both"])) == expected
+    report = json.loads((folder.parent / "report.json").read_text())
+    assert (report["path"], report["serving"]) == ("storage", False)
+    (fallback,) = report["fallbacks"]
+    assert "0.weight" in fallback
+    assert "MX_LAYOUT_UNSUPPORTED" in fallback
