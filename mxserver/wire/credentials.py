@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from mxserver.wire.address import split_scheme
-from mxserver.wire.environment import setting
+from mxserver.wire.environment import setting, unprotected
 from mxserver.wire.errors import SettingError
 
 _LOG = logging.getLogger(__name__)
@@ -190,8 +190,10 @@ class ClientCredentials:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> ClientCredentials:
-        """As the environment says (MX_TLS_*, MX_AUTH_TOKEN_*). Raises SettingError."""
+        """As the environment says (MX_TLS_*, MX_AUTH_TOKEN_*). Raises SettingError, for misspelt names as well."""
         variables = os.environ if environ is None else environ
+        if reason := unprotected(variables):
+            raise SettingError(reason)
 
         def path(name: str) -> Path | None:
             text = setting(variables, name)
