@@ -12,7 +12,7 @@ import pytest
 
 from tests.object_store.conftest import make_checkpoint
 from tests.small_disk import SmallDisk
-from vllm_plugin import loader, small_files
+from vllm_plugin import small_files
 
 
 @dataclass
@@ -35,12 +35,11 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def test_another_load_format_and_a_model_that_is_no_name_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_no_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         pytest.fail("it was not to be looked at")
 
     monkeypatch.setattr(small_files, "_prepare", never)
-    loader.prepare(Arguments("s3://bucket/model", load_format="auto"))
     small_files.prepare(Arguments(None))
 
 
