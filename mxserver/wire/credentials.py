@@ -32,6 +32,9 @@ TOKEN_FILE, TOKEN_IN_CLEAR = "MX_AUTH_TOKEN_PATH", "MX_AUTH_TOKEN_IN_CLEAR"
 WORKER_NAMES = (CA_FILE, CERT_FILE, KEY_FILE, CLIENT_CA_FILE, PEER_NAME, TOKEN_FILE, TOKEN_IN_CLEAR)
 """All that a worker, or any client, reads here from its environment."""
 
+PROJECTED_TOKEN = Path("/var/run/secrets/tokens/modelexpress")
+"""Where manifests for NVIDIA's clients project a pod's token, which these take without being told."""
+
 LONGEST_TOKEN_BYTES = 16 * 1024
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -207,7 +210,7 @@ class ClientCredentials:
             cert_file=path(CERT_FILE),
             key_file=path(KEY_FILE),
             peer_name=setting(variables, PEER_NAME) or "",
-            token_file=path(TOKEN_FILE),
+            token_file=path(TOKEN_FILE) or (PROJECTED_TOKEN if PROJECTED_TOKEN.exists() else None),
             token_in_clear=clear in _TRUE,
         )
         if (found.cert_file is None) != (found.key_file is None):

@@ -93,7 +93,12 @@ VARIABLES: tuple[Variable, ...] = (
     # The worker's.
     Variable("MX_TLS_CA_FILE", "worker", "PEM certificates that those of servers and workers must come from"),
     Variable("MX_TLS_PEER_NAME", "worker", "the name to expect in other workers' certificates"),
-    Variable("MX_AUTH_TOKEN_PATH", "worker", "file with the token that calls to the server carry; it may rotate"),
+    Variable(
+        "MX_AUTH_TOKEN_PATH",
+        "worker",
+        "file with the token that calls to the server carry; it may rotate; /var/run/secrets/tokens/modelexpress unless "
+        "set, where there is one",
+    ),
     Variable("MX_AUTH_TOKEN_IN_CLEAR", "worker", "1: the token also goes over connections that are not encrypted"),
     Variable(
         "MODEL_EXPRESS_URL",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mxserver.settings import ServerSettings, load_settings, load_with_origins
-from mxserver.wire import p2p_pb2
+from mxserver.wire import credentials, p2p_pb2
 from mxserver.wire.client import ServerClient
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, SettingError
@@ -62,8 +62,8 @@ def test_enforce_is_token_review_with_the_list(
     def client(token: str | None) -> ServerClient:
         path = tmp_path / "token"
         path.write_text(token or "")
-        credentials = ClientCredentials(token_file=path if token else None)
-        return ServerClient(f"127.0.0.1:{server.port}", credentials=credentials)
+        shown = ClientCredentials(token_file=path if token else None)
+        return ServerClient(f"127.0.0.1:{server.port}", credentials=shown)
 
     with client("t-worker") as worker:
         worker.publish(IDENTITY, WORKER, "w")
@@ -151,3 +151,18 @@ def test_a_client_whose_protection_is_misspelt_calls_nobody() -> None:
     with pytest.raises(SettingError, match=r"MX_TLS_CA_FIEL is no setting, did you mean MX_TLS_CA_FILE\?"):
         ClientCredentials.from_environ({"MX_TLS_CA_FIEL": "/ca"})
     assert ClientCredentials.from_environ({"MX_LAYUOT": "raw"}) == ClientCredentials()
+
+
+def test_a_projected_token_is_found_without_being_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As llm-d's guide mounts it. It goes no other ways than one that is named: not over plain connections."""
+    projected = tmp_path / "modelexpress"
+    monkeypatch.setattr(credentials, "PROJECTED_TOKEN", projected)
+    assert ClientCredentials.from_environ({}).token_file is None
+    projected.write_text("t-worker")
+    found = ClientCredentials.from_environ({})
+    assert found.token_file == projected
+    assert (found.authorization("mx.example:8001"), found.authorization("https://mx.example:8001")) == (
+        None,
+        "Bearer t-worker",
+    )
+    assert ClientCredentials.from_environ({"MX_AUTH_TOKEN_PATH": "/other"}).token_file == Path("/other")
