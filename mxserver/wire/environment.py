@@ -96,8 +96,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MX_AUTH_TOKEN_PATH",
         "worker",
-        "file with the token that calls to the server carry; it may rotate; /var/run/secrets/tokens/modelexpress unless "
-        "set, where there is one",
+        "file with the token that calls to the server carry; it may rotate. /var/run/secrets/tokens/modelexpress "
+        "unless set, where there is one",
     ),
     Variable("MX_AUTH_TOKEN_IN_CLEAR", "worker", "1: the token also goes over connections that are not encrypted"),
     Variable(
