@@ -178,7 +178,7 @@ class Load:
         """Settings, identity, membership. After a failure there is no membership."""
         extra = dict(self.load_config.model_loader_extra_config or {})
         self.report_path = str(extra.pop("report_path", ""))
-        self.settings = load_settings(extra)
+        self.settings = load_settings(extra, refused=self.report.fallbacks)
         if self.settings.model_uri and self.role.reads_storage:
             self.uri = UriPlace(self.settings.model_uri, self.settings)
             self.on_end(self.uri.close)
@@ -253,8 +253,8 @@ class Load:
         made = source_identity(
             self.vllm_config, self.model_config, kind, checkpoint, self.settings.model_revision, digest
         )
-        if self.role.is_fixed and self.settings.model_name:
-            made.model_name = self.settings.model_name
+        named = self.settings.model_name if self.role.is_fixed else ""
+        made.model_name = named or self.settings.model_name_override or made.model_name
         return made
 
     def on_end(self, function: Callable[[], None]) -> None:
