@@ -7,7 +7,6 @@ the next rung begins as if nothing had happened.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import logging
 import time
@@ -17,6 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from mxcore.errors import LoadPathsExhausted
 from mxserver.wire.errors import MxError
+from mxserver.wire.nearest import nearest
 
 __all__ = ["RUNGS", "Ladder", "PollResult", "Rung", "Step", "chosen_rungs", "reason_of", "skip", "take"]
 
@@ -104,8 +104,9 @@ def chosen_rungs(text: str | None) -> tuple[str, ...]:
         raise ValueError(f"it names no path; there are {', '.join(RUNGS)}")
     for place, name in enumerate(names):
         if name not in RUNGS:
-            nearest = difflib.get_close_matches(name, RUNGS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{name!r} is no path to load from; the nearest one is {nearest!r}")
+            near = nearest(name, RUNGS)
+            hint = f"the nearest one is {near!r}" if near else f"there are {', '.join(RUNGS)}"
+            raise ValueError(f"{name!r} is no path to load from; {hint}")
         if name in names[:place]:
             raise ValueError(f"{name!r} is named twice")
     return tuple(names)

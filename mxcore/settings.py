@@ -6,7 +6,6 @@ value, rule), a misspelt name warns with the nearest known one, and what Kuberne
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -21,12 +20,13 @@ from mxcore.storage.plan.memory_limit import parse_bytes
 from mxserver.wire import environment
 from mxserver.wire.address import is_host, parse_server_address, split_scheme
 from mxserver.wire.errors import SettingError
+from mxserver.wire.nearest import nearest
 
 __all__ = ["WorkerSettings", "load_settings"]
 
 logger = logging.getLogger(__name__)
 
-_URL = "MODEL_EXPRESS_URL"
+_URL, _ADDRESS = "MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS"
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECRET = re.compile(r"//[^/]*@")
@@ -73,6 +73,7 @@ class WorkerSettings(BaseModel):
     cache_weights: bool = Field(True, alias="MX_CACHE_WEIGHTS")
     source_keep: Literal["processed", "raw", "both"] | None = Field(None, alias="MX_SOURCE_KEEP")
     model_name: str = Field("", alias="MODEL_NAME")
+    model_name_override: str = Field("", alias="MX_MODEL_NAME_OVERRIDE")
     expected_workers: int = Field(0, alias="MX_EXPECTED_WORKERS", ge=0, le=65536)
     sync_publish: bool = Field(False, alias="MX_SYNC_PUBLISH")
     sync_start: bool = Field(False, alias="MX_SYNC_START")
@@ -125,19 +126,33 @@ class WorkerSettings(BaseModel):
 
 
 def load_settings(
-    overrides: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, *, told: bool = False
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    told: bool = False,
+    refused: list[str] | None = None,
 ) -> WorkerSettings:
     """The settings of this worker; never raises for a value.
 
     `overrides` come from the engine, by environment name (MX_LAYOUT) or field name (layout), and win over `environ`
     (this process' environment by default). MODEL_EXPRESS_URL wins over MX_SERVER_ADDRESS in either. With `told`,
-    warnings are debug lines: another process of the same worker logs them.
+    warnings are debug lines: another process of the same worker logs them. To `refused` one line is added for each
+    value that was set and could not be used.
     """
+    refusals = [] if refused is None else refused
+    before = len(refusals)
     variables = os.environ if environ is None else environ
     level = logging.DEBUG if told else logging.WARNING
     for line in environment.warnings_for(variables, "worker"):
         logger.log(level, "%s", line)
     values: dict[str, object] = {}
+    given = _with_field_names(overrides or {}, level)
+    if "server_address" not in given:
+        refusals += [
+            f"{name}={variables[name].strip()!r} counts as unset, as Kubernetes sets such values: write host:port"
+            for name in (_URL, _ADDRESS)
+            if environment.is_kubernetes_value(variables.get(name, ""))
+        ]
     for name, field in WorkerSettings.model_fields.items():
         text = environment.setting(variables, field.alias or name)
         if text is not None:
@@ -146,9 +161,11 @@ def load_settings(
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
         named["server_address"] = _URL
-    given = _with_field_names(overrides or {}, level)
     values.update(given)
-    return _validated(values, {field: name for field, name in named.items() if field not in given}, level)
+    settings = _validated(values, {field: name for field, name in named.items() if field not in given}, refusals)
+    for line in refusals[before:]:
+        logger.log(level, "%s", line)
+    return settings
 
 
 def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, object]:
@@ -161,13 +178,13 @@ def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, 
         elif key == _URL:
             known["server_address"] = value
         else:
-            nearest = difflib.get_close_matches(key, (*names, _URL), n=1, cutoff=0.0)[0]
-            logger.log(level, "%s is no setting of the worker; the nearest one is %s", key, nearest)
+            near = nearest(key, (*names, _URL))
+            logger.log(level, "%s is no setting of the worker%s", key, f"; the nearest one is {near}" if near else "")
     return known
 
 
-def _validated(values: dict[str, object], named: Mapping[str, str], level: int) -> WorkerSettings:
-    """`named`: fields whose value came from another name than their alias."""
+def _validated(values: dict[str, object], named: Mapping[str, str], refused: list[str]) -> WorkerSettings:
+    """`named`: fields whose value came from another name than their alias. `refused` gets a line for each bad value."""
     try:
         return WorkerSettings.model_validate(values)
     except ValidationError as error:
@@ -179,14 +196,10 @@ def _validated(values: dict[str, object], named: Mapping[str, str], level: int) 
             name = aliases.get(location, location)
             value = good.pop(location, good.pop(name, None))
             default = fields[name].default
-            logger.log(
-                level,
-                "%s=%s is refused: %s; %s",
-                named.get(name, fields[name].alias),
-                "(a value with a password)" if _SECRET.search(str(value)) else repr(value),
-                problem["msg"].removeprefix("Value error, "),
-                "it counts as unset" if default is None else f"the default {default!r} is used",
-            )
+            shown = "(a value with a password)" if _SECRET.search(str(value)) else repr(value)
+            instead = "it counts as unset" if default is None else f"the default {default!r} is used"
+            rule = problem["msg"].removeprefix("Value error, ")
+            refused.append(f"{named.get(name, fields[name].alias)}={shown} is refused: {rule}; {instead}")
         return WorkerSettings.model_validate(good)
 
 

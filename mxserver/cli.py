@@ -41,7 +41,7 @@ def _help(name: str, default: str) -> str:
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
-@click.option("--metrics-port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
+@click.option("--metrics-port", metavar="PORT|off", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
 @click.option("--metrics-tls", metavar="auto|off", help=_help("MX_SERVER_METRICS_TLS", "auto"))
 @click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
 @click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
@@ -69,7 +69,18 @@ def _help(name: str, default: str) -> str:
 )
 @click.option("--auth", metavar="off|file|kubernetes", help=_help("MX_AUTH", "off"))
 @click.option("--auth-file", metavar="FILE", help=_help("MX_AUTH_FILE", "none"))
-@click.option("--auth-audience", metavar="NAME", help=_help("MX_AUTH_AUDIENCE", "the API server's own"))
+@click.option("--auth-audience", metavar="NAMES", help=_help("MX_AUTH_AUDIENCE", "the API server's own"))
+@click.option(
+    "--auth-accounts",
+    metavar="NAMES",
+    help=_help("MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS", "those of the access file"),
+)
+@click.option(
+    "--auth-cache",
+    "auth_cache_seconds",
+    metavar="SECONDS",
+    help=_help("MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS", "60"),
+)
 @click.option("--kubernetes-api", metavar="URL", help=_help("MX_KUBERNETES_API", "https://kubernetes.default.svc"))
 @click.option(
     "--kubernetes-account",

@@ -113,8 +113,10 @@ class Server:
         self._ticker.start()
         self._operations.open()
 
-    def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int:
+    def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int | None:
         port = settings.effective_metrics_port
+        if port is None:
+            return None
         facts = {"store": settings.store, "port": self.port}
         try:
             return self._operations.listen(
@@ -286,7 +288,10 @@ def run(settings: ServerSettings) -> int:
     if warning := setup.warning(settings):
         _LOG.warning("%s", warning)
     scheme = "http" if setup.metrics_tls(settings) is None else "https"
-    _LOG.info("status page on %s://%s", scheme, address(settings.host, server.metrics_port))
+    if server.metrics_port is None:
+        _LOG.info("no status page, metrics and HTTP probes: they are off (MODEL_EXPRESS_SERVER_METRICS_PORT=0)")
+    else:
+        _LOG.info("status page on %s://%s", scheme, address(settings.host, server.metrics_port))
     _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
     try:
         signals.wait(1)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 from mxserver.config_file import ConfigFile, as_toml, read_config
 from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
 from mxserver.wire.calls.tls_files import ServerTls
-from mxserver.wire.environment import setting
+from mxserver.wire.environment import setting, unprotected
 from mxserver.wire.errors import SettingError
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
@@ -75,9 +75,17 @@ def _folders(value: Any) -> Any:
     return tuple(folder for folder in value.split(":") if folder) if isinstance(value, str) else value
 
 
+def _listed(value: Any) -> Any:
+    """What stands between commas, without blanks and empty entries."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, lt=2**63)]
 _BYTES_RULE = "bytes, or a number with KB, MB, GB, TB (or KiB, MiB, GiB, TiB); 0 is no limit"
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Audience = Annotated[str, Field(pattern=r"^\S+$")]
+ServiceAccount = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?:[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+Listed = BeforeValidator(_listed)
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
 
 
@@ -98,12 +106,12 @@ class ServerSettings(BaseSettings):
         alias="MODEL_EXPRESS_SERVER_HOST",
         description="an address or name of this machine; 0.0.0.0 is all of IPv4, :: all",
     )
-    metrics_port: int | None = Field(
-        None,
-        ge=0,
-        le=65535,
-        alias="MODEL_EXPRESS_SERVER_METRICS_PORT",
-        description="a whole number from 0 to 65535",
+    metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(_lower)] = (
+        Field(
+            None,
+            alias="MODEL_EXPRESS_SERVER_METRICS_PORT",
+            description="a whole number from 0 to 65535, or off",
+        )
     )
     metrics_tls: Annotated[MetricsTls, BeforeValidator(_lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
@@ -124,7 +132,10 @@ class ServerSettings(BaseSettings):
         "info", alias="MODEL_EXPRESS_LOG_LEVEL", description="debug, info, warning or error (or trace, warn)"
     )
     store: Annotated[Backend, BeforeValidator(_lower)] = Field(
-        "sqlite", alias="MX_METADATA_BACKEND", description="sqlite, redis or memory"
+        "sqlite",
+        alias="MX_METADATA_BACKEND",
+        description="sqlite, redis or memory (nothing is kept in objects of Kubernetes: sqlite on a volume does for "
+        "one server, redis for several)",
     )
     store_path: Path = Field(
         default_factory=default_store_path, alias="MX_STORE_PATH", description="the path of a file, to be made or ours"
@@ -146,7 +157,22 @@ class ServerSettings(BaseSettings):
         "off", alias="MX_AUTH", description="off, file or kubernetes"
     )
     auth_file: Path | None = Field(None, alias="MX_AUTH_FILE", description="the path of a TOML file")
-    auth_audience: str | None = Field(None, pattern=r"^\S+$", alias="MX_AUTH_AUDIENCE", description="a name")
+    auth_audience: Annotated[tuple[Audience, ...], NoDecode, Listed] = Field(
+        (), alias="MX_AUTH_AUDIENCE", description="names, separated by ','"
+    )
+    auth_accounts: Annotated[tuple[ServiceAccount, ...], NoDecode, Listed] = Field(
+        (),
+        alias="MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS",
+        description="namespace:name of service accounts, separated by ','",
+    )
+    auth_cache_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        alias="MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
+        description="a number of seconds from 0 to 86400",
+    )
     kubernetes_api: str = Field(
         "https://kubernetes.default.svc",
         pattern=r"^https?://\S+$",
@@ -206,8 +232,10 @@ class ServerSettings(BaseSettings):
         return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
 
     @property
-    def effective_metrics_port(self) -> int:
-        """9401 unless set. If the port for calls is a free one (0), this one is too, so that several servers fit."""
+    def effective_metrics_port(self) -> int | None:
+        """9401 unless set, None if it is off. If the port for calls is a free one (0), this one is too."""
+        if self.metrics_port == "off":
+            return None
         if self.metrics_port is not None:
             return self.metrics_port
         return DEFAULT_METRICS_PORT if self.port else 0
@@ -250,6 +278,8 @@ FLAGS = {
     "auth": "--auth",
     "auth_file": "--auth-file",
     "auth_audience": "--auth-audience",
+    "auth_accounts": "--auth-accounts",
+    "auth_cache_seconds": "--auth-cache",
     "kubernetes_api": "--kubernetes-api",
     "kubernetes_account": "--kubernetes-account",
     "max_message_bytes": "--max-message-bytes",
@@ -268,6 +298,33 @@ FLAGS = {
 
 
 CONFIG_FILE = "MX_CONFIG_FILE"
+
+
+class OtherName(NamedTuple):
+    """An environment name that NVIDIA's server has for a setting of ours, and what its values are here."""
+
+    field: str
+    values: Mapping[str, str]  # empty: any value, as it is
+
+    @property
+    def rule(self) -> str:
+        """What its value must be."""
+        return " or ".join(self.values) if self.values else str(ServerSettings.model_fields[self.field].description)
+
+
+OTHER_NAMES = {
+    "MODEL_EXPRESS_SECURITY_MODE": OtherName("auth", {"off": "off", "enforce": "kubernetes"}),
+    "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES": OtherName("auth_audience", {}),
+    "MODEL_EXPRESS_LOG_FORMAT": OtherName(
+        "log_format", {"text": "text", "json": "json", "pretty": "text", "compact": "text", "full": "text"}
+    ),
+}
+_MODE, _ACCOUNTS, _AUDIENCES = (
+    "MODEL_EXPRESS_SECURITY_MODE",
+    "MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS",
+    "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES",
+)
+_METRICS_PORT = "MODEL_EXPRESS_SERVER_METRICS_PORT"
 
 
 def config_of(flag: str | None) -> ConfigFile | None:
@@ -308,25 +365,59 @@ def load_with_origins(
     flags: Mapping[str, str | None], file: ConfigFile | None = None
 ) -> tuple[ServerSettings, Origins]:
     """As `load_settings`, and where each value comes from."""
+    if reason := unprotected(os.environ):
+        raise SettingError(reason)
     given: dict[str, Any] = {}
     origins = Origins()
+    other = _by_other_names()
     for name, field in ServerSettings.model_fields.items():
         alias = str(field.alias)
         if flags.get(name) is not None:
             given[alias], origins[name] = flags[name], FLAGS[name]
         elif setting(os.environ, alias) is not None:
             origins[name] = alias
+        elif name in other:
+            origins[name], given[alias] = other[name]
         elif file is not None and name in file.values:
             given[alias], origins[name] = file.values[name], str(file.path)
         else:
             origins[name] = "default"
+    if origins["metrics_port"] == _METRICS_PORT and setting(os.environ, _METRICS_PORT) == "0":
+        given[_METRICS_PORT] = "off"  # as manifests mean it; a free port is of use only to who reads the log
     try:
         settings = ServerSettings(**given)
     except ValidationError as error:
         aliases = dict.fromkeys(str(part["loc"][0]) for part in error.errors())
         raise SettingError("; ".join(_refusal(alias, given, origins) for alias in aliases)) from None
+    _require_agreement(settings, other, origins)
     _require_whole(settings)
+    _require_protection(settings, other.get("auth", ("", ""))[1])
     return settings, origins
+
+
+def _by_other_names() -> dict[str, tuple[str, str]]:
+    """Field -> the other name that is set, and its value in our words. Raises SettingError."""
+    found = {}
+    for name, other in OTHER_NAMES.items():
+        value = setting(os.environ, name)
+        if value is None:
+            continue
+        if other.values and value.lower() not in other.values:
+            raise SettingError(f"{name}={value!r} is refused: it must be {other.rule}; set it to one, or unset it")
+        found[other.field] = (name, other.values[value.lower()] if other.values else value)
+    return found
+
+
+def _require_agreement(settings: ServerSettings, other: Mapping[str, tuple[str, str]], origins: Origins) -> None:
+    """Raises SettingError where two names of one setting say different things, and one of them would be ignored."""
+    for field, (name, value) in other.items():
+        meant = _listed(value) if isinstance(getattr(settings, field), tuple) else value
+        alias = str(ServerSettings.model_fields[field].alias)
+        if origins[field] == alias and getattr(settings, field) != meant:
+            raise SettingError(
+                f"{alias}={setting(os.environ, alias)!r} and {name}={setting(os.environ, name)!r} say different things "
+                "of one setting; unset one of them"
+            )
 
 
 def shown(name: str, value: object) -> str:
@@ -345,6 +436,8 @@ def _refusal(alias: str, given: Mapping[str, Any], origins: Origins) -> str:
     rule = f"is refused: it must be {field.description}"
     if origins[name] == FLAGS[name]:
         return f"{FLAGS[name]} {value!r} {rule}; give such a value, or leave the flag out for {default}"
+    if origins[name] in OTHER_NAMES:
+        return f"{origins[name]}={value!r} {rule}; set it to such a value, or unset it for {default}"
     if origins[name] == alias:
         return f"{alias}={value!r} {rule}; set it to such a value, or unset it for {default}"
     return f"{name} = {value!r} in {origins[name]} {rule}; give such a value, or take the line out for {default}"
@@ -358,9 +451,36 @@ def _require_whole(settings: ServerSettings) -> None:
         raise SettingError(
             "--tls-client-ca asks clients for certificates, which needs --tls-cert and --tls-key as well"
         )
-    if settings.auth != "off" and settings.auth_file is None:
-        raise SettingError(f"--auth {settings.auth} needs --auth-file, which says who has which role")
+    if settings.auth == "file" and settings.auth_file is None:
+        raise SettingError("--auth file needs --auth-file, which says who has which role")
     if settings.auth == "off" and settings.auth_file is not None:
         raise SettingError(
             "--auth-file has no effect without --auth file or --auth kubernetes; give one, or leave it out"
+        )
+
+
+def _require_protection(settings: ServerSettings, mode: str) -> None:
+    """Raises SettingError where tokens of Kubernetes would not be judged as asked.
+
+    `mode` is MODEL_EXPRESS_SECURITY_MODE in our words; empty where that is unset.
+    """
+    lists = {_ACCOUNTS: settings.auth_accounts, _AUDIENCES: settings.auth_audience}
+    if mode == "kubernetes" and settings.auth != mode:
+        raise SettingError(
+            f"{_MODE}=enforce and --auth {settings.auth} say different things; unset the one, or leave the other out"
+        )
+    if mode == "kubernetes" and not all(lists.values()):
+        raise SettingError(
+            f"{_MODE}=enforce needs {' and '.join(lists)}: who may call, as namespace:name separated by ',', and whom "
+            f"their tokens are for. Set {' and '.join(name for name, value in lists.items() if not value)}, or unset "
+            f"{_MODE} for --auth"
+        )
+    if settings.auth == "kubernetes" and settings.auth_file is None and not settings.auth_accounts:
+        raise SettingError(
+            "--auth kubernetes needs --auth-file, which says who has which role, or --auth-accounts, who may call"
+        )
+    if settings.auth != "kubernetes" and any(lists.values()) and mode != "off":
+        raise SettingError(
+            f"{' and '.join(name for name, value in lists.items() if value)} would have no effect: no token of "
+            f"Kubernetes is asked for. Set {_MODE}=enforce, or {_MODE}=off to leave the server open"
         )

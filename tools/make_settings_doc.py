@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mxcore.settings import WorkerSettings  # noqa: E402 - also from a tree that is not installed
-from mxserver.settings import FLAGS, ServerSettings  # noqa: E402 - also from a tree that is not installed
+from mxserver.settings import FLAGS, OTHER_NAMES, ServerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.wire.environment import BY_NAME, VARIABLES  # noqa: E402
+from mxserver.wire.unused_names import UNUSED  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 
@@ -31,7 +32,9 @@ Made by `python tools/make_settings_doc.py` from the code; a test checks that it
 A flag wins over the environment, the environment over the file, the file over the default. An empty value counts as
 unset, and so does a value that Kubernetes injects for a service of the same name
 (`MODEL_EXPRESS_SERVER_PORT=tcp://10.0.0.7:8001`).
-Unknown names that begin with `MX_` or `MODEL_EXPRESS_` cause a warning with the nearest known name.
+Names that begin with `MX_` or `MODEL_EXPRESS_` and are none of these are warned about, with the right one where one is
+near. One that looks as if it were to protect something (`AUTH`, `TLS`, `SECURITY`) is not ignored: the server does not
+start, and a worker calls nobody.
 """
 
 SERVER = """\
@@ -43,6 +46,18 @@ the store or a port cannot be used, it prints one line (exit code 1). `--store m
 needs `appendonly yes` and `appendfsync always` to keep what it acknowledged (not a Redis Cluster; the extra `redis`
 installs the client). On SIGTERM or SIGINT the server refuses new calls, finishes running ones, and exits with 0; a
 second signal cuts them.
+"""
+
+OTHER_NAMES_TEXT = """\
+### Other names of these settings
+
+Manifests for NVIDIA's server set them. Where two names of one setting are set and differ, the server does not start.
+"""
+
+MOVED = """\
+`MODEL_EXPRESS_SECURITY_MODE=enforce` needs its accounts and audiences; without them the server does not start. In the
+environment `MODEL_EXPRESS_SERVER_METRICS_PORT=0` turns probes over HTTP, metrics and page off, as there; on the command
+line and in the file 0 takes a free port, and `off` turns them off.
 """
 
 FILE = """\
@@ -60,9 +75,10 @@ it and keeps the old one in use. The access file's form is in `docs/threat-model
 WORKER = """\
 ## Workers and other clients
 
-A worker always starts: a bad value causes a warning with its rule, and the default is used. The engine can give
-settings by name as well (`--model-loader-extra-config '{"layout": "raw"}'`); those win over the environment. Every
-client of a server, `mx` included, reads certificates and token from the environment.
+A worker starts whatever its settings say: a bad value is warned about with its rule, in the load's summary line too,
+and the default taken. The engine gives settings by name as well (`--model-loader-extra-config '{"layout": "raw"}'`);
+those win over the environment. The certificates and the token are read from the environment by everything that calls a
+server, `mx` included.
 
 `https://` in the server's address means TLS only. Workers that have a certificate (`MX_TLS_CERT_FILE`) serve TLS and
 call each other by TLS, so give one to the whole fleet. With `MX_TLS_CLIENT_CA_FILE` they accept only callers that
@@ -72,7 +88,9 @@ have a certificate as well.
 WITHOUT_EFFECT = """\
 ## Known names without an effect
 
-Existing images set these names. This version does not read them, and logs a warning if they are set.
+Manifests for NVIDIA's ModelExpress set them. Server and workers say in one line of their log which of them are set; a
+name with `*` stands for all that begin so. `POD_NAME`, `POD_UID`, `POD_NAMESPACE` and `LWS_LEADER_ADDRESS` are not read
+either, and not told. `VLLM_PLUGINS` is vLLM's own ([vllm.md](vllm.md)).
 """
 
 
@@ -100,7 +118,7 @@ def _worker() -> Iterator[str]:
     yield "|---|---|---|---|"
     fields = {str(field.alias): (name, field) for name, field in WorkerSettings.model_fields.items()}
     for variable in VARIABLES:
-        if variable.reader not in ("worker", "both") or not variable.has_effect:
+        if variable.reader not in ("worker", "both", "plugin"):
             continue
         name, default = "", "unset"
         if variable.name in fields:
@@ -109,19 +127,29 @@ def _worker() -> Iterator[str]:
         yield f"| `{variable.name}` | {name} | {default} | {variable.meaning} |"
 
 
-def _without_effect() -> Iterator[str]:
-    yield "| environment | of | meaning |"
+def _other_names() -> Iterator[str]:
+    yield "| environment | is | values |"
     yield "|---|---|---|"
-    for variable in VARIABLES:
-        if not variable.has_effect:
-            yield f"| `{variable.name}` | {variable.reader} | {variable.meaning} |"
+    for name, other in OTHER_NAMES.items():
+        field = ServerSettings.model_fields[other.field]
+        values = ", ".join(f"`{theirs}`: `{ours}`" for theirs, ours in other.values.items()) or field.description
+        yield f"| `{name}` | `{field.alias}` | {values} |"
+
+
+def _without_effect() -> Iterator[str]:
+    yield "| environment | of | there | here |"
+    yield "|---|---|---|---|"
+    for unused in UNUSED:
+        names = ", ".join(f"`{name}`" for name in unused.names)
+        yield f"| {names} | {unused.reader} | {unused.meaning} | {unused.reason} |"
 
 
 def render() -> str:
     """The whole page."""
-    tables = ("\n".join(rows) + "\n" for rows in (_server(), _worker(), _without_effect()))
-    server, worker, without_effect = tables
-    return "\n".join([INTRODUCTION, SERVER, server, FILE, WORKER, worker, WITHOUT_EFFECT, without_effect])
+    tables = ("\n".join(rows) + "\n" for rows in (_server(), _other_names(), _worker(), _without_effect()))
+    server, other_names, worker, without_effect = tables
+    parts = [INTRODUCTION, SERVER, server, OTHER_NAMES_TEXT, other_names, MOVED, FILE, WORKER, worker]
+    return "\n".join([*parts, WITHOUT_EFFECT, without_effect])
 
 
 if __name__ == "__main__":

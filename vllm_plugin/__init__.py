@@ -1,21 +1,22 @@
 """The plugin for vLLM: `vllm serve … --load-format mx`.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Importing this package
-imports neither vLLM nor torch nor gRPC.
+vLLM calls `register` or `register_modelexpress` in each of its processes (entry point group `vllm.general_plugins`).
+Importing this package imports neither vLLM nor torch nor gRPC.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import warnings
 
 _log = logging.getLogger("vllm.modelexpress")  # below vLLM's logger, so that its handlers show it
 
-__all__ = ["LOAD_FORMATS", "register"]
+__all__ = ["LOAD_FORMATS", "register", "register_modelexpress"]
 
 LOAD_FORMATS = ("mx", "mx-source", "mx-target", "modelexpress")
-"""The load formats; the last only where neither vLLM (from 0.22 on) nor another package has taken the name."""
+"""The load formats; the last only where NVIDIA's package of that name is not installed."""
 
 if importlib.util.find_spec("vllm") is None:
     warnings.warn(
@@ -33,15 +34,32 @@ def register() -> None:
     Trouble is one line in the log, and vLLM says itself that the load format is unknown if somebody asks for it.
     """
     try:
-        from vllm_plugin.compat import ask_for_amx, before_configuring, register_loader
+        from vllm_plugin import compat, formats
         from vllm_plugin.loader import MxModelLoader, prepare, prepare_offline
 
         for name in LOAD_FORMATS:
-            register_loader(name, MxModelLoader)
-        before_configuring(prepare, prepare_offline)
-        ask_for_amx()
+            compat.register_loader(name, MxModelLoader)
+        formats.warn_of_taken()
+        compat.before_parsing(formats.default_format)
+        compat.before_configuring(prepare, prepare_offline)
+        compat.ask_for_amx()
     except Exception as error:  # noqa: BLE001 - whatever it is, vLLM must start
         _log.warning(
             "the load formats of ModelExpress could not be registered, vLLM works without them: %s",
             " ".join(f"{type(error).__name__}: {error}".split()),
         )
+
+
+def register_modelexpress() -> None:
+    """As `register`, by the name that manifests put into VLLM_PLUGINS: NVIDIA's package has an entry point of it too.
+
+    Of two plugins with one name vLLM calls one. Where that is this one, NVIDIA's is called from here, first: what it
+    registers stays its own, whichever of the two vLLM happens to find.
+    """
+    for point in importlib.metadata.entry_points(group="vllm.general_plugins", name="modelexpress"):
+        if point.module != __name__:
+            try:
+                point.load()()
+            except Exception:  # noqa: BLE001 - as vLLM does; ours goes on
+                _log.exception("the plugin %s of %s failed", point.name, point.module)
+    register()

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -55,9 +56,16 @@ def ask_for_amx() -> None:
         torch.cpu._init_amx()  # False where the processor or the kernel has none
 
 
+def loader_of(name: str) -> type[BaseModelLoader] | None:
+    """The class that this vLLM takes for a load format, whosever it is; None where the format is not known."""
+    found = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(name)
+    return found if isinstance(found, type) else None
+
+
 def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
     """Registers a load format, but leaves a name alone that somebody has taken: vLLM itself, or another package.
 
+    vLLM's own `modelexpress` (0.22 and later) is taken where it could only say that NVIDIA's package is missing.
     Raises RuntimeError before vLLM 0.10.1, which knows no names of others.
     """
     if not hasattr(model_loader, "register_model_loader"):
@@ -65,11 +73,49 @@ def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
             "this vLLM takes no load formats by name (0.10.1 and later do); "
             "in Python, LLM(load_format=vllm_plugin.loader.MxModelLoader) is the same as mx"
         )
-    taken = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(name)
+    taken = loader_of(name)
+    if taken is not None and name == "modelexpress" and taken.__module__.startswith("vllm.") and not _has_theirs():
+        del model_loader._LOAD_FORMAT_TO_MODEL_LOADER[name]  # else vLLM warns that it is overwritten
+        taken = None
     if taken is None:
         model_loader.register_model_loader(name)(loader)
-    elif taken is not loader:
-        logging.getLogger("vllm.modelexpress").debug("the load format %s belongs to %s: left alone", name, taken)
+
+
+def _has_theirs() -> bool:
+    """Whether NVIDIA's package can be imported; a folder that happens to have its name is no package."""
+    found = importlib.util.find_spec("modelexpress")
+    return found is not None and found.origin is not None
+
+
+def load_plugins() -> None:
+    """Loads vLLM's plugins, as each of its processes does."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def before_parsing(default: Callable[[], str | None]) -> None:
+    """Makes what `default()` gives the default of --load-format, in each command that takes it. Idempotent.
+
+    What the command line says still wins. In a version that lacks the name (0.32 was tried) nothing changes.
+    """
+    try:
+        arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+    except (ImportError, AttributeError):
+        return
+    theirs = getattr(arguments, "add_cli_args", None)
+    if theirs is None or hasattr(theirs, "theirs"):
+        return
+
+    @functools.wraps(theirs)
+    def added(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        made = theirs(parser, *args, **kwargs)
+        if (chosen := default()) is not None:
+            made.set_defaults(load_format=chosen)
+        return made
+
+    added.theirs = theirs  # type: ignore[attr-defined]
+    arguments.add_cli_args = staticmethod(added)
 
 
 def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:

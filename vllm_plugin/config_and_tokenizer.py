@@ -27,11 +27,10 @@ __all__ = ["prepare", "prepare_offline"]
 _log = logging.getLogger("vllm.modelexpress")
 
 
-def prepare(arguments: Any, formats: tuple[str, ...]) -> None:
+def prepare(arguments: Any) -> None:
     """Looks at vLLM's `EngineArgs` with one of our load formats; changes `model` where it has to be a folder here."""
-    if getattr(arguments, "load_format", None) not in formats or not isinstance(arguments.model, str):
-        return
-    _told(arguments.model, lambda: _prepare(arguments))
+    if isinstance(arguments.model, str):
+        _told(arguments.model, lambda: _prepare(arguments))
 
 
 def prepare_offline(model: Any, revision: str | None) -> None:

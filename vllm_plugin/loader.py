@@ -1,4 +1,4 @@
-"""The model loader behind `--load-format mx`, `mx-source` and `mx-target` (vllm_plugin.engine).
+"""The model loader behind `--load-format mx`, `modelexpress`, `mx-source` and `mx-target` (vllm_plugin.engine).
 
 Kept light: vLLM imports this in each of its processes. The work is in `vllm_plugin.engine`, imported when a model is
 loaded.
@@ -21,9 +21,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_plugin import compat
-
-OUR_FORMATS = ("mx", "mx-source", "mx-target")
+from vllm_plugin import LOAD_FORMATS, compat
 
 _log = logging.getLogger("vllm.modelexpress")
 
@@ -71,8 +69,15 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
 
 def prepare(arguments: Any) -> None:
     """Before vLLM makes a configuration of its arguments: see `vllm_plugin.config_and_tokenizer`."""
-    if getattr(arguments, "load_format", None) in OUR_FORMATS and (before := _config_and_tokenizer()):
-        before.prepare(arguments, OUR_FORMATS)
+    name = str(getattr(arguments, "load_format", "")).lower()
+    if name not in LOAD_FORMATS:
+        return
+    if compat.loader_of(name) is not MxModelLoader:
+        from vllm_plugin import formats
+
+        formats.warn_of_taken()  # by a plugin that came after ours
+    elif before := _config_and_tokenizer():
+        before.prepare(arguments)
 
 
 def prepare_offline(model: Any, revision: Any) -> None:

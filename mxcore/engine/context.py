@@ -94,8 +94,8 @@ class LoadContext:
     def identity(self, kind: Kind, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         """What this worker's weights are: by a checkpoint's digest, or else by the engine's files, as they are."""
         made = self.engine.identity(kind, self.settings.model_revision, checkpoint)
-        if self.role.is_fixed and self.settings.model_name:
-            made.model_name = self.settings.model_name
+        named = self.settings.model_name if self.role.is_fixed else ""
+        made.model_name = named or self.settings.model_name_override or made.model_name
         return made
 
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:

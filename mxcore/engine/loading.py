@@ -86,7 +86,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
 def _with_settings(context: LoadContext) -> LoadContext:
     options = dict(context.engine.options)
     report_path = str(options.pop("report_path", ""))
-    settings = load_settings(options)
+    settings = load_settings(options, refused=context.fallbacks)
     uri: UriPlace | None = None
     if settings.model_uri and context.role.reads_storage:
         uri = UriPlace(settings.model_uri, settings)

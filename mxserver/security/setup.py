@@ -8,25 +8,30 @@ import grpc
 
 from mxserver.security.access_file import AccessFile
 from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
+from mxserver.security.service_accounts import subjects
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
 from mxserver.wire.calls.channels import channel_options, server_credentials
 from mxserver.wire.calls.credentials import is_loopback
 from mxserver.wire.calls.tls_files import ServerTls
+from mxserver.wire.errors import SettingError
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
     """What judges tokens; None if nothing does. Raises SettingError."""
-    if settings.auth == "off" or settings.auth_file is None:
+    if settings.auth == "off":
         return None
-    access = AccessFile(settings.auth_file)
+    access = AccessFile(settings.auth_file) if settings.auth_file is not None else None
     if settings.auth == "file":
+        if access is None:
+            raise SettingError("--auth file needs --auth-file, which says who has which role")
         return access
     return TokenReviews(
-        access,
+        subjects(settings.auth_accounts, access),
         settings.kubernetes_api,
-        audience=settings.auth_audience or "",
+        audiences=settings.auth_audience,
         account_folder=settings.kubernetes_account,
+        good_seconds=settings.auth_cache_seconds,
     )
 
 

@@ -2,8 +2,8 @@
 
 https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-review-v1/
 
-The server's own service account needs the ClusterRole system:auth-delegator. The access file's [[subjects]] give the
-token's user a role. Records belong to the pod that a token is bound to, or to its service account.
+The server's own service account needs the ClusterRole system:auth-delegator. A token's account gets its role by
+mxserver.security.service_accounts. Records belong to the pod that a token is bound to, or to its service account.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import AccessUnknown, Caller, Unauthenticated
+from mxserver.security.service_accounts import Subjects
 from mxserver.wire.errors import SettingError
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ ACCOUNT_FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
 
 ANSWER_SECONDS = 5.0
-GOOD_SECONDS = 60.0  # a revoked token stays valid this long
+GOOD_SECONDS = 60.0  # unless set; a revoked token stays valid this long
 BAD_SECONDS = 10.0
 KNOWN_TOKENS = 20_000
 LARGEST_ANSWER_BYTES = 1024 * 1024
@@ -54,12 +55,22 @@ class TokenReviews:
     """
 
     def __init__(
-        self, access: AccessFile, api_url: str, *, audience: str = "", account_folder: Path = ACCOUNT_FOLDER
+        self,
+        subjects: Subjects,
+        api_url: str,
+        *,
+        audiences: Sequence[str] = (),
+        account_folder: Path = ACCOUNT_FOLDER,
+        good_seconds: float = GOOD_SECONDS,
     ) -> None:
-        """`api_url` is https://host:port of the API server. Raises SettingError."""
-        self._access = access
+        """`api_url` is https://host:port of the API server; tokens must be for one of `audiences`, if there are any.
+
+        Raises SettingError.
+        """
+        self._subjects = subjects
         self._url = api_url.rstrip("/") + PATH
-        self._audience = audience
+        self._audiences = tuple(audiences)
+        self._good_seconds = good_seconds
         self._own_token = account_folder / "token"
         self._context: ssl.SSLContext | None = None
         if api_url.startswith("https://"):
@@ -78,10 +89,7 @@ class TokenReviews:
         verdict = self._remembered(digest) or self._ask_once(digest, token)
         if not verdict.subject:
             raise Unauthenticated(verdict.reason)
-        role = self._access.role_of_subject(verdict.username)
-        if role is None:
-            raise Unauthenticated(f"{verdict.username} has no role; add it to the [[subjects]] of the access file")
-        return Caller(verdict.subject, role)
+        return Caller(verdict.subject, self._subjects.role_of(verdict.username))
 
     def _remembered(self, digest: bytes) -> _Verdict | None:
         with self._lock:
@@ -111,8 +119,8 @@ class TokenReviews:
 
     def _ask(self, token: bytes) -> _Verdict:
         spec: dict[str, Any] = {"token": token.decode("ascii", "replace")}
-        if self._audience:
-            spec["audiences"] = [self._audience]
+        if self._audiences:
+            spec["audiences"] = list(self._audiences)
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
         try:
             status = self._post(json.dumps(body).encode())["status"]
@@ -140,12 +148,14 @@ class TokenReviews:
         now = time.monotonic()
         if status.get("authenticated") is not True:
             return _Verdict(now + BAD_SECONDS, "", "", "Kubernetes does not know the token")
-        if self._audience and self._audience not in (status.get("audiences") or []):
-            return _Verdict(now + BAD_SECONDS, "", "", f"the token is not for the audience {self._audience}")
+        if self._audiences and not set(self._audiences) & set(status.get("audiences") or []):
+            return _Verdict(
+                now + BAD_SECONDS, "", "", f"the token is not for the audience {' or '.join(self._audiences)}"
+            )
         user = status["user"]
         username = user["username"]
         if not isinstance(username, str) or not username:
             raise ValueError("the answer names no user")
         pods = (user.get("extra") or {}).get(_POD_NAME) or [""]
         subject = f"{username}/{pods[0]}" if pods[0] else username
-        return _Verdict(now + GOOD_SECONDS, subject, username, "")
+        return _Verdict(now + self._good_seconds, subject, username, "")

@@ -6,12 +6,14 @@ like ours. Nothing here reads the environment itself; it works on the mapping th
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-Reader = Literal["server", "worker", "both", "build"]
+from mxserver.wire.nearest import nearest
+from mxserver.wire.unused_names import UNUSED, is_unused
+
+Reader = Literal["server", "worker", "both", "plugin", "build"]
 
 PREFIXES = ("MX_", "MODEL_EXPRESS_")
 
@@ -22,7 +24,6 @@ class Variable(NamedTuple):
     name: str
     reader: Reader
     meaning: str
-    has_effect: bool = True  # False: existing images set it, this version does not read it
 
 
 VARIABLES: tuple[Variable, ...] = (
@@ -30,7 +31,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
     Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
     Variable(
-        "MODEL_EXPRESS_SERVER_METRICS_PORT", "server", "port of probes, metrics and the status page; 0 takes a free one"
+        "MODEL_EXPRESS_SERVER_METRICS_PORT",
+        "server",
+        "port of probes, metrics and the status page; off: none. 0 takes a free one, in the environment it is off",
     ),
     Variable(
         "MX_SERVER_METRICS_TLS", "server", "auto: that port takes TLS where the server has a certificate; off: never"
@@ -45,10 +48,27 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis"),
     Variable("MX_CONFIG_FILE", "server", "TOML file with settings, by the names that --print-config shows"),
     Variable("MX_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line"),
+    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "as MX_LOG_FORMAT; pretty, compact and full are text"),
     Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
     Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)"),
     Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles"),
-    Variable("MX_AUTH_AUDIENCE", "server", "audience that tokens of Kubernetes must be for"),
+    Variable("MX_AUTH_AUDIENCE", "server", "audiences, one of which tokens of Kubernetes must be for"),
+    Variable(
+        "MODEL_EXPRESS_SECURITY_MODE",
+        "server",
+        "enforce: as MX_AUTH=kubernetes, and needs the accounts and audiences that follow; off: as MX_AUTH=off",
+    ),
+    Variable(
+        "MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS",
+        "server",
+        "service accounts that alone may call, such as models:vllm; their role is publish, or the access file's",
+    ),
+    Variable("MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES", "server", "as MX_AUTH_AUDIENCE"),
+    Variable(
+        "MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
+        "server",
+        "how long a token of Kubernetes stays good without asking again: so long may a revoked one work",
+    ),
     Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
     Variable("MX_KUBERNETES_ACCOUNT_PATH", "server", "folder with the token and ca.crt of the server's own account"),
     Variable("MX_SERVER_MAX_MESSAGE_BYTES", "server", "largest message that is taken"),
@@ -73,12 +93,20 @@ VARIABLES: tuple[Variable, ...] = (
     # The worker's.
     Variable("MX_TLS_CA_FILE", "worker", "PEM certificates that those of servers and workers must come from"),
     Variable("MX_TLS_PEER_NAME", "worker", "the name to expect in other workers' certificates"),
-    Variable("MX_AUTH_TOKEN_PATH", "worker", "file with the token that calls to the server carry; it may rotate"),
+    Variable(
+        "MX_AUTH_TOKEN_PATH",
+        "worker",
+        "file with the token that calls to the server carry; it may rotate. /var/run/secrets/tokens/modelexpress "
+        "unless set, where there is one",
+    ),
     Variable("MX_AUTH_TOKEN_IN_CLEAR", "worker", "1: the token also goes over connections that are not encrypted"),
     Variable(
-        "MODEL_EXPRESS_URL", "worker", "the server, host:port or http(s)://host:port; wins over MX_SERVER_ADDRESS"
+        "MODEL_EXPRESS_URL",
+        "worker",
+        "the server: host:port, http(s):// or grpc(s)://host:port, or a target of gRPC (dns:, ipv4:, ipv6:) that names "
+        "one host; wins over MX_SERVER_ADDRESS",
     ),
-    Variable("MX_SERVER_ADDRESS", "worker", "the server, host:port or http(s)://host:port"),
+    Variable("MX_SERVER_ADDRESS", "worker", "as MODEL_EXPRESS_URL"),
     Variable("MX_SERVER_TIMEOUT_SECS", "worker", "deadline of a call to the server"),
     Variable("MX_WORKER_HOST", "worker", "the host that this worker advertises to others"),
     Variable("MX_WORKER_GRPC_PORT", "worker", "port of the worker's gRPC service, plus the device's index"),
@@ -133,18 +161,21 @@ VARIABLES: tuple[Variable, ...] = (
         "worker",
         "which weights a source keeps and offers: processed, raw, or both (costs memory: docs/vllm.md)",
     ),
+    Variable(
+        "MX_MODEL_NAME_OVERRIDE",
+        "worker",
+        "the model's name towards other workers, where their paths to it differ",
+    ),
     # The load formats mx-source and mx-target alone.
     Variable("MODEL_NAME", "worker", "mx-source, mx-target: the model's name, by which the two find each other"),
     Variable("MX_EXPECTED_WORKERS", "worker", "mx-source, mx-target: ranks to wait for; 0: those of the engine itself"),
     Variable("MX_SYNC_PUBLISH", "worker", "mx-source: 1: a rank is offered when all ranks of the source are published"),
     Variable("MX_SYNC_START", "worker", "mx-target: 1: ranks begin together, when every rank has a source"),
-    # Names of the protocol that existing images set and that this version does not read.
-    Variable("MX_METADATA_PORT", "worker", "port of NIXL's own metadata exchange", has_effect=False),
+    # Read by the plugin, before vLLM has a configuration.
     Variable(
-        "MX_CONTIGUOUS_REG",
-        "worker",
-        "register neighbouring tensors as one region: always done, so 0 changes nothing",
-        has_effect=False,
+        "VLLM_LOAD_FORMAT",
+        "plugin",
+        "the load format of a command that gives no --load-format; one that vLLM does not know is left out",
     ),
     # Read by setup.py.
     Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),
@@ -176,27 +207,64 @@ def setting(environ: Mapping[str, str], name: str) -> str | None:
     return value if value and not is_kubernetes_value(value) else None
 
 
-def misspelt(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Names that look like ours and are not, each with the nearest right one, sorted by name."""
+def misspelt(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """Names that look like ours and are not, each with the right one that is near, sorted by name."""
     unknown = [
         name
         for name, value in environ.items()
-        if name.startswith(PREFIXES) and name not in BY_NAME and not is_kubernetes_variable(name, value)
+        if name.startswith(PREFIXES) and not _is_known(name) and not is_kubernetes_variable(name, value)
     ]
-    return [(name, difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.0)[0]) for name in sorted(unknown)]
+    return [(name, _nearest(name)) for name in sorted(unknown)]
 
 
-def without_effect(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[Variable]:
-    """The names of the protocol that are set, would concern this reader, and have no effect in this version."""
+def _is_known(name: str) -> bool:
+    return name in BY_NAME or any(is_unused(name, entry) for entry in UNUSED)
+
+
+def _nearest(name: str) -> str | None:
+    """The prefixes are long and say little: names are near by what follows them."""
+    prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+    others = sorted(
+        (known for known in BY_NAME if known.startswith(PREFIXES)), key=lambda known: known[: len(prefix)] == prefix
+    )
+    stems = {known.removeprefix("MX_").removeprefix("MODEL_EXPRESS_"): known for known in others}
+    near = nearest(name.removeprefix(prefix), stems)
+    return None if near is None else stems[near]
+
+
+_PROTECTING = {"AUDIENCE", "AUDIENCES", "AUTH", "MTLS", "SECURITY", "SSL", "TLS"}
+
+
+def unprotected(environ: Mapping[str, str]) -> str:
+    """Why what the environment asks for would be less protected than somebody believes; else an empty text.
+
+    Said of a name that is no setting and looks like one that protects: to ignore it would open what it was to close.
+    """
+    lines = []
+    for name, near in misspelt(environ):
+        if setting(environ, name) and _PROTECTING & {*name.split("_"), *(near or "").split("_")}:
+            hint = f", did you mean {near}?" if near else ":"
+            lines.append(f"{name} is no setting{hint} it looks like one that protects, so it is not ignored")
+    return f"{'; '.join(lines)}; correct or unset it (docs/settings.md has the names)" if lines else ""
+
+
+def without_effect(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[str]:
+    """The names that are set, mean something to NVIDIA's ModelExpress, and nothing to this reader."""
     return [
-        variable
-        for variable in VARIABLES
-        if not variable.has_effect and variable.reader in (reader, "both") and setting(environ, variable.name)
+        name
+        for entry in UNUSED
+        if entry.reader == reader
+        for name in sorted(environ)
+        if is_unused(name, entry) and not is_kubernetes_variable(name, environ[name]) and setting(environ, name)
     ]
 
 
 def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[str]:
-    """One line for every name that will not have the expected effect."""
-    lines = [f"{name} is no setting; the nearest one is {nearest}" for name, nearest in misspelt(environ)]
-    lines += [f"{v.name} ({v.meaning}) has no effect in this version" for v in without_effect(environ, reader)]
+    """One line for every unknown name, and one for all that have no effect."""
+    lines = [
+        f"{name} is no setting" + (f"; the nearest one is {near}" if near else "") for name, near in misspelt(environ)
+    ]
+    if unused := without_effect(environ, reader):
+        have = "has" if len(unused) == 1 else "have"
+        lines.append(f"{', '.join(unused)} {have} no effect here (docs/settings.md says why)")
     return lines

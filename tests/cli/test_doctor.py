@@ -17,6 +17,7 @@ from mxcore.cli.doctor import probes as doctor_probes
 from mxcore.cli.doctor import server as doctor_server
 from mxcore.cli.doctor.findings import Finding, failed
 from tests.cli.mx_process import mx
+from tests.installs import installed
 from tests.web.conftest import WebServer, start_web, web
 
 __all__ = ["start_web", "web"]  # fixtures
@@ -28,7 +29,7 @@ def test_everything_is_looked_at_and_nothing_fails(web: WebServer) -> None:
     by_name = {finding["name"]: finding for finding in facts["findings"]}
     assert {
         "versions", "compiled core", "cuda", "rdma", "memlock", "huge pages", "shared memory", "io_uring",
-        "nixl", "nixl backends", "same host", "setting", "server", "clock",
+        "nixl", "nixl backends", "same host", "load formats", "setting", "server", "clock",
     } <= set(by_name)  # fmt: skip
     assert (ran.code, facts["well"]) == (0, True), ran.out
     assert by_name["nixl"]["state"] == "ok"
@@ -64,6 +65,39 @@ def test_environment_names() -> None:
         "MODEL_EXPRESS_URL was set by Kubernetes for a service",
     ]
     assert found[0].do == "did you mean MX_SERVER_ADDRESS?"
+
+
+def test_names_without_effect_are_one_note() -> None:
+    environ = {"MX_SERVER_ADDRESS": "h:1", "MX_METADATA_PORT": "5555", "MX_RDMA_NIC_PIN": "auto", "MX_SOMETHING": "1"}
+    unknown, unused = doctor_server.environment(environ)
+    assert (unknown.fact, unknown.do) == ("MX_SOMETHING is no setting", "unset it")
+    assert (unused.state, unused.fact) == ("note", "without effect on a worker: MX_METADATA_PORT, MX_RDMA_NIC_PIN")
+
+
+@pytest.mark.parametrize(
+    ("plugins", "state", "said"),
+    [
+        (None, "ok", "(modelexpress, modelexpress_mx)"),
+        ("modelexpress", "ok", "(modelexpress)"),
+        ("lora_filesystem_resolver,modelexpress_mx", "ok", "(modelexpress_mx)"),
+        ("lora_filesystem_resolver", "warn", "VLLM_PLUGINS=lora_filesystem_resolver leaves our plugin out"),
+        ("", "warn", "VLLM_PLUGINS= leaves our plugin out"),
+    ],
+)
+def test_whether_vllm_finds_the_plugin(plugins: str | None, state: str, said: str) -> None:
+    [finding] = doctor_probes.load_formats({} if plugins is None else {"VLLM_PLUGINS": plugins})
+    assert (finding.state, said in finding.fact) == (state, True), finding
+
+
+def test_a_load_format_of_another_package_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = installed("modelexpress-0.7.0", "modelexpress==0.7.0", "google-crc32c", dependencies=False)
+    monkeypatch.syspath_prepend(theirs)  # for this process, and
+    monkeypatch.setenv("PYTHONPATH", str(theirs))  # for the probe's
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    [finding] = doctor_probes.load_formats({})
+    owner = "modelexpress 0.7.0 (modelexpress.engines.vllm.loader.MxModelLoader)"
+    assert (finding.state, finding.fact) == ("warn", f"mx belongs to {owner}")
+    assert "VLLM_PLUGINS=modelexpress_mx makes it ours" in finding.do
 
 
 def test_bad_address_is_a_failure() -> None:

@@ -14,8 +14,6 @@ from tests.object_store.conftest import make_checkpoint
 from tests.small_disk import SmallDisk
 from vllm_plugin import config_and_tokenizer
 
-FORMATS = ("mx", "mx-source")
-
 
 @dataclass
 class Arguments:
@@ -37,18 +35,17 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def test_another_load_format_and_a_model_that_is_no_name_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_no_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         pytest.fail("it was not to be looked at")
 
     monkeypatch.setattr(config_and_tokenizer, "_prepare", never)
-    config_and_tokenizer.prepare(Arguments("s3://bucket/model", load_format="auto"), FORMATS)
-    config_and_tokenizer.prepare(Arguments(None), FORMATS)
+    config_and_tokenizer.prepare(Arguments(None))
 
 
 def test_a_folder_stays_what_it_is(tmp_path: Path) -> None:
     arguments = Arguments(str(tmp_path))
-    config_and_tokenizer.prepare(arguments, FORMATS)
+    config_and_tokenizer.prepare(arguments)
     assert arguments == Arguments(str(tmp_path))
 
 
@@ -59,7 +56,7 @@ def test_bad_settings_are_told_here_only_where_they_matter_here(
     """The loader tells them in the engine's process; but without its small files an engine would not come so far."""
     monkeypatch.setenv("MX_STALL_TIMEOUT_SECS", "soon")
     monkeypatch.setenv("MX_MODEL_URI", uri)
-    config_and_tokenizer.prepare(Arguments(str(tmp_path)), FORMATS)
+    config_and_tokenizer.prepare(Arguments(str(tmp_path)))
     assert caplog.text.count("MX_STALL_TIMEOUT_SECS='soon' is refused") == lines
 
 
@@ -69,7 +66,7 @@ def test_what_goes_wrong_is_a_line_and_vllm_goes_on(
     monkeypatch.setenv("MX_MODEL_URI", str(tmp_path / "nowhere"))
     arguments = Arguments("org/name")
     with caplog.at_level(logging.WARNING):
-        config_and_tokenizer.prepare(arguments, FORMATS)
+        config_and_tokenizer.prepare(arguments)
     assert arguments.model == "org/name"
     assert "configuration and tokenizer of org/name could not be brought here" in caplog.text
     assert "nowhere" in caplog.text
@@ -87,7 +84,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_and_room_helps(
         )
         free_bytes = disk.free_bytes
         with caplog.at_level(logging.WARNING):
-            config_and_tokenizer.prepare(arguments, FORMATS)
+            config_and_tokenizer.prepare(arguments)
         (line,) = [record.getMessage() for record in caplog.records]
         assert "MX_DISK_FULL" in line
         assert str(disk.folder) in line
@@ -98,7 +95,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_and_room_helps(
 
         disk.resize("16m")
         caplog.clear()
-        config_and_tokenizer.prepare(arguments, FORMATS)
+        config_and_tokenizer.prepare(arguments)
         assert not caplog.records
         found = {path.name: path.stat().st_size for path in disk.folder.rglob("snapshots/*/*") if path.is_file()}
         assert found["tokenizer.json"] == 3_000_000
@@ -116,7 +113,7 @@ def test_a_fault_of_ours_is_logged_with_its_traceback(
     monkeypatch.setattr(config_and_tokenizer, "_to_hub_cache", broken)
     monkeypatch.setenv("MX_MODEL_URI", "s3://bucket/model")
     with caplog.at_level(logging.WARNING):
-        config_and_tokenizer.prepare(Arguments("org/name"), FORMATS)
+        config_and_tokenizer.prepare(Arguments("org/name"))
         config_and_tokenizer.prepare_offline("org/name", None)
     assert caplog.text.count("by a fault of ours") == 2
     assert str(fault.args[0]) in caplog.text

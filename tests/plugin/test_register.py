@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.installs import installed
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "grpc", "numpy", "transformers", "mxcore", "mxserver")
@@ -36,11 +39,12 @@ def test_without_vllm_one_line_says_what_is_missing() -> None:
     assert len(rest) <= 2  # the source line, and what register says
 
 
-def test_the_entry_point_is_the_function() -> None:
+def test_the_entry_points_are_the_functions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {"modelexpress_mx": "vllm_plugin:register"}
-    installed = [point for point in entry_points(group="vllm.general_plugins") if point.name == "modelexpress_mx"]
-    assert [point.value for point in installed] == ["vllm_plugin:register"]
+    named = {"modelexpress_mx": "vllm_plugin:register", "modelexpress": "vllm_plugin:register_modelexpress"}
+    assert project["entry-points"]["vllm.general_plugins"] == named
+    found = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
+    assert named.items() <= found.items()
 
 
 PROGRAM = """
@@ -56,16 +60,42 @@ once = dict(loaders)
 vllm_plugin.register()
 found = {
     "new": sorted(set(once) - set(before)),
-    "same": once == loaders and all(once[name] is loader for name, loader in before.items()),
+    "changed": sorted(name for name, loader in before.items() if once[name] is not loader),
+    "same": once == loaders,
     "loader": f"{once['mx'].__module__}.{once['mx'].__name__}",
     "abstract": sorted(once["mx"].__abstractmethods__),
     "imported": sorted({name for name in watched if name in sys.modules} - heavy),
 }
+from types import SimpleNamespace
+from vllm_plugin import loader as of_plugin
+prepared = []
+of_plugin._config_and_tokenizer = lambda: SimpleNamespace(
+    prepare=lambda arguments: prepared.append(arguments.load_format)
+)
+for name in ("auto", "MX", "mx-source", "mx-target", "modelexpress", "dummy"):
+    of_plugin.prepare(SimpleNamespace(load_format=name))
+found["prepared"] = prepared
 del loaders["modelexpress"]
-loaders["mx"] = loaders["auto"]
+class Theirs(loaders["auto"]):
+    pass
+loaders["mx"] = loaders["mx-target"] = Theirs
 vllm_plugin.register()
+vllm_plugin.register_modelexpress()
+of_plugin.prepare(SimpleNamespace(load_format="mx"))  # it is not ours any more
 found["free name"] = loaders["modelexpress"].__name__
 found["foreign name"] = loaders["mx"].__name__
+
+import os
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+def parsed(value, *given):
+    os.environ["VLLM_LOAD_FORMAT"] = value
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return parser.parse_args(["--model", "m", *given]).load_format
+found["default format"] = [
+    parsed("mx-source"), parsed(" MX-Source "), parsed("mx-source", "--load-format", "auto"),
+    parsed("mx-source", "--load-format=dummy"), parsed("safetensors"), parsed("nonsense"), parsed(""),
+]
 
 from vllm.config import LoadConfig
 from vllm_plugin import compat
@@ -95,11 +125,16 @@ def found(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_registering_is_idempotent_and_takes_no_name_away(
     found: dict[str, Any], result: subprocess.CompletedProcess[str]
 ) -> None:
-    assert found["new"] == ["mx", "mx-source", "mx-target"]  # vLLM has a modelexpress of its own since 0.22
+    assert found["new"] == ["mx", "mx-source", "mx-target"]
+    assert found["changed"] == ["modelexpress"]  # vLLM's own since 0.22, which can only load NVIDIA's package
     assert found["same"]
     assert found["loader"] == "vllm_plugin.loader.MxModelLoader"
     assert found["abstract"] == []
     assert "overwritten" not in result.stderr + result.stdout
+
+
+def test_only_our_own_formats_have_configuration_and_tokenizer_brought(found: dict[str, Any]) -> None:
+    assert found["prepared"] == ["MX", "mx-source", "mx-target", "modelexpress"]
 
 
 def test_registering_imports_nothing_that_only_loading_needs(found: dict[str, Any]) -> None:
@@ -108,7 +143,21 @@ def test_registering_imports_nothing_that_only_loading_needs(found: dict[str, An
 
 def test_a_free_name_is_taken_and_a_foreign_one_left(found: dict[str, Any]) -> None:
     assert found["free name"] == "MxModelLoader"
-    assert found["foreign name"] == "DefaultModelLoader"
+    assert found["foreign name"] == "Theirs"
+
+
+def test_a_name_that_another_package_has_is_one_warning(result: subprocess.CompletedProcess[str]) -> None:
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "belongs to" in line]
+    assert len(lines) == 1
+    assert "the load format mx, mx-target belongs to __main__ (__main__.Theirs), not to mx-modelexpress" in lines[0]
+    assert "VLLM_PLUGINS=modelexpress_mx makes it ours" in lines[0]
+
+
+def test_the_environment_names_the_load_format_where_the_command_line_does_not(
+    found: dict[str, Any], result: subprocess.CompletedProcess[str]
+) -> None:
+    assert found["default format"] == ["mx-source", "mx-source", "auto", "dummy", "safetensors", "auto", "auto"]
+    assert "VLLM_LOAD_FORMAT=nonsense is no load format of this vLLM" in result.stdout + result.stderr
 
 
 def test_a_core_that_cannot_be_loaded_means_storage(
@@ -134,6 +183,64 @@ print("vLLM goes on")
 
 def test_a_vllm_without_named_formats_says_how_else(result: subprocess.CompletedProcess[str]) -> None:
     assert "LLM(load_format=vllm_plugin.loader.MxModelLoader)" in result.stdout + result.stderr
+
+
+OWNERS = """
+import json, sys
+sys.path.extend(sys.argv[1:])
+from vllm_plugin import compat
+compat.load_plugins()
+from vllm_plugin import LOAD_FORMATS, formats
+owners = {name: getattr(compat.loader_of(name), "__module__", None) for name in LOAD_FORMATS}
+print(json.dumps([owners, formats.taken()]))
+"""
+OURS, VLLMS, NVIDIAS = (
+    "vllm_plugin.loader",
+    "vllm.model_executor.model_loader.modelexpress_loader",
+    "modelexpress.engines.vllm.loader",
+)
+
+
+@pytest.fixture(scope="module")
+def nvidias_package() -> Path:
+    return installed("modelexpress-0.7.0", "modelexpress==0.7.0", "google-crc32c", dependencies=False)
+
+
+def owners_with(
+    plugins: str, *, before: Path | None = None, after: Path | None = None
+) -> tuple[dict[str, str | None], dict[str, str], str]:
+    """Whose the load formats are after vLLM loaded its plugins, which of them are not ours, and what was logged.
+
+    `before` and `after` are folders that Python looks into before and after its own.
+    """
+    environ = {**os.environ, "VLLM_PLUGINS": plugins, "PYTHONPATH": str(before or "")}
+    command = [sys.executable, "-c", OWNERS, *([str(after)] if after else [])]
+    ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    owners, taken = json.loads(ran.stdout.splitlines()[-1])
+    return owners, taken, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("plugins", ["modelexpress", "modelexpress_mx", "modelexpress,modelexpress_mx"])
+def test_either_name_in_vllm_plugins_registers_everything(plugins: str) -> None:
+    owners, taken, log = owners_with(plugins)
+    assert owners == dict.fromkeys(owners, OURS)
+    assert (taken, "overwritten" in log, "belongs to" in log) == ({}, False, False)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_beside_nvidias_package_its_plugin_keeps_what_it_takes(nvidias_package: Path, place: str) -> None:
+    """Both have a plugin `modelexpress`, of which vLLM calls one: the last that it finds."""
+    owners, taken, log = owners_with("modelexpress,modelexpress_mx", **{place: nvidias_package})
+    assert owners == {"mx": NVIDIAS, "mx-source": OURS, "mx-target": OURS, "modelexpress": VLLMS}
+    assert taken == {"mx": f"modelexpress 0.7.0 ({NVIDIAS}.MxModelLoader)"}
+    assert log.count("the load format mx belongs to modelexpress 0.7.0") == 1
+
+
+def test_beside_nvidias_package_vllm_plugins_chooses_ours(nvidias_package: Path) -> None:
+    owners, taken, log = owners_with("modelexpress_mx", before=nvidias_package)
+    assert owners == {"mx": OURS, "mx-source": OURS, "mx-target": OURS, "modelexpress": VLLMS}
+    assert (taken, "belongs to" in log) == ({}, False)
 
 
 AMX = """

@@ -13,6 +13,7 @@ import pytest
 from mxserver.security import token_review
 from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import AccessUnknown, Caller, Role, Unauthenticated
+from mxserver.security.service_accounts import AllowedAccounts, FileSubjects
 from mxserver.security.token_review import TokenReviews
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.calls.credentials import ClientCredentials
@@ -45,7 +46,7 @@ def subjects(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reviews(api: ApiServer, subjects: Path) -> TokenReviews:
-    return TokenReviews(AccessFile(subjects), api.url, account_folder=api.account)
+    return TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account)
 
 
 def test_tokens_are_judged_with_pod_and_role(reviews: TokenReviews) -> None:
@@ -60,19 +61,17 @@ def test_token_of_nobody_and_of_somebody_without_a_role_are_refused(reviews: Tok
         reviews.authenticate(b"t-stranger")
 
 
-def test_verdicts_are_remembered_for_a_while(
-    reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verdicts_are_remembered_for_a_while(reviews: TokenReviews, api: ApiServer, subjects: Path) -> None:
     for _ in range(5):
         reviews.authenticate(b"t-worker")
         with pytest.raises(Unauthenticated):
             reviews.authenticate(b"forged")
     assert len(api.reviews) == 2
-    monkeypatch.setattr(token_review, "GOOD_SECONDS", 0.0)
-    reviews.authenticate(b"t-other")
+    forgetful = TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account, good_seconds=0.0)
+    forgetful.authenticate(b"t-other")
     del api.users["t-other"]  # revoked
     with pytest.raises(Unauthenticated):
-        reviews.authenticate(b"t-other")
+        forgetful.authenticate(b"t-other")
 
 
 def test_memory_of_verdicts_is_bounded(reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +127,9 @@ def test_only_true_is_authenticated(reviews: TokenReviews, api: ApiServer, word:
 
 
 def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> None:
-    reviews = TokenReviews(AccessFile(subjects), api.url, audience="mxserver", account_folder=api.account)
+    reviews = TokenReviews(
+        FileSubjects(AccessFile(subjects)), api.url, audiences=("mxserver",), account_folder=api.account
+    )
     with pytest.raises(Unauthenticated):
         reviews.authenticate(b"t-worker")
     assert api.reviews[-1]["spec"]["audiences"] == ["mxserver"]
@@ -144,18 +145,48 @@ def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> No
     assert reviews.authenticate(b"t-other").role is Role.PUBLISH
 
 
+def test_one_of_several_audiences_is_enough(api: ApiServer, subjects: Path) -> None:
+    reviews = TokenReviews(
+        FileSubjects(AccessFile(subjects)), api.url, audiences=("mxserver", "modelexpress"), account_folder=api.account
+    )
+    api.audiences = ["modelexpress"]
+    assert reviews.authenticate(b"t-worker").role is Role.PUBLISH
+    assert api.reviews[-1]["spec"]["audiences"] == ["mxserver", "modelexpress"]
+
+
+def test_nobody_but_the_allowed_accounts(api: ApiServer) -> None:
+    allowed = AllowedAccounts(["models:vllm"])
+    reviews = TokenReviews(allowed, api.url, account_folder=api.account)
+    assert reviews.authenticate(b"t-worker") == Caller("system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH)
+    for token, account in ((b"t-account", "models:batch"), (b"t-stranger", "games:chess")):
+        with pytest.raises(Unauthenticated, match=f"system:serviceaccount:{account} is not among the allowed accounts"):
+            reviews.authenticate(token)
+    for other in ("vllm", "models:vllm", "system:serviceaccount:models:vllm:x", "system:serviceaccount:models:*"):
+        with pytest.raises(Unauthenticated):
+            allowed.role_of(other)
+
+
+def test_the_access_file_gives_allowed_accounts_their_roles(subjects: Path) -> None:
+    both = AllowedAccounts(["models:batch", "games:chess"], FileSubjects(AccessFile(subjects)))
+    assert both.role_of("system:serviceaccount:models:batch") is Role.READ
+    with pytest.raises(Unauthenticated, match="is not among the allowed accounts"):
+        both.role_of("system:serviceaccount:models:vllm")
+    with pytest.raises(Unauthenticated, match="has no role"):
+        both.role_of("system:serviceaccount:games:chess")
+
+
 def test_api_server_of_another_authority_is_not_asked(api: ApiServer, subjects: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (api.account / "ca.crt").write_bytes(Authority(tmp_path / "other").ca_file.read_bytes())
     with pytest.raises(AccessUnknown):
-        TokenReviews(AccessFile(subjects), api.url, account_folder=api.account).authenticate(b"t-worker")
+        TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account).authenticate(b"t-worker")
     assert api.reviews == []
 
 
 def test_ca_that_is_none_is_refused_at_start(api: ApiServer, subjects: Path) -> None:
     (api.account / "ca.crt").write_text("no PEM")
     with pytest.raises(SettingError, match=r"ca\.crt, cannot be used"):
-        TokenReviews(AccessFile(subjects), api.url, account_folder=api.account)
+        TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account)
 
 
 def test_server_with_token_review(start_server: StartServer, api: ApiServer, subjects: Path, tmp_path: Path) -> None:

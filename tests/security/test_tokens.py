@@ -210,7 +210,7 @@ DIGEST = "0" * 64
         ("[[tokens]]\nname = 'a'\nrole = 'read'\nsha256 = 'secret'", "(a): sha256 must be the 64 hexadecimal digits"),
         (
             "[[tokens]]\nname = 'a'\nrole = 'read'\ntoken = 'secret'",
-            "number 1: 'token' is no setting; the nearest one is",
+            "number 1: 'token' is no setting",
         ),
         (f"[[subjects]]\nname = 'a'\nrole = 'read'\nsha256 = '{DIGEST}'", "'sha256' is no setting"),
         (f"[[tokens]]\nname = 'a'\nrole = 'read'\nsha256 = '{DIGEST}'\n" * 2, "two tokens are the same"),

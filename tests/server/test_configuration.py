@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from mxserver.config_file import as_toml, read_config
 from mxserver.settings import FLAGS, ServerSettings, as_config, config_of, load_settings, load_with_origins, shown
+from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import SettingError
 from tests.security.authority import Authority
 from tests.security.conftest import access_file
+from tests.server.conftest import ServerProcess
 from tests.server.test_cli import mxserver
 
 
@@ -76,6 +79,65 @@ def test_url_of_redis(flags: dict[str, str], url: str) -> None:
 def test_service_of_kubernetes_named_mx_redis_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MX_REDIS_PORT", "tcp://10.0.0.9:6379")
     assert load_settings({}).redis_port == 6379
+
+
+# The port of probes, metrics and page
+
+
+@pytest.mark.parametrize(
+    ("environ", "flags", "text", "port"),
+    [
+        ("0", {}, "", None),  # as manifests for NVIDIA's server mean it
+        ("off", {}, "", None),
+        ("9", {}, "", 9),
+        ("", {"metrics_port": "0"}, "", 0),
+        ("", {"metrics_port": "off"}, "", None),
+        ("0", {"metrics_port": "0"}, "", 0),
+        ("", {}, "metrics_port = 0", 0),
+        ("", {}, "metrics_port = 'off'", None),
+        ("0", {}, "metrics_port = 7", None),
+        ("tcp://10.0.0.1:9401", {}, "", 9401),
+    ],
+)
+def test_metrics_port(
+    path: Path, monkeypatch: pytest.MonkeyPatch, environ: str, flags: dict[str, str], text: str, port: int | None
+) -> None:
+    monkeypatch.setenv("MODEL_EXPRESS_SERVER_METRICS_PORT", environ)
+    settings = loaded(path, text, **flags)
+    assert settings.effective_metrics_port == port
+    origins = load_with_origins(flags, read_config(path, ServerSettings.model_fields))[1]
+    monkeypatch.delenv("MODEL_EXPRESS_SERVER_METRICS_PORT")
+    assert loaded(path, "\n".join(as_config(settings, origins))).effective_metrics_port == port
+
+
+def test_server_without_probes_metrics_and_page(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(MODEL_EXPRESS_SERVER_METRICS_PORT="0")
+    server.wait_for(r"no status page, metrics and HTTP probes: they are off")
+    assert not [line for line in server.lines if "status page on" in line]
+    with ServerClient(server.address) as client:
+        assert client.health().status == "ok"
+        assert client.list_sources() == []
+    assert listening_ports(server.process.pid) == {server.port}
+
+
+def listening_ports(pid: int) -> set[int]:
+    """TCP ports on which a process listens: its sockets' inodes, looked up in the kernel's tables."""
+    links = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in links:
+                listening.add(int(local.rpartition(":")[2], 16))
+    return listening
+
+
+def test_a_store_in_objects_of_kubernetes_is_refused_with_what_does_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MX_METADATA_BACKEND", "kubernetes")
+    with pytest.raises(
+        SettingError, match=r"nothing is kept in objects of Kubernetes: sqlite on a volume does for one"
+    ):
+        load_settings({})
 
 
 # What is refused

@@ -16,10 +16,11 @@ from tests.server.conftest import ROOT, ServerProcess
 from tests.server.stores import READY
 
 
-@pytest.fixture(scope="module")
-def modelexpress() -> Path:
-    """torch and huggingface_hub, which it imports, are in our environment."""
-    return installed("modelexpress-0.7.0", "modelexpress==0.7.0", "google-crc32c", dependencies=False)
+@pytest.fixture(scope="module", params=["0.7.0", "0.8.0.dev20261026"])
+def modelexpress(request: pytest.FixtureRequest) -> Path:
+    """The newest release, and one before the next. torch and huggingface_hub, which both import, are in ours."""
+    version = request.param
+    return installed(f"modelexpress-{version}", f"modelexpress=={version}", "google-crc32c", dependencies=False)
 
 
 def run(program: str, *arguments: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mxserver import logs
 from mxserver.cli import main
-from mxserver.settings import CONFIG_FILE, FLAGS, ServerSettings, default_store_path, load_settings
+from mxserver.settings import CONFIG_FILE, FLAGS, OTHER_NAMES, ServerSettings, default_store_path, load_settings
 from mxserver.wire.environment import BY_NAME, VARIABLES
 from mxserver.wire.errors import SettingError
 
@@ -104,8 +104,8 @@ def test_state_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_of_names_flags_and_fields_agree() -> None:
     names = {str(field.alias) for field in ServerSettings.model_fields.values()}
-    of_server = {v.name for v in VARIABLES if v.reader in ("server", "both") and v.has_effect}
-    assert names == of_server - {CONFIG_FILE}
+    of_server = {v.name for v in VARIABLES if v.reader in ("server", "both")}
+    assert names == of_server - {CONFIG_FILE, *OTHER_NAMES}
     options = {option.name: option for option in main.params if isinstance(option, click.Option)}
     assert {name: [flag] for name, flag in FLAGS.items()} == {
         name: option.opts

@@ -26,7 +26,7 @@ def test_defaults() -> None:
 def test_every_setting_is_in_the_table_of_names() -> None:
     aliases = {field.alias for field in WorkerSettings.model_fields.values()}
     assert aliases <= BY_NAME.keys()
-    with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both") and v.has_effect}
+    with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both")}
     assert with_effect == aliases | {"MODEL_EXPRESS_URL", *WORKER_NAMES}
 
 
@@ -66,6 +66,7 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_CACHE_WEIGHTS": "0",
             "MX_SOURCE_KEEP": "both",
             "MODEL_NAME": "org/model",
+            "MX_MODEL_NAME_OVERRIDE": "org/other",
             "MX_EXPECTED_WORKERS": "8",
             "MX_SYNC_PUBLISH": "1",
             "MX_SYNC_START": "true",
@@ -104,6 +105,7 @@ def test_everything_comes_from_the_environment() -> None:
         "cache_weights": False,
         "source_keep": "both",
         "model_name": "org/model",
+        "model_name_override": "org/other",
         "expected_workers": 8,
         "sync_publish": True,
         "sync_start": True,
@@ -166,10 +168,28 @@ def test_a_refused_server_is_named_as_it_was_set(caplog: pytest.LogCaptureFixtur
     assert load_settings({}, {"MODEL_EXPRESS_URL": "mx:port", "MX_SERVER_ADDRESS": "mx:1"}).server_address is None
     assert load_settings({"server_address": "mx:port"}, {"MODEL_EXPRESS_URL": "mx:1"}).server_address is None
     in_environment, by_engine = warnings(caplog)
-    rule = "it must be host:port or http(s)://host:port, such as mx-server:8001 or http://[fd00::1]:8001"
+    rule = (
+        "it must be host:port, http(s)://host:port or grpc(s)://host:port, such as mx-server:8001 or "
+        "http://[fd00::1]:8001"
+    )
     refused = f"='mx:port' is refused: server address 'mx:port': 'port' is no port from 1 to 65535; {rule}; "
     assert in_environment == f"MODEL_EXPRESS_URL{refused}it counts as unset"
     assert by_engine == f"MX_SERVER_ADDRESS{refused}it counts as unset"
+
+
+def test_what_was_refused_is_told_to_who_asks(caplog: pytest.LogCaptureFixture) -> None:
+    """So that the summary line of a load says it as well; Kubernetes' values too, where a server was to be named."""
+    refused = ["before"]
+    environ = {"MODEL_EXPRESS_URL": "tcp://10.0.0.1:8001", "MX_SERVER_ADDRESS": "mx:port", "MX_LAYOUT": "RAW"}
+    assert load_settings({}, environ, refused=refused).server_address is None
+    assert refused[0] == "before"
+    assert refused[1] == (
+        "MODEL_EXPRESS_URL='tcp://10.0.0.1:8001' counts as unset, as Kubernetes sets such values: write host:port"
+    )
+    assert sorted(line.partition("=")[0] for line in refused[2:]) == ["MX_LAYOUT", "MX_SERVER_ADDRESS"]
+    assert warnings(caplog) == refused[1:]
+    assert load_settings({"server_address": "mx:1"}, environ, refused=refused).server_address == "mx:1"
+    assert [line.partition("=")[0] for line in refused[4:]] == ["MX_LAYOUT"]
 
 
 def test_a_password_in_the_server_address_is_not_repeated(caplog: pytest.LogCaptureFixture) -> None:

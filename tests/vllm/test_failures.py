@@ -196,3 +196,30 @@ def test_speculation_without_a_draft_model_changes_nothing(
     assert "is a draft model" not in loaded.log
     assert (loaded.report["path"], loaded.report["serving"]) == ("p2p", True)
     assert [answer[0] for answer in loaded.answers] == [answer[0] for answer in references.of(model)]
+
+
+def test_what_keeps_a_worker_from_the_server_is_in_its_summary(
+    source: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """An address that cannot be used, and a misspelt name that would have protected the calls: storage, and why."""
+    model = model_paths["llama"]
+    unusable = source.load(model, extra={"server_address": "ftp://mx:1"})
+    source.ask("setenv", environ={"MX_TLS_CA_FIEL": "/ca"})
+    misspelt = source.load(model)
+    source.ask("setenv", environ={"MX_TLS_CA_FIEL": None})
+
+    for loaded, said in (
+        (
+            unusable,
+            "MX_SERVER_ADDRESS='ftp://mx:1' is refused: server address 'ftp://mx:1': the scheme 'ftp' is not known",
+        ),
+        (
+            misspelt,
+            "joining: MX_TLS_CA_FIEL is no setting, did you mean MX_TLS_CA_FILE? it looks like one that protects",
+        ),
+    ):
+        assert loaded.answers == references.of(model)
+        assert (loaded.report["path"], loaded.report["serving"]) == ("storage", False)
+        assert loaded.report["fallbacks"][0].startswith(said)
+        [summary] = [line for line in loaded.log.splitlines() if "rank 0: storage" in line]
+        assert said in summary

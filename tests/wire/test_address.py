@@ -26,6 +26,25 @@ from mxserver.wire.errors import SettingError
         ("[::1]", "[::1]:8001"),
         ("[fe80::1%eth0]:7", "[fe80::1%eth0]:7"),
         ("http://[::ffff:10.0.0.1]:7", "[::ffff:10.0.0.1]:7"),
+        (
+            "http://model-express-server.model-express.svc.cluster.local:8080",
+            "model-express-server.model-express.svc.cluster.local:8080",
+        ),
+        ("https://mx:443/", "https://mx:443"),
+        ("mx:9/", "mx:9"),
+        ("grpc://mx:9", "mx:9"),
+        ("grpc://mx/", "mx:8001"),
+        ("GRPCS://mx:9/", "https://mx:9"),
+        ("dns:mx:9", "mx:9"),
+        ("dns:///mx:9", "mx:9"),
+        ("dns:///mx", "mx:8001"),
+        ("dns:9", "dns:9"),
+        ("ipv4:10.0.0.1:9", "10.0.0.1:9"),
+        ("ipv4:///10.0.0.1:9", "10.0.0.1:9"),
+        ("ipv6:[::1]:9", "[::1]:9"),
+        ("ipv6:%5B::1%5D:9", "[::1]:9"),
+        ("ipv6:::1", "[::1]:8001"),
+        ("passthrough:///mx:9", "mx:9"),
     ],
 )
 def test_accepted(text: str, expected: str) -> None:
@@ -51,7 +70,13 @@ def test_accepted(text: str, expected: str) -> None:
         ("host:-1", "no port"),
         ("host:80/path", "no port"),
         ("tcp://10.0.0.1:8001", "scheme 'tcp'"),
-        ("grpc://host:1", "scheme 'grpc'"),
+        ("xds:///host:1", "scheme 'xds'"),
+        ("http://host:1//", "no port"),
+        ("grpc://", "no host"),
+        ("dns://8.8.8.8/host:1", "name server '8.8.8.8'"),
+        ("ipv4:10.0.0.1:1,10.0.0.2:1", "several hosts"),
+        ("dns:///", "no host"),
+        ("unix:/run/mx.sock", "no port"),
     ],
 )
 def test_refused_with_the_part_and_the_rule(text: str, named: str) -> None:
@@ -61,7 +86,16 @@ def test_refused_with_the_part_and_the_rule(text: str, named: str) -> None:
     assert repr(text) in str(caught.value)
 
 
-@given(st.text())
+@pytest.mark.parametrize("text", ["https://u:hunter2@mx:1", "grpc://u:hunter2@mx:1", "dns:///u:hunter2@mx:1"])
+def test_a_password_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(SettingError, match="no user and no password") as caught:
+        parse_server_address(text)
+    assert "hunter2" not in str(caught.value)
+
+
+@given(
+    st.one_of(st.text(), st.builds(str.__add__, st.sampled_from(["dns:", "ipv6:", "ipv4:///", "grpc://"]), st.text()))
+)
 def test_any_text_gives_an_address_or_a_setting_error(text: str) -> None:
     try:
         address = parse_server_address(text)

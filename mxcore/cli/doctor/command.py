@@ -50,9 +50,7 @@ def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
     findings = [
         *doctor_machine.all_findings(),
         *doctor_cuda.all_findings(),
-        doctor_probes.nixl(),
-        doctor_probes.nixl_backends(),
-        doctor_probes.same_host(),
+        *doctor_probes.all_findings(),
     ]
     if not no_server:
         if connection.server is None:

@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mxcore.cli.doctor.findings import Finding
 from mxcore.errors import NixlMissing
 
 PROBE_SECONDS = 30.0
+VLLM_SECONDS = 180.0  # importing it takes most of it
+_FORMATS = "vllm_plugin.formats"  # run as a program: nothing here imports vLLM
 _LOADS = "loads"
 _NO_NIXL = f"[{NixlMissing.code}]"
 _CLASS_NAME = re.compile(r"^mxcore\.\w+(\.\w+)*: ")
@@ -67,8 +72,38 @@ def same_host() -> Finding:
     return Finding("same host", "warn", "one process may not read another's memory", do)
 
 
+def load_formats(environ: Mapping[str, str]) -> list[Finding]:
+    """Whether vLLM finds our plugin, and whether its load formats are ours; nothing without vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        return []
+    named = environ.get("VLLM_PLUGINS")
+    allowed = None if named is None else named.split(",")
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    let_in = [point for point in points if allowed is None or point.name in allowed]
+    ours = sorted(point.name for point in let_in if point.module == "vllm_plugin")
+    if not ours:
+        do = "add modelexpress to VLLM_PLUGINS, or give --worker-cls vllm_plugin.worker.MxWorker"
+        fact = f"VLLM_PLUGINS={named} leaves our plugin out" if named is not None else "vLLM does not find our plugin"
+        return [Finding("load formats", "warn", f"{fact}: --load-format mx is not known", do)]
+    if all(point.module.partition(".")[0] in ("vllm", "vllm_plugin") for point in let_in):
+        return [Finding("load formats", "ok", f"vLLM finds our plugin ({', '.join(ours)}), and no other")]
+    ran = _ended([sys.executable, "-W", "ignore", "-m", _FORMATS], VLLM_SECONDS)
+    try:
+        taken: dict[str, str] = json.loads(ran.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        reason = _last_line(ran) or f"the probe ended with {ran.returncode}"
+        return [
+            Finding("load formats", "warn", f"vLLM's plugins do not load: {reason}", "start vLLM, and read its log")
+        ]
+    if taken:
+        fact = "; ".join(f"{name} belongs to {owner}" for name, owner in taken.items())
+        do = "VLLM_PLUGINS=modelexpress_mx makes it ours (name your other plugins there as well), or uninstall one"
+        return [Finding("load formats", "warn", fact, do)]
+    return [Finding("load formats", "ok", f"vLLM finds our plugin ({', '.join(ours)}), and no other takes its formats")]
+
+
 def all_findings() -> list[Finding]:
-    return [nixl(), nixl_backends(), same_host()]
+    return [nixl(), nixl_backends(), same_host(), *load_formats(os.environ)]
 
 
 def _command(name: str) -> list[str]:
@@ -76,12 +111,14 @@ def _command(name: str) -> list[str]:
 
 
 def _run(name: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    return _ended(_command(name), PROBE_SECONDS, given)
+
+
+def _ended(command: list[str], seconds: float, given: str = "") -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            _command(name), input=given, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
-        )
+        return subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess([], 124, "", f"no answer within {PROBE_SECONDS:g} s")
+        return subprocess.CompletedProcess([], 124, "", f"no answer within {seconds:g} s")
 
 
 def _last_line(ran: subprocess.CompletedProcess[str]) -> str:

@@ -24,12 +24,12 @@ def is_named(environ: Mapping[str, str]) -> bool:
 def environment(environ: Mapping[str, str]) -> list[Finding]:
     """Names that are set and will not have the expected effect."""
     findings = [
-        Finding("setting", "warn", f"{name} is no setting", f"did you mean {near}?") for name, near in misspelt(environ)
+        Finding("setting", "warn", f"{name} is no setting", f"did you mean {near}?" if near else "unset it")
+        for name, near in misspelt(environ)
     ]
-    findings += [
-        Finding("setting", "note", f"{variable.name} has no effect on a worker of this version", "unset it")
-        for variable in without_effect(environ, "worker")
-    ]
+    if unused := without_effect(environ, "worker"):
+        fact = f"without effect on a worker: {', '.join(unused)}"
+        findings.append(Finding("setting", "note", fact, "docs/settings.md says why, and what does it here"))
     for name in SERVER_NAMES:
         if is_kubernetes_value(environ.get(name, "")):
             do = "enableServiceLinks: false in the pod, or another name for the service"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mxserver.wire.address import split_scheme
 from mxserver.wire.calls.tls_files import ServerTls, load_pair, read_ca, read_file
-from mxserver.wire.environment import setting
+from mxserver.wire.environment import setting, unprotected
 from mxserver.wire.errors import SettingError
 
 CA_FILE, CERT_FILE, KEY_FILE = "MX_TLS_CA_FILE", "MX_TLS_CERT_FILE", "MX_TLS_KEY_FILE"
@@ -23,6 +23,9 @@ TOKEN_FILE, TOKEN_IN_CLEAR = "MX_AUTH_TOKEN_PATH", "MX_AUTH_TOKEN_IN_CLEAR"
 
 WORKER_NAMES = (CA_FILE, CERT_FILE, KEY_FILE, CLIENT_CA_FILE, PEER_NAME, TOKEN_FILE, TOKEN_IN_CLEAR)
 """All environment names that a worker, or any client, reads here."""
+
+PROJECTED_TOKEN = Path("/var/run/secrets/tokens/modelexpress")
+"""Where manifests for NVIDIA's clients project a pod's token, which these take without being told."""
 
 LONGEST_TOKEN_BYTES = 16 * 1024
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
@@ -57,8 +60,10 @@ class ClientCredentials:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> ClientCredentials:
-        """As the environment says (MX_TLS_*, MX_AUTH_TOKEN_*). Raises SettingError."""
+        """As the environment says (MX_TLS_*, MX_AUTH_TOKEN_*). Raises SettingError, for misspelt names as well."""
         variables = os.environ if environ is None else environ
+        if reason := unprotected(variables):
+            raise SettingError(reason)
 
         def path(name: str) -> Path | None:
             text = setting(variables, name)
@@ -72,7 +77,7 @@ class ClientCredentials:
             cert_file=path(CERT_FILE),
             key_file=path(KEY_FILE),
             peer_name=setting(variables, PEER_NAME) or "",
-            token_file=path(TOKEN_FILE),
+            token_file=path(TOKEN_FILE) or (PROJECTED_TOKEN if PROJECTED_TOKEN.exists() else None),
             token_in_clear=clear in _TRUE,
         )
         if (found.cert_file is None) != (found.key_file is None):
