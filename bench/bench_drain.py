@@ -21,7 +21,7 @@ import click
 import grpc
 
 from bench.control.processes import Server
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls import channel_options
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="bench/drain")

@@ -28,11 +28,8 @@ from pathlib import Path
 import click
 import grpc
 
-from mxserver.wire.calls.channels import channel_options
-from mxserver.wire.files.file_chunk import ChunkReader
-from mxserver.wire.files.model_client import ModelClient, provider_of
-from mxserver.wire.files.model_stream import METHOD
-from mxserver.wire.files.stream_call import StreamConnection
+from mxserver.wire.calls import channel_options
+from mxserver.wire.files import METHOD, ChunkReader, ModelClient, StreamConnection, provider_of
 from mxserver.wire.proto import model_pb2
 
 MIB = 1024 * 1024

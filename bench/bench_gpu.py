@@ -31,7 +31,7 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
 def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:
     """Storage to a CUDA device, digests there, and NIXL between two processes, against the machine's limits."""
     from mxcore.cuda import driver as cuda_driver
-    from mxserver.wire.errors import MxError
+    from mxserver.wire import MxError
 
     if stand_in is not None:
         cuda_driver._load_stand_in(stand_in)

@@ -22,8 +22,8 @@ import click
 
 from bench.control.processes import Redis, Server
 from bench.free_ports import free_port
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import ServerUnreachable, WireError
+from mxserver.wire import ServerUnreachable, WireError
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 
 READY = p2p_pb2.SOURCE_STATUS_READY

@@ -22,12 +22,9 @@ from pathlib import Path
 
 from fuzz.make_corpus import CORPUS, FOLDERS
 from mxcore.errors import StorageError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.safetensors.errors import SafetensorsError
-from mxcore.safetensors.header import parse_header, read_header
+from mxcore.memory import HostBuffer
+from mxcore.reading import FileSet, JobList, checkpoint_reader
+from mxcore.safetensors import SafetensorsError, parse_header, read_header
 
 TOKENS = [
     b'"data_offsets"', b'"shape"', b'"dtype"', b'"BF16"', b'"F4"', b'"__metadata__"', b"[0,0]", b"18446744073709551615",

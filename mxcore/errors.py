@@ -54,7 +54,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class NotBuilt(MxError, ImportError):

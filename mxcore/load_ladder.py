@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from mxcore.errors import LoadPathsExhausted
-from mxserver.wire.errors import MxError
-from mxserver.wire.nearest import nearest
+from mxserver.wire import MxError, nearest
 
 __all__ = ["RUNGS", "Ladder", "PollResult", "Rung", "Step", "chosen_rungs", "reason_of", "skip", "take"]
 

@@ -16,11 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mxcore.load_ladder import RUNGS, chosen_rungs
-from mxcore.storage.plan.memory_limit import parse_bytes
-from mxserver.wire import environment
-from mxserver.wire.address import is_host, parse_server_address, split_scheme
-from mxserver.wire.errors import SettingError
-from mxserver.wire.nearest import nearest
+from mxcore.storage.plan import parse_bytes
+from mxserver.wire import SettingError, environment, is_host, nearest, parse_server_address, split_scheme
 
 __all__ = ["WorkerSettings", "load_settings"]
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mxserver import __version__
-from mxserver.wire.environment import BY_NAME
-from mxserver.wire.errors import MxError, SettingError
+from mxserver.wire import BY_NAME, MxError, SettingError
 
 if TYPE_CHECKING:
     from mxserver.settings import ServerSettings
@@ -119,7 +118,7 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
     import os
 
     from mxserver import logs, settings
-    from mxserver.wire.environment import warnings_for
+    from mxserver.wire import warnings_for
 
     chosen, origins = settings.load_with_origins(flags, settings.config_of(config))
     logs.set_up(chosen.log_level, chosen.log_format)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxserver.wire.errors import SettingError
-from mxserver.wire.nearest import unknown_key
+from mxserver.wire import SettingError, unknown_key
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
-from mxserver.models.downloads import DownloadJob
-from mxserver.models.opened import OpenCache
-from mxserver.security.interceptors import Authenticator
-from mxserver.store.clock import SystemClock
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import SourceStore
-from mxserver.telemetry.events import Events
-from mxserver.telemetry.loads import Loads
-from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics
-from mxserver.telemetry.metrics import Metrics
-from mxserver.telemetry.observed_store import ObservedStore
-from mxserver.web.cache_view import CacheView
-from mxserver.web.http import HttpServer
-from mxserver.web.pages import application
-from mxserver.web.status import StatusView
-from mxserver.wire.calls.tls_files import ServerTls
+from mxserver.models import DownloadJob, OpenCache
+from mxserver.security import Authenticator
+from mxserver.store import SourceStore, StoreUnavailable, SystemClock
+from mxserver.telemetry import Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
+from mxserver.web import CacheView, HttpServer, StatusView, application
+from mxserver.wire.calls import ServerTls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -14,24 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.models.cache.eviction import Limits
-from mxserver.models.opened import CacheSettings, OpenCache
+from mxserver.models import CacheSettings, OpenCache
+from mxserver.models.cache import Limits
 from mxserver.operations import Operations
-from mxserver.security import setup
-from mxserver.security.interceptors import Authenticator
-from mxserver.services.cache import CacheService
-from mxserver.services.draining import DrainInterceptor
-from mxserver.services.fleet import FleetService
-from mxserver.services.model import ModelService
-from mxserver.services.p2p import P2pService
-from mxserver.services.small import ApiService, HealthService
-from mxserver.services.standard_health import StandardHealth
+from mxserver.security import Authenticator, setup
+from mxserver.services import (
+    ApiService,
+    CacheService,
+    DrainInterceptor,
+    FleetService,
+    HealthService,
+    ModelService,
+    P2pService,
+    StandardHealth,
+)
 from mxserver.settings import ServerSettings
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import Leases, SourceStore
-from mxserver.store.memory import MemoryStore
-from mxserver.store.sqlite import SqliteStore
-from mxserver.wire.errors import MxError
+from mxserver.store import Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
+from mxserver.wire import MxError
 from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
@@ -53,7 +52,7 @@ def open_store(settings: ServerSettings) -> SourceStore:
     """The store that the settings ask for. Raises StoreUnusable."""
     leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
     if settings.store == "redis":
-        from mxserver.store.redis.store import RedisStore  # needs a package that other stores do not
+        from mxserver.store.redis import RedisStore  # needs a package that other stores do not
 
         return RedisStore(settings.effective_redis_url, leases)
     return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)

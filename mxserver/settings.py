@@ -16,10 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
-from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
-from mxserver.wire.calls.tls_files import ServerTls
-from mxserver.wire.environment import setting, unprotected
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError, setting, unprotected
+from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerTls
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
 LogFormat = Literal["text", "json"]

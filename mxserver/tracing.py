@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import grpc
 
 from mxserver import __version__
-from mxserver.calls.handlers import Around
-from mxserver.telemetry.measured_calls import telling_status
-from mxserver.wire.errors import SettingError
+from mxserver.calls import Around
+from mxserver.telemetry import telling_status
+from mxserver.wire import SettingError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mxserver.telemetry.metrics import DEFINITIONS  # noqa: E402 - of this checkout
+from mxserver.telemetry import DEFINITIONS  # noqa: E402 - of this checkout
 
 PAGE = ROOT / "docs" / "operations.md"
 BEGIN = "<!-- metrics:"

@@ -19,8 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from mxcore.settings import WorkerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.settings import FLAGS, OTHER_NAMES, ServerSettings  # noqa: E402 - also from a tree that is not installed
-from mxserver.wire.environment import BY_NAME, VARIABLES  # noqa: E402
-from mxserver.wire.unused_names import UNUSED  # noqa: E402
+from mxserver.wire import (  # noqa: E402
+    BY_NAME,
+    UNUSED,
+    VARIABLES,
+)
 
 PAGE = ROOT / "docs" / "settings.md"
 

@@ -13,10 +13,7 @@ import warnings
 
 _log = logging.getLogger("vllm.modelexpress")  # below vLLM's logger, so that its handlers show it
 
-__all__ = ["LOAD_FORMATS", "register", "register_modelexpress"]
-
-LOAD_FORMATS = ("mx", "mx-source", "mx-target", "modelexpress")
-"""The load formats; the last only where NVIDIA's package of that name is not installed."""
+__all__ = ["register", "register_modelexpress"]
 
 if importlib.util.find_spec("vllm") is None:
     warnings.warn(
@@ -35,6 +32,7 @@ def register() -> None:
     """
     try:
         from vllm_plugin import compat, formats
+        from vllm_plugin.load_format_names import LOAD_FORMATS
         from vllm_plugin.loader import MxModelLoader, prepare, prepare_offline
 
         for name in LOAD_FORMATS:

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.storage.remote.hub_folder import hub_cache, listing_commit, place_in_hub_cache
-from mxcore.storage.remote.local_folder import LocalFolder
-from mxcore.storage.remote.model_uri import OBJECT_SCHEMES, parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.remote.remote_folder import RemoteFolder, pull_small_files
-from mxserver.wire.errors import MxError
-from mxserver.wire.files.model_client import ModelClient
+from mxcore.storage.remote import (
+    OBJECT_SCHEMES,
+    LocalFolder,
+    ObjectFolder,
+    ObjectOptions,
+    RemoteFolder,
+    hub_cache,
+    listing_commit,
+    parse_model_uri,
+    place_in_hub_cache,
+    pull_small_files,
+)
+from mxserver.wire import MxError
+from mxserver.wire.files import ModelClient
 
 __all__ = ["prepare", "prepare_offline"]
 

@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 
 from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint, load
 from mxcore.settings import WorkerSettings
-from mxcore.storage.plan.progress import Progress
+from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat
 from vllm_plugin.identity import source_identity, worker_rank

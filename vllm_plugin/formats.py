@@ -11,12 +11,13 @@ import json
 import logging
 import os
 
-from vllm_plugin import LOAD_FORMATS, compat
-from vllm_plugin.loader import MxModelLoader
+from vllm_plugin import compat
+from vllm_plugin.load_format_names import LOAD_FORMATS
 
 __all__ = ["default_format", "taken", "warn_of_taken"]
 
 DEFAULT = "VLLM_LOAD_FORMAT"
+OURS = "vllm_plugin.loader"  # by name: that module warns by this one
 
 _log = logging.getLogger("vllm.modelexpress")
 _warned: set[str] = set()
@@ -31,7 +32,7 @@ def taken() -> dict[str, str]:
     return {
         name: _described(owner)
         for name, owner in owners.items()
-        if owner is not None and owner is not MxModelLoader and not owner.__module__.startswith("vllm.")
+        if owner is not None and owner.__module__ != OURS and not owner.__module__.startswith("vllm.")
     }
 
 

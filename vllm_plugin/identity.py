@@ -19,7 +19,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from mxcore.engine import CheckpointFiles, model_name
-from mxcore.transfer.member.membership import PROTOCOL_VERSION
+from mxcore.transfer.member import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat
 

@@ -21,7 +21,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_plugin import LOAD_FORMATS, compat
+from vllm_plugin import compat
+from vllm_plugin.load_format_names import LOAD_FORMATS
 
 _log = logging.getLogger("vllm.modelexpress")
 

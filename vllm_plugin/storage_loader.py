@@ -18,10 +18,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.engine import Files, Source, Streamed, lazy_weights
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.plan.memory_limit import SETTING, budget, parse_bytes
-from mxcore.storage.plan.progress import Progress, ProgressDisplay
-from mxserver.wire.errors import MxError
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.plan import SETTING, Progress, ProgressDisplay, budget, parse_bytes
+from mxserver.wire import MxError
 from vllm_plugin import compat
 
 __all__ = ["StorageLoader"]

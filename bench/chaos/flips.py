@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mxcore.sockets.socket_chunks import SocketReads
-from mxcore.transfer.layout.layout import Layout, LocalTensor, Placement, build_layout
-from mxcore.transfer.layout.scalars import scalars_digest
-from mxcore.transfer.move.agent_session import AgentSession
-from mxcore.transfer.move.chunk_greeting import show_token
-from mxcore.transfer.receive.received_chunks import ReceivedChunks
-from mxcore.transfer.serve.chunk_listener import ChunkListener
-from mxcore.transfer.serve.holder import Holder
+from mxcore.sockets import SocketReads
+from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout, scalars_digest
+from mxcore.transfer.move import AgentSession, show_token
+from mxcore.transfer.receive import ReceivedChunks
+from mxcore.transfer.serve import ChunkListener, Holder
 from mxserver.wire.proto import mx_pb2
 
 CHUNK_BYTES = 64 << 10

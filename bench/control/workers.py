@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from mxserver.wire.calls.channels import channel_options
+from mxserver.wire.calls import channel_options
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 CALL_SECONDS = 30.0

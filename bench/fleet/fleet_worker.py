@@ -17,13 +17,13 @@ import numpy as np
 
 from bench.transfer.shapes import ALIGNED_BYTES
 from mxcore.errors import TransferError
-from mxcore.process.attached_memory import AttachedReads
+from mxcore.process import AttachedReads
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import LocalTensor, build_layout
-from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
+from mxcore.transfer.layout import LocalTensor, build_layout
+from mxcore.transfer.member import PROTOCOL_VERSION, Membership
 from mxcore.transfer.move import same_host as attached_pull
-from mxcore.transfer.move.same_host import threads_of
-from mxcore.transfer.receive.received_chunks import ReceivedChunks
+from mxcore.transfer.move import threads_of
+from mxcore.transfer.receive import ReceivedChunks
 from mxserver.wire.proto import p2p_pb2
 
 Memory: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mxcore.transfer.layout.plan import GrantCounts, SwarmPlan, all_chunks
+from mxcore.transfer.layout import GrantCounts, SwarmPlan, all_chunks
 
 SEED = "w0"
 

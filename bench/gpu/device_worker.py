@@ -19,17 +19,13 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.nixl_pair import STAND_IN_TLS, load_runtime
+from mxcore.cuda import DeviceBuffer, DeviceDigest, PinnedBuffer, Stream, context_of, copy_to_device
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import context_of
-from mxcore.cuda.digest import DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_to_device
-from mxcore.cuda.stream import Stream
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import LocalTensor, build_layout
-from mxcore.transfer.member.membership import PROTOCOL_VERSION, Membership
-from mxcore.transfer.route.device_proof import release_devices
-from mxcore.transfer.route.routes import UcxPolicy
-from mxserver.wire.errors import MxError
+from mxcore.transfer.layout import LocalTensor, build_layout
+from mxcore.transfer.member import PROTOCOL_VERSION, Membership
+from mxcore.transfer.route import UcxPolicy, release_devices
+from mxserver.wire import MxError
 from mxserver.wire.proto import p2p_pb2
 
 FILL_BYTES = 8 << 20  # of random bytes, repeated over a tensor

@@ -9,16 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mxcore.cuda.context import Context
-from mxcore.cuda.digest import DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, copy_on_device, copy_to_device
-from mxcore.cuda.stream import Stream
-from mxcore.digest.digest import mixsum_64_many
-from mxcore.storage.checkpoint.checkpoint import Checkpoint
-from mxcore.storage.load.device_direct import why_not
-from mxcore.storage.load.device_load import read_open_files, read_rows_to_device
-from mxcore.storage.load.host_load import STRAIGHT, Reader
-from mxcore.storage.plan.read_plan import Row, merged
+from mxcore.cuda import Context, DeviceBuffer, DeviceDigest, PinnedBuffer, Stream, copy_on_device, copy_to_device
+from mxcore.digest import mixsum_64_many
+from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.load import STRAIGHT, Reader, read_open_files, read_rows_to_device, why_not
+from mxcore.storage.plan import Row, merged
 
 CHUNK_BYTES = 16 * 1024 * 1024
 PINNED_BYTES = 64 * 1024 * 1024

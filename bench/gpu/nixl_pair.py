@@ -16,14 +16,11 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+from mxcore.cuda import Context, DeviceBuffer, DeviceDigest, context_of
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import Context, context_of
-from mxcore.cuda.digest import DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer
-from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.move.tcp_received import TcpByteCounter
-from mxcore.transfer.route.device_proof import nixl_device
-from mxcore.transfer.route.routes import ucx_environment
+from mxcore.nixl import NixlAgent
+from mxcore.transfer.move import TcpByteCounter
+from mxcore.transfer.route import nixl_device, ucx_environment
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
 STAND_IN_TLS = "tcp,cma,self"

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu import measure, nixl_pair
+from mxcore.cuda import Context, DeviceBuffer, DeviceDigest, context_of
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import Context, context_of
-from mxcore.cuda.digest import DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer
 from mxcore.reading import cufile
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.device_ring import release_rings
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import release_rings
 
 TIMEOUT_SECONDS = 240
 Found = dict[str, float]

@@ -30,8 +30,8 @@ class Candidate(NamedTuple):
 
 def ours(mode: str) -> Callable[[list[Path], Destinations], None]:
     def run(files: list[Path], destinations: Destinations) -> None:
-        from mxcore.storage.checkpoint.checkpoint import open_checkpoint
-        from mxcore.storage.load.host_load import load
+        from mxcore.storage.checkpoint import open_checkpoint
+        from mxcore.storage.load import load
 
         load(open_checkpoint(files), destinations, mode=mode)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 
 SHARDS = 4
 ROWS = 4096

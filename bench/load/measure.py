@@ -72,7 +72,7 @@ def _run(
 def _destinations(files: list[Path]) -> dict[str, object]:
     import torch
 
-    from mxcore.storage.checkpoint.checkpoint import open_checkpoint
+    from mxcore.storage.checkpoint import open_checkpoint
 
     infos = open_checkpoint(files).tensors.values()
     tensors: dict[str, object] = {info.name: torch.zeros(info.shape, dtype=torch.bfloat16) for info in infos}
@@ -84,7 +84,7 @@ def _destinations(files: list[Path]) -> dict[str, object]:
 def _check(destinations: dict[str, object], digests: dict[str, int]) -> None:
     import torch
 
-    from mxcore.digest.digest import xxh3_64
+    from mxcore.digest import xxh3_64
 
     wrong = [
         name
@@ -129,7 +129,7 @@ def warm(files: list[Path]) -> None:
 
 def header_us(count: int, rounds: int) -> float:
     """Microseconds a tensor for parsing and validating a header of that many, the best of the rounds."""
-    from mxcore.safetensors.header import parse_header
+    from mxcore.safetensors import parse_header
 
     data = made.header_of(count)
     best = float("inf")

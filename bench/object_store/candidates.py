@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 
 THREADS = 8
 PART_BYTES = 8 * 1024 * 1024
@@ -23,11 +23,9 @@ PART_BYTES = 8 * 1024 * 1024
 
 def ours(uri: str) -> dict[str, torch.Tensor]:
     """Every tensor's bytes straight into its place: one buffer, one submission."""
-    from mxcore.memory.host_buffer import HostBuffer
-    from mxcore.storage.checkpoint.tensor_views import TensorViews
-    from mxcore.storage.remote.model_uri import parse_model_uri
-    from mxcore.storage.remote.object_store import ObjectFolder
-    from mxcore.storage.remote.remote_folder import RemoteRange, open_remote
+    from mxcore.memory import HostBuffer
+    from mxcore.storage.checkpoint import TensorViews
+    from mxcore.storage.remote import ObjectFolder, RemoteRange, open_remote, parse_model_uri
 
     folder = ObjectFolder(parse_model_uri(uri))
     checkpoint = open_remote(folder)
@@ -47,9 +45,7 @@ def ours(uri: str) -> dict[str, torch.Tensor]:
 
 def ours_stream(uri: str) -> dict[str, torch.Tensor]:
     """Loads as the plugin does: through the ring, each tensor copied to its final place."""
-    from mxcore.storage.remote.model_uri import parse_model_uri
-    from mxcore.storage.remote.object_store import ObjectFolder
-    from mxcore.storage.remote.remote_folder import open_remote, stream_remote
+    from mxcore.storage.remote import ObjectFolder, open_remote, parse_model_uri, stream_remote
 
     folder = ObjectFolder(parse_model_uri(uri))
     made = {name: tensor.clone() for name, tensor in stream_remote(folder, open_remote(folder))}

@@ -16,11 +16,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from mxcore.digest.digest import xxh3_64, xxh3_64_many
-from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.layout.chunks import CHUNK_BYTES
-from mxcore.transfer.move.agent_session import AgentSession, Move
-from mxcore.transfer.route.routes import ucx_environment
+from mxcore.digest import xxh3_64, xxh3_64_many
+from mxcore.nixl import NixlAgent
+from mxcore.transfer.layout import CHUNK_BYTES
+from mxcore.transfer.move import AgentSession, Move
+from mxcore.transfer.route import ucx_environment
 
 MIB = 1 << 20
 _ROUNDS = 3
@@ -170,7 +170,7 @@ def _digests(memory: np.ndarray[Any, Any]) -> bytes:
 
 
 def _register(session: AgentSession, memory: np.ndarray[Any, Any]) -> None:
-    from mxcore.transfer.layout.layout import LocalTensor, build_layout
+    from mxcore.transfer.layout import LocalTensor, build_layout
 
     address = int(memory.ctypes.data)
     tensor = LocalTensor("all", "torch.uint8", (memory.nbytes,), (1,), address, 1, address, memory.nbytes, "cpu", 0)

@@ -11,10 +11,9 @@ from statistics import median
 import numpy as np
 
 from bench.transfer.shapes import GAP_BYTES
-from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.layout.layout import Placement
-from mxcore.transfer.layout.regions import merge_regions
-from mxcore.transfer.route.routes import ucx_environment
+from mxcore.nixl import NixlAgent
+from mxcore.transfer.layout import Placement, merge_regions
+from mxcore.transfer.route import ucx_environment
 
 _ROUNDS = 5
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import click
 
-from mxserver.wire.address import parse_server_address, split_scheme
-from mxserver.wire.calls.credentials import CA_FILE, CERT_FILE, KEY_FILE, TOKEN_FILE, TOKEN_IN_CLEAR, ClientCredentials
-from mxserver.wire.environment import setting
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError, parse_server_address, setting, split_scheme
+from mxserver.wire.calls import CA_FILE, CERT_FILE, KEY_FILE, TOKEN_FILE, TOKEN_IN_CLEAR, ClientCredentials
 
 SERVER_NAMES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
 """The environment names of the server's address; the first that is set counts."""

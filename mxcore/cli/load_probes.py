@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from mxcore.load_ladder import reason_of
 from mxcore.settings import WorkerSettings
-from mxcore.storage.remote.model_uri import missing_packages, parse_model_uri
+from mxcore.storage.remote import missing_packages, parse_model_uri
 
 __all__ = ["Probe", "probe"]
 
@@ -40,8 +40,8 @@ def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
 
 
 def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.nixl.agent import load_library
-    from mxserver.wire.calls.client import ServerClient
+    from mxcore.nixl import load_library
+    from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
     if settings.server_address is None:
@@ -60,7 +60,7 @@ def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
     if settings.server_address is None:
@@ -73,9 +73,7 @@ def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.storage.remote.local_folder import LocalFolder
-    from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
-    from mxcore.storage.remote.remote_folder import RemoteFolder, open_remote
+    from mxcore.storage.remote import LocalFolder, ObjectFolder, ObjectOptions, RemoteFolder, open_remote
 
     if not settings.model_uri:
         return "skip", "MX_MODEL_URI is not set"
@@ -93,9 +91,9 @@ def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
 
 
 def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.storage.remote.server_cache import has_weights, same_files_here
-    from mxserver.wire.errors import ModelNotFound
-    from mxserver.wire.files.model_client import ModelClient
+    from mxcore.storage.remote import has_weights, same_files_here
+    from mxserver.wire import ModelNotFound
+    from mxserver.wire.files import ModelClient
 
     if settings.server_address is None:
         return "skip", "no server is set (MODEL_EXPRESS_URL)"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import click
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class Subcommand(NamedTuple):

@@ -17,7 +17,7 @@ from mxcore.cli.connection import Connection, connection_options
 from mxcore.cli.server_calls import EXIT_DAMAGED, MODEL_EXIT_CODES, bytes_text, exiting_on_errors, json_option
 
 if TYPE_CHECKING:
-    from mxserver.wire.files.model_client import ModelClient
+    from mxserver.wire.files import ModelClient
     from mxserver.wire.proto import model_pb2
 
 EPILOG = """
@@ -62,7 +62,7 @@ revision_option = click.option("--revision", metavar="REVISION", help="A branch,
 @contextmanager
 def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterator[ModelClient]:
     """A client; an error ends the command."""
-    from mxserver.wire.files.model_client import ModelClient
+    from mxserver.wire.files import ModelClient
 
     connection: Connection = context.obj
     with (

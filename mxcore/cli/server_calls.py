@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mxcore.cli.connection import Connection
-from mxserver.wire.errors import (
+from mxserver.wire import (
     FileRefused,
     ModelDownloadError,
     ModelNotFound,
@@ -21,7 +21,7 @@ from mxserver.wire.errors import (
 )
 
 if TYPE_CHECKING:
-    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.calls import ServerClient
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -60,7 +60,7 @@ def exiting_on_errors(exit_codes: dict[type[MxError], int], when_unreachable: st
 @contextmanager
 def server_client(connection: Connection) -> Iterator[ServerClient]:
     """A client; an error ends the command."""
-    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.calls import ServerClient
 
     advice = "is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer"
     with (

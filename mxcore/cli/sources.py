@@ -13,7 +13,7 @@ from mxcore.cli.server_calls import duration, json_option, server_client, table
 from mxcore.cli.status import STATE_NAMES, instances_by_state
 
 if TYPE_CHECKING:
-    from mxserver.wire.calls.client import ServerClient
+    from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
 EPILOG = """

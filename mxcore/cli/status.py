@@ -15,11 +15,10 @@ import click
 
 from mxcore.cli.connection import Connection, connection_options
 from mxcore.cli.server_calls import bytes_text, duration, json_option, server_client, table
-from mxserver.wire.address import split_scheme
+from mxserver.wire import split_scheme
 
 if TYPE_CHECKING:
-    from mxserver.wire.calls.client import ServerClient
-    from mxserver.wire.calls.credentials import ClientCredentials
+    from mxserver.wire.calls import ClientCredentials, ServerClient
     from mxserver.wire.proto import p2p_pb2
 
 EXIT_NOT_WELL = 1

@@ -1,4 +1,4 @@
-"""A device's primary context, and what everything in a context has in common; signatures and docs in cuda_context.pyi.
+"""A device's primary context, and what everything in a context has in common; signatures and docs in context.pyi.
 
 An object that exists has a valid handle, and holds its context: destruction order follows from who holds whom.
 Destructors warn instead of raising. A context is pushed around every call that needs one, and popped after it, so that

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import final
 
 from mxcore.cuda.context import Context, ContextObject
-from mxcore.nixl.agent import Uint64Buffer
+from mxcore.memory import Uint64Buffer
 
 PLAN_BYTES: int
 """Pinned host memory that a DeviceDigest holds."""

@@ -1,4 +1,4 @@
-"""mixsum-64 of device memory by kernels; signatures and docs in cuda_digest.pyi.
+"""mixsum-64 of device memory by kernels; signatures and docs in digest.pyi.
 
 The records that the kernels read and the sums that they write lie in pinned host memory: nothing is allocated on the
 device. The work is planned in C (cuda_plan.h), without the GIL.

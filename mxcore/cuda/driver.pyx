@@ -1,4 +1,4 @@
-"""The CUDA driver's functions, opened at first use; signatures and docs in cuda_driver.pyi.
+"""The CUDA driver's functions, opened at first use; signatures and docs in driver.pyi.
 
 The table is filled once, under a lock, and never changes: whoever has its address calls without asking again. The GIL
 is given away around every call that may take a while, and never taken inside one.

@@ -1,4 +1,4 @@
-"""Device memory of one process in another one; signatures and docs in cuda_ipc.pyi."""
+"""Device memory of one process in another one; signatures and docs in ipc.pyi."""
 
 cimport cython
 from libc.stdint cimport uintptr_t

@@ -9,7 +9,7 @@ from typing import final
 
 from mxcore.cuda.context import Context, ContextObject
 from mxcore.cuda.stream import Stream
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.memory import HostBuffer
 
 MAX_BYTES: int
 

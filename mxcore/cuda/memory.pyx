@@ -1,4 +1,4 @@
-"""Pinned host memory, device memory, and copies between them; signatures and docs in cuda_memory.pyi."""
+"""Pinned host memory, device memory, and copies between them; signatures and docs in memory.pyi."""
 
 cimport cython
 from libc.stdint cimport int64_t, uintptr_t

@@ -1,4 +1,4 @@
-"""Streams and events as objects; signatures and docs in cuda_stream.pyi."""
+"""Streams and events as objects; signatures and docs in stream.pyi."""
 
 cimport cython
 from libc.stdint cimport uintptr_t

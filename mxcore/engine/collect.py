@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout.layout import LocalTensor
+from mxcore.transfer.layout import LocalTensor
 
 # Written while the engine runs, so never part of its weights: the KV cache, and kernels' scratch memory and locks.
 RUN_TIME_STATE = frozenset({"kv_cache", "workspace", "_workspace", "workspace_buffer", "_workspace_buffer"})

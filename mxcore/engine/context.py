@@ -11,9 +11,9 @@ from mxcore.engine.protocol import Engine
 from mxcore.engine.report import Fallbacks
 from mxcore.engine.weights import Kind
 from mxcore.settings import WorkerSettings
-from mxcore.storage.plan.progress import Progress
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.receive.load_progress import LoadPath
+from mxcore.storage.plan import Progress
+from mxcore.transfer.member import Membership
+from mxcore.transfer.receive import LoadPath
 from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["LoadContext", "Role"]

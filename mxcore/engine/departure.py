@@ -84,8 +84,8 @@ def is_gone(worker_pid: int, commands: int) -> bool:
 
 def say_goodbye(record: Record) -> bool:
     """Marks the record STALE; False when the server gave no answer, or no longer knows the record."""
-    from mxserver.wire.calls.client import ServerClient
-    from mxserver.wire.errors import ServerRefused, ServerUnreachable
+    from mxserver.wire import ServerRefused, ServerUnreachable
+    from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
     with ServerClient(record.server_address, timeout_seconds=TIMEOUT_SECONDS) as client:
@@ -115,7 +115,7 @@ def main() -> int:
             return 1
         line += part
     record = Record(**json.loads(line))
-    import mxserver.wire.calls.client  # noqa: F401 - now, not when every millisecond counts
+    import mxserver.wire.calls  # noqa: F401 - now, not when every millisecond counts
 
     return 0 if not is_gone(worker_pid, 0) or say_goodbye(record) else 1
 

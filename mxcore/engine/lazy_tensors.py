@@ -17,12 +17,10 @@ import torch
 from safetensors import safe_open
 
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo
-from mxcore.storage.checkpoint.dtypes import DTYPES
-from mxcore.storage.load.host_load import STRAIGHT, LoadReport, Reader, load
-from mxcore.storage.load.tensor_stream import stream
-from mxcore.storage.plan.read_plan import Box, Want, merged, parts_of
-from mxserver.wire.errors import MxError
+from mxcore.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+from mxcore.storage.load import STRAIGHT, LoadReport, Reader, load, stream
+from mxcore.storage.plan import Box, Want, merged, parts_of
+from mxserver.wire import MxError
 
 __all__ = ["LazyTensor", "lazy_weights"]
 

@@ -13,8 +13,8 @@ from mxcore.engine.context import LoadContext
 from mxcore.engine.protocol import Engine, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Weights
-from mxcore.storage.plan.progress import Progress
-from mxcore.transfer.receive.load_progress import LoadPath
+from mxcore.storage.plan import Progress
+from mxcore.transfer.receive import LoadPath
 
 __all__ = ["Keeping", "Loaded", "built", "load_stored"]
 

@@ -26,8 +26,8 @@ from mxcore.engine.weights import Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
-from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
-from mxserver.wire.errors import MxError
+from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
+from mxserver.wire import MxError
 
 __all__ = ["load"]
 

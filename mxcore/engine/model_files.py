@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote.model_uri import ModelUri, parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.remote.remote_folder import remote_digest
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import ModelUri, ObjectFolder, ObjectOptions, parse_model_uri, remote_digest
 
 __all__ = ["CheckpointFiles", "UriPlace", "find_checkpoint", "model_name"]
 

@@ -14,8 +14,8 @@ from mxcore.engine.lazy_tensors import Needed
 from mxcore.engine.serving import EngineWatch
 from mxcore.engine.weights import Kind
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint.checkpoint import Checkpoint
-from mxcore.storage.plan.progress import Progress
+from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["Engine", "Files", "Fill", "Source", "Streamed"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 __all__ = ["Fallbacks", "LoadReport", "LoadedPart", "StepSeconds", "StoredPath"]
 

@@ -19,10 +19,10 @@ from typing import TypeAlias
 
 from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
-from mxcore.transfer.layout.digests import ChunkDigests
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.errors import MxError
+from mxcore.transfer.layout import ChunkDigests
+from mxcore.transfer.member import Membership
+from mxcore.transfer.serve import Holder
+from mxserver.wire import MxError
 
 __all__ = ["EngineWatch", "Offer", "leave", "stay"]
 

@@ -11,11 +11,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 from mxcore.engine.collect import Collected, collect, emptied, shown
 from mxcore.errors import LayoutUnsupported
-from mxcore.transfer.layout.layout import Layout, Placement, build_layout
-from mxcore.transfer.receive.receiver import ReceiveReport
+from mxcore.transfer.layout import Layout, Placement, build_layout
+from mxcore.transfer.receive import ReceiveReport
 
 __all__ = ["Kind", "Receive", "Weights", "remember_computed", "synchronize"]
 

@@ -6,15 +6,11 @@ release the GIL. Thread-safe throughout. NIXL checks no bytes: digests are the c
 """
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
+from mxcore.memory import Uint64Buffer
 from mxcore.nixl.mailbox import Mailbox
 from mxcore.nixl.table import load_library as load_library
-
-class Uint64Buffer(Protocol):
-    """A contiguous buffer of uint64: `array.array("Q")`, a numpy uint64 array, a cast memoryview."""
-
-    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def live_agents() -> int:
     """Agents that exist and are not destroyed."""

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False
-"""A NIXL agent through `libnixl_capi.so`; signatures and docs in nixl_agent.pyi.
+"""A NIXL agent through `libnixl_capi.so`; signatures and docs in agent.pyi.
 
 Handles that NIXL hands out are owned by the agent, under one guard: `destroy` refuses new calls, waits for those that
 are inside NIXL, then releases in order. A transfer that outlives its agent only fails.
@@ -22,9 +22,8 @@ from mxcore.nixl.table import load_library
 
 from mxcore.nixl.mailbox cimport Mailbox
 from mxcore.nixl.capi cimport (
-    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_post,
-    mx_nixl_progress_until, mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list,
-    mx_nixl_wait_any,
+    MX_NIXL_SUCCESS, MX_NIXL_THREAD_SYNC_RW, mx_nixl_agent_config, mx_nixl_free, mx_nixl_post, mx_nixl_progress_until,
+    mx_nixl_region_list, mx_nixl_stop, mx_nixl_table, mx_nixl_transfer_list, mx_nixl_wait_any,
 )
 from mxcore.nixl.table cimport nixl_table
 

@@ -1,4 +1,4 @@
-"""The table of NIXL's functions out of the wheel's library; signatures and docs in nixl_table.pyi."""
+"""The table of NIXL's functions out of the wheel's library; signatures and docs in table.pyi."""
 
 import threading
 

@@ -9,7 +9,7 @@ import os
 
 from mxcore.native.chunk_jobs cimport MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
 from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
-from mxcore.memory.descriptors import merge_adjoining
+from mxcore.memory import merge_adjoining
 
 cdef extern from "process/attached_read.h" nogil:
     ctypedef int pid_t

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Callable
 
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.memory import HostBuffer
 from mxcore.reading.cufile import FileHandles
 from mxcore.reading.device_ring import DeviceRing
 from mxcore.reading.read_jobs import JobList

@@ -22,7 +22,7 @@ import array
 import os
 
 from mxcore.errors import StorageError, TruncatedRead
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.memory import HostBuffer
 
 cdef extern from "reading/uring_way.h" nogil:
     ctypedef struct mx_work:

@@ -7,7 +7,7 @@ tries it in a process of its own first.
 
 from typing import final
 
-from mxcore.cuda.context import Context
+from mxcore.cuda import Context
 from mxcore.reading.file_set import FileSet
 
 CANDIDATES: tuple[str, ...]

@@ -2,9 +2,8 @@
 
 from typing import final
 
-from mxcore.cuda.context import Context
-from mxcore.cuda.stream import Stream
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.cuda import Context, Stream
+from mxcore.memory import HostBuffer
 
 MAX_THREADS: int
 MAX_SLOTS: int

@@ -1,4 +1,4 @@
-"""The slots, streams and events that bytes pass on their way to a device; signatures and docs in cuda_ring.pyi.
+"""The slots, streams and events that bytes pass on their way to a device; signatures and docs in device_ring.pyi.
 
 What the threads of a read do with them is C: cuda_load.h. checkpoint_reader runs it.
 """
@@ -13,7 +13,7 @@ from mxcore.cuda.driver cimport MX_CUDA_SUCCESS, check, mx_event, mx_stream
 from mxcore.reading.device_ring cimport DeviceRing
 from mxcore.cuda.stream cimport Event, Stream
 
-from mxcore.cuda.memory import Registration
+from mxcore.cuda import Registration
 from mxcore.errors import CudaError
 
 cdef enum:

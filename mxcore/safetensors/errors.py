@@ -34,7 +34,7 @@ The rules are those of the format (safetensors 0.8), taken strictly. Where this 
 
 from __future__ import annotations
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class SafetensorsError(MxError):

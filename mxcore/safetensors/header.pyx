@@ -1,4 +1,4 @@
-"""The safetensors header: strict parser and validator. Types and documentation: safetensors_header.pyi.
+"""The safetensors header: strict parser and validator. Types and documentation: header.pyi.
 
 Before anything is allocated, the header's length is checked against the limit and the file. The text is then scanned
 once in C (safetensors_scan), the records checked against the file, and only then Python objects are made.

@@ -13,7 +13,7 @@ from mxcore.native.chunk_jobs cimport (
     MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
 )
 from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
-from mxcore.memory.descriptors import merge_adjoining
+from mxcore.memory import merge_adjoining
 
 cdef extern from "sockets/socket_pool.h" nogil:
     ctypedef struct mx_socket_pool:

@@ -1,1 +1,3 @@
-"""Tensors from other workers: layouts, chunks, NIXL sessions, holders, receivers, membership in a fleet."""
+"""Weights from other workers: layout, routes, moving, receiving, serving, a worker's life in a fleet."""
+
+from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from mxserver.wire.calls.client import ERROR_CODE_METADATA
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
+from mxserver.wire.calls import ERROR_CODE_METADATA
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

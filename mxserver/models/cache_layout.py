@@ -25,8 +25,8 @@ from pathlib import Path
 from mxserver.models.errors import UnsafePath
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.record import write_in_one_step
+from mxserver.wire import path_problem
 from mxserver.wire.proto import model_pb2
-from mxserver.wire.relative_path import path_problem
 
 STATE = ".modelexpress"
 

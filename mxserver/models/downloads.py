@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mxserver.models.cache.cache import ModelCache
+from mxserver.models.cache import ModelCache
 from mxserver.models.cache_layout import check_paths
 from mxserver.models.errors import (
     CacheFull,
@@ -24,7 +24,7 @@ from mxserver.models.errors import (
 )
 from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
 from mxserver.models.record import ModelRecord
-from mxserver.models.sources.source import ModelSource, RemoteModel, is_disk_full
+from mxserver.models.sources import ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
 
 _LOG = logging.getLogger(__name__)

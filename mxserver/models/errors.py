@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class ModelError(MxError):

@@ -12,8 +12,8 @@ from mxserver.models.errors import BadModelName, ModelError, ModelNotCached
 from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.models.names import is_commit, is_weight
 from mxserver.models.record import FileRecord, ModelRecord
+from mxserver.wire import open_regular_below, path_problem
 from mxserver.wire.proto import model_pb2
-from mxserver.wire.relative_path import open_regular_below, path_problem
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
 MIN_CHUNK_BYTES = 64 * 1024

@@ -7,8 +7,8 @@ import re
 from typing import NamedTuple, TypeAlias
 
 from mxserver.models.errors import BadModelName
+from mxserver.wire import path_problem
 from mxserver.wire.proto import model_pb2
-from mxserver.wire.relative_path import path_problem
 
 Provider: TypeAlias = model_pb2.ModelProvider.ValueType
 

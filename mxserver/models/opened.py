@@ -8,15 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxserver.models.cache.cache import ModelCache
-from mxserver.models.cache.eviction import Limits
+from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
 from mxserver.models.names import Provider
-from mxserver.models.sources.folder_download import FolderSource
-from mxserver.models.sources.hub_download import HubSource
-from mxserver.models.sources.object_download import ObjectSource
-from mxserver.models.sources.source import ModelSource
+from mxserver.models.sources import FolderSource, HubSource, ModelSource, ObjectSource
 from mxserver.models.transfer import RetryPolicy
 from mxserver.wire.proto import model_pb2
 

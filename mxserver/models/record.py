@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxserver.models.names import ModelKey, model_name
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError, path_problem
 from mxserver.wire.proto import model_pb2
-from mxserver.wire.relative_path import path_problem
 
 VERSION = 1
 

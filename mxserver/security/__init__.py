@@ -1,1 +1,9 @@
 """Who may do what: roles, tokens, limits. docs/threat-model.md names the boundaries."""
+
+from __future__ import annotations
+
+from mxserver.security import setup
+from mxserver.security.interceptors import Authenticator
+from mxserver.security.roles import AccessError, AccessUnknown, Role, Unauthenticated, current_owner
+
+__all__ = ["AccessError", "AccessUnknown", "Authenticator", "Role", "Unauthenticated", "current_owner", "setup"]

@@ -30,8 +30,7 @@ from typing import Any
 
 from mxserver.config_file import read_toml
 from mxserver.security.roles import Caller, Role, Unauthenticated
-from mxserver.wire.errors import SettingError
-from mxserver.wire.nearest import unknown_key
+from mxserver.wire import SettingError, unknown_key
 
 _LOG = logging.getLogger(__name__)
 

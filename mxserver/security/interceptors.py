@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from mxserver.calls.handlers import WrappingInterceptor, answers_in_callbacks
-from mxserver.calls.refusals import Statuses, refuse, refusing
+from mxserver.calls import Statuses, WrappingInterceptor, answers_in_callbacks, refuse, refusing
 from mxserver.security.roles import CALLER, AccessError, AccessUnknown, Caller, Role, Unauthenticated, required_role
-from mxserver.wire.calls.credentials import LONGEST_TOKEN_BYTES
+from mxserver.wire.calls import LONGEST_TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from mxserver.calls.handlers import Handler
+    from mxserver.calls import Handler
 
 _BEARER = "bearer "
 

@@ -6,7 +6,7 @@ import enum
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class Role(enum.IntEnum):

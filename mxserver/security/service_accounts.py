@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import Role, Unauthenticated
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 
 _PREFIX = "system:serviceaccount:"
 

@@ -11,10 +11,8 @@ from mxserver.security.interceptors import AccessInterceptor, Authenticator, Str
 from mxserver.security.service_accounts import subjects
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
-from mxserver.wire.calls.channels import channel_options, server_credentials
-from mxserver.wire.calls.credentials import is_loopback
-from mxserver.wire.calls.tls_files import ServerTls
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
+from mxserver.wire.calls import ServerTls, channel_options, is_loopback, server_credentials
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from mxserver.security.roles import AccessUnknown, Caller, Unauthenticated
 from mxserver.security.service_accounts import Subjects
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import grpc
 
-from mxserver.models.digests import digest_fd
-from mxserver.models.names import checked_revision, model_name
-from mxserver.models.opened import OpenCache
-from mxserver.models.record import FileRecord
+from mxserver.models import FileRecord, OpenCache, checked_revision, digest_fd, model_name
 from mxserver.services.model import refuses_for_models
+from mxserver.wire import open_regular_below
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc
-from mxserver.wire.relative_path import open_regular_below
 
 SERVICE = "model_express.mx.CacheService"
 

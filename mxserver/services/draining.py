@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from mxserver.calls.handlers import with_behaviour
-from mxserver.calls.refusals import refuse
+from mxserver.calls import refuse, with_behaviour
 
 QUIET_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 1.0

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import grpc
 
-from mxserver.calls.refusals import refuse
-from mxserver.store.clock import Clock, SystemClock
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import Query, SourceStore
+from mxserver.calls import refuse
+from mxserver.store import Clock, Query, SourceStore, StoreUnavailable, SystemClock
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
 __all__ = ["ElectionKey", "FleetService", "StorageElections"]

@@ -14,14 +14,25 @@ from typing import Any
 
 import grpc
 
-from mxserver.calls.refusals import Statuses, refuse_for, refuses
-from mxserver.models import errors
-from mxserver.models.downloads import DownloadJob, JobState
-from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, selected_files, spans
-from mxserver.models.names import ModelKey, ModelName, checked_revision, is_commit, model_name
-from mxserver.models.opened import OpenCache
-from mxserver.models.record import ModelRecord
-from mxserver.models.transfer import Stopped
+from mxserver.calls import Statuses, refuse_for, refuses
+from mxserver.models import (
+    DownloadJob,
+    FileDamaged,
+    JobState,
+    ModelKey,
+    ModelName,
+    ModelRecord,
+    OpenCache,
+    Stopped,
+    checked_revision,
+    chunk_bytes,
+    errors,
+    is_commit,
+    messages,
+    model_name,
+    selected_files,
+    spans,
+)
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)

@@ -12,14 +12,24 @@ import math
 
 import grpc
 
-from mxserver.calls.refusals import refuses
-from mxserver.security.roles import current_owner
-from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
-from mxserver.store.index import require_epoch, require_owner
-from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore
-from mxserver.telemetry.loads import Loads
-from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import StaleEpoch
+from mxserver.calls import refuses
+from mxserver.security import current_owner
+from mxserver.store import (
+    Leases,
+    NotOwner,
+    Publication,
+    Query,
+    RecordKey,
+    SourceRecord,
+    SourceStore,
+    StoreUnavailable,
+    UnknownRecord,
+    require_epoch,
+    require_owner,
+)
+from mxserver.telemetry import Loads
+from mxserver.wire import StaleEpoch
+from mxserver.wire.calls import source_id
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 _LOG = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ import time
 import grpc
 
 import mxserver
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import SourceStore
+from mxserver.store import SourceStore, StoreUnavailable
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, health_pb2, health_pb2_grpc
 
 

@@ -1,1 +1,29 @@
 """Who has what: records of workers, their epochs and their leases, behind one interface."""
+
+from __future__ import annotations
+
+from mxserver.store.clock import Clock, SystemClock
+from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
+from mxserver.store.index import require_epoch, require_owner
+from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store.memory import MemoryStore
+from mxserver.store.sqlite import SqliteStore
+
+__all__ = [
+    "Clock",
+    "Leases",
+    "MemoryStore",
+    "NotOwner",
+    "Publication",
+    "Query",
+    "RecordKey",
+    "SourceRecord",
+    "SourceStore",
+    "SqliteStore",
+    "Status",
+    "StoreUnavailable",
+    "SystemClock",
+    "UnknownRecord",
+    "require_epoch",
+    "require_owner",
+]

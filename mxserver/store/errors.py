@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 
 class StoreError(MxError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mxserver.store.clock import Clock
 from mxserver.store.errors import NotOwner, UnknownRecord
 from mxserver.store.interface import Leases, Query, RecordKey, SourceRecord, Status
-from mxserver.wire.errors import StaleEpoch
+from mxserver.wire import StaleEpoch
 from mxserver.wire.proto import p2p_pb2
 
 STALE = p2p_pb2.SOURCE_STATUS_STALE

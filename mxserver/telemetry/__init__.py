@@ -1,1 +1,26 @@
 """What the server tells of itself: metrics, loads, events, measured calls and store."""
+
+from __future__ import annotations
+
+from mxserver.telemetry.events import Events, bounded
+from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
+from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics, telling_status
+from mxserver.telemetry.metrics import DEFINITIONS, STATES, CacheObservation, Metrics, Observation
+from mxserver.telemetry.observed_store import ObservedStore
+
+__all__ = [
+    "DEFINITIONS",
+    "STATES",
+    "CacheObservation",
+    "Events",
+    "FinishedLoad",
+    "Loads",
+    "Metrics",
+    "Observation",
+    "ObservedStore",
+    "ObservingInterceptor",
+    "RunningLoad",
+    "bounded",
+    "call_metrics",
+    "telling_status",
+]

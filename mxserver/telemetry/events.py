@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mxserver.store.clock import Clock
+from mxserver.store import Clock
 
 EventKind = Literal["store", "epoch", "lease", "fallback", "call", "download"]
 

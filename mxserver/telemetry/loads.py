@@ -10,8 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from mxserver.store.clock import Clock
-from mxserver.store.interface import RecordKey, Status
+from mxserver.store import Clock, RecordKey, Status
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.metrics import Metrics, path_label
 from mxserver.wire.proto import load_pb2, p2p_pb2

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from mxserver.calls.handlers import Around, WrappingInterceptor, answers_in_callbacks
+from mxserver.calls import Around, WrappingInterceptor, answers_in_callbacks
 from mxserver.telemetry.events import Events
 from mxserver.telemetry.metrics import UNKNOWN, Metrics
 

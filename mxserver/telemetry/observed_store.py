@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store import Publication, Query, RecordKey, SourceRecord, SourceStore, Status, StoreUnavailable
 from mxserver.telemetry.events import Events
 from mxserver.telemetry.metrics import Metrics
-from mxserver.wire.errors import StaleEpoch
+from mxserver.wire import StaleEpoch
 
 
 class ObservedStore(SourceStore):

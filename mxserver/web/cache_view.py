@@ -6,9 +6,8 @@ import threading
 import time
 from typing import Any
 
-from mxserver.models.opened import OpenCache
-from mxserver.telemetry.events import bounded
-from mxserver.telemetry.metrics import CacheObservation
+from mxserver.models import OpenCache
+from mxserver.telemetry import CacheObservation, bounded
 from mxserver.wire.proto import model_pb2
 
 LONGEST_MESSAGE = 200

@@ -24,8 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mxserver.security.interceptors import Authenticator
-from mxserver.security.roles import AccessError, AccessUnknown, Role, Unauthenticated
+from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated
 from mxserver.web.status import DEFAULT_WORKERS, MOST_WORKERS, StatusView
 
 _LOG = logging.getLogger(__name__)

@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mxserver import __version__
-from mxserver.store.clock import Clock
-from mxserver.store.errors import StoreUnavailable
-from mxserver.store.interface import Query, SourceRecord, SourceStore
-from mxserver.telemetry.events import Events
-from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
-from mxserver.telemetry.metrics import STATES, Observation
+from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
+from mxserver.telemetry import STATES, Events, FinishedLoad, Loads, Observation, RunningLoad
 from mxserver.web.cache_view import CacheView
 from mxserver.wire.proto import p2p_pb2
 

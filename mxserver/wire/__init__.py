@@ -1,0 +1,61 @@
+"""What workers and the server share: protocol, calls, names of settings, errors. A worker imports this alone."""
+
+from __future__ import annotations
+
+from mxserver.wire import environment
+from mxserver.wire.address import is_host, parse_server_address, split_scheme
+from mxserver.wire.environment import (
+    BY_NAME,
+    VARIABLES,
+    is_kubernetes_value,
+    misspelt,
+    setting,
+    unprotected,
+    warnings_for,
+    without_effect,
+)
+from mxserver.wire.errors import (
+    DiskFull,
+    FileRefused,
+    ModelDownloadError,
+    ModelNotFound,
+    MxError,
+    ServerRefused,
+    ServerUnreachable,
+    SettingError,
+    StaleEpoch,
+    WireError,
+)
+from mxserver.wire.nearest_name import nearest, unknown_key
+from mxserver.wire.relative_path import open_regular_below, path_problem
+from mxserver.wire.unused_names import UNUSED
+
+__all__ = [
+    "BY_NAME",
+    "UNUSED",
+    "VARIABLES",
+    "DiskFull",
+    "FileRefused",
+    "ModelDownloadError",
+    "ModelNotFound",
+    "MxError",
+    "ServerRefused",
+    "ServerUnreachable",
+    "SettingError",
+    "StaleEpoch",
+    "WireError",
+    "environment",
+    "is_host",
+    "is_kubernetes_value",
+    "misspelt",
+    "nearest",
+    "open_regular_below",
+    "parse_server_address",
+    "path_problem",
+    "setting",
+    "split_scheme",
+    "unknown_key",
+    "unprotected",
+    "warnings_for",
+    "without_effect",
+]

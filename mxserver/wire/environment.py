@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from mxserver.wire.nearest import nearest
+from mxserver.wire.nearest_name import nearest
 from mxserver.wire.unused_names import UNUSED, is_unused
 
 Reader = Literal["server", "worker", "both", "plugin", "build"]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mxcore.cli import bench as bench_module
 from mxcore.cli.main import COMMANDS, main, mx
-from mxserver.wire.errors import ServerUnreachable
+from mxserver.wire import ServerUnreachable
 
 HEAVY = ("torch", "vllm", "grpc", "numpy", "huggingface_hub")
 

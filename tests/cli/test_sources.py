@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, WebServer, identity, publish, start_web, web
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mxcore.cli.server_calls import bytes_text, duration, table
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, WebServer, identity, publish, start_web, web

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 
-from mxcore.safetensors.header import Header, parse_header
+from mxcore.safetensors import Header, parse_header
 
 
 def file_of(header: bytes | Mapping[str, object], data: bytes = b"") -> bytes:

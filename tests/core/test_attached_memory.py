@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcore.digest.digest import xxh3_64, xxh3_64_many
-from mxcore.process.attached_memory import AttachedReads, read_attached
+from mxcore.digest import xxh3_64, xxh3_64_many
+from mxcore.process import AttachedReads, read_attached
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 512 * 1024  # of one call of the kernel

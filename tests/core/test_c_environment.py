@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mxcore.process.c_environment import c_getenv, c_setenv
+from mxcore.process import c_getenv, c_setenv
 
 BESIDE_READERS = """
 import ctypes, threading

@@ -12,7 +12,8 @@ import pytest
 
 from mxcore.errors import StorageError
 from mxcore.safetensors.errors import HeaderBeyondFile, RangeBeyondFile
-from mxcore.storage.checkpoint.content_digest import BLOCK_BYTES, BLOCKS_PER_FILE, checkpoint_digest
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.checkpoint.content_digest import BLOCK_BYTES, BLOCKS_PER_FILE
 from tests.core.headers import entry, file_of
 
 DATA_BYTES = 300_000

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.memory.descriptors import merge_adjoining, merge_extents
+from mxcore.memory import merge_adjoining, merge_extents
 
 
 def expanded(local: array[int], remote: array[int], lengths: array[int]) -> list[tuple[int, int]]:

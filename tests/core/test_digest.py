@@ -18,8 +18,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.digest.digest import _choose_vectors, xxh3_64, xxh3_64_many, xxh3_64_segments
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.digest import xxh3_64, xxh3_64_many, xxh3_64_segments
+from mxcore.digest.digest import _choose_vectors
+from mxcore.memory import HostBuffer
 
 PRIME32 = 2654435761
 PRIME64 = 11400714785074694797

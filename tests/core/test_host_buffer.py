@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxcore.errors import HostBufferBusy, HostBufferClosed, HostMemoryError, MxError
-from mxcore.memory.host_buffer import HostBuffer, live_host_buffers, live_host_bytes
+from mxcore.memory import HostBuffer
+from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
 
 MIB = 1 << 20
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.digest.digest import _choose_mixsum_vectors, mixsum_64, mixsum_64_many, mixsum_64_segments
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.digest import mixsum_64_many
+from mxcore.digest.digest import _choose_mixsum_vectors, mixsum_64, mixsum_64_segments
+from mxcore.memory import HostBuffer
 
 KEY = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1

@@ -18,9 +18,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from mxcore.safetensors import Header, SafetensorsError, parse_header, read_header
 from mxcore.safetensors import errors as rules
-from mxcore.safetensors.errors import SafetensorsError
-from mxcore.safetensors.header import Header, parse_header, read_header
 from mxcore.safetensors.scan import DTYPE_BITS
 from tests.core.headers import file_of
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import StorageError
+from mxcore.safetensors import Header, parse_header, read_header
 from mxcore.safetensors import errors as rules
-from mxcore.safetensors.header import Header, TensorEntry, parse_header, read_header
+from mxcore.safetensors.header import TensorEntry
 from tests.core.headers import entry, file_of, parse
 
 ONE = b'"dtype":"U8","shape":[1],"data_offsets":[0,1]'

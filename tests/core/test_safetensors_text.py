@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mxcore.safetensors.errors import HeaderEncoding, HeaderJson, IntegerInvalid, SafetensorsError
+from mxcore.safetensors import SafetensorsError
+from mxcore.safetensors.errors import HeaderEncoding, HeaderJson, IntegerInvalid
 from tests.core.headers import parse
 
 EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'

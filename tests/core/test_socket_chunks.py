@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.digest.digest import xxh3_64_segments
-from mxcore.sockets.socket_chunks import ChunkSender, SocketReads
+from mxcore.digest import xxh3_64_segments
+from mxcore.sockets import ChunkSender, SocketReads
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 256 << 10

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mxcore.cuda.context import Context
-from mxcore.cuda.memory import DeviceBuffer
-from mxcore.storage.checkpoint.checkpoint import Checkpoint
-from mxcore.storage.load.device_load import read_rows_to_device
-from mxcore.storage.load.host_load import LoadReport
-from mxcore.storage.plan.read_plan import Want, merged, parts_of
+from mxcore.cuda import Context, DeviceBuffer
+from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.load import LoadReport, read_rows_to_device
+from mxcore.storage.plan import Want, merged, parts_of
 
 
 class _Device(NamedTuple):

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer
+from mxcore.cuda import DeviceBuffer, context_of
 from tests.transfer.memory import HostTensors, Spec
 
 MADE: list[DeviceTensors] = []  # freed after the test, when nobody serves them any more

@@ -10,13 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from mxcore.cuda.context import context_of
+from mxcore.cuda import context_of
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.route.device_proof import release_devices
-from mxcore.transfer.route.routes import UcxPolicy
-from mxcore.transfer.route.same_device import DeviceProbeTarget
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.route import DeviceProbeTarget, UcxPolicy, release_devices
 from tests.cuda.device_tensors import DeviceTensors
 from tests.cuda.stand_in import StandIn
 from tests.transfer.memory import identity, model_specs

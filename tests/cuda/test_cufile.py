@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer
+from mxcore.cuda import DeviceBuffer, context_of
 from mxcore.errors import CuFileError
-from mxcore.reading import cufile
-from mxcore.reading.cufile import BLOCK_BYTES, FileHandles
+from mxcore.reading import BLOCK_BYTES, FileHandles, FileSet, cufile
 from mxcore.reading.cufile_status import status_text
-from mxcore.reading.file_set import FileSet
 from tests.cuda.stand_in import StandIn
 
 DATA = os.urandom(5 * BLOCK_BYTES + 77)

@@ -17,21 +17,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mxcore.cuda import DeviceBuffer, Stream, context_of, copy_on_device
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer, copy_on_device, live_pinned_bytes
-from mxcore.cuda.stream import Stream
-from mxcore.digest.digest import xxh3_64
+from mxcore.cuda.memory import live_pinned_bytes
+from mxcore.digest import xxh3_64
 from mxcore.errors import CudaError, DestinationMismatch, HostMemoryLimit, TruncatedRead
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading.device_ring import DeviceRing, slot_bytes
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load import device_ring
-from mxcore.storage.load.device_ring import release_rings
-from mxcore.storage.load.host_load import LoadReport, Reader
+from mxcore.memory import HostBuffer
+from mxcore.reading import DeviceRing, slot_bytes
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import LoadReport, Reader, device_ring, release_rings
 from mxcore.storage.load.near_device import node_of, prefer_node
-from mxcore.storage.plan.memory_limit import MemoryBudget
-from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of
+from mxcore.storage.plan import MemoryBudget, Row, Want, merged, parts_of
 from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 

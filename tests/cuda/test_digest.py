@@ -13,11 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mxcore.cuda import PLAN_BYTES, DeviceBuffer, DeviceDigest, context_of
 from mxcore.cuda import digest as cuda_digest
-from mxcore.cuda.context import context_of
-from mxcore.cuda.digest import PLAN_BYTES, DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer, live_pinned_bytes
-from mxcore.digest.digest import mixsum_64_many
+from mxcore.cuda.memory import live_pinned_bytes
+from mxcore.digest import mixsum_64_many
 from mxcore.errors import CudaError, DeviceMemoryError
 from tests.cuda.stand_in import StandIn
 

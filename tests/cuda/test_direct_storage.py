@@ -18,21 +18,16 @@ import torch
 from safetensors.torch import save_file
 
 from bench.gpu import measure, sections
-from mxcore.cuda.context import context_of
-from mxcore.cuda.digest import DeviceDigest
-from mxcore.cuda.memory import DeviceBuffer, copy_on_device
-from mxcore.cuda.stream import Stream
-from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
+from mxcore.cuda import DeviceBuffer, DeviceDigest, Stream, context_of, copy_on_device
+from mxcore.engine import lazy_weights
+from mxcore.engine.lazy_tensors import LazyTensor
 from mxcore.errors import DestinationMismatch, TruncatedRead
 from mxcore.reading import cufile
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load import cufile_trial, device_direct
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import Reader, cufile_trial, device_direct, read_rows_to_device
 from mxcore.storage.load import host_load as load
-from mxcore.storage.load.device_load import read_rows_to_device
 from mxcore.storage.load.device_ring import ring_of
-from mxcore.storage.load.host_load import Reader
-from mxcore.storage.plan.memory_limit import MemoryBudget
-from mxcore.storage.plan.read_plan import Row, Want
+from mxcore.storage.plan import MemoryBudget, Row, Want
 from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.cuda.test_cufile import on_device

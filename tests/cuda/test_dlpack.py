@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer, live_device_bytes
+from mxcore.cuda import DeviceBuffer, context_of
+from mxcore.cuda.memory import live_device_bytes
 from mxcore.errors import HostBufferBusy
 from tests.cuda.stand_in import StandIn
 

@@ -10,7 +10,7 @@ import pytest
 from mxcore.cli.doctor import cuda as doctor_cuda
 from mxcore.errors import CuFileMissing
 from mxcore.storage.load import cufile_trial, device_direct
-from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.route import UcxPolicy
 from tests.cuda.stand_in import ROOT, StandIn
 
 

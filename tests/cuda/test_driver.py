@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mxcore.cuda import DeviceBuffer, PinnedBuffer, context_of
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer
 from mxcore.errors import CudaError
 from tests.cuda.stand_in import ROOT, SOURCES, StandIn
 

@@ -9,21 +9,21 @@ import warnings
 
 import pytest
 
-from mxcore.cuda.context import context_of, current_context
-from mxcore.cuda.memory import (
-    MAX_BYTES,
+from mxcore.cuda import (
     DeviceBuffer,
+    Event,
     PinnedBuffer,
     Registration,
+    Stream,
+    context_of,
     copy_on_device,
     copy_to_device,
     copy_to_host,
-    live_device_bytes,
-    live_pinned_bytes,
 )
-from mxcore.cuda.stream import Event, Stream
+from mxcore.cuda.context import current_context
+from mxcore.cuda.memory import MAX_BYTES, live_device_bytes, live_pinned_bytes
 from mxcore.errors import CudaError, DeviceMemoryError, HostBufferBusy, HostBufferClosed
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.memory import HostBuffer
 from tests.cuda.stand_in import ROOT, StandIn
 
 SIZE = 100_000

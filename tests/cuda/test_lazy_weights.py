@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import copy_on_device, live_pinned_bytes
-from mxcore.cuda.stream import Stream
+from mxcore.cuda import Stream, context_of, copy_on_device
+from mxcore.cuda.memory import live_pinned_bytes
 from mxcore.engine import lazy_tensors as module
-from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
+from mxcore.engine import lazy_weights
+from mxcore.engine.lazy_tensors import LazyTensor
 from mxcore.errors import FileChanged
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.device_ring import release_rings
-from mxcore.storage.plan.memory_limit import budget
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import release_rings
+from mxcore.storage.plan import budget
 from tests.cuda.device_tensor import DeviceTensor, same_bits
 from tests.cuda.stand_in import StandIn
 

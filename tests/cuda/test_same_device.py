@@ -17,17 +17,22 @@ from typing import Any
 
 import pytest
 
-from mxcore.cuda.context import context_of
-from mxcore.cuda.ipc import HANDLE_BYTES, OpenedMemory, can_export, export_memory
-from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer
+from mxcore.cuda import DeviceBuffer, OpenedMemory, PinnedBuffer, can_export, context_of, export_memory
+from mxcore.cuda.ipc import HANDLE_BYTES
 from mxcore.errors import CudaError
 from mxcore.nixl.agent import live_agents
-from mxcore.transfer.layout.layout import Placement, build_layout
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.route import same_device, same_host
-from mxcore.transfer.route.device_proof import release_devices
-from mxcore.transfer.route.routes import UcxPolicy, choose_route
-from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_export, cannot_read
+from mxcore.transfer.layout import Placement, build_layout
+from mxcore.transfer.move import Source
+from mxcore.transfer.route import (
+    DeviceProbeTarget,
+    UcxPolicy,
+    cannot_read,
+    choose_route,
+    release_devices,
+    same_device,
+    same_host,
+)
+from mxcore.transfer.route.same_device import cannot_export
 from mxserver.wire.proto import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.holder import SEED, member

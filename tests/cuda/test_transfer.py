@@ -12,25 +12,37 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mxcore.cuda import DeviceBuffer, context_of
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import context_of
-from mxcore.cuda.memory import DeviceBuffer
-from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
+from mxcore.digest import mixsum_64_many, xxh3_64_many
 from mxcore.errors import CudaError, DigestMismatch, LayoutUnsupported, SourceRefused, TransferError
-from mxcore.nixl.agent import NixlAgent, live_agents
+from mxcore.nixl import NixlAgent
+from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
-from mxcore.storage.plan.memory_limit import budget
-from mxcore.transfer.layout.digests import MIXSUM, XXH3, ChunkDigests, HostDigester
-from mxcore.transfer.layout.layout import Layout, Placement, build_layout
-from mxcore.transfer.layout.regions import Regions
-from mxcore.transfer.layout.scalars import scalars_digest
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.received_chunks import ReceivedChunks
-from mxcore.transfer.route import device_proof
-from mxcore.transfer.route.device_memory import allocation_regions, digester_of, require_movable
-from mxcore.transfer.route.device_proof import proven_device, release_devices
-from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.storage.plan import budget
+from mxcore.transfer.layout import (
+    MIXSUM,
+    XXH3,
+    ChunkDigests,
+    HostDigester,
+    Layout,
+    Placement,
+    Regions,
+    build_layout,
+    scalars_digest,
+)
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
+from mxcore.transfer.receive import ReceivedChunks
+from mxcore.transfer.route import (
+    UcxPolicy,
+    allocation_regions,
+    device_proof,
+    digester_of,
+    proven_device,
+    release_devices,
+    require_movable,
+)
 from mxserver.wire.proto import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.stand_in import StandIn

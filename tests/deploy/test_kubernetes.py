@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from mxserver.settings import FLAGS, ServerSettings
-from mxserver.wire.environment import BY_NAME, PREFIXES
+from mxserver.wire import BY_NAME
+from mxserver.wire.environment import PREFIXES
 from tests.web.conftest import WebServer, ask
 
 ROOT = Path(__file__).resolve().parents[2]

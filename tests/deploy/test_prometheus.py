@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mxserver.telemetry.metrics import DEFINITIONS
-from mxserver.wire.calls.client import ServerClient
+from mxserver.telemetry import DEFINITIONS
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.web.conftest import INITIALIZING, WebServer, publish, start_web
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from mxcore.engine import EngineWatch, Files, Fill, Kind, Source, find_checkpoint, lazy_weights, model_name
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint.checkpoint import open_checkpoint
-from mxcore.storage.plan.progress import Progress
-from mxcore.transfer.member.membership import PROTOCOL_VERSION
+from mxcore.storage.checkpoint import open_checkpoint
+from mxcore.storage.plan import Progress
+from mxcore.transfer.member import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
 
 SIZE = 512

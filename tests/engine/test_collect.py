@@ -14,7 +14,7 @@ from torch import nn
 
 from mxcore.engine.collect import MAXIMUM_DEPTH, Collected, collect, emptied, shown
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.layout import build_layout
 
 CPU = torch.device("cpu")
 

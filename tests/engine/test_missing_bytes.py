@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is the engine's")
 
-from mxcore.engine.lazy_tensors import lazy_weights  # noqa: E402
+from mxcore.engine import lazy_weights  # noqa: E402
 from mxcore.engine.rungs.missing_chunks import MissingBytes  # noqa: E402
-from mxcore.storage.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from mxcore.storage.checkpoint import open_checkpoint  # noqa: E402
 
 
 def touched(to: torch.Tensor, stretches: list[tuple[int, int]]) -> set[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.engine.model_files import find_checkpoint, model_name
+from mxcore.engine import find_checkpoint, model_name
 
 
 def write(folder: Path, *names: str) -> None:

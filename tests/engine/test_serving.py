@@ -15,7 +15,7 @@ import pytest
 
 from bench.demo.workers import Server
 from mxcore.engine.departure import Record, say_goodbye
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from mxcore.engine.context import LoadContext, Role  # noqa: E402
+from mxcore.engine import Role  # noqa: E402
+from mxcore.engine.context import LoadContext  # noqa: E402
 from mxcore.engine.report import Fallbacks  # noqa: E402
 from mxcore.engine.rungs import Wait, peer, rungs_of, target, wait_for_ranks  # noqa: E402
 from mxcore.engine.weights import Weights  # noqa: E402
@@ -25,7 +26,7 @@ from mxcore.errors import (  # noqa: E402
 )
 from mxcore.load_ladder import Ladder  # noqa: E402
 from mxcore.settings import load_settings  # noqa: E402
-from mxserver.wire.errors import ServerUnreachable  # noqa: E402
+from mxserver.wire import ServerUnreachable  # noqa: E402
 from tests.engine.plain_engine import PlainEngine  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.files import ModelClient
 from tests.models.hub_stand_in import HubStandIn, hub_stand_in
 from tests.server.conftest import ServerProcess
 from tests.small_disk import SmallDisk

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.errors import ModelDownloadError, ModelNotFound
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ModelDownloadError, ModelNotFound
+from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILE_DIGESTS, FILES, StartServer, digest_of, files_below, pattern
 
 AZURITE = shutil.which("azurite-blob")

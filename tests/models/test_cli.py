@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mxcore.cli.connection import Connection
 from mxcore.cli.models import models
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.models_command import data, mx

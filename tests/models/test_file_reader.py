@@ -11,10 +11,9 @@ import grpc
 import pytest
 import xxhash
 
-from mxserver.wire.calls.patience import Patience
-from mxserver.wire.errors import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
-from mxserver.wire.files.file_reader import FileReader
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
+from mxserver.wire.calls import Patience
+from mxserver.wire.files import FileReader, ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import FILES, REPOSITORY, digest_of
 from tests.models.tcp_proxy import TcpProxy

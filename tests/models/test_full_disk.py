@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from mxcore.cli.models import models
-from mxserver.wire.errors import DiskFull
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import DiskFull
+from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILE_DIGESTS, REPOSITORY, StartServer, digests_of, files_below, pattern
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ModelDownloadError, ModelNotFound, ServerRefused
+from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import (
     FILE_DIGESTS,

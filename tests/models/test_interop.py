@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.files import ModelClient
 from tests.installs import installed
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
 from tests.models.hub_stand_in import HubStandIn

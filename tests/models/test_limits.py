@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mxserver.wire.calls.channels import channel_options
-from mxserver.wire.errors import ModelDownloadError, ModelNotFound, ServerRefused
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ModelDownloadError, ModelNotFound, ServerRefused
+from mxserver.wire.calls import channel_options
+from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import StartServer, digest_of, digests_of, files_below, pattern
 from tests.models.hub_stand_in import Fault, HubStandIn

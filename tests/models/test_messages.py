@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
-from mxserver.models.digests import digest_fd, git_blob_sha1
+from mxserver.models import ModelKey, digest_fd, model_name
+from mxserver.models.cache import Limits
+from mxserver.models.cache.eviction import Candidate, Room, evictable_bytes, eviction_order
+from mxserver.models.digests import git_blob_sha1
 from mxserver.models.message import FileTooShort, chunk_message
-from mxserver.models.names import ModelKey, model_name
 from mxserver.settings import parse_bytes
 from mxserver.wire.files.file_chunk import BadMessage, split_chunk
 from mxserver.wire.proto import model_pb2

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxserver.models import FileRecord, ModelKey, ModelRecord, checked_revision, model_name
 from mxserver.models.cache_layout import CacheLayout, check_paths
 from mxserver.models.errors import BadModelName, UnsafePath
-from mxserver.models.names import ModelKey, checked_revision, is_weight, model_name
-from mxserver.models.record import BadRecord, FileRecord, ModelRecord, record_from_json
+from mxserver.models.names import is_weight
+from mxserver.models.record import BadRecord, record_from_json
+from mxserver.wire import open_regular_below, path_problem
 from mxserver.wire.proto import model_pb2
-from mxserver.wire.relative_path import MAX_PATH_BYTES, open_regular_below, path_problem, rename_below
+from mxserver.wire.relative_path import MAX_PATH_BYTES, rename_below
 
 HF = model_pb2.HUGGING_FACE
 GOOD_PATHS = ["config.json", "a/b/c.safetensors", ".gitattributes", "model-00001-of-00002.safetensors", "ü/日本.txt"]

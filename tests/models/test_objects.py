@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import pytest
 
-from mxserver.wire.errors import ModelDownloadError, ModelNotFound
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ModelDownloadError, ModelNotFound
+from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILE_DIGESTS, FILES, StartServer, digest_of, digests_of, files_below, pattern
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-id", "AWS_SECRET_ACCESS_KEY": "the-secret", "AWS_REGION": "us-east-1"}

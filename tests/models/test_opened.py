@@ -16,18 +16,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import mxserver.models.opened
-from mxserver.models.cache.cache import ModelCache
-from mxserver.models.cache.eviction import Limits
+from mxserver.models import CacheSettings, ModelName, OpenCache, model_name
+from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import Downloads
 from mxserver.models.errors import CacheUnusable, DownloadInterrupted, LeaseLost, ModelInUse, ModelNotCached
-from mxserver.models.names import ModelName, model_name
-from mxserver.models.opened import CacheSettings, OpenCache
-from mxserver.models.sources.folder_download import FolderSource
-from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
+from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
 from mxserver.settings import default_cache_directory
-from mxserver.wire.errors import ServerRefused
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ServerRefused
+from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, files_below
 from tests.server.conftest import ServerProcess

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.errors import WireError
-from mxserver.wire.files.model_client import ModelClient
-from mxserver.wire.files.stream_call import StreamConnection
+from mxserver.wire import WireError
+from mxserver.wire.files import ModelClient, StreamConnection
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import (
     FILE_DIGESTS,

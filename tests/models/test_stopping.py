@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 import mxserver.models.downloads
-from mxserver.models.cache.cache import ModelCache
-from mxserver.models.cache.eviction import Limits
-from mxserver.models.downloads import DownloadJob, Downloads, JobState
+from mxserver.models import DownloadJob, JobState, ModelName, Stopped, model_name
+from mxserver.models.cache import Limits, ModelCache
+from mxserver.models.downloads import Downloads
 from mxserver.models.errors import DownloadInterrupted
-from mxserver.models.names import ModelName, model_name
-from mxserver.models.sources.folder_download import FolderSource
-from mxserver.models.sources.source import RemoteFile, RemoteModel
-from mxserver.models.transfer import RetryPolicy, Stopped
+from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel
+from mxserver.models.transfer import RetryPolicy
 from mxserver.wire.proto import model_pb2
 
 

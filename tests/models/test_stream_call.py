@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.errors import FileRefused, SettingError
-from mxserver.wire.files.file_chunk import ChunkReader
-from mxserver.wire.files.stream_call import CallFailed, StreamConnection
+from mxserver.wire import FileRefused, SettingError
+from mxserver.wire.calls import ClientCredentials
+from mxserver.wire.files import ChunkReader, StreamConnection
+from mxserver.wire.files.stream_call import CallFailed
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import pattern
 from tests.security.authority import Authority

@@ -11,9 +11,9 @@ import grpc
 import pytest
 import xxhash
 
-from mxserver.wire.calls.channels import channel_options
-from mxserver.wire.errors import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
+from mxserver.wire.calls import channel_options
+from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import (
     FILE_DIGESTS,

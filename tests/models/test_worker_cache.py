@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from mxcore.errors import StorageError
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote.remote_folder import RemoteRange, open_remote, remote_digest, stream_remote
-from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
-from mxserver.wire.files.model_client import ModelClient, ModelFiles
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    RemoteRange,
+    ServerFolder,
+    has_weights,
+    open_remote,
+    remote_digest,
+    same_files_here,
+    stream_remote,
+)
+from mxserver.wire.files import ModelClient, ModelFiles
 from tests.models.conftest import StartServer
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy

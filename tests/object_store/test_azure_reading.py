@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectTruncated
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote.model_uri import parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder
-from mxcore.storage.remote.remote_folder import open_remote, pull_small_files, remote_digest, stream_remote
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    ObjectFolder,
+    open_remote,
+    parse_model_uri,
+    pull_small_files,
+    remote_digest,
+    stream_remote,
+)
 from tests.models.tcp_proxy import TcpProxy
 from tests.models.test_azure import ACCOUNT, AZURITE, Azurite, keys
 from tests.object_store.conftest import SMALL

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import source_id
+from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2
 from tests.cli.mx_process import ROOT, Ran, mx
 from tests.object_store.conftest import PREFIX, URI

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 
 from mxcore.errors import StorageError, StreamerMissing
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote.hub_folder import listing_commit, place_in_hub_cache
-from mxcore.storage.remote.local_folder import LocalFolder
-from mxcore.storage.remote.model_uri import missing_packages, parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
-from mxcore.storage.remote.remote_folder import is_small, open_remote, pull_small_files, remote_digest
-from mxserver.wire.errors import SettingError
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    LocalFolder,
+    ObjectFolder,
+    ObjectOptions,
+    listing_commit,
+    missing_packages,
+    open_remote,
+    parse_model_uri,
+    place_in_hub_cache,
+    pull_small_files,
+    remote_digest,
+)
+from mxcore.storage.remote.remote_folder import is_small
+from mxserver.wire import SettingError
 from tests.object_store.conftest import make_checkpoint
 
 

@@ -23,11 +23,20 @@ from mxcore.errors import (
     StreamerMissing,
     WrongRegion,
 )
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote import model_streamer, ranged_gets
-from mxcore.storage.remote.model_uri import parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions, Reader
-from mxcore.storage.remote.remote_folder import RemoteRange, open_remote, pull_small_files, remote_digest, stream_remote
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    ObjectFolder,
+    ObjectOptions,
+    RemoteRange,
+    model_streamer,
+    open_remote,
+    parse_model_uri,
+    pull_small_files,
+    ranged_gets,
+    remote_digest,
+    stream_remote,
+)
+from mxcore.storage.remote.object_store import Reader
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import PREFIX, SMALL, URI, make_checkpoint, use
 from tests.object_store.s3_server import KEY_ID, SECRET, S3Server

@@ -13,10 +13,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTimeout, StoreUnreachable
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest
-from mxcore.storage.remote.model_uri import parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions, Reader
-from mxcore.storage.remote.remote_folder import open_remote, pull_small_files, remote_digest, stream_remote
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    ObjectFolder,
+    ObjectOptions,
+    open_remote,
+    parse_model_uri,
+    pull_small_files,
+    remote_digest,
+    stream_remote,
+)
+from mxcore.storage.remote.object_store import Reader
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL, make_checkpoint
 from tests.object_store.google_store import BUCKET, GoogleStore

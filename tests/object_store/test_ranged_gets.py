@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from mxcore.errors import ObjectDenied, ObjectStoreError, ObjectTruncated, StoreTimeout
-from mxcore.storage.remote import ranged_gets
+from mxcore.storage.remote import RemoteRange, ranged_gets
 from mxcore.storage.remote.ranged_gets import Piece, RangedGets, pieces_of
-from mxcore.storage.remote.remote_folder import RemoteRange
 
 OBJECTS = {name: np.random.default_rng(number).bytes(4000) for number, name in enumerate(("a", "b"))}
 

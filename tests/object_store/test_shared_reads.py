@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 
 from mxcore.errors import StorageError
-from mxcore.storage.remote import shared_reads
-from mxcore.storage.remote.local_folder import LocalFolder
-from mxcore.storage.remote.remote_folder import RemoteRange, open_remote, stream_remote
-from mxcore.storage.remote.shared_reads import SharedReads
+from mxcore.storage.remote import LocalFolder, RemoteRange, SharedReads, open_remote, shared_reads, stream_remote
 from tests.object_store.conftest import make_checkpoint
 
 PATIENCE_SECONDS = 60.0

@@ -13,7 +13,7 @@ import pytest
 
 from mxcore.engine import serving
 from mxcore.engine.departure import Record
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 ROOT = Path(__file__).parents[2]
 

@@ -190,7 +190,8 @@ import json, sys
 sys.path.extend(sys.argv[1:])
 from vllm_plugin import compat
 compat.load_plugins()
-from vllm_plugin import LOAD_FORMATS, formats
+from vllm_plugin import formats
+from vllm_plugin.load_format_names import LOAD_FORMATS
 owners = {name: getattr(compat.loader_of(name), "__module__", None) for name in LOAD_FORMATS}
 print(json.dumps([owners, formats.taken()]))
 """

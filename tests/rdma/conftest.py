@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.transfer.route.rdma_devices import usable_ports
+from mxcore.transfer.route import usable_ports
 from tests.transfer.conftest import RDMA_PORTS, nothing_left, start_worker, wait_for
 
 __all__ = ["nothing_left", "start_worker"]

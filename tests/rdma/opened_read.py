@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mxcore.transfer.layout.chunks import Chunks
-from mxcore.transfer.move.agent_session import AgentSession, Move
-from mxcore.transfer.move.source_client import Source, SourceClient
-from mxcore.transfer.route.routes import UcxPolicy
+from mxcore.transfer.layout import Chunks
+from mxcore.transfer.move import AgentSession, Move, Source, SourceClient
+from mxcore.transfer.route import UcxPolicy
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.test_exchange import CHUNK_BYTES, Target
 

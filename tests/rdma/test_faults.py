@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from mxcore.errors import ChunksMissing
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.move import Source
 from mxcore.transfer.receive.receiver import FindMore
 from tests.rdma.conftest import ENDS, Wire, packets_sent
 from tests.transfer.conftest import StartWorker

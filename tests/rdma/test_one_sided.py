@@ -8,9 +8,9 @@ import pytest
 
 from mxcore.cli.doctor import machine as doctor_machine
 from mxcore.errors import NixlError
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
 from tests.rdma.conftest import Wire, packets_sent
 from tests.rdma.opened_read import changed, opened_read, snapshot
 from tests.transfer.conftest import RDMA_PORTS, StartWorker, wait_for

@@ -11,7 +11,7 @@ import pytest
 
 from mxserver.server import Server
 from mxserver.settings import load_settings
-from mxserver.wire.calls.source_ids import source_id
+from mxserver.wire.calls import source_id
 from mxserver.wire.proto import p2p_pb2
 from tests.security.authority import Authority
 

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import pytest
 from starlette.testclient import TestClient
 
-from mxserver.security.roles import AccessUnknown, Caller, Role
+from mxserver.security import AccessUnknown, Role
+from mxserver.security.roles import Caller
 from mxserver.security.setup import warning
 from mxserver.server import Server
 from mxserver.settings import load_settings
-from mxserver.web.pages import application
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.calls.tls_files import ServerTls, server_context
-from mxserver.wire.errors import SettingError
+from mxserver.web import application
+from mxserver.wire import SettingError
+from mxserver.wire.calls import ClientCredentials, ServerTls, server_context
 from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file
 from tests.web.browser import Browser

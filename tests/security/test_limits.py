@@ -13,10 +13,8 @@ import pytest
 from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
-from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES, channel_options
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.errors import ServerRefused
+from mxserver.wire import ServerRefused
+from mxserver.wire.calls import MAX_MESSAGE_BYTES, ClientCredentials, ServerClient, channel_options
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, StartServer
 from tests.server.test_cli import half_of_a_call

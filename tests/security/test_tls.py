@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from mxserver.server import Server
-from mxserver.wire.calls.channels import server_credentials
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.credentials import ClientCredentials, is_loopback, worker_tls
-from mxserver.wire.calls.tls_files import ServerTls
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire.calls import ClientCredentials, ServerClient, ServerTls, is_loopback, server_credentials, worker_tls
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer
 

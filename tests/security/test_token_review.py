@@ -10,14 +10,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mxserver.security import token_review
+from mxserver.security import AccessUnknown, Role, Unauthenticated, token_review
 from mxserver.security.access_file import AccessFile
-from mxserver.security.roles import AccessUnknown, Caller, Role, Unauthenticated
+from mxserver.security.roles import Caller
 from mxserver.security.service_accounts import AllowedAccounts, FileSubjects
 from mxserver.security.token_review import TokenReviews
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire.calls import ClientCredentials, ServerClient
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 from tests.security.kubernetes_stand_in import ApiServer, service_account

@@ -13,14 +13,13 @@ import grpc
 import pytest
 
 from mxserver.calls.handlers import wrapped
+from mxserver.security import Role, Unauthenticated
 from mxserver.security import access_file as access_file_module
 from mxserver.security.access_file import AccessFile, read_rules
-from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, Role, Unauthenticated, required_role
+from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, required_role
 from mxserver.server import Server
-from mxserver.wire.calls.channels import open_channel
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
+from mxserver.wire.calls import LONGEST_TOKEN_BYTES, ClientCredentials, ServerClient, open_channel
 from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file

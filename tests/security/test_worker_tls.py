@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import SourceUnreachable
-from mxcore.transfer.move.source_client import Source, SourceClient
-from mxcore.transfer.serve.worker_service import WorkerServer
-from mxserver.wire.errors import SettingError
+from mxcore.transfer.move import Source, SourceClient
+from mxcore.transfer.serve import WorkerServer
+from mxserver.wire import SettingError
 from tests.security.authority import Authority
 from tests.transfer.conftest import (
     StartWorker,

@@ -16,9 +16,8 @@ import pytest
 import mxserver.server
 from mxserver.server import Server
 from mxserver.settings import ServerSettings, load_settings
-from mxserver.store.interface import SourceStore
-from mxserver.store.sqlite import SqliteStore
-from mxserver.wire.calls.client import ServerClient
+from mxserver.store import SourceStore, SqliteStore
+from mxserver.wire.calls import ServerClient
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTENING = re.compile(r"listening on \S*:(\d+)")

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxserver.store.clock import Clock
-from mxserver.store.interface import Leases, Publication, RecordKey, SourceStore
-from mxserver.store.memory import MemoryStore
-from mxserver.store.redis.store import RedisStore
-from mxserver.store.sqlite import SqliteStore
+from mxserver.store import Clock, Leases, MemoryStore, Publication, RecordKey, SourceStore, SqliteStore
+from mxserver.store.redis import RedisStore
 from mxserver.wire.proto import p2p_pb2
 from tests.server.redis_process import shared_redis
 

@@ -13,7 +13,7 @@ from bench import bench_drain
 from bench.bench_kills import IDENTITY, READY, missing
 from mxcore.cli.main import mx
 from mxserver.server import Server
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 
 

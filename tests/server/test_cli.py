@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import ServerUnreachable, StaleEpoch
+from mxserver.wire import ServerUnreachable, StaleEpoch
+from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.stores import READY, STALE

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mxserver.config_file import as_toml, read_config
 from mxserver.settings import FLAGS, ServerSettings, as_config, config_of, load_settings, load_with_origins, shown
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
+from mxserver.wire.calls import ServerClient
 from tests.security.authority import Authority
 from tests.security.conftest import access_file
 from tests.server.conftest import ServerProcess

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from tests.installs import installed
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.stores import READY

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.store.errors import StoreUnavailable, StoreUnusable, UnknownRecord
-from mxserver.store.interface import Leases, Query, SourceStore
-from mxserver.store.redis import redis_link
+from mxserver.store import Leases, Query, SourceStore, StoreUnavailable, UnknownRecord
+from mxserver.store.errors import StoreUnusable
+from mxserver.store.redis import RedisStore, redis_link
 from mxserver.store.redis.redis_link import RedisLink, place_of
-from mxserver.store.redis.store import LINGER_SECONDS, RedisStore
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import ServerUnreachable, SettingError, StaleEpoch
+from mxserver.store.redis.store import LINGER_SECONDS
+from mxserver.wire import ServerUnreachable, SettingError, StaleEpoch
+from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.redis_process import LASTING, RedisProcess

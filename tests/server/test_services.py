@@ -15,11 +15,9 @@ from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
 from mxserver.server import Server
-from mxserver.store.sqlite import SqliteStore
-from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES, channel_options
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
+from mxserver.store import SqliteStore
+from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
+from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options, source_id
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.server.stores import INITIALIZING, READY, STALE
 

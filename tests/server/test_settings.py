@@ -11,8 +11,7 @@ import pytest
 from mxserver import logs
 from mxserver.cli import main
 from mxserver.settings import CONFIG_FILE, FLAGS, OTHER_NAMES, ServerSettings, default_store_path, load_settings
-from mxserver.wire.environment import BY_NAME, VARIABLES
-from mxserver.wire.errors import SettingError
+from mxserver.wire import BY_NAME, VARIABLES, SettingError
 
 
 def test_defaults() -> None:

@@ -7,7 +7,7 @@ import sys
 
 from mxcore.settings import WorkerSettings
 from mxserver.settings import ServerSettings
-from mxserver.wire.environment import VARIABLES
+from mxserver.wire import VARIABLES
 from tests.server.conftest import ROOT
 
 PRINT = (

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from mxserver.store import Query, SqliteStore, StoreUnavailable
 from mxserver.store.batch import Batch
-from mxserver.store.errors import StoreTooNew, StoreUnavailable, StoreUnusable
-from mxserver.store.interface import Query
-from mxserver.store.sqlite import SqliteStore
+from mxserver.store.errors import StoreTooNew, StoreUnusable
 from mxserver.store.sqlite_file import SCHEMA_VERSION
-from mxserver.wire.errors import StaleEpoch
+from mxserver.wire import StaleEpoch
 from tests.server.stores import LEASES, READY, STALE, HandClock, key, publication
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
-from mxserver.store.interface import Query, SourceStore
-from mxserver.wire.errors import StaleEpoch
+from mxserver.store import NotOwner, Query, SourceStore, StoreUnavailable, UnknownRecord
+from mxserver.wire import StaleEpoch
 from tests.server.stores import (
     COLLECT_SECONDS,
     HEARTBEAT_SECONDS,

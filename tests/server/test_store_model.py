@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from mxserver.store.errors import UnknownRecord
-from mxserver.store.interface import Query, RecordKey
-from mxserver.wire.errors import StaleEpoch
+from mxserver.store import Query, RecordKey, UnknownRecord
+from mxserver.wire import StaleEpoch
 from tests.server.stores import (
     COLLECT_SECONDS,
     HEARTBEAT_SECONDS,

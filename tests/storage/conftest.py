@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from mxcore.memory.host_buffer import live_host_buffers
 from mxcore.reading import file_set
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.plan.memory_limit import budget
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.plan import budget
 
 MODES = ("auto", "buffered", "mapped", "direct", "uring")
 Tensors = dict[str, torch.Tensor]

@@ -13,16 +13,11 @@ import numpy as np
 import pytest
 
 from mxcore.errors import ModeUnavailable, StorageError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.checkpoint_reader import URING
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.storage.checkpoint.checkpoint import open_checkpoint
-from mxcore.storage.load.host_load import Reader, load
-from mxcore.storage.plan import ways
-from mxcore.storage.plan.read_plan import Want, merged, parts_of, row
-from mxcore.storage.plan.ways import tell_fallbacks
+from mxcore.memory import HostBuffer
+from mxcore.reading import URING, FileSet, JobList, checkpoint_reader
+from mxcore.storage.checkpoint import open_checkpoint
+from mxcore.storage.load import Reader, load
+from mxcore.storage.plan import Want, merged, parts_of, row, tell_fallbacks, ways
 from tests.storage.limited import IO_URING_ENTER, IO_URING_SETUP, refuse
 
 NUMBERS = np.arange(3_000_000, dtype=np.float32)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from mxcore.errors import CheckpointError, StorageError
-from mxcore.safetensors.errors import SafetensorsError
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mxcore.safetensors import SafetensorsError
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from tests.storage.conftest import Tensors
 
 

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from fuzz.make_corpus import CORPUS, FOLDERS, OUR_CHOICE
-from mxcore.safetensors.errors import SafetensorsError
-from mxcore.safetensors.header import parse_header
+from mxcore.safetensors import SafetensorsError, parse_header
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = [(folder, name) for folder, seeds in FOLDERS.items() for name in seeds]

@@ -15,15 +15,10 @@ import pytest
 import torch
 
 from mxcore.errors import FileChanged, StorageError, TruncatedRead
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.storage.load.host_load import Reader, load
-from mxcore.storage.load.tensor_stream import stream
-from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.plan.ways import chosen_mode
+from mxcore.memory import HostBuffer
+from mxcore.reading import BUFFERED, DIRECT, MAPPED, URING, FileSet, JobList, checkpoint_reader
+from mxcore.storage.load import Reader, load, stream
+from mxcore.storage.plan import Row, Want, chosen_mode, merged, parts_of, row
 from tests.storage import limited_reads
 from tests.storage.conftest import MODES, Maker
 from tests.storage.limited import in_child

@@ -12,15 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from mxcore.errors import ModeUnavailable, StorageError, TruncatedRead
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.storage.checkpoint.checkpoint import open_checkpoint
-from mxcore.storage.load.host_load import load
-from mxcore.storage.load.tensor_stream import stream
-from mxcore.storage.plan import ways
-from mxcore.storage.plan.read_plan import Want, parts_of, row
+from mxcore.memory import HostBuffer
+from mxcore.reading import FileSet, JobList, checkpoint_reader
+from mxcore.storage.checkpoint import open_checkpoint
+from mxcore.storage.load import load, stream
+from mxcore.storage.plan import Want, parts_of, row, ways
 from tests.storage.conftest import MODES, same
 from tests.storage.faulty_disk import cannot_run, faulty_disk
 

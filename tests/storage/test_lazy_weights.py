@@ -10,10 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mxcore.engine.lazy_tensors import LazyTensor, lazy_weights
+from mxcore.engine import lazy_weights
+from mxcore.engine.lazy_tensors import LazyTensor
 from mxcore.errors import FileChanged
 from mxcore.reading import checkpoint_reader
-from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.checkpoint import Checkpoint
 from tests.storage.conftest import Maker, Tensors, same
 
 

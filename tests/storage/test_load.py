@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 from mxcore.errors import DestinationMismatch, HostMemoryLimit, StorageError, TruncatedRead
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load.host_load import Reader, load, load_digested, read_ranges
-from mxcore.storage.plan.memory_limit import MemoryBudget
-from mxcore.storage.plan.read_plan import Want, merged, parts_of
+from mxcore.reading import read_ranges
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
+from mxcore.storage.load import Reader, load
+from mxcore.storage.load.host_load import load_digested
+from mxcore.storage.plan import MemoryBudget, Want, merged, parts_of
 from tests.core.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import HostMemoryLimit
-from mxcore.storage.plan.memory_limit import MemoryBudget, _from_environment, available_bytes, budget, parse_bytes
+from mxcore.storage.plan import MemoryBudget, budget, parse_bytes
+from mxcore.storage.plan.memory_limit import _from_environment, available_bytes
 
 GIB = 1024**3
 

@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from mxcore.storage.plan.progress import ProgressDisplay
+from mxcore.storage.plan import ProgressDisplay
 
 
 def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from mxcore.errors import TruncatedRead
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import PART_COLUMNS, JobList
-from mxcore.storage.plan.ways import steps
+from mxcore.memory import HostBuffer
+from mxcore.reading import BUFFERED, DIRECT, MAPPED, URING, FileSet, JobList, checkpoint_reader
+from mxcore.reading.read_jobs import PART_COLUMNS
+from mxcore.storage.plan import steps
 
 SIZE = 1 << 20
 

@@ -11,10 +11,10 @@ import torch
 
 from mxcore.errors import HostMemoryLimit, TruncatedRead
 from mxcore.memory.host_buffer import live_host_buffers, live_host_bytes
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.checkpoint.tensor_views import Framework
-from mxcore.storage.load.tensor_stream import load_file, stream
-from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.checkpoint import Checkpoint, Framework, open_checkpoint
+from mxcore.storage.load import stream
+from mxcore.storage.load.tensor_stream import load_file
+from mxcore.storage.plan import MemoryBudget
 from tests.core.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 

@@ -20,7 +20,7 @@ import pytest
 
 from bench.fleet.fleet import settings_of
 from mxcore.nixl.agent import live_agents, live_transfers
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.move import Source
 from tests.transfer.member import Member, NewMember
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.receiver import ReceiveReport
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
+from mxcore.transfer.receive import ReceiveReport
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mxcore.transfer.layout.layout import LocalTensor
-from mxcore.transfer.member.membership import PROTOCOL_VERSION
+from mxcore.transfer.layout import LocalTensor
+from mxcore.transfer.member import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
 
 

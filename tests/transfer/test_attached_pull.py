@@ -15,11 +15,10 @@ from contextlib import contextmanager
 import pytest
 
 from mxcore.errors import PeerLost, TransferStalled
-from mxcore.process.attached_memory import AttachedReads
-from mxcore.transfer.layout.chunks import Chunks
-from mxcore.transfer.layout.layout import Layout
+from mxcore.process import AttachedReads
+from mxcore.transfer.layout import Chunks, Layout
+from mxcore.transfer.move import SameHostMover, threads_of
 from mxcore.transfer.move import same_host as attached_pull
-from mxcore.transfer.move.same_host import SameHostMover, threads_of
 from tests.transfer.conftest import StartWorker
 from tests.transfer.test_exchange import SEED, Target
 

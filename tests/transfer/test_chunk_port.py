@@ -15,15 +15,12 @@ import pytest
 from bench.free_ports import free_port
 from mxcore.errors import LeaseEnded, NoChunkPort, PeerLost, TransferStalled
 from mxcore.nixl.agent import live_agents
-from mxcore.transfer.layout.layout import build_layout
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Source, SourceClient, TcpMover, show_token
 from mxcore.transfer.move import tcp as socket_pull
-from mxcore.transfer.move.agent_session import AgentSession
-from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES, show_token
-from mxcore.transfer.move.source_client import Source, SourceClient
-from mxcore.transfer.move.tcp import TcpMover, connections_of
-from mxcore.transfer.serve import chunk_listener
-from mxcore.transfer.serve.chunk_listener import ChunkListener
-from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
+from mxcore.transfer.move.tcp import connections_of
+from mxcore.transfer.serve import ChunkListener, Holder, chunk_listener
+from mxcore.transfer.serve.holder import MOST_CONNECTIONS
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import StartWorker, wait_for
 from tests.transfer.memory import HostTensors, model_specs

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.transfer.layout.chunks import Chunks
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.regions import PAGE_BYTES, merge_regions
+from mxcore.transfer.layout import Chunks, Layout, Placement, merge_regions
+from mxcore.transfer.layout.regions import PAGE_BYTES
 
 SPACE = 1000  # from one extent to the next
 

@@ -21,13 +21,14 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.nixl.agent import live_agents
-from mxcore.process.attached_memory import AttachedReads
+from mxcore.process import AttachedReads
 from mxcore.settings import WorkerSettings, load_settings
-from mxcore.transfer.layout.layout import LocalTensor, build_layout
-from mxcore.transfer.member.membership import Membership
+from mxcore.transfer.layout import LocalTensor, build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
 from mxcore.transfer.move import same_host as attached_pull
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.receiver import FindMore, Receiver
+from mxcore.transfer.receive import Receiver
+from mxcore.transfer.receive.receiver import FindMore
 from tests.transfer.conftest import StartWorker
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs

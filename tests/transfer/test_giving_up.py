@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from mxcore.errors import ChunksMissing, LayoutMismatch
-from mxcore.transfer.move.source_client import Source
-from mxserver.wire.errors import ServerUnreachable
+from mxcore.transfer.move import Source
+from mxserver.wire import ServerUnreachable
 from tests.transfer.conftest import StartWorker, WorkerProcess, wait_for
 from tests.transfer.member import SEED, NewMember
 from tests.transfer.test_exchange import Target

@@ -13,15 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from mxcore.digest.digest import xxh3_64_segments
+from mxcore.digest import xxh3_64_segments
 from mxcore.errors import HolderDraining, LayoutUnsupported, LeaseEnded, NixlError
-from mxcore.transfer.layout.digests import XXH3, ChunkDigests
-from mxcore.transfer.layout.layout import Placement, build_layout
-from mxcore.transfer.move.agent_session import AgentSession
-from mxcore.transfer.move.source_client import Source, SourceClient
-from mxcore.transfer.route.routes import UcxPolicy
-from mxcore.transfer.serve.holder import Holder
-from mxcore.transfer.serve.worker_service import WorkerServer
+from mxcore.transfer.layout import XXH3, ChunkDigests, Placement, build_layout
+from mxcore.transfer.move import AgentSession, Source, SourceClient
+from mxcore.transfer.route import UcxPolicy
+from mxcore.transfer.serve import Holder, WorkerServer
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.transfer.conftest import wait_for
 from tests.transfer.memory import HostTensors, model_specs

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcore.cuda.context import Context
+from mxcore.cuda import Context
 from mxcore.errors import CudaMissing, LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout.layout import Layout, LocalTensor, build_layout
-from mxcore.transfer.route import device_proof
-from mxcore.transfer.route.device_memory import require_movable
+from mxcore.transfer.layout import Layout, LocalTensor, build_layout
+from mxcore.transfer.route import device_proof, require_movable
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.memory import HostTensors, Spec, model_specs
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mxcore.transfer.receive import load_progress
-from mxcore.transfer.receive.load_progress import LoadReporter, Progress, peer_path
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
+from mxcore.transfer.receive import LoadReporter, load_progress
+from mxcore.transfer.receive.load_progress import Progress, peer_path
+from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
 from mxserver.wire.proto import load_pb2
 from tests.transfer.conftest import wait_for
 

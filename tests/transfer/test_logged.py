@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from mxcore.transfer.receive.change_log import RecentErrors, logged
-from mxserver.wire.errors import ServerUnreachable
+from mxcore.transfer.receive import RecentErrors, logged
+from mxserver.wire import ServerUnreachable
 
 log = logging.getLogger("tests.errors")
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mxcore.nixl.mailbox import Mailbox
+from mxcore.nixl import Mailbox
 from tests.transfer.conftest import wait_for
 
 LONG_SECONDS = 3600.0  # nobody waits so long

@@ -9,10 +9,10 @@ import pytest
 
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import ServerUnreachable
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxserver.wire import ServerUnreachable
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
 from tests.transfer.memory import HostTensors, identity, model_specs

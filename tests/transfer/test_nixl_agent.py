@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from mxcore.errors import NixlError, NixlMissing, PeerLost
-from mxcore.nixl.agent import NixlAgent, Transfer, live_agents, live_transfers, load_library
+from mxcore.nixl import Mailbox, NixlAgent, Transfer, load_library
+from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.nixl.library import library_candidates
-from mxcore.nixl.mailbox import Mailbox
-from mxcore.process.c_environment import c_getenv
-from mxcore.transfer.move.agent_session import AgentSession, Move
-from mxcore.transfer.route.routes import ucx_environment
+from mxcore.process import c_getenv
+from mxcore.transfer.move import AgentSession, Move
+from mxcore.transfer.route import ucx_environment
 from tests.transfer.conftest import ROOT, StartWorker, wait_for
 
 SIZE = 1 << 20

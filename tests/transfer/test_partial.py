@@ -9,11 +9,10 @@ import pytest
 
 from mxcore.errors import ChunksMissing, DigestMismatch, ReceivedInPart
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.layout.plan import SwarmPlan, all_chunks
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.receiver import Receiver
+from mxcore.transfer.layout import SwarmPlan, all_chunks, build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
+from mxcore.transfer.receive import Receiver
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7

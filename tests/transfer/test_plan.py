@@ -8,10 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcore.transfer.layout.plan import (
-    FEWEST_AT_MOST,
-    FIRST_IN_FLIGHT,
-    MOST_IN_FLIGHT,
+from mxcore.transfer.layout import (
     ChunkRequest,
     GrantCounts,
     SwarmPlan,
@@ -21,6 +18,7 @@ from mxcore.transfer.layout.plan import (
     set_from_bytes,
     set_to_bytes,
 )
+from mxcore.transfer.layout.plan import FEWEST_AT_MOST, FIRST_IN_FLIGHT, MOST_IN_FLIGHT
 
 NOTHING = ChunkRequest(0, 0, 0)
 

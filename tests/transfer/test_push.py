@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mxcore.errors import PeerLost, SourceRefused, TransferStalled
-from mxcore.nixl.mailbox import Mailbox
+from mxcore.nixl import Mailbox
+from mxcore.transfer.move import NixlWriteMover
 from mxcore.transfer.move.movers import Arrived
-from mxcore.transfer.move.nixl_write import NixlWriteMover
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import wait_for
 

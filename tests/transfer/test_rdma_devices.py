@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.transfer.route import rdma_devices
-from mxcore.transfer.route.rdma_devices import (
-    RdmaPort,
+from mxcore.transfer.route import (
     pinnable_bytes,
     pinning_advice,
     pins_too_little,
+    rdma_devices,
     rdma_ports,
     usable_ports,
 )
+from mxcore.transfer.route.rdma_devices import RdmaPort
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.member.record import Served, WorkerRecord
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import StaleEpoch, WireError
+from mxserver.wire import StaleEpoch, WireError
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, wait_for
 from tests.transfer.memory import identity

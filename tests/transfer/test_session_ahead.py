@@ -7,9 +7,9 @@ import pytest
 from mxcore.errors import NixlError, NixlMissing
 from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
-from mxcore.transfer.move.agent_session import AgentSession
-from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.route.routes import Transport, UcxPolicy
+from mxcore.transfer.move import AgentSession, SessionAhead
+from mxcore.transfer.route import UcxPolicy
+from mxcore.transfer.route.routes import Transport
 from tests.transfer.conftest import wait_for
 
 TLS = "tcp,self"

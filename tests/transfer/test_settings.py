@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from mxcore.settings import WorkerSettings, load_settings
+from mxserver.wire import BY_NAME
 from mxserver.wire.calls.credentials import WORKER_NAMES
-from mxserver.wire.environment import BY_NAME
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.fleet.swarm_simulator import SEED, Setting, Swarm, table
-from mxcore.transfer.layout.plan import all_chunks
+from mxcore.transfer.layout import all_chunks
 
 SLOW = {"bytes_per_second": 1e9, "look_seconds": 0.1}
 

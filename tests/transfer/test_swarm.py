@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
-from mxcore.transfer.layout.plan import ChunkRequest, all_chunks
-from mxcore.transfer.move.source_client import Source
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import ServerUnreachable
+from mxcore.transfer.layout import ChunkRequest, all_chunks
+from mxcore.transfer.move import Source
+from mxserver.wire import ServerUnreachable
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
 from tests.transfer.member import SEED, NewMember

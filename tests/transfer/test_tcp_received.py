@@ -6,7 +6,8 @@ import os
 import socket
 from pathlib import Path
 
-from mxcore.transfer.move.tcp_received import TcpByteCounter, tcp_received
+from mxcore.transfer.move import TcpByteCounter
+from mxcore.transfer.move.tcp_received import tcp_received
 
 
 def descriptors() -> int:

@@ -8,10 +8,10 @@ from typing import Literal
 
 import pytest
 
-from mxcore.process.c_environment import c_getenv
+from mxcore.process import c_getenv
+from mxcore.transfer.route import ProbeTarget, UcxPolicy, can_read, choose_route, ucx_environment
 from mxcore.transfer.route import routes as transports
-from mxcore.transfer.route.routes import UCX_DEFAULTS, Transport, UcxPolicy, choose_route, ucx_environment
-from mxcore.transfer.route.same_host import ProbeTarget, can_read
+from mxcore.transfer.route.routes import UCX_DEFAULTS, Transport
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import ROOT
 

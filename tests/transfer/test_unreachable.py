@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 from mxcore.errors import TransferError, TransferStalled
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.agent_session import AgentSession, Move
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import AgentSession, Move, Source
+from mxcore.transfer.route import Operation, UcxPolicy
 from mxcore.transfer.route import routes as transports
-from mxcore.transfer.route.routes import Operation, UcxPolicy
 from tests.transfer.memory import HostTensors, identity, model_specs
 from tests.transfer.test_exchange import CHUNK_BYTES, SEED, Target, settings
 

@@ -13,9 +13,9 @@ from typing import Any
 from mxcore.errors import MxError
 from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import build_layout
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.layout import build_layout
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import Source
 from mxserver.wire.proto import load_pb2
 from tests.transfer.member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, identity, model_specs

@@ -208,8 +208,8 @@ def identity(command: dict[str, Any]) -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
     from vllm import EngineArgs
 
-    from mxcore.engine.model_files import find_checkpoint
-    from mxserver.wire.calls.source_ids import source_id
+    from mxcore.engine import find_checkpoint
+    from mxserver.wire.calls import source_id
     from vllm_plugin.identity import source_identity
 
     os.environ.update(command["environ"])

@@ -16,7 +16,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 
 _apply = CPUUnquantizedExperts.apply
 _parameters = inspect.signature(_apply)

@@ -11,7 +11,7 @@ import pytest
 
 from bench.demo import models
 from bench.demo.models import weight_files
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire.files import ModelClient
 from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.s3_server import SECRET, S3Server, environment

@@ -10,12 +10,11 @@ import pytest
 
 from bench.demo import models
 from mxcore.settings import load_settings
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import all_chunks
-from mxcore.transfer.member.membership import Membership
-from mxcore.transfer.move.source_client import SourceClient
-from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.calls.client import ServerClient
+from mxcore.transfer.layout import Layout, Placement, all_chunks
+from mxcore.transfer.member import Membership
+from mxcore.transfer.move import SourceClient
+from mxcore.transfer.serve import Holder
+from mxserver.wire.calls import ServerClient
 from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engines import EngineHost
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench.demo import processes
 from bench.demo.workers import Worker
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 
 SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without a goodbye

@@ -14,7 +14,7 @@ import pytest
 
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, p2p_pb2
 from tests.server.conftest import ServerProcess
 from tests.web.browser import Browser

@@ -19,10 +19,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mxserver.web import http
-from mxserver.web.http import HttpServer
+from mxserver.web import HttpServer, http
 from mxserver.web.pages import with_headers
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from tests.web.conftest import INITIALIZING, WebServer, ask, identity, publish
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mxserver.store.interface import RecordKey
-from mxserver.telemetry.events import KEPT_EVENTS, LONGEST_TEXT, Events
-from mxserver.telemetry.loads import KEPT_LOADS, Loads
-from mxserver.telemetry.metrics import Metrics
+from mxserver.store import RecordKey
+from mxserver.telemetry import Events, Loads, Metrics
+from mxserver.telemetry.events import KEPT_EVENTS, LONGEST_TEXT
+from mxserver.telemetry.loads import KEPT_LOADS
 from mxserver.wire.proto import load_pb2, p2p_pb2
 
 KEY = RecordKey("s", "w", 0)

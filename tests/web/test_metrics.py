@@ -13,9 +13,10 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mxserver.telemetry.metrics import DEFINITIONS, PATHS, UNKNOWN, Metrics, path_label
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import StaleEpoch
+from mxserver.telemetry import DEFINITIONS, Metrics
+from mxserver.telemetry.metrics import PATHS, UNKNOWN, path_label
+from mxserver.wire import StaleEpoch
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish

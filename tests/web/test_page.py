@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mxserver.wire.calls.client import ServerClient
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, model_pb2, model_pb2_grpc
 from tests.web.browser import Browser
 from tests.web.conftest import INITIALIZING, READY, WebServer, identity, publish

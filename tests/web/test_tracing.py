@@ -19,12 +19,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from mxserver.operations import Operations
-from mxserver.services.p2p import P2pService
-from mxserver.services.small import HealthService
-from mxserver.store.interface import Leases
-from mxserver.store.memory import MemoryStore
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import ServerUnreachable
+from mxserver.services import HealthService, P2pService
+from mxserver.store import Leases, MemoryStore
+from mxserver.wire import ServerUnreachable
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import health_pb2, health_pb2_grpc, p2p_pb2_grpc
 from tests.web.conftest import WebServer, publish
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxserver.wire.address import parse_server_address
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError, parse_server_address
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES, channel_options
-from mxserver.wire.calls.client import ERROR_CODE_METADATA, ServerClient
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, StaleEpoch
-from mxserver.wire.files.model_client import ModelClient
+from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
+from mxserver.wire.calls import ERROR_CODE_METADATA, MAX_MESSAGE_BYTES, ServerClient, channel_options
+from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 IDENTITY = p2p_pb2.SourceIdentity(model_name="m")

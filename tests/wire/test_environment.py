@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxserver.wire import environment
-from mxserver.wire.environment import BY_NAME, VARIABLES, is_kubernetes_value, misspelt, setting, without_effect
+from mxserver.wire import BY_NAME, VARIABLES, environment, is_kubernetes_value, misspelt, setting, without_effect
 from mxserver.wire.unused_names import NOT_TOLD
 
 ROOT = Path(__file__).resolve().parents[2]

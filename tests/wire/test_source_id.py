@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mxserver.wire.calls.source_ids import canonical_json, source_id
+from mxserver.wire.calls import canonical_json, source_id
 from mxserver.wire.proto import p2p_pb2
 
 

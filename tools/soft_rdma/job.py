@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mxcore.nixl.library import NIXL_PACKAGES
+from mxcore.nixl import NIXL_PACKAGES
 from tools.soft_rdma.errors import SoftRdmaError
 
 __all__ = ["job_script", "library_folders", "verbs_environment"]

@@ -1,1 +1,3 @@
 """`mx doctor`: what works on this machine, what does not, and what to do."""
+
+from __future__ import annotations

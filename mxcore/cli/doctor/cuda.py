@@ -54,10 +54,9 @@ def look() -> list[Finding]:
 
 
 def _pinned() -> Finding:
-    from mxcore.cuda.context import context_of
-    from mxcore.cuda.memory import PinnedBuffer, Registration
+    from mxcore.cuda import PinnedBuffer, Registration, context_of
     from mxcore.errors import CudaError
-    from mxcore.memory.host_buffer import HostBuffer
+    from mxcore.memory import HostBuffer
 
     size = f"{_PINNED_BYTES >> 20} MiB"
     try:
@@ -72,8 +71,8 @@ def _pinned() -> Finding:
 
 def _proof(index: int) -> Finding:
     from mxcore.errors import LayoutUnsupported
-    from mxcore.transfer.layout.layout import Placement
-    from mxcore.transfer.route.device_proof import proven_device, release_devices
+    from mxcore.transfer.layout import Placement
+    from mxcore.transfer.route import proven_device, release_devices
 
     name = f"device {index}"
     try:
@@ -92,7 +91,7 @@ def _holder_command() -> list[str]:
 
 def _between_processes(command: list[str]) -> Finding:
     """Whether one process can read device memory of another one (started by `command`), as two workers do."""
-    from mxcore.transfer.route.same_device import cannot_read
+    from mxcore.transfer.route import cannot_read
     from mxserver.wire.proto import mx_pb2
 
     name, do = "cuda_ipc", "nothing, if one worker runs here: others on this machine send to it over TCP"
@@ -114,8 +113,7 @@ def _between_processes(command: list[str]) -> Finding:
 
 def _direct_storage() -> Finding:
     """Whether GPUDirect Storage can be tried. Whether it works for a file is tried by the load that reads the file."""
-    from mxcore.storage.load.cufile_trial import trial
-    from mxcore.storage.load.device_direct import chosen, probe
+    from mxcore.storage.load import chosen, probe, trial
 
     name, found = "gpudirect storage", probe()
     if chosen(None) == "off":

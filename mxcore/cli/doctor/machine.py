@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mxcore
 from mxcore.cli.doctor.findings import Finding
-from mxcore.transfer.route.rdma_devices import pinnable_bytes, pins_too_little, rdma_ports, usable_ports
+from mxcore.transfer.route import pinnable_bytes, pins_too_little, rdma_ports, usable_ports
 
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture
 _IO_URING_PARAMETERS_BYTES = 120

@@ -130,10 +130,10 @@ def _last_line(ran: subprocess.CompletedProcess[str]) -> str:
 def _agent() -> None:
     from array import array
 
-    from mxcore.memory.host_buffer import HostBuffer
-    from mxcore.nixl.agent import NixlAgent, load_library
+    from mxcore.memory import HostBuffer
+    from mxcore.nixl import NixlAgent, load_library
     from mxcore.settings import load_settings
-    from mxcore.transfer.route.routes import UcxPolicy, ucx_environment
+    from mxcore.transfer.route import UcxPolicy, ucx_environment
 
     library = load_library()
     with ucx_environment(UcxPolicy.from_environment("auto").tls):
@@ -152,7 +152,7 @@ def _backends() -> None:
     """Opens one plugin after the other. Each prints the start of its line before it is opened."""
     import ctypes
 
-    from mxcore.nixl.agent import load_library
+    from mxcore.nixl import load_library
 
     folder = Path(os.environ.get("NIXL_PLUGIN_DIR") or Path(load_library()).parent / "plugins")
     for path in sorted(folder.glob("libplugin_*.so")):
@@ -166,8 +166,8 @@ def _backends() -> None:
 
 
 def _hold() -> None:
-    from mxcore.process.attached_memory import allow_attaching
-    from mxcore.transfer.route.same_host import ProbeTarget
+    from mxcore.process import allow_attaching
+    from mxcore.transfer.route import ProbeTarget
 
     target = ProbeTarget()
     allow_attaching()
@@ -176,7 +176,7 @@ def _hold() -> None:
 
 
 def _read() -> None:
-    from mxcore.transfer.route.same_host import can_read
+    from mxcore.transfer.route import can_read
     from mxserver.wire.proto import mx_pb2
 
     sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.stdin.readline().strip()))) else 1)

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from mxcore import __version__
 from mxcore.cli.connection import SERVER_NAMES, Connection
 from mxcore.cli.doctor.findings import Finding
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.environment import is_kubernetes_value, misspelt, setting, without_effect
-from mxserver.wire.errors import ServerRefused, SettingError, WireError
+from mxserver.wire import ServerRefused, SettingError, WireError, is_kubernetes_value, misspelt, setting, without_effect
+from mxserver.wire.calls import ServerClient
 
 CALL_SECONDS = 5.0
 SKEW_SECONDS = 2.0

@@ -9,7 +9,7 @@ from mxcore.engine.protocol import Files, Source
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import PollResult, Rung, skip, take
-from mxcore.storage.remote.model_uri import missing_packages
+from mxcore.storage.remote import missing_packages
 from mxserver.wire.proto import load_pb2
 
 __all__ = ["UriRung"]

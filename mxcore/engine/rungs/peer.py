@@ -15,10 +15,10 @@ from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, remember_computed
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import PollResult, Rung, skip, take
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, Membership
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.receiver import ReceiveReport
+from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.move import Source
+from mxcore.transfer.receive import ReceiveReport
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
 

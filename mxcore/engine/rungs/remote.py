@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from mxcore.engine.context import LoadContext
 from mxcore.engine.protocol import Streamed
-from mxcore.storage.remote.remote_folder import BATCH_BYTES, RemoteFolder, open_remote, stream_remote
-from mxcore.storage.remote.shared_reads import SHARED_BATCH_BYTES, SharedReads
+from mxcore.storage.remote import BATCH_BYTES, SHARED_BATCH_BYTES, RemoteFolder, SharedReads, open_remote, stream_remote
 
 __all__ = ["streamed"]
 

@@ -13,12 +13,10 @@ from mxcore.engine.protocol import Files, Source
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import PollResult, Rung, skip, take
-from mxcore.storage.plan.progress import Progress
-from mxcore.storage.remote.hub_folder import hub_cache
-from mxcore.storage.remote.remote_folder import remote_digest
-from mxcore.storage.remote.server_cache import ServerFolder, has_weights, same_files_here
-from mxserver.wire.errors import DiskFull, ModelNotFound
-from mxserver.wire.files.model_client import ModelClient, ModelFiles
+from mxcore.storage.plan import Progress
+from mxcore.storage.remote import ServerFolder, has_weights, hub_cache, remote_digest, same_files_here
+from mxserver.wire import DiskFull, ModelNotFound
+from mxserver.wire.files import ModelClient, ModelFiles
 from mxserver.wire.proto import load_pb2
 
 __all__ = ["CacheRung"]

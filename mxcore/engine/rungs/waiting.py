@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from mxcore.transfer.member.membership import Membership
-from mxserver.wire.errors import WireError
+from mxcore.transfer.member import Membership
+from mxserver.wire import WireError
 
 __all__ = ["Wait", "wait_for_ranks"]
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
-from mxcore.safetensors.header import Header, read_header
+from mxcore.safetensors import Header, read_header
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 

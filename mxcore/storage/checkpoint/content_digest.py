@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxcore.digest.digest import xxh3_64
+from mxcore.digest import xxh3_64
 from mxcore.errors import StorageError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.safetensors.header import read_header
-from mxcore.storage.load.host_load import read_ranges
+from mxcore.memory import HostBuffer
+from mxcore.reading import read_ranges
+from mxcore.safetensors import read_header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

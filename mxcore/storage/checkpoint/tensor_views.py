@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
-from mxcore.memory.host_buffer import HostBuffer
+from mxcore.memory import HostBuffer
 from mxcore.storage.checkpoint.checkpoint import TensorInfo
 from mxcore.storage.checkpoint.dtypes import DTYPES
 

@@ -11,9 +11,8 @@ import os
 import subprocess
 import sys
 
-from mxcore.reading import cufile
-from mxcore.reading.file_set import FileSet
-from mxserver.wire.errors import MxError
+from mxcore.reading import FileSet, cufile
+from mxserver.wire import MxError
 
 __all__ = ["trial"]
 

@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
 from mxcore.errors import CudaError, CuFileError
-from mxcore.reading import cufile
-from mxcore.reading.cufile import FileHandles
-from mxcore.reading.device_ring import DeviceRing
-from mxcore.reading.file_set import FileSet
+from mxcore.reading import DeviceRing, FileHandles, FileSet, cufile
 from mxcore.storage.load.cufile_trial import trial
 from mxcore.storage.load.direct_proof import ROOM_BYTES, prove
-from mxcore.storage.plan.read_plan import Row
-from mxcore.storage.plan.ways import tell_once
+from mxcore.storage.plan import Row, tell_once
 from mxserver.wire import environment
 
 __all__ = ["DirectReads", "DirectStorage", "chosen", "probe", "why_not"]

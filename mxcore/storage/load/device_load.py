@@ -13,12 +13,10 @@ from pathlib import Path
 
 from mxcore.cuda import driver as cuda_driver
 from mxcore.errors import DestinationMismatch
-from mxcore.storage.checkpoint.checkpoint import Checkpoint
+from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.load.device_ring import ring_of
 from mxcore.storage.load.host_load import LoadReport, Reader
-from mxcore.storage.plan.memory_limit import MemoryBudget, budget
-from mxcore.storage.plan.progress import Progress
-from mxcore.storage.plan.read_plan import Row
+from mxcore.storage.plan import MemoryBudget, Progress, Row, budget
 
 __all__ = ["read_open_files", "read_rows_to_device"]
 

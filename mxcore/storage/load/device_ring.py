@@ -10,16 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 
+from mxcore.cuda import Context, Event, PinnedBuffer, Stream, context_of, copy_to_device
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import Context, context_of
-from mxcore.cuda.memory import PinnedBuffer, copy_to_device
-from mxcore.cuda.stream import Event, Stream
 from mxcore.errors import CudaError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading.device_ring import DeviceRing, slot_bytes
+from mxcore.memory import HostBuffer
+from mxcore.reading import DeviceRing, slot_bytes
 from mxcore.storage.load.near_device import node_of, prefer_node
 from mxcore.storage.load.ring_proof import prove
-from mxcore.storage.plan.memory_limit import MemoryBudget
+from mxcore.storage.plan import MemoryBudget
 
 __all__ = ["release_rings", "ring_of"]
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 
-from mxcore.cuda.memory import copy_to_device, copy_to_host
-from mxcore.cuda.stream import Stream
+from mxcore.cuda import Stream, copy_to_device, copy_to_host
 from mxcore.errors import CuFileError
-from mxcore.reading.cufile import BLOCK_BYTES, LEAST_BYTES, FileHandles
-from mxcore.reading.device_ring import DeviceRing
-from mxcore.storage.plan.read_plan import Row
+from mxcore.reading import BLOCK_BYTES, LEAST_BYTES, DeviceRing, FileHandles
+from mxcore.storage.plan import Row
 
 __all__ = ["ROOM_BYTES", "prove"]
 

@@ -10,21 +10,29 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.cufile import FileHandles
-from mxcore.reading.device_ring import DeviceRing
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.reading.read_outcome import Outcome
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, Stamp
+from mxcore.memory import HostBuffer
+from mxcore.reading import DeviceRing, FileHandles, FileSet, JobList, Outcome, checkpoint_reader
+from mxcore.storage.checkpoint import Checkpoint, Stamp
 from mxcore.storage.load.device_direct import DirectReads, chosen
-from mxcore.storage.plan.memory_limit import MemoryBudget, budget
-from mxcore.storage.plan.progress import Progress
-from mxcore.storage.plan.read_plan import Row, Want, merged, parts_of, row
-from mxcore.storage.plan.ways import DIRECT_LANES, NAMES, Step, chosen_mode, for_device, steps, tell_fallbacks
+from mxcore.storage.plan import (
+    DIRECT_LANES,
+    NAMES,
+    MemoryBudget,
+    Progress,
+    Row,
+    Step,
+    Want,
+    budget,
+    chosen_mode,
+    for_device,
+    merged,
+    parts_of,
+    row,
+    steps,
+    tell_fallbacks,
+)
 
-__all__ = ["LoadReport", "Reader", "load", "load_digested", "read_ranges", "read_rows"]
+__all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
 
 PIECE_BYTES = 8 * 1024 * 1024  # what a thread takes: long enough to be worth it, short enough to share
 _LEAST_PIECE_BYTES = 128 * 1024
@@ -147,25 +155,6 @@ def read_rows(
             reader.drop_from_cache()
     report.seconds = time.perf_counter() - started
     return report
-
-
-def read_ranges(
-    files: Sequence[str | os.PathLike[str]], ranges: Iterable[tuple[int, int, int, int]], *, threads: int
-) -> None:
-    """Reads (file, offset, bytes, address) through the page cache, by `threads` threads (1 to 64).
-
-    For a few small ranges, of which each thread waits for one: the threads share the latency of the storage. Neighbours
-    in the list and in the file are read together; empty ranges may have any address. Destinations are the caller's to
-    keep alive. Any threads may call at once. Raises StorageError, TruncatedRead, KeyboardInterrupt.
-    """
-    rows = [(file, offset, size_bytes, 0, 1, to, 0) for file, offset, size_bytes, to in ranges if size_bytes]
-    if not rows:
-        return
-    with FileSet(files) as opened:
-        jobs = JobList(opened, row(rows), piece_bytes=PIECE_BYTES, gap_bytes=0)
-        workers = min(threads, len(jobs))
-        order = array("q", range(len(jobs)))
-        checkpoint_reader.read_jobs(jobs, order, way=checkpoint_reader.BUFFERED, threads=workers, lanes=workers)
 
 
 class Reader:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from mxcore.cuda.memory import copy_to_host
-from mxcore.cuda.stream import Stream
+from mxcore.cuda import Stream, copy_to_host
 from mxcore.errors import CudaError
-from mxcore.reading.device_ring import DeviceRing
+from mxcore.reading import DeviceRing
 from mxcore.storage.load.host_load import Reader
-from mxcore.storage.plan.read_plan import Row
+from mxcore.storage.plan import Row
 
 __all__ = ["prove"]
 

@@ -8,13 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
+from mxcore.memory import HostBuffer
+from mxcore.storage.checkpoint import Checkpoint, Framework, TensorInfo, TensorViews, open_checkpoint
 from mxcore.storage.load.host_load import read_rows
-from mxcore.storage.plan.memory_limit import MemoryBudget, budget
-from mxcore.storage.plan.progress import Progress
-from mxcore.storage.plan.read_plan import Row, merged
+from mxcore.storage.plan import MemoryBudget, Progress, Row, budget, merged
 
 __all__ = ["load_file", "stream"]
 

@@ -13,9 +13,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from mxcore.errors import DestinationMismatch
-from mxcore.storage.checkpoint.checkpoint import Checkpoint, TensorInfo
-from mxcore.storage.checkpoint.dtypes import DTYPES
-from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
+from mxcore.storage.checkpoint import DTYPES, Checkpoint, Memory, TensorInfo, memory_of
 
 __all__ = ["Box", "Want", "merged", "parts_of", "row", "shape_of_box"]
 

@@ -21,11 +21,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, cast, get_args
 
 from mxcore.errors import ModeUnavailable, StorageError
-from mxcore.reading import checkpoint_reader
-from mxcore.reading.checkpoint_reader import BUFFERED, DIRECT, MAPPED, URING
-from mxcore.reading.file_set import FileSet
-from mxcore.reading.read_jobs import JobList
-from mxcore.reading.read_outcome import Outcome
+from mxcore.reading import BUFFERED, DIRECT, MAPPED, URING, FileSet, JobList, Outcome, checkpoint_reader
 from mxserver.wire import environment
 
 __all__ = [

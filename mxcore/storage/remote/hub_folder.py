@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mxcore.storage.remote.remote_folder import RemoteFile
-from mxserver.wire.errors import SettingError
-from mxserver.wire.relative_path import path_problem
+from mxserver.wire import SettingError, path_problem
 
 __all__ = ["hub_cache", "listing_commit", "place_in_hub_cache"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mxcore.errors import StorageError
-from mxcore.storage.load.host_load import read_ranges
+from mxcore.reading import read_ranges
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 
 __all__ = ["LocalFolder"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mxcore.errors import ObjectStoreError, StoreTimeout
-from mxcore.process.c_environment import c_getenv, c_setenv
+from mxcore.process import c_getenv, c_setenv
 from mxcore.storage.remote.model_uri import ModelUri
 from mxcore.storage.remote.remote_folder import RemoteRange
 

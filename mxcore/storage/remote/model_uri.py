@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 
 __all__ = ["EXTRAS", "OBJECT_SCHEMES", "ModelUri", "missing_packages", "parse_model_uri"]
 

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from mxcore.errors import CheckpointError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.safetensors.header import Header, parse_header
-from mxcore.storage.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, assembled, weight_map_of
-from mxcore.storage.checkpoint.content_digest import digest_of_parts, file_part, index_part, sample
-from mxcore.storage.load.tensor_stream import stream
-from mxcore.storage.plan.memory_limit import MemoryBudget
-from mxcore.storage.plan.progress import Progress
-from mxcore.storage.plan.read_plan import Row
+from mxcore.memory import HostBuffer
+from mxcore.safetensors import Header, parse_header
+from mxcore.storage.checkpoint import (
+    INDEX_SUFFIX,
+    Checkpoint,
+    assembled,
+    digest_of_parts,
+    file_part,
+    index_part,
+    sample,
+    weight_map_of,
+)
+from mxcore.storage.load import stream
+from mxcore.storage.plan import MemoryBudget, Progress, Row
 
 __all__ = [
     "BATCH_BYTES",
@@ -210,8 +216,8 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
 
     A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
-    from mxserver.wire.files.disk_room import full_disk_is_told
-    from mxserver.wire.relative_path import path_problem
+    from mxserver.wire import path_problem
+    from mxserver.wire.files import full_disk_is_told
 
     count = 0
     for file in folder.files:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange, is_small
-from mxserver.wire.files.file_reader import FileReader
-from mxserver.wire.files.model_client import ModelClient, ModelFiles
-from mxserver.wire.files.partial_file import has_content
+from mxserver.wire.files import FileReader, ModelClient, ModelFiles, has_content
 
 __all__ = ["ServerFolder", "has_weights", "same_files_here"]
 

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Protocol
 
-from mxcore.digest.digest import mixsum_64_many, xxh3_64_many
+from mxcore.digest import mixsum_64_many, xxh3_64_many
 from mxcore.transfer.layout.chunks import Chunks
 
 __all__ = ["DIGEST_BYTES", "KINDS", "MIXSUM", "XXH3", "ChunkDigests", "Digester", "HostDigester", "chunk_digests"]

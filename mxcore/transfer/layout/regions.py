@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mxcore.memory.descriptors import merge_extents
+from mxcore.memory import merge_extents
 from mxcore.transfer.layout.layout import Placement
 
 __all__ = ["PAGE_BYTES", "Regions", "merge_regions"]

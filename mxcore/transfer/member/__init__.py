@@ -1,1 +1,7 @@
 """A worker's life in a fleet: join, find sources, receive, serve, drain."""
+
+from __future__ import annotations
+
+from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, PROTOCOL_VERSION, Membership
+
+__all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]

@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 
-from mxcore.transfer.move.source_client import Source
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import canonical_json
+from mxcore.transfer.move import Source
+from mxserver.wire.calls import ServerClient, canonical_json
 from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["CHECKPOINT_PARAMETER", "Directory"]

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from mxserver.wire.errors import WireError
+from mxserver.wire import WireError
 
 __all__ = ["Heartbeat"]
 

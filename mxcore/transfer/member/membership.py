@@ -12,26 +12,25 @@ from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout.chunks import CHUNK_BYTES
-from mxcore.transfer.layout.digests import ChunkDigests
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import all_chunks
+from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.storage_election import StorageElection
-from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.move.source_client import Source
-from mxcore.transfer.receive.change_log import RecentErrors, logged
-from mxcore.transfer.receive.load_progress import LoadPath, LoadStep
-from mxcore.transfer.receive.received_chunks import Content, ProgressCallback
-from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
-from mxcore.transfer.route.device_memory import require_movable
-from mxcore.transfer.route.routes import UcxPolicy
-from mxcore.transfer.serve.holder import LEASE_SECONDS, Holder
-from mxcore.transfer.serve.relay import ServedRelay
-from mxcore.transfer.serve.worker_service import WorkerServer
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import MxError, ServerRefused, WireError
+from mxcore.transfer.move import SessionAhead, Source
+from mxcore.transfer.receive import (
+    Content,
+    LoadPath,
+    LoadStep,
+    ProgressCallback,
+    Receiver,
+    ReceiveReport,
+    RecentErrors,
+    logged,
+)
+from mxcore.transfer.route import UcxPolicy, require_movable
+from mxcore.transfer.serve import LEASE_SECONDS, Holder, ServedRelay, WorkerServer
+from mxserver.wire import MxError, ServerRefused, WireError
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
-from mxcore.transfer.receive.change_log import logged
-from mxcore.transfer.receive.load_progress import LoadReporter
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.calls.source_ids import source_id
-from mxserver.wire.errors import ServerRefused, StaleEpoch, WireError
+from mxcore.transfer.receive import LoadReporter, logged
+from mxserver.wire import ServerRefused, StaleEpoch, WireError
+from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, p2p_pb2
 
 __all__ = ["Served", "WorkerRecord"]

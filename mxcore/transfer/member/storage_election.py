@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from mxserver.wire.calls.client import ServerClient
-from mxserver.wire.errors import WireError
+from mxserver.wire import WireError
+from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["StorageElection"]

@@ -1,1 +1,38 @@
 """Moving chunks between two workers: by NIXL, over TCP, within a host; calls to a source."""
+
+from __future__ import annotations
+
+from mxcore.transfer.move import same_host
+from mxcore.transfer.move.agent_session import AgentSession, Move
+from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES, expect_token, show_token
+from mxcore.transfer.move.lease_keeper import LeaseKeeper
+from mxcore.transfer.move.movers import Mover
+from mxcore.transfer.move.nixl_read import NixlReadMover
+from mxcore.transfer.move.nixl_write import NixlWriteMover
+from mxcore.transfer.move.same_host import SameHostMover, threads_of
+from mxcore.transfer.move.session_ahead import SessionAhead
+from mxcore.transfer.move.source_client import PendingCall, Source, SourceClient
+from mxcore.transfer.move.tcp import TcpMover
+from mxcore.transfer.move.tcp_received import TcpByteCounter
+
+__all__ = [
+    "GREETING",
+    "TOKEN_BYTES",
+    "AgentSession",
+    "LeaseKeeper",
+    "Move",
+    "Mover",
+    "NixlReadMover",
+    "NixlWriteMover",
+    "PendingCall",
+    "SameHostMover",
+    "SessionAhead",
+    "Source",
+    "SourceClient",
+    "TcpByteCounter",
+    "TcpMover",
+    "expect_token",
+    "same_host",
+    "show_token",
+    "threads_of",
+]

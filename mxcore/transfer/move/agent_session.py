@@ -12,17 +12,22 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from mxcore.errors import CudaError, NixlError, TransferStalled
-from mxcore.memory.descriptors import merge_adjoining
-from mxcore.nixl.agent import NixlAgent, Transfer
-from mxcore.nixl.mailbox import Mailbox
-from mxcore.nixl.table import notifies
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.regions import Regions, merge_regions
-from mxcore.transfer.route.device_memory import allocation_regions, require_movable
-from mxcore.transfer.route.device_proof import ProvenDevice, nixl_device, proven_device
-from mxcore.transfer.route.rdma_devices import pinning_advice, pins_too_little
-from mxcore.transfer.route.routes import Operation, UcxPolicy, ucx_environment
-from mxserver.wire.calls.closing import Closing
+from mxcore.memory import merge_adjoining
+from mxcore.nixl import Mailbox, NixlAgent, Transfer, notifies
+from mxcore.transfer.layout import Layout, Placement, Regions, merge_regions
+from mxcore.transfer.route import (
+    Operation,
+    ProvenDevice,
+    UcxPolicy,
+    allocation_regions,
+    nixl_device,
+    pinning_advice,
+    pins_too_little,
+    proven_device,
+    require_movable,
+    ucx_environment,
+)
+from mxserver.wire.calls import Closing
 
 __all__ = ["AgentSession", "Move"]
 

@@ -6,7 +6,7 @@ import threading
 
 from mxcore.errors import TransferError
 from mxcore.transfer.move.source_client import SourceClient
-from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls import Closing
 
 __all__ = ["LeaseKeeper"]
 

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from mxcore.errors import NotOneSided, TransferError
-from mxcore.transfer.layout.chunks import Chunks
+from mxcore.transfer.layout import Chunks
 from mxcore.transfer.move.agent_session import AgentSession, Move
 from mxcore.transfer.move.movers import Arrived
 from mxcore.transfer.move.tcp_received import TcpByteCounter
-from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls import Closing
 
 __all__ = ["NixlReadMover"]
 

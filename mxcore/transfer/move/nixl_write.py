@@ -13,7 +13,7 @@ from mxcore.errors import SourceRefused, TransferError
 from mxcore.transfer.move.agent_session import AgentSession
 from mxcore.transfer.move.movers import Arrived, Awaited
 from mxcore.transfer.move.source_client import SourceClient
-from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls import Closing
 
 __all__ = ["NixlWriteMover"]
 

@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from mxcore.errors import NotOneSided, PeerLost, TransferError
-from mxcore.process.attached_memory import AttachedReads
-from mxcore.transfer.layout.chunks import Chunks
+from mxcore.process import AttachedReads
+from mxcore.transfer.layout import Chunks
 from mxcore.transfer.move.movers import Arrived, Awaited
-from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls import Closing
 
 __all__ = ["SameHostMover", "threads_of"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.move.agent_session import AgentSession
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 __all__ = ["SessionAhead"]
 

@@ -10,10 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from mxcore.errors import SourceBusy, SourceRefused, SourceUnreachable, TransferError
-from mxcore.transfer.layout.plan import ChunkRequest, set_to_bytes
-from mxserver.wire.calls.channels import open_channel
-from mxserver.wire.calls.closing import Closing
-from mxserver.wire.errors import SettingError
+from mxcore.transfer.layout import ChunkRequest, set_to_bytes
+from mxserver.wire import SettingError
+from mxserver.wire.calls import Closing, open_channel
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
 __all__ = ["PendingCall", "Source", "SourceClient"]

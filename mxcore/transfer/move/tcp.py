@@ -14,12 +14,12 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError
-from mxcore.sockets.socket_chunks import SocketReads
-from mxcore.transfer.layout.chunks import Chunks
+from mxcore.sockets import SocketReads
+from mxcore.transfer.layout import Chunks
 from mxcore.transfer.move.chunk_greeting import show_token
 from mxcore.transfer.move.movers import Arrived, Awaited
 from mxcore.transfer.move.source_client import SourceClient
-from mxserver.wire.calls.closing import Closing
+from mxserver.wire.calls import Closing
 
 __all__ = ["TcpMover", "connections_of"]
 

@@ -1,1 +1,21 @@
 """Receiving weights from several holders at once, and what is told of it."""
+
+from __future__ import annotations
+
+from mxcore.transfer.receive.change_log import RecentErrors, logged
+from mxcore.transfer.receive.load_progress import LoadPath, LoadReporter, LoadStep
+from mxcore.transfer.receive.received_chunks import Content, ProgressCallback, ReceivedChunks
+from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
+
+__all__ = [
+    "Content",
+    "LoadPath",
+    "LoadReporter",
+    "LoadStep",
+    "ProgressCallback",
+    "ReceiveReport",
+    "ReceivedChunks",
+    "Receiver",
+    "RecentErrors",
+    "logged",
+]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from mxserver.wire.errors import MxError, WireError
+from mxserver.wire import MxError, WireError
 
 __all__ = ["RecentErrors", "logged"]
 

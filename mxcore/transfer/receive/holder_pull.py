@@ -26,20 +26,24 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout.plan import ChunkRequest, all_chunks, set_from_bytes
-from mxcore.transfer.move.agent_session import AgentSession
-from mxcore.transfer.move.chunk_greeting import TOKEN_BYTES
-from mxcore.transfer.move.lease_keeper import LeaseKeeper
-from mxcore.transfer.move.movers import Mover
-from mxcore.transfer.move.nixl_read import NixlReadMover
-from mxcore.transfer.move.nixl_write import NixlWriteMover
-from mxcore.transfer.move.same_host import SameHostMover
-from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.move.source_client import PendingCall, Source, SourceClient
-from mxcore.transfer.move.tcp import TcpMover
-from mxcore.transfer.move.tcp_received import TcpByteCounter
+from mxcore.transfer.layout import ChunkRequest, all_chunks, set_from_bytes
+from mxcore.transfer.move import (
+    TOKEN_BYTES,
+    AgentSession,
+    LeaseKeeper,
+    Mover,
+    NixlReadMover,
+    NixlWriteMover,
+    PendingCall,
+    SameHostMover,
+    SessionAhead,
+    Source,
+    SourceClient,
+    TcpByteCounter,
+    TcpMover,
+)
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
-from mxcore.transfer.route.routes import Route, UcxPolicy, choose_route
+from mxcore.transfer.route import Route, UcxPolicy, choose_route
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["HolderPull"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mxserver.wire.errors import StaleEpoch, WireError
+from mxserver.wire import StaleEpoch, WireError
 from mxserver.wire.proto import load_pb2
 
 __all__ = ["LoadPath", "LoadReporter", "LoadStep", "Progress", "peer_path"]

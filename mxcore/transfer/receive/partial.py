@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from mxcore.errors import DigestMismatch
-from mxcore.transfer.layout.plan import chunk_set
+from mxcore.transfer.layout import chunk_set
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
 
 __all__ = ["PartialReceive"]

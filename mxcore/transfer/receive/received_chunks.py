@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
-from mxcore.transfer.layout.chunks import Chunks
-from mxcore.transfer.layout.digests import DIGEST_BYTES, KINDS, XXH3, ChunkDigests, chunk_digests
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import ChunkRequest, SwarmPlan, all_chunks, chunk_set, chunks_of
-from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto
-from mxcore.transfer.route.device_memory import digester_of
+from mxcore.transfer.layout import (
+    DIGEST_BYTES,
+    KINDS,
+    XXH3,
+    ChunkDigests,
+    ChunkRequest,
+    Chunks,
+    Layout,
+    Placement,
+    SwarmPlan,
+    all_chunks,
+    chunk_digests,
+    chunk_set,
+    chunks_of,
+    scalars_digest,
+    scalars_from_proto,
+)
+from mxcore.transfer.route import digester_of
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["Content", "ContentMismatch", "ProgressCallback", "ReceivedChunks"]

@@ -27,18 +27,14 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout.chunks import CHUNK_BYTES
-from mxcore.transfer.layout.digests import ChunkDigests
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.move.source_client import Source
+from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
+from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.holder_pull import HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.received_chunks import Content, ContentMismatch, ProgressCallback, ReceivedChunks
-from mxcore.transfer.route.device_memory import require_movable
-from mxcore.transfer.route.routes import Route, UcxPolicy
+from mxcore.transfer.route import Route, UcxPolicy, require_movable
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 

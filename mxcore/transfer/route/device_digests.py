@@ -6,13 +6,10 @@ import threading
 from array import array
 from itertools import pairwise
 
-from mxcore.cuda.context import Context
-from mxcore.cuda.digest import PLAN_BYTES, DeviceDigest
-from mxcore.cuda.memory import PinnedBuffer, copy_to_host
-from mxcore.cuda.stream import Stream
-from mxcore.digest.digest import xxh3_64_segments
-from mxcore.storage.plan.memory_limit import budget
-from mxcore.transfer.layout.digests import DIGEST_BYTES, MIXSUM
+from mxcore.cuda import PLAN_BYTES, Context, DeviceDigest, PinnedBuffer, Stream, copy_to_host
+from mxcore.digest import xxh3_64_segments
+from mxcore.storage.plan import budget
+from mxcore.transfer.layout import DIGEST_BYTES, MIXSUM
 
 __all__ = ["DeviceDigester"]
 

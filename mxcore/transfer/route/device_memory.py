@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 from mxcore.cuda import driver as cuda_driver
 from mxcore.errors import CudaError
-from mxcore.transfer.layout.digests import Digester, HostDigester
-from mxcore.transfer.layout.layout import Placement
-from mxcore.transfer.layout.regions import Regions, merge_regions
+from mxcore.transfer.layout import Digester, HostDigester, Placement, Regions, merge_regions
 from mxcore.transfer.route.device_proof import proven_device
 
 __all__ = ["allocation_regions", "digester_of", "require_movable"]

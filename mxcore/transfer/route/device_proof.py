@@ -14,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 
+from mxcore.cuda import Context, DeviceBuffer, Stream, context_of, copy_to_device
 from mxcore.cuda import driver as cuda_driver
-from mxcore.cuda.context import Context, context_of
-from mxcore.cuda.memory import DeviceBuffer, copy_to_device
-from mxcore.cuda.stream import Stream
-from mxcore.digest.digest import mixsum_64_many
+from mxcore.digest import mixsum_64_many
 from mxcore.errors import CudaError, HostMemoryError, LayoutUnsupported, NixlError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.nixl.agent import NixlAgent
-from mxcore.transfer.layout.digests import MIXSUM
-from mxcore.transfer.layout.layout import Placement
+from mxcore.memory import HostBuffer
+from mxcore.nixl import NixlAgent
+from mxcore.transfer.layout import MIXSUM, Placement
 from mxcore.transfer.route.device_digests import DeviceDigester
 from mxcore.transfer.route.routes import UcxPolicy, ucx_environment
 

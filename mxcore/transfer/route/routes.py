@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mxcore.process.c_environment import c_getenv, c_setenv
+from mxcore.process import c_getenv, c_setenv
 from mxcore.transfer.route.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.route.same_device import cannot_read
 from mxcore.transfer.route.same_host import can_read

@@ -12,14 +12,21 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable
 
-from mxcore.cuda.context import Context, context_of
-from mxcore.cuda.driver import address_range
-from mxcore.cuda.ipc import OpenedMemory, can_export, export_memory
-from mxcore.cuda.memory import DeviceBuffer, copy_to_device, copy_to_host
-from mxcore.cuda.stream import Stream
+from mxcore.cuda import (
+    Context,
+    DeviceBuffer,
+    OpenedMemory,
+    Stream,
+    address_range,
+    can_export,
+    context_of,
+    copy_to_device,
+    copy_to_host,
+    export_memory,
+)
 from mxcore.errors import CudaError
-from mxcore.memory.host_buffer import HostBuffer
-from mxcore.transfer.layout.layout import Placement
+from mxcore.memory import HostBuffer
+from mxcore.transfer.layout import Placement
 from mxcore.transfer.route.same_host import host_identity
 from mxserver.wire.proto import mx_pb2
 

@@ -12,7 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
-from mxcore.process.attached_memory import read_attached
+from mxcore.process import read_attached
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["ProbeTarget", "can_read", "host_identity"]

@@ -1,1 +1,10 @@
 """Serving weights to other workers, under leases, complete or while they are still received."""
+
+from __future__ import annotations
+
+from mxcore.transfer.serve.chunk_listener import ChunkListener
+from mxcore.transfer.serve.holder import LEASE_SECONDS, Holder
+from mxcore.transfer.serve.relay import ServedRelay
+from mxcore.transfer.serve.worker_service import WorkerServer
+
+__all__ = ["LEASE_SECONDS", "ChunkListener", "Holder", "ServedRelay", "WorkerServer"]

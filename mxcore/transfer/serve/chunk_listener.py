@@ -13,9 +13,9 @@ import threading
 from contextlib import suppress
 
 from mxcore.errors import TransferError
-from mxcore.transfer.move.chunk_greeting import expect_token
+from mxcore.transfer.move import expect_token
 from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 
 __all__ = ["ChunkListener"]
 

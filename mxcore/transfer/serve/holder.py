@@ -21,14 +21,22 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
-from mxcore.sockets.socket_chunks import ChunkSender
-from mxcore.transfer.layout.chunks import CHUNK_BYTES, Chunks
-from mxcore.transfer.layout.digests import DIGEST_BYTES, ChunkDigests, chunk_digests
-from mxcore.transfer.layout.layout import Layout, Placement
-from mxcore.transfer.layout.plan import ChunkRequest, GrantCounts, all_chunks, set_to_bytes
-from mxcore.transfer.move.agent_session import AgentSession, Move
-from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES
-from mxcore.transfer.route.device_memory import digester_of, require_movable
+from mxcore.sockets import ChunkSender
+from mxcore.transfer.layout import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    ChunkDigests,
+    ChunkRequest,
+    Chunks,
+    GrantCounts,
+    Layout,
+    Placement,
+    all_chunks,
+    chunk_digests,
+    set_to_bytes,
+)
+from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Move
+from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.rate_limit import RateLimit
 
 __all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from mxcore.transfer.receive.received_chunks import Content
+from mxcore.transfer.receive import Content
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.errors import MxError
+from mxserver.wire import MxError
 
 __all__ = ["ServedRelay"]
 

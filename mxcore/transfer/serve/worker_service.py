@@ -15,17 +15,13 @@ from typing import NoReturn
 import grpc
 
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
-from mxcore.process.attached_memory import allow_attaching
-from mxcore.transfer.layout.plan import ChunkRequest, set_from_bytes, set_to_bytes
-from mxcore.transfer.layout.scalars import scalars_digest, scalars_to_proto
-from mxcore.transfer.route.routes import UcxPolicy
-from mxcore.transfer.route.same_device import DeviceProbeTarget, device_offer
-from mxcore.transfer.route.same_host import ProbeTarget
+from mxcore.process import allow_attaching
+from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
+from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
-from mxserver.wire.calls.channels import channel_options, server_credentials
-from mxserver.wire.calls.credentials import worker_tls
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
+from mxserver.wire.calls import channel_options, server_credentials, worker_tls
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
 __all__ = ["WorkerServer"]

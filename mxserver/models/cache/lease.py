@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mxserver.models.errors import LeaseLost
-from mxserver.models.sources.source import is_disk_full, write_all
+from mxserver.models.sources import is_disk_full, write_all
 
 _LOG = logging.getLogger(__name__)
 

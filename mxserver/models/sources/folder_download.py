@@ -14,7 +14,7 @@ from mxserver.models.errors import DownloadFailed, DownloadInterrupted, Revision
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.sources.object_download import listing_revision
 from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
-from mxserver.wire.relative_path import open_regular_below
+from mxserver.wire import open_regular_below
 
 _COPY_BYTES = 64 * 1024 * 1024
 

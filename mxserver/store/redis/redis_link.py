@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mxserver.store.errors import StoreUnavailable, StoreUnusable
-from mxserver.wire.errors import SettingError
+from mxserver.wire import SettingError
 
 try:
     import redis

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import xxhash
 
-from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.calls.patience import Patience
+from mxserver.wire.calls import ClientCredentials, Closing, Patience
 from mxserver.wire.errors import FileRefused, ServerRefused, ServerUnreachable, WireError
 from mxserver.wire.files.file_chunk import ChunkReader
 from mxserver.wire.files.model_stream import BROKEN, MAX_CONTENT_ATTEMPTS, METHOD

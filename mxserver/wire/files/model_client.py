@@ -12,10 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import grpc
 
-from mxserver.wire.calls.channels import NO_ANSWER, ServerChannel, call_failure
-from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import ClientCredentials
-from mxserver.wire.calls.patience import Patience
+from mxserver.wire.calls import NO_ANSWER, ClientCredentials, Closing, Patience, ServerChannel, call_failure
 from mxserver.wire.errors import (
     DiskFull,
     FileRefused,
