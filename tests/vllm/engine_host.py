@@ -203,6 +203,16 @@ def live(command: dict[str, Any]) -> dict[str, Any]:
     return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
 
 
+def memory(command: dict[str, Any]) -> dict[str, Any]:
+    """The most memory that this process held: of torch's allocator on the device, if it has one, and of the host."""
+    import resource
+
+    import torch
+
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"device": on_device, "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
 def identity(command: dict[str, Any]) -> dict[str, Any]:
     """The identity that a real configuration gives; starts no engine."""
     from google.protobuf.json_format import MessageToDict
@@ -279,6 +289,7 @@ COMMANDS = {
         corrupt,
         leave,
         live,
+        memory,
         identity,
         interface,
     )
