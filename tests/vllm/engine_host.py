@@ -204,13 +204,17 @@ def live(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(command: dict[str, Any]) -> dict[str, Any]:
-    """The most memory that this process held: of torch's allocator on the device, if it has one, and of the host."""
+    """The most bytes that this process held: on its device (None without one; torch's alone) and of the host; and the
+    devices to which a load went through a pinned ring."""
     import resource
 
     import torch
 
+    from mxcore.storage import device_ring
+
     on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"device": on_device, "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"device": on_device, "host": on_host, "ringed": sorted(device_ring._rings)}
 
 
 def identity(command: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def main() -> None:
 
     if triton:  # without, vLLM's placeholders have not all that the runner's kernels ask for
         import vllm.v1.worker.gpu_model_runner
-        import vllm.v1.worker.gpu_worker  # noqa: F401
+        import vllm.v1.worker.gpu_worker
     distributed()
     found["models"] = {name: built(name) for name in sys.argv[1:]}
     sys.stdout.write(json.dumps(found) + "\n")

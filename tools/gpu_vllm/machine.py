@@ -54,7 +54,9 @@ class Machine:
                 found[name] = None
         if self.gpu:
             query = [*QUERY, "--query-gpu=name,driver_version,memory.total"]
-            found["device"] = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+            found["device"] = subprocess.run(
+                query, capture_output=True, text=True, timeout=60, check=True
+            ).stdout.strip()
         return found
 
     @contextmanager
