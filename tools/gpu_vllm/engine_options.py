@@ -26,6 +26,10 @@ GPU_ENVIRONMENT = {
     # Runner V2 wants a compiled operator (get_cuda_view_from_cpu_tensor), and is the default wherever Triton works.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # A machine without a network may have no route and no name of its own.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
 }
 
 

