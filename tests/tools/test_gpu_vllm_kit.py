@@ -39,7 +39,7 @@ def test_it_fits_beside_the_checkout(kit: Path) -> None:
 def test_every_requirement_is_carried_or_there(kit: Path) -> None:
     wheels = [*(kit / "wheels").glob("*.whl"), *(kit / "peers").glob("*.whl")]
     asked = [line for name in ("gpu-vllm", "gpu-vllm-peers") for line in _lines(ROOT / f"requirements/{name}.txt")]
-    assert len(wheels) == len(asked) + 2, "NIXL and this project's own beside them"
+    assert len(wheels) == len(asked) + 1, "NIXL beside them"
     assert set(missing(wheels, THERE)) == NOT_IMPORTED
 
 
@@ -48,6 +48,14 @@ def test_wheels_are_for_that_python_or_any(kit: Path) -> None:
         python, abi, platform = wheel.stem.split("-")[-3:]
         assert "cp312" in python or "abi3" in abi or python.endswith("py3") or "py3" in python.split("."), wheel.name
         assert platform == "any" or "x86_64" in platform, wheel.name
+
+
+def test_the_project_is_there_and_compiled(kit: Path) -> None:
+    with tarfile.open(kit / "project.tar.xz") as packed:
+        names = {Path(name) for name in packed.getnames()}
+    assert names == {*pack.tracked(), *pack.compiled()}
+    assert Path("tests/vllm/engine_host.py") in names
+    assert any(name.match("digest.abi3.so") for name in names)
 
 
 def test_what_has_no_wheel_is_told(tmp_path: Path) -> None:

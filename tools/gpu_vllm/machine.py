@@ -45,7 +45,7 @@ class Machine:
 
     def facts(self) -> dict[str, Any]:
         """Versions, and the device by nvidia-smi."""
-        names = ("torch", "triton", "transformers", "tokenizers", "vllm", "nixl-cu13", "nixl-cu12", "mx-modelexpress")
+        names = ("torch", "triton", "transformers", "tokenizers", "vllm", "nixl-cu13", "nixl-cu12")
         found: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
         for name in names:
             try:

@@ -3,9 +3,9 @@
 | part | what |
 |---|---|
 | vllm.tar.xz | vLLM's Python part (`vllm_part`) |
-| wheels/ | what engine, plugin and server import; this project's own, for CPython 3.11 and later; NIXL's slim one |
+| wheels/ | what engine, plugin and server import, and NIXL's slim one |
 | peers/ | loaders to compare with |
-| project.tar.xz | this checkout's files, changes that are not committed included |
+| project.tar.xz | this checkout's files, changes that are not committed included, and its compiled core |
 | tiny/ | a generated model |
 | kit.json | sizes, versions, the commit |
 """
@@ -16,8 +16,8 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +49,28 @@ def tracked() -> list[Path]:
     return [Path(name) for name in said.split("\0") if name and (ROOT / name).is_file()]
 
 
+def compiled() -> list[Path]:
+    """The core as `make build` compiled it: stable ABI, so for every CPython from 3.11 on."""
+    return sorted(file.relative_to(ROOT) for file in (ROOT / "mxcore").rglob("*.abi3.so"))
+
+
 def write_project(archive: Path) -> None:
-    """The checkout's files."""
-    with tarfile.open(archive, "w:xz", preset=PRESET) as packed:
+    """The checkout's files, and the compiled core without debug information. Raises KitError where it is none."""
+    if len(compiled()) != sum(1 for name in tracked() if name.suffix == ".pyx"):
+        raise KitError("the core is not compiled, or not for the stable ABI: make build")
+    with tarfile.open(archive, "w:xz", preset=PRESET) as packed, tempfile.TemporaryDirectory() as scratch:
         for name in tracked():
-            member = tarfile.TarInfo(str(name))
-            data = (ROOT / name).read_bytes()
-            member.size, member.mode = len(data), (ROOT / name).stat().st_mode & 0o755
-            packed.addfile(member, io.BytesIO(data))
+            _put(packed, name, ROOT / name)
+        stripped = Path(scratch, "stripped")
+        for name in compiled():
+            subprocess.run(["strip", "--strip-debug", "-o", str(stripped), str(ROOT / name)], check=True)
+            _put(packed, name, stripped)
 
 
-def own_wheel(folder: Path) -> None:
-    """This project's, compiled here for every CPython from 3.11 on. Raises KitError."""
-    source = folder / "source"
-    write_project(folder / "source.tar.xz")
-    with tarfile.open(folder / "source.tar.xz") as packed:
-        packed.extractall(source, filter="data")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    ran = subprocess.run([*command, str(source)], capture_output=True, text=True, cwd=folder)
-    if ran.returncode:
-        raise KitError(f"this project's wheel could not be built: {ran.stderr[-1500:]}")
+def _put(packed: tarfile.TarFile, name: Path, file: Path) -> None:
+    member, data = tarfile.TarInfo(str(name)), file.read_bytes()
+    member.size, member.mode = len(data), file.stat().st_mode & 0o755
+    packed.addfile(member, io.BytesIO(data))
 
 
 def commit() -> str:
@@ -79,6 +81,7 @@ def commit() -> str:
 
 def pack(kit: Path, *, nixl: bool = True) -> dict[str, Any]:
     """Makes the folder anew; returns its manifest. Raises KitError, above all where it is too large to travel."""
+    kit = kit.resolve()
     shutil.rmtree(kit, ignore_errors=True)
     for part in ("wheels", "peers", "work"):
         (kit / part).mkdir(parents=True)
@@ -88,11 +91,6 @@ def pack(kit: Path, *, nixl: bool = True) -> dict[str, Any]:
     if nixl:
         (wheel,) = download(kit / "work", NIXL)
         slim(wheel, kit / "wheels")
-    shutil.rmtree(kit / "work")
-    (kit / "work").mkdir()
-    own_wheel(kit / "work")
-    for wheel in (kit / "work").glob("*.whl"):
-        wheel.replace(kit / "wheels" / wheel.name)
     shutil.rmtree(kit / "work")
     write_project(kit / PROJECT)
     tiny_model(kit / "tiny")

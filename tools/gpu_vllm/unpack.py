@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile")
-OWN = "mx_modelexpress"
-PROOF = "import mxcore.digest, mxcore.cuda_driver, vllm_plugin; print(mxcore.digest.__file__)"
+PROOF = "import mxcore.digest, mxcore.cuda_driver, mxcore.nixl_agent, mxcore.checkpoint_reader"
 
 
 def unpack(kit: Path, work: Path) -> dict[str, Path]:
@@ -27,18 +26,15 @@ def unpack(kit: Path, work: Path) -> dict[str, Path]:
     for part, folder in (("wheels", "site"), ("peers", "peers")):
         _python(*INSTALL, "--no-cache-dir", "--target", str(folders[folder]), *map(str, (kit / part).glob("*.whl")))
     _untar(kit / "project.tar.xz", folders["project"])
-    _choose_core(folders["site"], folders["project"])
+    _prove_core(folders["site"], folders["project"])
     return folders
 
 
-def _choose_core(site: Path, project: Path) -> None:
-    """The core that the wheel brings, if it loads here; else it is compiled here, from the project's files."""
-    names = next(site.glob(f"{OWN}-*.dist-info/top_level.txt")).read_text().split()
-    if _loads(site, site):
-        for name in names:
-            (project / name).rename(project / f"{name}.source")  # else the steps would import those, not compiled
+def _prove_core(site: Path, project: Path) -> None:
+    """The compiled core loads as it came, or it is compiled here. Raises RuntimeError."""
+    if _loads(site, project):
         return
-    _python("setup.py", "-q", "build_ext", "--inplace", cwd=project)
+    _python("setup.py", "-q", "build_ext", "--inplace", "--force", cwd=project)
     if not _loads(site, project):
         raise RuntimeError("the compiled core neither loads as it came nor as it was compiled here")
 
