@@ -100,7 +100,7 @@ def test_what_has_no_time_or_no_ground_is_skipped_and_said(
 def test_a_step_whose_time_is_over_loses_its_engines(
     run: Run, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"one": Step(hanging, 0, 0.1), "two": Step(good, 0, 60)}
+    made = {"one": Step(hanging, 0, 0.02), "two": Step(good, 0, 60)}
     monkeypatch.setattr(runner, "STEPS", made)
     runner.run_steps(made, run, journal, 60)
 

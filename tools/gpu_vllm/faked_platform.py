@@ -4,7 +4,8 @@ python -m tools.gpu_vllm.faked_platform MODEL...   in a process of its own, with
 
 NVML is replaced by one that tells of an H200; nothing runs on a device. The engine's and the worker's modules are
 imported, the configuration is made with the options that the kit uses, each model is built on the meta device by the
-layers that the GPU would get, and processed; where Triton is installed it compiles the engine's kernels. Prints one JSON object.
+layers that the GPU would get, and processed; where Triton is installed it compiles the engine's kernels.
+Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from tools.gpu_vllm.machine import Machine
 from tools.gpu_vllm.steps import STEPS, Run, Step
 
 ERROR_CHARACTERS = 6000
+CPU_PATIENCE = 4.0  # times as long as on a GPU machine, whose cores are more
 
 
 class Settings(NamedTuple):
@@ -63,7 +64,8 @@ def cut_after(seconds: float, running: Engines) -> Iterator[threading.Event]:
 
 def run_step(name: str, step: Step, run: Run, journal: Journal, left_seconds: float) -> bool:
     """One step and its result; whether it came to an end."""
-    limit = min(step.most_seconds, left_seconds)
+    patience = 1.0 if run.machine.gpu else CPU_PATIENCE
+    limit = min(patience * step.most_seconds, left_seconds)
     began = time.monotonic()
     said: dict[str, Any]
     with cut_after(limit, run.engines) as over:
