@@ -18,7 +18,7 @@ from tools.gpu_vllm.machine import Machine
 
 PAGE_SECONDS = 5.0
 POLL_SECONDS = 0.02
-GOING_SECONDS = 120.0
+GOING_SECONDS = 600.0  # its engine has to start first
 
 
 class Engines:

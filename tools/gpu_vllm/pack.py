@@ -27,7 +27,6 @@ from tools.gpu_vllm.wheels import KitError, download
 from tools.slim_nixl import slim
 
 ROOT = Path(__file__).parents[2]
-PRESET = 1  # of xz
 LIMIT_BYTES = 64 << 20  # of all that travels, the checkout included
 NIXL = "nixl-cu13==1.5.1"
 TINY = {
@@ -58,7 +57,7 @@ def write_project(archive: Path) -> None:
     """The checkout's files, and the compiled core without debug information. Raises KitError where it is none."""
     if len(compiled()) != sum(1 for name in tracked() if name.suffix == ".pyx"):
         raise KitError("the core is not compiled, or not for the stable ABI: make build")
-    with tarfile.open(archive, "w:xz", preset=PRESET) as packed, tempfile.TemporaryDirectory() as scratch:
+    with tarfile.open(archive, "w:xz", preset=vllm_part.PRESET) as packed, tempfile.TemporaryDirectory() as scratch:
         for name in tracked():
             _put(packed, name, ROOT / name)
         stripped = Path(scratch, "stripped")

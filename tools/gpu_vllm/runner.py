@@ -78,7 +78,8 @@ def run_step(name: str, step: Step, run: Run, journal: Journal, left_seconds: fl
             said = {"error": f"{late}{type(error).__name__}: {error}"[-ERROR_CHARACTERS:]}
     journal.add(name, took_seconds=round(time.monotonic() - began, 2), **said)
     ended = "error" not in said
-    logs = run.engines.end(*(step.ends if ended else ())) if step.ends or not ended else []
+    all_go = not ended or over.is_set()  # of a cut none is left, even where the step did not need it
+    logs = run.engines.end(*(() if all_go else step.ends)) if step.ends or all_go else []
     journal.keep_logs(logs)
     return ended
 

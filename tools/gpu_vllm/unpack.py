@@ -23,8 +23,8 @@ def unpack(kit: Path, work: Path) -> dict[str, Path]:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     _untar(kit / "vllm.tar.xz", folders["site"])
-    for part, folder in (("wheels", "site"), ("peers", "peers")):
-        _python(*INSTALL, "--no-cache-dir", "--target", str(folders[folder]), *map(str, (kit / part).glob("*.whl")))
+    for part, name in (("wheels", "site"), ("peers", "peers")):
+        _python(*INSTALL, "--no-cache-dir", "--target", str(folders[name]), *map(str, (kit / part).glob("*.whl")))
     _untar(kit / "project.tar.xz", folders["project"])
     _prove_core(folders["site"], folders["project"])
     return folders
