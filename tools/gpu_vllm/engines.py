@@ -28,6 +28,7 @@ class Engines:
         self.machine = machine
         self.folder = folder
         self._hosts: dict[str, EngineHost] = {}
+        self._seen: set[str] = set()  # workers whose loads were waited for: one that was killed stays on the page
         self._server = Server(folder)
         self.address = self._server.start()
 
@@ -60,7 +61,8 @@ class Engines:
         self._hosts[name].kill()
 
     def wait_until_receiving(self, alive: Callable[[], bool]) -> dict[str, Any]:
-        """Until the server was told of a load that has some of its bytes, not all, from a worker. Raises ValueError."""
+        """Until the server was told of a new load that has some of its bytes, not all, from a worker, which each call
+        tells once. Raises ValueError."""
         log = self._server.child.log.read_text()
         page = re.search(r"status page on (http://\S+)", log)
         if page is None:
@@ -69,7 +71,10 @@ class Engines:
         while time.monotonic() < deadline and alive():
             loads = _status(page[1])["loads"]
             for load in loads:
+                if load["worker_id"] in self._seen:
+                    continue
                 if load["from_worker_id"] and 0 < load["bytes_done"] < load["bytes_total"]:
+                    self._seen.add(load["worker_id"])
                     return {name: load[name] for name in ("bytes_done", "bytes_total", "path")}
             time.sleep(POLL_SECONDS)
         raise ValueError("no transfer was seen on its way")
