@@ -1,1 +1,1 @@
-"""Reading files, compiled: to host memory by pread, O_DIRECT, io_uring or mmap, to a device by a pinned ring or cuFile."""
+"""Reading files, compiled: to host memory (pread, O_DIRECT, io_uring, mmap), to devices (pinned ring, cuFile)."""
