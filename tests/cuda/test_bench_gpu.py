@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from bench.gpu import peers, sections
 from tests.cuda.stand_in import ROOT, StandIn
+from tests.installs import installed
 
 MAIN = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "bench", "gpu"]
 
@@ -72,6 +75,23 @@ def test_a_part_in_its_process(loaded: StandIn, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(peers, "TIMEOUT_SECONDS", 0.001)
     with pytest.raises(ValueError, match="safetensors: no end"):
         peers.seconds("safetensors", 0, 1, [])
+
+
+def test_prefetch_is_a_peer_where_safetensors_has_it() -> None:
+    newer = installed("safetensors-0.9.0rc1", "safetensors==0.9.0rc1", dependencies=False)
+    code = "from bench.gpu import peers; print(peers._without_prefetch())"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for folder in (newer, ROOT)
+    ]
+    assert said == ["", importlib.metadata.version("safetensors")]
 
 
 def test_without_a_driver_it_says_so(tmp_path: Path) -> None:

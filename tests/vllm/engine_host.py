@@ -203,6 +203,20 @@ def live(command: dict[str, Any]) -> dict[str, Any]:
     return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
 
 
+def memory(command: dict[str, Any]) -> dict[str, Any]:
+    """The most bytes that this process held: on its device (None without one; torch's alone) and of the host; and the
+    devices to which a load went through a pinned ring."""
+    import resource
+
+    import torch
+
+    from mxcore.storage.load import device_ring
+
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"device": on_device, "host": on_host, "ringed": sorted(device_ring._rings)}
+
+
 def identity(command: dict[str, Any]) -> dict[str, Any]:
     """The identity that a real configuration gives; starts no engine."""
     from google.protobuf.json_format import MessageToDict
@@ -279,6 +293,7 @@ COMMANDS = {
         corrupt,
         leave,
         live,
+        memory,
         identity,
         interface,
     )
