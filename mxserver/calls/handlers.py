@@ -6,12 +6,11 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
-if TYPE_CHECKING:
-    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stubs alone
 
 Around: TypeAlias = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
 """Called with the method's full name. Entered before the call is answered, left when the answer is complete."""
