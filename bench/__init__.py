@@ -1,0 +1,1 @@
+"""What `mx bench` and `make demo` run: real processes, real sockets; figures as JSON with --json."""

@@ -26,7 +26,7 @@ def rows() -> list[tuple[str, str, int, int]]:
     for init in sorted(init for layer in _LAYERS for init in (ROOT / layer).rglob("__init__.py")):
         files = [path for path in init.parent.iterdir() if path.suffix in _CODE and "_pb2" not in path.name]
         names = {path.stem for path in files if path.suffix in {".py", ".pyx", ".proto"}} - {"__init__"}
-        said = (ast.get_docstring(ast.parse(init.read_text())) or "").partition("\n\n")[0].replace("\n", " ")
+        said = (ast.get_docstring(ast.parse(init.read_text())) or "").replace("\n", " ").partition(". ")[0].rstrip(".")
         found.append((str(init.parent.relative_to(ROOT)), said, len(names), _lines(files)))
     return sorted(found, key=lambda row: (_LAYERS.index(row[0].split("/")[0]), row[0]))
 

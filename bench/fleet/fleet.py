@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BY_NIXL = "tcp-by-nixl"
 DEADLINE_SECONDS = 180.0
 _serial = itertools.count()

@@ -417,7 +417,7 @@ def test_rings_end_with_the_process(loaded: StandIn, checkpoint: Checkpoint) -> 
     code = f"""
 import torch
 from pathlib import Path
-from mxcore import cuda_driver
+from mxcore.cuda import driver as cuda_driver
 from mxcore.cuda.context import context_of
 from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.cuda.memory import DeviceBuffer

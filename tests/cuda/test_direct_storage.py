@@ -404,7 +404,7 @@ def test_it_is_tried_in_a_process_of_its_own(
     opens = f"""
 import sys
 from bench.gpu import measure, sections
-from mxcore import cufile
+from mxcore.reading import cufile
 from mxcore.storage.load.cufile_trial import attempt
 cufile._load_stand_in({str(loaded_cufile.path)!r})
 print("libcufile says something")

@@ -153,9 +153,9 @@ def test_from_another_pid_namespace_it_is_not_even_tried(driver: StandIn) -> Non
         pytest.skip("making a PID namespace needs CAP_SYS_ADMIN")
     code = """
 import sys
-from mxcore import cuda_driver
+from mxcore.cuda import driver as cuda_driver
 from mxcore.transfer.route.same_device import cannot_read
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 cuda_driver._load_stand_in(sys.argv[1])
 print(cannot_read(mx_pb2.DeviceProbe.FromString(bytes.fromhex(sys.argv[2])), 0))
 """

@@ -23,7 +23,7 @@ SEEN_SECONDS = 60.0  # less than a lease, after which it would be stale without 
 
 MEMBER = """
 import multiprocessing, os, signal, sys, time
-from mxserver.wire import p2p_pb2
+from mxserver.wire.proto import p2p_pb2
 from mxserver.wire.calls.client import ServerClient
 from mxcore.engine import serving
 from mxcore.engine.departure import Record

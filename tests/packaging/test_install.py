@@ -101,7 +101,7 @@ def test_import_without_torch_and_vllm_says_what_is_missing(python: Path, tmp_pa
 
 
 def test_compiled_core_works_there(python: Path, tmp_path: Path) -> None:
-    code = "import mxcore.digest as d; print(hex(d.xxh3_64(b'')))"
+    code = "import mxcore.digest.digest as d; print(hex(d.xxh3_64(b'')))"
     done = run(python, "-W", "ignore", "-c", code, cwd=tmp_path)
     assert done.stdout.strip() == "0x2d06800538d394c2", done.stderr
 
@@ -161,7 +161,7 @@ def test_oldest_dependencies_will_do(oldest: Path, tmp_path: Path) -> None:
         code = (
             "import redis\nimport vllm_plugin, mxserver.store.redis, mxcore.cli.explain\n"
             "from mxcore.settings import load_settings\nfrom mxcore.transfer.member.membership import Membership\n"
-            "from mxserver.wire import p2p_pb2\n"
+            "from mxserver.wire.proto import p2p_pb2\n"
             f"member = Membership(load_settings({{'server_address': {address!r}}}), "
             "p2p_pb2.SourceIdentity(model_name='m'), 0, 'cpu')\n"
             "print(member.join(), member.find_sources(), member.close())"

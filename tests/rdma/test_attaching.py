@@ -24,7 +24,7 @@ for _ in sys.stdin:
 READER = """
 import sys
 from mxcore.transfer.route.same_host import can_read
-from mxserver.wire import mx_pb2
+from mxserver.wire.proto import mx_pb2
 print(can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.argv[1]))))
 """
 

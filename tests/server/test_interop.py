@@ -97,7 +97,7 @@ def test_their_client_publishes_lists_gets_and_updates(
 BOTH_IN_ONE_PROCESS = """
 import sys
 from modelexpress import p2p_pb2 as theirs
-from mxserver.wire import p2p_pb2 as ours
+from mxserver.wire.proto import p2p_pb2 as ours
 from mxserver.wire.calls.client import ServerClient
 from modelexpress.client import MxClient
 

@@ -16,7 +16,7 @@ from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import ROOT
 
 READ_PROBE = (
-    "import sys; from mxcore.transfer.route.same_host import can_read; from mxserver.wire import mx_pb2; "
+    "import sys; from mxcore.transfer.route.same_host import can_read; from mxserver.wire.proto import mx_pb2; "
     "sys.exit(0 if can_read(mx_pb2.SameHostProbe.FromString(bytes.fromhex(sys.argv[1]))) else 3)"
 )
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROUND_TRIP = """
 import sys
 import google.protobuf, grpc
-from mxserver.wire import api_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
-from mxserver.wire import api_pb2_grpc, health_pb2_grpc, model_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.proto import api_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
+from mxserver.wire.proto import api_pb2_grpc, health_pb2_grpc, model_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
 from mxserver.wire.calls.client import ServerClient
 from mxserver.wire.errors import StaleEpoch
 from mxserver.wire.calls.source_ids import source_id
