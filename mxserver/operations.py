@@ -13,7 +13,7 @@ from mxserver.security import Authenticator
 from mxserver.store import SourceStore, StoreUnavailable, SystemClock
 from mxserver.telemetry import Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
 from mxserver.web import CacheView, HttpServer, StatusView, application
-from mxserver.wire.calls import ServerTls
+from mxserver.wire.credentials import ServerTls
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -17,7 +17,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
 from mxserver.wire import SettingError, setting, unprotected
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerTls
+from mxserver.wire.calls import MAX_MESSAGE_BYTES
+from mxserver.wire.credentials import ServerTls
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
 LogFormat = Literal["text", "json"]

@@ -40,6 +40,7 @@ GUARDED = {"mxcore", "mxserver", "vllm_plugin", "vllm", "torch", "tests", "bench
 ORDER = (
     "mxserver.wire",
     "mxserver.wire.proto",
+    "mxserver.wire.credentials",
     "mxserver.wire.calls",
     "mxserver.wire.files",
     "mxcore.errors",

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mxserver.wire import SettingError, parse_server_address, setting, split_scheme
-from mxserver.wire.calls import CA_FILE, CERT_FILE, KEY_FILE, TOKEN_FILE, TOKEN_IN_CLEAR, ClientCredentials
+from mxserver.wire.credentials import CA_FILE, CERT_FILE, KEY_FILE, TOKEN_FILE, TOKEN_IN_CLEAR, ClientCredentials
 
 SERVER_NAMES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
 """The environment names of the server's address; the first that is set counts."""

@@ -22,9 +22,7 @@ class Subcommand(NamedTuple):
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand("mxcore.cli.bench:bench", "Measure, from a source checkout (JSON with --json)."),
-    "doctor": Subcommand(
-        "mxcore.cli.doctor.command:doctor", "What works on this machine, and how to mend what does not."
-    ),
+    "doctor": Subcommand("mxcore.cli.doctor.command:doctor", "What works on this machine, what does not, and why."),
     "explain": Subcommand("mxcore.cli.explain:explain", "Where a worker here would take weights from, and why."),
     "models": Subcommand("mxcore.cli.models:models", "The server's model cache: get, list, rm, pin, validate."),
     "sources": Subcommand("mxcore.cli.sources:sources", "The workers that the server knows."),

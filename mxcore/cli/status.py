@@ -18,7 +18,8 @@ from mxcore.cli.server_calls import bytes_text, duration, json_option, server_cl
 from mxserver.wire import split_scheme
 
 if TYPE_CHECKING:
-    from mxserver.wire.calls import ClientCredentials, ServerClient
+    from mxserver.wire.calls import ServerClient
+    from mxserver.wire.credentials import ClientCredentials
     from mxserver.wire.proto import p2p_pb2
 
 EXIT_NOT_WELL = 1

@@ -1,13 +1,15 @@
 """Another process' memory, read by cross-memory attach. Types and documentation: attached_memory.pyi."""
 
 cimport cython
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 import os
 
-from mxcore.native.chunk_jobs cimport MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool
+from mxcore.native.chunk_jobs cimport (
+    MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
+)
 from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.memory import merge_adjoining
 
@@ -89,8 +91,12 @@ cdef class AttachedReads:
         job.key, job.count = key, count
         mx_chunk_ask(&self.pool.jobs, job)
 
-    def ended(self):
-        return chunks_ended(&self.pool.jobs, -1, self.pool.hashed)
+    def ended(self, double seconds=-1.0):
+        return chunks_ended(&self.pool.jobs, <int64_t> (min(seconds, 1e9) * 1e9), self.pool.hashed)
+
+    def wake(self):
+        if self.is_open:
+            mx_chunk_wake(&self.pool.jobs)
 
     def close(self):
         self._close()

@@ -13,7 +13,7 @@ import grpc
 
 from mxserver.calls import Statuses, WrappingInterceptor, answers_in_callbacks, refuse, refusing
 from mxserver.security.roles import CALLER, AccessError, AccessUnknown, Caller, Role, Unauthenticated, required_role
-from mxserver.wire.calls import LONGEST_TOKEN_BYTES
+from mxserver.wire.credentials import LONGEST_TOKEN_BYTES
 
 if TYPE_CHECKING:
     from mxserver.calls import Handler

@@ -12,7 +12,8 @@ from mxserver.security.service_accounts import subjects
 from mxserver.security.token_review import TokenReviews
 from mxserver.settings import ServerSettings
 from mxserver.wire import SettingError
-from mxserver.wire.calls import ServerTls, channel_options, is_loopback, server_credentials
+from mxserver.wire.calls import channel_options, server_credentials
+from mxserver.wire.credentials import ServerTls, is_loopback
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:

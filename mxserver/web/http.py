@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mxserver.wire.calls import ServerTls, server_context
+from mxserver.wire.credentials import ServerTls, server_context
 
 MAX_CONNECTIONS = 256
 HEAD_SECONDS = 5.0  # from the connection, or the last answer, to a complete request

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxserver.wire import FileRefused, SettingError
-from mxserver.wire.calls import ClientCredentials
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import ChunkReader, StreamConnection
 from mxserver.wire.files.stream_call import CallFailed
 from mxserver.wire.proto import model_pb2

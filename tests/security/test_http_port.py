@@ -24,7 +24,7 @@ from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.web import application
 from mxserver.wire import SettingError
-from mxserver.wire.calls import ClientCredentials, ServerTls, server_context
+from mxserver.wire.credentials import ClientCredentials, ServerTls, server_context
 from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file
 from tests.web.browser import Browser

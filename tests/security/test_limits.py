@@ -14,7 +14,8 @@ from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
 from mxserver.wire import ServerRefused
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ClientCredentials, ServerClient, channel_options
+from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, StartServer
 from tests.server.test_cli import half_of_a_call

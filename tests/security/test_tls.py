@@ -12,7 +12,8 @@ import pytest
 
 from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
-from mxserver.wire.calls import ClientCredentials, ServerClient, ServerTls, is_loopback, server_credentials, worker_tls
+from mxserver.wire.calls import ServerClient, server_credentials
+from mxserver.wire.credentials import ClientCredentials, ServerTls, is_loopback, worker_tls
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer
 

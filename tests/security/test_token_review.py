@@ -16,7 +16,8 @@ from mxserver.security.roles import Caller
 from mxserver.security.service_accounts import AllowedAccounts, FileSubjects
 from mxserver.security.token_review import TokenReviews
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
-from mxserver.wire.calls import ClientCredentials, ServerClient
+from mxserver.wire.calls import ServerClient
+from mxserver.wire.credentials import ClientCredentials
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 from tests.security.kubernetes_stand_in import ApiServer, service_account

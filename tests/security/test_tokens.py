@@ -19,7 +19,8 @@ from mxserver.security.access_file import AccessFile, read_rules
 from mxserver.security.roles import OPEN_SERVICES, ROLE_OF_METHOD, Caller, required_role
 from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
-from mxserver.wire.calls import LONGEST_TOKEN_BYTES, ClientCredentials, ServerClient, open_channel
+from mxserver.wire.calls import ServerClient, open_channel
+from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
 from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,18 +210,14 @@ def test_the_ring_stays_below_the_ceiling(checkpoint: Checkpoint, tensors: Tenso
 
 
 def resident(file: Path) -> int:
-    """Pages of a file in the page cache, by a read that does not wait."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        found = 0
-        for offset in range(0, file.stat().st_size, 65536):
-            try:
-                found += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
-            except BlockingIOError:
-                continue
-        return found
-    finally:
-        os.close(descriptor)
+    """Pages of a file in the page cache, by mincore: a read that does not wait starts reading ahead (Linux 6)."""
+    size_bytes = file.stat().st_size
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+        found = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        assert mincore(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), found) == 0
+        return sum(page & 1 for page in found)
 
 
 def test_the_cache_is_left_clean_on_request(made: Maker) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mxcore.settings import WorkerSettings, load_settings
 from mxserver.wire import BY_NAME
-from mxserver.wire.calls.credentials import WORKER_NAMES
+from mxserver.wire.credentials.credentials import WORKER_NAMES
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

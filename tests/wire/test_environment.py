@@ -156,7 +156,7 @@ def test_what_kubernetes_makes_of_a_service_named_mx_auth_protects_nothing() -> 
 @pytest.mark.parametrize("reader", ["server", "worker", "both", "plugin", "build"])
 def test_names_with_effect_are_read_by_the_code_that_they_name(reader: str) -> None:
     """A name in the table that nobody reads would be a setting without an effect."""
-    shared = "mxserver/wire/calls/credentials.py"
+    shared = "mxserver/wire/credentials/credentials.py"
     sources = {"server": ["mxserver/settings.py"], "worker": ["mxcore/settings.py", shared], "build": ["setup.py"]}
     sources["plugin"] = ["vllm_plugin/formats.py"]
     sources["both"] = ["mxserver/settings.py", shared]

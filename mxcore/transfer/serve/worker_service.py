@@ -21,7 +21,8 @@ from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, dev
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
 from mxserver.wire import SettingError
-from mxserver.wire.calls import channel_options, server_credentials, worker_tls
+from mxserver.wire.calls import channel_options, server_credentials
+from mxserver.wire.credentials import worker_tls
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
 __all__ = ["WorkerServer"]

@@ -10,8 +10,7 @@ from typing import Any, cast
 import grpc
 
 from mxserver.wire.address import split_scheme, with_advice
-from mxserver.wire.calls.credentials import TOKEN_IN_CLEAR, ClientCredentials
-from mxserver.wire.calls.tls_files import FollowedFiles, ServerTls, read_ca, read_pair
+from mxserver.wire.credentials import TOKEN_IN_CLEAR, ClientCredentials, FollowedFiles, ServerTls, read_ca, read_pair
 from mxserver.wire.errors import SettingError
 
 _LOG = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import grpc
 
 from mxserver.wire.calls.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.calls.closing import Closing
-from mxserver.wire.calls.credentials import ClientCredentials
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 from mxserver.wire.proto import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import grpc
 import xxhash
 
-from mxserver.wire.calls import ClientCredentials, Closing, Patience
+from mxserver.wire.calls import Closing, Patience
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerRefused, ServerUnreachable, WireError
 from mxserver.wire.files.file_chunk import ChunkReader
 from mxserver.wire.files.model_stream import BROKEN, MAX_CONTENT_ATTEMPTS, METHOD

@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import grpc
 
-from mxserver.wire.calls import NO_ANSWER, ClientCredentials, Closing, Patience, ServerChannel, call_failure
+from mxserver.wire.calls import NO_ANSWER, Closing, Patience, ServerChannel, call_failure
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import (
     DiskFull,
     FileRefused,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc
 
-from mxserver.wire.calls import ClientCredentials, Patience
+from mxserver.wire.calls import Patience
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerUnreachable, WireError
 from mxserver.wire.files.file_chunk import ChunkReader
 from mxserver.wire.files.partial_file import FileInfo, PartialFile

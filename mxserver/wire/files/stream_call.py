@@ -14,13 +14,8 @@ from urllib.parse import unquote
 import grpc
 
 from mxserver.wire.address import split_scheme
-from mxserver.wire.calls import (
-    KEEPALIVE_INTERVAL_MS,
-    KEEPALIVE_TIMEOUT_MS,
-    MAX_MESSAGE_BYTES,
-    ClientCredentials,
-    Closing,
-)
+from mxserver.wire.calls import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS, MAX_MESSAGE_BYTES, Closing
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files.http2 import Headers, Http2Connection, Http2Error, StreamReset
 
 WINDOW_BYTES = 16 * 1024 * 1024  # what may be in flight to one stream

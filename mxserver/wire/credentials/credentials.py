@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxserver.wire.address import split_scheme
-from mxserver.wire.calls.tls_files import ServerTls, load_pair, read_ca, read_file
+from mxserver.wire.credentials.tls_files import ServerTls, load_pair, read_ca, read_file
 from mxserver.wire.environment import setting, unprotected
 from mxserver.wire.errors import SettingError
 
