@@ -9,7 +9,7 @@ import pytest
 
 from mxcore.cli.doctor import cuda as doctor_cuda
 from mxcore.errors import CuFileMissing
-from mxcore.storage.load import cufile_trial, device_direct
+from mxcore.storage.load import device_direct
 from mxcore.transfer.route import UcxPolicy
 from tests.cuda.stand_in import ROOT, StandIn
 
@@ -90,9 +90,9 @@ def test_direct_storage_is_looked_for_in_this_order(
     gpudirect: StandIn, loaded_cufile: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str | None] = []
-    monkeypatch.setattr(cufile_trial, "trial", lambda file: tried.append(file) or "it does not open")
+    monkeypatch.setattr("mxcore.storage.load.trial", lambda file: tried.append(file) or "it does not open")
     assert "it does not open" in doctor_cuda._direct_storage().fact
-    monkeypatch.setattr(cufile_trial, "trial", lambda file: "")
+    monkeypatch.setattr("mxcore.storage.load.trial", lambda file: "")
     found = doctor_cuda._direct_storage()
     assert (found.state, "cuFile 1.14 opens" in found.fact) == ("ok", True)
     monkeypatch.setenv("MX_GPUDIRECT_STORAGE", "off")
