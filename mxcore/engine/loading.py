@@ -27,7 +27,7 @@ from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
-from mxserver.wire import MxError
+from mxserver.wire import MxError, SettingError
 
 __all__ = ["load"]
 
@@ -137,7 +137,9 @@ def _unheard(membership: Membership) -> tuple[str, bool]:
     address = membership.settings.server_address
     try:
         membership.published_ranks(ready=True)
-    except MxError:
+    except MxError as error:
+        if isinstance(error.__cause__, SettingError):  # nobody was called
+            return str(error.__cause__), False
         return f"no answer from the server at {address}", False
     return f"the server at {address} does not take this worker's record", True
 

@@ -20,11 +20,14 @@ GENERATORS = {
 OPAQUE = {"compressed_tensors": "qkv_proj.scheme.kernel.dnnl_handler"}  # processed weights in a oneDNN object on a CPU
 if "amx_tile" in Path("/proc/cpuinfo").read_text():
     OPAQUE["deepseek_v3"] = "self_attn.kv_b_proj.weight"  # packed into the attention's own tiles, and emptied
+AVX512_ALONE = ("awq", "gptq")  # vLLM's CPU build has their kernels in its library for AVX-512 alone
 models_of = functools.partial(pytest.mark.parametrize, "model", indirect=True)
 
 
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, folder: Path) -> Path:
+    if request.param in AVX512_ALONE and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"vLLM's CPU build has no kernel of {request.param} for this processor, which lacks AVX-512")
     return GENERATORS[request.param](folder / "families" / request.param, request.param)
 
 
