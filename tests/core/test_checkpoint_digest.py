@@ -14,7 +14,7 @@ from mxcore.errors import StorageError
 from mxcore.safetensors.errors import HeaderBeyondFile, RangeBeyondFile
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.checkpoint.content_digest import BLOCK_BYTES, BLOCKS_PER_FILE
-from tests.core.headers import entry, file_of
+from tests.core.safetensors.headers import entry, file_of
 
 DATA_BYTES = 300_000
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

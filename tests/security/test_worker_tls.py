@@ -16,7 +16,7 @@ from tests.transfer.conftest import (
     StartWorker,
     start_worker,  # noqa: F401 - a fixture
 )
-from tests.transfer.test_holder import SOURCE_ID, WORKER_ID, Holder, holder, new_server  # noqa: F401 - a fixture
+from tests.transfer.serve.test_holder import SOURCE_ID, WORKER_ID, Holder, holder, new_server  # noqa: F401 - a fixture
 
 NAME = "mx-worker"
 

@@ -24,7 +24,7 @@ from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load import Reader, load
 from mxcore.storage.load.host_load import load_digested
 from mxcore.storage.plan import MemoryBudget, Want, merged, parts_of
-from tests.core.headers import entry, file_of
+from tests.core.safetensors.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 
 

@@ -15,7 +15,7 @@ from mxcore.storage.checkpoint import Checkpoint, Framework, open_checkpoint
 from mxcore.storage.load import stream
 from mxcore.storage.load.tensor_stream import load_file
 from mxcore.storage.plan import MemoryBudget
-from tests.core.headers import entry, file_of
+from tests.core.safetensors.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
 
 

@@ -21,7 +21,7 @@ import pytest
 from bench.fleet.fleet import settings_of
 from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.transfer.move import Source
-from tests.transfer.member import Member, NewMember
+from tests.transfer.fleet_member import Member, NewMember
 
 ROOT = Path(__file__).parents[2]
 # A processor that is emulated (`make test-rdma`) takes half a minute to start three workers, minutes on a busy machine.

@@ -30,7 +30,7 @@ from mxcore.transfer.move import same_host as attached_pull
 from mxcore.transfer.receive import Receiver
 from mxcore.transfer.receive.receiver import FindMore
 from tests.transfer.conftest import StartWorker
-from tests.transfer.member import PATIENT_SECONDS
+from tests.transfer.fleet_member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, Spec, identity, model_specs
 
 CHUNK_BYTES = 65536

@@ -17,7 +17,7 @@ from mxcore.transfer.layout import build_layout
 from mxcore.transfer.member import Membership
 from mxcore.transfer.move import Source
 from mxserver.wire.proto import load_pb2
-from tests.transfer.member import PATIENT_SECONDS
+from tests.transfer.fleet_member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 

@@ -89,7 +89,7 @@ def test_files_with_other_bytes_are_found_out(
     """The workers promise something else than the files have: nothing of the mixture stays."""
     partial.memory[-1][:] ^= 1
     holder = partial.serve(None)
-    last = max(range(len(holder.chunks)), key=lambda chunk: holder.chunks.segments(chunk)[-1].extent)
+    last = len(holder.chunks) - 1  # it ends with the tensor that differs
     holder.update(all_chunks(len(holder.chunks)) & ~(1 << last))
     loaded = target.load(model, extra=IMPATIENT)
 

@@ -16,7 +16,7 @@ from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
-from tests.transfer.member import SEED, NewMember
+from tests.transfer.fleet_member import SEED, NewMember
 from tests.transfer.memory import HostTensors
 
 

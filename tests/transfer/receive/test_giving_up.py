@@ -11,7 +11,7 @@ from mxcore.errors import ChunksMissing, LayoutMismatch
 from mxcore.transfer.move import Source
 from mxserver.wire import ServerUnreachable
 from tests.transfer.conftest import StartWorker, WorkerProcess, wait_for
-from tests.transfer.member import SEED, NewMember
+from tests.transfer.fleet_member import SEED, NewMember
 from tests.transfer.test_exchange import Target
 
 # Whoever waits for news ends with TransferStalled instead of what these tests want, and long after all else.

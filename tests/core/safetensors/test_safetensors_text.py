@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mxcore.safetensors import SafetensorsError
 from mxcore.safetensors.errors import HeaderEncoding, HeaderJson, IntegerInvalid
-from tests.core.headers import parse
+from tests.core.safetensors.headers import parse
 
 EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 

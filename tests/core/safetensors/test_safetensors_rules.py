@@ -15,7 +15,7 @@ from mxcore.errors import StorageError
 from mxcore.safetensors import Header, parse_header, read_header
 from mxcore.safetensors import errors as rules
 from mxcore.safetensors.header import TensorEntry
-from tests.core.headers import entry, file_of, parse
+from tests.core.safetensors.headers import entry, file_of, parse
 
 ONE = b'"dtype":"U8","shape":[1],"data_offsets":[0,1]'
 NONE = b'"dtype":"U8","shape":[0],"data_offsets":[0,0]'

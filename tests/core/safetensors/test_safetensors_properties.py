@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from mxcore.safetensors import Header, SafetensorsError, parse_header, read_header
 from mxcore.safetensors import errors as rules
 from mxcore.safetensors.scan import DTYPE_BITS
-from tests.core.headers import file_of
+from tests.core.safetensors.headers import file_of
 
 STRICTER = (
     rules.HeaderStart,
