@@ -1,5 +1,5 @@
-// The kernels; `python tools/make_ptx.py` makes mxcore/cuda/cuda_kernels.ptx of them, which the driver compiles where it
-// runs.
+// The kernels; `python tools/make_ptx.py` makes mxcore/cuda/cuda_kernels.ptx of them, which the driver compiles where
+// it runs.
 #include "cuda_kernels.h"
 
 // One block a tile: sums[block] is its words' sum. Each sum is written by one thread, so that none has to be cleared.

@@ -2,9 +2,9 @@
 #ifndef MX_READ_SCATTER_H
 #define MX_READ_SCATTER_H
 
+#include "native/stream_copy.h"
 #include "native/xxh3.h"
 #include "read_parts.h"
-#include "native/stream_copy.h"
 
 #define MX_DIGEST_BLOCK 131072 /* hashed, then copied while it is in the cache */
 

@@ -1,4 +1,5 @@
-/* Modules and launches of the stand-in: a module is PTX text, a kernel what mxcore/cuda/cuda_kernels.h says of each thread.
+/* Modules and launches of the stand-in: a module is PTX text, a kernel what mxcore/cuda/cuda_kernels.h says of each
+ * thread.
  *
  * Shown here: that the text is there, with these entries and as many parameters; that records are made right; what the
  * threads of a launch make together. Not shown: what a GPU's compiler makes of the text, and the reduction within a
