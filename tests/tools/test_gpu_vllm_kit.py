@@ -23,7 +23,9 @@ NOT_IMPORTED = {"dnspython"}  # by an engine: email-validator asks for it where 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu-kit") / "kit"
-    pack.pack(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_HUB_OFFLINE", "1")  # as packing sets it, for a process of its own
+        pack.pack(folder)
     return folder
 
 
