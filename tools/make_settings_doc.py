@@ -2,7 +2,7 @@
 
     python tools/make_settings_doc.py
 
-tests/server/test_settings_doc.py holds the file to what this makes.
+tests/server/command/test_settings_doc.py holds the file to what this makes.
 """
 
 from __future__ import annotations

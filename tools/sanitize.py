@@ -34,7 +34,7 @@ LEFT_OUT = (
     "cuda/test_transfer.py",
     "cuda/test_slim_nixl.py",
 )
-LEFT_OUT_TESTS = ("tests/cuda/test_same_device.py::test_weights_on_one_machine",)  # NIXL
+LEFT_OUT_TESTS = ("tests/cuda/transfer/test_same_device.py::test_weights_on_one_machine",)  # NIXL
 
 
 def build() -> None:

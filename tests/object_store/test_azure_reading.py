@@ -19,8 +19,8 @@ from mxcore.storage.remote import (
     remote_digest,
     stream_remote,
 )
+from tests.models.sources.test_azure import ACCOUNT, AZURITE, Azurite, keys
 from tests.models.tcp_proxy import TcpProxy
-from tests.models.test_azure import ACCOUNT, AZURITE, Azurite, keys
 from tests.object_store.conftest import SMALL
 from tests.object_store.test_object_folder import equal, load
 

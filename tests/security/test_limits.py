@@ -18,7 +18,7 @@ from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, StartServer
-from tests.server.test_cli import half_of_a_call
+from tests.server.command.test_cli import half_of_a_call
 
 PLAIN = ClientCredentials()
 

@@ -30,8 +30,8 @@ from mxcore.storage.load.device_ring import ring_of
 from mxcore.storage.plan import MemoryBudget, Row, Want
 from tests.cuda.device_tensor import DeviceTensor, load_to_device, same_bits
 from tests.cuda.stand_in import ROOT, StandIn
-from tests.cuda.test_cufile import on_device
-from tests.cuda.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
+from tests.cuda.storage.test_cufile import on_device
+from tests.cuda.storage.test_device_load import budget_that_is_given_back, close, destinations, in_two_files
 
 MIB = 1 << 20
 

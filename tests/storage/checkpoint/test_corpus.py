@@ -13,7 +13,7 @@ from safetensors.torch import load
 from fuzz.make_corpus import CORPUS, FOLDERS, OUR_CHOICE
 from mxcore.safetensors import SafetensorsError, parse_header
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SEEDS = [(folder, name) for folder, seeds in FOLDERS.items() for name in seeds]
 WE_REFUSE_MORE = {"no_brace"}  # the format wants a "{" first; safetensors takes blanks before it
 

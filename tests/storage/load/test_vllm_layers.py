@@ -15,7 +15,7 @@ from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HIDDEN, HEADS, KV_HEADS, HEAD = 64, 8, 2, 16
 
 

@@ -27,10 +27,10 @@ from mxserver.store.redis.store import LINGER_SECONDS
 from mxserver.wire import ServerUnreachable, SettingError, StaleEpoch
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2
+from tests.server.command.test_cli import mxserver
 from tests.server.conftest import ROOT, ServerProcess
 from tests.server.redis_process import LASTING, RedisProcess
 from tests.server.stores import COLLECT_SECONDS, HEARTBEAT_SECONDS, LEASES, READY, STALE, HandClock, key, publication
-from tests.server.test_cli import mxserver
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")
 SOURCE = source_id(IDENTITY)

@@ -17,8 +17,8 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import ServerClient
 from tests.security.authority import Authority
 from tests.security.conftest import access_file
+from tests.server.command.test_cli import mxserver
 from tests.server.conftest import ServerProcess
-from tests.server.test_cli import mxserver
 
 
 @pytest.fixture
