@@ -1,9 +1,10 @@
-"""A torch model → what a worker moves: tensors by name, and the numbers made from weights that live outside of tensors.
+"""A torch model → what is reachable by value from it: tensors, numbers, and the structure, all by name.
 
 Weights hide: beside parameters and buffers there are tensors in plain attributes of modules, in helper objects that
 are no modules (quantisation methods, attention implementations), in lists and dictionaries of those, on the parameters
 themselves, and Python floats such as `_k_scale_float`. A copy that lacks one of them gives plausible, wrong text. So
-everything reachable by value is walked, and what cannot be moved is refused by name, never left out in silence.
+everything reachable by value is walked. What of it is a weight, `evidence` says; what cannot be looked at is named in
+`refused`, never left out in silence.
 
 Nothing of torch is patched, and nothing is written until `Collected.set_scalars`.
 """
@@ -60,6 +61,9 @@ class Collected:
 
     tensors: list[LocalTensor] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
+    decided: dict[str, str] = field(default_factory=dict)  # bools, texts, enums and dtypes
+    classes: dict[str, str] = field(default_factory=dict)  # of modules and helper objects
+    stored: set[str] = field(default_factory=set)  # parameters and buffers that a checkpoint can have
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     _setters: dict[str, _Setter] = field(default_factory=dict)
@@ -70,16 +74,15 @@ class Collected:
             raise LayoutUnsupported(f"{len(self.refused)} values cannot be moved: {shown(self.refused)}")
 
     def set_scalars(self, values: Mapping[str, float]) -> None:
-        """Puts the source's numbers where ours came from.
+        """Puts these numbers where ours came from; others stay.
 
-        Raises LayoutMismatch if the names differ, or if a number that cannot be replaced (in a tuple, in a frozen
-        object) differs; then some may have been set already and the model must not be used.
+        Raises LayoutMismatch for a name that is not here, or if a number that cannot be replaced (in a tuple, in a
+        frozen object) differs; then some may have been set already and the model must not be used.
         """
-        missing, extra = sorted(self.scalars.keys() - values.keys()), sorted(values.keys() - self.scalars.keys())
-        if missing or extra:
+        extra = sorted(values.keys() - self.scalars.keys())
+        if extra:
             raise LayoutMismatch(
-                f"the source's scalars are not ours: {len(missing)} missing {missing[:MAXIMUM_NAMES_SHOWN]}, "
-                f"{len(extra)} extra {extra[:MAXIMUM_NAMES_SHOWN]}"
+                f"{len(extra)} of the source's numbers are not in this model: {extra[:MAXIMUM_NAMES_SHOWN]}"
             )
         for name, value in values.items():
             if not _same(value, self.scalars[name]):
@@ -95,15 +98,8 @@ def shown(reasons: Mapping[str, str]) -> str:
 
 
 def collect(model: nn.Module, device: torch.device) -> Collected:
-    """All weights of `model`, whose place is `device`. Refusals are recorded, not raised: `require_movable`."""
+    """All that `model` holds, whose place is `device`. Refusals are recorded, not raised: `require_movable`."""
     return _Walk(model, device).run()
-
-
-def emptied(before: Collected, after: Collected) -> dict[str, str]:
-    """Names that had elements before processing and have none after it: packed away where nobody can read them."""
-    reason = "emptied by processing: its values are packed away in an object that cannot be moved"
-    had = {tensor.name for tensor in before.tensors if 0 not in tensor.shape}
-    return {tensor.name: reason for tensor in after.tensors if 0 in tensor.shape and tensor.name in had}
 
 
 def _same(one: float, other: float) -> bool:
@@ -131,7 +127,11 @@ class _Walk:
         return self.found
 
     def module(self, module: nn.Module, prefix: str, depth: int = 0) -> None:
+        self.found.classes[prefix.rstrip(".")] = _class_of(module)
+        fleeting = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if name not in fleeting:
+                self.found.stored.add(prefix + name)
             if tensor is not None and name not in RUN_TIME_STATE:
                 self.value(tensor, prefix + name, _fixed(prefix + name), depth)
         self.attributes(module, prefix, depth)
@@ -146,8 +146,9 @@ class _Walk:
             return self.tensor(value, name, depth)
         if isinstance(value, float):  # bool is no float
             return self.scalar(name, value, setter)
-        if isinstance(value, bool):
-            return self.scalar(name, float(value), lambda number: setter(bool(number)))
+        if isinstance(value, bool | str | enum.Enum | torch.dtype):
+            self.found.decided[name] = repr(value)
+            return None
         if not _may_hold(value) or id(value) in self.seen:
             return None
         self.seen.add(id(value))
@@ -177,6 +178,7 @@ class _Walk:
         elif hasattr(type(value), "__del__"):
             self.found.refused[name] = f"a {type(value).__name__}, which owns memory that cannot be seen"
         else:
+            self.found.classes[name] = _class_of(value)
             self.attributes(value, f"{name}.", depth)
 
     def item(self, owner: Any, key: Any, name: str, depth: int) -> None:
@@ -215,6 +217,10 @@ class _Walk:
                 self.scalar(f"{name}[{index}]", float(number), _element_setter(tensor, index))
         else:
             self.found.refused[name] = reason
+
+
+def _class_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _unmovable(tensor: torch.Tensor, device: torch.device) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mxcore.engine.context import LoadContext
+from mxcore.engine.evidence import Built
 from mxcore.engine.protocol import Engine, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Weights
@@ -41,7 +42,16 @@ class Keeping:
         self._context = context
         self._kept: list[Weights] = []
 
-    def filled(self, model: nn.Module, given: Weights | None = None) -> None:
+    def built(self, model: nn.Module) -> Built | None:
+        """Before filling: what the constructor made; None where that cannot be said, and nothing is offered then."""
+        if not self._context.kept_kinds:
+            return None
+        found: list[Built] = []
+        with self._context.fallbacks.attempt("looking at the model before it is filled"):
+            found.append(Built(model, self._context.engine.device))
+        return found[0] if found else None
+
+    def filled(self, model: nn.Module, built: Built | None, given: Weights | None = None) -> None:
         """Before processing. `given` are weights that were received, or will be after processing."""
         context = self._context
         for kind in context.kept_kinds:
@@ -49,10 +59,10 @@ class Keeping:
                 self._kept.append(given)
             elif kind == "raw" and given is not None:
                 context.fallbacks.append("keeping raw weights: this worker received processed ones")
-            else:
+            elif built is not None:
                 weights = Weights(kind, context.engine.device)
                 with context.fallbacks.attempt(f"collecting {kind} weights"):
-                    weights.loaded(model)
+                    weights.loaded(model, built)
                     self._kept.append(weights)
 
     def processed(self, model: nn.Module) -> tuple[Weights, ...]:
@@ -111,10 +121,11 @@ def load_stored(
 
         def fill(model: nn.Module) -> None:
             nonlocal seconds
+            before = keeping.built(model)
             began = time.monotonic()
             context.engine.fill(model, source, context.settings, progress)
             seconds = time.monotonic() - began
-            keeping.filled(model)
+            keeping.filled(model, before)
 
         model, steps = built(context.engine, fill)
     if not reading_alone:

@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from mxcore.digest import xxh3_64
-from mxcore.engine.collect import Collected, collect, emptied, shown
+from mxcore.engine.collect import Collected, collect, shown
+from mxcore.engine.evidence import Built, bytes_by_name, digest, packed_away, structure_rows
 from mxcore.errors import LayoutUnsupported
 from mxcore.transfer.layout import Layout, Placement, build_layout
 from mxcore.transfer.receive import ReceiveReport
@@ -21,7 +21,8 @@ __all__ = ["Kind", "Receive", "Weights", "remember_computed", "synchronize"]
 
 Kind: TypeAlias = Literal["processed", "raw"]
 Receive: TypeAlias = Callable[[Layout, Placement, Mapping[str, float]], ReceiveReport]
-"""Fills the memory of a placement from a peer, verified; raises otherwise. The numbers are this worker's scalars."""
+"""Fills the memory of a placement from a peer, verified; raises otherwise. The mapping has every number of this model
+that the peer may send, and this model's structure."""
 
 
 class Weights:
@@ -36,35 +37,37 @@ class Weights:
         self.kind = kind
         self.device = device
         self.found = Collected()
+        self.scalars: dict[str, float] = {}  # what the manifest says beside tensors: numbers, and the structure
         self.layout: Layout | None = None
         self.placement: Placement | None = None
         self.received: ReceiveReport | None = None
-        self._before: Collected | None = None
+        self._built: Built | None = None
+        self._bytes_before: dict[str, int] = {}
         self._digests: dict[str, int] = {}
 
-    def loaded(self, model: nn.Module, receive: Receive | None = None) -> None:
+    def loaded(self, model: nn.Module, built: Built, receive: Receive | None = None) -> None:
         """After filling. Raw: these are the weights, taken from a peer if `receive` is given."""
         found = collect(model, self.device)
-        if self.kind == "processed":
-            found.kept.clear()  # only names and shapes are needed, and processing wants its memory back
-            self._before = found
+        self._built = built
+        if self.kind == "processed":  # names and sizes only: processing wants the memory back
+            self._bytes_before = bytes_by_name(built.weights(found))
             return
-        self._take(found, receive)
-        self._digests = _digests(found.kept)
+        self._take(found, built, receive)
+        self._digests = {name: digest(tensor) for name, tensor in self.found.kept.items()}
 
     def processed(self, model: nn.Module, receive: Receive | None = None) -> None:
         """After processing. Processed: these are the weights. Raw: they must still be what they were."""
+        built, self._built = self._built, None
         if self.kind == "processed":
-            if self._before is None:
+            if built is None:
                 raise LayoutUnsupported("the weights were not seen before processing: what it packed away is unknown")
             found = collect(model, self.device)
-            found.refused.update(emptied(self._before, found))
-            self._take(found, receive)
+            found.refused.update(packed_away(self._bytes_before, found))
+            self._take(found, built, receive)
             return
         synchronize(self.device)
-        now = _digests(self.found.kept)
         reason = "changed in place by processing"
-        changed = {name: reason for name, digest in self._digests.items() if now[name] != digest}
+        changed = {name: reason for name, tensor in self.found.kept.items() if digest(tensor) != self._digests[name]}
         if changed:
             raise LayoutUnsupported(f"{len(changed)} raw tensors are not what was loaded: {shown(changed)}")
 
@@ -74,14 +77,22 @@ class Weights:
         held = {tensor.storage_address: tensor.storage_bytes for tensor in self.found.tensors}
         return sum(size for address, size in held.items() if address not in used)
 
-    def _take(self, found: Collected, receive: Receive | None) -> None:
-        found.require_movable()
-        self.layout, self.placement = build_layout(self.kind, found.tensors)
+    def _take(self, found: Collected, built: Built, receive: Receive | None) -> None:
+        weights = built.weights(found)
+        if receive is None:
+            weights.refused.update(built.written(found))
+        weights.require_movable()
+        structure = structure_rows(weights) if self.kind == "processed" else {}
+        self.layout, self.placement = build_layout(self.kind, weights.tensors)
         synchronize(self.device)  # what still runs on the device must not write over what arrives
-        self.found = found  # before anything is received: what is relayed meanwhile must stay
+        self.found = weights  # before anything is received: what is relayed meanwhile must stay
+        self.scalars = {**weights.scalars, **structure}
         if receive is not None:
-            self.received = receive(self.layout, self.placement, found.scalars)
-            found.set_scalars(self.received.scalars)
+            self.received = receive(self.layout, self.placement, {**found.scalars, **structure})
+            numbers = {name: value for name, value in self.received.scalars.items() if name not in structure}
+            found.set_scalars(numbers)
+            built.put_back(found, numbers)
+            self.scalars = dict(self.received.scalars)  # who passes weights on says what it was told
 
 
 def synchronize(device: torch.device) -> None:
@@ -103,11 +114,3 @@ def remember_computed(model: nn.Module, device: torch.device) -> Callable[[], No
         synchronize(device)
 
     return restore
-
-
-def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return {
-        name: xxh3_64(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    }

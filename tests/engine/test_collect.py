@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mxcore.engine.collect import MAXIMUM_DEPTH, Collected, collect, emptied, shown
+from mxcore.engine.collect import MAXIMUM_DEPTH, Collected, collect, shown
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import build_layout
 
@@ -210,26 +210,27 @@ def test_an_object_that_frees_memory_of_its_own_is_refused() -> None:
     assert "handle.pointer" not in names(found)
 
 
-def test_scalars_are_floats_and_bools_made_of_anything_but_counts() -> None:
+def test_floats_are_numbers_and_what_was_decided_is_structure() -> None:
     model = nn.Module()
     model._k_scale_float = 2.0
     model.calculate = True
     model.heads = 8
     model.text = "x"
-    assert collect(model, CPU).scalars == {"_k_scale_float": 2.0, "calculate": 1.0}
+    found = collect(model, CPU)
+    assert found.scalars == {"_k_scale_float": 2.0}
+    assert found.decided == {"calculate": "True", "text": "'x'"}
+    assert found.classes == {"": "torch.nn.modules.module.Module"}
 
 
 def test_scalars_are_put_back_where_they_came_from() -> None:
     model = nn.Module()
     model._k_scale_float = 2.0
-    model.calculate = True
     model.helper = Helper()
     model.listed = [1.0, {"deep": 2.0}]
     found = collect(model, CPU)
-    values = {name: value + 1 for name, value in found.scalars.items()} | {"calculate": 0.0}
+    values = {name: value + 1 for name, value in found.scalars.items()}
     found.set_scalars(values)
     assert (model._k_scale_float, model.helper.factor, model.listed) == (3.0, 1.25, [2.0, {"deep": 3.0}])
-    assert model.calculate is False
     assert collect(model, CPU).scalars == values
 
 
@@ -257,16 +258,8 @@ def test_equal_in_every_bit_is_equal(value: float) -> None:
 def test_other_names_of_scalars_are_refused() -> None:
     model = nn.Module()
     model.one = 1.0
-    with pytest.raises(LayoutMismatch, match=r"1 missing \['one'\], 1 extra \['two'\]"):
+    with pytest.raises(LayoutMismatch, match=r"1 of the source's numbers are not in this model: \['two'\]"):
         collect(model, CPU).set_scalars({"two": 1.0})
-
-
-def test_weights_that_processing_empties_are_named() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].register_buffer("always_empty", torch.empty(0))
-    before = collect(model, CPU)
-    model[0].weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    assert list(emptied(before, collect(model, CPU))) == ["0.weight"]
 
 
 def test_holding_what_was_found_holds_the_memory() -> None:

@@ -1,7 +1,7 @@
 """Quantisation configs of the tests' own: every place in which weights can hide after processing.
 
 `mx_hiding` turns each linear layer's weight into int8 and spreads what `apply` needs over a transposed view, a plain
-attribute, a helper object that is no module, a dictionary, an attribute of a parameter, a Python float and a bool.
+attribute, a helper object that is no module, a dictionary, an attribute of a parameter, and Python floats.
 `mx_opaque` hides the weight in a function, which nobody can copy. `mx_wider` is `mx_hiding` under another layout.
 """
 
@@ -40,7 +40,7 @@ class HidingMethod(UnquantizedLinearMethod):
         layer.shift = (weight.mean(dim=1) * 0.01).clone()  # a plain attribute
         layer.helper = Helper(weight, weight.shape[0])
         layer._gain_float = 1.0 + float(weight.abs().mean())
-        layer.is_negative = bool(weight.sum() < 0)
+        layer.sign_float = 0.99 if weight.sum() < 0 else 1.01
         if self.wide:
             layer.one_more = torch.zeros(3)
         del layer.weight
@@ -48,7 +48,7 @@ class HidingMethod(UnquantizedLinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.packed.float() * layer.packed.row_scale[:, None]
         weight = weight + layer.helper.column_means * 0.05
-        weight = weight * layer._gain_float * (0.99 if layer.is_negative else 1.01)
+        weight = weight * layer._gain_float * layer.sign_float
         out = torch.nn.functional.linear(x.float(), weight) + layer.shift
         out = out + layer.helper.tables["row_signs"][0] * 0.01
         return (out + bias if bias is not None else out).to(x.dtype)

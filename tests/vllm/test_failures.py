@@ -52,7 +52,8 @@ def test_what_vllm_keeps_for_the_next_model_is_not_left_corrupt(
     """Rotary embeddings are kept by vLLM across models of a process: a failed transfer must not stay in them."""
     model = model_paths["llama"]
     source.load(model)
-    assert source.ask("corrupt", name="cos_sin_cache")["flipped"] > 0
+    assert source.ask("corrupt", name="cos_sin_cache")["flipped"] == 0  # no weight: not even offered
+    assert source.ask("corrupt", name="down_proj.weight")["flipped"] > 0
     loaded = target.load(model)
     again = target.load(model, "auto")
 

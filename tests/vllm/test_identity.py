@@ -26,7 +26,7 @@ def ask(_source_host: EngineHost, model_paths: dict[str, Path]) -> Any:
 
 def test_the_fields(ask: Any, model_paths: dict[str, Path]) -> None:
     identity = ask()["identity"]
-    assert identity["mx_version"] == "mx-1"
+    assert identity["mx_version"] == "mx-2"
     assert identity["model_name"] == str(model_paths["llama"])
     assert identity["backend_framework"] == "BACKEND_FRAMEWORK_VLLM"
     assert (identity["tensor_parallel_size"], identity["pipeline_parallel_size"]) == (1, 1)

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from mxcore.engine.context import LoadContext
+from mxcore.engine.evidence import Built
 from mxcore.engine.loaded import Keeping, Loaded, built
 from mxcore.engine.report import LoadedPart
 from mxcore.engine.rungs.missing_chunks import fill_missing
@@ -104,12 +105,13 @@ class PeerRung(Rung[Loaded]):
 
         def fill(model: nn.Module) -> None:
             attempt.restore = remember_computed(model, weights.device)
+            before = Built(model, weights.device, copies=not is_raw)
             if is_raw:
-                weights.loaded(model, partial(self._receive, attempt, model))
+                weights.loaded(model, before, partial(self._receive, attempt, model))
             else:
                 context.engine.fill_placeholder(model)
-                weights.loaded(model)
-            keeping.filled(model, weights)
+                weights.loaded(model, before)
+            keeping.filled(model, before, weights)
 
         model, steps = built(context.engine, fill)
         with steps.step("fill"):

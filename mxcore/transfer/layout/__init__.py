@@ -25,13 +25,14 @@ from mxcore.transfer.layout.plan import (
     set_to_bytes,
 )
 from mxcore.transfer.layout.regions import Regions, merge_regions
-from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto, scalars_to_proto
+from mxcore.transfer.layout.scalars import STRUCTURE_PREFIX, scalars_digest, scalars_from_proto, scalars_to_proto
 
 __all__ = [
     "CHUNK_BYTES",
     "DIGEST_BYTES",
     "KINDS",
     "MIXSUM",
+    "STRUCTURE_PREFIX",
     "XXH3",
     "ChunkDigests",
     "ChunkRequest",

@@ -37,7 +37,7 @@ __all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Membership"]
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = "mx-1"
+PROTOCOL_VERSION = "mx-2"
 """`mx_version` of our identities: workers of all releases that use this protocol exchange weights."""
 
 _FAILED_DRAIN_SECONDS = 5.0  # for readers of what a failed receive relayed

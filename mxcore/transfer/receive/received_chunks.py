@@ -13,6 +13,7 @@ from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
 from mxcore.transfer.layout import (
     DIGEST_BYTES,
     KINDS,
+    STRUCTURE_PREFIX,
     XXH3,
     ChunkDigests,
     ChunkRequest,
@@ -256,12 +257,11 @@ class ReceivedChunks:
 
     def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
         scalars = scalars_from_proto(answer.scalars)
-        if scalars.keys() != self._scalar_names:
-            missing = sorted(self._scalar_names - scalars.keys())
-            extra = sorted(scalars.keys() - self._scalar_names)
+        if extra := sorted(scalars.keys() - self._scalar_names):
+            ours = sorted(name for name in self._scalar_names - scalars.keys() if name.startswith(STRUCTURE_PREFIX))
             raise LayoutMismatch(
-                f"{where} has other scalars: without {missing[:_NAMED_DIFFERENCES]}, "
-                f"with {extra[:_NAMED_DIFFERENCES]} that are unknown here"
+                f"{where} has a model that is made otherwise, of other kernels or by other options, or numbers that "
+                f"are unknown here: there {extra[:_NAMED_DIFFERENCES]}, here {ours[:_NAMED_DIFFERENCES]}"
             )
         if scalars_digest(scalars) != answer.scalars_digest:
             raise DigestMismatch(f"{where}: the scalars are not those that their digest promises")
