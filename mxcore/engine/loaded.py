@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
-from mxcore.engine.protocol import Engine, Fill, Source, Streamed
+from mxcore.engine.protocol import Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Weights
 from mxcore.storage.plan import Progress
@@ -73,16 +74,22 @@ class Keeping:
         return tuple(complete)
 
 
-def built(engine: Engine, fill: Fill) -> tuple[nn.Module, StepSeconds]:
-    """`Engine.build`, with the seconds of its steps. Raises what that raises."""
+def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+    """`Engine.build`, with the seconds of its steps. Raises what that raises.
+
+    Processing, which may have collectives, begins when every process of the engine has filled its model; SiblingFailed
+    where one could not.
+    """
     times = [time.monotonic()]
 
     def timed(model: nn.Module) -> None:
         times.append(time.monotonic())
         fill(model)
         times.append(time.monotonic())
+        if trouble := context.agreement.agree():
+            raise SiblingFailed(trouble)
 
-    model = engine.build(timed)
+    model = context.engine.build(timed)
     times.append(time.monotonic())
     names = ("build", "fill", "process")
     return model, StepSeconds(
@@ -116,7 +123,7 @@ def load_stored(
             seconds = time.monotonic() - began
             keeping.filled(model)
 
-        model, steps = built(context.engine, fill)
+        model, steps = built(context, fill)
     if not reading_alone:
         seconds = time.monotonic() - started
     with steps.step("keep"):

@@ -8,9 +8,11 @@ from functools import partial
 
 from torch import nn
 
+from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Keeping, Loaded, built
-from mxcore.engine.report import LoadedPart
+from mxcore.engine.protocol import Fill
+from mxcore.engine.report import LoadedPart, StepSeconds
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, remember_computed
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
@@ -111,14 +113,13 @@ class PeerRung(Rung[Loaded]):
                 weights.loaded(model)
             keeping.filled(model, weights)
 
-        model, steps = built(context.engine, fill)
+        model, steps = self._built(attempt, fill)
         with steps.step("fill"):
             if not is_raw:
                 weights.processed(model, partial(self._receive, attempt, None))
         received = weights.received
         if received is None:
             raise SourceUnreachable("nothing was received: the engine has filled no model")
-        self._attempt = None  # with its copies of what building computed
         with steps.step("keep"):
             kept = keeping.processed(model)
         part = LoadedPart(
@@ -134,7 +135,19 @@ class PeerRung(Rung[Loaded]):
             transport=received.transport,
             steps=steps,
         )
+        attempt.others_may_do = True  # if it comes to nothing, a sibling is why
         return Loaded(model, kept, attempt.checkpoint, part)
+
+    def done(self) -> None:
+        """The copies of what building computed are freed."""
+        self._attempt = None
+
+    def _built(self, attempt: _Attempt, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+        try:
+            return built(self._context, fill)
+        except SiblingFailed:
+            attempt.others_may_do = True
+            raise
 
     def _receive(
         self,
@@ -204,7 +217,11 @@ class FleetRung(PeerRung):
         context = self._context
         if context.membership is None:
             return ()
-        return context.membership.wait_for_source(match_any_checkpoint=context.any_checkpoint, avoid=self._tried.failed)
+        return context.membership.wait_for_source(
+            match_any_checkpoint=context.any_checkpoint,
+            avoid=self._tried.failed,
+            stopped=context.agreement.is_given_up,
+        )
 
     def _nobody(self) -> str:
         return "nobody else loads them, or not in time: this worker's turn to read storage"

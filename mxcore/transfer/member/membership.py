@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -155,16 +155,23 @@ class Membership:
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
-    def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
+    def wait_for_source(
+        self,
+        *,
+        match_any_checkpoint: bool = False,
+        avoid: Collection[str] = (),
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[Source]:
         """Holders to take the weights from, except the workers `avoid`; empty: read storage now.
 
         When no worker is READY, the server elects one of those with these weights and this rank to read storage; the
         others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one is elected
-        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more).
+        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
+        ends early, with nothing, when `stopped()` says so.
         """
         began = heard = time.monotonic()
         told = away = False
-        while not self._leaving.is_set():
+        while not self._leaving.is_set() and not stopped():
             pause = _FIRST_RETRY_SECONDS
             try:
                 listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
