@@ -23,10 +23,10 @@ _MODULES = "modules.json"
 class WeightFiles(NamedTuple):
     """Paths below a folder, with "/", sorted.
 
-    `files` are the checkpoint's. `index_file` lists them, if there is one. `missing` are those that it lists and that are
-    not there: then `files` is empty, for a part of a model is no model. `of_modules` are weight files that an engine
-    reads while it builds a sentence-transformers model (`2_Dense/model.safetensors`), `module_settings` the files that
-    say how these are used.
+    `files` are the checkpoint's. `index_file` lists them, if there is one. `missing` are those that it lists and that
+    are not there: then `files` is empty, for a part of a model is no model. `of_modules` are weight files that an
+    engine reads while it builds a sentence-transformers model (`2_Dense/model.safetensors`), `module_settings` the
+    files that say how these are used.
     """
 
     files: tuple[str, ...] = ()
