@@ -50,10 +50,10 @@ class EngineRung(Rung[Loaded]):
         context = self._context
         if context.membership is None:
             return None
-        digest: str | None = None
+        found: list[str] = []
         with context.fallbacks.attempt("looking at the weight files"):
-            digest = context.identity(context.kind, None).extra_parameters[CHECKPOINT_PARAMETER]
-        return digest
+            found.append(context.identity(context.kind, None).extra_parameters[CHECKPOINT_PARAMETER])
+        return found[0] if found else None
 
     def _read(self) -> Loaded:
         return load_stored(
