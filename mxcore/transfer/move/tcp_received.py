@@ -33,7 +33,7 @@ def tcp_received() -> dict[int, int]:
     counts: dict[int, int] = {}
     for entry in os.scandir(_DESCRIPTORS):
         try:
-            kind, _, inode = os.readlink(entry.path).partition(":")
+            kind, _, inode = str(Path(entry.path).readlink()).partition(":")
         except OSError:  # closed meanwhile
             continue
         if kind != "socket":
