@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mxserver.wire import MxError
+from mxserver.wire import MxError, unique_beside
 
 __all__ = ["Fallbacks", "LoadReport", "LoadedPart", "StepSeconds", "StoredPath"]
 
@@ -127,6 +126,6 @@ class LoadReport(LoadedPart):
         target = Path(path.replace("{rank}", str(self.rank)))
         if self.rank and "{rank}" not in path:
             target = target.with_name(f"{target.name}.rank{self.rank}")
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        beside = unique_beside(target)
         beside.write_text(json.dumps(self.to_json(), indent=2) + "\n")
         beside.replace(target)

@@ -25,7 +25,7 @@ from pathlib import Path
 from mxserver.models.errors import UnsafePath
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.record import write_in_one_step
-from mxserver.wire import path_problem
+from mxserver.wire import path_problem, unique_beside
 from mxserver.wire.proto import model_pb2
 
 STATE = ".modelexpress"
@@ -98,8 +98,7 @@ class CacheLayout:
         target = os.path.relpath(self.root / place, name.parent)
         if name.is_symlink() and str(name.readlink()) == target:
             return
-        made = scratch / "link"
-        made.unlink(missing_ok=True)
+        made = unique_beside(scratch / "link")
         made.symlink_to(target)
         made.replace(name)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxserver.models.names import ModelKey, model_name
-from mxserver.wire import MxError, path_problem
+from mxserver.wire import MxError, path_problem, unique_beside
 from mxserver.wire.proto import model_pb2
 
 VERSION = 1
@@ -81,8 +81,8 @@ def write_in_one_step(path: Path, text: str, scratch: Path) -> None:
 
     Raises OSError; FileNotFoundError if `scratch` was moved away, by which a fenced writer notices that.
     """
-    beside = scratch / f".{path.name}.{os.getpid()}.new"
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    beside = unique_beside(scratch / path.name)
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.write(handle, text.encode())
         os.fsync(handle)

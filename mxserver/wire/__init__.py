@@ -28,6 +28,7 @@ from mxserver.wire.errors import (
 )
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
+from mxserver.wire.unique_path import unique_beside
 from mxserver.wire.unused_names import UNUSED
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "path_problem",
     "setting",
     "split_scheme",
+    "unique_beside",
     "unknown_key",
     "unprotected",
     "warnings_for",

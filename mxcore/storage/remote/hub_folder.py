@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mxcore.storage.remote.remote_folder import RemoteFile
-from mxserver.wire import SettingError, path_problem
+from mxserver.wire import SettingError, path_problem, unique_beside
 
 __all__ = ["hub_cache", "listing_commit", "place_in_hub_cache"]
 
@@ -39,8 +38,7 @@ def place_in_hub_cache(cache: Path, name: str, commit: str, fill: Callable[[Path
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit
     if not snapshot.is_dir():
-        beside = repository / f".mx-{commit}-{os.getpid()}"
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = unique_beside(repository / commit)
         beside.mkdir(parents=True)
         try:
             fill(beside)
@@ -54,7 +52,7 @@ def place_in_hub_cache(cache: Path, name: str, commit: str, fill: Callable[[Path
             shutil.rmtree(beside, ignore_errors=True)
     named = repository / "refs" / ref
     named.parent.mkdir(parents=True, exist_ok=True)
-    made = named.with_name(f".{named.name}.{os.getpid()}")
+    made = unique_beside(named)
     try:
         made.write_text(commit)
         made.replace(named)

@@ -7,7 +7,6 @@ Ranges go straight into memory that exists; nothing touches the disk.
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -216,7 +215,7 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
 
     A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
-    from mxserver.wire import path_problem
+    from mxserver.wire import path_problem, unique_beside
     from mxserver.wire.files import full_disk_is_told
 
     count = 0
@@ -226,7 +225,7 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
         if problem := path_problem(file.path):
             raise CheckpointError(f"{folder.name} has {file.path[:200]!r}, which is refused: {problem}")
         place = to / file.path
-        beside = place.with_name(f".{place.name}.{os.getpid()}")
+        beside = unique_beside(place)
         data = folder.whole(file.path)
         with full_disk_is_told(to, len(data)):
             place.parent.mkdir(parents=True, exist_ok=True)

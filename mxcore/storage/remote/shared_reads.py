@@ -16,11 +16,13 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
+from mxserver.wire import unique_beside
 
 __all__ = ["SHARED_BATCH_BYTES", "SharedReads"]
 
@@ -59,6 +61,7 @@ class SharedReads:
         self._alive = -1
         self._alone = True
         self._made: list[Path] = []
+        self._rank = uuid.uuid4().hex  # in containers every rank may have the process id 1
         self.shared_bytes = 0  # that another rank had fetched
         if ranks < 2:
             return
@@ -127,7 +130,7 @@ class SharedReads:
     def _fetch(self, key: str, ranges: Sequence[RemoteRange], size_bytes: int) -> None:
         self._wait_for_room(size_bytes)
         place = self._place(key)
-        beside = place.with_suffix(f".{os.getpid()}")
+        beside = unique_beside(place)
         handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(handle, 0, size_bytes)
@@ -144,7 +147,7 @@ class SharedReads:
     def _used(self, key: str) -> None:
         """This rank has it; the last one removes it."""
         place = self._place(key)
-        place.with_suffix(f".used-{os.getpid()}").touch()
+        place.with_suffix(f".used-{self._rank}").touch()
         marks = list(place.parent.glob(f"{key}.used-*"))
         if len(marks) >= self._ranks:
             for path in (place, *marks):

@@ -263,6 +263,11 @@ class ModelCache:
         a day. Younger ones stay: a download that starts again uses their complete files.
         """
         for folder in list(self.layout.staging.iterdir()):
+            if folder.is_file():  # a reference that was not written to its end
+                with suppress(FileNotFoundError):
+                    if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                        folder.unlink()
+                continue
             key = folder.name.rpartition(".")[0]
             with suppress(FileNotFoundError):
                 removal = (folder / HIDDEN_RECORD).exists()

@@ -29,6 +29,7 @@ from mxserver.wire.files.model_stream import FetchReport, FolderFetch
 from mxserver.wire.files.partial_file import FileInfo, has_content, partial_path
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.relative_path import path_problem
+from mxserver.wire.unique_path import unique_beside
 
 __all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles", "provider_of"]
 
@@ -241,7 +242,7 @@ class ModelClient(Closing):
             ref = repository / "refs" / (revision or "main")
             if ref.name != commit:
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                made = beside / "ref"
+                made = unique_beside(beside / "ref")
                 made.write_text(commit)
                 made.replace(ref)
         return snapshot
