@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
+from mxserver.calls import PoolInterceptor
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
@@ -35,7 +36,7 @@ from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, m
 
 _LOG = logging.getLogger("mxserver")
 
-# Most calls wait for the disk, not for a core: as many may wait as one commit can take.
+# Publishes wait for the disk, not for a core: as many may wait as one commit can take. For others: calls/pools.py.
 HANDLER_THREADS = 64
 
 LONGEST_TICK_SECONDS = 1.0
@@ -82,6 +83,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._pools = PoolInterceptor()
         self._health = StandardHealth()
         store = open_store(settings)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
@@ -131,7 +133,7 @@ class Server:
         threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards],
+            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
@@ -162,6 +164,7 @@ class Server:
         self.leave()
         self._cache.stop_downloads()
         self._grpc.stop(0).wait()
+        self._pools.close()
         self._models.close()
         self._cache.close()
         self._stopping.set()

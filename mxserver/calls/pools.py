@@ -1,0 +1,75 @@
+"""Threads for calls, by kind: who waits for a disk, or does not read its answers, keeps no other kind from its threads.
+
+Without this, 64 unread answers or a slow disk let heartbeats wait until live workers counted as dead
+(tests/server/services/test_call_pools.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from mxserver.calls.handlers import Handler, behaviour_of, with_behaviour
+
+_P2P = "/model_express.p2p.P2pService/"
+_MODELS = "/model_express.model.ModelService/"
+_CACHE = "/model_express.mx.CacheService/"
+
+# Calls that wait for the disk are many: as many may wait as one commit can take. The others need a core, or nobody.
+POOLS: dict[str, tuple[int, frozenset[str]]] = {
+    "heartbeats": (16, frozenset({f"{_P2P}UpdateStatus"})),
+    "health": (4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
+    "listings": (16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
+    "validations": (8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
+    "models": (16, frozenset()),  # the cache's other calls, and what models have beside their streams
+}
+"""Name -> threads, and the methods that are answered there. What is named nowhere has the server's own pool."""
+
+
+def pool_of(method: str) -> str | None:
+    """The name of the pool in which a method is answered; None: the server's own."""
+    named = next((name for name, (_, methods) in POOLS.items() if method in methods), None)
+    return "models" if named is None and method.startswith((_CACHE, _MODELS)) else named
+
+
+class PoolInterceptor(grpc.ServerInterceptor):
+    """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
+
+    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `close` after
+    the server has stopped.
+    """
+
+    def __init__(self) -> None:
+        self._pools = {name: ThreadPoolExecutor(threads, f"call-{name}") for name, (threads, _) in POOLS.items()}
+        self._made: dict[str, tuple[Handler, Handler]] = {}
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = continuation(handler_call_details)
+        method: str = handler_call_details.method
+        name = pool_of(method)
+        if handler is None or name is None or hasattr(behaviour_of(handler), "experimental_thread_pool"):
+            return handler
+        known = self._made.get(method)
+        if known is None or known[0] is not handler:
+            known = self._made[method] = (handler, with_behaviour(handler, _in_pool(handler, self._pools[name])))
+        return known[1]
+
+    def close(self) -> None:
+        """Ends the threads, after the calls that they answer. Idempotent."""
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+def _in_pool(handler: Handler, pool: ThreadPoolExecutor) -> Callable[..., Any]:
+    behaviour = behaviour_of(handler)
+
+    @functools.wraps(behaviour)
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        return behaviour(request, context)
+
+    call.experimental_thread_pool = pool  # type: ignore[attr-defined] # grpcio reads the attribute
+    return call
