@@ -67,6 +67,14 @@ def current_owner() -> str:
     return caller.subject if caller else ""
 
 
+def require_role(needed: Role, what: str) -> None:
+    """For calls of which one part needs more than their method. Raises AccessError."""
+    caller = CALLER.get()
+    if caller is not None and caller.role < needed:
+        role = caller.role.name.lower()
+        raise AccessError(f"{caller.subject} has the role {role}; {what} needs {needed.name.lower()}")
+
+
 class AccessError(MxError):
     """A call is not allowed. The message is shown to the caller and contains nothing secret."""
 

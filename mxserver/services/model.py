@@ -34,6 +34,7 @@ from mxserver.models import (
     selected_files,
     spans,
 )
+from mxserver.security import AccessError, Role, require_role
 from mxserver.wire.files import FILES_FOLDER
 from mxserver.wire.proto import model_pb2
 
@@ -54,7 +55,9 @@ _STATUSES: Statuses = {
     errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DownloadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FileDamaged: grpc.StatusCode.DATA_LOSS,
+    AccessError: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelError: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -107,8 +110,14 @@ class ModelService:
     ) -> Iterator[model_pb2.ModelStatusUpdate]:
         model = model_name(request.provider, request.model_name)
         revision = checked_revision(model, request.revision)
-        job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
-        yield from self._follow(job, context)
+        if request.pin:
+            require_role(Role.ADMIN, "a pin")
+        downloads = self._opened.downloads
+        job = downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
+        try:
+            yield from self._follow(job, context)
+        finally:
+            downloads.leave(job)
         state = job.state()
         if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
             refuse_for("ensure_model_downloaded", context, state.error, _STATUSES)

@@ -203,12 +203,17 @@ class HolderPull:
             done = True
         finally:
             self._mover = None
-            if session is not None:
-                session.fence()
-            verifying.close()
-            # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
-            self.clean = self.clean and (done or self._received.finished or route.operation == "send")
-            self._received.drop(name)
+            fenced = False
+            try:
+                if session is not None:
+                    session.fence()
+                fenced = True
+            finally:
+                verifying.close()
+                # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
+                ended_well = done or self._received.finished or route.operation == "send"
+                self.clean = self.clean and fenced and ended_well
+                self._received.drop(name)
 
     def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: _Verifier) -> None:
         """Asks, fetches and verifies; takes what arrives while it waits for an answer.
@@ -308,7 +313,7 @@ class HolderPull:
             operation,
             device_memory=placement.device_type != "cpu",
         )
-        if answer.operation != operation or len(answer.extents) != len(extents):
+        if answer.operation != operation or (reads and len(answer.extents) != len(extents)):
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         if not reads:
             if session is None:
