@@ -46,8 +46,8 @@ class Weights:
         """After filling. Raw: these are the weights, taken from a peer if `receive` is given."""
         found = collect(model, self.device)
         if self.kind == "processed":
-            found.kept.clear()  # only names and shapes are needed, and processing wants its memory back
-            self._before = found
+            # names and shapes only: tensors, and what sets numbers on them, would hold the raw weights
+            self._before = Collected(tensors=found.tensors)
             return
         self._take(found, receive)
         self._digests = _digests(found.kept)

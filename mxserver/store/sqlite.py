@@ -146,7 +146,7 @@ class SqliteStore(SourceStore):
             return
         try:
             file.commit(batch, epochs.last)
-        except (StoreUnavailable, sqlite3.Error) as error:
+        except Exception as error:  # noqa: BLE001 - told to all who wait and to `check`; the writer goes on
             self._failure = StoreUnavailable(*error.args)
             for answer, _ in decided:
                 answer.set_exception(StoreUnavailable(*error.args))

@@ -153,11 +153,14 @@ class PeerRung(Rung[Loaded]):
             membership is context.membership and self._kind in context.kept_kinds and not context.engine.loses_memory()
         )
         relay_from = attempt.weights if relays else None
+        has_files = unprocessed is not None and _files_are_the_same(context)
         try:
             try:
-                return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+                return membership.receive(
+                    layout, placement, scalars, self._sources, relay_from=relay_from, files_decide=has_files
+                )
             except ChunksMissing as error:
-                if error.partial is None or unprocessed is None or not _files_are_the_same(context):
+                if error.partial is None or unprocessed is None or not has_files:
                     raise
                 context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)

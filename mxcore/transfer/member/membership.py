@@ -93,6 +93,7 @@ class Membership:
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
         self._holder: Holder | None = None
+        self._made_digests: ChunkDigests | None = None  # by this worker, of what it read or processed
         self._server: WorkerServer | None = None
 
     @property
@@ -227,11 +228,13 @@ class Membership:
         progress: ProgressCallback | None = None,
         *,
         relay_from: object = None,
+        files_decide: bool = False,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
         Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
-        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. Raises
+        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
+        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). Raises
         TransferError; then nothing arrives in the memory any more, and nobody reads there.
         """
         relays = relay_from is not None and self._directory is not None
@@ -244,6 +247,7 @@ class Membership:
             progress=progress,
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
+            files_decide=files_decide,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
@@ -376,7 +380,10 @@ class Membership:
                 have=have,
                 most_readers=self.settings.source_max_readers,
                 rate_limit=self.settings.source_rate_limit,
+                made_digests=digests is not None and digests is self._made_digests,
             )
+            if holder.made_digests:
+                self._made_digests = holder.digests
             try:
                 self._server = self._listen(holder)
             except MxError:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,12 @@ def test_goodbye_is_kept(store: SqliteStore, path: Path) -> None:
     store.update_status(key(), STALE)
     store.close()
     assert execute(path, "SELECT status FROM source") == [(STALE,)]
+
+
+def test_an_unexpected_error_of_a_commit_fails_those_who_wait_and_the_writer_goes_on(store: SqliteStore) -> None:
+    """A rank that fits no column stands for any value that SQLite cannot keep."""
+    with pytest.raises(StoreUnavailable, match=r"writing to .* failed"):
+        store.publish(replace(publication(), key=key(rank=2**63)))
+    store.check()
+    assert store.publish(publication()).epoch > 0
+    assert [record.key for record in store.find(Query())] == [key()]
