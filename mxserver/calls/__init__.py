@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, answers_in_callbacks, with_behaviour
+from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Handler",
     "Statuses",
     "WrappingInterceptor",
-    "answers_in_callbacks",
     "refuse",
     "refuse_for",
     "refuses",

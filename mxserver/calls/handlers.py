@@ -29,11 +29,6 @@ def behaviour_of(handler: Handler) -> Callable[..., Any]:
     return behaviour
 
 
-def answers_in_callbacks(handler: Handler) -> bool:
-    """Whether the handler's function gets a callback for its answers and holds no thread, as health's Watch does."""
-    return bool(getattr(behaviour_of(handler), "experimental_non_blocking", False))
-
-
 def with_behaviour(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
     """A handler of the same kind with the same serializers, answered by another function."""
     made: Handler = _KINDS[handler.request_streaming, handler.response_streaming][1](
