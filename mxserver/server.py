@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
 from mxserver.calls import PoolInterceptor
+from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
@@ -95,14 +96,19 @@ class Server:
         self._store: SourceStore = self._operations.store
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
         self._operations.show_cache(self._cache)
+        self._files: FilesPort | None = None
         self._models = ModelService(self._cache)
         try:
+            self._files = self._listen_for_files(settings, judge)
+            self._models = ModelService(self._cache, self._files.port if self._files else 0)
             if "cache_directory" in settings.model_fields_set:
                 self._cache.open()
             self._grpc = self._serve(settings, leases, guards)
             self.port = _bind(self._grpc, settings.host, settings.port, credentials)
             self.metrics_port = self._listen_http(settings, judge)
         except BaseException:
+            if self._files is not None:
+                self._files.stop()
             self._operations.close()
             self._cache.close()
             self._models.close()
@@ -111,6 +117,8 @@ class Server:
         self._stopping = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._grpc.start()
+        if self._files is not None:
+            self._files.start()
         self._ticker.start()
         self._operations.open()
 
@@ -127,6 +135,25 @@ class Server:
             raise PortUnavailable(
                 f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
+            ) from error
+
+    def _listen_for_files(self, settings: ServerSettings, judge: Authenticator | None) -> FilesPort | None:
+        port = settings.effective_files_port
+        if port is None:
+            return None
+        try:
+            return FilesPort(
+                _unbracketed(settings.host),
+                port,
+                self._cache,
+                tls=settings.tls,
+                authenticator=judge,
+                most_per_host=settings.max_streams,
+            )
+        except OSError as error:
+            raise PortUnavailable(
+                f"cannot listen on {address(settings.host, port)} for files ({error.strerror}); stop what listens "
+                "there, or choose with --files-port (port 0 takes a free one; off: files come over gRPC alone)"
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
@@ -156,6 +183,8 @@ class Server:
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
+        if self._files is not None:
+            self._files.drain()
         stopped: threading.Event = self._grpc.stop(self._drain_seconds)
         return stopped
 
@@ -163,6 +192,8 @@ class Server:
         """Cuts running calls, and releases ports and store. Idempotent."""
         self.leave()
         self._cache.stop_downloads()
+        if self._files is not None:
+            self._files.stop()
         self._grpc.stop(0).wait()
         self._pools.close()
         self._models.close()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -34,6 +35,7 @@ from mxserver.models import (
     spans,
 )
 from mxserver.security import AccessError, Role, require_role
+from mxserver.wire.files import FILES_FOLDER
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -66,8 +68,10 @@ refuses_for_models = refuses(_STATUSES, lambda error: errors.CacheUnusable(f"the
 class ModelService:
     """Thread-safe. `add_to` a server; `close` after it has stopped."""
 
-    def __init__(self, opened: OpenCache) -> None:
+    def __init__(self, opened: OpenCache, files_port: int = 0) -> None:
+        """`files_port`: where the files are by HTTP; 0: nowhere."""
         self._opened = opened
+        self._files_port = files_port
         self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
         self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
 
@@ -154,6 +158,8 @@ class ModelService:
             total_size=sum(file.size for file in files),
             resolved_revision=_public_revision(record),
             folder=str(self._opened.cache.layout.snapshot(record.key)),
+            files_port=self._files_port,
+            files_path=_files_path(record) if self._files_port else "",
         )
 
     @refuses_for_models
@@ -210,6 +216,13 @@ def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:
 def _public_revision(record: ModelRecord) -> str | None:
     """The commit. None for a prefix of an object store, which has no revision that a client could ask for."""
     return record.key.revision if record.key.model.provider == model_pb2.HUGGING_FACE else None
+
+
+def _files_path(record: ModelRecord) -> str:
+    """The folder of a model's files on the port for files (mxserver.files_port)."""
+    model = record.key.model
+    parts = (model_pb2.ModelProvider.Name(model.provider), model.name, _public_revision(record) or "")
+    return FILES_FOLDER + "".join(f"{quote(part, safe='')}/" for part in parts)
 
 
 def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:

@@ -171,7 +171,7 @@ def start_as_in(file: str, folder: Path, **changed: str) -> WebServer:
 def probe_as_in(file: str, server: WebServer) -> None:
     one = container(file)
     ports = {port["name"]: port["containerPort"] for port in one["ports"]}
-    assert ports == {"grpc": 8001, "http": 9401}, "the defaults of the server"
+    assert ports == {"grpc": 8001, "files": 8002, "http": 9401}, "the defaults of the server"
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         get = one[probe]["httpGet"]  # where the server has a certificate, `scheme: HTTPS` is all that changes
         assert get["port"] == "http"

@@ -112,7 +112,7 @@ def test_metrics_port(
 
 
 def test_server_without_probes_metrics_and_page(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server(MODEL_EXPRESS_SERVER_METRICS_PORT="0")
+    server = start_server(MODEL_EXPRESS_SERVER_METRICS_PORT="0", MX_SERVER_FILES_PORT="off")
     server.wait_for(r"no status page, metrics and HTTP probes: they are off")
     assert not [line for line in server.lines if "status page on" in line]
     with ServerClient(server.address) as client:
