@@ -100,7 +100,7 @@ class Server:
         self._models = ModelService(self._cache)
         try:
             self._files = self._listen_for_files(settings, judge)
-            self._models = ModelService(self._cache, self._files.port if self._files else 0)
+            self._models.files_port = self._files.port if self._files else 0
             if "cache_directory" in settings.model_fields_set:
                 self._cache.open()
             self._grpc = self._serve(settings, leases, guards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.pools import PoolInterceptor
+from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PoolInterceptor",
     "Statuses",
     "WrappingInterceptor",
+    "in_pool",
     "refuse",
     "refuse_for",
     "refuses",

@@ -1,7 +1,6 @@
-"""Threads for calls, by kind: who waits for a disk, or does not read its answers, keeps no other kind from its threads.
+"""Threads for calls, by kind: publishes that wait for a disk keep no heartbeat and no listing from its threads.
 
-Without this, 64 unread answers or a slow disk let heartbeats wait until live workers counted as dead
-(tests/server/services/test_call_pools.py).
+In one pool for all they did, until live workers counted as dead (tests/server/services/test_call_pools.py).
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from typing import Any
 
 import grpc
 
-from mxserver.calls.handlers import Handler, behaviour_of, with_behaviour
+from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, with_behaviour
 
 _P2P = "/model_express.p2p.P2pService/"
 _MODELS = "/model_express.model.ModelService/"
 _CACHE = "/model_express.mx.CacheService/"
 
-# Calls that wait for the disk are many: as many may wait as one commit can take. The others need a core, or nobody.
 POOLS: dict[str, tuple[int, frozenset[str]]] = {
     "heartbeats": (16, frozenset({f"{_P2P}UpdateStatus"})),
     "health": (4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
@@ -36,7 +34,7 @@ def pool_of(method: str) -> str | None:
     return "models" if named is None and method.startswith((_CACHE, _MODELS)) else named
 
 
-class PoolInterceptor(grpc.ServerInterceptor):
+class PoolInterceptor(HandlerInterceptor):
     """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
 
     The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `close` after
@@ -44,19 +42,14 @@ class PoolInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._pools = {name: ThreadPoolExecutor(threads, f"call-{name}") for name, (threads, _) in POOLS.items()}
-        self._made: dict[str, tuple[Handler, Handler]] = {}
 
-    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        handler = continuation(handler_call_details)
-        method: str = handler_call_details.method
-        name = pool_of(method)
-        if handler is None or name is None or hasattr(behaviour_of(handler), "experimental_thread_pool"):
-            return handler
-        known = self._made.get(method)
-        if known is None or known[0] is not handler:
-            known = self._made[method] = (handler, with_behaviour(handler, _in_pool(handler, self._pools[name])))
-        return known[1]
+    def _wraps(self, method: str, handler: Handler) -> bool:
+        return pool_of(method) is not None and not hasattr(behaviour_of(handler), "experimental_thread_pool")
+
+    def _replacement(self, method: str, handler: Handler) -> Handler:
+        return with_behaviour(handler, in_pool(behaviour_of(handler), self._pools[str(pool_of(method))]))
 
     def close(self) -> None:
         """Ends the threads, after the calls that they answer. Idempotent."""
@@ -64,8 +57,8 @@ class PoolInterceptor(grpc.ServerInterceptor):
             pool.shutdown()
 
 
-def _in_pool(handler: Handler, pool: ThreadPoolExecutor) -> Callable[..., Any]:
-    behaviour = behaviour_of(handler)
+def in_pool(behaviour: Callable[..., Any], pool: ThreadPoolExecutor) -> Callable[..., Any]:
+    """Has grpcio run a function that answers calls in these threads."""
 
     @functools.wraps(behaviour)
     def call(request: Any, context: grpc.ServicerContext) -> Any:

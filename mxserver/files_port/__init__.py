@@ -1,4 +1,4 @@
-"""Bytes of cached files by HTTP/1.1 ranges, over a port of their own: probes and calls never wait for them."""
+"""Bytes of cached files by HTTP/1.1 ranges, over a port and in threads of their own."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from mxserver.models import (
     model_name,
     opened_file,
 )
-from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated
+from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated, bearer_token
 from mxserver.wire import MxError, path_problem
 from mxserver.wire.files import FILES_FOLDER, MOST_DIGESTED_BYTES
 from mxserver.wire.proto import model_pb2
@@ -110,11 +110,8 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
         judge = self._shared.authenticator
         if judge is None:
             return
-        scheme, _, token = self.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise Refusal(HTTPStatus.UNAUTHORIZED, grpc.StatusCode.UNAUTHENTICATED, "the request carries no token")
         try:
-            caller = judge.authenticate(token.strip().encode())
+            caller = judge.authenticate(bearer_token(self.headers.get("authorization", "")))
         except AccessUnknown as error:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, str(error)) from error
         except Unauthenticated as error:

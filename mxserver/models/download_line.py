@@ -1,4 +1,8 @@
-"""Work that waits in a line: a fixed number at once, in threads, the rest in the order in which it came."""
+"""Work that waits in a line: a fixed number at once, in threads, the rest in the order in which it came.
+
+No ThreadPoolExecutor, since Python waits for that one's threads before it ends: a provider that hangs would keep the
+server from ending.
+"""
 
 from __future__ import annotations
 

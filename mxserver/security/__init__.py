@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from mxserver.security import setup
 from mxserver.security.interceptors import Authenticator
-from mxserver.security.roles import AccessError, AccessUnknown, Role, Unauthenticated, current_owner, require_role
+from mxserver.security.roles import (
+    AccessError,
+    AccessUnknown,
+    Role,
+    Unauthenticated,
+    bearer_token,
+    current_owner,
+    require_role,
+)
 
 __all__ = [
     "AccessError",
@@ -12,6 +20,7 @@ __all__ = [
     "Authenticator",
     "Role",
     "Unauthenticated",
+    "bearer_token",
     "current_owner",
     "require_role",
     "setup",

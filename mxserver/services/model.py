@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
 import grpc
 
-from mxserver.calls import Statuses, refuse_for, refuses
+from mxserver.calls import Statuses, in_pool, refuse_for, refuses
 from mxserver.models import (
     DownloadJob,
     FileDamaged,
@@ -68,22 +68,21 @@ refuses_for_models = refuses(_STATUSES, lambda error: errors.CacheUnusable(f"the
 class ModelService:
     """Thread-safe. `add_to` a server; `close` after it has stopped."""
 
-    def __init__(self, opened: OpenCache, files_port: int = 0) -> None:
-        """`files_port`: where the files are by HTTP; 0: nowhere."""
+    def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
-        self._files_port = files_port
+        self.files_port = 0  # where the files are by HTTP; 0: nowhere
         self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
         self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "EnsureModelDownloaded": grpc.unary_stream_rpc_method_handler(
-                _in_pool(self.ensure_model_downloaded, self._waiting),
+                in_pool(self.ensure_model_downloaded, self._waiting),
                 request_deserializer=model_pb2.ModelDownloadRequest.FromString,
                 response_serializer=model_pb2.ModelStatusUpdate.SerializeToString,
             ),
             "StreamModelFiles": grpc.unary_stream_rpc_method_handler(
-                _in_pool(self.stream_model_files, self._streaming),  # yields messages that are serialised already
+                in_pool(self.stream_model_files, self._streaming),  # yields messages that are serialised already
                 request_deserializer=model_pb2.ModelFilesRequest.FromString,
             ),
             "ListModelFiles": grpc.unary_unary_rpc_method_handler(
@@ -158,8 +157,8 @@ class ModelService:
             total_size=sum(file.size for file in files),
             resolved_revision=_public_revision(record),
             folder=str(self._opened.cache.layout.snapshot(record.key)),
-            files_port=self._files_port,
-            files_path=_files_path(record) if self._files_port else "",
+            files_port=self.files_port,
+            files_path=_files_path(record) if self.files_port else "",
         )
 
     @refuses_for_models
@@ -244,14 +243,3 @@ def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
     if state.revision and job.model.provider == model_pb2.HUGGING_FACE:
         update.resolved_revision = state.revision
     return update
-
-
-def _in_pool(method: Callable[..., Iterator[Any]], pool: ThreadPoolExecutor) -> Callable[..., Iterator[Any]]:
-    """Makes grpcio run a method in its own thread pool; grpcio reads the attribute set here."""
-
-    @functools.wraps(method)
-    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        return method(request, context)
-
-    call.experimental_thread_pool = pool  # type: ignore[attr-defined]
-    return call

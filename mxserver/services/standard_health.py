@@ -10,14 +10,15 @@ tells of ended calls needs too, so that watchers who leave stop the whole server
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mxserver.calls import in_pool
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -31,16 +32,8 @@ MOST_WATCHERS = 64
 """Each holds a thread. More are answered UNIMPLEMENTED, which gRPC's clients take for "healthy, and not watched"."""
 
 
-class _Watch(Protocol):
-    def __call__(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> Iterator[health_pb2.HealthCheckResponse]: ...
-
-
 class StandardHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc_health has no types
     """The health service. Watchers wait in threads of their own and are never sent to under a lock. Thread-safe."""
-
-    Watch: _Watch
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +43,8 @@ class StandardHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # gr
         self._drains = False
         self._store_works = True
         self._cache_works = True
-        watch = functools.partial(self._watch)
         # Twice as many threads: a watcher too many is told so, and does not wait for another one to leave.
-        pool = ThreadPoolExecutor(2 * MOST_WATCHERS, thread_name_prefix="health-watch")
-        watch.experimental_thread_pool = pool  # type: ignore[attr-defined] # grpcio reads it
-        self.Watch = watch
+        self.Watch = in_pool(self._watch, ThreadPoolExecutor(2 * MOST_WATCHERS, thread_name_prefix="health-watch"))
 
     def show_store(self, *, works: bool) -> bool:
         """Sets the state of the services that need the store. Returns whether it changed.
@@ -103,15 +93,17 @@ class StandardHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # gr
             if not context.add_callback(self._wake):
                 return
             told = None
-            while context.is_active():
-                with self._changed:
-                    told_before, drains = told, self._drains
-                    if (told := self._states.get(request.service, _UNKNOWN)) == told_before and not drains:
+            while True:
+                with self._changed:  # asked under it whether the caller is there: `_wake` comes after that, if at all
+                    if not context.is_active():
+                        return
+                    state, drains = self._states.get(request.service, _UNKNOWN), self._drains
+                    if state == told and not drains:
                         self._changed.wait()
-                        told = told_before
                         continue
-                if told != told_before:
-                    yield health_pb2.HealthCheckResponse(status=told)
+                if state != told:
+                    yield health_pb2.HealthCheckResponse(status=state)
+                    told = state
                 if drains:
                     return
         finally:

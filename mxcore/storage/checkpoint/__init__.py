@@ -15,6 +15,7 @@ from mxcore.storage.checkpoint.content_digest import (
     checkpoint_digest,
     digest_of_parts,
     file_part,
+    group_digest,
     groups_of,
     index_part,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "checkpoint_digest",
     "digest_of_parts",
     "file_part",
+    "group_digest",
     "groups_of",
     "index_part",
     "memory_of",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_digest",
     "digest_of_parts",
     "file_part",
+    "group_digest",
     "groups_of",
     "index_part",
 ]
@@ -35,6 +36,7 @@ __all__ = [
 BLOCK_BYTES = 4096
 BLOCKS_PER_FILE = 64  # of a file without a header, whose tensors are not known
 _READER_THREADS = 64  # small reads from what may be a network file system: it is latency that is shared
+_FILES_AT_ONCE = 8  # each holds one group
 _GROUP_RANGES = 4096  # that are digested together: 16 MiB at most, however many tensors a file has
 _FORMAT = "checkpoint-digest-2"
 Range = tuple[int, int]  # offset and length, bytes of the file
@@ -58,9 +60,9 @@ def checkpoint_digest(
     It does not see a change of a few elements in place: a tensor that was replaced, trained, merged or requantised is
     seen, an element that was edited is not. It is XXH3-64: a guard against mix-ups, not against an attacker.
 
-    Files are read by 64 threads, and once a process while their size, inode and times stay. Safe from any thread.
-    Raises StorageError or TruncatedRead for a file that cannot be read, a subclass of SafetensorsError for a broken
-    header, and ValueError if two files have one name.
+    Files are read by at most 64 threads, eight at a time with 16 MiB each, and once a process while their size, inode
+    and times stay. Safe from any thread. Raises StorageError or TruncatedRead for a file that cannot be read, a
+    subclass of SafetensorsError for a broken header, and ValueError if two files have one name.
     """
     if not weight_files:
         return ""
@@ -75,8 +77,9 @@ def checkpoint_digest(
 
 @lru_cache(maxsize=32)
 def _digest(named: tuple[tuple[str, Path], ...], others: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
-    with ThreadPoolExecutor(min(_READER_THREADS, len(named))) as pool:
-        parts = list(pool.map(_read_part, named))
+    at_once = min(_FILES_AT_ONCE, len(named))
+    with ThreadPoolExecutor(at_once) as pool:
+        parts = list(pool.map(partial(_read_part, threads=_READER_THREADS // at_once), named))
     return digest_of_parts("".join(_index_part(path) for path in others), parts)
 
 
@@ -91,9 +94,14 @@ def index_part(data: bytes) -> str:
     return f"{xxh3_64(data):016x}"
 
 
-def file_part(name: str, size_bytes: int, groups: Iterable[Buffer]) -> str:
-    """What a weight file adds: `groups` are the bytes of its `groups_of`, each group's ranges put together."""
-    return ":".join([name, str(size_bytes), *(f"{xxh3_64(data):016x}" for data in groups)])
+def group_digest(data: Buffer) -> str:
+    """Of the bytes of one of `groups_of`, its ranges put together."""
+    return f"{xxh3_64(data):016x}"
+
+
+def file_part(name: str, size_bytes: int, groups: Iterable[str]) -> str:
+    """What a weight file adds: `groups` are the `group_digest`s of its `groups_of`."""
+    return ":".join([name, str(size_bytes), *groups])
 
 
 def groups_of(header: Header | None, size_bytes: int) -> list[list[Range]]:
@@ -139,23 +147,23 @@ def _index_part(file: Path) -> str:
         raise StorageError(f"{file}: cannot be read: {error.strerror}", file=str(file)) from error
 
 
-def _read_part(named: tuple[str, Path]) -> str:
+def _read_part(named: tuple[str, Path], *, threads: int) -> str:
     name, path = named
     size_bytes = _stamp(path)[2]
     header = read_header(path) if path.name.endswith(".safetensors") else None
-    return file_part(name, size_bytes, _read(path, groups_of(header, size_bytes)))
+    return file_part(name, size_bytes, _digests(path, groups_of(header, size_bytes), threads))
 
 
-def _read(path: Path, groups: Sequence[Sequence[Range]]) -> Iterator[Buffer]:
+def _digests(path: Path, groups: Sequence[Sequence[Range]], threads: int) -> Iterator[str]:
     for ranges in groups:
         total_bytes = sum(length for _, length in ranges)
         if not total_bytes:
-            yield b""
+            yield group_digest(b"")
             continue
         with HostBuffer(total_bytes, huge_pages=False) as buffer:
             reads, at = [], buffer.address
             for offset, length in ranges:
                 reads.append((0, offset, length, at))
                 at += length
-            read_ranges([path], reads, threads=_READER_THREADS)
-            yield buffer
+            read_ranges([path], reads, threads=threads)
+            yield group_digest(buffer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mxserver.wire.calls import Closing
 from mxserver.wire.credentials import ClientCredentials
@@ -61,27 +61,28 @@ class FileSource(Closing):
         """The file's bytes [offset, offset + length), each block valid until the next one. A server that knows no
         ranges begins at byte 0. Raises CallFailed; also where the file has another digest by now, if one is given.
         """
-        if (http := self._usable()) is not None:
-            try:
-                yield from http.blocks(path, offset, length, file_digest)
-            except NotThere as error:
-                self._without(error)
-            else:
-                return
-        yield from self._grpc.pieces(path, offset, None)
+        yield from self._either(
+            lambda http: http.blocks(path, offset, length, file_digest), self._grpc.pieces(path, offset, None)
+        )
 
     def pieces(self, path: str, offset: int, into: memoryview) -> Iterator[Piece]:
         """The file's bytes from `offset` on, as many as `into` has, with digests where the server tells them. By HTTP
         they are in `into` when their piece comes; over gRPC they are to be copied there. Raises CallFailed.
         """
+        yield from self._either(
+            lambda http: http.pieces(path, offset, into), self._grpc.pieces(path, offset, len(into))
+        )
+
+    def _either(self, by_http: Callable[[HttpFiles], Iterator[Piece]], by_grpc: Iterator[Piece]) -> Iterator[Piece]:
+        """`by_grpc` is a generator: its call begins with its first piece."""
         if (http := self._usable()) is not None:
             try:
-                yield from http.pieces(path, offset, into)
+                yield from by_http(http)
             except NotThere as error:
                 self._without(error)
             else:
                 return
-        yield from self._grpc.pieces(path, offset, len(into))
+        yield from by_grpc
 
     def _usable(self) -> HttpFiles | None:
         if self._http is None:

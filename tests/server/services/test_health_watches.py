@@ -41,6 +41,18 @@ def test_watchers_who_leave_stop_nobody(server: Server, client: ServerClient) ->
     assert stopped.wait(60)
 
 
+def test_watchers_who_leave_give_their_threads_back(server: Server, client: ServerClient) -> None:
+    """Also where no state changes meanwhile, which would wake those that missed their caller's end."""
+    with grpc.insecure_channel(client.address) as channel:
+        health = standard_pb2_grpc.HealthStub(channel)
+        for _ in range(100):
+            watches = [health.Watch(ALL) for _ in range(10)]
+            for watch in watches:
+                watch.cancel()
+        while server._health._watchers:  # none is left for ever: the test's time-out
+            client.list_sources()
+
+
 def test_more_watchers_than_there_is_room_for(server: Server, client: ServerClient) -> None:
     with grpc.insecure_channel(client.address) as channel:
         health = standard_pb2_grpc.HealthStub(channel)
