@@ -16,7 +16,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from bench.demo.workers import Server  # noqa: E402
 from mxcore.engine import Engine, leave, load  # noqa: E402
 from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
@@ -24,15 +23,6 @@ from tests.engine.plain_worker import ROLES  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BYTES = LAYERS * SIZE * SIZE * 4
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    process = Server(tmp_path_factory.mktemp("server"))
-    try:
-        yield process.start()
-    finally:
-        process.child.stop()
 
 
 @pytest.fixture

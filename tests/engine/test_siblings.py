@@ -16,20 +16,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from bench.demo.workers import Server  # noqa: E402
 from mxcore.agreement import MESSAGE_BYTES, Agreement  # noqa: E402
 from tests.engine.plain_engine import write_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    process = Server(tmp_path_factory.mktemp("server"))
-    try:
-        yield process.start()
-    finally:
-        process.child.stop()
 
 
 @contextlib.contextmanager
