@@ -140,6 +140,7 @@ def test_ranks_share_one_download_and_a_killed_one_leaves_its_lock(
     with TcpProxy(files_address(server.address)) as proxy:
         to = str(tmp_path / "hub-cache")
         command = [sys.executable, "-c", FETCH, server.address, MODEL, to, str(proxy.port)]
+        proxy.bytes_per_second = 4e6  # slower than the disk: what was sent is there, and not in the sockets' buffers
         proxy.cut_after(size // 2, meanwhile=lambda: first.kill())
         first = subprocess.Popen(command)
         first.wait(120)
