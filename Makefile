@@ -24,6 +24,7 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	@sh tools/install_test_packages.sh
+	@$(BIN)/python tools/get_helm.py $(BIN)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-rdma: $(VENV)/.built

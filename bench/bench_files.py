@@ -29,7 +29,7 @@ import click
 import grpc
 
 from mxserver.wire.calls import channel_options
-from mxserver.wire.files import METHOD, ChunkReader, ModelClient, StreamConnection, provider_of
+from mxserver.wire.files import FileSource, ModelClient, PortState, provider_of
 from mxserver.wire.proto import model_pb2
 
 MIB = 1024 * 1024
@@ -92,25 +92,22 @@ def received_rate(address: str, name: str, files: list[tuple[str, int, str]], st
     """GB/s of our stream, every file's digest checked, nothing written."""
     import xxhash
 
-    def run(number: int) -> None:
-        buffer = memoryview(bytearray(8 * MIB))
-        with StreamConnection(address) as connection:
-            for path, _, digest in files[number::streams]:
-                hasher = xxhash.xxh3_64()
-                request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name))
-                request.file_selector.paths.append(path)
-                connection.call(METHOD, request.SerializeToString())
-                reader = ChunkReader(connection)
-                while reader.next_fields() is not None:
-                    data = buffer[: reader.data_bytes]
-                    reader.read_into(data)
-                    hasher.update(data)
-                if f"xxh3-64:{hasher.hexdigest()}" != digest:
-                    raise click.ClickException(f"{path} came with other bytes")
+    with ModelClient(address) as client:
+        place = client.list_files(name).place
+        request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name))
 
-    started = time.perf_counter()
-    in_parallel(streams, run)
-    return sum(size for _, size, _ in files) / (time.perf_counter() - started) / 1e9
+        def run(number: int) -> None:
+            with FileSource(address, None, request, place, PortState(address)) as source:
+                for path, size_bytes, digest in files[number::streams]:
+                    hasher = xxhash.xxh3_64()
+                    for piece in source.blocks(path, 0, size_bytes, digest):
+                        hasher.update(piece.data)
+                    if f"xxh3-64:{hasher.hexdigest()}" != digest:
+                        raise click.ClickException(f"{path} came with other bytes")
+
+        started = time.perf_counter()
+        in_parallel(streams, run)
+        return sum(size for _, size, _ in files) / (time.perf_counter() - started) / 1e9
 
 
 @contextmanager
@@ -147,14 +144,17 @@ def peak_bytes(pid: int) -> int:
 def resent_after_cut(address: str, name: str, folder: Path, total_bytes: int) -> tuple[float, float]:
     """A fetch whose connection is cut in the middle: chunks (of 1 MiB) that the client got twice, and MiB that
     crossed the network twice, including bytes in buffers at the cut. A proxy counts the latter; a fetch without a cut
-    is subtracted, so that headers of HTTP/2 and gRPC do not count.
+    is subtracted, so that heads of answers do not count.
     """
     from tests.models.tcp_proxy import TcpProxy
 
+    with ModelClient(address) as asking:
+        place = asking.list_files(name).place
+    port = place.port if place else 0
     passed = []
     chunks = 0.0
     for cut in (False, True):
-        with TcpProxy(address) as proxy, ModelClient(proxy.address) as client:
+        with TcpProxy(f"127.0.0.1:{port}") as proxy, ModelClient(address, files_port=proxy.port) as client:
             if cut:
                 proxy.cut_after(total_bytes // 2)
             report = client.fetch(name, folder / f"cut-{cut}", streams=1)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from mxcore.agreement import Agreement, SiblingFailed
 from mxcore.errors import LoadPathsExhausted
 from mxserver.wire import MxError, nearest
 
@@ -69,6 +70,10 @@ class Rung(Protocol[T_co]):
         """After `load` raised: releases what it took, and reverts what it changed outside of the model."""
         return
 
+    def done(self) -> None:
+        """After `load`, when every process of the engine has loaded: what undoing would have needed can go."""
+        return
+
     def again(self) -> bool:
         """After `undo`: whether it is polled and tried once more before the next rung."""
         return False
@@ -121,7 +126,9 @@ class Ladder(Generic[T]):
     """Tries rungs in order, by `climb`. `steps` has the outcome of each, in order.
 
     After a rung failed, `restore` is called and has to make building a model possible again. `failed` is called with
-    each failure. For one thread at a time.
+    each failure. With an `agreement` all processes of an engine climb together: a rung is tried when each of them can,
+    and has loaded when each of them has. What it cannot be agreed on any more is left to the last resort. For one
+    thread at a time.
     """
 
     def __init__(
@@ -130,7 +137,9 @@ class Ladder(Generic[T]):
         *,
         restore: Callable[[], None] = lambda: None,
         failed: Callable[[Step], None] = lambda step: None,
+        agreement: Agreement | None = None,
     ) -> None:
+        self._agreement = agreement or Agreement()
         self._rungs = list(rungs)
         self._restore = restore
         self._failed = failed
@@ -143,7 +152,14 @@ class Ladder(Generic[T]):
         and was tried, what that raised.
         """
         for rung, is_last in self._attempts():
+            must_try = is_last and rung.is_last_resort
             polled = self._poll(rung)
+            if not polled.takes:
+                self._agreement.agree(f"{rung.name} skipped: {polled.reason}")
+            elif (trouble := self._agreement.agree()) and not must_try:
+                polled = skip(f"not all processes of this engine can take it: {trouble}")
+            if must_try:
+                self._agreement.leave()  # whatever becomes of the others, there is nothing else to try
             if not polled.takes:
                 self._note(Step(rung.name, "skipped", polled.reason))
                 continue
@@ -151,12 +167,18 @@ class Ladder(Generic[T]):
             started = time.monotonic()
             try:
                 loaded = rung.load()
+                if trouble := self._agreement.agree():
+                    del loaded
+                    raise SiblingFailed(trouble)
             except Exception as error:
                 seconds = round(time.monotonic() - started, 6)
+                if not self._agreement.trouble:
+                    self._agreement.agree(reason_of(error))
                 self._note(Step(rung.name, "failed", reason_of(error), seconds), error)
-                if is_last and rung.is_last_resort:
+                if must_try:
                     raise
             else:
+                rung.done()
                 self.steps.append(
                     Step(rung.name, "loaded", polled.reason, seconds=round(time.monotonic() - started, 6))
                 )

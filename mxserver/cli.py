@@ -40,6 +40,7 @@ def _help(name: str, default: str) -> str:
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
+@click.option("--files-port", metavar="PORT|off", help=_help("MX_SERVER_FILES_PORT", "8002"))
 @click.option("--metrics-port", metavar="PORT|off", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
 @click.option("--metrics-tls", metavar="auto|off", help=_help("MX_SERVER_METRICS_TLS", "auto"))
 @click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))

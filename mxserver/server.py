@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
+from mxserver.calls import PoolInterceptor
+from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
@@ -35,7 +37,7 @@ from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, m
 
 _LOG = logging.getLogger("mxserver")
 
-# Most calls wait for the disk, not for a core: as many may wait as one commit can take.
+# Publishes wait for the disk, not for a core: as many may wait as one commit can take. For others: calls/pools.py.
 HANDLER_THREADS = 64
 
 LONGEST_TICK_SECONDS = 1.0
@@ -82,6 +84,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._pools = PoolInterceptor()
         self._health = StandardHealth()
         store = open_store(settings)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
@@ -93,14 +96,19 @@ class Server:
         self._store: SourceStore = self._operations.store
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
         self._operations.show_cache(self._cache)
+        self._files: FilesPort | None = None
         self._models = ModelService(self._cache)
         try:
+            self._files = self._listen_for_files(settings, judge)
+            self._models.files_port = self._files.port if self._files else 0
             if "cache_directory" in settings.model_fields_set:
                 self._cache.open()
             self._grpc = self._serve(settings, leases, guards)
             self.port = _bind(self._grpc, settings.host, settings.port, credentials)
             self.metrics_port = self._listen_http(settings, judge)
         except BaseException:
+            if self._files is not None:
+                self._files.stop()
             self._operations.close()
             self._cache.close()
             self._models.close()
@@ -109,6 +117,8 @@ class Server:
         self._stopping = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         self._grpc.start()
+        if self._files is not None:
+            self._files.start()
         self._ticker.start()
         self._operations.open()
 
@@ -127,11 +137,30 @@ class Server:
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
             ) from error
 
+    def _listen_for_files(self, settings: ServerSettings, judge: Authenticator | None) -> FilesPort | None:
+        port = settings.effective_files_port
+        if port is None:
+            return None
+        try:
+            return FilesPort(
+                _unbracketed(settings.host),
+                port,
+                self._cache,
+                tls=settings.tls,
+                authenticator=judge,
+                most_per_host=settings.max_streams,
+            )
+        except OSError as error:
+            raise PortUnavailable(
+                f"cannot listen on {address(settings.host, port)} for files ({error.strerror}); stop what listens "
+                "there, or choose with --files-port (port 0 takes a free one; off: files come over gRPC alone)"
+            ) from error
+
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
         threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards],
+            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
@@ -154,6 +183,8 @@ class Server:
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
+        if self._files is not None:
+            self._files.drain()
         stopped: threading.Event = self._grpc.stop(self._drain_seconds)
         return stopped
 
@@ -161,7 +192,10 @@ class Server:
         """Cuts running calls, and releases ports and store. Idempotent."""
         self.leave()
         self._cache.stop_downloads()
+        if self._files is not None:
+            self._files.stop()
         self._grpc.stop(0).wait()
+        self._pools.close()
         self._models.close()
         self._cache.close()
         self._stopping.set()

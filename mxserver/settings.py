@@ -35,6 +35,7 @@ def _absolute(folder: Path) -> Path:
 
 
 DEFAULT_METRICS_PORT = 9401
+DEFAULT_FILES_PORT = 8002
 
 
 def _lower(value: Any) -> Any:
@@ -111,6 +112,9 @@ class ServerSettings(BaseSettings):
             alias="MODEL_EXPRESS_SERVER_METRICS_PORT",
             description="a whole number from 0 to 65535, or off",
         )
+    )
+    files_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(_lower)] = (
+        Field(None, alias="MX_SERVER_FILES_PORT", description="a whole number from 0 to 65535, or off")
     )
     metrics_tls: Annotated[MetricsTls, BeforeValidator(_lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
@@ -239,6 +243,15 @@ class ServerSettings(BaseSettings):
             return self.metrics_port
         return DEFAULT_METRICS_PORT if self.port else 0
 
+    @property
+    def effective_files_port(self) -> int | None:
+        """8002 unless set, None if it is off. If the port for calls is a free one (0), this one is too."""
+        if self.files_port == "off":
+            return None
+        if self.files_port is not None:
+            return self.files_port
+        return DEFAULT_FILES_PORT if self.port else 0
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -287,6 +300,7 @@ FLAGS = {
     "keepalive_seconds": "--keepalive",
     "drain_seconds": "--drain",
     "log_level": "--log-level",
+    "files_port": "--files-port",
     "metrics_port": "--metrics-port",
     "metrics_tls": "--metrics-tls",
     "log_format": "--log-format",

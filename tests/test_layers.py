@@ -55,6 +55,7 @@ ORDER = (
     "mxcore.reading",
     "mxcore.storage.checkpoint",
     "mxcore.storage.plan",
+    "mxcore.agreement",
     "mxcore.load_ladder",
     "mxcore.settings",
     "mxcore.storage.load",

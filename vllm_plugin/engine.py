@@ -7,7 +7,7 @@ loader is given to it whose part of the work, filling, is done by whoever asked 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
 
-from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint, load
+from mxcore.agreement import Gather
+from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint, gather_over_gloo, load
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
@@ -152,6 +153,12 @@ class VllmEngine:
         except RuntimeError as error:
             return " ".join(str(error).split())
         return ""
+
+    def siblings(self) -> Gather | None:
+        """All of vLLM's world, over a CPU group of its own: tensor, pipeline, and data parallelism with experts."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return None
+        return gather_over_gloo(get_world_group().ranks)
 
     def loses_memory(self) -> str | None:
         return compat.may_lose_memory(self._vllm_config, self._model_config)

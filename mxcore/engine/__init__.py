@@ -11,6 +11,7 @@ from mxcore.engine.loading import load
 from mxcore.engine.model_files import CheckpointFiles, find_checkpoint, model_name
 from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
 from mxcore.engine.serving import EngineWatch, leave
+from mxcore.engine.siblings import gather_over_gloo
 from mxcore.engine.weights import Kind, Weights
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Streamed",
     "Weights",
     "find_checkpoint",
+    "gather_over_gloo",
     "lazy_weights",
     "leave",
     "load",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mxcore.agreement import Agreement
 from mxcore.engine.model_files import UriPlace
 from mxcore.engine.protocol import Engine
 from mxcore.engine.report import Fallbacks
@@ -44,7 +45,7 @@ class LoadContext:
     `fallbacks` takes a line for what does not go as wanted, `at_end` what is to be closed when the rungs are through.
     Without a membership `alone` says why. `cannot_receive` is why no worker can help, whoever it is. With
     `any_checkpoint` there are no weight files here that could tell checkpoints apart. `uri_digest` is that of the
-    checkpoint at `uri`, if it was found.
+    checkpoint at `uri`, if it was found. `agreement` is with the engine's other processes.
     """
 
     engine: Engine
@@ -60,6 +61,7 @@ class LoadContext:
     alone: str = "this worker could not join"
     cannot_receive: str = ""
     any_checkpoint: bool = False
+    agreement: Agreement = field(default_factory=Agreement)
 
     @property
     def kind(self) -> Kind:

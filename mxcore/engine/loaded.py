@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
-from mxcore.engine.evidence import Built
-from mxcore.engine.protocol import Engine, Fill, Source, Streamed
+from mxcore.engine.protocol import Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Weights
 from mxcore.storage.plan import Progress
@@ -42,16 +42,7 @@ class Keeping:
         self._context = context
         self._kept: list[Weights] = []
 
-    def built(self, model: nn.Module) -> Built | None:
-        """Before filling: what the constructor made; None where that cannot be said, and nothing is offered then."""
-        if not self._context.kept_kinds:
-            return None
-        found: list[Built] = []
-        with self._context.fallbacks.attempt("looking at the model before it is filled"):
-            found.append(Built(model, self._context.engine.device))
-        return found[0] if found else None
-
-    def filled(self, model: nn.Module, built: Built | None, given: Weights | None = None) -> None:
+    def filled(self, model: nn.Module, given: Weights | None = None) -> None:
         """Before processing. `given` are weights that were received, or will be after processing."""
         context = self._context
         for kind in context.kept_kinds:
@@ -59,10 +50,10 @@ class Keeping:
                 self._kept.append(given)
             elif kind == "raw" and given is not None:
                 context.fallbacks.append("keeping raw weights: this worker received processed ones")
-            elif built is not None:
+            else:
                 weights = Weights(kind, context.engine.device)
                 with context.fallbacks.attempt(f"collecting {kind} weights"):
-                    weights.loaded(model, built)
+                    weights.loaded(model)
                     self._kept.append(weights)
 
     def processed(self, model: nn.Module) -> tuple[Weights, ...]:
@@ -83,16 +74,22 @@ class Keeping:
         return tuple(complete)
 
 
-def built(engine: Engine, fill: Fill) -> tuple[nn.Module, StepSeconds]:
-    """`Engine.build`, with the seconds of its steps. Raises what that raises."""
+def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+    """`Engine.build`, with the seconds of its steps. Raises what that raises.
+
+    Processing, which may have collectives, begins when every process of the engine has filled its model; SiblingFailed
+    where one could not.
+    """
     times = [time.monotonic()]
 
     def timed(model: nn.Module) -> None:
         times.append(time.monotonic())
         fill(model)
         times.append(time.monotonic())
+        if trouble := context.agreement.agree():
+            raise SiblingFailed(trouble)
 
-    model = engine.build(timed)
+    model = context.engine.build(timed)
     times.append(time.monotonic())
     names = ("build", "fill", "process")
     return model, StepSeconds(
@@ -121,13 +118,12 @@ def load_stored(
 
         def fill(model: nn.Module) -> None:
             nonlocal seconds
-            before = keeping.built(model)
             began = time.monotonic()
             context.engine.fill(model, source, context.settings, progress)
             seconds = time.monotonic() - began
-            keeping.filled(model, before)
+            keeping.filled(model)
 
-        model, steps = built(context.engine, fill)
+        model, steps = built(context, fill)
     if not reading_alone:
         seconds = time.monotonic() - started
     with steps.step("keep"):

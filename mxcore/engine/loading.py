@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from mxcore.agreement import LEAST_STALL_SECONDS, Agreement, Gather
 from mxcore.engine import serving
 from mxcore.engine.context import LoadContext, Role
 from mxcore.engine.departure import Record
@@ -44,11 +45,19 @@ def load(engine: Engine, role: Role) -> nn.Module:
     restore = engine.building_state()
     fallbacks, steps = Fallbacks(), StepSeconds()
     context = LoadContext(engine, role, load_settings({}, {}), fallbacks, ExitStack())
+    context = replace(context, agreement=_agreement(context))
+    context.at_end.callback(context.agreement.close)
     with steps.step("join"), fallbacks.attempt("joining"):  # after a failure there is what was found before it
         context = _with_settings(context)
         context = replace(context, rank=engine.rank())
         context = _with_membership(context)
-    ladder = Ladder(rungs_of(context), restore=restore, failed=lambda step: fallbacks.append(str(step)))
+    context.agreement.stall_seconds = max(LEAST_STALL_SECONDS, context.settings.stall_timeout_seconds)
+    ladder = Ladder(
+        rungs_of(context),
+        restore=restore,
+        failed=lambda step: fallbacks.append(str(step)),
+        agreement=context.agreement,
+    )
     try:
         loaded = ladder.climb()
     except BaseException as error:
@@ -81,6 +90,18 @@ def load(engine: Engine, role: Role) -> nn.Module:
         with fallbacks.attempt("writing the report"):
             report.write(context.report_path)
     return loaded.model
+
+
+def _agreement(context: LoadContext) -> Agreement:
+    """With the engine's other processes; where they cannot be found, one that leaves only the last resort."""
+
+    def nobody(message: bytes, timeout_seconds: float) -> list[bytes]:
+        raise RuntimeError("the engine's other processes were not found")
+
+    gather: Gather | None = nobody
+    with context.fallbacks.attempt("finding the engine's other processes"):
+        gather = context.engine.siblings()
+    return Agreement(gather)
 
 
 def _with_settings(context: LoadContext) -> LoadContext:

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.checkpoint import WeightFiles, checkpoint_digest, weight_files_in
 from mxcore.storage.remote import ModelUri, ObjectFolder, ObjectOptions, parse_model_uri, remote_digest
 
 __all__ = ["CheckpointFiles", "UriPlace", "find_checkpoint", "model_name"]
 
-INDEX_FILES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
-WEIGHT_PATTERNS = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")  # in the order in which vLLM looks
 _IN_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 
 
 class CheckpointFiles(NamedTuple):
-    """A model's files on this machine. `weight_files` is empty when they are not here, or not all of them."""
+    """A model's files on this machine. `weight_files` is empty when they are not here, or not all of them.
+
+    `chosen` says by which rule, and what is read beside them.
+    """
 
     folder: Path | None
     weight_files: tuple[Path, ...]
     index_file: Path | None
     commit: str
+    chosen: WeightFiles = WeightFiles()
 
     def digest(self) -> str:
         """What tells the checkpoint apart; empty without weight files. Raises MxError for a malformed one."""
-        return checkpoint_digest(self.weight_files, self.index_file)
+        if self.folder is None or not self.weight_files:
+            return ""
+        return checkpoint_digest(
+            [*self.weight_files, *(self.folder / name for name in self.chosen.of_modules)],
+            self.index_file,
+            folder=self.folder,
+            settings_files=[self.folder / name for name in self.chosen.module_settings],
+        )
 
 
 def find_checkpoint(model: str, revision: str | None = None, download_dir: str | None = None) -> CheckpointFiles:
@@ -45,17 +52,12 @@ def find_checkpoint(model: str, revision: str | None = None, download_dir: str |
         folder = cached
     match = _IN_CACHE.search(str(folder))
     commit = match["commit"] if match else ""
-    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
-    if index is not None and (listed := _listed(index)) is not None:
-        files = tuple(folder / name for name in listed)
-        if files and all(file.is_file() for file in files):
-            return CheckpointFiles(folder, files, index, commit)
-        return CheckpointFiles(folder, (), index, commit)
-    for pattern in WEIGHT_PATTERNS:
-        found = tuple(sorted(folder.glob(pattern)))
-        if found:
-            return CheckpointFiles(folder, found, index, commit)
-    return CheckpointFiles(folder, (), None, commit)
+    try:
+        chosen = weight_files_in(folder)
+    except OSError:  # the engine says what is wrong with it
+        return CheckpointFiles(folder, (), None, commit)
+    index = folder / chosen.index_file if chosen.index_file else None
+    return CheckpointFiles(folder, tuple(folder / name for name in chosen.files), index, commit, chosen)
 
 
 def model_name(model: str) -> str:
@@ -66,15 +68,6 @@ def model_name(model: str) -> str:
     if match := _IN_CACHE.search(model):
         return f"{match['owner']}/{match['name']}"
     return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100 - symbolic links are names as well
-
-
-def _listed(index: Path) -> Sequence[str] | None:
-    """The shards that an index names, sorted; None when it is no index (then vLLM says what is wrong with it)."""
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return sorted(names) if all(isinstance(name, str) and Path(name).name == name for name in names) else None
 
 
 def _cached(model: str, revision: str | None, download_dir: str | None) -> Path | None:

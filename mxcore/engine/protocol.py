@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from mxcore.agreement import Gather
 from mxcore.engine.lazy_tensors import Needed
 from mxcore.engine.serving import EngineWatch
 from mxcore.engine.weights import Kind
@@ -115,6 +116,12 @@ class Engine(Protocol):
 
     def barrier(self, timeout_seconds: float) -> str:
         """Waits until all processes of this engine are here; what went wrong, else an empty text."""
+
+    def siblings(self) -> Gather | None:
+        """How this process talks to all that share collectives with it while they load; None: it is alone.
+
+        Called once a load, by each of them. Raises RuntimeError when they do not come.
+        """
 
     def loses_memory(self) -> str | None:
         """A mode in which weights vanish or move and nobody tells us: then they are not offered."""

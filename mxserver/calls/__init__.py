@@ -1,16 +1,18 @@
-"""What all gRPC calls share: the wrapper of method handlers, and the way to refuse a call."""
+"""What all gRPC calls share: the wrapper of method handlers, their threads, and the way to refuse a call."""
 
 from __future__ import annotations
 
-from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, answers_in_callbacks, with_behaviour
+from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
+from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 
 __all__ = [
     "Around",
     "Handler",
+    "PoolInterceptor",
     "Statuses",
     "WrappingInterceptor",
-    "answers_in_callbacks",
+    "in_pool",
     "refuse",
     "refuse_for",
     "refuses",

@@ -29,11 +29,6 @@ def behaviour_of(handler: Handler) -> Callable[..., Any]:
     return behaviour
 
 
-def answers_in_callbacks(handler: Handler) -> bool:
-    """Whether the handler's function gets a callback for its answers and holds no thread, as health's Watch does."""
-    return bool(getattr(behaviour_of(handler), "experimental_non_blocking", False))
-
-
 def with_behaviour(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
     """A handler of the same kind with the same serializers, answered by another function."""
     made: Handler = _KINDS[handler.request_streaming, handler.response_streaming][1](
@@ -61,25 +56,36 @@ def wrapped(method: str, handler: Handler, around: Around) -> Handler:
     return with_behaviour(handler, answers if handler.response_streaming else answer)
 
 
-class WrappingInterceptor(grpc.ServerInterceptor):
-    """Base of our interceptors: wraps each handler once, at its first call."""
+class HandlerInterceptor(grpc.ServerInterceptor):
+    """Base of our interceptors: replaces each handler once, at its first call."""
 
     def __init__(self) -> None:
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}  # method -> (its handler, the handler around that)
+        self._replaced: dict[str, tuple[Handler, Handler]] = {}  # method -> (its handler, what stands for that)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
         handler = continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None or not self._wraps(method, handler):
             return handler
-        known = self._wrapped.get(method)
+        known = self._replaced.get(method)
         if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, wrapped(method, handler, self._around))
+            known = self._replaced[method] = (handler, self._replacement(method, handler))
         return known[1]
 
     @abstractmethod
     def _wraps(self, method: str, handler: Handler) -> bool:
-        """Whether calls of this method are wrapped."""
+        """Whether this method's handler is replaced."""
+
+    @abstractmethod
+    def _replacement(self, method: str, handler: Handler) -> Handler:
+        """What answers instead of the handler."""
+
+
+class WrappingInterceptor(HandlerInterceptor):
+    """Base of interceptors that do something before and after each call."""
+
+    def _replacement(self, method: str, handler: Handler) -> Handler:
+        return wrapped(method, handler, self._around)
 
     @abstractmethod
     def _around(self, method: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mxserver.models import errors
 from mxserver.models.digests import digest_fd
 from mxserver.models.downloads import DownloadJob, JobState
-from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, selected_files, spans
+from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, opened_file, selected_files, spans
 from mxserver.models.names import ModelKey, ModelName, checked_revision, is_commit, model_name
 from mxserver.models.opened import CacheSettings, OpenCache
 from mxserver.models.record import FileRecord, ModelRecord
@@ -29,6 +29,7 @@ __all__ = [
     "is_commit",
     "messages",
     "model_name",
+    "opened_file",
     "selected_files",
     "spans",
 ]

@@ -57,6 +57,10 @@ class CacheLayout:
             return self.root / f"models--{model.name.replace('/', '--')}"
         return self.state / "objects" / model_id(model)
 
+    def relative(self, path: Path) -> str:
+        """A path of this layout, relative to the root."""
+        return str(path.relative_to(self.root))
+
     def snapshot(self, key: ModelKey) -> Path:
         """The folder in which the files have their names."""
         if key.model.provider == model_pb2.HUGGING_FACE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import queue
 import threading
@@ -13,11 +14,13 @@ from typing import Literal
 
 from mxserver.models.cache import ModelCache
 from mxserver.models.cache_layout import check_paths
+from mxserver.models.download_line import WorkLine
 from mxserver.models.errors import (
     CacheFull,
     CacheUnusable,
     DownloadFailed,
     DownloadInterrupted,
+    DownloadsFull,
     LeaseLost,
     ModelError,
     ModelNotCached,
@@ -29,7 +32,11 @@ from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped
 
 _LOG = logging.getLogger(__name__)
 
-Phase = Literal["resolving", "waiting", "downloading", "done", "failed"]
+DOWNLOADS_AT_ONCE = 4
+QUESTIONS_AT_ONCE = 16  # to providers: they take a moment, and models that are cached must not wait for downloads
+MOST_DOWNLOADS = 256  # that run or wait
+
+Phase = Literal["resolving", "queued", "waiting", "downloading", "done", "failed"]
 
 _CLOSE_SECONDS = 5.0  # how long downloads may take to notice that the server is stopping
 
@@ -55,14 +62,15 @@ class JobState:
 
 
 class DownloadJob:
-    """One download, followed by any number of callers. It goes on when callers leave, also after the last one: the next
-    caller then finds more of the model. Thread-safe.
+    """One download, followed by any number of callers. Once it has begun it goes on when callers leave, also after the
+    last one: the next caller then finds more of the model. Thread-safe.
     """
 
     def __init__(self, model: ModelName, revision: str, *, ignore_weights: bool) -> None:
         self.model = model
         self.revision = revision
         self.ignore_weights = ignore_weights
+        self.callers = 0  # of `Downloads`, under its lock
         self._changed = threading.Condition()
         self._state = JobState()
 
@@ -84,8 +92,15 @@ class DownloadJob:
                 self._changed.notify_all()
 
 
+_Wanted = tuple[ModelName, str, bool]
+_Fetch = Callable[[DownloadJob], ModelRecord]
+
+
 class Downloads:
-    """All downloads of this server. Thread-safe; `close` must be called."""
+    """All downloads of this server. Thread-safe; `close` must be called.
+
+    At most DOWNLOADS_AT_ONCE fetch files and QUESTIONS_AT_ONCE ask providers; the others wait, at most MOST_DOWNLOADS.
+    """
 
     def __init__(
         self,
@@ -101,27 +116,51 @@ class Downloads:
         self._sources = sources
         self._retry = retry or RetryPolicy()
         self._lock = threading.Lock()
-        self._jobs: dict[tuple[ModelName, str, bool], tuple[DownloadJob, threading.Thread]] = {}
+        self._jobs: dict[_Wanted, DownloadJob] = {}
+        self._questions = WorkLine("download-question", QUESTIONS_AT_ONCE)
+        self._fetches = WorkLine("download", DOWNLOADS_AT_ONCE)
 
     def ensure(self, model: ModelName, revision: str, *, ignore_weights: bool = False) -> DownloadJob:
-        """Joins a running download, or starts one. `revision` comes from `checked_revision`."""
+        """Joins a running download, or starts one. `revision` comes from `checked_revision`. Call `leave` at the end.
+
+        Raises:
+            DownloadsFull: too many wait already.
+        """
         wanted = (model, revision, ignore_weights)
         with self._lock:
-            if running := self._jobs.get(wanted):
-                return running[0]
-            job = DownloadJob(model, revision, ignore_weights=ignore_weights)
-            if self._cache.stopping.is_set():
-                job.show(phase="failed", error=Stopped(f"{model.name}: the server is stopping"))
-                return job
-            thread = threading.Thread(target=self._run, args=(wanted, job), name="download", daemon=True)
-            self._jobs[wanted] = (job, thread)
-            thread.start()
+            job = self._jobs.get(wanted)
+            if job is None:
+                job = DownloadJob(model, revision, ignore_weights=ignore_weights)
+                if self._cache.stopping.is_set():
+                    job.show(phase="failed", error=Stopped(f"{model.name}: the server is stopping"))
+                    return job
+                if len(self._jobs) >= MOST_DOWNLOADS:
+                    raise DownloadsFull(
+                        f"{model.name} is not downloaded: {MOST_DOWNLOADS} downloads run or wait already, which is the "
+                        "limit (MOST_DOWNLOADS); ask again later"
+                    )
+                self._jobs[wanted] = job
+                self._questions.put(wanted, functools.partial(self._run, wanted, job, self._found))
+            job.callers += 1
             return job
+
+    def leave(self, job: DownloadJob) -> None:
+        """A caller of `ensure` does not wait any more. Without callers, a download that has not begun is cancelled."""
+        wanted = (job.model, job.revision, job.ignore_weights)
+        with self._lock:
+            job.callers -= 1
+            if job.callers > 0 or self._jobs.get(wanted) is not job:
+                return
+            if not (self._questions.drop(wanted) or self._fetches.drop(wanted)):
+                return
+            del self._jobs[wanted]
+        _LOG.info("download is cancelled before it began, nobody waits for it model=%s", job.model)
+        job.show(phase="failed", error=Stopped(f"{job.model}: nobody waited for it"))
 
     def jobs(self) -> list[DownloadJob]:
         """The running downloads, in the order of their start."""
         with self._lock:
-            return [job for job, _ in self._jobs.values()]
+            return list(self._jobs.values())
 
     def running(self) -> int:
         with self._lock:
@@ -134,17 +173,24 @@ class Downloads:
         lease is released.
         """
         self._cache.stopping.set()
-        with self._lock:
-            running = list(self._jobs.values())
         deadline = time.monotonic() + _CLOSE_SECONDS
-        for job, thread in running:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                _LOG.warning("a download does not end and is abandoned model=%s", job.model)
+        for line in (self._questions, self._fetches):  # what the first ends may still go into the second
+            for thread in line.threads():
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    _LOG.warning("a download does not end and is abandoned thread=%s", thread.name)
 
-    def _run(self, wanted: tuple[ModelName, str, bool], job: DownloadJob) -> None:
+    def _run(self, wanted: _Wanted, job: DownloadJob, step: Callable[[DownloadJob], ModelRecord | _Fetch]) -> None:
+        """One step of a download: it ends with it, or waits in line for the next."""
         try:
-            record = self._download(job)
+            record = step(job)
+            if not isinstance(record, ModelRecord):
+                job.show(phase="queued", message=f"waits: at most {DOWNLOADS_AT_ONCE} downloads run at once")
+                with self._lock:
+                    if job.callers or job.state().began:
+                        self._fetches.put(wanted, functools.partial(self._run, wanted, job, record))
+                        return
+                raise Stopped(f"{job.model}: nobody waited for it")
             if job.state().began:
                 _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
             end: dict[str, object] = {"phase": "done", "message": "in the cache", "revision": record.key.revision}
@@ -181,7 +227,10 @@ class Downloads:
         _LOG.exception("download failed model=%s revision=%s", job.model, job.revision)
         return DownloadFailed(f"{job.model}: {type(error).__name__}: {error}")
 
-    def _download(self, job: DownloadJob) -> ModelRecord:
+    def _found(self, job: DownloadJob) -> ModelRecord | _Fetch:
+        """The record, if the cache has what the job wants; else the step that fetches it."""
+        if self._cache.stopping.is_set():
+            raise Stopped(f"{job.model}: the server is stopping")
         source = self._sources[job.model.provider]
         if is_commit(job.revision) and (record := self._satisfying(ModelKey(job.model, job.revision), job)):
             return record
@@ -191,6 +240,14 @@ class Downloads:
             return self._cached_instead(job, error)
         job.show(revision=remote.key.revision)
         check_paths(job.model, [file.path for file in remote.files])
+        if record := self._satisfying(remote.key, job):
+            self._name(remote, job)
+            return record
+        return functools.partial(self._fetched, source, remote)
+
+    def _fetched(self, source: ModelSource, remote: RemoteModel, job: DownloadJob) -> ModelRecord:
+        if self._cache.stopping.is_set():
+            raise Stopped(f"{remote.key}: the server is stopping")
         while True:
             try:
                 record = self._under_lease(source, remote, job)

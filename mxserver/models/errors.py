@@ -10,6 +10,7 @@
         ├── RevisionNotFound       MX_REVISION_NOT_FOUND    the provider does not know it
         ├── ModelInUse             MX_MODEL_IN_USE          being read, downloaded or pinned
         ├── CacheFull              MX_CACHE_FULL            no room within the limits, or on the disk
+        ├── DownloadsFull          MX_DOWNLOADS_FULL        too many downloads wait already
         ├── LeaseLost              MX_LEASE_LOST            another replica has taken the download over
         ├── CacheUnusable          MX_CACHE_UNUSABLE        the folder cannot be made or written
         └── DownloadFailed         MX_DOWNLOAD_FAILED       the provider refuses; retrying now does not help
@@ -61,6 +62,12 @@ class CacheFull(ModelError):
     """No room within the cache's limits or on the disk, even after everything unused was evicted."""
 
     code = "MX_CACHE_FULL"
+
+
+class DownloadsFull(ModelError):
+    """As many downloads run and wait as may; asking again later helps."""
+
+    code = "MX_DOWNLOADS_FULL"
 
 
 class LeaseLost(ModelError):

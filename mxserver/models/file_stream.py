@@ -96,7 +96,7 @@ def messages(
     """
     commit = record.key.revision if is_commit(record.key.revision) else None
     for part in parts:
-        handle = _opened(root, part.file)
+        handle = opened_file(root, part.file)
         try:
             for fields, offset, length in _chunks(part, size, commit, is_last_file=part is parts[-1]):
                 yield chunk_message(fields.SerializeToString(), handle, offset, length, with_digest=with_digests)
@@ -130,7 +130,8 @@ def _chunks(
         first = False
 
 
-def _opened(root: Path, file: FileRecord) -> int:
+def opened_file(root: Path, file: FileRecord) -> int:
+    """A handle of a cached file. Raises FileDamaged where it has another size than its record, or cannot be read."""
     try:
         handle = open_regular_below(root, root / file.place)
     except OSError as error:

@@ -68,6 +68,8 @@ def record_from_json(text: str) -> ModelRecord:
             ModelKey(model, str(fields["revision"])), files, bool(fields["has_weights"]), int(fields["created_ms"])
         )
         problems = [problem for file in files for name in (file.path, file.place) if (problem := path_problem(name))]
+        if (problem := path_problem(record.key.revision)) or "/" in record.key.revision:
+            problems.append(f"revision {record.key.revision[:100]!r} is refused: {problem or 'it has a slash'}")
         problems += [f"size {file.size!r}" for file in files if type(file.size) is not int or file.size < 0]
     except (KeyError, TypeError, ValueError, MxError) as error:
         raise BadRecord(f"{type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from mxserver.wire import MxError
+from mxserver.wire.credentials import LONGEST_TOKEN_BYTES
 
 
 class Role(enum.IntEnum):
@@ -67,6 +68,14 @@ def current_owner() -> str:
     return caller.subject if caller else ""
 
 
+def require_role(needed: Role, what: str) -> None:
+    """For calls of which one part needs more than their method. Raises AccessError."""
+    caller = CALLER.get()
+    if caller is not None and caller.role < needed:
+        role = caller.role.name.lower()
+        raise AccessError(f"{caller.subject} has the role {role}; {what} needs {needed.name.lower()}")
+
+
 class AccessError(MxError):
     """A call is not allowed. The message is shown to the caller and contains nothing secret."""
 
@@ -83,3 +92,14 @@ class AccessUnknown(AccessError):
     """The service that judges tokens does not answer; no call is allowed meanwhile."""
 
     code = "MX_ACCESS_UNKNOWN"
+
+
+def bearer_token(authorization: str) -> bytes:
+    """The token of `Bearer TOKEN`, as a call's metadata or a request's header has it. Raises Unauthenticated."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("the call carries no token; set MX_AUTH_TOKEN_PATH to the file that has it")
+    token = value.strip().encode()
+    if not token or len(token) > LONGEST_TOKEN_BYTES:
+        raise Unauthenticated("the token is empty or too long")
+    return token

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
-from mxserver.calls import Statuses, refuse_for, refuses
+from mxserver.calls import Statuses, in_pool, refuse_for, refuses
 from mxserver.models import (
     DownloadJob,
     FileDamaged,
@@ -33,6 +34,8 @@ from mxserver.models import (
     selected_files,
     spans,
 )
+from mxserver.security import AccessError, Role, require_role
+from mxserver.wire.files import FILES_FOLDER
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +55,9 @@ _STATUSES: Statuses = {
     errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DownloadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FileDamaged: grpc.StatusCode.DATA_LOSS,
+    AccessError: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelError: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -65,18 +70,19 @@ class ModelService:
 
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
+        self.files_port = 0  # where the files are by HTTP; 0: nowhere
         self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
         self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "EnsureModelDownloaded": grpc.unary_stream_rpc_method_handler(
-                _in_pool(self.ensure_model_downloaded, self._waiting),
+                in_pool(self.ensure_model_downloaded, self._waiting),
                 request_deserializer=model_pb2.ModelDownloadRequest.FromString,
                 response_serializer=model_pb2.ModelStatusUpdate.SerializeToString,
             ),
             "StreamModelFiles": grpc.unary_stream_rpc_method_handler(
-                _in_pool(self.stream_model_files, self._streaming),  # yields messages that are serialised already
+                in_pool(self.stream_model_files, self._streaming),  # yields messages that are serialised already
                 request_deserializer=model_pb2.ModelFilesRequest.FromString,
             ),
             "ListModelFiles": grpc.unary_unary_rpc_method_handler(
@@ -103,8 +109,14 @@ class ModelService:
     ) -> Iterator[model_pb2.ModelStatusUpdate]:
         model = model_name(request.provider, request.model_name)
         revision = checked_revision(model, request.revision)
-        job = self._opened.downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
-        yield from self._follow(job, context)
+        if request.pin:
+            require_role(Role.ADMIN, "a pin")
+        downloads = self._opened.downloads
+        job = downloads.ensure(model, revision, ignore_weights=request.ignore_weights)
+        try:
+            yield from self._follow(job, context)
+        finally:
+            downloads.leave(job)
         state = job.state()
         if isinstance(state.error, (errors.RevisionNotFound, errors.BadModelName, Stopped)):
             refuse_for("ensure_model_downloaded", context, state.error, _STATUSES)
@@ -145,6 +157,8 @@ class ModelService:
             total_size=sum(file.size for file in files),
             resolved_revision=_public_revision(record),
             folder=str(self._opened.cache.layout.snapshot(record.key)),
+            files_port=self.files_port,
+            files_path=_files_path(record) if self.files_port else "",
         )
 
     @refuses_for_models
@@ -203,6 +217,13 @@ def _public_revision(record: ModelRecord) -> str | None:
     return record.key.revision if record.key.model.provider == model_pb2.HUGGING_FACE else None
 
 
+def _files_path(record: ModelRecord) -> str:
+    """The folder of a model's files on the port for files (mxserver.files_port)."""
+    model = record.key.model
+    parts = (model_pb2.ModelProvider.Name(model.provider), model.name, _public_revision(record) or "")
+    return FILES_FOLDER + "".join(f"{quote(part, safe='')}/" for part in parts)
+
+
 def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
     status = {"done": model_pb2.DOWNLOADED, "failed": model_pb2.ERROR}.get(state.phase, model_pb2.DOWNLOADING)
     progress = state.progress
@@ -222,14 +243,3 @@ def _update(job: DownloadJob, state: JobState) -> model_pb2.ModelStatusUpdate:
     if state.revision and job.model.provider == model_pb2.HUGGING_FACE:
         update.resolved_revision = state.revision
     return update
-
-
-def _in_pool(method: Callable[..., Iterator[Any]], pool: ThreadPoolExecutor) -> Callable[..., Iterator[Any]]:
-    """Makes grpcio run a method in its own thread pool; grpcio reads the attribute set here."""
-
-    @functools.wraps(method)
-    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        return method(request, context)
-
-    call.experimental_thread_pool = pool  # type: ignore[attr-defined]
-    return call

@@ -47,6 +47,12 @@ _refuses = refuses(
 )
 
 
+MOST_MODEL_NAME_BYTES = 512
+MOST_WORKER_ID_BYTES = 256
+MOST_IDENTITY_BYTES = 64 * 1024  # with all of its extra parameters
+MOST_TOPOLOGY_BYTES = 16 * 1024  # in every listing, as the names are
+
+
 class P2pService(p2p_pb2_grpc.P2pServiceServicer):
     """Thread-safe, as far as the store is."""
 
@@ -61,6 +67,8 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
     ) -> p2p_pb2.PublishMetadataResponse:
         if missing := _missing_to_publish(request):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
+        if too_long := _too_long_to_publish(request):
+            return p2p_pb2.PublishMetadataResponse(success=False, message=too_long)
         record = self._store.publish(_publication(request))
         self._loads.published(record.key, request)
         pod = (request.pod_namespace, request.pod_name) if request.pod_name else ()
@@ -172,6 +180,21 @@ def _missing_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
     if not request.HasField("worker"):
         return "worker"
     return None
+
+
+def _too_long_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
+    """What of the request is over its limit. All of it is kept in memory, and the names are in every listing."""
+    topology = request.worker.topology
+    sizes = (
+        ("identity.model_name", len(request.identity.model_name.encode()), MOST_MODEL_NAME_BYTES),
+        ("worker_id", len(request.worker_id.encode()), MOST_WORKER_ID_BYTES),
+        ("identity", request.identity.ByteSize(), MOST_IDENTITY_BYTES),
+        ("worker.accelerator", len(request.worker.accelerator.encode()), MOST_WORKER_ID_BYTES),
+        ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), MOST_TOPOLOGY_BYTES),
+    )
+    return next(
+        (f"{name} has {size} bytes; at most {most} are kept" for name, size, most in sizes if size > most), None
+    )
 
 
 def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:

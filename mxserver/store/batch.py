@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mxserver.store.clock import Clock
-from mxserver.store.index import STALE, RecordIndex, require_epoch, require_owner, unknown
+from mxserver.store.index import STALE, RecordIndex, never_given, require_epoch, require_owner, unknown
 from mxserver.store.interface import Publication, RecordKey, SourceRecord, Status
 from mxserver.wire.proto import p2p_pb2
 
@@ -61,6 +61,10 @@ class Batch:
     def publish(self, publication: Publication) -> SourceRecord:
         """Raises StaleEpoch and NotOwner."""
         key = publication.key
+        # An earlier file's epochs are not above the time. Those above both were never given, and need not fit a column.
+        last = max(self._epochs.last, self._clock.unix_ms())
+        if publication.epoch > last:
+            raise never_given(key, publication.epoch, last)
         current = self._current(key)
         if current is not None:
             require_owner(current, publication.owner)

@@ -34,7 +34,11 @@ class StoreTooNew(StoreUnusable):
 
 
 class StoreUnavailable(StoreError):
-    """The store does not work at the moment; nothing of the call was kept. Must never be treated as "no records"."""
+    """The store does not work at the moment. Must never be treated as "no records".
+
+    Nothing of the call was kept, unless the message says that this is not known: the disk was busy with it when the
+    caller's time was over.
+    """
 
     code = "MX_STORE_UNAVAILABLE"
 

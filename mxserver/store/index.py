@@ -31,6 +31,13 @@ def stale_epoch(key: RecordKey, epoch: int, life: int) -> StaleEpoch:
     )
 
 
+def never_given(key: RecordKey, epoch: int, last: int) -> StaleEpoch:
+    return StaleEpoch(
+        f"source {key.source_id}, worker {key.worker_id}, rank {key.worker_rank}: epoch {epoch} was never given, the "
+        f"last one is at most {last}; publish without an epoch to begin a new life"
+    )
+
+
 def require_owner(record: SourceRecord, owner: str) -> None:
     """Raises NotOwner when both the record's owner and the caller are known and not the same."""
     if owner and record.owner and owner != record.owner:

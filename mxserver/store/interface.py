@@ -88,7 +88,8 @@ class Query:
 class SourceStore(ABC):
     """Keeps the records of workers. All methods are safe from any thread.
 
-    Every method but `close` raises StoreUnavailable when the store does not work; then nothing was changed.
+    Every method but `close` raises StoreUnavailable when the store does not work; then nothing was changed, unless the
+    error says that this is not known.
     """
 
     @abstractmethod

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -50,6 +51,7 @@ class SqliteStore(SourceStore):
         self._submitting = threading.Lock()
         self._closed = False
         self._failure: StoreUnavailable | None = None  # of the last commit
+        self._writing_since: float | None = None  # monotonic seconds, while changes are decided and written
         opened: Future[SqliteFile] = Future()
         self._writer = threading.Thread(target=self._write, args=(path, opened), name="sqlite-writer", daemon=True)
         self._writer.start()
@@ -88,6 +90,7 @@ class SqliteStore(SourceStore):
 
     def check(self) -> None:
         self._require_open()
+        self._require_writer()
         self._file.require_in_place()
         if self._failure is not None:
             self._change(lambda _: None)  # an empty commit, to see whether the file works again
@@ -111,7 +114,8 @@ class SqliteStore(SourceStore):
         try:
             return answer.result(timeout=ANSWER_SECONDS)
         except TimeoutError:
-            raise StoreUnavailable(f"the disk did not answer within {ANSWER_SECONDS:g} s") from None
+            kept = "nothing of it is kept" if answer.cancel() else "whether it is kept will show: ask again"
+            raise StoreUnavailable(f"the disk did not answer within {ANSWER_SECONDS:g} s; {kept}") from None
 
     def _write(self, path: Path, opened: Future[SqliteFile]) -> None:
         """The writer thread: the only one that touches the file."""
@@ -125,7 +129,9 @@ class SqliteStore(SourceStore):
                     raise unusable(path, error) from error
                 opened.set_result(file)
                 while changes := self._next_changes():
-                    self._keep(file, epochs, changes)
+                    self._writing_since = time.monotonic()
+                    self._keep(file, epochs, [each for each in changes if each.answer.set_running_or_notify_cancel()])
+                    self._writing_since = None
         except StoreUnusable as error:
             opened.set_exception(error)  # raised by the constructor
 
@@ -146,7 +152,7 @@ class SqliteStore(SourceStore):
             return
         try:
             file.commit(batch, epochs.last)
-        except (StoreUnavailable, sqlite3.Error) as error:
+        except Exception as error:  # noqa: BLE001 - told to all who wait and to `check`; the writer goes on
             self._failure = StoreUnavailable(*error.args)
             for answer, _ in decided:
                 answer.set_exception(StoreUnavailable(*error.args))
@@ -155,3 +161,11 @@ class SqliteStore(SourceStore):
         self._index.apply(batch.changes)
         for answer, outcome in decided:
             answer.set_result(outcome)
+
+    def _require_writer(self) -> None:
+        """Raises StoreUnavailable where the writer ended, or has been silent for longer than callers wait."""
+        since = self._writing_since
+        if not self._writer.is_alive():
+            raise StoreUnavailable("the thread that writes has ended; restart mxserver")
+        if since is not None and time.monotonic() - since > ANSWER_SECONDS:
+            raise StoreUnavailable(f"the disk has not answered for more than {ANSWER_SECONDS:g} s")

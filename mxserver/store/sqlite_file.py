@@ -177,7 +177,7 @@ class SqliteFile:
                 if key in batch.published:
                     run(_PUT_PAYLOAD, (record.identity, record.worker, *key))
             run("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # of the values too (OverflowError): the writer thread must outlive it
             if self._connection.in_transaction:  # after some errors SQLite has rolled back by itself
                 self._connection.rollback()
             raise StoreUnavailable(f"writing to {self.path} failed: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from mxserver.calls import Around, WrappingInterceptor, answers_in_callbacks
+from mxserver.calls import Around, WrappingInterceptor
 from mxserver.telemetry.events import Events
 from mxserver.telemetry.metrics import UNKNOWN, Metrics
 
@@ -42,7 +42,7 @@ class ObservingInterceptor(WrappingInterceptor):
         return handler
 
     def _wraps(self, method: str, handler: Any) -> bool:
-        return not answers_in_callbacks(handler)
+        return True
 
     @contextmanager
     def _around(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:

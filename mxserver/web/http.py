@@ -1,7 +1,9 @@
 """The HTTP server: uvicorn in a thread of its own, with a deadline for every request.
 
 Made for probes, scrapes and a few open pages. uvicorn itself lets a client that sends or reads slowly keep its
-connection for ever; here it is cut, so that it does not hold a connection that probes need.
+connection for ever; here it is cut. uvicorn also answers 503 to everybody while too many connections are open, probes
+included; here the connection that was silent longest is closed for the new one
+(tests/web/test_http.py: test_connections_of_others_never_turn_a_probe_red).
 """
 
 from __future__ import annotations
@@ -41,7 +43,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_graceful_shutdown=END_SECONDS,
         )
@@ -81,23 +82,37 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
         self._answering: Any = None
+        self._heard_at = self.loop.time()  # when it came, or got its last answer
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_room()
         self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
         super().connection_lost(exc)
 
+    def _make_room(self) -> None:
+        """Closes the connection that was silent longest; one that waits for its answer only when all do."""
+        others = [one for one in self.connections if one is not self and isinstance(one, _Protocol)]
+        oldest = min(others, key=lambda one: (one._is_answered(), one._heard_at))
+        self.connections.discard(oldest)  # at once: several may come before the loop tells of its end
+        oldest.transport.abort()
+
+    def _is_answered(self) -> bool:
+        """Whether a request is being answered at the moment."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def on_response_complete(self) -> None:
+        self._heard_at = self.loop.time()
         self._deadline.cancel()
         self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
         super().on_response_complete()
 
     def _late(self) -> None:
         """The time for the request is over. A request that has arrived gets its time for the answer, once."""
-        cycle = self.cycle
-        running = cycle is not None and not cycle.response_complete
-        if running and cycle is not self._answering:
-            self._answering = cycle
+        running = self._is_answered()
+        if running and self.cycle is not self._answering:
+            self._answering = self.cycle
             self._deadline = self.loop.call_later(ANSWER_SECONDS, self._late)
             return
         logging.getLogger(__name__).debug("connection was cut client=%s answering=%s", self.client, running)

@@ -29,6 +29,11 @@ class Variable(NamedTuple):
 VARIABLES: tuple[Variable, ...] = (
     # The server's.
     Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
+    Variable(
+        "MX_SERVER_FILES_PORT",
+        "server",
+        "port for the bytes of cached files, by HTTP ranges; 0 takes a free one; off: they come over gRPC alone",
+    ),
     Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
     Variable(
         "MODEL_EXPRESS_SERVER_METRICS_PORT",

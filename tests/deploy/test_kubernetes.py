@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from bench.free_ports import free_port
 from mxserver.settings import FLAGS, ServerSettings
 from mxserver.wire import BY_NAME
 from mxserver.wire.environment import PREFIXES
@@ -21,7 +24,7 @@ from tests.web.conftest import WebServer, ask
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
-SERVERS = ["server.yaml", "server-redis.yaml"]
+SERVERS = ["server.yaml", "server-redis.yaml", "server-secured.yaml"]
 VERSIONS = ["1.29", "1.33", "1.37"]
 
 Manifest = dict[str, Any]
@@ -49,14 +52,15 @@ def container(file: str) -> Manifest:
 
 
 def environment(file: str) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in container(file)["env"]}
+    return {entry["name"]: entry["value"] for entry in container(file)["env"] if "value" in entry}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("file", FILES)
 def test_fits_the_schemas(file: str, version: str) -> None:
     for document in documents(file):
-        kubernetes_validate.validate(document, version, strict=True)
+        if document["apiVersion"] != "cert-manager.io/v1":
+            kubernetes_validate.validate(document, version, strict=True)
 
 
 def test_schemas_do_refuse() -> None:
@@ -98,7 +102,7 @@ def test_nothing_runs_as_root_or_writes_to_its_image(file: str) -> None:
     for _, pod in pods(file):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
-        assert pod["automountServiceAccountToken"] is False
+        assert pod["automountServiceAccountToken"] is (environment(file).get("MX_AUTH") == "kubernetes")
         for one in pod["containers"]:
             context = one["securityContext"]
             assert context["readOnlyRootFilesystem"] is True
@@ -167,7 +171,7 @@ def start_as_in(file: str, folder: Path, **changed: str) -> WebServer:
 def probe_as_in(file: str, server: WebServer) -> None:
     one = container(file)
     ports = {port["name"]: port["containerPort"] for port in one["ports"]}
-    assert ports == {"grpc": 8001, "http": 9401}, "the defaults of the server"
+    assert ports == {"grpc": 8001, "files": 8002, "http": 9401}, "the defaults of the server"
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         get = one[probe]["httpGet"]  # where the server has a certificate, `scheme: HTTPS` is all that changes
         assert get["port"] == "http"
@@ -199,18 +203,22 @@ def test_redis_servers_start_with_their_defaults(tmp_path: Path) -> None:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no Redis: tools/install_test_packages.sh installs redis-server")
-    [[arguments]] = [
-        [one["args"] for one in pod["containers"]] for name, pod in pods("server-redis.yaml") if name == "mx-redis"
-    ]
-    socket_path = tmp_path / "redis.sock"
-    given = [argument.replace("/data", str(tmp_path)) for argument in arguments[1:]]
+    [one] = [one for name, pod in pods("server-redis.yaml") if name == "mx-server-redis" for one in pod["containers"]]
+    shell, option, script = one["args"]
+    port = free_port()
+    password = secrets.token_hex(8)
     redis = subprocess.Popen(
-        [program, *given, "--port", "0", "--unixsocket", str(socket_path)], stdout=subprocess.PIPE, text=True
+        [shell, option, script.replace("/data", f"{tmp_path} --port {port} --bind 127.0.0.1")],
+        env={**os.environ, "REDIS_PASSWORD": password},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert redis.stdout is not None
     assert any("eady to accept connections" in line for line in redis.stdout)
     try:
-        server = start_as_in("server-redis.yaml", tmp_path, REDIS_URL=f"unix://{socket_path}")
+        url = environment("server-redis.yaml")["REDIS_URL"]
+        url = url.replace("$(REDIS_PASSWORD)", password).replace("mx-server-redis:6379", f"127.0.0.1:{port}")
+        server = start_as_in("server-redis.yaml", tmp_path, REDIS_URL=url)
         try:
             probe_as_in("server-redis.yaml", server)
             grpc_probe(server)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxcore.agreement import Gather
 from mxcore.engine import EngineWatch, Files, Fill, Kind, Source, find_checkpoint, lazy_weights, model_name
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import open_checkpoint
@@ -138,6 +139,9 @@ class PlainEngine:
     def barrier(self, timeout_seconds: float) -> str:
         self.events.append("barrier")
         return ""
+
+    def siblings(self) -> Gather | None:
+        return None
 
     def loses_memory(self) -> str | None:
         return None

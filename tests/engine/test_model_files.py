@@ -13,6 +13,7 @@ from mxcore.engine import find_checkpoint, model_name
 def write(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
 
 
@@ -54,12 +55,47 @@ def test_an_index_that_is_none_is_left_to_vllm(tmp_path: Path, text: str) -> Non
         (("model.safetensors", "pytorch_model.bin"), ["model.safetensors"]),
         (("pytorch_model.bin", "x.pt"), ["pytorch_model.bin"]),
         (("consolidated.safetensors", "model.safetensors"), ["consolidated.safetensors"]),
+        (("._model.safetensors", "model.safetensors", "original/consolidated.safetensors"), ["model.safetensors"]),
+        (("pytorch_model.bin", "training_args.bin"), ["pytorch_model.bin"]),
         (("config.json",), []),
     ],
 )
 def test_files_as_the_default_loader_chooses_them(tmp_path: Path, files: tuple[str, ...], expected: list[str]) -> None:
     write(tmp_path, *files)
     assert found_names(tmp_path) == expected
+
+
+def test_an_index_of_others_does_not_hide_consolidated_files(tmp_path: Path) -> None:
+    """Ministral's layout: vLLM reads the consolidated file, whatever the other index says."""
+    write(tmp_path, "a.safetensors", "consolidated.safetensors")
+    index(tmp_path, "a.safetensors")
+    assert found_names(tmp_path) == ["consolidated.safetensors"]
+
+
+def one_tensor(value: int) -> bytes:
+    header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes([value] * 8)
+
+
+def test_the_digest_is_of_the_files_that_are_read(tmp_path: Path) -> None:
+    """Findings W5, W6 and row 12: consolidated files, a projector's folder, and dot files, which are nobody's."""
+    write(tmp_path, "a.safetensors", "._a.safetensors", "2_Dense/x")
+    index(tmp_path, "a.safetensors")
+    places = [tmp_path / "a.safetensors", tmp_path / "2_Dense" / "model.safetensors"]
+    for place in places:
+        place.write_bytes(one_tensor(0))
+    modules = [{"path": "", "type": "Transformer"}, {"path": "2_Dense", "type": "Dense"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    digests = {find_checkpoint(str(tmp_path)).digest()}
+    for place in places:
+        place.write_bytes(one_tensor(1))
+        digests.add(find_checkpoint(str(tmp_path)).digest())
+    (tmp_path / "2_Dense" / "config.json").write_text("{}")
+    digests.add(find_checkpoint(str(tmp_path)).digest())
+    for value in range(2):
+        (tmp_path / "consolidated.safetensors").write_bytes(one_tensor(value))
+        digests.add(find_checkpoint(str(tmp_path)).digest())
+    assert len(digests) == 6
 
 
 def test_the_hubs_cache_is_searched_and_nothing_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +110,7 @@ def test_the_hubs_cache_is_searched_and_nothing_downloaded(tmp_path: Path, monke
     assert checkpoint.commit == commit
     assert [file.name for file in checkpoint.weight_files] == ["model.safetensors"]
     assert find_checkpoint(str(snapshot)).commit == commit
-    assert find_checkpoint("org/other", None, str(tmp_path)) == (None, (), None, "")
+    assert find_checkpoint("org/other", None, str(tmp_path)).folder is None
     assert find_checkpoint("no such folder/and/no/name", None, str(tmp_path)).folder is None
     assert model_name(str(snapshot)) == "org/name"
     assert model_name("/models/mine") == "/models/mine"

@@ -16,7 +16,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from bench.demo.workers import Server  # noqa: E402
 from mxcore.engine import Engine, leave, load  # noqa: E402
 from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
@@ -24,15 +23,6 @@ from tests.engine.plain_worker import ROLES  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BYTES = LAYERS * SIZE * SIZE * 4
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    process = Server(tmp_path_factory.mktemp("server"))
-    try:
-        yield process.start()
-    finally:
-        process.child.stop()
 
 
 @pytest.fixture
@@ -199,3 +189,43 @@ def test_weights_that_are_packed_away_are_refused_by_name(
     (fallback,) = report["fallbacks"]
     assert "0.weight" in fallback
     assert "MX_LAYOUT_UNSUPPORTED" in fallback
+
+
+class Replaced(PlainEngine):
+    """An engine under whose path another checkpoint comes, after joining or while the files are read."""
+
+    when = ""
+
+    def identity(self, kind: Any, revision: str, checkpoint: str | None) -> Any:
+        made = super().identity(kind, revision, checkpoint)
+        self._replace("joined")
+        return made
+
+    def fill(self, model: Any, source: Any, settings: Any, progress: Any) -> int:
+        read = super().fill(model, source, settings, progress)
+        self._replace("reading")
+        return read
+
+    def _replace(self, now: str) -> None:
+        if self.when == now:
+            self.when = ""
+            write_checkpoint(Path(self.model), seed=7)
+
+
+@pytest.mark.parametrize(("when", "path"), [("joined", "p2p"), ("reading", "storage")])
+def test_a_checkpoint_replaced_meanwhile_is_offered_as_what_was_read_or_not_at_all(
+    server: str, folder: Path, tmp_path: Path, when: str, path: str
+) -> None:
+    """Finding W3: what was read under v1's name and is v2 must not be taken for v1, by a rollback for instance."""
+    report = tmp_path / "report.json"
+    old = answer(load(PlainEngine(folder, {}), ROLES["both"]))
+    first = Replaced(folder, options(server, report_path=str(report)))
+    first.when = when
+    given = answer(load(first, ROLES["both"]))
+    assert (given == old) == (when == "reading")
+    assert json.loads(report.read_text())["serving"] == (when == "joined")
+    new = answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"]))
+    assert new != old
+    assert json.loads(report.read_text())["path"] == path
+    write_checkpoint(folder)
+    assert answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"])) == old

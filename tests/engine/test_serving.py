@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo.workers import Server
 from mxcore.engine.departure import Record, say_goodbye
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -59,15 +58,6 @@ if __name__ == "__main__":
     else:
         engine()
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    process = Server(tmp_path_factory.mktemp("server"))
-    try:
-        yield process.start()
-    finally:
-        process.child.stop()
 
 
 @pytest.fixture

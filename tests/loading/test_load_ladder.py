@@ -61,6 +61,9 @@ class FakeRung:
     def undo(self) -> None:
         self._events.append(f"undo {self.name}")
 
+    def done(self) -> None:
+        """Nothing is kept."""
+
     def again(self) -> bool:
         self._tries_left -= 1
         return self._tries_left > 0

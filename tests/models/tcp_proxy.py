@@ -30,6 +30,7 @@ class TcpProxy:
         self._asked: list[tuple[bytes, int, int]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.port = int(self._listener.getsockname()[1])
         self.answered_bytes = 0
         self.latency_seconds = latency_seconds
         self._ranges_are_partial = ranges_are_partial

@@ -17,7 +17,7 @@ from mxserver.wire.credentials import ClientCredentials, credentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, WORKER, StartServer, access_file
-from tests.security.kubernetes_stand_in import ApiServer, service_account
+from tests.security.kubernetes_stand_in import ApiServer, jwt, service_account
 
 MODE, ACCOUNTS, AUDIENCES, TTL = (
     "MODEL_EXPRESS_SECURITY_MODE",
@@ -33,8 +33,8 @@ ENFORCED = {MODE: "enforce", AUDIENCES: "modelexpress", ACCOUNTS: "models:modele
 def api(authority: Authority, tmp_path: Path) -> Iterator[ApiServer]:
     started = ApiServer(authority, tmp_path)
     started.audiences = ["modelexpress"]
-    started.users["t-worker"] = service_account("models", "modelexpress-p2p-nvidia-gpu-vllm-sa", "decode-0")
-    started.users["t-other"] = service_account("models", "default", "other-0")
+    started.users[jwt("t-worker")] = service_account("models", "modelexpress-p2p-nvidia-gpu-vllm-sa", "decode-0")
+    started.users[jwt("t-other")] = service_account("models", "default", "other-0")
     yield started
     started.close()
 
@@ -61,7 +61,7 @@ def test_enforce_is_token_review_with_the_list(
 
     def client(token: str | None) -> ServerClient:
         path = tmp_path / "token"
-        path.write_text(token or "")
+        path.write_text(jwt(token) if token else "")
         shown = ClientCredentials(token_file=path if token else None)
         return ServerClient(f"127.0.0.1:{server.port}", credentials=shown)
 
@@ -74,7 +74,7 @@ def test_enforce_is_token_review_with_the_list(
     with client(None) as nobody, pytest.raises(ServerRefused, match="UNAUTHENTICATED"):
         nobody.update_status("0" * 16, "w", 0, READY)
     api.audiences = ["another"]
-    api.users["t-elsewhere"] = api.users["t-worker"]
+    api.users[jwt("t-elsewhere")] = api.users[jwt("t-worker")]
     with client("t-elsewhere") as elsewhere, pytest.raises(ServerRefused, match="UNAUTHENTICATED"):
         elsewhere.publish(p2p_pb2.SourceIdentity(model_name="m"), WORKER, "x")
 

@@ -20,16 +20,16 @@ from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
-from tests.security.kubernetes_stand_in import ApiServer, service_account
+from tests.security.kubernetes_stand_in import ApiServer, jwt, service_account
 
 
 @pytest.fixture
 def api(authority: Authority, tmp_path: Path) -> Iterator[ApiServer]:
     started = ApiServer(authority, tmp_path)
-    started.users["t-worker"] = service_account("models", "vllm", "vllm-0")
-    started.users["t-other"] = service_account("models", "vllm", "vllm-1")
-    started.users["t-account"] = service_account("models", "batch")
-    started.users["t-stranger"] = service_account("games", "chess", "chess-0")
+    started.users[jwt("t-worker")] = service_account("models", "vllm", "vllm-0")
+    started.users[jwt("t-other")] = service_account("models", "vllm", "vllm-1")
+    started.users[jwt("t-account")] = service_account("models", "batch")
+    started.users[jwt("t-stranger")] = service_account("games", "chess", "chess-0")
     yield started
     started.close()
 
@@ -50,42 +50,100 @@ def reviews(api: ApiServer, subjects: Path) -> TokenReviews:
 
 
 def test_tokens_are_judged_with_pod_and_role(reviews: TokenReviews) -> None:
-    assert reviews.authenticate(b"t-worker") == Caller("system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH)
-    assert reviews.authenticate(b"t-account") == Caller("system:serviceaccount:models:batch", Role.READ)
+    assert reviews.authenticate(jwt("t-worker").encode()) == Caller(
+        "system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH
+    )
+    assert reviews.authenticate(jwt("t-account").encode()) == Caller("system:serviceaccount:models:batch", Role.READ)
 
 
 def test_token_of_nobody_and_of_somebody_without_a_role_are_refused(reviews: TokenReviews) -> None:
     with pytest.raises(Unauthenticated, match="does not know the token"):
-        reviews.authenticate(b"forged")
+        reviews.authenticate(jwt("forged").encode())
     with pytest.raises(Unauthenticated, match="system:serviceaccount:games:chess has no role; add it to"):
-        reviews.authenticate(b"t-stranger")
+        reviews.authenticate(jwt("t-stranger").encode())
 
 
 def test_verdicts_are_remembered_for_a_while(reviews: TokenReviews, api: ApiServer, subjects: Path) -> None:
     for _ in range(5):
-        reviews.authenticate(b"t-worker")
+        reviews.authenticate(jwt("t-worker").encode())
         with pytest.raises(Unauthenticated):
-            reviews.authenticate(b"forged")
+            reviews.authenticate(jwt("forged").encode())
     assert len(api.reviews) == 2
     forgetful = TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account, good_seconds=0.0)
-    forgetful.authenticate(b"t-other")
-    del api.users["t-other"]  # revoked
+    forgetful.authenticate(jwt("t-other").encode())
+    del api.users[jwt("t-other")]  # revoked
     with pytest.raises(Unauthenticated):
-        forgetful.authenticate(b"t-other")
+        forgetful.authenticate(jwt("t-other").encode())
 
 
 def test_memory_of_verdicts_is_bounded(reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_review, "KNOWN_TOKENS", 3)
+    monkeypatch.setattr(token_review, "REFUSED_TOKENS", 3)
     for n in range(10):
         with pytest.raises(Unauthenticated):
-            reviews.authenticate(b"forged-%d" % n)
-    assert len(reviews._verdicts) == 3
+            reviews.authenticate(jwt(f"forged-{n}").encode())
+    assert len(reviews._bad) == 3
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *(b"junk", b"a.b", b"a.b.c", b"..", b"e30.e30.x", b"W10.W10.x", b"\xff.\xff.\xff"),
+        jwt("late", exp=1).encode(),
+        jwt("issuer", iss=7).encode(),
+        jwt("t-worker").rpartition(".")[0].encode() + b".",
+    ],
+)
+def test_what_is_no_token_of_kubernetes_is_not_asked_about(reviews: TokenReviews, api: ApiServer, token: bytes) -> None:
+    with pytest.raises(Unauthenticated):
+        reviews.authenticate(token)
+    assert api.reviews == []
+
+
+def test_questions_are_bounded_and_known_tokens_do_not_wait(reviews: TokenReviews, api: ApiServer) -> None:
+    reviews.authenticate(jwt("t-worker").encode())
+    api.hold = threading.Event()
+
+    def forge(number: int) -> None:
+        with pytest.raises(Unauthenticated):
+            reviews.authenticate(jwt(f"forged-{number}").encode())
+
+    threads = [
+        threading.Thread(target=forge, args=(n,))
+        for n in range(token_review.REVIEWS_AT_ONCE + token_review.REVIEWS_WAITING)
+    ]
+    for thread in threads:
+        thread.start()
+    while reviews._places._value:
+        threads[0].join(0.01)
+    with pytest.raises(AccessUnknown, match="which is the limit"):
+        reviews.authenticate(jwt("one-more").encode())
+    assert reviews.authenticate(jwt("t-worker").encode()).role is Role.PUBLISH
+    api.hold.set()
+    for thread in threads:
+        thread.join()
+    assert not reviews._asking
+
+
+def test_refused_tokens_push_no_good_one_out(
+    reviews: TokenReviews, api: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_review, "KNOWN_TOKENS", 1)
+    reviews.authenticate(jwt("t-worker").encode())
+    for n in range(5):
+        with pytest.raises(Unauthenticated):
+            reviews.authenticate(jwt(f"forged-{n}").encode())
+    asked = len(api.reviews)
+    reviews.authenticate(jwt("t-worker").encode())
+    assert len(api.reviews) == asked
 
 
 def test_many_calls_with_one_token_are_one_question(reviews: TokenReviews, api: ApiServer) -> None:
     api.hold = threading.Event()
     callers: list[Caller] = []
-    threads = [threading.Thread(target=lambda: callers.append(reviews.authenticate(b"t-worker"))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: callers.append(reviews.authenticate(jwt("t-worker").encode())))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     api.hold.set()
@@ -113,9 +171,9 @@ def test_answer_that_is_none_allows_nothing_and_is_not_remembered(
 ) -> None:
     api.answer = answer
     with pytest.raises(AccessUnknown, match="cannot be judged at the moment"):
-        reviews.authenticate(b"t-worker")
+        reviews.authenticate(jwt("t-worker").encode())
     api.answer = None
-    assert reviews.authenticate(b"t-worker").role is Role.PUBLISH
+    assert reviews.authenticate(jwt("t-worker").encode()).role is Role.PUBLISH
 
 
 @pytest.mark.parametrize("word", ["true", 1, "yes"])
@@ -123,7 +181,7 @@ def test_only_true_is_authenticated(reviews: TokenReviews, api: ApiServer, word:
     status = {"authenticated": word, "user": {"username": "system:serviceaccount:models:vllm"}}
     api.answer = (201, json.dumps({"status": status}).encode())
     with pytest.raises(Unauthenticated):
-        reviews.authenticate(b"t-worker")
+        reviews.authenticate(jwt("t-worker").encode())
 
 
 def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> None:
@@ -131,7 +189,7 @@ def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> No
         FileSubjects(AccessFile(subjects)), api.url, audiences=("mxserver",), account_folder=api.account
     )
     with pytest.raises(Unauthenticated):
-        reviews.authenticate(b"t-worker")
+        reviews.authenticate(jwt("t-worker").encode())
     assert api.reviews[-1]["spec"]["audiences"] == ["mxserver"]
     user = service_account("models", "vllm")
     for audiences in ([], None, ["other"]):  # an authenticator that knows no audiences leaves them out
@@ -140,9 +198,9 @@ def test_audience_is_asked_for_and_checked(api: ApiServer, subjects: Path) -> No
             json.dumps({"status": {"authenticated": True, "user": user, "audiences": audiences}}).encode(),
         )
         with pytest.raises(Unauthenticated, match="not for the audience mxserver"):
-            reviews.authenticate(f"t-{audiences}".encode())
+            reviews.authenticate(jwt(f"t-{audiences}").encode())
     api.answer, api.audiences = None, ["mxserver"]
-    assert reviews.authenticate(b"t-other").role is Role.PUBLISH
+    assert reviews.authenticate(jwt("t-other").encode()).role is Role.PUBLISH
 
 
 def test_one_of_several_audiences_is_enough(api: ApiServer, subjects: Path) -> None:
@@ -150,17 +208,19 @@ def test_one_of_several_audiences_is_enough(api: ApiServer, subjects: Path) -> N
         FileSubjects(AccessFile(subjects)), api.url, audiences=("mxserver", "modelexpress"), account_folder=api.account
     )
     api.audiences = ["modelexpress"]
-    assert reviews.authenticate(b"t-worker").role is Role.PUBLISH
+    assert reviews.authenticate(jwt("t-worker").encode()).role is Role.PUBLISH
     assert api.reviews[-1]["spec"]["audiences"] == ["mxserver", "modelexpress"]
 
 
 def test_nobody_but_the_allowed_accounts(api: ApiServer) -> None:
     allowed = AllowedAccounts(["models:vllm"])
     reviews = TokenReviews(allowed, api.url, account_folder=api.account)
-    assert reviews.authenticate(b"t-worker") == Caller("system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH)
-    for token, account in ((b"t-account", "models:batch"), (b"t-stranger", "games:chess")):
+    assert reviews.authenticate(jwt("t-worker").encode()) == Caller(
+        "system:serviceaccount:models:vllm/vllm-0", Role.PUBLISH
+    )
+    for token, account in (("t-account", "models:batch"), ("t-stranger", "games:chess")):
         with pytest.raises(Unauthenticated, match=f"system:serviceaccount:{account} is not among the allowed accounts"):
-            reviews.authenticate(token)
+            reviews.authenticate(jwt(token).encode())
     for other in ("vllm", "models:vllm", "system:serviceaccount:models:vllm:x", "system:serviceaccount:models:*"):
         with pytest.raises(Unauthenticated):
             allowed.role_of(other)
@@ -179,7 +239,9 @@ def test_api_server_of_another_authority_is_not_asked(api: ApiServer, subjects: 
     (tmp_path / "other").mkdir()
     (api.account / "ca.crt").write_bytes(Authority(tmp_path / "other").ca_file.read_bytes())
     with pytest.raises(AccessUnknown):
-        TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account).authenticate(b"t-worker")
+        TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account).authenticate(
+            jwt("t-worker").encode()
+        )
     assert api.reviews == []
 
 
@@ -194,7 +256,7 @@ def test_server_with_token_review(start_server: StartServer, api: ApiServer, sub
 
     def client(token: str) -> ServerClient:
         path = tmp_path / token
-        path.write_text(token)
+        path.write_text(jwt(token))
         return ServerClient(f"127.0.0.1:{server.port}", credentials=ClientCredentials(token_file=path))
 
     with client("t-worker") as worker, client("t-other") as other, client("t-account") as account:

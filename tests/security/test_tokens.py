@@ -21,7 +21,7 @@ from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, open_channel
 from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
-from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, mx_pb2, p2p_pb2
+from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, model_pb2_grpc, mx_pb2, p2p_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 
@@ -111,6 +111,18 @@ def test_each_role_may_call_what_it_should_and_nothing_else(server: Server, meth
         assert f"{name} has the role {ROLES[name]}; {method} needs {needed}" in (outcome.details() or "")
     else:
         assert outcome.code() not in denied
+
+
+def test_a_download_pins_only_for_who_may_pin(server: Server) -> None:
+    request = model_pb2.ModelDownloadRequest(model_name="file:///nowhere", provider=model_pb2.FILE, pin=True)
+    with open_channel(f"127.0.0.1:{server.port}") as channel:
+        ensure = model_pb2_grpc.ModelServiceStub(channel).EnsureModelDownloaded
+        with pytest.raises(grpc.RpcError) as caught:
+            list(ensure(request, metadata=(("authorization", f"Bearer {TOKENS['worker']}"),), timeout=30))
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert "a pin needs admin" in caught.value.details()
+        updates = list(ensure(request, metadata=(("authorization", f"Bearer {TOKENS['boss']}"),), timeout=30))
+        assert updates[-1].status == model_pb2.ERROR  # it passed: there is no such folder
 
 
 def test_probes_need_no_token(server: Server) -> None:

@@ -2,7 +2,8 @@
 
 `mx_hiding` turns each linear layer's weight into int8 and spreads what `apply` needs over a transposed view, a plain
 attribute, a helper object that is no module, a dictionary, an attribute of a parameter, and Python floats.
-`mx_opaque` hides the weight in a function, which nobody can copy. `mx_wider` is `mx_hiding` under another layout.
+`mx_opaque` hides the weight in a function, which nobody can copy. `mx_shared_scale` asks all ranks.
+`mx_wider` is `mx_hiding` under another layout.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn import Parameter
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -66,6 +68,21 @@ class OpaqueMethod(UnquantizedLinearMethod):
         return layer.matmul(x, bias)
 
 
+class SharedScaleMethod(UnquantizedLinearMethod):
+    """int8 by one scale for all ranks, as vLLM's online fp8 under TP has it: processing is a collective."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight = layer.weight.data.float()
+        largest = weight.abs().max()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        layer.scale = largest / 127
+        layer.weight = Parameter(torch.round(weight / layer.scale).to(torch.int8), requires_grad=False)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.nn.functional.linear(x.float(), layer.weight.float() * layer.scale)
+        return (out + bias if bias is not None else out).to(x.dtype)
+
+
 class WiderMethod(HidingMethod):
     """One tensor more."""
 
@@ -108,8 +125,16 @@ class OpaqueConfig(HidingConfig):
     name = "mx_opaque"
 
 
+class SharedScaleConfig(HidingConfig):
+    """`mx_shared_scale`."""
+
+    method = SharedScaleMethod
+    name = "mx_shared_scale"
+
+
 def register(*, wider: bool) -> None:
     """Registers the configs in this process; `wider`: the layout of `mx_hiding` is not that of other processes."""
     HidingConfig.method = WiderMethod if wider else HidingMethod
     register_quantization_config("mx_hiding")(HidingConfig)
     register_quantization_config("mx_opaque")(OpaqueConfig)
+    register_quantization_config("mx_shared_scale")(SharedScaleConfig)

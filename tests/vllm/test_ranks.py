@@ -35,11 +35,37 @@ def ranked(folder: Path, server: str) -> Iterator[tuple[EngineHost, EngineHost]]
     """Two processes whose engines have workers in processes of their own."""
     hosts = EngineHost("ranked-source", folder, server), EngineHost("ranked-target", folder, server)
     for host in hosts:
+        host.ask("hiding", wider=False)
         host.ask("fork_workers")
         host.ask("plain_linear", on=True)
     yield hosts
     for host in hosts:
         host.close()
+
+
+def test_one_bad_rank_sends_all_ranks_to_storage(
+    ranked: tuple[EngineHost, EngineHost], model_paths: dict[str, Path]
+) -> None:
+    """Processing asks all ranks here: before, the good one was done and the bad one waited for it for ever."""
+    source, target = ranked
+    options = {
+        "tensor_parallel_size": 2,
+        "quantization": "mx_shared_scale",
+        "worker_extension_cls": "tests.vllm.corrupting.CorruptingExtension",
+    }
+    processed = {"layout": "processed"}
+    model = model_paths["llama"]
+    expected = source.load(model, "auto", **options).answers
+    first = source.load(model, "mx", processed, keep=True, ask="corrupt_rank_1", **options)
+    try:
+        assert sorted(first.answers)[0] == 0 < sorted(first.answers)[1], "rank 1 alone was changed"
+        second = target.load(model, "mx", processed, **options)
+    finally:
+        source.ask("end")
+    assert second.answers == expected
+    assert [report["path"] for report in second.ranks(2)] == ["storage", "storage"]
+    good = second.ranks(2)[0]
+    assert any("process 1" in line for line in good["fallbacks"]), good["fallbacks"]
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,18 @@ def serving(**endpoints: Callable[[Request], Response]) -> Iterator[HttpServer]:
     server.stop()
 
 
-def test_too_many_connections_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_of_others_never_turn_a_probe_red(web: WebServer) -> None:
+    """More connections than the server keeps, all of them silent: each one makes room for the next, and for probes."""
+    host, port = web.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as held:
+        for _ in range(2 * http.MAX_CONNECTIONS // 8):
+            for _ in range(8):
+                held.enter_context(contextlib.closing(socket.create_connection((host, int(port)))))
+            assert ask(web.url + "/livez").status == 200
+        assert ask(web.url + "/readyz").status == 200
+
+
+def test_what_is_being_answered_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_CONNECTIONS", 3)
     entered, go_on = threading.Semaphore(0), threading.Event()
 
@@ -210,13 +221,17 @@ def test_too_many_connections_are_turned_away(monkeypatch: pytest.MonkeyPatch) -
         return PlainTextResponse("done\n")
 
     answers: list[int] = []
-    with serving(held=held) as server:
+    with serving(held=held) as server, contextlib.ExitStack() as silent:
         url = f"http://127.0.0.1:{server.port}/held"
         threads = [threading.Thread(target=lambda: answers.append(ask(url).status)) for _ in range(2)]
         for thread in threads:
             thread.start()
             assert entered.acquire(timeout=60)
-        assert ask(url).status == 503
+        first, *_ = [
+            silent.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60)) for _ in range(4)
+        ]
+        with contextlib.suppress(ConnectionResetError):
+            assert first.recv(1) == b"", "the silent one that came first is closed"
         go_on.set()
         for thread in threads:
             thread.join()

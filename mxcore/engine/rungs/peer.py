@@ -8,10 +8,11 @@ from functools import partial
 
 from torch import nn
 
+from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
-from mxcore.engine.evidence import Built
 from mxcore.engine.loaded import Keeping, Loaded, built
-from mxcore.engine.report import LoadedPart
+from mxcore.engine.protocol import Fill
+from mxcore.engine.report import LoadedPart, StepSeconds
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, remember_computed
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
@@ -105,22 +106,20 @@ class PeerRung(Rung[Loaded]):
 
         def fill(model: nn.Module) -> None:
             attempt.restore = remember_computed(model, weights.device)
-            before = Built(model, weights.device, copies=not is_raw)
             if is_raw:
-                weights.loaded(model, before, partial(self._receive, attempt, model))
+                weights.loaded(model, partial(self._receive, attempt, model))
             else:
                 context.engine.fill_placeholder(model)
-                weights.loaded(model, before)
-            keeping.filled(model, before, weights)
+                weights.loaded(model)
+            keeping.filled(model, weights)
 
-        model, steps = built(context.engine, fill)
+        model, steps = self._built(attempt, fill)
         with steps.step("fill"):
             if not is_raw:
                 weights.processed(model, partial(self._receive, attempt, None))
         received = weights.received
         if received is None:
             raise SourceUnreachable("nothing was received: the engine has filled no model")
-        self._attempt = None  # with its copies of what building computed
         with steps.step("keep"):
             kept = keeping.processed(model)
         part = LoadedPart(
@@ -136,7 +135,19 @@ class PeerRung(Rung[Loaded]):
             transport=received.transport,
             steps=steps,
         )
+        attempt.others_may_do = True  # if it comes to nothing, a sibling is why
         return Loaded(model, kept, attempt.checkpoint, part)
+
+    def done(self) -> None:
+        """The copies of what building computed are freed."""
+        self._attempt = None
+
+    def _built(self, attempt: _Attempt, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+        try:
+            return built(self._context, fill)
+        except SiblingFailed:
+            attempt.others_may_do = True
+            raise
 
     def _receive(
         self,
@@ -155,11 +166,14 @@ class PeerRung(Rung[Loaded]):
             membership is context.membership and self._kind in context.kept_kinds and not context.engine.loses_memory()
         )
         relay_from = attempt.weights if relays else None
+        has_files = unprocessed is not None and _files_are_the_same(context)
         try:
             try:
-                return membership.receive(layout, placement, scalars, self._sources, relay_from=relay_from)
+                return membership.receive(
+                    layout, placement, scalars, self._sources, relay_from=relay_from, files_decide=has_files
+                )
             except ChunksMissing as error:
-                if error.partial is None or unprocessed is None or not _files_are_the_same(context):
+                if error.partial is None or unprocessed is None or not has_files:
                     raise
                 context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
@@ -206,7 +220,11 @@ class FleetRung(PeerRung):
         context = self._context
         if context.membership is None:
             return ()
-        return context.membership.wait_for_source(match_any_checkpoint=context.any_checkpoint, avoid=self._tried.failed)
+        return context.membership.wait_for_source(
+            match_any_checkpoint=context.any_checkpoint,
+            avoid=self._tried.failed,
+            stopped=context.agreement.is_given_up,
+        )
 
     def _nobody(self) -> str:
         return "nobody else loads them, or not in time: this worker's turn to read storage"

@@ -39,6 +39,8 @@ class TargetRung(PeerRung):
         wait = self._wait = self._wait or Wait(f"a source of {context.what}", self._limit_seconds)
         self._sources = self._found()
         while not self._sources:
+            if context.agreement.is_given_up():
+                return skip("another process of this engine goes on without a source")
             if not wait.pause():
                 return skip(self._too_late("no source is there"))
             self._sources = self._found()

@@ -11,10 +11,18 @@ from mxcore.storage.checkpoint.checkpoint import (
     open_checkpoint,
     weight_map_of,
 )
-from mxcore.storage.checkpoint.content_digest import checkpoint_digest, digest_of_parts, file_part, index_part, sample
+from mxcore.storage.checkpoint.content_digest import (
+    checkpoint_digest,
+    digest_of_parts,
+    file_part,
+    group_digest,
+    groups_of,
+    index_part,
+)
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
 from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
+from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
     "DTYPES",
@@ -25,13 +33,17 @@ __all__ = [
     "Stamp",
     "TensorInfo",
     "TensorViews",
+    "WeightFiles",
     "assembled",
     "checkpoint_digest",
     "digest_of_parts",
     "file_part",
+    "group_digest",
+    "groups_of",
     "index_part",
     "memory_of",
     "open_checkpoint",
-    "sample",
+    "weight_files",
+    "weight_files_in",
     "weight_map_of",
 ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.safetensors import Header, read_header
+from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files_in
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 
@@ -67,8 +68,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 def open_checkpoint(path: PathLike | Sequence[PathLike]) -> Checkpoint:
     """Reads the headers of a file, of several, of an index's files, or of a directory's. Safe from any thread.
 
-    `path` is a .safetensors file, a list of them, a *.safetensors.index.json, or a directory; a directory's index says
-    which of its files belong to the checkpoint, and without one all its *.safetensors do, sorted by name.
+    `path` is a .safetensors file, a list of them, a *.safetensors.index.json, or a directory; of a
+    directory those are taken that the engine reads (`weight_files`), as its index lists them if there is one.
 
     Raises StorageError for what cannot be opened, a SafetensorsError for a broken header, and CheckpointError for an
     index that is none, one that names what the files do not have, a name that two files have, or no files at all.
@@ -77,19 +78,26 @@ def open_checkpoint(path: PathLike | Sequence[PathLike]) -> Checkpoint:
         return _with_files([Path(file) for file in path], None, ", ".join(str(file) for file in path))
     place = Path(path)
     if place.is_dir():
-        indexes = sorted(place.glob(f"*{INDEX_SUFFIX}"))
-        if len(indexes) > 1:
-            raise CheckpointError(
-                f"{place} has {len(indexes)} indexes, {_some(i.name for i in indexes)}: give one of them"
-            )
-        if not indexes:
-            return _with_files(sorted(place.glob("*.safetensors")), None, str(place))
-        place = indexes[0]
+        chosen = _chosen(place)
+        if chosen.index_file is None:
+            return _with_files([place / name for name in chosen.files], None, str(place))
+        place /= chosen.index_file
     if place.name.endswith(".json"):
         weight_map = _read_index(place)
         names = sorted(set(weight_map.values()))
         return _with_files([_beside(place, name) for name in names], weight_map, str(place))
     return _with_files([place], None, str(place))
+
+
+def _chosen(folder: Path) -> WeightFiles:
+    """What the engine would read, of which safetensors are ours."""
+    try:
+        chosen = weight_files_in(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be read: {error.strerror}", file=str(folder)) from error
+    if chosen.files and not chosen.files[0].endswith(".safetensors"):
+        return WeightFiles()
+    return chosen
 
 
 def _with_files(files: list[Path], weight_map: Mapping[str, str] | None, what: str) -> Checkpoint:

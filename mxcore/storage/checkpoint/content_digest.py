@@ -1,12 +1,14 @@
 """What tells two checkpoints apart without reading all of them.
 
 Two workers exchange weights only if their checkpoints are the same; reading hundreds of gigabytes to find out would
-cost more than the transfer saves. So this looks at what differs between checkpoints in practice.
+cost more than the transfer saves. So some bytes of every tensor are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from mxcore.digest import xxh3_64
 from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
 from mxcore.reading import read_ranges
-from mxcore.safetensors import read_header
+from mxcore.safetensors import Header, read_header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -22,46 +24,67 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCKS_PER_FILE",
     "BLOCK_BYTES",
+    "Range",
     "checkpoint_digest",
     "digest_of_parts",
     "file_part",
+    "group_digest",
+    "groups_of",
     "index_part",
-    "sample",
 ]
 
 BLOCK_BYTES = 4096
-BLOCKS_PER_FILE = 16
-_READER_THREADS = 8  # small reads from what may be a network file system: it is latency that is shared
-_FORMAT = "checkpoint-digest-1"
+BLOCKS_PER_FILE = 64  # of a file without a header, whose tensors are not known
+_READER_THREADS = 64  # small reads from what may be a network file system: it is latency that is shared
+_FILES_AT_ONCE = 8  # each holds one group
+_GROUP_RANGES = 4096  # that are digested together: 16 MiB at most, however many tensors a file has
+_FORMAT = "checkpoint-digest-2"
+Range = tuple[int, int]  # offset and length, bytes of the file
 
 
-def checkpoint_digest(weight_files: Sequence[Path], index_file: Path | None) -> str:
+def checkpoint_digest(
+    weight_files: Sequence[Path],
+    index_file: Path | None,
+    *,
+    folder: Path | None = None,
+    settings_files: Sequence[Path] = (),
+) -> str:
     """The digest of a checkpoint: 16 hex digits, or "" without weight files.
 
-    It sees: the bytes of the index file; each weight file's name (without folder), size and, where the name ends in
-    `.safetensors`, header; 16 evenly spaced blocks of 4096 bytes of each file's data, the first and the last always
-    among them (all of the data up to 65,536 bytes). It does not depend on the folder, on the order of
-    `weight_files`, on times or on links.
+    It sees: the bytes of the index file and of `settings_files`; each weight file's name (its path below `folder`, if
+    it is given) and size; of each `.safetensors` file the header, and of **every tensor** 4096 bytes at a place that
+    depends on its name (all of it up to 4096 bytes); of each other file 64 evenly spaced blocks of 4096 bytes, the
+    first and the last always among them. It does not depend on the folder, on the order of `weight_files`, on times or
+    on links.
 
-    It does not see a change of data that leaves all sizes and headers alone and lies between the blocks, such as a
-    few elements edited in place: 16 blocks of a 5 GB shard are 1 in 76,000 bytes. A fine-tuned, requantised or merged
-    checkpoint changes everywhere, and is seen. It is XXH3-64: a guard against mix-ups, not against an attacker.
+    It does not see a change of a few elements in place: a tensor that was replaced, trained, merged or requantised is
+    seen, an element that was edited is not. It is XXH3-64: a guard against mix-ups, not against an attacker.
 
-    Safe from any thread; a few reads a file, files one after the other. Raises StorageError or TruncatedRead for a
-    file that cannot be read, a subclass of SafetensorsError for a broken header, and ValueError if two files have one
-    name.
+    Files are read by at most 64 threads, eight at a time with 16 MiB each, and once a process while their size, inode
+    and times stay. Safe from any thread. Raises StorageError or TruncatedRead for a file that cannot be read, a
+    subclass of SafetensorsError for a broken header, and ValueError if two files have one name.
     """
     if not weight_files:
         return ""
-    paths = sorted((Path(file) for file in weight_files), key=lambda path: path.name)
-    names = [path.name for path in paths]
+    named = sorted((_name(Path(file), folder), Path(file)) for file in weight_files)
+    names = [name for name, _ in named]
     if len(set(names)) != len(names):
-        raise ValueError(f"two weight files have the same name: {sorted(names)}")
-    return digest_of_parts(_index_part(index_file), [_file_part(path) for path in paths])
+        raise ValueError(f"two weight files have the same name: {names}")
+    others = [Path(file) for file in ([index_file] if index_file is not None else []) + list(settings_files)]
+    stamps = tuple(_stamp(path) for path in [*(path for _, path in named), *others])
+    return _digest(tuple(named), tuple(others), stamps)
+
+
+@lru_cache(maxsize=32)
+def _digest(named: tuple[tuple[str, Path], ...], others: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
+    at_once = min(_FILES_AT_ONCE, len(named))
+    with ThreadPoolExecutor(at_once) as pool:
+        parts = list(pool.map(partial(_read_part, threads=_READER_THREADS // at_once), named))
+    return digest_of_parts("".join(_index_part(path) for path in others), parts)
 
 
 def digest_of_parts(index: str, files: Sequence[str]) -> str:
-    """The digest, out of an `index_part` ("" without an index) and the `file_part`s sorted by name."""
+    """The digest, out of the `index_part`s ("" without any) and the `file_part`s sorted by name."""
     text = "\0".join([_FORMAT, index, *files])  # no name has a NUL
     return f"{xxh3_64(text.encode('utf-8', 'surrogateescape')):016x}"
 
@@ -71,42 +94,76 @@ def index_part(data: bytes) -> str:
     return f"{xxh3_64(data):016x}"
 
 
-def file_part(name: str, size_bytes: int, data: Buffer) -> str:
-    """What a weight file adds: `data` is its header, then the blocks of `sample`."""
-    return f"{name}:{size_bytes}:{xxh3_64(data):016x}"
+def group_digest(data: Buffer) -> str:
+    """Of the bytes of one of `groups_of`, its ranges put together."""
+    return f"{xxh3_64(data):016x}"
 
 
-def _index_part(index_file: Path | None) -> str:
-    if index_file is None:
-        return ""
+def file_part(name: str, size_bytes: int, groups: Iterable[str]) -> str:
+    """What a weight file adds: `groups` are the `group_digest`s of its `groups_of`."""
+    return ":".join([name, str(size_bytes), *groups])
+
+
+def groups_of(header: Header | None, size_bytes: int) -> list[list[Range]]:
+    """What is read of a file, `header` None for what is no safetensors file: groups of at most 4096 ranges."""
+    if header is None:
+        return [_even(size_bytes)]
+    begin = header.data_offset
+    ranges = [(begin + tensor.begin, tensor.size_bytes, tensor.name) for tensor in header.tensors]
+    blocks = [_of_tensor(*place) for place in ranges if place[1]]
+    return [[(0, begin)], *(blocks[at : at + _GROUP_RANGES] for at in range(0, len(blocks), _GROUP_RANGES))]
+
+
+def _of_tensor(begin: int, size_bytes: int, name: str) -> Range:
+    spare = size_bytes - BLOCK_BYTES
+    if spare <= 0:
+        return begin, size_bytes
+    return begin + xxh3_64(name.encode("utf-8", "surrogatepass")) % (spare + 1), BLOCK_BYTES
+
+
+def _even(size_bytes: int) -> list[Range]:
+    if size_bytes <= BLOCK_BYTES * BLOCKS_PER_FILE:
+        return [(0, size_bytes)]
+    last = size_bytes - BLOCK_BYTES
+    return [(last * block // (BLOCKS_PER_FILE - 1), BLOCK_BYTES) for block in range(BLOCKS_PER_FILE)]
+
+
+def _name(path: Path, folder: Path | None) -> str:
+    return path.relative_to(folder).as_posix() if folder is not None and path.is_relative_to(folder) else path.name
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
-        return index_part(index_file.read_bytes())
-    except OSError as error:
-        raise StorageError(f"{index_file}: cannot be read: {error.strerror}", file=str(index_file)) from error
-
-
-def _file_part(path: Path) -> str:
-    try:
-        size_bytes = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}", file=str(path)) from error
-    data_offset = read_header(path).data_offset if path.name.endswith(".safetensors") else 0
-    ranges = [(0, data_offset), *sample(data_offset, size_bytes)]
-    total_bytes = sum(length for _, length in ranges)
-    if not total_bytes:
-        return f"{path.name}:0:"
-    with HostBuffer(total_bytes, huge_pages=False) as buffer:
-        reads, at = [], buffer.address
-        for offset, length in ranges:
-            reads.append((0, offset, length, at))
-            at += length
-        read_ranges([path], reads, threads=_READER_THREADS)
-        return file_part(path.name, size_bytes, buffer)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def sample(begin: int, end: int) -> list[tuple[int, int]]:
-    """(offset, length) of the blocks of the data in [begin, end), in bytes of the file."""
-    if end - begin <= BLOCK_BYTES * BLOCKS_PER_FILE:
-        return [(begin, end - begin)]
-    last = end - begin - BLOCK_BYTES
-    return [(begin + last * block // (BLOCKS_PER_FILE - 1), BLOCK_BYTES) for block in range(BLOCKS_PER_FILE)]
+def _index_part(file: Path) -> str:
+    try:
+        return index_part(file.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}", file=str(file)) from error
+
+
+def _read_part(named: tuple[str, Path], *, threads: int) -> str:
+    name, path = named
+    size_bytes = _stamp(path)[2]
+    header = read_header(path) if path.name.endswith(".safetensors") else None
+    return file_part(name, size_bytes, _digests(path, groups_of(header, size_bytes), threads))
+
+
+def _digests(path: Path, groups: Sequence[Sequence[Range]], threads: int) -> Iterator[str]:
+    for ranges in groups:
+        total_bytes = sum(length for _, length in ranges)
+        if not total_bytes:
+            yield group_digest(b"")
+            continue
+        with HostBuffer(total_bytes, huge_pages=False) as buffer:
+            reads, at = [], buffer.address
+            for offset, length in ranges:
+                reads.append((0, offset, length, at))
+                at += length
+            read_ranges([path], reads, threads=threads)
+            yield group_digest(buffer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +18,14 @@ from mxcore.safetensors import Header, parse_header
 from mxcore.storage.checkpoint import (
     INDEX_SUFFIX,
     Checkpoint,
+    WeightFiles,
     assembled,
     digest_of_parts,
     file_part,
+    group_digest,
+    groups_of,
     index_part,
-    sample,
+    weight_files,
     weight_map_of,
 )
 from mxcore.storage.load import stream
@@ -41,8 +45,8 @@ __all__ = [
 
 HEAD_BYTES = 64 * 1024  # holds most headers: one round trip instead of two
 BATCH_BYTES = 256 * 1024 * 1024  # of one submission: long enough to hide a store's latency behind many ranges
+GROUPS_AT_ONCE = 16  # of a digest, 16 MiB at most each: few round trips, bounded memory
 SMALL_FILE_BYTES = 256 * 1024 * 1024  # the largest file that is no weights: tokenizers reach 30 MB
-_PRIMARY = ("consolidated*.safetensors", "*.safetensors")  # as vLLM's default loader looks
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tensors", "*.ckpt")
 
 
@@ -99,31 +103,22 @@ def open_remote(folder: RemoteFolder) -> Checkpoint:
     Raises CheckpointError where there are none or the index does not fit, a SafetensorsError for a broken header, and
     what the folder raises.
     """
-    weight_files, weight_map = _weight_files(folder)
-    headers = _headers(folder, weight_files)
-    return assembled([Path(file.path) for file in weight_files], headers, weight_map, folder.name)
+    whole = cache(folder.whole)
+    chosen, files = _chosen(folder, whole)
+    index = chosen.index_file
+    weight_map = weight_map_of(whole(index), f"{folder.name}/{index}") if index is not None else None
+    return assembled([Path(file.path) for file in files], _headers(folder, files), weight_map, folder.name)
 
 
-def _weight_files(folder: RemoteFolder) -> tuple[list[RemoteFile], dict[str, str] | None]:
-    """The top folder's shards as its index lists them; without an index, all that there are."""
-    top = {file.path: file for file in folder.files if "/" not in file.path}
-    index = _index(folder)
-    if index is not None:
-        weight_map = weight_map_of(folder.whole(index), f"{folder.name}/{index}")
-        names = sorted(set(weight_map.values()))
-        if absent := [name for name in names if name not in top]:
-            raise CheckpointError(f"{folder.name}: {index} lists {absent[0]}, which is not there")
-        return [top[name] for name in names], weight_map
-    for pattern in _PRIMARY:
-        found = [file for path, file in sorted(top.items()) if fnmatch.fnmatch(path, pattern)]
-        if found:
-            return found, None
-    raise CheckpointError(f"{folder.name}: no *.safetensors there: is it a model's folder?")
-
-
-def _index(folder: RemoteFolder) -> str | None:
-    names = {file.path for file in folder.files}
-    return next((n for n in (f"model{INDEX_SUFFIX}", f"consolidated{INDEX_SUFFIX}") if n in names), None)
+def _chosen(folder: RemoteFolder, whole: Callable[[str], bytes]) -> tuple[WeightFiles, list[RemoteFile]]:
+    """What the engine would read of such a folder, and those of its files that hold the checkpoint: safetensors."""
+    chosen = weight_files([file.path for file in folder.files], whole)
+    if chosen.missing:
+        raise CheckpointError(f"{folder.name}: {chosen.index_file} lists {chosen.missing[0]}, which is not there")
+    if not chosen.files or not chosen.files[0].endswith(".safetensors"):
+        raise CheckpointError(f"{folder.name}: no *.safetensors there: is it a model's folder?")
+    there = {file.path: file for file in folder.files}
+    return chosen, [there[name] for name in chosen.files]
 
 
 def _headers(folder: RemoteFolder, files: Sequence[RemoteFile]) -> list[Header]:
@@ -167,23 +162,23 @@ def _read(folder: RemoteFolder, groups: Sequence[Sequence[tuple[str, int, int]]]
 def remote_digest(folder: RemoteFolder) -> str:
     """What `checkpoint_digest` gives for the same files in a local folder: workers of either kind meet.
 
-    Reads the headers and 16 blocks of 4096 bytes of each file. Raises as `open_remote`.
+    Reads the headers and 4096 bytes of each tensor. Raises as `open_remote`.
     """
-    weight_files, _ = _weight_files(folder)
-    index = _index(folder)
-    headers = _headers(folder, weight_files)
-    groups = [
-        [
-            (file.path, offset, length)
-            for offset, length in ((0, header.data_offset), *sample(header.data_offset, file.size_bytes))
-        ]
-        for file, header in zip(weight_files, headers, strict=True)
-    ]
-    parts = [
-        file_part(file.path, file.size_bytes, data)
-        for file, data in zip(weight_files, _read(folder, groups), strict=True)
-    ]
-    return digest_of_parts(index_part(folder.whole(index)) if index else "", parts)
+    whole = cache(folder.whole)  # index and modules.json are looked at, and digested
+    chosen, files = _chosen(folder, whole)
+    weights = sorted([*files, *(file for file in folder.files if file.path in chosen.of_modules)])
+    safetensors = [file for file in weights if file.path.endswith(".safetensors")]
+    headers = dict(zip([file.path for file in safetensors], _headers(folder, safetensors), strict=True))
+    groups = [(file.path, ranges) for file in weights for ranges in groups_of(headers.get(file.path), file.size_bytes)]
+    digests: dict[str, list[str]] = {}
+    for at in range(0, len(groups), GROUPS_AT_ONCE):
+        part = groups[at : at + GROUPS_AT_ONCE]
+        read = _read(folder, [[(path, *place) for place in ranges] for path, ranges in part])
+        for (path, _), data in zip(part, read, strict=True):
+            digests.setdefault(path, []).append(group_digest(data))
+    parts = [file_part(file.path, file.size_bytes, digests[file.path]) for file in weights]
+    settings = ([chosen.index_file] if chosen.index_file else []) + list(chosen.module_settings)
+    return digest_of_parts("".join(index_part(whole(name)) for name in settings), parts)
 
 
 def stream_remote(

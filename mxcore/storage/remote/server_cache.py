@@ -1,4 +1,4 @@
-"""Model files of the server's cache: in a folder that both see, or over gRPC, straight into memory or onto the disk."""
+"""Model files of the server's cache: in a folder that both see, or by HTTP, straight into memory or onto the disk."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class ServerFolder:
         if not self.files:
             raise CheckpointError(f"{self.name}: no files")
         self._sizes = {file.path: file.size_bytes for file in self.files}
-        self._readers: list[FileReader] = [client.reader(model, revision=listed.revision) for _ in range(streams)]
+        self._readers: list[FileReader] = [
+            client.reader(model, revision=listed.revision, place=listed.place) for _ in range(streams)
+        ]
         self._free: queue.SimpleQueue[FileReader] = queue.SimpleQueue()
         for reader in self._readers:
             self._free.put(reader)

@@ -13,7 +13,7 @@ from mxcore.transfer.layout.digests import (
     HostDigester,
     chunk_digests,
 )
-from mxcore.transfer.layout.layout import Layout, LocalTensor, Placement, build_layout
+from mxcore.transfer.layout.layout import Layout, LocalTensor, Manifest, Placement, build_layout
 from mxcore.transfer.layout.plan import (
     ChunkRequest,
     GrantCounts,
@@ -25,14 +25,13 @@ from mxcore.transfer.layout.plan import (
     set_to_bytes,
 )
 from mxcore.transfer.layout.regions import Regions, merge_regions
-from mxcore.transfer.layout.scalars import STRUCTURE_PREFIX, scalars_digest, scalars_from_proto, scalars_to_proto
+from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto, scalars_to_proto
 
 __all__ = [
     "CHUNK_BYTES",
     "DIGEST_BYTES",
     "KINDS",
     "MIXSUM",
-    "STRUCTURE_PREFIX",
     "XXH3",
     "ChunkDigests",
     "ChunkRequest",
@@ -42,6 +41,7 @@ __all__ = [
     "HostDigester",
     "Layout",
     "LocalTensor",
+    "Manifest",
     "Placement",
     "Regions",
     "SwarmPlan",

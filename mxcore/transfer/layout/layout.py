@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Literal
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["Kind", "Layout", "LayoutTensor", "LocalTensor", "Placement", "build_layout"]
+__all__ = ["Kind", "Layout", "LayoutTensor", "LocalTensor", "Manifest", "Placement", "build_layout"]
 
 Kind = Literal["processed", "raw"]
 DeviceType = Literal["cpu", "cuda"]
@@ -149,6 +149,14 @@ class Layout:
             if before.name >= after.name:
                 raise LayoutMismatch(f"the holder's layout is not sorted by name: {before.name!r}, {after.name!r}")
         return cls(message.kind, tensors, tuple(message.extent_bytes))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a holder says that the weights are: its layout, and numbers by name that are no tensors."""
+
+    layout: Layout
+    scalars: Mapping[str, float]
 
 
 def build_layout(kind: Kind, tensors: Sequence[LocalTensor]) -> tuple[Layout, Placement]:

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["STRUCTURE_PREFIX", "scalars_digest", "scalars_from_proto", "scalars_to_proto"]
-
-STRUCTURE_PREFIX = "structure: "
-"""Of names that carry no number: how a holder's model is made. A receiver without such a name is made otherwise."""
+__all__ = ["scalars_digest", "scalars_from_proto", "scalars_to_proto"]
 
 
 def scalars_digest(scalars: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -93,6 +93,7 @@ class Membership:
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
         self._holder: Holder | None = None
+        self._made_digests: ChunkDigests | None = None  # by this worker, of what it read or processed
         self._server: WorkerServer | None = None
 
     @property
@@ -155,16 +156,23 @@ class Membership:
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
-    def wait_for_source(self, *, match_any_checkpoint: bool = False, avoid: Collection[str] = ()) -> list[Source]:
+    def wait_for_source(
+        self,
+        *,
+        match_any_checkpoint: bool = False,
+        avoid: Collection[str] = (),
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[Source]:
         """Holders to take the weights from, except the workers `avoid`; empty: read storage now.
 
         When no worker is READY, the server elects one of those with these weights and this rank to read storage; the
         others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one is elected
-        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more).
+        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
+        ends early, with nothing, when `stopped()` says so.
         """
         began = heard = time.monotonic()
         told = away = False
-        while not self._leaving.is_set():
+        while not self._leaving.is_set() and not stopped():
             pause = _FIRST_RETRY_SECONDS
             try:
                 listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
@@ -227,11 +235,13 @@ class Membership:
         progress: ProgressCallback | None = None,
         *,
         relay_from: object = None,
+        files_decide: bool = False,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
         Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
-        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. Raises
+        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
+        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). Raises
         TransferError; then nothing arrives in the memory any more, and nobody reads there.
         """
         relays = relay_from is not None and self._directory is not None
@@ -244,6 +254,7 @@ class Membership:
             progress=progress,
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
+            files_decide=files_decide,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
@@ -376,7 +387,10 @@ class Membership:
                 have=have,
                 most_readers=self.settings.source_max_readers,
                 rate_limit=self.settings.source_rate_limit,
+                made_digests=digests is not None and digests is self._made_digests,
             )
+            if holder.made_digests:
+                self._made_digests = holder.digests
             try:
                 self._server = self._listen(holder)
             except MxError:

@@ -256,11 +256,13 @@ class AgentSession(Closing):
         """Destroys the agent: when this returns, nothing is read from or written to the memory any more. Idempotent.
 
         Waits first for the device's work (READs by cuda_ipc): it copies from another process' memory, which is unmapped
-        when the agent is destroyed.
+        when the agent is destroyed. Raises CudaError when the device fails; the agent is destroyed all the same.
         """
-        if self._device is not None:
-            self._device.context.synchronize()
-        self._agent.destroy()
+        try:
+            if self._device is not None:
+                self._device.context.synchronize()
+        finally:
+            self._agent.destroy()
         if self._device is not None:
             self._device.context.synchronize()
 

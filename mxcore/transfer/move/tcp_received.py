@@ -25,19 +25,22 @@ _libc.getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_
 
 
 def tcp_received() -> dict[int, int]:
-    """Bytes received so far by each TCP connection of this process, by its socket's inode."""
+    """Bytes received so far by each TCP connection of this process, by its socket's inode.
+
+    Others' descriptors are neither copied nor closed: closing a copy would drop all of the process' POSIX locks on its
+    file. One that is closed and opened anew meanwhile may be counted as another.
+    """
     counts: dict[int, int] = {}
     for entry in os.scandir(_DESCRIPTORS):
         try:
-            copied = os.dup(int(entry.name))
+            kind, _, inode = str(Path(entry.path).readlink()).partition(":")
         except OSError:  # closed meanwhile
             continue
-        try:
-            info = _tcp_info(copied)
-            if len(info) == _TCP_INFO_BYTES:
-                counts[os.fstat(copied).st_ino] = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
-        finally:
-            os.close(copied)
+        if kind != "socket":
+            continue
+        info = _tcp_info(int(entry.name))
+        if len(info) == _TCP_INFO_BYTES:
+            counts[int(inode.strip("[]"))] = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
     return counts
 
 

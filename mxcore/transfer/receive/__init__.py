@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mxcore.transfer.receive.change_log import RecentErrors, logged
+from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.load_progress import LoadPath, LoadReporter, LoadStep
-from mxcore.transfer.receive.received_chunks import Content, ProgressCallback, ReceivedChunks
+from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
 
 __all__ = [

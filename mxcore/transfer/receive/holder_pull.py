@@ -83,6 +83,7 @@ class HolderPull:
         self.failure: TransferError | None = None
         self.route: Route | None = None
         self.clean = True
+        self.heard = False  # whether it is known which bytes this holder has
         self.started_at = self.busy_at = time.monotonic()  # `busy_at`: when it last fetched something
         self._received = received
         self._settings = settings
@@ -138,7 +139,10 @@ class HolderPull:
 
     def _receive(self) -> None:
         answer = self._client.get_layout(self._received.layout.fingerprint)
-        self._received.admit(f"worker {self.source.worker_id}", answer)
+        self._received.admit(self.source.worker_id, answer)
+        self.heard = True
+        with self._received.changed:
+            self._received.changed.notify_all()
         if self._received.finished:
             return
         placement = self._received.placement
@@ -203,12 +207,17 @@ class HolderPull:
             done = True
         finally:
             self._mover = None
-            if session is not None:
-                session.fence()
-            verifying.close()
-            # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
-            self.clean = self.clean and (done or self._received.finished or route.operation == "send")
-            self._received.drop(name)
+            fenced = False
+            try:
+                if session is not None:
+                    session.fence()
+                fenced = True
+            finally:
+                verifying.close()
+                # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
+                ended_well = done or self._received.finished or route.operation == "send"
+                self.clean = self.clean and fenced and ended_well
+                self._received.drop(name)
 
     def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: _Verifier) -> None:
         """Asks, fetches and verifies; takes what arrives while it waits for an answer.
@@ -308,7 +317,7 @@ class HolderPull:
             operation,
             device_memory=placement.device_type != "cpu",
         )
-        if answer.operation != operation or len(answer.extents) != len(extents):
+        if answer.operation != operation or (reads and len(answer.extents) != len(extents)):
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         if not reads:
             if session is None:
@@ -365,9 +374,10 @@ class _Verifier:
         self._running: set[Future[None]] = set()
 
     def submit(self, chunk: int, digest: bytes | None, then: Callable[[], None]) -> None:
-        """Takes a chunk that has arrived, with its digest if there is one. Raises DigestMismatch in that case.
+        """Takes a chunk that has arrived, with its digest if there is one; then it may raise DigestMismatch.
 
-        Without one, `then` is called once the chunk is verified or refused.
+        The holder's first wrong chunk is missing again, the second one raises. Without a digest, `then` is called
+        once the chunk is verified or refused.
         """
         if digest is not None:
             self._record(chunk, self._received.verify(chunk, digest))
@@ -386,11 +396,13 @@ class _Verifier:
         self._record(chunk, self._received.verify(chunk))
 
     def _record(self, chunk: int, right: bool) -> None:
-        if not right:
-            raise DigestMismatch(
-                f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
-            )
-        self._received.accept(self._holder, chunk)
+        if right:
+            self._received.accept(self._holder, chunk)
+            return
+        message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
+        if not self._received.refuse(self._holder, chunk):
+            raise DigestMismatch(f"{message}, and is not the first one")
+        logger.warning("%s and asked for once more", message)
 
     def close(self) -> None:
         """Waits for the verification that runs: nothing reads the memory afterwards."""

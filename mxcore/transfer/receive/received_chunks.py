@@ -6,14 +6,13 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TypeAlias
 
 from mxcore.errors import DigestMismatch, LayoutMismatch, SourceRefused
 from mxcore.transfer.layout import (
     DIGEST_BYTES,
     KINDS,
-    STRUCTURE_PREFIX,
     XXH3,
     ChunkDigests,
     ChunkRequest,
@@ -28,43 +27,27 @@ from mxcore.transfer.layout import (
     scalars_digest,
     scalars_from_proto,
 )
+from mxcore.transfer.receive.content_claims import Content, ContentClaims
 from mxcore.transfer.route import digester_of
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["Content", "ContentMismatch", "ProgressCallback", "ReceivedChunks"]
+__all__ = ["ContentMismatch", "ProgressCallback", "ReceivedChunks"]
 
 ProgressCallback: TypeAlias = Callable[[int, int], None]
 
 _NAMED_DIFFERENCES = 5
 
 
-@dataclass(frozen=True)
-class Content:
-    """Which bytes a layout has: the digests of its chunks, and the numbers that belong to them."""
-
-    digests: ChunkDigests
-    scalars_digest: str
-    scalars: dict[str, float]
-
-    def same_as(self, other: Content) -> bool:
-        """Whether chunks of both have the same bytes."""
-        return (self.digests, self.scalars_digest) == (other.digests, other.scalars_digest)
-
-
 class ContentMismatch(SourceRefused):
     """A holder has other bytes under the same identity and layout than those that are being received."""
-
-    def __init__(self, message: str, content: Content) -> None:
-        super().__init__(message)
-        self.content = content
 
 
 class ReceivedChunks:
     """The state of one receive: the plan, and the memory that it fills. Thread-safe.
 
     `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
-    that was admitted. In monotonic seconds: `news` is when there was last any progress, `first_asked_at` when the first
-    chunk was granted, `done_at` when a chunk was last verified.
+    that was admitted, until the `claims` of others decide for another one. In monotonic seconds: `news` is when there
+    was last any progress, `first_asked_at` when the first chunk was granted, `done_at` when a chunk was last verified.
     """
 
     def __init__(
@@ -83,6 +66,7 @@ class ReceivedChunks:
         self._digester = digester_of(placement)
         self.changed = threading.Condition()
         self.content: Content | None = None
+        self.claims = ContentClaims()
         self.bytes_from: dict[str, int] = {}
         self.bytes_again = 0  # of chunks that had to be asked for a second time
         self.news = time.monotonic()
@@ -92,6 +76,7 @@ class ReceivedChunks:
         self._progress = progress
         self._telling = threading.Lock()
         self._told = 0
+        self._was_wrong: set[str] = set()  # holders of which a chunk was wrong
         self._bytes_done = 0
         self._plan = SwarmPlan(len(self.chunks), chunk_bytes)
 
@@ -119,11 +104,12 @@ class ReceivedChunks:
         with self.changed:
             return list(chunks_of(all_chunks(len(self.chunks)) & ~self._plan.completed))
 
-    def admit(self, where: str, answer: mx_pb2.GetLayoutResponse) -> None:
+    def admit(self, holder: str, answer: mx_pb2.GetLayoutResponse) -> None:
         """Compares what a holder has with what is wanted here; the first holder's content becomes ours.
 
         Raises LayoutMismatch, SourceRefused, DigestMismatch, ContentMismatch.
         """
+        where = f"worker {holder}"
         if answer.fingerprint != self.layout.fingerprint:
             raise LayoutMismatch(f"{where} has another layout: {self._differences(answer.layout)}")
         if answer.chunk_bytes != self.chunks.chunk_bytes or answer.digest_kind not in KINDS:
@@ -144,18 +130,44 @@ class ReceivedChunks:
                     f"{where} has {digests.kind} digests; whether its bytes are those of the holders before it, "
                     f"which have {self.content.digests.kind}, cannot be told"
                 )
-            elif not self.content.same_as(content):
+            made_here = answer.digest_origin == mx_pb2.DIGEST_ORIGIN_MADE_HERE
+            self.claims.note(holder, content, made_here=made_here)
+            if not self.content.same_as(content):
                 raise ContentMismatch(
-                    f"{where} has other bytes under the same identity and layout than the holders before it", content
+                    f"{where} has other bytes under the same identity and layout than the content that is received"
                 )
 
     def start_anew(self, content: Content) -> None:
-        """Begins again with another content; nothing of the old one is kept. No holder may be at work."""
+        """Continues with another content; chunks that differ are missing again. No holder may be at work."""
         with self.changed:
-            self._plan.reopen(self._plan.completed)
-            self._bytes_done = self._told = 0
+            if self.content is not None:
+                self._reopen(self.content.differences(content))
             self.content = content
             self.news = time.monotonic()
+
+    @property
+    def disputed(self) -> int:
+        """The set of chunks of which holders have different digests."""
+        with self.changed:
+            return self.claims.disputed_chunks() if self.claims.disputed else 0
+
+    def leave_to_files(self) -> None:
+        """Disputed chunks are missing again: whoever reads them from the files decides. No holder may be at work."""
+        with self.changed:
+            self._reopen(self.claims.disputed_chunks())
+
+    def believe(self, digests: ChunkDigests) -> bool:
+        """Whether each of these digests is one that a holder has; then they are the content's from now on."""
+        content = self.content
+        if content is None or digests.kind != content.digests.kind:
+            return False
+        with self.changed:
+            found = replace(content, digests=digests)
+            different = content.differences(found)
+            if any(digests.of_chunk(chunk) not in self.claims.digests_of(chunk) for chunk in chunks_of(different)):
+                return False
+            self.content = found
+            return True
 
     def join(self, holder: str) -> None:
         """Adds a holder that can be asked; what it has is not known yet."""
@@ -224,6 +236,19 @@ class ReceivedChunks:
                     self._told = done
                     self._progress(done, self.layout.total_bytes)
 
+    def refuse(self, holder: str, chunk: int) -> bool:
+        """A chunk has wrong bytes: it is missing again. False when it is not the first one of this holder.
+
+        A single one may be the link's fault, or a message that overtook bytes.
+        """
+        with self.changed:
+            self._plan.give_back(holder, chunk)
+            self.bytes_again += self.chunks.bytes_of(chunk)
+            first = holder not in self._was_wrong
+            self._was_wrong.add(holder)
+            self.changed.notify_all()
+            return first
+
     def drop(self, holder: str) -> None:
         """Removes a holder from which nothing can arrive any more: what it was asked for is missing again."""
         with self.changed:
@@ -245,9 +270,14 @@ class ReceivedChunks:
         """Verifies all verified chunks again, after a fence; returns those that are wrong and so missing again."""
         wrong = [chunk for chunk in chunks_of(self.verified) if not self.verify(chunk)]
         with self.changed:
-            self._plan.reopen(chunk_set(wrong))
-            self._bytes_done -= sum(map(self.chunks.bytes_of, wrong))
+            self._reopen(chunk_set(wrong))
         return wrong
+
+    def _reopen(self, chunks: int) -> None:
+        """Those of these chunks that were verified are missing again."""
+        again = chunks & self._plan.completed
+        self._plan.reopen(again)
+        self._bytes_done -= sum(map(self.chunks.bytes_of, chunks_of(again)))
 
     def adopt(self, chunks: int) -> None:
         """Marks missing chunks as verified that came from elsewhere and have the right digests."""
@@ -257,11 +287,12 @@ class ReceivedChunks:
 
     def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
         scalars = scalars_from_proto(answer.scalars)
-        if extra := sorted(scalars.keys() - self._scalar_names):
-            ours = sorted(name for name in self._scalar_names - scalars.keys() if name.startswith(STRUCTURE_PREFIX))
+        if scalars.keys() != self._scalar_names:
+            missing = sorted(self._scalar_names - scalars.keys())
+            extra = sorted(scalars.keys() - self._scalar_names)
             raise LayoutMismatch(
-                f"{where} has a model that is made otherwise, of other kernels or by other options, or numbers that "
-                f"are unknown here: there {extra[:_NAMED_DIFFERENCES]}, here {ours[:_NAMED_DIFFERENCES]}"
+                f"{where} has other scalars: without {missing[:_NAMED_DIFFERENCES]}, "
+                f"with {extra[:_NAMED_DIFFERENCES]} that are unknown here"
             )
         if scalars_digest(scalars) != answer.scalars_digest:
             raise DigestMismatch(f"{where}: the scalars are not those that their digest promises")

@@ -1,7 +1,7 @@
 """Receives all chunks of a layout from many holders at once into this process' memory, and verifies each one.
 
-Nothing may be used before `receive` has returned: then every chunk has the digest that its holders agree on, and every
-abandoned transfer is fenced.
+Nothing may be used before `receive` has returned: then every chunk has the digest that its holders agree on, or that
+those say who are believed (`claims`), and every abandoned transfer is fenced.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
+from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
-from mxcore.transfer.receive.received_chunks import Content, ContentMismatch, ProgressCallback, ReceivedChunks
+from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
@@ -99,7 +100,8 @@ class Receiver:
     """One attempt of one worker to fill its memory; use it once, from one thread.
 
     `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
-    thread. `relay` may serve verified chunks while the others come.
+    thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
+    chunks of a `partial` from the files: those of which holders have different bytes are among them.
     """
 
     def __init__(
@@ -113,10 +115,13 @@ class Receiver:
         progress: ProgressCallback | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
+        files_decide: bool = False,
     ) -> None:
         require_movable(placement)
         self._settings = settings
         self._relay = relay
+        self._relay_turn = threading.Lock()  # around all calls of the relay
+        self._files_decide = files_decide
         self._received = ReceivedChunks(
             layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes
         )
@@ -134,7 +139,6 @@ class Receiver:
         self._pulls: dict[str, HolderPull] = {}
         self._candidates: dict[str, Source] = {}
         self._not_before: dict[str, float] = {}
-        self._other_contents: list[Content] = []
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
         self._clean = True
@@ -198,12 +202,14 @@ class Receiver:
         """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
         while True:
             self._collect_ended()
-            if self._received.finished:
+            if self._received.finished and self._all_heard():
                 self._end_all(None)
                 self._collect_ended()
                 wrong = [] if self._clean else self._received.recheck()
                 if not wrong:
-                    return
+                    if self._decide():
+                        return
+                    continue
                 logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
                 self._clean = True
             now = time.monotonic()
@@ -211,15 +217,14 @@ class Receiver:
                 raise TransferStalled(
                     f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s (MX_TRANSFER_TIMEOUT)"
                 )
-            self._start(now)
-            self._drop_stragglers()
-            self._make_room(now)
-            if self._nobody_left(now):
-                if not self._other_contents:
+            if not self._received.finished:  # else the first answers of some holders are awaited
+                self._start(now)
+                self._drop_stragglers()
+                self._make_room(now)
+                if self._nobody_left(now) and self._decide():
                     raise self._failed()
-                self._start_anew(self._other_contents.pop(0))
             with self._received.changed:
-                if not self._received.finished:
+                if not (self._received.finished and self._all_heard()):
                     self._received.changed.wait(_POLL_SECONDS)
 
     def _add(self, sources: Sequence[Source]) -> None:
@@ -290,10 +295,9 @@ class Receiver:
         )
         self._failures.append(error)
         self._failed_at = time.monotonic()
-        if isinstance(error, ContentMismatch):
-            if not any(content.same_as(error.content) for content in self._other_contents):
-                self._other_contents.append(error.content)
-            return math.inf
+        if isinstance(error, DigestMismatch):
+            with self._received.changed:
+                self._received.claims.discredit(source.worker_id)
         final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
         return math.inf if final else _AGAIN_SECONDS
 
@@ -307,12 +311,43 @@ class Receiver:
                 return True
             return now - self._received.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
 
+    def _all_heard(self) -> bool:
+        """Whether every holder that was asked has said which bytes it has, or failed."""
+        return all(pull.heard or pull.ended for pull in self._pulls.values())
+
+    def _decide(self) -> bool:
+        """Whether the content that is received is the one to take. False: a receive of another one has begun.
+
+        Raises ChunksMissing where holders have different bytes and nobody can be believed, or the files decide.
+        """
+        received = self._received
+        with received.changed:
+            claims, content = received.claims, received.content
+            believed, said, numbers = claims.believed(), str(claims), claims.scalars_disputed
+            disputed = claims.disputed
+        if not disputed and believed is None:
+            return True
+        by_files = disputed and self._files_decide and not numbers
+        if not by_files and believed is not None:
+            if content is not None and believed.same_as(content):
+                return True
+            self._start_anew(believed)
+            return False
+        logger.error("holders have different bytes under one identity: %s", said)
+        self._end_all(TransferStalled("holders have different bytes"))
+        self._collect_ended()
+        received.leave_to_files()
+        raise self._failed(f"holders have different bytes of these weights ({said})", by_files=by_files)
+
     def _start_anew(self, content: Content) -> None:
-        """No holder can complete what was begun, and one has another content: receives that from the beginning."""
-        logger.warning("starting anew with other bytes: %d chunks were missing", len(self._received.missing))
+        """Holders have different bytes and others are believed: what differs is received from those."""
+        logger.error("holders have different bytes under one identity, others are believed: %s", self._received.claims)
         self._end_all(TransferStalled("it has other bytes than those that are taken now"))
         self._collect_ended()
-        self._received.start_anew(content)
+        with self._relay_turn:
+            if self._relay is not None:
+                self._relay.update(0)  # before the memory is overwritten
+            self._received.start_anew(content)
         self._not_before.clear()
         self._failures.clear()
 
@@ -322,21 +357,22 @@ class Receiver:
         for pull in self._pulls.values():
             pull.join()
 
-    def _failed(self) -> TransferError:
+    def _failed(self, why: str = "", *, by_files: bool = True) -> TransferError:
+        """What `receive` raises; with `by_files`, what is missing may be completed from the files."""
         if not self._candidates and not self._failures:
             return SourceUnreachable("there is no worker to receive weights from")
-        if len(self._failures) == 1 and not self._received.verified:
+        if not why and len(self._failures) == 1 and not self._received.verified:
             only = self._failures[0]
             if not isinstance(only, DigestMismatch):  # of which bytes came
                 return only
         missing = self._received.missing
         names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")
-        reasons = "; ".join(str(error) for error in self._failures) or "nobody had them"
+        reasons = why or "; ".join(str(error) for error in self._failures) or "nobody had them"
         return ChunksMissing(
             f"{len(missing)} of {len(self._received.chunks)} chunks did not come ({names}): {reasons}",
             missing=missing,
             failures=self._failures,
-            partial=self._partial() if self._received.verified else None,
+            partial=self._partial() if self._received.verified and by_files else None,
         )
 
     def _partial(self) -> PartialReceive[ReceiveReport]:
@@ -354,13 +390,14 @@ class Receiver:
             return
         begun: Content | None = None
         while not self._over.is_set():
-            with received.changed:
-                content, verified = received.content, received.verified
-            if content is not None and content is not begun:
-                relay.begin(content)
-                begun = content
-            if content is not None:
-                relay.update(verified)
+            with self._relay_turn:
+                with received.changed:
+                    content, verified = received.content, received.verified
+                if content is not None and content is not begun:
+                    relay.begin(content)
+                    begun = content
+                if content is not None:
+                    relay.update(verified & ~received.disputed)
             with received.changed:
                 if not self._over.is_set() and (received.content, received.verified) == (content, verified):
                     received.changed.wait(_POLL_SECONDS)

@@ -94,6 +94,8 @@ class ChunkListener:
         """One connection, from greeting to end."""
         try:
             with connection:
+                # A small chunk, or the end of one, does not wait for the receiver's acknowledgement.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if token := self._greet(connection):
                     self._holder.send_chunks(token, connection)
         except (OSError, TransferError) as error:

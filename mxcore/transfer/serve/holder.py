@@ -92,7 +92,7 @@ class Holder:
 
     Keeps `keep_alive` (the engine's model) until it is closed. Exists only with registered memory: raises NixlError,
     NixlMissing, LayoutUnsupported. At most `most_readers` have leases at a time, and all together are granted
-    `rate_limit` bytes a second (0: no limit).
+    `rate_limit` bytes a second (0: no limit). `made_digests`: this worker made the `digests` itself, earlier.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Holder:
         have: int | None = None,
         most_readers: int = MOST_READERS,
         rate_limit: float = 0.0,
+        made_digests: bool = False,
     ) -> None:
         require_movable(placement)
         self.layout = layout
@@ -118,6 +119,7 @@ class Holder:
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
         self.regions = session.register(layout, placement)  # before digests: it looks whose memory that is
+        self.made_digests = digests is None or made_digests  # it vouches for them, and repeats no other worker's
         self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
         if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
             raise ValueError(f"{len(self.digests.values)} bytes of digests for {len(self.chunks)} chunks")

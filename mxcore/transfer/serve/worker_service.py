@@ -33,6 +33,9 @@ _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
 _SPARE_THREADS = 24  # besides those that push: 16 may wait for new chunks, the others answer
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
+_MESSAGE_BYTES = 256 << 10  # of any message of a reader, and besides:
+_EXTENT_MESSAGE_BYTES = 512  # its place, and what NIXL's metadata says of its region: 44 bytes, more with many ports
+_CHUNK_MESSAGE_BYTES = 8  # a number, and two bits
 _LAST_PORT = 65535
 
 
@@ -173,6 +176,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),
+            digest_origin=(mx_pb2.DIGEST_ORIGIN_MADE_HERE if holder.made_digests else mx_pb2.DIGEST_ORIGIN_RECEIVED),
         )
 
     def _offer(self) -> mx_pb2.TransportOffer:
@@ -210,12 +214,15 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
                 addresses = [extent.address for extent in request.extents]
                 device = _device_of(context, request) if request.device_memory else None
                 holder.open_transfer(request.lease_id, request.nixl_metadata, addresses, device)
-            metadata = holder.session.metadata()
+            # Whoever has the metadata may write to the weights: only a reader that READs by an agent is given it.
+            metadata = holder.session.metadata() if reads and request.nixl_metadata and (ipc or rdma) else b""
         placement = holder.placement
         return mx_pb2.OpenTransferResponse(
             nixl_metadata=metadata,
             agent_name=holder.session.name,
-            extents=(
+            extents=()
+            if not reads
+            else (
                 mx_pb2.Extent(address=address, device_id=device)
                 for address, device in zip(placement.addresses, placement.device_indices, strict=True)
             ),
@@ -239,10 +246,11 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self, request: mx_pb2.AskChunksRequest, context: grpc.ServicerContext
     ) -> mx_pb2.AskChunksResponse:
         count = len(self._holder.chunks)
-        wanted = ChunkRequest(
-            set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most
-        )
         with _as_status(context):
+            self._holder.renew(request.lease_id)  # before anything of a stranger is parsed
+            wanted = ChunkRequest(
+                set_from_bytes(request.wanted, count), set_from_bytes(request.preferred, count), request.most
+            )
             answer = self._holder.ask(
                 request.lease_id,
                 wanted,
@@ -312,11 +320,11 @@ class WorkerServer:
         loopback: bool = False,
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
+        threads = _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(
-                _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS, thread_name_prefix="mx-worker-service"
-            ),
-            options=channel_options(),
+            futures.ThreadPoolExecutor(threads, thread_name_prefix="mx-worker-service"),
+            options=_server_options(holder),
+            maximum_concurrent_rpcs=2 * threads,
         )
         listen = _bracketed(host) if loopback else "[::]"
         tls = worker_tls()
@@ -336,6 +344,17 @@ class WorkerServer:
             self._chunks.close()
         self._server.stop(_STOP_GRACE_SECONDS).wait()
         self._transfers.close()
+
+
+def _server_options(holder: Holder) -> list[tuple[str, int]]:
+    """Those of all servers, but no message is longer than a reader's longest: OpenTransfer's, or all chunks' numbers.
+
+    With the bound on calls this is what strangers can make the process hold.
+    """
+    extents, chunks = len(holder.layout.extent_bytes), len(holder.chunks)
+    longest_bytes = _MESSAGE_BYTES + _EXTENT_MESSAGE_BYTES * extents + _CHUNK_MESSAGE_BYTES * chunks
+    name = "grpc.max_receive_message_length"
+    return [option for option in channel_options() if option[0] != name] + [(name, longest_bytes)]
 
 
 def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerCredentials | None) -> int:

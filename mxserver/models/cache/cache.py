@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
 from mxserver.models.cache.lease import Lease, LeaseFolder
+from mxserver.models.cache.removal import remove_empty_folders_below, remove_file_below, remove_link_below
 from mxserver.models.cache_layout import CacheLayout, model_id
 from mxserver.models.errors import CacheFull, CacheUnusable, ModelInUse, ModelNotCached
 from mxserver.models.names import ModelKey, ModelName, is_commit
@@ -145,19 +146,27 @@ class ModelCache:
         self._remove_files(record, trash)
 
     def _remove_files(self, record: ModelRecord, trash: Path) -> None:
-        """Can be repeated after an interruption: the hidden record is deleted last."""
+        """Removes what the record lists and nothing else; links, references and files of others stay.
+
+        Can be repeated after an interruption: the hidden record is deleted last.
+        """
         key = record.key
         self.set_pin(key, pinned=False)
-        for ref in self.layout.refs_to(key.model, key.revision):
-            ref.unlink(missing_ok=True)
-        shutil.rmtree(self.layout.snapshot(key), ignore_errors=True)
+        root, model_folder = self.layout.root, self.layout.relative(self.layout.model_folder(key.model))
+        snapshot = self.layout.relative(self.layout.snapshot(key))
+        for file in record.files:
+            remove_link_below(root, f"{snapshot}/{file.path}", to=file.place)
+            remove_empty_folders_below(root, f"{snapshot}/{file.path}", down_to=model_folder)
         kept = self._places_in_use(key.model)
         for file in record.files:
-            if file.place not in kept:
-                (self.layout.root / file.place).unlink(missing_ok=True)
-        for folder in ("snapshots", "blobs", "refs", "."):
-            with suppress(OSError):  # it is not empty, or not there
-                (self.layout.model_folder(key.model) / folder).rmdir()
+            if file.place not in kept and file.place.startswith(f"{model_folder}/"):
+                remove_file_below(root, file.place)
+                remove_empty_folders_below(root, file.place, down_to=model_folder)
+        if not os.path.lexists(self.layout.snapshot(key)):  # else others have files there, and names for it
+            for ref in self.layout.refs_to(key.model, key.revision):
+                name = self.layout.relative(ref)
+                remove_file_below(root, name)
+                remove_empty_folders_below(root, name, down_to=model_folder)
         shutil.rmtree(trash)
         _LOG.info("removed model=%s bytes=%d", key, record.size_bytes)
 

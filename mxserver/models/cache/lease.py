@@ -144,6 +144,10 @@ class LeaseFolder:
             file = _LiveFile(self._leases, f"{key}.{newest + 1}", self._kernel)
         except FileExistsError:
             return None
+        if _newest(self._leases, key) != newest + 1:
+            # Others took later numbers since we looked, and deleted this one: its name was free again.
+            file.let_go(remove=True)
+            return None
         with self._lock:
             self._held.add(file)
         for older in range(newest, 0, -1):

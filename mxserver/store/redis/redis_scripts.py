@@ -124,6 +124,8 @@ PUBLISH = (
     + """
 local name, source, worker, model = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local status, epoch, owner = ARGV[11], tonumber(ARGV[12]), ARGV[13]
+local last = math.max(tonumber(redis.call('GET', P .. 'epoch')) or 0, unix)
+if epoch > last then return {'never', number(last)} end
 local current, since, kept = view(name)
 if current then
   local refused = refusal(name, epoch, owner)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
-from mxserver.store.index import not_owner, stale_epoch, unknown
+from mxserver.store.index import never_given, not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.redis import redis_scripts as scripts
 from mxserver.store.redis.redis_link import RedisLink
@@ -245,6 +245,8 @@ class RedisStore(SourceStore):
             raise unknown(key)
         if outcome == b"epoch":
             raise stale_epoch(key, epoch, int(details[0]))
+        if outcome == b"never":
+            raise never_given(key, epoch, int(details[0]))
         if outcome == b"owner":
             raise not_owner(key, owner)
 

@@ -84,17 +84,21 @@ class ServerTls(NamedTuple):
     client_ca_file: Path | None = None
 
 
-def server_context(tls: ServerTls) -> ssl.SSLContext:
-    """For servers other than gRPC's: accepts any client, and follows its files. Raises SettingError.
+def server_context(tls: ServerTls, *, ask_clients: bool = False) -> ssl.SSLContext:
+    """For servers other than gRPC's; follows its files. Raises SettingError.
 
-    Clients are not asked for certificates: `tls.client_ca_file` is not used.
+    `ask_clients`: only clients with a certificate of `tls.client_ca_file` are accepted, where there is one; else any.
     """
-    files = FollowedFiles(tls.cert_file, tls.key_file)
+    client_ca = tls.client_ca_file if ask_clients else None
+    files = FollowedFiles(tls.cert_file, tls.key_file, client_ca)
     files.changed()
 
     def fresh() -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         load_pair(context, tls.cert_file, tls.key_file)
+        if client_ca is not None:
+            context.load_verify_locations(cadata=read_ca(client_ca).decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
         return context
 
     current = fresh()

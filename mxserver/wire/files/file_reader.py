@@ -11,9 +11,9 @@ import xxhash
 from mxserver.wire.calls import Closing, Patience
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerRefused, ServerUnreachable, WireError
-from mxserver.wire.files.file_chunk import ChunkReader
-from mxserver.wire.files.model_stream import BROKEN, MAX_CONTENT_ATTEMPTS, METHOD
-from mxserver.wire.files.stream_call import CallFailed, StreamConnection
+from mxserver.wire.files.file_source import FileSource, PortState
+from mxserver.wire.files.model_stream import BROKEN, MAX_CONTENT_ATTEMPTS
+from mxserver.wire.files.pieces import CallFailed, FilesPlace, Piece
 from mxserver.wire.proto import model_pb2
 
 
@@ -30,16 +30,17 @@ class FileReader(Closing):
         address: str,
         credentials: ClientCredentials | None,
         request: model_pb2.ModelFilesRequest,
+        place: FilesPlace | None,
+        port: PortState,
         *,
         patience_seconds: float,
         as_error: Callable[[str, grpc.RpcError], WireError],
     ) -> None:
-        """`request` says which model in which revision."""
+        """`request` says which model in which revision; `place` where its files are by HTTP."""
         self._address = address
-        self._request = request
         self._patience_seconds = patience_seconds
         self._as_error = as_error
-        self._connection = StreamConnection(address, credentials)
+        self._source = FileSource(address, credentials, request, place, port)
         self._stop = threading.Event()
         self.bytes_received = 0
         self.bytes_unverified = 0  # from servers that send no digests
@@ -81,49 +82,41 @@ class FileReader(Closing):
 
     def _chunks(self, path: str, offset: int, into: memoryview) -> Iterator[int]:
         """Fills `into` in one call, and yields the number of bytes of each verified chunk."""
-        request = model_pb2.ModelFilesRequest()
-        request.CopyFrom(self._request)
-        request.file_selector.paths.append(path)
-        request.ranges.add(relative_path=path, offset=offset, length=len(into))
-        request.chunk_digests = True
-        self._connection.call(METHOD, request.SerializeToString())
-        reader = ChunkReader(self._connection)
         done = 0
-        while (fields := reader.next_fields()) is not None:
-            count = reader.data_bytes
-            self._check_place(fields, path, offset + done, count, len(into) - done)
-            data = into[done : done + count]
-            reader.read_into(data)
-            self._check_digest(fields, data)
+        for piece in self._source.pieces(path, offset, into):
+            count = len(piece.data)
+            self._check_place(piece, path, offset + done, len(into) - done)
+            self._check_digest(piece)
+            into[done : done + count] = piece.data  # costs nothing where it is there already
             done += count
             self.bytes_received += count
             yield count
         if done < len(into):
             raise ServerUnreachable(f"{self._address} ended the stream {len(into) - done} bytes early, in {path}")
 
-    def _check_place(self, fields: model_pb2.FileChunk, path: str, offset: int, count: int, room: int) -> None:
-        if fields.relative_path != path:
-            raise FileRefused(f"{self._address} sent {fields.relative_path[:200]!r}, which was not asked for")
-        if fields.offset != offset or count > room:
+    def _check_place(self, piece: Piece, path: str, offset: int, room: int) -> None:
+        if piece.path != path:
+            raise FileRefused(f"{self._address} sent {piece.path[:200]!r}, which was not asked for")
+        if piece.offset != offset or len(piece.data) > room:
             raise ServerRefused(
-                f"{self._address} sent {count} bytes of {path} from {fields.offset}, but {room} from {offset} were "
-                "asked for; it may not support ranges: fetch whole files from it"
+                f"{self._address} sent {len(piece.data)} bytes of {path} from {piece.offset}, but {room} from {offset} "
+                "were asked for; it may not support ranges: fetch whole files from it"
             )
 
-    def _check_digest(self, fields: model_pb2.FileChunk, data: memoryview) -> None:
-        if not fields.HasField("data_digest"):
-            self.bytes_unverified += len(data)
-        elif (digest := xxhash.xxh3_64_intdigest(data)) != fields.data_digest:
+    def _check_digest(self, piece: Piece) -> None:
+        if piece.digest is None:
+            self.bytes_unverified += len(piece.data)
+        elif (digest := xxhash.xxh3_64_intdigest(piece.data)) != piece.digest:
             raise FileRefused(
-                f"{fields.relative_path} from {fields.offset}: {len(data)} bytes have the digest {digest:016x}, "
-                f"not {fields.data_digest:016x}"
+                f"{piece.path} from {piece.offset}: {len(piece.data)} bytes have the digest {digest:016x}, not "
+                f"{piece.digest:016x}"
             )
 
     def abort(self) -> None:
         """Ends a read that runs in another thread. All later reads fail too."""
         self._stop.set()
-        self._connection.abort()
+        self._source.abort()
 
     def close(self) -> None:
         """Idempotent."""
-        self._connection.close()
+        self._source.close()

@@ -25,8 +25,10 @@ from mxserver.wire.errors import (
 )
 from mxserver.wire.files.disk_room import check_room, full_disk_is_told
 from mxserver.wire.files.file_reader import FileReader
+from mxserver.wire.files.file_source import PortState
 from mxserver.wire.files.model_stream import FetchReport, FolderFetch
 from mxserver.wire.files.partial_file import FileInfo, has_content, partial_path
+from mxserver.wire.files.pieces import FilesPlace
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.relative_path import path_problem
 from mxserver.wire.unique_path import unique_beside
@@ -60,6 +62,7 @@ class ModelFiles(NamedTuple):
     files: tuple[FileInfo, ...]
     revision: str | None
     folder: Path | None = None
+    place: FilesPlace | None = None  # where they are by HTTP; None: the server tells of no port for files
 
     @property
     def size_bytes(self) -> int:
@@ -84,16 +87,20 @@ class ModelClient(Closing):
         timeout_seconds: float = 30.0,
         patience_seconds: float = 60.0,
         credentials: ClientCredentials | None = None,
+        files_port: int | None = None,
     ) -> None:
         """`address` is what `parse_server_address` returns. `timeout_seconds`: of short calls; `patience_seconds`:
         how long a download or a stream waits for a silent server. Without `credentials`, certificates and token are
-        those of the environment.
+        those of the environment. `files_port`: for files by HTTP, instead of the one that the server tells, where it
+        has one; 0: all files come over gRPC.
         """
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
         self._credentials = credentials
         self._server = ServerChannel(address, credentials)
+        self._files_port = files_port
+        self._port = PortState(address, is_closed=files_port == 0)
 
     @property
     def _models(self) -> model_pb2_grpc.ModelServiceStub:
@@ -162,17 +169,21 @@ class ModelClient(Closing):
         files = tuple(FileInfo(info.relative_path, info.size, info.digest) for info in listed.files)
         # A server with the protocol's original fields alone names no commit: then streams use the same name.
         commit = listed.resolved_revision if listed.HasField("resolved_revision") else revision
-        return ModelFiles(files, commit, Path(listed.folder) if listed.folder else None)
+        port = self._files_port if self._files_port is not None and listed.files_port else listed.files_port
+        place = FilesPlace(port, listed.files_path) if 0 < port < 65536 else None
+        return ModelFiles(files, commit, Path(listed.folder) if listed.folder else None, place)
 
-    def reader(self, name: str, *, revision: str | None = None) -> FileReader:
-        """Parts of the model's files, straight into memory; its `close` must be called. Give the revision that
-        `list_files` returned, so that all parts are of the same files.
+    def reader(self, name: str, *, revision: str | None = None, place: FilesPlace | None = None) -> FileReader:
+        """Parts of the model's files, straight into memory; its `close` must be called. Give the revision and
+        the place that `list_files` returned: so all parts are of the same files, and come by HTTP where they can.
         """
         request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name), revision=revision)
         return FileReader(
             self.address,
             self._credentials,
             request,
+            place,
+            self._port,
             patience_seconds=self._patience_seconds,
             as_error=self._as_error,
         )
@@ -268,6 +279,8 @@ class ModelClient(Closing):
             request,
             folder,
             beside,
+            listed.place,
+            self._port,
             streams=streams,
             patience_seconds=self._patience_seconds,
             on_bytes=on_bytes,

@@ -13,15 +13,12 @@ import grpc
 from mxserver.wire.calls import Patience
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import FileRefused, ServerUnreachable, WireError
-from mxserver.wire.files.file_chunk import ChunkReader
+from mxserver.wire.files.file_source import FileSource, PortState
 from mxserver.wire.files.partial_file import FileInfo, PartialFile
-from mxserver.wire.files.stream_call import CallFailed, StreamConnection
+from mxserver.wire.files.pieces import CallFailed, FilesPlace, Piece
 from mxserver.wire.proto import model_pb2
 
-METHOD = "/model_express.model.ModelService/StreamModelFiles"
-
 MAX_CONTENT_ATTEMPTS = 3
-_BATCH_BYTES = 16 * 1024 * 1024  # small files share a call
 BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,  # of a call that ended with the server
@@ -54,6 +51,8 @@ class FolderFetch:
         request: model_pb2.ModelFilesRequest,
         folder: Path,
         beside: Path,
+        place: FilesPlace | None,
+        port: PortState,
         *,
         streams: int,
         patience_seconds: float,
@@ -66,31 +65,32 @@ class FolderFetch:
         self._request = request
         self._folder = folder
         self._beside = beside
+        self._place = place
+        self._port = port
         self._streams = streams
         self._patience_seconds = patience_seconds
         self._on_bytes = on_bytes
         self._as_error = as_error
         self._lock = threading.Lock()
         self._failed = threading.Event()
-        self._open: list[StreamConnection] = []
+        self._open: list[FileSource] = []
         self.report = FetchReport()
 
     def run(self, files: list[FileInfo]) -> None:
         """Raises the error of the first stream that fails, and ends the others."""
-        batches: queue.SimpleQueue[list[FileInfo]] = queue.SimpleQueue()
-        made = _batches(files)
-        for batch in made:
-            batches.put(batch)
+        waiting: queue.SimpleQueue[FileInfo] = queue.SimpleQueue()
+        for info in sorted(files, key=lambda info: -info.size):  # large ones first
+            waiting.put(info)
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._one_stream(batches)
+                self._one_stream(waiting)
             except BaseException as error:  # noqa: BLE001 - raised again below
                 errors.append(error)
                 self._end_all()
 
-        count = min(self._streams, len(made))
+        count = min(self._streams, len(files))
         threads = [threading.Thread(target=work, name=f"stream-{number}", daemon=True) for number in range(count)]
         for thread in threads:
             thread.start()
@@ -106,49 +106,45 @@ class FolderFetch:
     def _end_all(self) -> None:
         self._failed.set()
         with self._lock:
-            for connection in self._open:
-                connection.abort()
+            for source in self._open:
+                source.abort()
 
-    def _one_stream(self, batches: queue.SimpleQueue[list[FileInfo]]) -> None:
+    def _one_stream(self, files: queue.SimpleQueue[FileInfo]) -> None:
         # One connection each: one TCP connection is slower than several.
-        with StreamConnection(self._address, self._credentials) as connection:
+        with FileSource(self._address, self._credentials, self._request, self._place, self._port) as source:
             with self._lock:
-                self._open.append(connection)
-            buffer = bytearray()
+                self._open.append(source)
             while not self._failed.is_set():
                 try:
-                    batch = batches.get_nowait()
+                    info = files.get_nowait()
                 except queue.Empty:
                     return
-                buffer = self._batch(connection, batch, buffer)
+                self._one_file(source, info)
 
-    def _batch(self, connection: StreamConnection, batch: list[FileInfo], buffer: bytearray) -> bytearray:
-        """`buffer` holds one chunk at a time; if it was too small, a larger one is returned."""
-        partials = {info.path: PartialFile(info, self._beside) for info in batch}
+    def _one_file(self, source: FileSource, info: FileInfo) -> None:
+        partial = PartialFile(info, self._beside)
         with self._lock:
-            self.report.bytes_resumed += sum(partial.offset for partial in partials.values())
-        for partial in partials.values():
-            self._on_bytes(partial.offset)
+            self.report.bytes_resumed += partial.offset
+        self._on_bytes(partial.offset)
         attempts = 0
         patience = Patience(self._patience_seconds, self._failed)
         try:
-            while partials and not self._failed.is_set():
-                before = self.report.bytes_received
+            while not self._failed.is_set():
+                before = partial.offset
                 try:
-                    buffer = self._receive(connection, partials, buffer)
+                    self._receive(source, partial)
                 except CallFailed as error:
-                    if self.report.bytes_received != before:
+                    if partial.offset > before:
                         patience.heard()
                     self._after_break(error, patience)
                 except FileRefused:
-                    connection.close()
                     attempts += 1
                     if attempts >= MAX_CONTENT_ATTEMPTS:
                         raise
+                else:
+                    return
         finally:
-            for partial in partials.values():
-                partial.close()
-        return buffer
+            partial.close()
 
     def _after_break(self, error: CallFailed, patience: Patience) -> None:
         """Returns to try again, or raises."""
@@ -157,58 +153,31 @@ class FolderFetch:
         with self._lock:
             self.report.breaks += 1
 
-    def _receive(self, connection: StreamConnection, partials: dict[str, PartialFile], buffer: bytearray) -> bytearray:
-        """Receives what is missing of some files. Files that are complete leave `partials`."""
-        request = model_pb2.ModelFilesRequest()
-        request.CopyFrom(self._request)
-        request.file_selector.paths.extend(partials)
-        request.ranges.extend(
-            model_pb2.FileRange(relative_path=path, offset=partial.offset)
-            for path, partial in partials.items()
-            if partial.offset
-        )
-        connection.call(METHOD, request.SerializeToString())
-        reader = ChunkReader(connection)
-        while not self._failed.is_set() and (fields := reader.next_fields()) is not None:
-            if reader.data_bytes > len(buffer):
-                buffer = bytearray(reader.data_bytes)
-            data = memoryview(buffer)[: reader.data_bytes]
-            reader.read_into(data)
-            self._take(fields, data, partials)
-        if partials and not self._failed.is_set():
-            raise ServerUnreachable(f"{self._address} ended the stream before {sorted(partials)[0]} was complete")
-        return buffer
+    def _receive(self, source: FileSource, partial: PartialFile) -> None:
+        """Receives what is missing of a file, and gives it its name."""
+        info = partial.info
+        if partial.offset < info.size:
+            for piece in source.blocks(info.path, partial.offset, info.size - partial.offset, info.digest):
+                if self._failed.is_set():
+                    return
+                self._take(piece, partial)
+        if partial.offset < info.size:
+            raise ServerUnreachable(f"{self._address} ended the stream before {info.path} was complete")
+        partial.finish(self._folder)
+        with self._lock:
+            self.report.files += 1
+            self.report.files_verified += bool(info.digest)
 
-    def _take(self, chunk: model_pb2.FileChunk, data: memoryview, partials: dict[str, PartialFile]) -> None:
-        partial = partials.get(chunk.relative_path)
-        if partial is None:
-            raise FileRefused(f"{self._address} sent {chunk.relative_path[:200]!r}, which was not asked for")
-        if chunk.offset != partial.offset:
-            if chunk.offset:
-                raise FileRefused(f"{partial.info.path}: expected byte {partial.offset}, but got byte {chunk.offset}")
+    def _take(self, piece: Piece, partial: PartialFile) -> None:
+        if piece.path != partial.info.path:
+            raise FileRefused(f"{self._address} sent {piece.path[:200]!r}, which was not asked for")
+        if piece.offset != partial.offset:
+            if piece.offset:
+                raise FileRefused(f"{partial.info.path}: expected byte {partial.offset}, but got byte {piece.offset}")
             with self._lock:  # a server without ranges starts at the beginning
                 self.report.resent_bytes += partial.offset
             partial.restart()
-        partial.append(data)
+        partial.append(piece.data)
         with self._lock:
-            self.report.bytes_received += len(data)
-        self._on_bytes(len(data))
-        if chunk.is_last_chunk:
-            partial.finish(self._folder)
-            del partials[chunk.relative_path]
-            with self._lock:
-                self.report.files += 1
-                self.report.files_verified += bool(partial.info.digest)
-
-
-def _batches(files: list[FileInfo]) -> list[list[FileInfo]]:
-    """Large files first, each in a call of its own; small ones together."""
-    made: list[list[FileInfo]] = []
-    room = 0
-    for info in sorted(files, key=lambda info: -info.size):
-        if info.size > room or not made:
-            made.append([])
-            room = _BATCH_BYTES
-        made[-1].append(info)
-        room -= info.size
-    return made
+            self.report.bytes_received += len(piece.data)
+        self._on_bytes(len(piece.data))

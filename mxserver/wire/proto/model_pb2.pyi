@@ -296,11 +296,17 @@ class ModelFileList(google.protobuf.message.Message):
     TOTAL_SIZE_FIELD_NUMBER: builtins.int
     RESOLVED_REVISION_FIELD_NUMBER: builtins.int
     FOLDER_FIELD_NUMBER: builtins.int
+    FILES_PORT_FIELD_NUMBER: builtins.int
+    FILES_PATH_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     total_size: builtins.int
     resolved_revision: builtins.str
     folder: builtins.str
     """where the server has them, under these names: for workers that share its storage"""
+    files_port: builtins.int
+    """where their bytes are by HTTP/1.1 ranges, on the host that was asked; 0: nowhere"""
+    files_path: builtins.str
+    """the folder of their names there, with a slash at its end"""
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelFileInfo]: ...
     def __init__(
@@ -311,9 +317,11 @@ class ModelFileList(google.protobuf.message.Message):
         total_size: builtins.int = ...,
         resolved_revision: builtins.str | None = ...,
         folder: builtins.str | None = ...,
+        files_port: builtins.int = ...,
+        files_path: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_folder", b"_folder", "_resolved_revision", b"_resolved_revision", "folder", b"folder", "resolved_revision", b"resolved_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_folder", b"_folder", "_resolved_revision", b"_resolved_revision", "files", b"files", "folder", b"folder", "model_name", b"model_name", "resolved_revision", b"resolved_revision", "total_size", b"total_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_folder", b"_folder", "_resolved_revision", b"_resolved_revision", "files", b"files", "files_path", b"files_path", "files_port", b"files_port", "folder", b"folder", "model_name", b"model_name", "resolved_revision", b"resolved_revision", "total_size", b"total_size"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_folder", b"_folder"]) -> typing.Literal["folder"] | None: ...
     @typing.overload

@@ -29,6 +29,28 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _DigestOrigin:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DigestOriginEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DigestOrigin.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DIGEST_ORIGIN_UNKNOWN: _DigestOrigin.ValueType  # 0
+    DIGEST_ORIGIN_MADE_HERE: _DigestOrigin.ValueType  # 1
+    """by this worker, of weights that it read from storage or processed"""
+    DIGEST_ORIGIN_RECEIVED: _DigestOrigin.ValueType  # 2
+    """by another one: this worker only repeats them"""
+
+class DigestOrigin(_DigestOrigin, metaclass=_DigestOriginEnumTypeWrapper):
+    """Who made a holder's digests, and so vouches for them."""
+
+DIGEST_ORIGIN_UNKNOWN: DigestOrigin.ValueType  # 0
+DIGEST_ORIGIN_MADE_HERE: DigestOrigin.ValueType  # 1
+"""by this worker, of weights that it read from storage or processed"""
+DIGEST_ORIGIN_RECEIVED: DigestOrigin.ValueType  # 2
+"""by another one: this worker only repeats them"""
+global___DigestOrigin = DigestOrigin
+
 class _Operation:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -200,6 +222,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     SCALARS_FIELD_NUMBER: builtins.int
     SCALARS_DIGEST_FIELD_NUMBER: builtins.int
     TRANSPORT_FIELD_NUMBER: builtins.int
+    DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
@@ -208,6 +231,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     """8 bytes little-endian a chunk"""
     scalars_digest: builtins.str
     """lower hex of the SHA-256 of the canonical form of `scalars`"""
+    digest_origin: global___DigestOrigin.ValueType
     @property
     def layout(self) -> global___Layout:
         """only where the fingerprints differ"""
@@ -227,9 +251,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
         scalars: collections.abc.Iterable[global___Scalar] | None = ...,
         scalars_digest: builtins.str = ...,
         transport: global___TransportOffer | None = ...,
+        digest_origin: global___DigestOrigin.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout", "transport", b"transport"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
 
 global___GetLayoutResponse = GetLayoutResponse
 

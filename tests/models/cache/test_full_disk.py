@@ -47,7 +47,7 @@ def server_address(start_server: StartServer, hub: HubStandIn) -> str:
 
 
 def test_what_cannot_fit_is_told_before_the_first_byte(server_address: str, small_disk: SmallDisk) -> None:
-    with TcpProxy(server_address) as proxy, ModelClient(proxy.address, patience_seconds=60) as client:
+    with TcpProxy(server_address) as proxy, ModelClient(proxy.address, patience_seconds=60, files_port=0) as client:
         first = client.fetch_to_hub_cache(LARGE, small_disk.folder, ignore_weights=True)
         free_bytes, before = small_disk.free_bytes, proxy.answered_bytes
         with pytest.raises(DiskFull) as caught:
@@ -65,7 +65,7 @@ def test_what_cannot_fit_is_told_before_the_first_byte(server_address: str, smal
 def test_a_disk_that_others_fill_meanwhile(server_address: str, small_disk: SmallDisk) -> None:
     """Some of the files are whole by then: they go as well, and the room is there for others."""
     foreign: list[Path] = []
-    with TcpProxy(server_address) as proxy, ModelClient(proxy.address, patience_seconds=60) as client:
+    with TcpProxy(server_address) as proxy, ModelClient(proxy.address, patience_seconds=60, files_port=0) as client:
         free_bytes = small_disk.free_bytes
         proxy.cut_after(2_000_000, meanwhile=lambda: foreign.append(small_disk.fill(200_000)))
         with pytest.raises(DiskFull, match="No space left on device") as caught:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mxserver.models.cache import Lease
+from mxserver.models.cache import lease as lease_module
 from mxserver.models.cache.lease import LeaseFolder
 from mxserver.models.errors import LeaseLost
 from tests.small_disk import SmallDisk
@@ -54,6 +56,32 @@ def test_one_at_a_time(make: Callable[..., LeaseFolder], kernels: tuple[str | No
     assert following
     assert following.generation == lease.generation + 1
     assert following.token != lease.token
+
+
+def test_number_whose_file_was_deleted_meanwhile_is_no_lease(
+    make: Callable[..., LeaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look of one at the newest number and its link, others took two numbers and deleted the older one."""
+    slow, fast, last = make(), make(), make()
+    first = slow.try_acquire(KEY)
+    assert first
+    slow.release(first)
+    held: list[Lease] = []
+    make_file = lease_module._LiveFile.__init__
+
+    def make_late(self: lease_module._LiveFile, folder: Path, name: str, kernel: str) -> None:
+        monkeypatch.undo()
+        between = fast.try_acquire(KEY)
+        assert between
+        fast.release(between)
+        newest = last.try_acquire(KEY)
+        assert newest
+        held.append(newest)
+        make_file(self, folder, name, kernel)
+
+    monkeypatch.setattr(lease_module._LiveFile, "__init__", make_late)
+    assert slow.try_acquire(KEY) is None
+    held[0].check()
 
 
 def test_exactly_one_of_many_wins(make: Callable[..., LeaseFolder]) -> None:
@@ -106,6 +134,8 @@ def test_living_holder_keeps_its_lease_past_the_time(make: Callable[..., LeaseFo
 HOLDER = """
 import sys
 from pathlib import Path
+from mxserver.models.cache import Lease
+from mxserver.models.cache import lease as lease_module
 from mxserver.models.cache.lease import LeaseFolder
 folder = LeaseFolder(Path(sys.argv[1]), 600)
 lease = folder.try_acquire(sys.argv[2])

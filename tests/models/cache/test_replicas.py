@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 
 from mxserver.wire import WireError
-from mxserver.wire.files import ModelClient, StreamConnection
-from mxserver.wire.proto import model_pb2
+from mxserver.wire.files import ModelClient
+from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import (
     FILE_DIGESTS,
     FILES,
@@ -236,11 +237,11 @@ def test_sigterm_while_the_hub_does_not_answer(start_server: StartServer, hub: H
 def test_sigterm_while_a_stream_is_not_taken(start_server: StartServer, hub: HubStandIn) -> None:
     hub.add("org/long", {"model.safetensors": pattern(40_000_000, 30)})
     process = start_server("--drain", "1")
-    with ModelClient(process.address) as client, StreamConnection(process.address) as stream:
+    with ModelClient(process.address) as client, grpc.insecure_channel(process.address) as channel:
         client.ensure("org/long")
         request = model_pb2.ModelFilesRequest(model_name="org/long")
-        stream.call("/model_express.model.ModelService/StreamModelFiles", request.SerializeToString())
-        assert stream.next_message()
+        stream = model_pb2_grpc.ModelServiceStub(channel).StreamModelFiles(request)
+        assert next(stream)
         process.process.send_signal(signal.SIGTERM)
         assert process.process.wait(timeout=120) == 0
     assert not any("Traceback" in line for line in process.lines)

@@ -104,7 +104,7 @@ def test_download_that_cannot_end_is_left_behind(
         goes_on.wait(120)
 
     downloads = Downloads(cache, {model_pb2.FILE: FolderSource(())}, ended=lambda _: None)
-    monkeypatch.setattr(downloads, "_download", hang)
+    monkeypatch.setattr(downloads, "_found", hang)
     job = downloads.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
     assert hangs.wait(120)
     downloads.close()

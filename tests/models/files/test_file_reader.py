@@ -28,9 +28,12 @@ def client(warm_server: str) -> Iterator[ModelClient]:
         yield opened
 
 
-@pytest.fixture
-def reader(client: ModelClient) -> Iterator[FileReader]:
-    with client.reader(REPOSITORY, revision=client.list_files(REPOSITORY).revision) as opened:
+@pytest.fixture(params=["http", "grpc"])
+def reader(client: ModelClient, request: pytest.FixtureRequest) -> Iterator[FileReader]:
+    listed = client.list_files(REPOSITORY)
+    place = listed.place if request.param == "http" else None
+    assert listed.place
+    with client.reader(REPOSITORY, revision=listed.revision, place=place) as opened:
         yield opened
 
 

@@ -15,7 +15,6 @@ from mxserver.models.cache.eviction import Candidate, Room, evictable_bytes, evi
 from mxserver.models.digests import git_blob_sha1
 from mxserver.models.message import FileTooShort, chunk_message
 from mxserver.settings import parse_bytes
-from mxserver.wire.files.file_chunk import BadMessage, split_chunk
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import digest_of
 
@@ -30,25 +29,6 @@ CHUNKS = st.builds(
     commit_hash=st.none() | st.text(max_size=5),
     digest=st.none() | st.text(max_size=5),
 )
-
-
-@given(CHUNKS)
-def test_split_is_what_protobuf_parses(chunk: model_pb2.FileChunk) -> None:
-    fields, data = split_chunk(chunk.SerializeToString())
-    assert bytes(data) == chunk.data
-    expected = model_pb2.FileChunk()
-    expected.CopyFrom(chunk)
-    expected.ClearField("data")
-    assert fields == expected
-
-
-@given(st.binary(max_size=60))
-def test_split_takes_or_refuses_any_bytes(message: bytes) -> None:
-    try:
-        _, data = split_chunk(message)
-    except BadMessage:
-        return
-    assert len(data) <= len(message)
 
 
 @given(CHUNKS, st.integers(0, 10_000))
@@ -73,7 +53,7 @@ def test_lengths_around_the_steps_of_a_varint(tmp_path: Path, size: int) -> None
     (tmp_path / "f").write_bytes(os.urandom(size))
     with (tmp_path / "f").open("rb") as file:
         message = chunk_message(b"", file.fileno(), 0, size)
-    assert digest_of(bytes(split_chunk(message)[1])) == digest_of((tmp_path / "f").read_bytes())
+    assert digest_of(model_pb2.FileChunk.FromString(message).data) == digest_of((tmp_path / "f").read_bytes())
 
 
 def test_digests_are_those_of_the_field(tmp_path: Path) -> None:

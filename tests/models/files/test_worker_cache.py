@@ -66,10 +66,22 @@ def test_tensors_and_digest_come_over_streams(client: ModelClient, real: tuple[P
         folder.close()
 
 
+def files_address(address: str) -> str:
+    """Where a server has the bytes of its files."""
+    with ModelClient(address) as client:
+        place = listed(client).place
+    assert place
+    return f"127.0.0.1:{place.port}"
+
+
 def test_a_cut_in_the_middle_sends_nothing_twice(
     start_server: StartServer, real: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
-    with TcpProxy(start_server().address) as proxy, ModelClient(proxy.address, patience_seconds=60) as client:
+    server = start_server()
+    with (
+        TcpProxy(files_address(server.address)) as proxy,
+        ModelClient(server.address, patience_seconds=60, files_port=proxy.port) as client,
+    ):
         folder = ServerFolder(client, MODEL, listed(client))
         try:
             checkpoint = open_remote(folder)
@@ -112,7 +124,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from mxserver.wire.files.model_client import ModelClient
-with ModelClient(sys.argv[1]) as client:
+with ModelClient(sys.argv[1], files_port=int(sys.argv[4])) as client:
     got = []
     client.fetch_to_hub_cache(sys.argv[2], Path(sys.argv[3]), on_bytes=got.append)
 """
@@ -125,8 +137,10 @@ def test_ranks_share_one_download_and_a_killed_one_leaves_its_lock(
     server = start_server()
     with ModelClient(server.address) as client:
         size = listed(client).size_bytes
-    with TcpProxy(server.address) as proxy:
-        command = [sys.executable, "-c", FETCH, proxy.address, MODEL, str(tmp_path / "hub-cache")]
+    with TcpProxy(files_address(server.address)) as proxy:
+        to = str(tmp_path / "hub-cache")
+        command = [sys.executable, "-c", FETCH, server.address, MODEL, to, str(proxy.port)]
+        proxy.bytes_per_second = 4e6  # slower than the disk: what was sent is there, and not in the sockets' buffers
         proxy.cut_after(size // 2, meanwhile=lambda: first.kill())
         first = subprocess.Popen(command)
         first.wait(120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def test_metrics_port(
 
 
 def test_server_without_probes_metrics_and_page(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server(MODEL_EXPRESS_SERVER_METRICS_PORT="0")
+    server = start_server(MODEL_EXPRESS_SERVER_METRICS_PORT="0", MX_SERVER_FILES_PORT="off")
     server.wait_for(r"no status page, metrics and HTTP probes: they are off")
     assert not [line for line in server.lines if "status page on" in line]
     with ServerClient(server.address) as client:
@@ -122,7 +123,10 @@ def test_server_without_probes_metrics_and_page(start_server: Callable[..., Serv
 
 def listening_ports(pid: int) -> set[int]:
     """TCP ports on which a process listens: its sockets' inodes, looked up in the kernel's tables."""
-    links = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    links = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.add(str(link.readlink()))
     listening = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:

@@ -349,3 +349,32 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
         call.join()
     assert stopped.wait(120)
     assert len(set(epochs)) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("identity", "worker", "worker_id", "named"),
+    [
+        ({"model_name": "m" * 513}, {}, "w", "identity.model_name"),
+        ({}, {}, "w" * 257, "worker_id"),
+        ({"extra_parameters": {"k": "v" * 70_000}}, {}, "w", "identity has"),
+        ({}, {"accelerator": "a" * 257}, "w", "worker.accelerator"),
+        ({}, {"topology": {"zone": "z" * 20_000}}, "w", "worker.topology"),
+    ],
+)
+def test_what_is_in_every_listing_is_bounded(
+    p2p: p2p_pb2_grpc.P2pServiceStub,
+    identity: dict[str, object],
+    worker: dict[str, object],
+    worker_id: str,
+    named: str,
+) -> None:
+    request = p2p_pb2.PublishMetadataRequest(
+        identity=p2p_pb2.SourceIdentity(**({"model_name": "Org/Model"} | identity)),  # type: ignore[arg-type]
+        worker=p2p_pb2.WorkerMetadata(**worker),  # type: ignore[arg-type]
+        worker_id=worker_id,
+    )
+    response = p2p.PublishMetadata(request, timeout=30)
+    assert not response.success
+    assert named in response.message
+    assert "at most" in response.message
+    assert not p2p.ListSources(p2p_pb2.ListSourcesRequest(), timeout=30).instances

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,39 @@ def test_goodbye_is_kept(store: SqliteStore, path: Path) -> None:
     store.update_status(key(), STALE)
     store.close()
     assert execute(path, "SELECT status FROM source") == [(STALE,)]
+
+
+def test_an_unexpected_error_of_a_commit_fails_those_who_wait_and_the_writer_goes_on(store: SqliteStore) -> None:
+    """A rank that fits no column stands for any value that SQLite cannot keep."""
+    with pytest.raises(StoreUnavailable, match=r"writing to .* failed"):
+        store.publish(replace(publication(), key=key(rank=2**63)))
+    store.check()
+    assert store.publish(publication()).epoch > 0
+    assert [record.key for record in store.find(Query())] == [key()]
+
+
+def test_what_waited_too_long_is_not_kept(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finding H12: callers were told that nothing was kept, and found it kept later."""
+    monkeypatch.setattr("mxserver.store.sqlite.ANSWER_SECONDS", 0.2)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(60)
+
+    def hold_and_fail() -> None:
+        with pytest.raises(StoreUnavailable, match="whether it is kept will show"):
+            store._change(hold)
+
+    holder = threading.Thread(target=hold_and_fail)
+    holder.start()
+    assert held.wait(60)
+    with pytest.raises(StoreUnavailable, match="nothing of it is kept"):
+        store.publish(publication(key(worker="late")))
+    with pytest.raises(StoreUnavailable, match="has not answered"):
+        store.check()
+    go_on.set()
+    holder.join()
+    store.publish(publication(key(worker="early")))
+    assert [record.key.worker_id for record in store.find(Query())] == ["early"]
+    store.check()

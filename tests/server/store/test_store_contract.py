@@ -108,6 +108,14 @@ def test_publish_with_an_older_epoch_is_refused_and_changes_nothing(store: Sourc
     assert store.get(*key()[:2]) == record
 
 
+@pytest.mark.parametrize("epoch", [2_000_000_000_000, 2**53, 2**63 - 1, 2**63, 2**64 - 1])
+def test_an_epoch_never_given_is_refused_and_the_store_goes_on(store: SourceStore, epoch: int) -> None:
+    with pytest.raises(StaleEpoch, match=f"epoch {epoch} was never given"):
+        store.publish(publication(epoch=epoch))
+    store.check()
+    assert store.publish(publication()).epoch < epoch
+
+
 def test_publish_with_its_own_epoch_is_taken(store: SourceStore) -> None:
     first = store.publish(publication())
     assert store.publish(publication(epoch=first.epoch)).epoch > first.epoch

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from mxcore.transfer.move import TcpByteCounter
@@ -83,3 +86,14 @@ def test_no_descriptor_is_left_open() -> None:
         for _ in range(20):
             tcp_received()
         assert descriptors() == before
+
+
+def test_locks_of_the_process_stay(tmp_path: Path) -> None:
+    """Closing any descriptor of a file, a copy too, drops the process' POSIX locks on it (fcntl(2))."""
+    path = tmp_path / "locked"
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        tcp_received()
+        other = subprocess.run([sys.executable, "-c", take, str(path)], capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in other.stderr

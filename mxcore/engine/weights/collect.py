@@ -28,7 +28,7 @@ from mxcore.transfer.layout import LocalTensor
 
 # Written while the engine runs, so never part of its weights: the KV cache, and kernels' scratch memory and locks.
 RUN_TIME_STATE = frozenset({"kv_cache", "workspace", "_workspace", "workspace_buffer", "_workspace_buffer"})
-# Objects of these modules describe the run or the machine; weights never live there, and they lead everywhere.
+# Objects of these modules are the machinery of a process; weights never live there, and they lead everywhere.
 NOT_WEIGHTS = (
     "torch",
     "transformers",
@@ -36,7 +36,6 @@ NOT_WEIGHTS = (
     "logging",
     "threading",
     "ctypes",
-    "vllm.config",
     "vllm.distributed",
     "vllm.compilation",
     "vllm.platforms",
@@ -61,10 +60,13 @@ class Collected:
 
     tensors: list[LocalTensor] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
-    decided: dict[str, str] = field(default_factory=dict)  # bools, texts, enums and dtypes
+    decided: dict[str, str] = field(default_factory=dict)  # bools, texts, enums, dtypes; integers of modules and tensors
     classes: dict[str, str] = field(default_factory=dict)  # of modules and helper objects
-    stored: set[str] = field(default_factory=set)  # parameters and buffers that a checkpoint can have
+    functions: dict[str, str] = field(default_factory=dict)  # where they are defined
+    parameters: set[str] = field(default_factory=set)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)  # of `refused`: tensors that have values
+    opaque: dict[str, int] = field(default_factory=dict)  # of `refused`: ids of objects that nobody can look into
     refused: dict[str, str] = field(default_factory=dict)
     _setters: dict[str, _Setter] = field(default_factory=dict)
 
@@ -97,9 +99,30 @@ def shown(reasons: Mapping[str, str]) -> str:
     return ", ".join(parts) + (f" and {more} more" if more else "")
 
 
-def collect(model: nn.Module, device: torch.device) -> Collected:
-    """All that `model` holds, whose place is `device`. Refusals are recorded, not raised: `require_movable`."""
-    return _Walk(model, device).run()
+def collect(model: nn.Module, device: torch.device, configuration: Sequence[object] = ()) -> Collected:
+    """All that `model` holds, whose place is `device`. Refusals are recorded, not raised: `require_movable`.
+
+    What hangs on the objects of `configuration` describes the run, is at each worker another, and is left out.
+    """
+    return _Walk(model, device, _hanging_on(configuration)).run()
+
+
+def _hanging_on(roots: Sequence[object]) -> set[int]:
+    """Ids of objects, without models and their tensors: a configuration may list those."""
+    found: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module | torch.Tensor) or not _may_hold(value, ()) or id(value) in found:
+            continue
+        found.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, Sequence | set | frozenset):
+            waiting += value
+        elif not isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            waiting += (part for _, part in _attributes(value))
+    return found
 
 
 def _same(one: float, other: float) -> bool:
@@ -107,11 +130,11 @@ def _same(one: float, other: float) -> bool:
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, seen: set[int]) -> None:
         self.found = Collected()
         self.model = model
         self.device = device
-        self.seen: set[int] = set()
+        self.seen = seen
         self.alive: list[Any] = []  # temporaries must outlive the walk: their ids are in `seen`
         self.captured: list[tuple[str, str, int]] = []  # function, what it closes over, address of its storage
 
@@ -128,18 +151,20 @@ class _Walk:
 
     def module(self, module: nn.Module, prefix: str, depth: int = 0) -> None:
         self.found.classes[prefix.rstrip(".")] = _class_of(module)
-        fleeting = module._non_persistent_buffers_set
+        self.found.parameters.update(prefix + name for name in module._parameters)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if name not in fleeting:
-                self.found.stored.add(prefix + name)
             if tensor is not None and name not in RUN_TIME_STATE:
                 self.value(tensor, prefix + name, _fixed(prefix + name), depth)
         self.attributes(module, prefix, depth)
 
     def attributes(self, owner: Any, prefix: str, depth: int) -> None:
         for name, value in _attributes(owner):
-            if name not in RUN_TIME_STATE:
-                self.value(value, prefix + name, _setter(functools.partial(setattr, owner, name), prefix + name), depth)
+            if name in RUN_TIME_STATE:
+                continue
+            if isinstance(value, int) and isinstance(owner, nn.Module | torch.Tensor):
+                self.found.decided[prefix + name] = repr(value)
+                continue
+            self.value(value, prefix + name, _setter(functools.partial(setattr, owner, name), prefix + name), depth)
 
     def value(self, value: Any, name: str, setter: _Setter, depth: int) -> None:
         if isinstance(value, torch.Tensor):
@@ -161,6 +186,7 @@ class _Walk:
     def holder(self, value: Any, name: str, depth: int) -> None:
         if type(value).__name__ == "PyCapsule" or isinstance(value, torch.ScriptObject):
             self.found.refused[name] = f"an opaque {type(value).__name__}"
+            self.found.opaque[name] = id(value)
         elif isinstance(value, nn.Module):
             for path, module in value.named_modules():
                 self.seen.add(id(module))
@@ -177,6 +203,7 @@ class _Walk:
             self.function(value, name, depth)
         elif hasattr(type(value), "__del__"):
             self.found.refused[name] = f"a {type(value).__name__}, which owns memory that cannot be seen"
+            self.found.opaque[name] = id(value)
         else:
             self.found.classes[name] = _class_of(value)
             self.attributes(value, f"{name}.", depth)
@@ -187,13 +214,16 @@ class _Walk:
 
     def function(self, value: Any, name: str, depth: int) -> None:
         """What a function closes over may be weights in a form of its own: fine only where a name moves them too."""
-        inner = _Walk(self.model, self.device)
-        inner.seen, inner.alive, inner.captured = self.seen, self.alive, self.captured
+        if isinstance(value, types.FunctionType):
+            self.found.functions[name] = f"{value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}"
+        inner = _Walk(self.model, self.device, self.seen)
+        inner.alive, inner.captured = self.alive, self.captured
         for part, captured in _captured(value):
             inner.value(captured, f"{name}.{part}", _fixed(name), depth)
         self.captured += [(name, tensor.name, tensor.storage_address) for tensor in inner.found.tensors]
         if inner.found.refused:
             self.found.refused[name] = f"a function that closes over {shown(inner.found.refused)}"
+            self.found.opaque[name] = id(value)
 
     def scalar(self, name: str, value: float, setter: _Setter) -> None:
         self.found.scalars[name] = value
@@ -203,6 +233,8 @@ class _Walk:
         if hasattr(tensor, "__tensor_flatten__"):
             inner, _context = tensor.__tensor_flatten__()
             for part in inner:
+                if name in self.found.parameters:
+                    self.found.parameters.add(f"{name}.{part}")
                 self.value(getattr(tensor, part), f"{name}.{part}", _fixed(f"{name}.{part}"), depth + 1)
             return
         if vars(tensor) and id(tensor) not in self.seen:
@@ -217,6 +249,8 @@ class _Walk:
                 self.scalar(f"{name}[{index}]", float(number), _element_setter(tensor, index))
         else:
             self.found.refused[name] = reason
+            if not tensor.is_meta:
+                self.found.beside[name] = tensor.detach()
 
 
 def _class_of(value: Any) -> str:
@@ -249,7 +283,7 @@ def _local(name: str, tensor: torch.Tensor) -> LocalTensor:
     )
 
 
-def _may_hold(value: Any) -> bool:
+def _may_hold(value: Any, left_out: Sequence[str] = NOT_WEIGHTS) -> bool:
     if value is None or isinstance(value, int | str | bytes | complex | enum.Enum | type | torch.dtype | torch.device):
         return False
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | range | set | frozenset):
@@ -257,7 +291,7 @@ def _may_hold(value: Any) -> bool:
     if isinstance(value, nn.Module | torch.ScriptObject | types.FunctionType | types.MethodType | functools.partial):
         return True
     home = type(value).__module__
-    return not any(home == module or home.startswith(f"{module}.") for module in NOT_WEIGHTS)
+    return not any(home == module or home.startswith(f"{module}.") for module in left_out)
 
 
 def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:

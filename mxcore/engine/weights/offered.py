@@ -1,0 +1,143 @@
+"""The weights of one model on their way: filled from a peer or from storage, then offered.
+
+*Raw* weights are what filling leaves, *processed* ones what processing leaves; the two kinds never meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from mxcore.engine.weights.collect import Collected, shown
+from mxcore.engine.weights.evidence import Built, bytes_by_name, digest, packed_away
+from mxcore.engine.weights.structure import STRUCTURE_PREFIX, require_same_structure, structure_rows
+from mxcore.errors import LayoutMismatch, LayoutUnsupported
+from mxcore.transfer.layout import Layout, Manifest, Placement, build_layout
+from mxcore.transfer.receive import ReceiveReport
+
+__all__ = ["Fit", "Kind", "Receive", "Weights", "synchronize"]
+
+Kind: TypeAlias = Literal["processed", "raw"]
+Fit: TypeAlias = Callable[[Manifest], Placement]
+"""Where what a holder's manifest lists lies in this model; raises LayoutMismatch where it does not fit."""
+
+Receive: TypeAlias = Callable[[Fit], ReceiveReport]
+"""Asks holders for their manifest until one fits, and fills the memory, verified; raises otherwise."""
+
+
+class Weights:
+    """The weights of one model of one kind. Holding this holds their memory, whatever the engine drops.
+
+    Call `loaded` after filling, `processed` after processing; then `layout`, `placement`, `scalars` and `found` are
+    what can be offered, and `received` says what came from a peer. Both raise LayoutUnsupported with names when these
+    weights cannot be moved. Not thread-safe.
+    """
+
+    def __init__(self, kind: Kind, device: torch.device) -> None:
+        self.kind = kind
+        self.device = device
+        self.found = Collected()
+        self.scalars: dict[str, float] = {}  # what the manifest says beside tensors: numbers, and the structure
+        self.layout: Layout | None = None
+        self.placement: Placement | None = None
+        self.received: ReceiveReport | None = None
+        self._built: Built | None = None
+        self._bytes_before: dict[str, int] = {}
+        self._digests: dict[str, int] = {}
+        self._overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def loaded(self, model: nn.Module, built: Built, receive: Receive | None = None) -> None:
+        """After filling. Raw: these are the weights, taken from a peer if `receive` is given."""
+        self._built = built
+        found = built.look(model)
+        if self.kind == "processed":  # names and sizes only: processing wants the memory back
+            self._bytes_before = bytes_by_name(found)
+            return
+        self._take(found, built, receive)
+        self._digests = {name: digest(tensor) for name, tensor in self.found.kept.items()}
+
+    def processed(self, model: nn.Module, receive: Receive | None = None) -> None:
+        """After processing. Processed: these are the weights. Raw: they must still be what they were."""
+        built = self._built
+        if built is None:
+            raise LayoutUnsupported("the weights were not seen before processing: what it packed away is unknown")
+        if self.kind == "processed":
+            found = built.look(model)
+            found.refused.update(packed_away(self._bytes_before, found))
+            self._take(found, built, receive)
+            return
+        synchronize(self.device)
+        reason = "changed in place by processing"
+        changed = {name: reason for name, tensor in self.found.kept.items() if digest(tensor) != self._digests[name]}
+        if changed:
+            raise LayoutUnsupported(f"{len(changed)} raw tensors are not what was loaded: {shown(changed)}")
+
+    def bytes_beside(self, model: nn.Module) -> int:
+        """What holding these weights costs: bytes of storages that the finished `model` does not use itself."""
+        if self._built is None:
+            return 0
+        used = {tensor.storage_address for tensor in self._built.look(model).tensors}
+        held = {tensor.storage_address: tensor.storage_bytes for tensor in self.found.tensors}
+        return sum(size for address, size in held.items() if address not in used)
+
+    def undo(self) -> None:
+        """After a receive that failed: tensors that the constructor had valued have those values again.
+
+        Engines keep modules such as rotary embeddings for the next model of the process, which must not find half of a
+        transfer in them.
+        """
+        with torch.no_grad():
+            for tensor, before in self._overwritten:
+                tensor.copy_(before)
+        self._overwritten = []
+        synchronize(self.device)
+
+    def _take(self, found: Collected, built: Built, receive: Receive | None) -> None:
+        if receive is not None:
+            self._receive(found, built, receive)
+            return
+        weights = built.weights(found)
+        weights.require_movable()
+        structure = structure_rows(weights) if self.kind == "processed" else {}
+        self.layout, self.placement = build_layout(self.kind, weights.tensors)
+        synchronize(self.device)
+        self.found = weights
+        self.scalars = {**weights.scalars, **structure}
+
+    def _receive(self, found: Collected, built: Built, receive: Receive) -> None:
+        ours = built.weights(found)
+        ours.require_movable()
+        structure = set(structure_rows(ours)) if self.kind == "processed" else set()
+
+        def fit(manifest: Manifest) -> Placement:
+            theirs = {name for name in manifest.scalars if name.startswith(STRUCTURE_PREFIX)}
+            require_same_structure(theirs, structure)
+            if unknown := sorted(manifest.scalars.keys() - theirs - found.scalars.keys()):
+                raise LayoutMismatch(f"{len(unknown)} of the holder's numbers are not in this model: {unknown[:5]}")
+            chosen = built.chosen(found, manifest.layout)
+            layout, placement = build_layout(self.kind, chosen.tensors)
+            if layout.fingerprint != manifest.layout.fingerprint:
+                differences = layout.differences(manifest.layout)
+                raise LayoutMismatch(f"the holder has another layout: {'; '.join(differences[:5])}")
+            synchronize(self.device)  # what still runs on the device must not write over what arrives
+            self.found = chosen  # before anything is received: what is relayed meanwhile must stay
+            self.layout, self.placement = manifest.layout, placement
+            self.scalars = dict(manifest.scalars)  # who passes weights on says what it was told
+            valued = (tensor for name, tensor in chosen.kept.items() if name not in found.parameters)
+            self._overwritten = [(tensor, tensor.clone()) for tensor in valued] if self.kind == "raw" else []
+            return placement
+
+        self.received = receive(fit)
+        numbers = {name: value for name, value in self.scalars.items() if not name.startswith(STRUCTURE_PREFIX)}
+        found.set_scalars(numbers)
+        built.put_back(found, set(self.found.kept), numbers)
+        self._overwritten = []
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was queued on an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,68 @@
+"""Threads for calls, by kind: publishes that wait for a disk keep no heartbeat and no listing from its threads.
+
+In one pool for all they did, until live workers counted as dead (tests/server/services/test_call_pools.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, with_behaviour
+
+_P2P = "/model_express.p2p.P2pService/"
+_MODELS = "/model_express.model.ModelService/"
+_CACHE = "/model_express.mx.CacheService/"
+
+POOLS: dict[str, tuple[int, frozenset[str]]] = {
+    "heartbeats": (16, frozenset({f"{_P2P}UpdateStatus"})),
+    "health": (4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
+    "listings": (16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
+    "validations": (8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
+    "models": (16, frozenset()),  # the cache's other calls, and what models have beside their streams
+}
+"""Name -> threads, and the methods that are answered there. What is named nowhere has the server's own pool."""
+
+
+def pool_of(method: str) -> str | None:
+    """The name of the pool in which a method is answered; None: the server's own."""
+    named = next((name for name, (_, methods) in POOLS.items() if method in methods), None)
+    return "models" if named is None and method.startswith((_CACHE, _MODELS)) else named
+
+
+class PoolInterceptor(HandlerInterceptor):
+    """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
+
+    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `close` after
+    the server has stopped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pools = {name: ThreadPoolExecutor(threads, f"call-{name}") for name, (threads, _) in POOLS.items()}
+
+    def _wraps(self, method: str, handler: Handler) -> bool:
+        return pool_of(method) is not None and not hasattr(behaviour_of(handler), "experimental_thread_pool")
+
+    def _replacement(self, method: str, handler: Handler) -> Handler:
+        return with_behaviour(handler, in_pool(behaviour_of(handler), self._pools[str(pool_of(method))]))
+
+    def close(self) -> None:
+        """Ends the threads, after the calls that they answer. Idempotent."""
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+def in_pool(behaviour: Callable[..., Any], pool: ThreadPoolExecutor) -> Callable[..., Any]:
+    """Has grpcio run a function that answers calls in these threads."""
+
+    @functools.wraps(behaviour)
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        return behaviour(request, context)
+
+    call.experimental_thread_pool = pool  # type: ignore[attr-defined] # grpcio reads the attribute
+    return call

@@ -1,0 +1,220 @@
+"""GET of one file of a cached model, whole or a range of it: /files/PROVIDER/MODEL/REVISION/PATH, each part quoted.
+
+An answer has the file's digest as its ETag, for If-Range. With `MX-Want-Digest: xxh3-64` it has `MX-Digest` too: of the
+very bytes of the range, as they were read. A refusal has `MX-Status`, the status that gRPC has for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import re
+import ssl
+from http import HTTPStatus
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import grpc
+import xxhash
+
+from mxserver.models import (
+    FileDamaged,
+    FileRecord,
+    OpenCache,
+    checked_revision,
+    errors,
+    model_name,
+    opened_file,
+)
+from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated, bearer_token
+from mxserver.wire import MxError, path_problem
+from mxserver.wire.files import FILES_FOLDER, MOST_DIGESTED_BYTES
+from mxserver.wire.proto import model_pb2
+
+_BLOCK_BYTES = 1024 * 1024
+_RANGE = re.compile(r"bytes=(\d{1,19})-(\d{0,19})")
+_PROVIDERS = set(model_pb2.ModelProvider.keys())
+_NOT_FOUND = (errors.ModelNotCached, errors.RevisionNotFound)
+
+
+class Shared(NamedTuple):
+    """What all connections use."""
+
+    opened: OpenCache
+    authenticator: Authenticator | None
+
+
+class Refusal(Exception):
+    """Why a request is not answered with bytes."""
+
+    def __init__(self, code: HTTPStatus, status: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.status = status
+
+
+class FileRequests(http.server.BaseHTTPRequestHandler):
+    """The requests of one connection, one after the other.
+
+    While they are of one model that stays in use, as during a stream over gRPC, and its record is read once.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server_version = "mxserver"
+    sys_version = ""
+    timeout = 10.0  # s without a request, or without a byte that the client takes
+    disable_nagle_algorithm = True
+    wbufsize = 0
+
+    def setup(self) -> None:
+        self._shared: Shared = self.server.shared  # type: ignore[attr-defined]
+        self._model = contextlib.ExitStack()  # what keeps the model in the cache
+        self._of: tuple[str, ...] = ()
+        self._files: dict[str, FileRecord] = {}
+        super().setup()
+
+    def finish(self) -> None:
+        self._model.close()
+        super().finish()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: who takes which file is not logged."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        try:
+            self._admit()
+            file = self._file()
+            begin, end, is_range = self._range(file)
+            handle = opened_file(self._shared.opened.cache.layout.root, file)
+        except Refusal as refusal:
+            self._refuse(refusal.code, refusal.status, str(refusal))
+        except _NOT_FOUND as error:
+            self._refuse(HTTPStatus.NOT_FOUND, grpc.StatusCode.NOT_FOUND, str(error))
+        except FileDamaged as error:
+            self._refuse(HTTPStatus.CONFLICT, grpc.StatusCode.DATA_LOSS, str(error))
+        except errors.BadModelName as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except errors.CacheUnusable as error:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except (MxError, OSError) as error:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, str(error))
+        else:
+            with os.fdopen(handle, "rb", buffering=0) as opened:
+                self._answer(file, opened, begin, end, is_range=is_range)
+
+    def _admit(self) -> None:
+        judge = self._shared.authenticator
+        if judge is None:
+            return
+        try:
+            caller = judge.authenticate(bearer_token(self.headers.get("authorization", "")))
+        except AccessUnknown as error:
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        except Unauthenticated as error:
+            raise Refusal(HTTPStatus.UNAUTHORIZED, grpc.StatusCode.UNAUTHENTICATED, str(error)) from error
+        except AccessError as error:
+            raise Refusal(HTTPStatus.FORBIDDEN, grpc.StatusCode.PERMISSION_DENIED, str(error)) from error
+        if caller.role < Role.READ:
+            raise Refusal(HTTPStatus.FORBIDDEN, grpc.StatusCode.PERMISSION_DENIED, f"{caller.subject} may not read")
+
+    def _file(self) -> FileRecord:
+        parts = urlsplit(self.path).path.removeprefix(FILES_FOLDER).split("/", 3)
+        if not self.path.startswith(FILES_FOLDER) or len(parts) < 4:
+            raise Refusal(HTTPStatus.NOT_FOUND, grpc.StatusCode.NOT_FOUND, f"there is {FILES_FOLDER} and nothing else")
+        provider, name, revision, path = (unquote(part) for part in parts)
+        if problem := path_problem(path):
+            raise errors.BadModelName(f"file {path[:200]!r} of {name[:200]} is refused: {problem}")
+        if (provider, name, revision) != self._of:
+            self._hold(provider, name, revision)
+        file = self._files.get(path)
+        if file is None:
+            raise errors.ModelNotCached(f"{name} has no file {path!r} in the cache")
+        return file
+
+    def _hold(self, provider: str, name: str, revision: str) -> None:
+        """Keeps this model in the cache from now on, and the one before no longer."""
+        self._model.close()
+        self._of, self._files = (), {}
+        if provider not in _PROVIDERS:
+            raise errors.BadModelName(f"{provider[:100]!r} is no provider")
+        model = model_name(model_pb2.ModelProvider.Value(provider), name)
+        record = self._model.enter_context(self._shared.opened.cache.reading(model, checked_revision(model, revision)))
+        self._of, self._files = (provider, name, revision), {file.path: file for file in record.files}
+
+    def _range(self, file: FileRecord) -> tuple[int, int, bool]:
+        """[begin, end) in bytes, and whether it is a range rather than the whole file (RFC 9110, 14.2)."""
+        wanted = self.headers.get("range")
+        matches = self.headers.get("if-range", _etag(file)) == _etag(file)
+        asked = _RANGE.fullmatch(wanted) if wanted and matches else None
+        if asked is None:
+            return 0, file.size, False
+        begin, last = int(asked[1]), int(asked[2] or file.size - 1)
+        if begin >= file.size or last < begin or last >= file.size:
+            raise Refusal(
+                HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{file.path!r} has {file.size} bytes, but the range from {begin} to {last + 1} was requested",
+            )
+        return begin, last + 1, True
+
+    def _answer(self, file: FileRecord, opened: Any, begin: int, end: int, *, is_range: bool) -> None:
+        digest = ""
+        if self.headers.get("mx-want-digest") == "xxh3-64" and end - begin <= MOST_DIGESTED_BYTES:
+            digest = _digest(opened.fileno(), begin, end)
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if is_range else HTTPStatus.OK)
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", _etag(file))
+        if is_range:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{file.size}")
+        if digest:
+            self.send_header("MX-Digest", digest)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if isinstance(self.connection, ssl.SSLSocket):
+            sent = _send_through(self.connection, opened.fileno(), begin, end)
+        else:
+            sent = self.connection.sendfile(opened, begin, end - begin) if end > begin else 0
+        if sent < end - begin:
+            self.close_connection = True  # the file was truncated: the client sees that the answer ends early
+
+    def _refuse(self, code: HTTPStatus, status: grpc.StatusCode, text: str) -> None:
+        body = f"{text}\n".encode(errors="replace")
+        self.send_response(code)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("MX-Status", status.name)
+        if code is HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Bearer")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _etag(file: FileRecord) -> str:
+    return f'"{file.digest}"'
+
+
+def _digest(handle: int, begin: int, end: int) -> str:
+    hasher = xxhash.xxh3_64()
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    while begin < end and (count := os.preadv(handle, [block[: end - begin]], begin)):
+        hasher.update(block[:count])
+        begin += count
+    return hasher.hexdigest()
+
+
+def _send_through(connection: ssl.SSLSocket, handle: int, begin: int, end: int) -> int:
+    """Sends a stretch of a file through TLS; returns how many bytes."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    at = begin
+    while at < end and (count := os.preadv(handle, [block[: end - at]], at)):
+        connection.sendall(block[:count])
+        at += count
+    return at - begin

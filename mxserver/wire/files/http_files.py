@@ -1,0 +1,153 @@
+"""Files by HTTP/1.1 ranges, straight into the caller's memory."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from urllib.parse import quote
+
+import grpc
+
+from mxserver.wire.address import split_scheme
+from mxserver.wire.calls import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS
+from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.files.pieces import BLOCK_BYTES, MOST_DIGESTED_BYTES, CallFailed, FilesPlace, Piece
+
+CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = (KEEPALIVE_INTERVAL_MS + KEEPALIVE_TIMEOUT_MS) / 1000
+_LONGEST_REFUSAL_BYTES = 64 * 1024
+
+
+class NotThere(Exception):
+    """Nothing of ours can be reached at the port for files; the text says why."""
+
+
+class HttpFiles:
+    """Reads over one connection, kept from one file to the next. Not thread-safe, except `abort`."""
+
+    def __init__(self, address: str, credentials: ClientCredentials, place: FilesPlace) -> None:
+        """`address`: the server's for calls; files come from the same host, by TLS where calls do."""
+        self._address = address
+        self._credentials = credentials
+        self._place = place
+        scheme, target = split_scheme(address)
+        self._tls = scheme == "https"
+        self._host = target.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        self._http: http.client.HTTPConnection | None = None
+        self.has_worked = False
+        self._socket: socket.socket | None = None
+
+    def blocks(self, path: str, offset: int, length: int, file_digest: str) -> Iterator[Piece]:
+        """The file's bytes [offset, offset + length), in blocks that are valid until the next one. If the file has
+        another digest by now, nothing comes.
+
+        Raises NotThere before the first byte, and CallFailed.
+        """
+        answer = self._asked(path, offset, length, {"If-Range": f'"{file_digest}"'} if file_digest else {})
+        block = memoryview(bytearray(min(BLOCK_BYTES, length)))
+        done = 0
+        while done < length:
+            data = block[: length - done]
+            self._fill(answer, data)
+            yield Piece(path, offset + done, data, None)
+            done += len(data)
+
+    def pieces(self, path: str, offset: int, into: memoryview) -> Iterator[Piece]:
+        """Fills `into` with the file's bytes from `offset` on, in ranges of which the server tells the digest.
+
+        Raises NotThere before the first byte, and CallFailed.
+        """
+        done = 0
+        while done < len(into):
+            data = into[done : done + MOST_DIGESTED_BYTES]
+            try:
+                answer = self._asked(path, offset + done, len(data), {"MX-Want-Digest": "xxh3-64"})
+            except NotThere as error:
+                if not done:
+                    raise
+                raise CallFailed(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+            self._fill(answer, data)
+            digest = answer.getheader("MX-Digest")
+            yield Piece(path, offset + done, data, int(digest, 16) if digest else None)
+            done += len(data)
+
+    def _asked(self, path: str, offset: int, count: int, more: dict[str, str]) -> http.client.HTTPResponse:
+        headers = {"Range": f"bytes={offset}-{offset + count - 1}", "Accept-Encoding": "identity", **more}
+        if token := self._credentials.authorization(self._address):
+            headers["Authorization"] = token
+        answer = self._answered(self._place.path + quote(path), headers)
+        if answer.status == http.HTTPStatus.PARTIAL_CONTENT and answer.length == count:
+            self.has_worked = True
+            return answer
+        if answer.status == http.HTTPStatus.OK and "If-Range" in more:
+            self.close()
+            raise CallFailed(grpc.StatusCode.FAILED_PRECONDITION, f"{path} has changed since it was listed")
+        status, text = answer.getheader("MX-Status"), ""
+        with suppress(OSError, http.client.HTTPException):
+            text = answer.read(_LONGEST_REFUSAL_BYTES).decode(errors="replace").strip()
+        self.close()
+        if status is None or status not in grpc.StatusCode.__members__:
+            raise NotThere(f"what answers there is no ModelExpress server (HTTP status {answer.status})")
+        raise CallFailed(grpc.StatusCode[status], text)
+
+    def _answered(self, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        kept = self._http is not None
+        while True:
+            try:
+                connected = self._connected()
+                connected.request("GET", path, headers=headers)
+                return connected.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if not kept:
+                    raise CallFailed(grpc.StatusCode.UNAVAILABLE, _text(error)) from error
+                kept = False  # the server closed what was idle: once more, over a new one
+
+    def _connected(self) -> http.client.HTTPConnection:
+        """Raises NotThere where nothing accepts the connection."""
+        if self._http is None:
+            port = self._place.port
+            if self._tls:
+                context = self._credentials.ssl_context()
+                made: http.client.HTTPConnection = http.client.HTTPSConnection(
+                    self._host, port, timeout=CONNECT_SECONDS, context=context
+                )
+            else:
+                made = http.client.HTTPConnection(self._host, port, timeout=CONNECT_SECONDS)
+            try:
+                made.connect()
+            except OSError as error:
+                raise NotThere(_text(error)) from error
+            made.sock.settimeout(SILENCE_SECONDS)
+            self._http, self._socket = made, made.sock
+        return self._http
+
+    def _fill(self, answer: http.client.HTTPResponse, into: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(into):
+                count = answer.readinto(into[done : done + BLOCK_BYTES])
+                if not count:
+                    raise http.client.IncompleteRead(b"", len(into) - done)
+                done += count
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.close()
+            raise CallFailed(grpc.StatusCode.UNAVAILABLE, _text(error)) from error
+
+    def abort(self) -> None:
+        """Ends a read that runs in another thread: CallFailed there."""
+        if (connected := self._socket) is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Idempotent; another read connects again."""
+        made, self._http, self._socket = self._http, None, None
+        if made is not None:
+            made.close()
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__

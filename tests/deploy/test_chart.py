@@ -1,0 +1,186 @@
+"""The chart, by the real Helm: what it renders is valid, each value does something, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tools.render_manifests import CHART, FOLDER, MANIFESTS, VALUES, helm, manifest, rendered
+
+pytestmark = pytest.mark.skipif(not helm().exists(), reason="no helm: tools/get_helm.py had no network, or no x86-64")
+
+SETUPS = sorted(path.name for path in VALUES.glob("*.yaml"))
+VERSIONS = ["1.29", "1.33", "1.37"]
+OWN_KINDS = ("cert-manager.io/v1", "monitoring.coreos.com/v1")  # their schemas come with their operators
+
+# What has to be set beside a value for it to count, and another value that it may have.
+BESIDE = {
+    "redis": ["store.kind=redis"],
+    "redis.existingSecret": ["store.kind=redis", "redis.bundled=false"],
+    "auth.accounts": ["auth.mode=kubernetes", "auth.accessSecret=s"],
+    "replicas": ["store.kind=redis"],
+    "cache.accessMode": ["cache.claim=true"],
+    "cache.storageClass": ["cache.claim=true"],
+    "tls.clientCertificates": ["tls.secret=s"],
+    "tls.certManager.issuerKind": ["tls.certManager.issuer=i"],
+    "auth.mode": ["auth.accessSecret=s"],
+    "auth.audience": ["auth.mode=kubernetes", "auth.accounts={a:b}"],
+    "networkPolicy.apiServerPorts": ["auth.mode=kubernetes", "auth.accounts={a:b}"],
+    "monitoring.interval": ["monitoring.serviceMonitor=true"],
+    "monitoring.labels": ["monitoring.serviceMonitor=true"],
+}
+OTHER = {
+    "auth.accounts": '["a:b"]',
+    "auth.mode": '"file"',
+    "cache.accessMode": '"ReadWriteMany"',
+    "cache.maxBytes": '"5GiB"',
+    "image.pullPolicy": '"Always"',
+    "image.pullSecrets": '[{"name": "x"}]',
+    "monitoring.interval": '"15s"',
+    "networkPolicy.apiServerPorts": "[16443]",
+    "networkPolicy.extraEgress": '[{"ports": [{"port": 4317}]}]',
+    "redis.maxMemory": '"128mb"',
+    "redis.memoryLimit": '"1Gi"',
+    "server.env": '{"MX_TRACES": "otlp"}',
+    "server.affinity": '{"nodeAffinity": {}}',
+    "server.logFormat": '"text"',
+    "server.tolerations": '[{"key": "x"}]',
+    "service.ipFamilies": '["IPv6"]',
+    "service.ipFamilyPolicy": '"PreferDualStack"',
+    "service.type": '"NodePort"',
+    "store.kind": '"redis"',
+    "tls.certManager.issuerKind": '"ClusterIssuer"',
+}
+
+
+def leaves(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in values.items():
+        path = f"{above}.{name}".lstrip(".")
+        found += leaves(value, path) if isinstance(value, dict) and value else [(path, value)]
+    return found
+
+
+LEAVES = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+def another(path: str, value: object) -> str:
+    """Another value of the same kind, as JSON."""
+    if path in OTHER:
+        return OTHER[path]
+    if path.endswith(".size"):
+        return '"7Gi"'
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, int):
+        return str(value + 1)
+    if isinstance(value, dict):
+        return '{"other": "x"}'
+    return '["other"]' if isinstance(value, list) else '"other"'
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        rendered(*arguments)
+    return str(caught.value.stderr)
+
+
+@pytest.mark.parametrize("setup", [None, *SETUPS])
+def test_lint_finds_nothing(setup: str | None) -> None:
+    given = ["-f", str(VALUES / setup)] if setup else []
+    subprocess.run([str(helm()), "lint", "--strict", str(CHART), *given], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("setup", [None, *SETUPS])
+def test_setups_fit_the_schemas(setup: str | None) -> None:
+    given = ["-f", str(VALUES / setup)] if setup else []
+    for document in yaml.safe_load_all(rendered(*given)):
+        for version in VERSIONS if document["apiVersion"] not in OWN_KINDS else ():
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize(("path", "value"), LEAVES, ids=[path for path, _ in LEAVES])
+def test_each_value_does_something(path: str, value: object) -> None:
+    beside = BESIDE.get(path, BESIDE.get(path.split(".")[0], []))
+    given = [part for one in beside for part in ("--set", one)]
+    if any("redis" in one for one in beside):
+        given += ["--set-json", 'redis.existingSecret="s"']  # else each rendering makes another password
+    assert rendered(*given) != rendered(*given, "--set-json", f"{path}={another(path, value)}")
+
+
+def test_further_settings_reach_the_server() -> None:
+    text = rendered("--set", "server.env.MX_TRACES=otlp")
+    assert '{name: MX_TRACES, value: "otlp"}' in text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("replicas=2", "need store.kind=redis"),
+        ("store.kind=redis,redis.bundled=false", "needs redis.existingSecret"),
+        ("store.kind=redis,replicas=2,cache.claim=true", "ReadWriteMany"),
+        ("auth.mode=file", "needs auth.accessSecret"),
+        ("auth.mode=kubernetes", "who may call"),
+        ("tls.clientCertificates=true", "needs tls.secret"),
+        ("store.kind=mysql", "must be one of"),
+        ("store.knd=redis", "additional properties 'knd' not allowed"),
+        ("cache.size=big", "does not match pattern"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(given: str, said: str) -> None:
+    assert said in refusal("--set", given)
+
+
+def test_the_dashboard_and_the_rules_are_those_of_deploy() -> None:
+    documents = list(yaml.safe_load_all(rendered("-f", str(VALUES / "monitoring.yaml"))))
+    [rules] = [one for one in documents if one["kind"] == "PrometheusRule"]
+    assert rules["spec"] == yaml.safe_load((CHART.parents[1] / "prometheus-rules.yaml").read_text())
+    [board] = [one for one in documents if one["kind"] == "ConfigMap"]
+    assert json.loads(board["data"]["modelexpress.json"]) == json.loads(
+        (CHART.parents[1] / "grafana-dashboard.json").read_text()
+    )
+    [monitor] = [one for one in documents if one["kind"] == "ServiceMonitor"]
+    assert monitor["spec"]["endpoints"][0]["relabelings"] == [{"targetLabel": "job", "replacement": "mxserver"}]
+    assert all(
+        job == "mxserver"
+        for rule in rules["spec"]["groups"][0]["rules"]
+        for job in re.findall('job="(.+?)"', rule["expr"])
+    )
+
+
+def test_notes_have_the_url_for_workers() -> None:
+    command = [str(helm()), "install", "mx", str(CHART), "-n", "models", "--dry-run=client", "--set", "tls.secret=s"]
+    environ = {**os.environ, "KUBECONFIG": os.devnull}
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
+    assert "MODEL_EXPRESS_URL=https://mx.models.svc:8001" in text
+    assert "NOT PROTECTED" in text
+
+
+@pytest.mark.parametrize("file", sorted(MANIFESTS))
+def test_deploy_kubernetes_is_what_the_chart_makes(file: str) -> None:
+    assert (FOLDER / file).read_text() == manifest(file), "run tools/render_manifests.py"
+
+
+def test_an_archive_has_everything_in_it(tmp_path: Path) -> None:
+    """The chart's rules and dashboard are links into deploy/: an archive has their contents."""
+    subprocess.run([str(helm()), "package", str(CHART), "-d", str(tmp_path)], check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tgz")
+    command = [
+        str(helm()),
+        "template",
+        "mx-server",
+        str(archive),
+        "--skip-tests",
+        "-f",
+        str(VALUES / "monitoring.yaml"),
+    ]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert text == rendered("-f", str(VALUES / "monitoring.yaml"))

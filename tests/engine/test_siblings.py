@@ -1,0 +1,161 @@
+"""Processes of one engine climb the ladder together: real processes, a real gloo group, collectives in processing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is the engine's")
+
+from mxcore.agreement import MESSAGE_BYTES, Agreement  # noqa: E402
+from tests.engine.plain_engine import write_checkpoint  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def pair(folder: Path, server: str, name: str, **more: Any) -> Iterator[list[dict[str, Any]]]:
+    """Two processes of one engine that have loaded, and serve within the block; what each says."""
+    processes = []
+    store = folder.parent / f"store-{name}"
+    for rank in range(2):
+        command = {"folder": str(folder), "server": server, "rank": rank, "store": str(store), **more}
+        command["report"] = str(folder.parent / f"{name}-{rank}.json")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.engine.parallel_engine", json.dumps(command)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        )
+
+    def end() -> None:
+        for process in processes:
+            process.kill()
+
+    watchdog = threading.Timer(90, end)
+    watchdog.start()
+    try:
+        yield [json.loads(process.stdout.readline() or "{}") for process in processes if process.stdout]
+    finally:
+        watchdog.cancel()
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def steps(said: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(step["rung"], step["outcome"]) for step in said["report"]["paths"]]
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_a_transfer_that_fails_at_one_fails_at_all(server: str, tmp_path: Path, processed: bool) -> None:
+    """Processing has collectives: whoever went on alone would wait in them for ever."""
+    folder = write_checkpoint(tmp_path / "model")
+    with pair(folder, server, "source", processed=processed, bad=1) as source:
+        assert [said["report"]["serving"] for said in source] == [True, True]
+        with pair(folder, server, "target", processed=processed) as target:
+            assert [said.get("answer") for said in target] == [said["answer"] for said in source]
+    assert [said["report"]["path"] for said in target] == ["storage", "storage"]
+    first, second = target
+    assert steps(first) == steps(second)
+    assert ("p2p", "failed") in steps(first)
+    assert "process 1: " in next(step["reason"] for step in first["report"]["paths"] if step["outcome"] == "failed")
+
+
+def test_all_take_from_workers_together(server: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    with (
+        pair(folder, server, "source", processed=True) as source,
+        pair(folder, server, "target", processed=True) as told,
+    ):
+        assert [said["report"]["path"] for said in told] == ["p2p", "p2p"]
+        assert [said["report"]["fallbacks"] for said in told] == [[], []]
+        assert [said["answer"] for said in told] == [said["answer"] for said in source]
+
+
+def test_no_rank_waits_for_a_source_when_another_reads_storage(server: str, tmp_path: Path) -> None:
+    """Rank 1 finds one, rank 0 does not: both read."""
+    folder = write_checkpoint(tmp_path / "model")
+    with (
+        pair(folder, server, "source", processed=True, silent=0),
+        pair(folder, server, "target", processed=True) as target,
+    ):
+        assert [said["report"]["path"] for said in target] == ["storage", "storage"]
+        assert steps(target[0]) == steps(target[1])
+
+
+class Group:
+    """Threads that gather, as processes do."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.messages = [b""] * size
+
+    def of(self, rank: int) -> Any:
+        def gather(message: bytes, timeout_seconds: float) -> list[bytes]:
+            assert len(message) == MESSAGE_BYTES
+            self.messages[rank] = message
+            try:
+                self.barrier.wait(timeout_seconds)
+                messages = list(self.messages)
+                self.barrier.wait(timeout_seconds)
+            except threading.BrokenBarrierError as error:
+                raise RuntimeError("somebody is away") from error
+            return messages
+
+        return gather
+
+
+def test_steps_are_matched_by_their_order() -> None:
+    """Whoever fails goes on at once; the other hears of each failure at the step that it was of."""
+    group = Group(2)
+    fast, slow = Agreement(group.of(0)), Agreement(group.of(1))
+    assert fast.agree("first") == "process 0: first"
+    assert fast.agree("second \n") == "process 0: second  "
+    assert slow.is_given_up()
+    assert slow.agree() == "process 0: first"
+    assert slow.agree() == "process 0: second  "
+    assert not slow.is_given_up()
+    third = threading.Thread(target=fast.agree)
+    third.start()
+    assert slow.agree() == ""
+    third.join()
+    for each in (fast, slow):
+        each.leave()
+    for each in (fast, slow):
+        each.close()
+
+
+def test_who_does_not_answer_has_failed() -> None:
+    group = Group(2)
+    alone = Agreement()
+    assert (alone.agree(), alone.agree("trouble"), alone.is_given_up()) == ("", "trouble", False)
+    left = Agreement(group.of(0))
+    group.barrier.abort()
+    assert "does not answer: somebody is away" in left.agree()
+    assert "does not answer" in left.agree()
+    left.close()
+    assert left.agree() == ""
+    assert left.agree("its own trouble") == "its own trouble"
+
+
+def test_who_raised_is_not_waited_for() -> None:
+    group = Group(2)
+    stays, goes = Agreement(group.of(0)), Agreement(group.of(1))
+    goes.leave()
+    assert stays.agree() == "process 1 of this engine has ended its load"
+    for each in (stays, goes):
+        each.leave()
