@@ -96,6 +96,10 @@ class VllmEngine:
         return "cpu" if current_platform.is_cpu() else str(current_platform.get_device_name())
 
     @property
+    def configuration(self) -> Sequence[object]:
+        return self._vllm_config, self._model_config
+
+    @property
     def processed_weights_move(self) -> bool:
         """Not on vLLM's CPU build, which packs linear weights into objects that nothing can read back."""
         return not current_platform.is_cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,7 +14,7 @@ from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
 from mxcore.engine.protocol import Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
-from mxcore.engine.weights import Weights
+from mxcore.engine.weights import Built, MarkUninitialised, Weights
 from mxcore.storage.plan import Progress
 from mxcore.transfer.receive import LoadPath
 
@@ -42,7 +43,17 @@ class Keeping:
         self._context = context
         self._kept: list[Weights] = []
 
-    def filled(self, model: nn.Module, given: Weights | None = None) -> None:
+    def built(self, model: nn.Module) -> Built | None:
+        """Before filling: what the constructor made; None where that cannot be said, and nothing is offered then."""
+        if not self._context.kept_kinds:
+            return None
+        found: list[Built] = []
+        with self._context.fallbacks.attempt("looking at the model before it is filled"):
+            engine = self._context.engine
+            found.append(Built(model, engine.device, engine.configuration))
+        return found[0] if found else None
+
+    def filled(self, model: nn.Module, built: Built | None, given: Weights | None = None) -> None:
         """Before processing. `given` are weights that were received, or will be after processing."""
         context = self._context
         for kind in context.kept_kinds:
@@ -50,10 +61,10 @@ class Keeping:
                 self._kept.append(given)
             elif kind == "raw" and given is not None:
                 context.fallbacks.append("keeping raw weights: this worker received processed ones")
-            else:
+            elif built is not None:
                 weights = Weights(kind, context.engine.device)
                 with context.fallbacks.attempt(f"collecting {kind} weights"):
-                    weights.loaded(model)
+                    weights.loaded(model, built)
                     self._kept.append(weights)
 
     def processed(self, model: nn.Module) -> tuple[Weights, ...]:
@@ -81,15 +92,19 @@ def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
     where one could not.
     """
     times = [time.monotonic()]
+    constructing = ExitStack()
 
     def timed(model: nn.Module) -> None:
+        constructing.close()
         times.append(time.monotonic())
         fill(model)
         times.append(time.monotonic())
         if trouble := context.agreement.agree():
             raise SiblingFailed(trouble)
 
-    model = context.engine.build(timed)
+    with constructing:
+        constructing.enter_context(MarkUninitialised())
+        model = context.engine.build(timed)
     times.append(time.monotonic())
     names = ("build", "fill", "process")
     return model, StepSeconds(
@@ -118,10 +133,11 @@ def load_stored(
 
         def fill(model: nn.Module) -> None:
             nonlocal seconds
+            before = keeping.built(model)
             began = time.monotonic()
             context.engine.fill(model, source, context.settings, progress)
             seconds = time.monotonic() - began
-            keeping.filled(model)
+            keeping.filled(model, before)
 
         model, steps = built(context, fill)
     if not reading_alone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -81,6 +81,10 @@ class Engine(Protocol):
     @property
     def own_loader(self) -> str:
         """What loads its files, for the log."""
+
+    @property
+    def configuration(self) -> Sequence[object]:
+        """Objects that describe the run. What hangs on them, outside of modules, is no weight and no structure."""
 
     @property
     def processed_weights_move(self) -> bool:

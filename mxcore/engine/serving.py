@@ -47,8 +47,7 @@ class Offer:
         """Serves; `digests` as Membership.serve has them, and so the errors."""
         weights = self._weights
         if weights is not None and weights.layout is not None and weights.placement is not None:
-            scalars = weights.scalars
-            self.membership.serve(weights.layout, weights.placement, scalars, digests, keep_alive=weights)
+            self.membership.serve(weights.layout, weights.placement, weights.scalars, digests, keep_alive=weights)
 
     def pause(self) -> bool:
         """Before the memory goes away: new readers are refused, those that read are waited for, within bounds.

@@ -68,6 +68,7 @@ class PlainEngine:
     accelerator = "cpu"
     instance = "plain"
     own_loader = "the plain loader"
+    configuration = ()
 
     def __init__(
         self, folder: Path, options: Mapping[str, Any], *, processed_weights_move: bool = False, size: int = SIZE

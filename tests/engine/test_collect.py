@@ -6,13 +6,14 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from mxcore.engine.collect import MAXIMUM_DEPTH, Collected, collect, shown
+from mxcore.engine.weights.collect import MAXIMUM_DEPTH, Collected, collect, shown
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import build_layout
 
@@ -195,6 +196,17 @@ def test_a_function_over_a_named_weight_is_fine() -> None:
     assert collect(model, CPU).refused == {}
 
 
+def test_what_hangs_on_the_configuration_is_left_out_and_modules_that_it_lists_are_not() -> None:
+    model, layer = nn.Module(), nn.Linear(2, 2)
+    cache = Helper()
+    configuration = SimpleNamespace(cache=cache, layers={"x": layer}, nested=[{"share": Helper()}])
+    model.configuration, model.cache, model.share = configuration, cache, configuration.nested[0]["share"]
+    model.layer = layer
+    found = collect(model, CPU, [configuration])
+    assert {name.split(".")[0] for name in found.classes} == {"", "layer"}
+    assert names(found) == ["layer.weight", "layer.bias"]
+
+
 def test_an_object_that_frees_memory_of_its_own_is_refused() -> None:
     class Handle:
         def __init__(self) -> None:
@@ -218,7 +230,7 @@ def test_floats_are_numbers_and_what_was_decided_is_structure() -> None:
     model.text = "x"
     found = collect(model, CPU)
     assert found.scalars == {"_k_scale_float": 2.0}
-    assert found.decided == {"calculate": "True", "text": "'x'"}
+    assert found.decided == {"calculate": "True", "text": "'x'", "heads": "8"}
     assert found.classes == {"": "torch.nn.modules.module.Module"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,15 +15,17 @@ from mxcore.engine.loaded import Keeping, Loaded, built
 from mxcore.engine.protocol import Fill
 from mxcore.engine.report import LoadedPart, StepSeconds
 from mxcore.engine.rungs.missing_chunks import fill_missing
-from mxcore.engine.weights import Kind, Weights, remember_computed
+from mxcore.engine.weights import Built, Fit, Kind, Weights
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import PollResult, Rung, skip, take
-from mxcore.transfer.layout import Layout, Placement
+from mxcore.transfer.layout import Manifest, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
 from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,13 +43,11 @@ class Tried:
 class _Attempt:
     """One model that is filled by peers: raw weights before processing; processed ones after it, over what it made.
 
-    `restore` puts back what building had put there: engines keep modules such as rotary embeddings for the next model
-    of the process, which must not find half of a transfer in them. `checkpoint` is what the sources say that it is.
+    `checkpoint` is what the sources say that it is.
     After a failure `others_may_do` says that it was the sources' and not this model's.
     """
 
     weights: Weights
-    restore: Callable[[], None] = lambda: None
     checkpoint: str = ""
     bytes_from_storage: int = 0
     others_may_do: bool = False
@@ -105,13 +106,13 @@ class PeerRung(Rung[Loaded]):
         attempt = self._attempt = _Attempt(weights)
 
         def fill(model: nn.Module) -> None:
-            attempt.restore = remember_computed(model, weights.device)
+            before = Built(model, weights.device, context.engine.configuration, copies=not is_raw)
             if is_raw:
-                weights.loaded(model, partial(self._receive, attempt, model))
+                weights.loaded(model, before, partial(self._receive, attempt, model))
             else:
                 context.engine.fill_placeholder(model)
-                weights.loaded(model)
-            keeping.filled(model, weights)
+                weights.loaded(model, before)
+            keeping.filled(model, before, weights)
 
         model, steps = self._built(attempt, fill)
         with steps.step("fill"):
@@ -149,14 +150,19 @@ class PeerRung(Rung[Loaded]):
             attempt.others_may_do = True
             raise
 
-    def _receive(
-        self,
-        attempt: _Attempt,
-        unprocessed: nn.Module | None,
-        layout: Layout,
-        placement: Placement,
-        scalars: Mapping[str, float],
-    ) -> ReceiveReport:
+    def _fitting(self, membership: Membership, fit: Fit) -> tuple[Manifest, Placement]:
+        """The first manifest that fits this model. Raises what the last holder that was asked was left for."""
+        failure: TransferError = SourceUnreachable("there is no worker to receive weights from")
+        for source in self._sources:
+            try:
+                manifest = membership.manifest(source)
+                return manifest, fit(manifest)
+            except TransferError as error:
+                failure = error
+                _log.warning("worker %s is left aside: %s", source.worker_id, error)
+        raise failure
+
+    def _receive(self, attempt: _Attempt, unprocessed: nn.Module | None, fit: Fit) -> ReceiveReport:
         """From workers; with `unprocessed`, what they could not give any more comes from storage."""
         context, membership = self._context, self._membership()
         if membership is None:
@@ -168,9 +174,15 @@ class PeerRung(Rung[Loaded]):
         relay_from = attempt.weights if relays else None
         has_files = unprocessed is not None and _files_are_the_same(context)
         try:
+            manifest, placement = self._fitting(membership, fit)
             try:
                 return membership.receive(
-                    layout, placement, scalars, self._sources, relay_from=relay_from, files_decide=has_files
+                    manifest.layout,
+                    placement,
+                    manifest.scalars,
+                    self._sources,
+                    relay_from=relay_from,
+                    files_decide=has_files,
                 )
             except ChunksMissing as error:
                 if error.partial is None or unprocessed is None or not has_files:
@@ -194,7 +206,7 @@ class PeerRung(Rung[Loaded]):
             with context.fallbacks.attempt("withdrawing what was relayed"):
                 context.membership.withdraw()
         if attempt is not None:
-            attempt.restore()
+            attempt.weights.undo()
 
 
 def _files_are_the_same(context: LoadContext) -> bool:

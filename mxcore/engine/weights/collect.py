@@ -60,7 +60,9 @@ class Collected:
 
     tensors: list[LocalTensor] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
-    decided: dict[str, str] = field(default_factory=dict)  # bools, texts, enums, dtypes; integers of modules and tensors
+    decided: dict[str, str] = field(
+        default_factory=dict
+    )  # bools, texts, enums, dtypes; integers of modules and tensors
     classes: dict[str, str] = field(default_factory=dict)  # of modules and helper objects
     functions: dict[str, str] = field(default_factory=dict)  # where they are defined
     parameters: set[str] = field(default_factory=set)

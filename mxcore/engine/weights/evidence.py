@@ -147,9 +147,7 @@ class Built:
 
         local = {tensor.name for tensor in found.tensors if is_local(tensor)}
         moved = {tensor.storage_address for tensor in found.tensors if tensor.name not in local}
-        return {
-            tensor.name for tensor in found.tensors if tensor.name in local and tensor.storage_address not in moved
-        }
+        return {tensor.name for tensor in found.tensors if tensor.name in local and tensor.storage_address not in moved}
 
     def _newly_refused(self, found: Collected) -> dict[str, str]:
         """Without what the constructor made and nothing changed."""

@@ -101,6 +101,8 @@ class Weights:
             return
         weights = built.weights(found)
         weights.require_movable()
+        if not any(bytes_by_name(weights).values()):
+            raise LayoutUnsupported("loading wrote no weight: there is nothing to offer")
         structure = structure_rows(weights) if self.kind == "processed" else {}
         self.layout, self.placement = build_layout(self.kind, weights.tensors)
         synchronize(self.device)

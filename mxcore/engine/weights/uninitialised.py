@@ -44,6 +44,11 @@ class MarkUninitialised(TorchDispatchMode):  # type: ignore[misc]  # torch does 
     Around a model's constructor only: each torch call takes microseconds longer.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's own hook: without it torch wraps the method so that its first call imports the compiler (9 s)."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Collection[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -105,6 +110,8 @@ def _begin_marked(spans: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _is_marked(span: torch.Tensor, tensor: torch.Tensor) -> bool:
-    pattern = _expected(tensor, min(span.numel(), _COMPARED_AT_ONCE_BYTES))[: min(span.numel(), _COMPARED_AT_ONCE_BYTES)]
+    pattern = _expected(tensor, min(span.numel(), _COMPARED_AT_ONCE_BYTES))[
+        : min(span.numel(), _COMPARED_AT_ONCE_BYTES)
+    ]
     expected = torch.frombuffer(bytearray(pattern), dtype=torch.uint8).to(span.device)
     return all(torch.equal(part, expected[: part.numel()]) for part in span.split(_COMPARED_AT_ONCE_BYTES))
