@@ -59,9 +59,48 @@ FAMILIES = {
 }
 
 
+_LONG = [1.0 + 0.5 * index for index in range(16)]
+
+SPECIAL = {
+    "phi3": Family(
+        "phi3",
+        {
+            **_DECODER,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 16,
+                "long_factor": _LONG,
+                "original_max_position_embeddings": 64,
+            },
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma3n": Family(
+        "gemma3n_text",
+        {
+            **_DECODER,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "head_dim": 32,
+            "vocab_size_per_layer_input": 512,
+            "hidden_size_per_layer_input": 32,
+            "laurel_rank": 16,
+            "sliding_window": 64,
+            "altup_num_inputs": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "activation_sparsity_pattern": [0.0] * 6,
+        },
+    ),
+}
+"""Models whose modules depend on the engine's options, or keep what requests write."""
+
+
 def generate(folder: Path, name: str) -> Path:
     """Writes the checkpoint of a family; returns `folder`."""
-    family = FAMILIES[name]
+    family = (FAMILIES | SPECIAL)[name]
     models.generate(folder, family.model_type, family.shape)
     if family.also:
         path = folder / "config.json"
