@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -63,15 +64,41 @@ def test_compiled_modules_load_no_array_package() -> None:
     assert (done.stderr, done.stdout) == ("", "[]\n")
 
 
-def test_without_torch_one_line_says_what_is_missing() -> None:
-    done = run("import mxcore; print('imported')", options=("-S",))
-    assert done.stdout == "imported\n"
-    lines = [line for line in done.stderr.splitlines() if "mxcore" in line and "import mxcore" not in line]
-    assert len(lines) == 1
-    assert (
-        "RuntimeWarning: mxcore: torch is not installed; loading tensors into a model needs it: pip install torch"
-        in lines[0]
+def test_importing_is_quiet_without_torch() -> None:
+    done = run("import mxcore; print('imported')", options=("-S", "-W", "error"))
+    assert (done.stdout, done.stderr) == ("imported\n", "")
+
+
+def test_all_is_true_and_lazy() -> None:
+    """Each name is there, is looked up once, and is in the stub that gives types."""
+    script = (
+        "import sys, mxcore\n"
+        "assert set(mxcore.__all__) <= set(dir(mxcore))\n"
+        "from mxcore import *\n"
+        "assert all(globals()[name] is getattr(mxcore, name) for name in mxcore.__all__)\n"
+        "assert set(mxcore.__all__) <= vars(mxcore).keys()\n"
+        "try:\n    mxcore.nothing\nexcept AttributeError as error:\n    print(error)\n"
+        "print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     )
+    done = run(script, options=("-W", "error"))
+    assert (done.stderr, done.stdout) == ("", "module 'mxcore' has no attribute 'nothing'\n[]\n")
+    assert f"__all__ = {json.dumps(mxcore.__all__, indent=4)[:-2]},\n]" in (CORE / "__init__.pyi").read_text()
+
+
+@pytest.mark.parametrize(("name", "absent"), [("load_file", ["grpc", "pydantic"]), ("open_checkpoint", ["grpc"])])
+def test_local_checkpoints_load_nothing_that_stores_and_transfers_need(name: str, absent: list[str]) -> None:
+    script = f"import sys; from mxcore import {name}; print([n for n in {absent + ['torch', 'numpy', 'obstore']} if n in sys.modules])"
+    done = run(script, options=("-W", "error"))
+    assert (done.stderr, done.stdout) == ("", "[]\n")
+
+
+@pytest.mark.parametrize(
+    "package", sorted(".".join(p.parent.relative_to(ROOT).parts) for p in CORE.rglob("__init__.py"))
+)
+def test_packages_have_what_they_say(package: str) -> None:
+    """`__all__` names what is there; those that need torch or numpy only where these are."""
+    module = importlib.import_module(package)
+    assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []
 
 
 def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mxcore.storage.checkpoint.content_digest import (
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, chosen_framework
 from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "WeightFiles",
     "assembled",
     "checkpoint_digest",
+    "chosen_framework",
     "digest_of_parts",
     "file_part",
     "group_digest",
