@@ -125,16 +125,17 @@ class NewTensors:
         name = dtype.torch_name if self._is_torch else dtype.numpy_name
         itemsize = dtype.bits // 8
         if info.extent is None:
-            kind = getattr(self._module, name or "uint8")
+            kind = getattr(self._module, name or "uint8", self._module.uint8)
             where = {"device": self.device} if self._is_torch else {}
             return self._module.empty(info.shape, dtype=kind, **where)
         begin = self._begins[info.extent] + info.offset_bytes
         stretch = self._bytes[begin : begin + _span(info) * itemsize]
-        if name is None:
+        kind = getattr(self._module, name, None) if name is not None else None
+        if kind is None:  # numpy has no such type, or this torch is too old
             return stretch
         if begin % itemsize:
             stretch = stretch.clone() if self._is_torch else stretch.copy()
-        values = stretch.view(getattr(self._module, name))
+        values = stretch.view(kind)
         if self._is_torch:
             return values.as_strided(info.shape, info.stride)
         strides = tuple(step * itemsize for step in info.stride)

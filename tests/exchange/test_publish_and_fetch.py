@@ -44,7 +44,7 @@ def test_what_is_published_is_fetched_until_the_block_ends(at: At, name: str) ->
     assert_equal(found, weights)
     assert found["transposed"].strides == weights["transposed"].strides
     assert (published.endpoint, published.total_bytes) == (None, 0)
-    with pytest.raises(NoSource, match="nobody has version 3 .* nothing is published under that name"):
+    with pytest.raises(NoSource, match=r"nobody has version 3 .* nothing is published under that name"):
         fetch(name, 3, **at)
     published.close()
 
@@ -59,7 +59,7 @@ def test_two_versions_at_once_and_the_newest(at: At, name: str) -> None:
         assert fetch(name, newer_than=9, names=["scale"], **at).version == "10"
         with pytest.raises(NoSource, match=r"a version after 10 .*: there is 10, 9"):
             fetch(name, newer_than=10, **at)
-        with pytest.raises(NoSource, match="nobody has version 11 .*: there is 10, 9"):
+        with pytest.raises(NoSource, match=r"nobody has version 11 .*: there is 10, 9"):
             fetch(name, "11", **at)
         with publish(name, new, version="main", **at), pytest.raises(NoSource, match="without an order"):
             fetch(name, **at)
@@ -198,7 +198,7 @@ def test_what_cannot_be_published_is_named(at: At, name: str, given: Any, said: 
 
 def test_names_versions_and_settings_are_checked_first(at: At) -> None:
     weights = {"a": np.zeros(1)}
-    with pytest.raises(SettingError, match="the name .* is empty"):
+    with pytest.raises(SettingError, match=r"the name .* is empty"):
         publish("", weights, 1, **at)
     for version in ("", -1, True):
         with pytest.raises(SettingError, match="a whole number from 0 on"):
@@ -208,7 +208,7 @@ def test_names_versions_and_settings_are_checked_first(at: At) -> None:
     with pytest.raises(SettingError, match="MX_TRANSPORT='carrier-pigeon' is refused"):
         publish("x", weights, 1, server=at["server"], settings={"MX_TRANSPORT": "carrier-pigeon"})
     for call in (lambda: publish("x", weights, 1), lambda: fetch("x", 1)):
-        with pytest.raises(SettingError, match="no server: .*MODEL_EXPRESS_URL"):
+        with pytest.raises(SettingError, match=r"no server: .*MODEL_EXPRESS_URL"):
             call()
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from mxcore.errors import ModeUnavailable
 from mxcore.memory import HostBuffer
 from mxcore.storage.access.remote_checkpoint import RemoteCheckpoint, open_at
-from mxcore.storage.checkpoint import Checkpoint, Framework, TensorViews, chosen_framework
+from mxcore.storage.checkpoint import Checkpoint, Framework, TensorViews, chosen_framework, refuse_unknown
 from mxcore.storage.checkpoint import open_checkpoint as open_local
 from mxcore.storage.load import LoadReport
 from mxcore.storage.load import load as load_local
@@ -101,6 +101,7 @@ def load_file(place: Place, *, framework: Framework | None = None, progress: Pro
     with _Opened(place) as opened:
         if not isinstance(opened, RemoteCheckpoint):
             return load_local_file(opened.files, framework=made_by, progress=progress)
+        refuse_unknown(opened.tensors.values(), made_by)
         begins, at = [], 0
         for info in opened.tensors.values():
             begins.append(at)
