@@ -21,7 +21,7 @@ from mxcore.storage.checkpoint.content_digest import (
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, refuse_unknown
 from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "index_part",
     "memory_of",
     "open_checkpoint",
+    "refuse_unknown",
     "weight_files",
     "weight_files_in",
     "weight_map_of",
