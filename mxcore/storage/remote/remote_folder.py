@@ -19,18 +19,17 @@ from mxcore.storage.checkpoint import (
     INDEX_SUFFIX,
     Checkpoint,
     Framework,
-    WeightFiles,
     assembled,
     digest_of_parts,
     file_part,
     group_digest,
     groups_of,
     index_part,
-    weight_files,
     weight_map_of,
 )
 from mxcore.storage.load import stream
 from mxcore.storage.plan import MemoryBudget, Progress, Row
+from mxserver.wire import WeightFiles, weight_files
 
 __all__ = [
     "BATCH_BYTES",

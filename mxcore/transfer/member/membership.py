@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from mxcore.errors import TransferError
+from mxcore.errors import NixlError, TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
@@ -68,7 +68,9 @@ class Membership:
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
-        self._ahead = SessionAhead(settings, self.worker_id, *self._policy.serving(accelerator))
+        tls, progress_thread = self._policy.serving(accelerator)
+        early = tls if self._policy.needs_agent(accelerator) else None
+        self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
             if settings.server_address
@@ -290,7 +292,8 @@ class Membership:
         Raises TransferError when it serves already.
 
         Raises:
-            LayoutUnsupported, NixlMissing, NixlError, SettingError: nothing is served.
+            LayoutUnsupported, SettingError: nothing is served.
+            NixlMissing, NixlError: nor where readers could take nothing without an agent (device memory).
         """
         require_movable(placement)
         with self._lock:
@@ -389,7 +392,7 @@ class Membership:
             holder = Holder(
                 layout,
                 placement,
-                self._ahead.take(*self._policy.serving(placement.device_type)),
+                partial(self._ahead.take, *self._policy.serving(placement.device_type)),
                 scalars=scalars,
                 digests=digests,
                 keep_alive=keep_alive,
@@ -403,12 +406,28 @@ class Membership:
             if holder.made_digests:
                 self._made_digests = holder.digests
             try:
+                self._make_agent(holder)
                 self._server = self._listen(holder)
             except MxError:
                 holder.close()
                 raise
             self._holder = holder
             return holder
+
+    def _make_agent(self, holder: Holder) -> None:
+        """Makes the agent now where readers need it: registering may take longer than they wait.
+
+        Raises NixlMissing, NixlError where nobody could take anything without it.
+        """
+        policy, device_type = self._policy, holder.placement.device_type
+        if not policy.needs_agent(device_type):
+            return
+        try:
+            holder.agent.session()
+        except NixlError as error:
+            if device_type != "cpu" or not (policy.sends or policy.attaches):
+                raise
+            logger.warning("these weights are served over TCP or within this host alone, as NIXL fails: %s", error)
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
@@ -430,7 +449,7 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return Served()
-            return Served(holder.session.name, self.endpoint or "", holder.live_leases)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""
