@@ -25,6 +25,7 @@ def _rank(item: pytest.Item) -> int:
     return SLOW_ONES_LAST.index(inside[0]) + 1 if inside[0] in SLOW_ONES_LAST else 0
 
 
+@pytest.hookimpl(optionalhook=True)  # a plain `pytest` needs no xdist
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: one more than there are processors, since most tests wait for processes and sockets."""
     return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
