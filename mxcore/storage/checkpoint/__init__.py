@@ -21,7 +21,7 @@ from mxcore.storage.checkpoint.content_digest import (
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, refuse_unknown
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, chosen_framework, refuse_unknown
 
 __all__ = [
     "DTYPES",
@@ -34,6 +34,7 @@ __all__ = [
     "TensorViews",
     "assembled",
     "checkpoint_digest",
+    "chosen_framework",
     "digest_of_parts",
     "file_part",
     "group_digest",

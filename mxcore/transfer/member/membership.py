@@ -124,15 +124,23 @@ class Membership:
         """Whether a newer process of this worker took over its record; then it serves nothing."""
         return self._record.superseded
 
-    def join(self) -> bool:
+    @property
+    def published(self) -> bool:
+        """Whether the server has this worker's record as it is."""
+        return self._record.published
+
+    def join(self, *, required: bool = False) -> bool:
         """Publishes this worker as INITIALIZING and keeps that alive; False, logged, without a server.
 
-        Idempotent. If the server cannot be reached, the record is published once it can.
+        Idempotent. If the server cannot be reached, the record is published once it can; with `required` that raises
+        WireError.
         """
         if self._client is None:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
             return False
         self._ahead.start()  # while the engine builds its model
+        if required:
+            self._record.publish()
         return self._record.keep()
 
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
@@ -238,13 +246,15 @@ class Membership:
         *,
         relay_from: object = None,
         files_decide: bool = False,
+        only: int | None = None,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
         Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
         worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
-        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). Raises
-        TransferError; then nothing arrives in the memory any more, and nobody reads there.
+        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
+        of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
+        there.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -257,6 +267,7 @@ class Membership:
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
             files_decide=files_decide,
+            only=only,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
