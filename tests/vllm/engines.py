@@ -134,6 +134,10 @@ class EngineHost:
             with suppress(BrokenPipeError):
                 pipe.close()
 
+    def renew(self) -> None:
+        """Another process takes the next command: an engine that failed leaves vLLM's state in this one."""
+        self._give_up()
+
     def freeze(self) -> None:
         """SIGSTOP: there, and silent."""
         self.process.send_signal(signal.SIGSTOP)

@@ -59,6 +59,8 @@ def test_they_share_weights(
     pair: str, kind: str, source: EngineHost, target: EngineHost, unpacked: None, models: dict[str, Path]
 ) -> None:
     model, theirs, ours, _ = PAIRS[pair]
+    if "kv_cache_dtype" in ours and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("vLLM's CPU build has no KV cache in fp8 for this processor, which lacks AVX-512")
     expected = target.load(models[model], "auto", **ours).answers
 
     first = source.load(models[model], extra={"layout": kind}, **theirs)
@@ -84,6 +86,7 @@ def test_another_kernel_at_equal_shapes_is_refused_by_its_class(
 
     with pytest.raises(AssertionError, match="triton"):
         target.load(model, extra={"layout": "processed"}, **LORA)
+    target.renew()
 
     assert first.report["serving"]
     second = json.loads(report.read_text())
