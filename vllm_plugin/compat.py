@@ -271,7 +271,17 @@ def engine_of(vllm_config: VllmConfig | None) -> str:
     return str(getattr(vllm_config, "instance_id", ""))
 
 
-_CHANGES = ("reload_weights", "start_weight_update", "update_weights", "reset_weights")
+_CHANGES = (
+    "reload_weights",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "reset_weights",
+    "discard",
+    "checkpoint_prepare",
+    "checkpoint_restore",
+    "elastic_ep_execute",
+)
 
 
 def worker_class(vllm_config: VllmConfig) -> type | None:
@@ -284,33 +294,39 @@ def worker_class(vllm_config: VllmConfig) -> type | None:
 def watch_worker(vllm_config: VllmConfig, watch: EngineWatch) -> bool:
     """Has `watch` told before the worker sleeps, changes its weights or ends, and after it woke up. Idempotent.
 
-    vLLM offers no event for that; each is a method of the worker, which is wrapped. What `watch` raises is logged.
+    vLLM offers no event for that; each is a method of the worker, which is wrapped. One that is called in a way that
+    is not known here, or a `watch` that raises, ends the engine's offers: nobody can say what becomes of its memory.
     False when there is no worker class to watch.
     """
     kind = worker_class(vllm_config)
     if kind is None:
         return False
-    _wrap(kind, "sleep", before=lambda engine, level=1: watch.sleeping(engine, level))
-    _wrap(kind, "wake_up", after=lambda engine, tags=None: watch.awake(engine, tags))
-    _wrap(kind, "shutdown", before=watch.ending)
+    _wrap(kind, watch, "sleep", before=lambda engine, level=1: watch.sleeping(engine, level))
+    _wrap(kind, watch, "wake_up", after=lambda engine, tags=None: watch.awake(engine, tags))
+    _wrap(kind, watch, "shutdown", before=watch.ending)
     for name in _CHANGES:
-        _wrap(kind, name, before=lambda engine, *_args, _name=name, **_kwargs: watch.changing(engine, _name))
+        _wrap(kind, watch, name, before=lambda engine, *_args, _name=name, **_kwargs: watch.changing(engine, _name))
     return True
 
 
 def _wrap(
-    kind: Any, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+    kind: Any,
+    watch: EngineWatch,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
 ) -> None:
     method = getattr(kind, name, None)
     if method is None or hasattr(method, "watched"):
         return
 
-    def tell(listener: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
+    def tell(listener: Callable[..., None] | None, engine: str, *args: Any, **kwargs: Any) -> None:
         if listener is not None:
             try:
-                listener(*args, **kwargs)
+                listener(engine, *args, **kwargs)
             except Exception:
                 logging.getLogger("vllm.modelexpress").exception("hearing of the engine's %s failed", name)
+                watch.changing(engine, f"{name}, called in a way that is not known here")
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -69,7 +69,7 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
 
 
 def prepare(arguments: Any) -> None:
-    """Before vLLM makes a configuration of its arguments: see `vllm_plugin.config_and_tokenizer`."""
+    """Before vLLM makes a configuration of its arguments: see `vllm_plugin.configuration_process`."""
     name = str(getattr(arguments, "load_format", "")).lower()
     if name not in LOAD_FORMATS:
         return
@@ -90,8 +90,8 @@ def prepare_offline(model: Any, revision: Any) -> None:
 
 def _config_and_tokenizer() -> ModuleType | None:
     try:
-        from vllm_plugin import config_and_tokenizer
+        from vllm_plugin import configuration_process
     except Exception:  # noqa: BLE001 - vLLM must start; the log has the traceback
         _log.exception("ModelExpress cannot bring configuration and tokenizer here")
         return None
-    return config_and_tokenizer
+    return configuration_process

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 from tests.object_store.conftest import make_checkpoint
 from tests.object_store.spelt_store import spelt_store
 from tests.small_disk import SmallDisk
-from vllm_plugin import config_and_tokenizer
+from vllm_plugin import config_and_tokenizer, configuration_process
 
 
 @dataclass
@@ -180,3 +184,62 @@ def test_a_prefix_that_changed_is_another_folder(monkeypatch: pytest.MonkeyPatch
         config_and_tokenizer.prepare(second)
     assert names_below(Path(first.model)) == {"config.json", "chat_template.jinja"}
     assert names_below(Path(second.model)) == {"config.json"}
+
+
+FORKING = """
+import json, os, sys, threading, types
+from vllm_plugin import configuration_process
+
+arguments = types.SimpleNamespace(
+    model=sys.argv[1], load_format="mx", tokenizer=None, revision=None, download_dir=None, served_model_name=None,
+    model_loader_extra_config={},
+)
+configuration_process.prepare(arguments)
+used = sorted({"obstore", "grpc", "nixl", "mxcore", "torch"} & sys.modules.keys())
+child = os.fork()
+if not child:
+    from mxcore.storage.remote import ObjectFolder, ObjectOptions, parse_model_uri
+    from mxcore.settings import load_settings
+
+    folder = ObjectFolder(parse_model_uri(sys.argv[1]), ObjectOptions.of(load_settings()))
+    os._exit(0 if [file.path for file in folder.files] else 1)
+print(json.dumps([vars(arguments), used, threading.active_count(), os.waitpid(child, 0)[1]]))
+"""
+
+
+def test_a_store_that_was_asked_before_vllm_forks_can_be_asked_after_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of clients with threads nothing was used in the process that vLLM forks (findings, A5: it hung for ever)."""
+    with spelt_store({"m/config.json": b'{"model_type": "x"}', "m/model.safetensors": b"1234"}) as store:
+        environ = {**os.environ, **store.environ(), "HF_HUB_CACHE": str(tmp_path / "hub")}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", FORKING, "s3://bucket/m"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    arguments, used, threads, status = json.loads(done.stdout.splitlines()[-1])
+    assert Path(arguments["model"], "config.json").read_text() == '{"model_type": "x"}'
+    assert arguments["served_model_name"] == ["s3://bucket/m"]
+    assert arguments["model_loader_extra_config"] == {"model_uri": "s3://bucket/m"}
+    assert (used, threads, status) == ([], 1, 0)
+
+
+def test_a_process_that_fails_is_a_line_and_vllm_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    arguments = Arguments("s3://bucket/m")
+    configuration_process.prepare(arguments)
+    assert arguments == Arguments("s3://bucket/m")
+    assert "configuration and tokenizer of s3://bucket/m could not be brought here" in caplog.text
+
+
+def test_what_is_here_starts_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(configuration_process, "_ask", lambda *_: pytest.fail("nothing was to be asked"))
+    configuration_process.prepare(Arguments(str(tmp_path), model_loader_extra_config={"server_address": "h:1"}))
+    configuration_process.prepare(Arguments(None))

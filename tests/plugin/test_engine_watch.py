@@ -25,7 +25,8 @@ told, done = [], []
 
 class Base:
     def sleep(self, level=1): done.append(["sleep", level]); return "slept"
-    def wake_up(self, tags=None): done.append(["wake_up", tags])
+    def wake_up(self, tags=None, **later): done.append(["wake_up", tags])
+    def discard(self, tags): done.append(["discard", tags])
     def reload_weights(self, *args, **kwargs): done.append(["reload_weights", len(args)])
 
 class Worker(Base):
@@ -51,6 +52,8 @@ found = {
 worker = Worker()
 found["result"] = worker.sleep(level=1)
 worker.wake_up(["weights"])
+worker.wake_up(["weights"], a_later_vllms="own")
+worker.discard(["kv_cache"])
 worker.reload_weights(1, x=2)
 try:
     worker.update_weights({})
@@ -82,7 +85,10 @@ def test_each_call_is_heard_of_once_and_in_order(found: dict[str, Any]) -> None:
     assert found["twice"] == [True, True]
     assert found["told"] == [
         ["sleeping", "", 1],
+        ["changing", "", "sleep, called in a way that is not known here"],
         ["awake", "", ["weights"], ["wake_up", ["weights"]]],
+        ["changing", "", "wake_up, called in a way that is not known here"],
+        ["changing", "", "discard"],
         ["changing", "", "reload_weights"],
         ["changing", "", "update_weights"],
         ["ending", "e1"],
@@ -91,7 +97,14 @@ def test_each_call_is_heard_of_once_and_in_order(found: dict[str, Any]) -> None:
 
 def test_the_engine_goes_on_as_without_us(found: dict[str, Any]) -> None:
     """Also when our part fails (it does at `sleep`); what the engine raises stays what it is."""
-    assert found["done"] == [["sleep", 1], ["wake_up", ["weights"]], ["reload_weights", 1], ["shutdown", None]]
+    assert found["done"] == [
+        ["sleep", 1],
+        ["wake_up", ["weights"]],
+        ["wake_up", ["weights"]],
+        ["discard", ["kv_cache"]],
+        ["reload_weights", 1],
+        ["shutdown", None],
+    ]
     assert found["result"] == "slept"
     assert found["raised"] == '"the engine\'s own"'
 

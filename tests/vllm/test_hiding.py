@@ -46,7 +46,7 @@ def test_raw_weights_of_a_quantised_model_move(
     assert (second.report["path"], second.report["layout"]) == ("p2p", "raw")
 
 
-def test_another_layout_is_refused_by_name_and_storage_serves(
+def test_another_way_to_process_is_refused_by_its_class_and_storage_serves(
     source: EngineHost, target: EngineHost, model_paths: dict[str, Path]
 ) -> None:
     model = model_paths["llama"]
@@ -58,7 +58,7 @@ def test_another_layout_is_refused_by_name_and_storage_serves(
 
     assert first.report["serving"]
     assert second.report["path"] == "storage"
-    assert "one_more" in second.report["fallbacks"][0]
+    assert "WiderMethod" in second.report["fallbacks"][0]
     assert "MX_LAYOUT_MISMATCH" in second.report["fallbacks"][0]
     assert second.answers == first.answers
 
