@@ -88,6 +88,7 @@ def _help(name: str, default: str) -> str:
     help=_help("MX_KUBERNETES_ACCOUNT_PATH", "/var/run/secrets/kubernetes.io/serviceaccount"),
 )
 @click.option("--max-message-bytes", metavar="BYTES", help=_help("MX_SERVER_MAX_MESSAGE_BYTES", "100MiB"))
+@click.option("--limits", metavar="NAME=NUMBER,...", help=_help("MX_SERVER_LIMITS", "as in docs/settings.md"))
 @click.option("--max-calls", metavar="NUMBER", help=_help("MX_SERVER_MAX_CALLS", "20000"))
 @click.option("--max-streams", metavar="NUMBER", help=_help("MX_SERVER_MAX_STREAMS", "64"))
 @click.option("--keepalive", "keepalive_seconds", metavar="SECONDS", help=_help("MX_SERVER_KEEPALIVE_SECS", "30"))

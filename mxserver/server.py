@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor
+from mxserver.calls import OTHER_THREADS, PoolInterceptor, RequestInterceptor, threads_of
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -33,12 +33,9 @@ from mxserver.services import (
 from mxserver.settings import ServerSettings
 from mxserver.store import Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
 from mxserver.wire import MxError
-from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
-
-# Publishes wait for the disk, not for a core: as many may wait as one commit can take. For others: calls/pools.py.
-HANDLER_THREADS = 64
 
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
@@ -85,6 +82,7 @@ class Server:
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
         self._pools = PoolInterceptor()
+        self._requests = RequestInterceptor(settings.limits, threads_of)
         self._health = StandardHealth()
         store = open_store(settings)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
@@ -157,14 +155,14 @@ class Server:
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
-        threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
+        threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],
+            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools, self._requests],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
-        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
+        P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
@@ -195,6 +193,7 @@ class Server:
         if self._files is not None:
             self._files.stop()
         self._grpc.stop(0).wait()
+        self._requests.close()
         self._pools.close()
         self._models.close()
         self._cache.close()

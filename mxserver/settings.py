@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
+from mxserver.limits import DEFAULT, ServerLimits, changed
 from mxserver.wire import SettingError, setting, unprotected
 from mxserver.wire.calls import MAX_MESSAGE_BYTES
 from mxserver.wire.credentials import ServerTls
@@ -78,6 +79,18 @@ def _folders(value: Any) -> Any:
 def _listed(value: Any) -> Any:
     """What stands between commas, without blanks and empty entries."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _limits(value: Any) -> Any:
+    """Limits out of `records=5000, stored_bytes=2GiB`, or a list of such pairs."""
+    if isinstance(value, ServerLimits):
+        return value
+    pairs: dict[str, int] = {}
+    for part in _listed(value) if isinstance(value, str) else value:
+        name, _, text = str(part).partition("=")
+        number = parse_bytes(text)
+        pairs[name.strip()] = int(number) if str(number).strip().isdigit() else -1
+    return changed(pairs)
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, lt=2**63)]
@@ -190,6 +203,11 @@ class ServerSettings(BaseSettings):
     max_message_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1024, lt=2**31)] = Field(
         MAX_MESSAGE_BYTES, alias="MX_SERVER_MAX_MESSAGE_BYTES", description="bytes, from 1KiB to less than 2GiB"
     )
+    limits: Annotated[ServerLimits, NoDecode, BeforeValidator(_limits)] = Field(
+        DEFAULT,
+        alias="MX_SERVER_LIMITS",
+        description="NAME=NUMBER of limits, separated by ','; those of _bytes take MiB and such",
+    )
     max_calls: int = Field(20_000, ge=1, alias="MX_SERVER_MAX_CALLS", description="a whole number of at least 1")
     max_streams: int = Field(64, ge=1, alias="MX_SERVER_MAX_STREAMS", description="a whole number of at least 1")
     keepalive_seconds: float = Field(
@@ -295,6 +313,7 @@ FLAGS = {
     "kubernetes_api": "--kubernetes-api",
     "kubernetes_account": "--kubernetes-account",
     "max_message_bytes": "--max-message-bytes",
+    "limits": "--limits",
     "max_calls": "--max-calls",
     "max_streams": "--max-streams",
     "keepalive_seconds": "--keepalive",
@@ -351,6 +370,8 @@ def as_config(settings: ServerSettings, origins: Origins) -> list[str]:
     lines = []
     for name in FLAGS:
         value = getattr(settings, name)
+        if isinstance(value, ServerLimits):
+            value = value.as_settings()
         lines.append(
             as_toml(name, shown(name, value) if value is not None and name in SECRET else value, origins[name])
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.pools import PoolInterceptor, in_pool
+from mxserver.calls.pools import OTHER_THREADS, PoolInterceptor, in_pool, threads_of
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
+from mxserver.calls.requests import RequestInterceptor
 
 __all__ = [
+    "OTHER_THREADS",
     "Around",
     "Handler",
     "PoolInterceptor",
+    "RequestInterceptor",
     "Statuses",
     "WrappingInterceptor",
     "in_pool",
@@ -17,5 +20,6 @@ __all__ = [
     "refuse_for",
     "refuses",
     "refusing",
+    "threads_of",
     "with_behaviour",
 ]

@@ -20,6 +20,8 @@ _CACHE = "/model_express.mx.CacheService/"
 
 POOLS: dict[str, tuple[int, frozenset[str]]] = {
     "heartbeats": (16, frozenset({f"{_P2P}UpdateStatus"})),
+    # As many may wait as one commit of the disk can take.
+    "publishes": (64, frozenset({f"{_P2P}PublishMetadata"})),
     "health": (4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
     "listings": (16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
     "validations": (8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
@@ -27,11 +29,19 @@ POOLS: dict[str, tuple[int, frozenset[str]]] = {
 }
 """Name -> threads, and the methods that are answered there. What is named nowhere has the server's own pool."""
 
+OTHER_THREADS = 16
+"""Of the server's own pool."""
+
 
 def pool_of(method: str) -> str | None:
     """The name of the pool in which a method is answered; None: the server's own."""
     named = next((name for name, (_, methods) in POOLS.items() if method in methods), None)
     return "models" if named is None and method.startswith((_CACHE, _MODELS)) else named
+
+
+def threads_of(method: str) -> int:
+    """How many threads answer a method, or more: those of a pool of its own are not known here."""
+    return POOLS.get(pool_of(method) or "", (OTHER_THREADS, None))[0]
 
 
 class PoolInterceptor(HandlerInterceptor):

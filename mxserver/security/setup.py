@@ -47,7 +47,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
     """Options of the gRPC server."""
     own = {
         "grpc.max_send_message_length": settings.max_message_bytes,
-        "grpc.max_receive_message_length": settings.max_message_bytes,
+        "grpc.max_receive_message_length": min(settings.max_message_bytes, settings.limits.publish_bytes),
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
         # More calls at once over one connection wait in the client until others end.
         "grpc.max_concurrent_streams": settings.max_calls,

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from mxserver.store.batch import Batch
 from mxserver.store.errors import StoreTooNew, StoreUnavailable, StoreUnusable
 from mxserver.store.interface import RecordKey, SourceRecord
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 APPLICATION_ID = 0x4D585352  # "MXSR"
 SCHEMA_VERSION = 2
@@ -143,7 +143,7 @@ class SqliteFile:
             identity,
             worker,
         ) in self._connection.execute(_READ):
-            metadata = p2p_pb2.WorkerMetadata.FromString(worker)
+            metadata = record_pb2.WorkerFacts.FromString(worker)
             yield SourceRecord(
                 key=RecordKey(source_id, worker_id, worker_rank),
                 status=status,

@@ -76,7 +76,12 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
     Variable("MX_KUBERNETES_ACCOUNT_PATH", "server", "folder with the token and ca.crt of the server's own account"),
-    Variable("MX_SERVER_MAX_MESSAGE_BYTES", "server", "largest message that is taken"),
+    Variable(
+        "MX_SERVER_MAX_MESSAGE_BYTES",
+        "server",
+        "largest message that is sent or taken; a request may be limited further by MX_SERVER_LIMITS",
+    ),
+    Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER"),
     Variable("MX_SERVER_MAX_CALLS", "server", "calls that are in progress at once, of all clients; more are refused"),
     Variable("MX_SERVER_MAX_STREAMS", "server", "streams of files and downloads that one client may have open at once"),
     Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),

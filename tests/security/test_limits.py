@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from mxserver.limits import DEFAULT
 from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
@@ -31,9 +32,9 @@ def test_message_limit_is_what_the_setting_says(start_server: StartServer) -> No
             client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 70_000), "w")
 
 
-def test_default_message_limit_is_the_protocols() -> None:
+def test_default_message_limit_is_the_protocols_for_answers_and_that_of_publishes_for_requests() -> None:
     options = dict(setup.server_options(load_settings({})))
-    assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
+    assert options["grpc.max_receive_message_length"] == DEFAULT.publish_bytes
     assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.keepalive_time_ms"] == 30_000
     options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))

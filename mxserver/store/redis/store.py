@@ -27,7 +27,7 @@ from mxserver.store.interface import Leases, Publication, Query, RecordKey, Sour
 from mxserver.store.redis import redis_scripts as scripts
 from mxserver.store.redis.redis_link import RedisLink
 from mxserver.store.redis.redis_updates import Update, Updates
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class _Payload:
 
     @classmethod
     def parse(cls, identity: bytes, worker: bytes) -> _Payload:
-        metadata = p2p_pb2.WorkerMetadata.FromString(worker)
+        metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
         return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,10 +15,12 @@ from grpc_health.v1 import health_pb2 as standard_pb2
 from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
+from mxserver.limits import DEFAULT
 from mxserver.server import Server
+from mxserver.settings import load_settings
 from mxserver.store import SqliteStore
 from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options, source_id
+from mxserver.wire.calls import ServerClient, channel_options, source_id
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.server.stores import INITIALIZING, READY, STALE
 
@@ -239,17 +242,19 @@ def test_load_that_is_no_number_is_left_out(p2p: p2p_pb2_grpc.P2pServiceStub, lo
     assert not reference.HasField("source_load")
 
 
-def test_messages_of_100_mib_pass(client: ServerClient) -> None:
+def test_messages_of_100_mib_pass_where_the_limit_is_raised() -> None:
     metadata = os.urandom(1024) * (99 * 1024)
-    client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
-    response = client.get_metadata(SOURCE, "big")
-    assert response is not None
-    assert response.worker.nixl_metadata == metadata
+    flags = {"host": "127.0.0.1", "port": "0", "store": "memory", "limits": "publish_bytes=100MiB"}
+    with contextlib.closing(Server(load_settings(flags))) as server, ServerClient(f"127.0.0.1:{server.port}") as client:
+        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
+        response = client.get_metadata(SOURCE, "big")
+        assert response is not None
+        assert response.worker.nixl_metadata == metadata
 
 
-def test_messages_over_100_mib_are_refused(client: ServerClient) -> None:
+def test_messages_over_the_limit_are_refused(client: ServerClient) -> None:
     with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
-        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(MAX_MESSAGE_BYTES)), "big")
+        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(DEFAULT.publish_bytes)), "big")
 
 
 def test_ping(channel: grpc.Channel) -> None:
