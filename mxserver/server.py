@@ -53,8 +53,10 @@ def open_store(settings: ServerSettings) -> SourceStore:
     if settings.store == "redis":
         from mxserver.store.redis import RedisStore  # needs a package that other stores do not
 
-        return RedisStore(settings.effective_redis_url, leases)
-    return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)
+        return RedisStore(settings.effective_redis_url, leases, limits=settings.limits)
+    if settings.store == "memory":
+        return MemoryStore(leases, limits=settings.limits)
+    return SqliteStore(settings.store_path, leases, limits=settings.limits)
 
 
 def cache_settings(settings: ServerSettings) -> CacheSettings:

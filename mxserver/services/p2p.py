@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grpc
 
@@ -23,6 +25,7 @@ from mxserver.store import (
     RecordKey,
     SourceRecord,
     SourceStore,
+    StoreFull,
     StoreUnavailable,
     UnknownRecord,
     require_epoch,
@@ -44,6 +47,7 @@ _refuses = refuses(
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
         StaleEpoch: grpc.StatusCode.FAILED_PRECONDITION,
         NotOwner: grpc.StatusCode.PERMISSION_DENIED,
+        StoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
 
@@ -64,13 +68,13 @@ class P2pService:
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
 
     def add_to(self, server: grpc.Server) -> None:
-        methods = {
+        methods: dict[str, tuple[Any, Any, Any]] = {
             "PublishMetadata": (self.PublishMetadata, record_pb2.PublishRequest, p2p_pb2.PublishMetadataResponse),
             "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest, p2p_pb2.ListSourcesResponse),
             "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest, record_pb2.RecordResponse),
             "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest, p2p_pb2.UpdateStatusResponse),
         }
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(method, asked.FromString, answered.SerializeToString)
             for name, (method, asked, answered) in methods.items()
         }
@@ -112,8 +116,18 @@ class P2pService:
             # Records have no training step in this version, so no record is known to have reached this one.
             self._store.check()
             return p2p_pb2.ListSourcesResponse()
-        records = self._store.find(_query(request))
-        return p2p_pb2.ListSourcesResponse(instances=[_reference(record) for record in records])
+        records = self._store.find(_query(request, self._limits.listing_rows))
+        return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
+
+    def _within_limit(self, references: Iterable[p2p_pb2.SourceInstanceRef]) -> Iterator[p2p_pb2.SourceInstanceRef]:
+        """The newest ones, as many as one answer may have. Filters find the rest, which nobody can page to."""
+        left = self._limits.listing_bytes
+        for reference in references:
+            left -= reference.ByteSize() + 8
+            if left < 0:
+                _LOG.warning("%s", self._limits.refusal("listing_bytes", "an answer of ListSources was cut"))
+                return
+            yield reference
 
     @_refuses
     def GetMetadata(  # noqa: N802
@@ -228,7 +242,7 @@ def _publication(request: record_pb2.PublishRequest) -> Publication:
     )
 
 
-def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
+def _query(request: p2p_pb2.ListSourcesRequest, most: int) -> Query:
     """The filters that are set. An empty value, UNKNOWN or a limit of 0 means no filter."""
     return Query(
         source_id=source_id(request.identity) if request.identity.model_name else None,
@@ -236,7 +250,7 @@ def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
         status=request.status_filter if request.status_filter != _UNKNOWN else None,
         worker_rank=request.worker_rank_filter if request.HasField("worker_rank_filter") else None,
         min_updated_at_ms=request.min_updated_at if request.HasField("min_updated_at") else None,
-        limit=request.limit or None,
+        limit=min(request.limit or most, most),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mxserver.store.clock import Clock, SystemClock
-from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
+from mxserver.store.errors import NotOwner, StoreFull, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.memory import MemoryStore
@@ -21,6 +21,7 @@ __all__ = [
     "SourceStore",
     "SqliteStore",
     "Status",
+    "StoreFull",
     "StoreUnavailable",
     "SystemClock",
     "UnknownRecord",

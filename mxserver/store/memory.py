@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.store.batch import Batch, EpochCounter
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
@@ -18,7 +19,10 @@ T = TypeVar("T")
 class MemoryStore(SourceStore):
     """Records in this process alone. Epochs begin at the time in ms, so that they also grow across restarts."""
 
-    def __init__(self, leases: Leases | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, leases: Leases | None = None, clock: Clock | None = None, limits: ServerLimits = DEFAULT
+    ) -> None:
+        self._limits = limits
         self._clock = clock or SystemClock()
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._epochs = EpochCounter(self._clock.unix_ms())
@@ -60,7 +64,7 @@ class MemoryStore(SourceStore):
     def _change(self, decide: Callable[[Batch], T]) -> T:
         with self._changing:
             self.check()
-            batch = Batch(self._index, self._epochs, self._clock)
+            batch = Batch(self._index, self._epochs, self._clock, self._limits)
             outcome = decide(batch)
             self._index.apply(batch.changes)
             return outcome

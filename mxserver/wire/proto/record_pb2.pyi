@@ -42,12 +42,14 @@ class WorkerFacts(google.protobuf.message.Message):
     WORKER_RANK_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     UPDATED_AT_FIELD_NUMBER: builtins.int
+    WORKER_GRPC_ENDPOINT_FIELD_NUMBER: builtins.int
     ACCELERATOR_FIELD_NUMBER: builtins.int
     TOPOLOGY_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     status: mxserver.wire.proto.p2p_pb2.SourceStatus.ValueType
     updated_at: builtins.int
     """Unix ms"""
+    worker_grpc_endpoint: builtins.str
     accelerator: builtins.str
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
@@ -57,10 +59,11 @@ class WorkerFacts(google.protobuf.message.Message):
         worker_rank: builtins.int = ...,
         status: mxserver.wire.proto.p2p_pb2.SourceStatus.ValueType = ...,
         updated_at: builtins.int = ...,
+        worker_grpc_endpoint: builtins.str = ...,
         accelerator: builtins.str = ...,
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___WorkerFacts = WorkerFacts
 
