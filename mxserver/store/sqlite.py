@@ -7,6 +7,7 @@ commit. Repeated heartbeats stay in memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import sqlite3
 import threading
@@ -88,12 +89,14 @@ class SqliteStore(SourceStore):
         record = self._index.get_newest(source_id, worker_id)
         while record is not None and record.worker_is_cut:
             # Large metadata is in the file alone, and only one thread touches that. It may change meanwhile.
-            key, epoch = record.key, record.epoch
-            worker = self._change(lambda _, key=key, epoch=epoch: self._file.worker(key, epoch), only_reads=True)
+            worker = self._change(functools.partial(self._read_worker, record.key, record.epoch), only_reads=True)
             if worker is not None:
                 return replace(record, worker=worker, worker_is_cut=False)
             record = self._index.get_newest(source_id, worker_id)
         return record
+
+    def _read_worker(self, key: RecordKey, epoch: int, _: Batch) -> bytes | None:
+        return self._file.worker(key, epoch)
 
     def find(self, query: Query) -> list[SourceRecord]:
         self._require_open()

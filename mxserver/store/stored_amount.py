@@ -50,5 +50,5 @@ def without_large_parts(record: SourceRecord) -> SourceRecord:
     if record.worker_is_cut or len(record.worker) <= LARGE_BYTES:
         return record
     facts = record_pb2.WorkerFacts.FromString(record.worker)
-    facts.DiscardUnknownFields()  # type: ignore[attr-defined] # the stubs do not know it
+    facts.DiscardUnknownFields()
     return replace(record, worker=facts.SerializeToString(), worker_is_cut=True)
