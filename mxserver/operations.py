@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
@@ -11,7 +12,15 @@ import grpc
 from mxserver.models import DownloadJob, OpenCache
 from mxserver.security import Authenticator
 from mxserver.store import SourceStore, StoreUnavailable, SystemClock
-from mxserver.telemetry import Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
+from mxserver.telemetry import (
+    Events,
+    Loads,
+    Metrics,
+    ObservedStore,
+    ObservingInterceptor,
+    ServerObservation,
+    call_metrics,
+)
 from mxserver.web import CacheView, HttpServer, StatusView, application
 from mxserver.wire.credentials import ServerTls
 
@@ -83,10 +92,13 @@ class Operations:
         *,
         tls: ServerTls | None = None,
         authenticator: Authenticator | None = None,
+        look_at_server: Callable[[], ServerObservation] | None = None,
+        names: tuple[str, ...] = (),
     ) -> int:
         """Starts to answer HTTP (with `tls`, HTTPS), as not ready yet. Returns the port. Call once.
 
-        With an authenticator, pages that name models and workers need a token. Raises OSError and SettingError.
+        With an authenticator, pages that name models and workers need a token; without one, they are shown under
+        `names` and those of web.pages.is_own_name alone. Raises OSError and SettingError.
         """
         view = StatusView(
             self.store,
@@ -97,8 +109,8 @@ class Operations:
             facts=facts,
             cache=self._cache_view,
         )
-        self.metrics.scrape_from(view.observation)
-        app = application(self.metrics.registry, view, self.not_ready, authenticator)
+        self.metrics.scrape_from(view.observation, look_at_server)
+        app = application(self.metrics.registry, view, self.not_ready, authenticator, names)
         self._http = HttpServer(host, port, app, tls)
         self._http.start()
         return self._http.port

@@ -9,12 +9,11 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import OTHER_THREADS, PoolInterceptor, RequestInterceptor, threads_of
+from mxserver.calls import OTHER_THREADS, CallPool, PoolInterceptor, RequestInterceptor, threads_of
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -32,7 +31,9 @@ from mxserver.services import (
 )
 from mxserver.settings import ServerSettings
 from mxserver.store import Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
+from mxserver.telemetry import ServerObservation
 from mxserver.wire import MxError
+from mxserver.wire.credentials import certificate_not_after
 from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
@@ -66,6 +67,7 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
         settings.cache_lease_seconds,
         settings.file_sources,
+        settings.model_sources,
     )
 
 
@@ -84,6 +86,8 @@ class Server:
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
         self._pools = PoolInterceptor()
+        self._other_calls = CallPool(OTHER_THREADS, "other")
+        self._tls = settings.tls
         self._requests = RequestInterceptor(settings.limits, threads_of)
         self._health = StandardHealth()
         store = open_store(settings)
@@ -129,13 +133,26 @@ class Server:
         facts = {"store": settings.store, "port": self.port}
         try:
             return self._operations.listen(
-                _unbracketed(settings.host), port, facts, tls=setup.metrics_tls(settings), authenticator=judge
+                _unbracketed(settings.host),
+                port,
+                facts,
+                tls=setup.metrics_tls(settings),
+                authenticator=judge,
+                look_at_server=self._observation,
+                names=settings.metrics_hosts,
             )
         except OSError as error:
             raise PortUnavailable(
                 f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
             ) from error
+
+    def _observation(self) -> ServerObservation:
+        pools = (*self._pools.pools(), *self._models.pools(), self._other_calls)
+        return ServerObservation(
+            {pool.name: pool.waiting() for pool in pools},
+            certificate_not_after(self._tls.cert_file) if self._tls is not None else None,
+        )
 
     def _listen_for_files(self, settings: ServerSettings, judge: Authenticator | None) -> FilesPort | None:
         port = settings.effective_files_port
@@ -157,9 +174,8 @@ class Server:
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
-        threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
-            threads,
+            self._other_calls,
             interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools, self._requests],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,

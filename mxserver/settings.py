@@ -99,6 +99,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Audience = Annotated[str, Field(pattern=r"^\S+$")]
 ServiceAccount = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?:[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Listed = BeforeValidator(_listed)
+ModelSourceName = Annotated[str, Field(pattern=r"^(\*|[^\s:*]+(/\*)?|(s3|gs|az|abfss)://[^\s*]+)$")]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
 
 
@@ -128,6 +129,9 @@ class ServerSettings(BaseSettings):
     )
     files_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(_lower)] = (
         Field(None, alias="MX_SERVER_FILES_PORT", description="a whole number from 0 to 65535, or off")
+    )
+    metrics_hosts: Annotated[tuple[str, ...], NoDecode, Listed] = Field(
+        (), alias="MX_SERVER_METRICS_HOSTS", description="host names, separated by ','; * is any"
     )
     metrics_tls: Annotated[MetricsTls, BeforeValidator(_lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
@@ -235,6 +239,11 @@ class ServerSettings(BaseSettings):
     cache_lease_seconds: Seconds = Field(
         30.0, alias="MX_CACHE_LEASE_SECS", description="a number of seconds greater than 0"
     )
+    model_sources: Annotated[tuple[ModelSourceName, ...], NoDecode, Listed] = Field(
+        (),
+        alias="MX_MODEL_SOURCES",
+        description="org/*, org/name, s3://bucket, s3://bucket/prefix, az://container@account …, separated by ','",
+    )
     file_sources: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_folders)] = Field(
         (), alias="MX_FILE_SOURCES", description="absolute paths of folders, separated by ':'"
     )
@@ -302,6 +311,7 @@ FLAGS = {
     "cache_min_free_bytes": "--cache-min-free-bytes",
     "cache_lease_seconds": "--cache-lease",
     "file_sources": "--file-sources",
+    "model_sources": "--model-sources",
     "tls_cert_file": "--tls-cert",
     "tls_key_file": "--tls-key",
     "tls_client_ca_file": "--tls-client-ca",
@@ -321,6 +331,7 @@ FLAGS = {
     "log_level": "--log-level",
     "files_port": "--files-port",
     "metrics_port": "--metrics-port",
+    "metrics_hosts": "--metrics-hosts",
     "metrics_tls": "--metrics-tls",
     "log_format": "--log-format",
     "traces": "--traces",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.pools import OTHER_THREADS, PoolInterceptor, in_pool, threads_of
+from mxserver.calls.pools import OTHER_THREADS, CallPool, PoolInterceptor, in_pool, threads_of
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 from mxserver.calls.requests import RequestInterceptor
 
 __all__ = [
     "OTHER_THREADS",
     "Around",
+    "CallPool",
     "Handler",
     "PoolInterceptor",
     "RequestInterceptor",

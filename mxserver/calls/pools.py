@@ -6,8 +6,9 @@ In one pool for all they did, until live workers counted as dead (tests/server/s
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -44,6 +45,37 @@ def threads_of(method: str) -> int:
     return POOLS.get(pool_of(method) or "", (OTHER_THREADS, None))[0]
 
 
+class CallPool(ThreadPoolExecutor):
+    """Threads that answer calls, and how many calls wait for one. Thread-safe."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, f"call-{name}")
+        self.name = name
+        self._counting = threading.Lock()
+        self._waiting = 0
+
+    def waiting(self) -> int:
+        """Calls that no thread has begun to answer."""
+        return self._waiting
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._counting:
+            self._waiting += 1
+        try:
+            return super().submit(self._begin, fn, *args, **kwargs)
+        except BaseException:  # the pool is shut down
+            self._begun()
+            raise
+
+    def _begin(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._begun()
+        return fn(*args, **kwargs)
+
+    def _begun(self) -> None:
+        with self._counting:
+            self._waiting -= 1
+
+
 class PoolInterceptor(HandlerInterceptor):
     """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
 
@@ -53,13 +85,16 @@ class PoolInterceptor(HandlerInterceptor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pools = {name: ThreadPoolExecutor(threads, f"call-{name}") for name, (threads, _) in POOLS.items()}
+        self._pools = {name: CallPool(threads, name) for name, (threads, _) in POOLS.items()}
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return pool_of(method) is not None and not hasattr(behaviour_of(handler), "experimental_thread_pool")
 
     def _replacement(self, method: str, handler: Handler) -> Handler:
         return with_behaviour(handler, in_pool(behaviour_of(handler), self._pools[str(pool_of(method))]))
+
+    def pools(self) -> tuple[CallPool, ...]:
+        return tuple(self._pools.values())
 
     def close(self) -> None:
         """Ends the threads, after the calls that they answer. Idempotent."""

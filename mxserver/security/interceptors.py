@@ -89,17 +89,22 @@ def _subject_of_certificate(context: grpc.ServicerContext) -> str:
     return ""
 
 
+_WAITS = ("/model_express.model.ModelService/EnsureModelDownloaded",)
+WAITING_PER_CLIENT = 256
+
+
 class StreamLimit(WrappingInterceptor):
     """Limits the streams that one client has open; a stream holds a thread and a file. Thread-safe.
 
-    A client is the caller, where callers are identified, or else the host.
+    A client is a host, and a caller there where callers are identified: a fleet may share one token. Callers that wait
+    for downloads hold no file, and count apart.
     """
 
     def __init__(self, most_per_client: int) -> None:
         super().__init__()
         self._most = most_per_client
         self._lock = threading.Lock()
-        self._open: Counter[str] = Counter()
+        self._open: Counter[tuple[str, str]] = Counter()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         # Health's Watch has threads and a limit of its own, beyond which its callers must be told UNIMPLEMENTED.
@@ -108,26 +113,28 @@ class StreamLimit(WrappingInterceptor):
     @contextmanager
     def _around(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
         caller = CALLER.get()
-        client = f"caller {caller.subject}" if caller and caller.subject else f"host {_host(context.peer())}"
+        client = f"host {_host(context.peer())}"
+        if caller and caller.subject:
+            client = f"caller {caller.subject} at {client}"
+        kind, most = (method, WAITING_PER_CLIENT) if method in _WAITS else ("", self._most)
+        counted = (kind, client)
         with self._lock:
-            if self._open[client] >= self._most:
-                allowed = False
-            else:
-                allowed = True
-                self._open[client] += 1
+            allowed = self._open[counted] < most
+            self._open[counted] += allowed
         if not allowed:
             refuse(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{client} has {self._most} streams open, which is the limit (MX_SERVER_MAX_STREAMS); try again later",
+                f"{client} has {most} streams open, which is the limit ("
+                f"{'of callers that wait for downloads' if kind else 'MX_SERVER_MAX_STREAMS'}); try again later",
             )
         try:
             yield
         finally:
             with self._lock:
-                self._open[client] -= 1
-                if not self._open[client]:
-                    del self._open[client]
+                self._open[counted] -= 1
+                if not self._open[counted]:
+                    del self._open[counted]
 
 
 def _host(peer: str) -> str:

@@ -15,6 +15,8 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
 from mxserver.wire.credentials import ServerTls, is_loopback
 
+LONGEST_CONNECTION_SECONDS = 3600
+
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
     """What judges tokens; None if nothing does. Raises SettingError."""
@@ -49,6 +51,10 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
         "grpc.max_send_message_length": settings.max_message_bytes,
         "grpc.max_receive_message_length": min(settings.max_message_bytes, settings.limits.publish_bytes),
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
+        # Connections of hosts that vanished end, and all end some time: for certificates that were revoked, and so that
+        # replicas share the load. Running calls go on.
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.max_connection_age_ms": LONGEST_CONNECTION_SECONDS * 1000,
         # More calls at once over one connection wait in the client until others end.
         "grpc.max_concurrent_streams": settings.max_calls,
     }

@@ -9,13 +9,12 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
 import grpc
 
-from mxserver.calls import Statuses, in_pool, refuse_for, refuses
+from mxserver.calls import CallPool, Statuses, in_pool, refuse_for, refuses
 from mxserver.models import (
     DownloadJob,
     FileDamaged,
@@ -55,6 +54,7 @@ _STATUSES: Statuses = {
     errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SourceNotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     errors.DownloadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FileDamaged: grpc.StatusCode.DATA_LOSS,
     AccessError: grpc.StatusCode.PERMISSION_DENIED,
@@ -71,8 +71,8 @@ class ModelService:
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
         self.files_port = 0  # where the files are by HTTP; 0: nowhere
-        self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
-        self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
+        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure")
+        self._streaming = CallPool(MAX_STREAMS, "stream")
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -97,6 +97,9 @@ class ModelService:
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def pools(self) -> tuple[CallPool, ...]:
+        return self._waiting, self._streaming
 
     def close(self) -> None:
         """Releases the threads. Idempotent."""
@@ -180,7 +183,8 @@ class ModelService:
         revision = checked_revision(model, request.revision) if request.revision else ""
         keys = self._keys(model, revision)
         if not keys:
-            return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)
+            # It is as the caller wants it: existing clients take anything but success for a failure.
+            return model_pb2.DeleteModelResponse(success=True, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []
         for key in keys:
             try:

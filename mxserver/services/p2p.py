@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from mxserver.calls import refuses
+from mxserver.calls import refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
 from mxserver.store import (
@@ -113,9 +113,8 @@ class P2pService:
         self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.ListSourcesResponse:
         if request.min_training_step > 0:
-            # Records have no training step in this version, so no record is known to have reached this one.
-            self._store.check()
-            return p2p_pb2.ListSourcesResponse()
+            # An empty list would say that nobody has reached it.
+            refuse(context, grpc.StatusCode.UNIMPLEMENTED, "min_training_step: records have no training step here")
         records = self._store.find(_query(request, self._limits.listing_rows))
         return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
 
@@ -243,11 +242,11 @@ def _publication(request: record_pb2.PublishRequest) -> Publication:
 
 
 def _query(request: p2p_pb2.ListSourcesRequest, most: int) -> Query:
-    """The filters that are set. An empty value, UNKNOWN or a limit of 0 means no filter."""
+    """The filters that are set. An empty value, a status that is none, or a limit of 0 means no filter."""
     return Query(
         source_id=source_id(request.identity) if request.identity.model_name else None,
         model_name=request.model_name_filter or None,
-        status=request.status_filter if request.status_filter != _UNKNOWN else None,
+        status=request.status_filter if request.status_filter in _STATUSES else None,
         worker_rank=request.worker_rank_filter if request.HasField("worker_rank_filter") else None,
         min_updated_at_ms=request.min_updated_at if request.HasField("min_updated_at") else None,
         limit=min(request.limit or most, most),

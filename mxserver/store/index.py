@@ -98,12 +98,13 @@ class RecordIndex:
             entry = self._entries.get(key)
             return self._view(entry, self._clock.monotonic_seconds()) if entry else None
 
-    def get_newest(self, source_id: str, worker_id: str) -> SourceRecord | None:
+    def get_lowest(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        """The record of the worker's lowest rank."""
         with self._lock:
             now = self._clock.monotonic_seconds()
             keys = self._by_worker.get((source_id, worker_id), ())
             views = [view for key in keys if (view := self._view(self._entries[key], now))]
-        return max(views, key=_age_order, default=None)
+        return min(views, key=lambda view: view.key.worker_rank, default=None)
 
     def amount(self) -> StoredAmount:
         """What is stored, with what has expired and was not swept yet."""

@@ -120,7 +120,7 @@ class SourceStore(ABC):
 
     @abstractmethod
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        """The worker's record; of several ranks under one worker id, the one with the newest sign of life."""
+        """The worker's record; of several ranks under one worker id, the lowest."""
 
     @abstractmethod
     def find(self, query: Query) -> list[SourceRecord]:

@@ -41,7 +41,7 @@ class MemoryStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self.check()
-        return self._index.get_newest(source_id, worker_id)
+        return self._index.get_lowest(source_id, worker_id)
 
     def find(self, query: Query) -> list[SourceRecord]:
         self.check()

@@ -82,6 +82,11 @@ VARIABLES: tuple[Variable, ...] = (
         "largest message that is sent or taken; a request may be limited further by MX_SERVER_LIMITS",
     ),
     Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER"),
+    Variable(
+        "MX_SERVER_METRICS_HOSTS",
+        "server",
+        "names under which the page may be asked for without a token, beside addresses and names of the cluster",
+    ),
     Variable("MX_SERVER_MAX_CALLS", "server", "calls that are in progress at once, of all clients; more are refused"),
     Variable("MX_SERVER_MAX_STREAMS", "server", "streams of files and downloads that one client may have open at once"),
     Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),
@@ -95,6 +100,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_CACHE_MAX_BYTES", "server", "size limit of the model cache, such as 500GiB; 0 is none"),
     Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
     Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
+    Variable(
+        "MX_MODEL_SOURCES",
+        "server",
+        "what may be downloaded: repositories of the hub, buckets, prefixes; all unless set",
+    ),
     Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
     # Certificates: the same names on both sides.
     Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),

@@ -22,6 +22,7 @@ from mxserver.wire.proto import model_pb2
 if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
 
+MOST_OBJECTS = 100_000  # in one model: a bucket's whole listing would be kept in memory
 PART_BYTES = 16 * 1024 * 1024
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
@@ -36,7 +37,15 @@ class ObjectSource:
 
         try:
             store, prefix = _open(model)
-            found = [item for batch in obstore.list(store, prefix or None) for item in batch]
+            found: list[Any] = []
+            for batch in obstore.list(store, prefix or None):
+                found += batch
+                if len(found) > MOST_OBJECTS:
+                    raise DownloadFailed(
+                        f"{model.name} has more than {MOST_OBJECTS} objects, which is the limit; name a longer prefix"
+                    )
+        except DownloadFailed:
+            raise
         except Exception as error:
             raise _as_model_error(model.name, error) from error
         files = []

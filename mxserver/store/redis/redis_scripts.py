@@ -82,7 +82,7 @@ local function remove(name)
   local rec = redis.call('HMGET', P .. 'rec:' .. name, 's', 'k', 'w', 'm')
   if not rec[1] then return end
   local source = rec[2]
-  redis.call('DECRBY', P .. 'bytes', payload_bytes(name))
+  if redis.call('DECRBY', P .. 'bytes', payload_bytes(name)) <= 0 then redis.call('DEL', P .. 'bytes') end
   redis.call('ZREM', index(rec[1], source), name)
   redis.call('SREM', P .. 'of:' .. rec[3], name)
   redis.call('ZREM', P .. 'due', name)

@@ -182,7 +182,7 @@ class RedisStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
-        return max(records, key=_age_order, default=None)
+        return min(records, key=lambda record: record.key.worker_rank, default=None)
 
     def find(self, query: Query) -> list[SourceRecord]:
         if query.source_id == "" or query.model_name == "":

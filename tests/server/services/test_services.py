@@ -226,9 +226,15 @@ def test_filters_that_say_nothing_are_none(p2p: p2p_pb2_grpc.P2pServiceStub) -> 
     assert not reference.HasField("source_load")
 
 
-def test_no_source_is_known_to_have_reached_a_training_step(p2p: p2p_pb2_grpc.P2pServiceStub) -> None:
+def test_question_for_a_training_step_is_refused_and_a_status_that_is_none_is_no_filter(
+    p2p: p2p_pb2_grpc.P2pServiceStub,
+) -> None:
     p2p.PublishMetadata(p2p_pb2.PublishMetadataRequest(identity=IDENTITY, worker=WORKER, worker_id="w"))
-    assert not p2p.ListSources(p2p_pb2.ListSourcesRequest(min_training_step=1)).instances
+    with pytest.raises(grpc.RpcError) as refused:
+        p2p.ListSources(p2p_pb2.ListSourcesRequest(min_training_step=1))
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    unknown = p2p_pb2.ListSourcesRequest(status_filter=77)  # type: ignore[arg-type]
+    assert len(p2p.ListSources(unknown).instances) == 1
 
 
 @pytest.mark.parametrize("load", [float("nan"), float("inf"), float("-inf")])
