@@ -9,11 +9,12 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import OTHER_THREADS, CallPool, PoolInterceptor, RequestInterceptor, threads_of
+from mxserver.calls import PoolInterceptor
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -37,6 +38,8 @@ from mxserver.wire.credentials import certificate_not_after
 from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
+
+OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods have pools by kind (calls/pools.py)
 
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
@@ -85,10 +88,8 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
-        self._pools = PoolInterceptor()
-        self._other_calls = CallPool(OTHER_THREADS, "other")
+        self._pools = PoolInterceptor(settings.limits)
         self._tls = settings.tls
-        self._requests = RequestInterceptor(settings.limits, threads_of)
         self._health = StandardHealth()
         store = open_store(settings)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
@@ -148,9 +149,9 @@ class Server:
             ) from error
 
     def _observation(self) -> ServerObservation:
-        pools = (*self._pools.pools(), *self._models.pools(), self._other_calls)
+        pools = {**self._pools.pools(), **self._models.pools()}
         return ServerObservation(
-            {pool.name: pool.waiting() for pool in pools},
+            {name: pool.unanswered for name, pool in pools.items()},
             certificate_not_after(self._tls.cert_file) if self._tls is not None else None,
         )
 
@@ -174,9 +175,10 @@ class Server:
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
+        threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
-            self._other_calls,
-            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools, self._requests],
+            threads,
+            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
@@ -211,7 +213,6 @@ class Server:
         if self._files is not None:
             self._files.stop()
         self._grpc.stop(0).wait()
-        self._requests.close()
         self._pools.close()
         self._models.close()
         self._cache.close()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from mxserver.calls.call_pool import CallPool
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.pools import OTHER_THREADS, CallPool, PoolInterceptor, in_pool, threads_of
+from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
-from mxserver.calls.requests import RequestInterceptor
 
 __all__ = [
-    "OTHER_THREADS",
     "Around",
     "CallPool",
     "Handler",
     "PoolInterceptor",
-    "RequestInterceptor",
     "Statuses",
     "WrappingInterceptor",
     "in_pool",
@@ -21,6 +19,5 @@ __all__ = [
     "refuse_for",
     "refuses",
     "refusing",
-    "threads_of",
     "with_behaviour",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from mxserver.calls import Statuses, WrappingInterceptor, refuse, refusing
+from mxserver.calls import Statuses, WrappingInterceptor, refuse, refuse_for, refusing
 from mxserver.security.roles import (
     CALLER,
     AccessError,
@@ -39,14 +39,32 @@ class Authenticator(Protocol):
     def authenticate(self, token: bytes) -> Caller:
         """Raises Unauthenticated and AccessUnknown."""
 
+    def require_plausible(self, token: bytes) -> None:
+        """Raises Unauthenticated for what is certainly no token that counts; waits for nothing and nobody."""
+
 
 class AccessInterceptor(WrappingInterceptor):
-    """Lets a call pass whose caller has the method's role; `roles.CALLER` is who calls while it runs. Thread-safe."""
+    """Lets a call pass whose caller has the method's role; `roles.CALLER` is who calls while it runs. Thread-safe.
+
+    Who has no token, or none that can count, is refused before the request is received: as a call whose requests are a
+    stream, of which nothing is asked for.
+    """
 
     def __init__(self, authenticator: Authenticator | None) -> None:
         """Without an authenticator, callers are identified by their certificates and may do everything."""
         super().__init__()
         self._authenticator = authenticator
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = super().intercept_service(continuation, handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or self._authenticator is None or required_role(method) is None:
+            return handler
+        try:
+            self._authenticator.require_plausible(_token(handler_call_details.invocation_metadata))
+        except AccessError as error:
+            return _refusing_handler(method, handler.response_streaming, error)
+        return handler
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return required_role(method) is not None
@@ -66,7 +84,7 @@ class AccessInterceptor(WrappingInterceptor):
     def _admit(self, method: str, context: grpc.ServicerContext) -> Caller:
         if self._authenticator is None:
             return Caller(_subject_of_certificate(context), Role.ADMIN)
-        caller = self._authenticator.authenticate(_token(context))
+        caller = self._authenticator.authenticate(_token(context.invocation_metadata()))
         needed = required_role(method)
         if needed is not None and caller.role < needed:
             raise AccessError(
@@ -75,8 +93,17 @@ class AccessInterceptor(WrappingInterceptor):
         return caller
 
 
-def _token(context: grpc.ServicerContext) -> bytes:
-    values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+def _refusing_handler(method: str, streams_answers: bool, error: AccessError) -> Handler:
+    def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        refuse_for(method, context, error, _STATUSES)
+
+    if streams_answers:
+        return grpc.stream_stream_rpc_method_handler(answer)
+    return grpc.stream_unary_rpc_method_handler(answer)
+
+
+def _token(metadata: Any) -> bytes:
+    values = [value for key, value in metadata or () if key == "authorization"]
     return bearer_token(values[0] if len(values) == 1 and isinstance(values[0], str) else "")
 
 

@@ -16,6 +16,7 @@ from mxserver.wire.calls import channel_options, server_credentials
 from mxserver.wire.credentials import ServerTls, is_loopback
 
 LONGEST_CONNECTION_SECONDS = 3600
+MOST_CALLS_A_CONNECTION = 128
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
@@ -55,8 +56,9 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
         # replicas share the load. Running calls go on.
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.max_connection_age_ms": LONGEST_CONNECTION_SECONDS * 1000,
-        # More calls at once over one connection wait in the client until others end.
-        "grpc.max_concurrent_streams": settings.max_calls,
+        # More calls at once over one connection wait in the client until others end. gRPC itself turns calls away at
+        # random when about a thousand arrived that Python has not looked at, so that one connection must not do that.
+        "grpc.max_concurrent_streams": min(settings.max_calls, MOST_CALLS_A_CONNECTION),
     }
     return list({**dict(channel_options()), **own}.items())
 

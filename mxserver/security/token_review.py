@@ -15,6 +15,7 @@ import logging
 import ssl
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ class TokenReviews:
             limits=httpx.Limits(max_connections=REVIEWS_AT_ONCE, max_keepalive_connections=REVIEWS_AT_ONCE),
             trust_env=False,
         )
+        weakref.finalize(self, self._client.close)
         self._lock = threading.Lock()
         self._good: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._bad: OrderedDict[bytes, _Verdict] = OrderedDict()
@@ -119,6 +121,10 @@ class TokenReviews:
         if not verdict.subject:
             raise Unauthenticated(verdict.reason)
         return Caller(verdict.subject, self._subjects.role_of(verdict.username))
+
+    def require_plausible(self, token: bytes) -> None:
+        """Raises Unauthenticated for what cannot be a token of this cluster. Asks nobody."""
+        _require_shape(token, self._own_issuer(), self._audiences)
 
     def _own_issuer(self) -> str | None:
         """The issuer of the server's own token, which is that of all service accounts; None if it cannot be told."""

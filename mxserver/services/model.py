@@ -71,8 +71,8 @@ class ModelService:
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
         self.files_port = 0  # where the files are by HTTP; 0: nowhere
-        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure")
-        self._streaming = CallPool(MAX_STREAMS, "stream")
+        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure", receiving=2)
+        self._streaming = CallPool(MAX_STREAMS, "stream", receiving=2)
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -98,8 +98,9 @@ class ModelService:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    def pools(self) -> tuple[CallPool, ...]:
-        return self._waiting, self._streaming
+    def pools(self) -> dict[str, CallPool]:
+        """The threads of its streams, by name."""
+        return {"ensure": self._waiting, "stream": self._streaming}
 
     def close(self) -> None:
         """Releases the threads. Idempotent."""

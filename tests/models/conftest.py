@@ -77,6 +77,7 @@ def start_server(tmp_path: Path, hub: HubStandIn, cache_folder: Path) -> Iterato
         defaults = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf-home"),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",  # of a hub that tests hold back for as long as they like
             "MODEL_EXPRESS_CACHE_DIRECTORY": str(cache_folder),
             "MX_METADATA_BACKEND": "memory",
             "MX_CACHE_LEASE_SECS": "2",

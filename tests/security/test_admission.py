@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
-from mxserver.calls.pools import POOLS
 from mxserver.limits import DEFAULT, changed
 from mxserver.settings import as_config, config_of, load_settings, load_with_origins
 from mxserver.wire import ServerRefused, SettingError
@@ -18,7 +15,6 @@ from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, READY, SOURCE, StartServer, access_file
-from tests.server.command.test_cli import half_of_a_call
 from tests.server.conftest import ServerProcess
 from tests.server.conftest import start_server as start_process
 
@@ -92,26 +88,6 @@ def test_requests_are_limited_by_method_and_named(start_server: StartServer) -> 
 def test_what_is_no_limit_is_refused(wrong: str) -> None:
     with pytest.raises(SettingError, match=r"--limits .* NAME=NUMBER"):
         load_settings({"limits": wrong})
-
-
-def test_half_requests_keep_no_thread(start_server: StartServer) -> None:
-    """As many as there are threads for heartbeats; one comes through all the same."""
-    server = start_server()
-    threads = POOLS["heartbeats"][0]
-    half = half_of_a_call("/model_express.p2p.P2pService/UpdateStatus")
-    with ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client:
-        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(), "w")
-        others = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(threads)]
-        try:
-            for other in others:
-                other.sendall(half)
-            deadline = time.monotonic() + 60
-            while len(server._requests._receptions._waiting) < threads:
-                assert time.monotonic() < deadline
-            client.update_status(SOURCE, "w", 0, READY)
-        finally:
-            for other in others:
-                other.close()
 
 
 def test_limits_are_printed_and_can_be_given_back(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import grpc
 import pytest
 
 from mxserver.calls import refusals
-from mxserver.limits import DEFAULT
 from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
@@ -34,13 +33,14 @@ def test_message_limit_is_what_the_setting_says(start_server: StartServer) -> No
             client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 70_000), "w")
 
 
-def test_default_message_limit_is_the_protocols_for_answers_and_that_of_publishes_for_requests() -> None:
+def test_default_message_limit_is_the_protocols() -> None:
     options = dict(setup.server_options(load_settings({})))
-    assert options["grpc.max_receive_message_length"] == DEFAULT.publish_bytes
+    assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.keepalive_time_ms"] == 30_000
     options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))
     assert (options["grpc.keepalive_time_ms"], options["grpc.max_concurrent_streams"]) == (5000, 7)
+    assert dict(setup.server_options(load_settings({})))["grpc.max_concurrent_streams"] == setup.MOST_CALLS_A_CONNECTION
 
 
 ENSURE = "/model_express.model.ModelService/EnsureModelDownloaded"

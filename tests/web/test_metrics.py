@@ -194,7 +194,7 @@ def test_time_in_the_queue_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) ->
     """The caller saw 23 s, the metric 3 ms (proofs/server/p21.py)."""
     now = [1000.0]
     monkeypatch.setattr(measured_calls.time, "perf_counter", lambda: now[0])
-    metrics, held, pool = Metrics(), Held(), CallPool(1, "test")
+    metrics, held, pool = Metrics(), Held(), CallPool(1, "test", receiving=2)
     around, on_unknown = call_metrics(metrics, Events(SystemClock()))
     server = grpc.server(pool, interceptors=[ObservingInterceptor([around], on_unknown)])
     server.add_generic_rpc_handlers((held,))
@@ -204,7 +204,7 @@ def test_time_in_the_queue_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) ->
         first = channel.unary_unary("/s/call").future(b"", timeout=120)
         assert held.begun.wait(120)
         second = channel.unary_unary("/s/call").future(b"", timeout=120)
-        while pool.waiting() != 1:
+        while pool.unanswered != 1:
             assert not second.done()
         now[0] += 23.5
         held.may_end.set()
@@ -212,4 +212,4 @@ def test_time_in_the_queue_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) ->
     server.stop(None).wait()
     labels = {"method": "s/call", "code": "OK"}
     assert metrics.registry.get_sample_value("mxserver_call_duration_seconds_sum", labels) == 47.0
-    assert pool.waiting() == 0
+    assert pool.unanswered == 0

@@ -11,7 +11,7 @@ from mxserver.store import SqliteStore
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import cache_pb2, model_pb2, p2p_pb2
 
-PUBLISHERS = POOLS["publishes"][0]
+PUBLISHERS = POOLS["publishes"].threads
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")
 WORKER = p2p_pb2.WorkerMetadata()
 READY = p2p_pb2.SOURCE_STATUS_READY
@@ -56,8 +56,8 @@ def test_heartbeats_and_listings_do_not_wait_for_the_disk(client: ServerClient, 
     ],
     ids=["p2p", "cache", "models"],
 )
-def test_methods_are_where_they_should_be(service: object, named: set[str | None]) -> None:
+def test_methods_are_where_they_should_be(service: object, named: set[str]) -> None:
     methods = {f"/{service.full_name}/{one.name}" for one in service.methods}  # type: ignore[attr-defined]
     assert {pool_of(method) for method in methods} == named
-    known = {method for _, methods_of in POOLS.values() for method in methods_of}
+    known = {method for kind in POOLS.values() for method in kind.methods}
     assert {method for method in known if method.startswith(f"/{service.full_name}/")} <= methods  # type: ignore[attr-defined]
