@@ -72,8 +72,14 @@ def test_tensors_are_not_parsed(start_process: Callable[..., ServerProcess]) -> 
     """On a server that is open to all, a publish costs a few times its bytes."""
     server = start_process("--store", "memory")
     before = peak_mib(server)
-    assert raw_call(server.port, empty_tensors(12)) == grpc.StatusCode.OK
-    assert peak_mib(server) - before < 150
+    assert raw_call(server.port, empty_tensors(12)) == grpc.StatusCode.RESOURCE_EXHAUSTED  # 6 million of them
+    assert raw_call(server.port, empty_tensors(12)[: 300 * 1024]) == grpc.StatusCode.INTERNAL  # cut off
+    tensors = [p2p_pb2.TensorDescriptor(name="t" * 80, addr=n) for n in range(60_000)]
+    request = p2p_pb2.PublishMetadataRequest(
+        identity=IDENTITY, worker_id="w", worker=p2p_pb2.WorkerMetadata(tensors=tensors)
+    ).SerializeToString()
+    assert raw_call(server.port, request) == grpc.StatusCode.OK
+    assert peak_mib(server) - before < 100
 
 
 def test_requests_are_limited_by_method_and_named(start_server: StartServer) -> None:
