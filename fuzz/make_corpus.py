@@ -77,6 +77,7 @@ MUST_ACCEPT = {
     "scalar": one("F32", [], [0, 4], data=b"1234"),
     "empty_tensor": one("F32", [0, 5], [0, 0], data=b""),
     "metadata": whole('{"__metadata__":{"format":"pt"},' + A + "}", b"1"),
+    "metadata_null": whole('{"__metadata__":null,' + A + "}", b"1"),
     "escapes": whole('{"\\u00e9\\n\\ud83d\\ude00":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"),
     "misaligned": two((0, 3), (3, 8), 8),
     "out_of_order": two((4, 8), (0, 4), 8),

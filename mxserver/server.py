@@ -37,8 +37,7 @@ from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, m
 
 _LOG = logging.getLogger("mxserver")
 
-# Publishes wait for the disk, not for a core: as many may wait as one commit can take. For others: calls/pools.py.
-HANDLER_THREADS = 64
+OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods have pools by kind (calls/pools.py)
 
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
@@ -157,7 +156,7 @@ class Server:
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
-        threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
+        threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
             interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],

@@ -196,6 +196,15 @@ def wanted_names(checkpoint: Mapping[str, Any], args: tuple[Any, ...], kwargs: M
     return None if skip is None else [name for name in checkpoint if not skip(name, experts)]
 
 
+def load_strategy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """The `safetensors_load_strategy` that vLLM's iterator is called with, where it is none that ours stands for.
+
+    Ours stands for those that only say how bytes come. "torchao" makes other tensors of them.
+    """
+    strategy = kwargs.get("safetensors_load_strategy", args[1] if len(args) > 1 else None)
+    return None if strategy in (None, "lazy", "eager", "prefetch") else str(strategy)
+
+
 def is_first_rank() -> bool:
     """Whether this process is the one that shows progress."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

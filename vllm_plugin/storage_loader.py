@@ -17,13 +17,14 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.engine import Files, Source, Streamed, lazy_weights
+from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.plan import SETTING, Progress, ProgressDisplay, budget, parse_bytes
-from mxserver.wire import MxError
+from mxserver.wire import MxError, weight_files_in
 from vllm_plugin import compat
 
-__all__ = ["StorageLoader"]
+__all__ = ["StorageLoader", "opened_as_by_vllm"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,12 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
             return super()._get_weights_iterator(source)
 
     def _streamed(self, source: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
+        strategy = {"safetensors_load_strategy": getattr(self.load_config, "safetensors_load_strategy", None)}
+        if (foreign := compat.load_strategy((), strategy)) is not None:
+            raise CheckpointError(
+                f"{self._model}: its tensors are made by vLLM's strategy {foreign!r}, which reads files: weights from "
+                "elsewhere are not for it; give vLLM the files themselves"
+            )
         experts = {"local_expert_ids": getattr(self, "local_expert_ids", None)}
         names = compat.wanted_names(source.checkpoint, (), experts)
         with self._told(show=True) as tell:
@@ -81,8 +88,11 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
 
     def _weights(self, theirs: Callable[..., Weights], files: list[str], *args: Any, **kwargs: Any) -> Weights:
         """What vLLM's own iterator over safetensors files gives, which is `theirs`; that itself where we cannot."""
+        if (foreign := compat.load_strategy(args, kwargs)) is not None:
+            _log.info("the weights are read by vLLM's strategy %r", foreign)
+            return theirs(files, *args, **kwargs)
         try:
-            checkpoint = open_checkpoint([Path(file) for file in sorted(files)])
+            checkpoint = opened_as_by_vllm([Path(file) for file in sorted(files)])
         except (MxError, OSError) as error:
             _log.warning("our reader cannot read these weights: %s; the engine's own does", error)
             return theirs(files, *args, **kwargs)
@@ -107,3 +117,13 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 needed=self._source.needed if isinstance(self._source, Files) else None,
                 read=count,
             )
+
+
+def opened_as_by_vllm(files: list[Path]) -> Checkpoint:
+    """The checkpoint of the files that vLLM chose: by the folder's index, where they are all that this lists."""
+    folders = {file.parent for file in files}
+    if len(folders) == 1:
+        chosen = weight_files_in(folder := folders.pop())
+        if [folder / name for name in chosen.files] == files:
+            return open_checkpoint(folder)
+    return open_checkpoint(files)

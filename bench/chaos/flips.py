@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ class _Pair:
         self.there: Memory = chance.integers(0, 256, MODEL_BYTES, np.uint8)
         self.here: Memory = np.ones(MODEL_BYTES, np.uint8)
         layout, placement = _layout(self.there)
-        self.holder = Holder(layout, placement, AgentSession("source", tls="tcp,self"), chunk_bytes=CHUNK_BYTES)
+        self.holder = Holder(
+            layout, placement, partial(AgentSession, "source", tls="tcp,self"), chunk_bytes=CHUNK_BYTES
+        )
         layout, placement = _layout(self.here)
         self.session = AgentSession("target", tls="tcp,self")
         self.session.register(layout, placement)
@@ -60,7 +63,7 @@ class _Pair:
         chunks, found = self.received.chunks, 0
         with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
             show_token(connection, self.holder.open_sending(self.lease), SECONDS)
-            reads = SocketReads([connection.fileno()], hashed=True)
+            reads = SocketReads([connection], hashed=True)
             for chunk in range(CHUNKS):
                 reads.ask(
                     chunk, *(chunks.slice_of(values, chunk) for values in (self.received.addresses, chunks.lengths))

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
-from mxcore.storage.checkpoint import DTYPES, Checkpoint, TensorInfo
+from mxcore.storage.checkpoint import DTYPES, Checkpoint, TensorInfo, refuse_unknown
 from mxcore.storage.load import STRAIGHT, LoadReport, Reader, load, stream
 from mxcore.storage.plan import Box, Want, merged, parts_of
 from mxserver.wire import MxError
@@ -328,9 +328,10 @@ def lazy_weights(
     copy of one reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
     with safetensors, and a warning: a tensor raises what that raises, and FileChanged or TruncatedRead for a file that
     is not what it was when its header was read. Raises StorageError if the files cannot be opened, when the first
-    tensor is asked for.
+    tensor is asked for, and CheckpointError for a type that torch does not have.
     """
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
+    refuse_unknown(chosen, "torch")
     least_bytes = lazy_least_bytes if needed is None else 0
     lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= least_bytes}
     small = [info.name for info in chosen if info.name not in lazy]
@@ -364,4 +365,4 @@ def _next_small(ready: Iterator[tuple[str, torch.Tensor]], source: _Source, name
 
 
 def _can_be_lazy(info: TensorInfo) -> bool:
-    return DTYPES[info.dtype].torch_name is not None and bool(info.shape)
+    return hasattr(torch, DTYPES[info.dtype].torch_name or "") and bool(info.shape)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import WeightFiles, checkpoint_digest, weight_files_in
+from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import ModelUri, ObjectFolder, ObjectOptions, parse_model_uri, remote_digest
+from mxserver.wire import WeightFiles, weight_files_in
 
 __all__ = ["CheckpointFiles", "UriPlace", "find_checkpoint", "model_name"]
 

@@ -120,7 +120,7 @@ class DuplicateKey(SafetensorsError):
 
 
 class MetadataNotStrings(SafetensorsError):
-    """`__metadata__` is not an object of strings. Stricter than safetensors, which takes null as absent."""
+    """`__metadata__` is neither an object of strings nor null."""
 
     code = "MX_SAFETENSORS_METADATA_NOT_STRINGS"
     rule = "__metadata__ has to map strings to strings"

@@ -26,6 +26,7 @@ import os
 
 from mxcore.safetensors import errors as safetensors_errors
 from mxcore.errors import StorageError, TruncatedRead
+from mxcore.safetensors.file_kinds import kind_of_file
 from mxcore.safetensors.scan import DTYPE_BITS
 
 cdef extern from "<fcntl.h>" nogil:
@@ -143,7 +144,7 @@ cdef dict read_metadata(Scan* scan, str file):
     cdef size_t length = 0
     cdef bint escaped = False
     cdef bint last = False
-    if scan.metadata_at == 0:
+    if scan.metadata_at == 0 or scan.text[scan.metadata_at] != 0x7B:  # there is none, or it is null
         return metadata
     at = skip_blanks(scan.text + scan.metadata_at + 1)
     while not last and at[0] != 0x7D:
@@ -222,10 +223,15 @@ cdef size_t check_length(const uint8_t* prefix, uint64_t file_bytes, str file) e
     for index in range(LENGTH_BYTES):
         length |= <uint64_t>prefix[index] << (8 * index)
     if length > MAX_HEADER_BYTES:
-        raise safetensors_errors.HeaderTooLarge(f"the header's length is {length}", file=file)
+        raise safetensors_errors.HeaderTooLarge(
+            kind_of_file(prefix[:LENGTH_BYTES]) or f"the header's length is {length}", file=file)
     if length > file_bytes - LENGTH_BYTES:
         raise safetensors_errors.HeaderBeyondFile(
-            f"the header's length is {length}, the file has {file_bytes} bytes", file=file)
+            kind_of_file(prefix[:LENGTH_BYTES])
+            or f"the header's length is {length}, the file has {file_bytes} bytes: it was cut short", file=file)
+    if length == 0:
+        raise safetensors_errors.HeaderStart("8 zeros: the file's room was made, and never filled", file=file,
+                                             offset=LENGTH_BYTES)
     return <size_t>length
 
 

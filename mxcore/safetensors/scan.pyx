@@ -8,7 +8,7 @@ costs nothing. Then the records are put into file order and checked against the 
 from cpython.bytes cimport PyBytes_AsString
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort, realloc
-from libc.string cimport memcmp
+from libc.string cimport memcmp, strncmp
 
 from mxcore.safetensors.json cimport integer_end, skip_blanks, string_end, unescape
 
@@ -98,9 +98,11 @@ cdef Text scan_metadata(Scan* scan, Text at) noexcept nogil:
     cdef size_t length = 0
     cdef bint escaped = False
     cdef bint last = False
+    scan.metadata_at = at - scan.text
+    if strncmp(<const char*>at, b"null", 4) == 0:  # what MLX writes where there is none; the text ends with a NUL
+        return at + 4
     if at[0] != 0x7B:
         return fail(scan, METADATA, at, "__metadata__ is not an object")
-    scan.metadata_at = at - scan.text
     at = skip_blanks(at + 1)
     if at[0] == 0x7D:
         return at + 1
@@ -333,7 +335,7 @@ cdef bint order_records(Scan* scan, uint64_t data_bytes) noexcept nogil:
         record = &scan.records[index]
         scan.failed = record[0]
         if record.end > data_bytes:
-            fail(scan, BEYOND, scan.text + record.name_at, "it ends at {0} of {1} bytes of data", record.end,
+            fail(scan, BEYOND, scan.text + record.name_at, "it ends at {0} of {1} bytes of data: the file was cut short", record.end,
                  data_bytes)
             return False
         if record.begin != covered:

@@ -30,6 +30,7 @@ from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
 from mxserver.wire.unique_path import unique_beside
 from mxserver.wire.unused_names import UNUSED
+from mxserver.wire.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
     "BY_NAME",
@@ -44,6 +45,7 @@ __all__ = [
     "ServerUnreachable",
     "SettingError",
     "StaleEpoch",
+    "WeightFiles",
     "WireError",
     "environment",
     "is_host",
@@ -59,5 +61,7 @@ __all__ = [
     "unknown_key",
     "unprotected",
     "warnings_for",
+    "weight_files",
+    "weight_files_in",
     "without_effect",
 ]

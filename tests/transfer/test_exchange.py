@@ -114,6 +114,26 @@ def test_every_kind_of_tensor_arrives(start_worker: StartWorker, transport: str,
     assert report.failures == ()
 
 
+@pytest.mark.parametrize(("transport", "operation"), [("tcp", "send"), ("same-host", "read")])
+@pytest.mark.parametrize("lack", ["no card", "RDMA alone, and no card", "no NIXL"])
+def test_no_agent_is_made_where_nobody_needs_one(
+    start_worker: StartWorker, transport: str, operation: str, lack: str
+) -> None:
+    environ = {
+        "no card": {"UCX_NET_DEVICES": "mlx5_0:1"},
+        "RDMA alone, and no card": {"UCX_TLS": "rc,cuda_copy,cuda_ipc"},
+        "no NIXL": {},
+    }[lack]
+    hidden = lack == "no NIXL"
+    first, second = (start_worker(transport, environ, seed=seed, without_nixl=hidden) for seed in (SEED, None))
+    received = second.ask(do="receive", sources=[asdict(first.serve())])
+    if "UCX_TLS" not in environ:
+        assert received["operation"] == operation
+    assert (received["equal"], received["agents"]) == (True, 0)
+    assert second.serve().endpoint  # and it serves on
+    assert [worker.ask(do="nixl") for worker in (first, second)] == 2 * [{"found": not hidden, "agents": 0}]
+
+
 def test_a_layout_without_bytes_is_received_at_once(start_worker: StartWorker) -> None:
     target = Target("tcp")
     source = start_worker("tcp", seed=SEED).serve()

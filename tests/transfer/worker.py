@@ -10,7 +10,8 @@ import sys
 import time
 from typing import Any
 
-from mxcore.errors import MxError
+from mxcore.errors import MxError, NixlMissing
+from mxcore.nixl import NIXL_PACKAGES, load_library
 from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
@@ -95,6 +96,8 @@ class Worker:
             case "flip":
                 self.tensors.storages[line["storage"]][line["offset"]] ^= 1
                 answer(flipped=True)
+            case "nixl":
+                answer(found=nixl_is_found(), agents=live_agents())
             case "cpu":
                 answer(process_seconds=time.process_time(), wall_seconds=time.monotonic())
             case "drain":
@@ -106,11 +109,22 @@ class Worker:
         return True
 
 
+def nixl_is_found() -> bool:
+    try:
+        load_library()
+    except NixlMissing:
+        return False
+    return True
+
+
 def main() -> None:
     sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
     os.dup2(2, 1)
     faulthandler.register(signal.SIGUSR1)  # a test that gets no answer asks where all threads are
-    worker = Worker(json.loads(sys.argv[1]))
+    task = json.loads(sys.argv[1])
+    if task.get("without_nixl"):
+        sys.modules.update(dict.fromkeys(NIXL_PACKAGES))  # as if not installed
+    worker = Worker(task)
     for line in sys.stdin:
         if not worker.run(json.loads(line)):
             return

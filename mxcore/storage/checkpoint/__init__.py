@@ -21,8 +21,7 @@ from mxcore.storage.checkpoint.content_digest import (
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews
-from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files, weight_files_in
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, chosen_framework, refuse_unknown
 
 __all__ = [
     "DTYPES",
@@ -33,9 +32,9 @@ __all__ = [
     "Stamp",
     "TensorInfo",
     "TensorViews",
-    "WeightFiles",
     "assembled",
     "checkpoint_digest",
+    "chosen_framework",
     "digest_of_parts",
     "file_part",
     "group_digest",
@@ -43,7 +42,6 @@ __all__ = [
     "index_part",
     "memory_of",
     "open_checkpoint",
-    "weight_files",
-    "weight_files_in",
+    "refuse_unknown",
     "weight_map_of",
 ]

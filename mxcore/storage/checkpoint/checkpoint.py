@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +13,22 @@ from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.safetensors import Header, read_header
-from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files_in
+from mxserver.wire import WeightFiles, weight_files_in
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_THREADS = 8  # it is latency that is shared
+_log = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 Stamp = tuple[int, int]
 
 
 class TensorInfo(NamedTuple):
-    """One tensor: `dtype` is safetensors' code, `offset` and `size_bytes` are bytes in `files[file]`."""
+    """One tensor: `dtype` is safetensors' code, `offset` and `size_bytes` are bytes in `files[file]`.
+
+    The last dimension of F4 counts pairs, as in torch: [4, 8] of the file is [4, 4] of float4_e2m1fn_x2.
+    """
 
     name: str
     dtype: str
@@ -113,27 +118,49 @@ def assembled(
 ) -> Checkpoint:
     """One checkpoint of files with these headers; `weight_map` is an index's, `what` names it all in errors.
 
-    Raises CheckpointError for a name that two files have, and for an index that names what the files do not have.
+    Of a tensor that several files have, the one that the index names is taken. What the index does not name at all
+    belongs to the checkpoint too, as for vLLM: quantisation writes scales that no index lists.
+
+    Raises CheckpointError for a name that two files have and no index decides on, for an index that names what the
+    files do not have, and for a tensor of F4 whose last dimension is odd.
     """
     tensors: dict[str, TensorInfo] = {}
+    copies: list[str] = []
     for file, header in enumerate(headers):
-        _add(tensors, file, files, header)
+        copies += _add(tensors, file, files, header, weight_map or {})
+    if copies:
+        _log.warning("%s: another file has these by the index, the copies are left out: %s", what, _some(copies))
     if weight_map is not None:
         _check_index(tensors, files, weight_map, what)
-        tensors = {name: tensor for name, tensor in tensors.items() if name in weight_map}
     return Checkpoint(files, tensors, [header.stamp for header in headers])
 
 
-def _add(tensors: dict[str, TensorInfo], file: int, files: Sequence[Path], header: Header) -> None:
-    data_offset = header.data_offset
+def _add(
+    tensors: dict[str, TensorInfo], file: int, files: Sequence[Path], header: Header, weight_map: Mapping[str, str]
+) -> Iterator[str]:
+    """Yields the names that the index gives to another file: these are left out."""
+    data_offset, own_name = header.data_offset, files[file].name
     for entry in header.tensors:
+        if weight_map.get(entry.name, own_name) != own_name:
+            yield entry.name
+            continue
         if entry.name in tensors:
             raise CheckpointError(
-                f"{files[tensors[entry.name].file]} and {files[file]} both have {entry.name!r}: no one checkpoint"
+                f"{files[tensors[entry.name].file]} and {files[file]} both have {entry.name!r}, and no index says "
+                "which one counts: no one checkpoint"
             )
+        shape = entry.shape if entry.dtype != "F4" else _shape_in_pairs(entry.shape, entry.name, files[file])
         tensors[entry.name] = TensorInfo(
-            entry.name, entry.dtype, entry.shape, file, data_offset + entry.begin, entry.size_bytes
+            entry.name, entry.dtype, shape, file, data_offset + entry.begin, entry.size_bytes
         )
+
+
+def _shape_in_pairs(shape: tuple[int, ...], name: str, file: Path) -> tuple[int, ...]:
+    if not shape or shape[-1] % 2:
+        raise CheckpointError(
+            f"{file}: {name!r} is F4 {list(shape)}: its last dimension is odd, and elements come in pairs"
+        )
+    return (*shape[:-1], shape[-1] // 2)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -165,7 +192,7 @@ def _beside(index: Path, name: str) -> Path:
 def _check_index(
     tensors: Mapping[str, TensorInfo], files: Sequence[Path], weight_map: Mapping[str, str], index: str
 ) -> None:
-    """Tensors that the index does not name are allowed, as elsewhere; those it names must be where it says."""
+    """Those that the index names must be where it says."""
     lost = [name for name, file in weight_map.items() if name not in tensors or files[tensors[name].file].name != file]
     if lost:
         raise CheckpointError(f"{index}: {len(lost)} of its tensors are not in the files it names: {_some(lost)}")

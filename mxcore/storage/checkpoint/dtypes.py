@@ -8,7 +8,10 @@ __all__ = ["DTYPES", "DType"]
 
 
 class DType(NamedTuple):
-    """One dtype. `torch_name` and `numpy_name` are None where the framework has no such type: bytes come instead."""
+    """One dtype. `torch_name` and `numpy_name` are None where the framework has no such type.
+
+    `bits` are an element's, as `TensorInfo.shape` counts elements: a pair of F4 is one, as in torch.
+    """
 
     bits: int
     torch_name: str | None
@@ -17,7 +20,7 @@ class DType(NamedTuple):
 
 DTYPES: dict[str, DType] = {
     "BOOL": DType(8, "bool", "bool"),
-    "F4": DType(4, None, None),
+    "F4": DType(8, "float4_e2m1fn_x2", None),
     "F6_E2M3": DType(6, None, None),
     "F6_E3M2": DType(6, None, None),
     "U8": DType(8, "uint8", "uint8"),

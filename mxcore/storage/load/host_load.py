@@ -72,10 +72,10 @@ def load(
 ) -> LoadReport:
     """Reads tensors, or boxes of them, into the memory of torch or numpy tensors; returns when all is there.
 
-    `wants` maps names to destinations of the tensor's shape and dtype (uint8 is taken for the one-byte types, and any
-    dtype of the right size for the sub-byte ones), or is a sequence of Want. The ranges of all files are sorted and
-    merged; `keep_order` reads in the order given instead. `mode` forces a way to read (storage/plan/ways.py; default
-    MX_READ_MODE or auto). `leave_cache_clean` drops the files that were read from the page cache.
+    `wants` maps names to destinations of the tensor's shape and dtype (uint8 is taken for the one-byte types, F4
+    among them, and any dtype of the right size for F6), or is a sequence of Want. The ranges of all files are sorted
+    and merged; `keep_order` reads in the order given instead. `mode` forces a way to read (storage/plan/ways.py;
+    default MX_READ_MODE or auto). `leave_cache_clean` drops the files that were read from the page cache.
 
     One call uses several threads; any threads may call at once, into different memory. The ring counts against
     `memory` (default: the process' budget); it gets smaller where that is short.

@@ -9,7 +9,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mxcore.memory import HostBuffer
-from mxcore.storage.checkpoint import Checkpoint, Framework, TensorInfo, TensorViews, open_checkpoint
+from mxcore.storage.checkpoint import (
+    Checkpoint,
+    Framework,
+    TensorInfo,
+    TensorViews,
+    open_checkpoint,
+    refuse_unknown,
+)
 from mxcore.storage.load.host_load import read_rows
 from mxcore.storage.plan import MemoryBudget, Progress, Row, budget, merged
 
@@ -49,7 +56,8 @@ def stream(
 
     A tensor lies in the ring, without a copy. Who keeps one keeps its batch's memory: that is left to it, and the ring
     gets new memory, so a kept tensor stays what it is. The ring counts against `memory`, which makes batches smaller;
-    a tensor that does not fit at all raises HostMemoryLimit. Raises as `load`. One thread at a time; ends its thread
+    a tensor that does not fit at all raises HostMemoryLimit. Raises as `load`, and CheckpointError
+    (`refuse_unknown`). One thread at a time; ends its thread
     and frees the ring when it is exhausted, closed or has raised.
     """
     ceiling = memory or budget()
@@ -60,6 +68,7 @@ def stream(
     wanted = [info for name, info in checkpoint.tensors.items() if name in picked]
     if len(wanted) != len(picked):
         raise KeyError(next(name for name in picked if name not in checkpoint.tensors))
+    refuse_unknown(wanted, framework)
     batches = _batches(wanted, room)
     total_bytes = sum(info.size_bytes for info in wanted)
     ring = _BatchRing(
@@ -194,6 +203,7 @@ def load_file(
     A tensor that is misaligned there is a copy. Raises as `open_checkpoint` and `load`.
     """
     checkpoint = open_checkpoint(path)
+    refuse_unknown(checkpoint.tensors.values(), framework)
     images, at = [], 0
     by_file: dict[int, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from mxcore.errors import TransferError
+from mxcore.errors import NixlError, TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
@@ -68,7 +68,9 @@ class Membership:
         self._chunk_bytes = chunk_bytes
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
-        self._ahead = SessionAhead(settings, self.worker_id, *self._policy.serving(accelerator))
+        tls, progress_thread = self._policy.serving(accelerator)
+        early = tls if self._policy.needs_agent(accelerator) else None
+        self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
             if settings.server_address
@@ -122,15 +124,23 @@ class Membership:
         """Whether a newer process of this worker took over its record; then it serves nothing."""
         return self._record.superseded
 
-    def join(self) -> bool:
+    @property
+    def published(self) -> bool:
+        """Whether the server has this worker's record as it is."""
+        return self._record.published
+
+    def join(self, *, required: bool = False) -> bool:
         """Publishes this worker as INITIALIZING and keeps that alive; False, logged, without a server.
 
-        Idempotent. If the server cannot be reached, the record is published once it can.
+        Idempotent. If the server cannot be reached, the record is published once it can; with `required` that raises
+        WireError.
         """
         if self._client is None:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
             return False
         self._ahead.start()  # while the engine builds its model
+        if required:
+            self._record.publish()
         return self._record.keep()
 
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
@@ -236,13 +246,15 @@ class Membership:
         *,
         relay_from: object = None,
         files_decide: bool = False,
+        only: int | None = None,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
         Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
         worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
-        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). Raises
-        TransferError; then nothing arrives in the memory any more, and nobody reads there.
+        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
+        of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
+        there.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -255,6 +267,7 @@ class Membership:
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
             files_decide=files_decide,
+            only=only,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
@@ -279,7 +292,8 @@ class Membership:
         Raises TransferError when it serves already.
 
         Raises:
-            LayoutUnsupported, NixlMissing, NixlError, SettingError: nothing is served.
+            LayoutUnsupported, SettingError: nothing is served.
+            NixlMissing, NixlError: nor where readers could take nothing without an agent (device memory).
         """
         require_movable(placement)
         with self._lock:
@@ -378,7 +392,7 @@ class Membership:
             holder = Holder(
                 layout,
                 placement,
-                self._ahead.take(*self._policy.serving(placement.device_type)),
+                partial(self._ahead.take, *self._policy.serving(placement.device_type)),
                 scalars=scalars,
                 digests=digests,
                 keep_alive=keep_alive,
@@ -392,12 +406,28 @@ class Membership:
             if holder.made_digests:
                 self._made_digests = holder.digests
             try:
+                self._make_agent(holder)
                 self._server = self._listen(holder)
             except MxError:
                 holder.close()
                 raise
             self._holder = holder
             return holder
+
+    def _make_agent(self, holder: Holder) -> None:
+        """Makes the agent now where readers need it: registering may take longer than they wait.
+
+        Raises NixlMissing, NixlError where nobody could take anything without it.
+        """
+        policy, device_type = self._policy, holder.placement.device_type
+        if not policy.needs_agent(device_type):
+            return
+        try:
+            holder.agent.session()
+        except NixlError as error:
+            if device_type != "cpu" or not (policy.sends or policy.attaches):
+                raise
+            logger.warning("these weights are served over TCP or within this host alone, as NIXL fails: %s", error)
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
@@ -420,7 +450,7 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return Served()
-            return Served(holder.session.name, self.endpoint or "", holder.live_leases)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""

@@ -74,7 +74,7 @@ class ReceiveReport:
     operation: str
     transport: str
     scalars: dict[str, float]
-    digests: ChunkDigests
+    digests: ChunkDigests = field(repr=False)
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0
@@ -103,7 +103,8 @@ class Receiver:
 
     `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
-    chunks of a `partial` from the files: those of which holders have different bytes are among them.
+    chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
+    chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
     """
 
     def __init__(
@@ -118,15 +119,19 @@ class Receiver:
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
         files_decide: bool = False,
+        only: int | None = None,
     ) -> None:
         require_movable(placement)
         self._settings = settings
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
         self._files_decide = files_decide
+        self._only = only
         self._received = ReceivedChunks(
-            layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes
+            layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes, only=only
         )
+        if only is not None:
+            layout, placement = self._received.chunks.touched(layout, placement, only)
         policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
         likely = policy.likely_tls(same_host=settings.shares_only_this_host, device_memory=on_device)
@@ -199,7 +204,7 @@ class Receiver:
         most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
         route = pulls[most].route if most in pulls else self._routes.get(most)
         path = peer_path(route.transport if route is not None else "")
-        return Progress(path, done, self._received.layout.total_bytes, most, len(pulls))
+        return Progress(path, done, self._received.total_bytes, most, len(pulls))
 
     def _run(self, deadline: float) -> None:
         """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
@@ -376,7 +381,7 @@ class Receiver:
             f"{len(missing)} of {len(self._received.chunks)} chunks did not come ({names}): {reasons}",
             missing=missing,
             failures=self._failures,
-            partial=self._partial() if self._received.verified and by_files else None,
+            partial=self._partial() if self._received.verified and by_files and self._only is None else None,
         )
 
     def _partial(self) -> PartialReceive[ReceiveReport]:
@@ -424,11 +429,11 @@ class Receiver:
         content = received.content
         if content is None:
             raise SourceUnreachable("there is no worker to receive weights from")
-        most = max(received.bytes_from or self._routes, key=lambda name: received.bytes_from.get(name, 0))
+        most = max(received.bytes_from or self._routes, key=lambda name: received.bytes_from.get(name, 0), default="")
         route = self._routes.get(most)
         moving_seconds = received.done_at - received.first_asked_at if received.first_asked_at is not None else 0.0
         return ReceiveReport(
-            bytes=received.layout.total_bytes,
+            bytes=received.total_bytes,
             tensors=len(received.layout.tensors),
             chunks_verified=received.verified.bit_count(),
             seconds=seconds,

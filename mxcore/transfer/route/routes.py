@@ -139,8 +139,12 @@ class UcxPolicy:
 
     @property
     def sends(self) -> bool:
-        """Whether holders send host memory over our own TCP connections where a READ may not be one-sided."""
-        return self.sockets and self.allows("tcp")
+        """Whether holders send host memory over our own TCP connections where a READ may not be one-sided.
+
+        Those are not UCX's: a UCX_TLS that names others, without TCP, keeps them out only where there is an RDMA port.
+        """
+        by_rdma = self.transport == "rdma" or self.reads_by_rdma
+        return self.sockets and (self.allows("tcp") or not (self.tls.startswith("^") or by_rdma))
 
     @property
     def rdma_only(self) -> bool:
@@ -171,6 +175,10 @@ class UcxPolicy:
         if device_type == "cpu":
             return self.tls, self.rdma_only or self.reads_by_rdma
         return self.serving_device, True
+
+    def needs_agent(self, device_type: str) -> bool:
+        """Whether readers need the holder's agent as a rule, so that it is made before the first one comes."""
+        return device_type != "cpu" or self.rdma_only or self.reads_by_rdma or not self.sends
 
     @property
     def fenceable(self) -> str:

@@ -37,6 +37,7 @@ from mxcore.transfer.layout import (
 )
 from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
 from mxcore.transfer.route import digester_of, require_movable
+from mxcore.transfer.serve.holder_agent import HolderAgent
 from mxcore.transfer.serve.rate_limit import RateLimit
 
 __all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]
@@ -90,16 +91,16 @@ class AskAnswer:
 class Holder:
     """The bytes of one layout with digests, complete or (with `have`, a set of chunks) not yet; thread-safe.
 
-    Keeps `keep_alive` (the engine's model) until it is closed. Exists only with registered memory: raises NixlError,
-    NixlMissing, LayoutUnsupported. At most `most_readers` have leases at a time, and all together are granted
-    `rate_limit` bytes a second (0: no limit). `made_digests`: this worker made the `digests` itself, earlier.
+    Keeps `keep_alive` (the engine's model) until it is closed. `make_session` is called when a reader first needs an
+    agent (`agent`). At most `most_readers` have leases at a time, and all together are granted `rate_limit` bytes a
+    second (0: no limit). `made_digests`: this worker made the `digests` itself, earlier. Raises LayoutUnsupported.
     """
 
     def __init__(
         self,
         layout: Layout,
         placement: Placement,
-        session: AgentSession,
+        make_session: Callable[[], AgentSession],
         *,
         scalars: Mapping[str, float] | None = None,
         digests: ChunkDigests | None = None,
@@ -114,11 +115,10 @@ class Holder:
         require_movable(placement)
         self.layout = layout
         self.placement = placement
-        self.session = session
+        self.agent = HolderAgent(make_session, layout, placement)
         self.scalars = dict(scalars or {})
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
-        self.regions = session.register(layout, placement)  # before digests: it looks whose memory that is
         self.made_digests = digests is None or made_digests  # it vouches for them, and repeats no other worker's
         self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
         if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
@@ -259,17 +259,18 @@ class Holder:
     ) -> None:
         """Makes the receiver's agent and memory (on its `device`) known under its lease, for WRITEs into it.
 
-        Raises LeaseEnded, LayoutMismatch (another number of extents), NixlError (metadata of no use).
+        Raises LeaseEnded, LayoutMismatch (another number of extents), NixlError (metadata of no use, or no agent here).
         """
         lease = self.renew(lease_id)
         if len(extent_addresses) != len(self.layout.extent_bytes):
             raise LayoutMismatch(
                 f"the receiver has {len(extent_addresses)} extents, this worker has {len(self.layout.extent_bytes)}"
             )
-        peer = self.session.connect(metadata)
+        session = self.agent.session()
+        peer = session.connect(metadata)
         with self._changed:
             if not lease.ended:
-                lease.connecting.enter_context(self.session.progressing())
+                lease.connecting.enter_context(session.progressing())
             lease.peer = peer
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
@@ -333,8 +334,9 @@ class Holder:
 
         moves = self._moves(lease, chunks)
         try:
-            with self.session.progressing():
-                for chunk in self.session.run(
+            session = self.agent.session()
+            with session.progressing():
+                for chunk in session.run(
                     "write",
                     moves,
                     lease.peer,
@@ -392,7 +394,7 @@ class Holder:
             for lease in list(self._leases.values()):
                 self._end(lease)
             self._changed.wait_for(lambda: not self._sending)  # their connections are shut down: at once
-        self.session.fence()
+        self.agent.close()
         self._keep_alive = None
 
     def _expire(self) -> None:
@@ -416,6 +418,6 @@ class Holder:
             return
         peer, lease.peer = lease.peer, None
         try:
-            self.session.disconnect(peer)
+            self.agent.session().disconnect(peer)
         except NixlError as error:  # the agent was destroyed meanwhile, and the connection with it
             logger.debug("forgetting %s: %s", peer, error)

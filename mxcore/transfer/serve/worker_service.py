@@ -76,7 +76,7 @@ class _Identity:
         return p2p_pb2.GetTensorManifestResponse(
             tensors=descriptors,
             mx_source_id=self.source_id,
-            agent_name=self.holder.session.name,
+            agent_name=self.holder.agent.name,
             worker_rank=self.worker_rank,
             accelerator=self.accelerator,
             worker_id=self.worker_id,
@@ -185,6 +185,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         offer = self._policy.to_proto(self._probe.to_proto())
         offer.chunk_port = self._chunk_port
         offer.chunk_tls = self._chunk_tls
+        offer.rdma_device = offer.rdma_device and not self._holder.agent.failed
         if self._holder.placement.device_type != "cpu":  # another process does not reach it by its address
             offer.device_memory = True
             offer.same_host_read = False
@@ -218,11 +219,12 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
                 device = _device_of(context, request) if request.device_memory else None
                 holder.open_transfer(request.lease_id, request.nixl_metadata, addresses, device)
             # Whoever has the metadata may write to the weights: only a reader that READs by an agent is given it.
-            metadata = holder.session.metadata() if reads and request.nixl_metadata and (ipc or rdma) else b""
+            by_agent = reads and request.nixl_metadata and (ipc or rdma)
+            metadata = holder.agent.session().metadata() if by_agent else b""
         placement = holder.placement
         return mx_pb2.OpenTransferResponse(
             nixl_metadata=metadata,
-            agent_name=holder.session.name,
+            agent_name=holder.agent.name,
             extents=()
             if not reads
             else (
@@ -280,7 +282,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             )
         try:
             with _as_status(context):
-                notify = request.notify and self._holder.session.notifies
+                notify = request.notify and self._holder.agent.notifies
                 written = self._holder.push(
                     request.lease_id, request.chunks, lambda: not context.is_active(), notify=notify
                 )

@@ -46,7 +46,7 @@ class ObjectSource:
                 files.append(RemoteFile(path, item["size"], etag=item["e_tag"] or ""))
         if not files:
             raise RevisionNotFound(f"{model.name} has no objects")
-        return RemoteModel(ModelKey(model, listing_revision(files)), tuple(files))
+        return RemoteModel.of(ModelKey(model, listing_revision(files)), files)
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
 

@@ -70,7 +70,8 @@ BROKEN: list[tuple[type[rules.SafetensorsError], bytes, bytes, int | None, str]]
     (rules.DuplicateKey, b'{"__metadata__":{"k":"1","\\u006b":"2"}}', b"", 34, ""),
     (rules.DuplicateKey, b'{"__metadata__":{},"__metadata__":{}}', b"", 28, ""),
     (rules.DuplicateKey, b'{"__metadata__":{},"\\u005f_metadata__":{}}', b"", 28, ""),
-    (rules.MetadataNotStrings, b'{"__metadata__":null}', b"", 24, ""),
+    (rules.MetadataNotStrings, b'{"__metadata__":nul}', b"", 24, ""),
+    (rules.DuplicateKey, b'{"__metadata__":null,"__metadata__":null}', b"", 30, ""),
     (rules.MetadataNotStrings, b'{"__metadata__":{"k":1}}', b"", 29, ""),
     (rules.MetadataNotStrings, b'{"__metadata__":{"k":{}}}', b"", 29, ""),
     (rules.MetadataNotStrings, b'{"__metadata__":{' + ONE + b"}}", b"1", None, ""),
@@ -226,7 +227,7 @@ def test_accepted_forms() -> None:
 
 
 def test_empty_headers() -> None:
-    for text in (b"{}", b"{ }", b'{"__metadata__":{}}', b'{"__metadata__":{ } }  '):
+    for text in (b"{}", b"{ }", b'{"__metadata__":{}}', b'{"__metadata__":{ } }  ', b'{"__metadata__":null}'):
         header = parse(text)
         assert header.tensors == ()
         assert header.metadata == {}

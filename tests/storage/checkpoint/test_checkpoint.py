@@ -55,8 +55,20 @@ def test_an_index_says_what_belongs_to_the_checkpoint(folder: Path) -> None:
         open_checkpoint(folder)
     write_index(folder, {"a": "x-1.safetensors", "c": "x-2.safetensors"}, "model.safetensors.index.json")
     opened = open_checkpoint(folder)
-    assert set(opened) == {"a", "c"}
+    assert set(opened) == {"a", "b", "c"}
     assert opened["a"].shape == (2,)
+
+
+def test_of_a_tensor_in_two_shards_the_index_names_the_one(folder: Path) -> None:
+    """Stale copies in reused shards (vllm#54230), and scales that no index lists (findings, rows 3 and 4)."""
+    save_file({"c": torch.ones(4), "a": torch.full((7,), 3.0), "a.scale": torch.ones(1)}, folder / "x-2.safetensors")
+    write_index(folder, WHOLE, "model.safetensors.index.json")
+    opened = open_checkpoint(folder)
+    assert set(opened) == {"a", "b", "c", "a.scale"}
+    assert opened["a"].shape == (2,)
+    write_index(folder, {"b": "x-1.safetensors", "c": "x-2.safetensors"}, "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match="both have 'a', and no index says"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +125,33 @@ def test_what_no_engine_reads_is_no_matter(folder: Path) -> None:
 def test_a_broken_header_is_the_parsers_error(folder: Path) -> None:
     (folder / "x-3.safetensors").write_bytes(b"\x00" * 16)
     with pytest.raises(SafetensorsError):
+        open_checkpoint(folder)
+
+
+NO_SAFETENSORS = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64,
+    "zip archive": b"PK\x03\x04" + bytes(64),
+    "pickle": b"\x80\x02ctorch._utils\n",
+    "GGUF": b"GGUF\x03" + bytes(64),
+    "HTML page": b"<!DOCTYPE html><html><body>Log in</body></html>",
+    "XML document": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "JSON": b'{"error": "Repository not found, or you may not see it"}',
+    "never filled": bytes(64),
+    "cut short": (100).to_bytes(8, "little") + b'{"a":',
+    "has 0 bytes": b"",
+}
+
+
+@pytest.mark.parametrize("kind", NO_SAFETENSORS)
+def test_what_is_no_safetensors_file_is_named_as_what_it_is(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(NO_SAFETENSORS[kind])
+    with pytest.raises(SafetensorsError, match=kind):
+        open_checkpoint(file)
+
+
+def test_a_file_whose_data_is_cut_is_said_to_be(folder: Path) -> None:
+    whole = (folder / "x-1.safetensors").read_bytes()
+    (folder / "x-1.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(SafetensorsError, match="cut short"):
         open_checkpoint(folder)

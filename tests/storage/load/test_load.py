@@ -18,11 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mxcore.digest import xxh3_64
-from mxcore.errors import DestinationMismatch, HostMemoryLimit, StorageError, TruncatedRead
+from mxcore.engine import lazy_weights
+from mxcore.errors import CheckpointError, DestinationMismatch, HostMemoryLimit, StorageError, TruncatedRead
 from mxcore.reading import read_ranges
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
-from mxcore.storage.load import Reader, load
+from mxcore.storage.load import Reader, load, stream
 from mxcore.storage.load.host_load import load_digested
+from mxcore.storage.load.tensor_stream import load_file
 from mxcore.storage.plan import MemoryBudget, Want, merged, parts_of
 from tests.core.safetensors.headers import entry, file_of
 from tests.storage.conftest import MODES, Maker, Tensors, same
@@ -111,14 +113,46 @@ def test_sub_byte_types_are_bytes(tmp_path: Path, mode: str) -> None:
     file = tmp_path / "f4.safetensors"
     header = {"q": entry("F4", [4, 8], 0, 16), "r": entry("F6_E2M3", [4, 4], 16, 28), "u": entry("U8", [4], 28, 32)}
     file.write_bytes(file_of(header, data))
-    q, part, r = (torch.zeros(size, dtype=torch.uint8) for size in (16, 8, 12))
-    load(open_checkpoint(file), [Want("q", q), Want("q", part, ((2, 4), (0, 8))), Want("r", r)], mode=mode)
-    assert bytes(q) == data[:16]
-    assert bytes(part) == data[8:16]
+    q, part, raw = (torch.zeros(shape, dtype=torch.uint8) for shape in ((4, 4), (2, 2), (4, 4)))
+    r = torch.zeros(12, dtype=torch.uint8)
+    pairs = q.view(torch.float4_e2m1fn_x2)
+    wants = [Want("q", pairs), Want("q", part, ((2, 4), (1, 3))), Want("q", raw), Want("r", r)]
+    load(open_checkpoint(file), wants, mode=mode)
+    assert bytes(q.flatten()) == bytes(raw.flatten()) == data[:16]
+    assert bytes(part.flatten()) == data[9:11] + data[13:15]
     assert bytes(r) == data[16:28]
-    for wrong in (((0, 4), (1, 8)), ((0, 4), (0, 4))):
+    for wrong in (((0, 4), (1, 4)), ((0, 4), (0, 2))):
         with pytest.raises(DestinationMismatch, match=r"begin and end at bytes|in a stretch"):
-            load(open_checkpoint(file), [Want("q", torch.zeros(14, dtype=torch.uint8), wrong)], mode=mode)
+            load(open_checkpoint(file), [Want("r", torch.zeros(9, dtype=torch.uint8), wrong)], mode=mode)
+
+
+def test_pairs_of_f4_and_null_metadata_come_as_safetensors_gives_them(tmp_path: Path) -> None:
+    """Small and lazy tensors, in both dimensions; `"__metadata__": null` is what MLX writes (safetensors#823)."""
+    data = bytes(range(32))
+    file = tmp_path / "f4.safetensors"
+    file.write_bytes(file_of({"__metadata__": None, "w": entry("F4", [4, 16], 0, 32)}, data))
+    with safe_open(file, "pt") as opened:
+        theirs = opened.get_tensor("w").view(torch.uint8)
+    (_, streamed), (_, lazy) = next(stream(open_checkpoint(file))), next(lazy_weights(open_checkpoint(file)))
+    whole = next(lazy_weights(open_checkpoint(file), lazy_least_bytes=1))[1]
+    part = torch.empty(2, 4, dtype=torch.float4_e2m1fn_x2)
+    part.copy_(whole[2:, 4:])
+    for ours in (streamed, lazy, load_file(file)["w"]):
+        assert (ours.dtype, ours.shape) == (torch.float4_e2m1fn_x2, theirs.shape)
+        assert torch.equal(ours.view(torch.uint8), theirs)
+    assert torch.equal(part.view(torch.uint8), theirs[2:, 4:])
+    file.write_bytes(file_of({"w": entry("F4", [2, 5], 0, 5)}, data[:5]))
+    with pytest.raises(CheckpointError, match=r"'w' is F4 \[2, 5\]"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2"])
+def test_a_type_that_torch_does_not_have_is_refused_by_name(tmp_path: Path, dtype: str) -> None:
+    file = tmp_path / "f6.safetensors"
+    file.write_bytes(file_of({"w": entry(dtype, [4, 4], 0, 12)}, bytes(12)))
+    for read in (stream, lazy_weights, lambda _: load_file(file)):
+        with pytest.raises(CheckpointError, match=f"'w' is {dtype}"):
+            list(read(open_checkpoint(file)))
 
 
 def test_one_byte_types_may_go_to_bytes(checkpoint: Checkpoint, tensors: Tensors) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mxcore.errors import HolderBusy, NixlMissing, SourceUnreachable, TransferError
+from mxcore.errors import HolderBusy, NixlError, NixlMissing, SourceUnreachable, TransferError
 from mxcore.transfer.layout import ChunkRequest, all_chunks
 from mxcore.transfer.move import Source
 from mxserver.wire import ServerUnreachable
@@ -241,7 +241,8 @@ def test_withdrawing_waits_for_readers_and_frees_memory(new_member: NewMember, c
     assert holder is not None
     lease = holder.grant()
     assert not seed.membership.withdraw(0.1)
-    assert holder.session.fenced
+    with pytest.raises(NixlError, match="stopped serving"):
+        holder.agent.session()
     assert seed.membership.endpoint is None
     record = client.get_metadata(source.source_id, source.worker_id)
     assert record is not None
@@ -292,13 +293,13 @@ def test_a_withdrawing_worker_refuses_new_readers_and_lets_the_others_end(new_me
     wait_for(lambda: holder.draining)
     with pytest.raises(SourceUnreachable, match="UNAVAILABLE"):
         late.receive([source])
-    assert not holder.session.fenced  # somebody reads
+    assert holder.live_leases == 1  # somebody reads, and goes on
     go_on.set()
     reading.join()
     withdrawing.join()
     assert drained == [True]
     assert target.is_right
-    assert holder.session.fenced
+    assert seed.membership.holder is None
 
 
 def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -> None:

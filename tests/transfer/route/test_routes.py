@@ -175,6 +175,18 @@ def test_host_memory_is_sent_over_tcp_from_where_there_is_a_chunk_port(
     assert choose_route(here, there).operation in ("read", "write")
 
 
+@pytest.mark.usefixtures("no_port")
+def test_a_list_for_rdma_leaves_our_sockets_where_there_is_no_port() -> None:
+    assert policy("auto", "rc,cuda_copy,cuda_ipc").sends
+    assert policy("tcp", "rc").sends
+    assert not policy("rdma", "rc").sends
+
+
+@pytest.mark.usefixtures("a_port")
+def test_a_list_for_rdma_keeps_our_sockets_out_where_there_is_a_port() -> None:
+    assert not policy("auto", "rc,cuda_copy,cuda_ipc").sends
+
+
 @pytest.mark.parametrize(
     ("receiver", "holder", "tls"),
     [

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,8 +46,8 @@ def test_how_many_connections_by_tls(cores: int, asked_for: int, connections: in
 def holder() -> Iterator[Holder]:
     weights = HostTensors(model_specs(), SEED)
     layout, placement = build_layout("raw", weights.local_tensors())
-    session = AgentSession("holder", tls="tcp,self", progress_thread=False)
-    made = Holder(layout, placement, session, keep_alive=weights, chunk_bytes=CHUNK_BYTES, most_readers=1)
+    make = partial(AgentSession, "holder", tls="tcp,self", progress_thread=False)
+    made = Holder(layout, placement, make, keep_alive=weights, chunk_bytes=CHUNK_BYTES, most_readers=1)
     yield made
     made.close()
 

@@ -27,12 +27,15 @@ POLICY = UcxPolicy.from_environment("tcp", {})
 SOURCE_ID, WORKER_ID = "0123456789abcdef", "worker-1"
 
 
+def new_session() -> AgentSession:
+    return AgentSession(WORKER_ID, tls=POLICY.tls)
+
+
 def new_holder(lease_seconds: float = 30.0, **changes: Any) -> Holder:
     tensors = HostTensors(model_specs(1), 3)
     layout, placement = build_layout("raw", tensors.local_tensors())
-    session = AgentSession(WORKER_ID, tls=POLICY.tls)
     return Holder(
-        layout, placement, session, keep_alive=tensors, chunk_bytes=65536, lease_seconds=lease_seconds, **changes
+        layout, placement, new_session, keep_alive=tensors, chunk_bytes=65536, lease_seconds=lease_seconds, **changes
     )
 
 
@@ -91,7 +94,7 @@ def test_digests_are_those_of_the_chunks(holder: Holder) -> None:
 def test_a_changed_byte_is_noticed_also_after_the_end(closed: bool) -> None:
     tensors = HostTensors(model_specs(1), 3)
     layout, placement = build_layout("raw", tensors.local_tensors())
-    holder = Holder(layout, placement, AgentSession(WORKER_ID, tls=POLICY.tls), chunk_bytes=65536)
+    holder = Holder(layout, placement, new_session, chunk_bytes=65536)
     if closed:
         holder.close()
     assert holder.unchanged()
@@ -104,18 +107,17 @@ def test_a_changed_byte_is_noticed_also_after_the_end(closed: bool) -> None:
 
 
 def test_extents_of_one_allocation_are_one_region(holder: Holder) -> None:
-    assert 0 < holder.regions <= len(holder.layout.extent_bytes)
+    with new_session() as session:
+        assert 0 < session.register(holder.layout, holder.placement) <= len(holder.layout.extent_bytes)
 
 
 def test_digests_of_another_count_are_refused() -> None:
-    session = AgentSession(WORKER_ID, tls=POLICY.tls)
     layout, placement = build_layout("raw", HostTensors(model_specs(1), 3).local_tensors())
     with pytest.raises(ValueError, match="8 bytes of digests"):
-        Holder(layout, placement, session, digests=ChunkDigests(b"\0" * 8, XXH3), chunk_bytes=65536)
+        Holder(layout, placement, new_session, digests=ChunkDigests(b"\0" * 8, XXH3), chunk_bytes=65536)
     device = Placement(placement.addresses, placement.device_indices, "xpu")  # type: ignore[arg-type]
     with pytest.raises(LayoutUnsupported):
-        Holder(layout, device, session)
-    session.fence()
+        Holder(layout, device, new_session)
 
 
 def test_a_lease_lives_until_it_is_released(holder: Holder) -> None:
@@ -162,25 +164,25 @@ def test_draining_ends_with_the_last_silent_reader() -> None:
 def test_the_memory_is_kept_until_it_is_closed() -> None:
     holder = new_holder()
     tensors = weakref.ref(holder._keep_alive)
-    lease = holder.grant()
+    lease, session = holder.grant(), holder.agent.session()
     gc.collect()
     assert tensors() is not None
     holder.close()
     holder.close()
     gc.collect()
     assert tensors() is None
-    assert holder.session.fenced
+    assert session.fenced
     with pytest.raises(LeaseEnded):
         holder.renew(lease.lease_id)
     with pytest.raises(NixlError):
-        holder.session.metadata()
+        holder.agent.session()
 
 
 def test_the_manifest_names_every_tensor(stubs: Stubs, holder: Holder) -> None:
     answer = stubs.worker.GetTensorManifest(p2p_pb2.GetTensorManifestRequest(mx_source_id=SOURCE_ID))
     assert {t.name for t in answer.tensors} == {t.name for t in holder.layout.tensors if t.extent is not None}
     assert (answer.worker_id, answer.worker_rank, answer.accelerator) == (WORKER_ID, 3, "cpu")
-    assert answer.agent_name == holder.session.name
+    assert answer.agent_name == ""  # nobody has needed one
     head = next(t for t in answer.tensors if t.name == "head.weight")
     assert head.dtype == "torch.float32"
     assert head.size == 100_000 // 4 * 2 * 4

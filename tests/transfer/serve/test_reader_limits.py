@@ -24,6 +24,7 @@ def test_a_reader_that_is_written_to_gets_nothing_to_write_with(stubs: Stubs, ho
     with AgentSession("receiver", tls=POLICY.fenceable, progress_thread=False) as session, session.progressing():
         session.register(layout, placement)
         lease = holder.grant()
+        assert not holder.agent.name  # nobody has needed one
         answer = stubs.transfer.OpenTransfer(
             mx_pb2.OpenTransferRequest(
                 mx_source_id=SOURCE_ID,
@@ -36,6 +37,7 @@ def test_a_reader_that_is_written_to_gets_nothing_to_write_with(stubs: Stubs, ho
         )
         assert answer.operation == mx_pb2.OPERATION_WRITE
         assert (answer.nixl_metadata, list(answer.extents)) == (b"", [])
+        assert holder.agent.name == answer.agent_name != ""
         holder.release(lease.lease_id)
 
 
