@@ -11,7 +11,8 @@
     │   ├── ModeUnavailable   MX_READ_MODE            the read mode that was asked for does not work here
     │   └── ObjectStoreError  MX_OBJECT_STORE         an object store gave no bytes, or not these
     │       ├── ObjectMissing     MX_OBJECT_MISSING       no such bucket, prefix or object
-    │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are absent, wrong or too weak
+    │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are wrong or too weak
+    │       ├── ObjectCredentials MX_OBJECT_CREDENTIALS   credentials that are absent or have expired
     │       ├── WrongRegion       MX_OBJECT_REGION        the bucket lies in another region
     │       ├── StoreUnreachable  MX_OBJECT_ENDPOINT      no such endpoint, or none that speaks this protocol
     │       ├── StoreTimeout      MX_OBJECT_TIMEOUT       no answer in time, or it broke off, again and again
@@ -112,9 +113,15 @@ class ObjectMissing(ObjectStoreError):
 
 
 class ObjectDenied(ObjectStoreError):
-    """The store refuses these credentials, or there are none."""
+    """The store refuses these credentials."""
 
     code = "MX_OBJECT_DENIED"
+
+
+class ObjectCredentials(ObjectStoreError):
+    """There are no credentials, or they have expired."""
+
+    code = "MX_OBJECT_CREDENTIALS"
 
 
 class WrongRegion(ObjectStoreError):

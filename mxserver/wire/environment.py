@@ -91,6 +91,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
     Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
     Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
+    Variable("MX_DOWNLOAD_IGNORE", "server", "files of models that are not downloaded: patterns, auto or none"),
+    Variable("MX_DOWNLOAD_ALLOW", "server", "patterns of the only files of models that are downloaded"),
     # Certificates: the same names on both sides.
     Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),
     Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate"),
