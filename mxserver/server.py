@@ -71,7 +71,14 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         settings.cache_lease_seconds,
         settings.file_sources,
         settings.model_sources,
+        ignore=_ignored(settings.download_ignore),
+        allow=settings.download_allow,
     )
+
+
+def _ignored(patterns: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The patterns of MX_DOWNLOAD_IGNORE; None is auto."""
+    return None if patterns == ("auto",) else () if patterns == ("none",) else patterns
 
 
 class Server:

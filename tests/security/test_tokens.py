@@ -369,5 +369,5 @@ def test_storage_is_read_for_nobody_else(server: Server, client_with: Callable[[
     worker, other = client_with(TOKENS["worker"]), client_with(TOKENS["other"])
     worker.publish(IDENTITY, WORKER, "w")
     with pytest.raises(ServerRefused, match=r"PERMISSION_DENIED.*published by another caller"):
-        other.take_storage_turn(SOURCE, "w", 0)
-    worker.take_storage_turn(SOURCE, "w", 0)
+        other.take_storage_turn(SOURCE, 0, "w")
+    worker.take_storage_turn(SOURCE, 0, "w")
