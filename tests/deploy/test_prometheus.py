@@ -192,7 +192,8 @@ def test_every_panel_and_alert_has_an_answer(web: WebServer, prometheus: Prometh
     for title, expression in panels():
         expression = expression.replace("$job", "mxserver").replace("$__rate_interval", "1m")
         found = prometheus.query(expression)
-        assert found or 'code!="OK"' in expression, f"{title}: {expression}"
+        # None failed, and this server has no certificate.
+        assert found or 'code!="OK"' in expression or "certificate" in expression, f"{title}: {expression}"
     prometheus.wait_until(
         lambda: all(rule["health"] == "ok" for rule in prometheus.rules()), "all rules were evaluated"
     )

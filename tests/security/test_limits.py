@@ -104,7 +104,9 @@ def test_calls_beyond_the_limit_are_refused_and_not_queued(start_server: StartSe
         ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client,
         socket.create_connection(("127.0.0.1", server.port)) as other,
     ):
-        other.sendall(half_of_a_call())  # holds the one call, once it has arrived
+        other.sendall(half_of_a_call())
+        while not server._grpc._state.active_rpc_count:  # type: ignore[attr-defined] # it holds the one call by then
+            assert other.fileno() >= 0
         assert "RESOURCE_EXHAUSTED" in next(refusal for _ in range(10_000) if (refusal := _refusal(client)))
         other.close()
         assert any(not _refusal(client) for _ in range(10_000)), "the call that was cut is still counted"
