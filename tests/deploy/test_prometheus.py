@@ -186,6 +186,7 @@ def test_every_panel_and_alert_has_an_answer(web: WebServer, prometheus: Prometh
             lambda: (
                 client.list_sources() != []
                 and prometheus.query("rate(mxserver_call_duration_seconds_count[1m]) > 0") != []
+                and prometheus.query('rate(mxserver_call_duration_seconds_count{method=~".*UpdateStatus"}[1m])') != []
             ),
             "calls have a rate",
         )
