@@ -145,6 +145,11 @@ VARIABLES: tuple[Variable, ...] = (
         "worker",
         "connections to one source, a core each on either side; 0: half as many as cores, at most 4",
     ),
+    Variable(
+        "MX_CHUNK_TLS",
+        "worker",
+        "auto: weights go by TLS between workers that have certificates; off: in clear, as without certificates",
+    ),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),
