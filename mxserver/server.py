@@ -75,7 +75,14 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
         settings.cache_lease_seconds,
         settings.file_sources,
+        ignore=_ignored(settings.download_ignore),
+        allow=settings.download_allow,
     )
+
+
+def _ignored(patterns: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The patterns of MX_DOWNLOAD_IGNORE; None is auto."""
+    return None if patterns == ("auto",) else () if patterns == ("none",) else patterns
 
 
 class Server:

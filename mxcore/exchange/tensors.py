@@ -66,7 +66,7 @@ def described(tensors: Mapping[str, Any], *, gaps: bool = False) -> list[LocalTe
 
 def synchronize(tensors: Mapping[str, Any]) -> None:
     """Waits for what was queued on the devices of torch tensors."""
-    devices = {tensor.device for tensor in tensors.values() if _is_torch(tensor) and tensor.device.type != "cpu"}
+    devices = {tensor.device for tensor in tensors.values() if _is_torch(tensor) and tensor.device.type == "cuda"}
     for device in devices:
         sys.modules["torch"].accelerator.synchronize(device)
 
