@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import grpc
 
 from mxserver.models import DownloadJob, OpenCache
+from mxserver.readiness import Readiness
 from mxserver.security import Authenticator
-from mxserver.store import SourceStore, StoreUnavailable, SystemClock
+from mxserver.store import SourceStore, SystemClock
 from mxserver.telemetry import (
     Events,
     Loads,
@@ -35,7 +36,7 @@ Traces = Literal["off", "otlp"]
 class Operations:
     """Made before the services, which report to it. Thread-safe.
 
-    The server is ready between `open` and `leave`, while its store works.
+    The server is ready between `open` and `leave`, while its readiness finds nothing.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Operations:
             self._provider = provider or tracing.otlp_provider()
             arounds.append(tracing.call_spans(self._provider))
         self.interceptors: tuple[grpc.ServerInterceptor, ...] = (ObservingInterceptor(arounds, on_unknown_method),)
+        self.readiness = Readiness(self.store)
         self._state_lock = threading.Lock()
         self._state = "starting"
         self._http: HttpServer | None = None
@@ -110,7 +112,9 @@ class Operations:
             cache=self._cache_view,
         )
         self.metrics.scrape_from(view.observation, look_at_server)
-        app = application(self.metrics.registry, view, self.not_ready, authenticator, names)
+        app = application(
+            self.metrics.registry, view, self.not_ready, authenticator, names, not_alive=self.readiness.not_alive
+        )
         self._http = HttpServer(host, port, app, tls)
         self._http.start()
         return self._http.port
@@ -132,17 +136,14 @@ class Operations:
             state = self._state
         if state != "open":
             return state
-        try:
-            self.store.check()
-        except StoreUnavailable as error:
-            return f"the store does not work: {error}"
-        return None
+        return self.readiness.not_ready()
 
     def close(self) -> None:
         """Releases the port and sends the remaining traces. Idempotent."""
         self.leave()
         if self._http is not None:
             self._http.stop()
+        self.readiness.close()
         if self._provider is not None:
             self._provider.shutdown()
             self._provider = None

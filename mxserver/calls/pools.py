@@ -24,6 +24,8 @@ _MODELS = "/model_express.model.ModelService/"
 _CACHE = "/model_express.mx.CacheService/"
 
 _PUBLISH = f"{_P2P}PublishMetadata"
+_UPDATE = f"{_P2P}UpdateStatus"
+_PROBE = "/model_express.mx.Probe/"
 
 
 class Kind(NamedTuple):
@@ -36,8 +38,11 @@ class Kind(NamedTuple):
 
 
 POOLS: dict[str, Kind] = {
-    "heartbeats": Kind(16, frozenset({f"{_P2P}UpdateStatus"})),
-    "health": Kind(4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
+    "heartbeats": Kind(16, frozenset({_UPDATE, f"{_PROBE}Heartbeat"})),
+    "health": Kind(
+        4,
+        frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check", f"{_PROBE}Call"}),
+    ),
     "listings": Kind(16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
     "publishes": Kind(64, frozenset({_PUBLISH}), 2, 5.0),  # wait for a disk: as many as one commit can take
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
@@ -62,7 +67,8 @@ class PoolInterceptor(HandlerInterceptor):
     the server has stopped.
     """
 
-    def __init__(self, limits: ServerLimits = DEFAULT) -> None:
+    def __init__(self, update_waits: Callable[[bytes], bool], limits: ServerLimits = DEFAULT) -> None:
+        """`update_waits`: whether an update of a status will wait for a disk; that is a publish's way then."""
         super().__init__()
         self._limits = limits
         self._pools = {
@@ -71,6 +77,7 @@ class PoolInterceptor(HandlerInterceptor):
             )
             for name, kind in POOLS.items()
         }
+        self._pools["heartbeats"].hands_over(update_waits, self._pools["publishes"])
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return True

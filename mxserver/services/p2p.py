@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from mxserver.calls import refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
@@ -191,6 +192,17 @@ class P2pService:
     def _model_name(self, key: RecordKey) -> str:
         record = self._store.get(key.source_id, key.worker_id)
         return record.model_name if record is not None else ""
+
+
+def update_waits(store: SourceStore, serialized: bytes) -> bool:
+    """Whether the update of a status, as a request's bytes, will wait for a disk."""
+    try:
+        request = p2p_pb2.UpdateStatusRequest.FromString(serialized)
+        return store.waits_for_disk(
+            RecordKey(request.mx_source_id, request.worker_id, request.worker_rank), request.status
+        )
+    except (DecodeError, StoreUnavailable):
+        return False  # refused where it is
 
 
 def _name(status: p2p_pb2.SourceStatus.ValueType) -> str:

@@ -191,11 +191,6 @@ class RecordIndex:
                     stale.append(view)
         return stale, gone
 
-    def extend(self, seconds: float) -> None:
-        with self._lock:
-            for entry in self._entries.values():
-                entry.renewed_at += seconds
-
     def _view(self, entry: _Entry, now: float) -> SourceRecord | None:
         stale_since = entry.stale_since(self._leases)
         if now < stale_since:

@@ -131,12 +131,15 @@ class SourceStore(ABC):
         """Writes down what time has changed. Returns how many records became STALE, and how many were deleted."""
 
     @abstractmethod
-    def extend_leases(self, seconds: float) -> None:
-        """Extends every lease by this time, in which the server could not receive heartbeats."""
-
-    @abstractmethod
     def check(self) -> None:
-        """Raises StoreUnavailable while the store does not work."""
+        """Raises StoreUnavailable while the store does not work; StoreEnded when it will not work again.
+
+        A disk that is slow is none of that, until it has not answered for as long as callers wait.
+        """
+
+    def waits_for_disk(self, key: RecordKey, status: Status) -> bool:
+        """Whether an update to this status would wait for a disk. Only a guess: the record may change meanwhile."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

@@ -50,10 +50,6 @@ class MemoryStore(SourceStore):
     def sweep(self) -> tuple[int, int]:
         return self._change(Batch.sweep)
 
-    def extend_leases(self, seconds: float) -> None:
-        self.check()
-        self._index.extend(seconds)
-
     def check(self) -> None:
         if self._closed:
             raise StoreUnavailable("the store is closed: the server is shutting down")

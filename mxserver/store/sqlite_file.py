@@ -198,6 +198,17 @@ class SqliteFile:
                 self._connection.rollback()
             raise StoreUnavailable(f"writing to {self.path} failed: {error}") from error
 
+    def try_transaction(self) -> None:
+        """Begins a transaction and ends it: nothing is written. Raises StoreUnavailable."""
+        self.require_in_place()
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise StoreUnavailable(f"{self.path} cannot be written to: {error}") from error
+
     def require_in_place(self) -> None:
         """Raises StoreUnavailable when the path names another file now: further writes would be lost."""
         try:

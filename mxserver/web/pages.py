@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from prometheus_client import CollectorRegistry
@@ -59,16 +59,21 @@ def application(
     not_ready: Callable[[], str | None],
     authenticator: Authenticator | None = None,
     names: tuple[str, ...] = (),
+    *,
+    not_alive: Callable[[], str | None] = lambda: None,
 ) -> ASGIApp:
-    """All pages. `not_ready` returns why the server is not ready, or None. Without an authenticator all is open."""
+    """All pages. Without an authenticator all is open.
 
-    async def livez(_: Request) -> Response:
-        """Runs without a thread, so that it answers also while all threads wait for the store."""
-        return PlainTextResponse("ok\n")
+    `not_ready` returns why the server is not ready, or None, `not_alive` why only a restart helps. Neither waits: both
+    are answered without a thread, also while all threads wait for the store.
+    """
 
-    def readyz(_: Request) -> Response:
-        reason = not_ready()
-        return PlainTextResponse("ok\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
+    def probe(problem: Callable[[], str | None]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(_: Request) -> Response:
+            reason = problem()
+            return PlainTextResponse("ok\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
+
+        return answer
 
     def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -81,7 +86,7 @@ def application(
         return JSONResponse(view.as_json(min(int(text), MOST_WORKERS)))
 
     guarded = {"/": _asset(*PAGE), "/status": status}
-    routes = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+    routes = [Route("/livez", probe(not_alive)), Route("/readyz", probe(not_ready)), Route("/metrics", metrics)]
     routes += [Route(path, _asset(*asset)) for path, asset in ASSETS.items()]
     routes += [Route(path, _guarded(endpoint, authenticator, names)) for path, endpoint in guarded.items()]
     return with_headers(routes)

@@ -307,15 +307,6 @@ return {stale, gone, #due}
 """
 )
 
-EXTEND = (
-    _PRELUDE
-    + """
-redis.call('HINCRBY', CLOCK, 'x', ARGV[7])
-keep_clock(true)
-return {}
-"""
-)
-
 JOIN = (
     _PRELUDE
     + """

@@ -208,9 +208,6 @@ class RedisStore(SourceStore):
             if looked_at < RECORDS_PER_SCRIPT:
                 return stale, gone
 
-    def extend_leases(self, seconds: float) -> None:
-        self._run(scripts.EXTEND, _ms(seconds))
-
     def check(self) -> None:
         self._run(scripts.CHECK)
 

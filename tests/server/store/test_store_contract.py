@@ -309,15 +309,6 @@ def test_goodbye_is_stale_at_once_and_repeating_it_does_not_prolong_it(store: So
     assert status_of(store) is None
 
 
-def test_leases_are_extended(store: SourceStore, clock: HandClock) -> None:
-    store.publish(publication(status=READY))
-    clock.advance(HEARTBEAT_SECONDS + 100)
-    store.extend_leases(101)
-    assert status_of(store) == READY
-    clock.advance(1)
-    assert status_of(store) == STALE
-
-
 @pytest.mark.parametrize("swept", [False, True])
 def test_goodbye_in_the_place_of_a_record_that_is_gone_is_a_new_one(
     store: SourceStore, clock: HandClock, swept: bool
@@ -453,7 +444,6 @@ def test_closed_store_is_unavailable_and_not_empty(store: SourceStore) -> None:
         lambda: store.get(*key()[:2]),
         lambda: store.publish(publication()),
         lambda: store.update_status(key(), READY),
-        lambda: store.extend_leases(1),
         store.sweep,
         store.check,
     ):

@@ -143,19 +143,6 @@ class StoreMachine(RuleBasedStateMachine):
     def sweep(self) -> None:
         self.store.sweep()
 
-    @rule(seconds=st.sampled_from([1.0, 200.0]))
-    def was_stopped(self, seconds: float) -> None:
-        """As the ticker does it: sweeps have come before, so that only who is alive gets more time."""
-        self.store.sweep()
-        self.clock.advance(seconds)
-        self.store.extend_leases(seconds)
-        for record_key, expected in self.model.items():
-            swept = expected.at(self.clock.seconds - seconds) == STALE
-            if swept and expected.stale_since is None:
-                expected.stale_since = expected.alive_until
-            if self.model[record_key].stale_since is None:
-                expected.alive_until += seconds
-
     @rule()
     def restart(self) -> None:
         self.store.sweep()
