@@ -16,7 +16,6 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
-from mxserver.default_paths import default_cache_directory, default_store_path
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.setting_values import (
     BYTES_RULE,
@@ -27,6 +26,8 @@ from mxserver.setting_values import (
     ModelSourceName,
     Seconds,
     ServiceAccount,
+    default_cache_directory,
+    default_store_path,
     folders,
     listed,
     lower,
