@@ -42,6 +42,7 @@
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
         │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ went over a transport that is not one-sided
         │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the holder's chunk port cannot be reached
+        │   ├── NotEncrypted  MX_NOT_ENCRYPTED        it would send in clear, or TLS to it fails
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
         ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
@@ -313,6 +314,12 @@ class NoChunkPort(SourceRefused):
     """The holder's chunk port cannot be reached, or does not answer; the holder can still WRITE."""
 
     code = "MX_NO_CHUNK_PORT"
+
+
+class NotEncrypted(SourceRefused):
+    """The holder gives chunks in clear only, or no TLS connection to it comes about; this worker takes them by TLS."""
+
+    code = "MX_NOT_ENCRYPTED"
 
 
 class SourceBusy(SourceRefused):
