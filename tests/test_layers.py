@@ -39,6 +39,7 @@ GUARDED = {"mxcore", "mxserver", "vllm_plugin", "vllm", "torch", "tests", "bench
 # Lower ones first: a package imports only what stands before it here.
 ORDER = (
     "mxserver.wire",
+    "mxserver.wire.stores",
     "mxserver.wire.proto",
     "mxserver.wire.credentials",
     "mxserver.wire.calls",

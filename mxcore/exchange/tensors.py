@@ -66,7 +66,7 @@ def described(tensors: Mapping[str, Any], *, gaps: bool = False) -> list[LocalTe
 
 def synchronize(tensors: Mapping[str, Any]) -> None:
     """Waits for what was queued on the devices of torch tensors."""
-    devices = {tensor.device for tensor in tensors.values() if _is_torch(tensor) and tensor.device.type != "cpu"}
+    devices = {tensor.device for tensor in tensors.values() if _is_torch(tensor) and tensor.device.type == "cuda"}
     for device in devices:
         sys.modules["torch"].accelerator.synchronize(device)
 
@@ -110,6 +110,7 @@ class NewTensors:
         """Sets `_bytes`; returns its address and the index of its device."""
         if self.device != "cpu":
             self._bytes = self._module.empty(size_bytes, dtype=self._module.uint8, device=self.device)
+            self._module.cuda.synchronize(self.device)  # what is queued may still write there
             return self._bytes.data_ptr(), self._bytes.device.index or 0
         buffer = HostBuffer(size_bytes)
         address = buffer.address

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,8 +28,9 @@ from mxserver.models.errors import (
 )
 from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
 from mxserver.models.record import ModelRecord
-from mxserver.models.sources import ModelSource, RemoteModel, is_disk_full
+from mxserver.models.sources import AllowedSources, ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
+from mxserver.wire import left_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class DownloadJob:
         self.model = model
         self.revision = revision
         self.ignore_weights = ignore_weights
+        self.left_out = ""  # what the provider has and is not downloaded
         self.callers = 0  # of `Downloads`, under its lock
         self._changed = threading.Condition()
         self._state = JobState()
@@ -110,9 +112,14 @@ class Downloads:
         *,
         retry: RetryPolicy | None = None,
         ended: Callable[[DownloadJob], None] = lambda _: None,
+        allowed: AllowedSources | None = None,
+        leave_out: Callable[[Collection[str]], frozenset[str]] = left_out,
     ) -> None:
-        """`ended` is called with every job that has ended, from its thread."""
+        """`ended` is called with every job that has ended, from its thread; `leave_out` says which of a model's files
+        are not for download."""
+        self._leave_out = leave_out
         self._ended = ended
+        self._allowed = allowed or AllowedSources()
         self._cache = cache
         self._sources = sources
         self._retry = retry or RetryPolicy()
@@ -126,7 +133,9 @@ class Downloads:
 
         Raises:
             DownloadsFull: too many wait already.
+            SourceNotAllowed: the server may not download from there.
         """
+        self._allowed.require(model)
         wanted = (model, revision, ignore_weights)
         with self._lock:
             job = self._jobs.get(wanted)
@@ -194,7 +203,8 @@ class Downloads:
                 raise Stopped(f"{job.model}: nobody waited for it")
             if job.state().began:
                 _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
-            end: dict[str, object] = {"phase": "done", "message": "in the cache", "revision": record.key.revision}
+            message = f"in the cache; left out: {job.left_out}" if job.left_out else "in the cache"
+            end: dict[str, object] = {"phase": "done", "message": message, "revision": record.key.revision}
             end["progress"] = replace(
                 job.state().progress,
                 bytes_done=record.size_bytes,
@@ -239,6 +249,7 @@ class Downloads:
             remote = self._resolve(source, job)
         except DownloadFailed as error:
             return self._cached_instead(job, error)
+        remote = self._reduced(remote, job)
         job.show(revision=remote.key.revision)
         check_paths(job.model, [file.path for file in remote.files])
         self._check_complete(remote, job)
@@ -311,6 +322,21 @@ class Downloads:
         _LOG.warning("the cached revision is used model=%s reason=%s", record.key, error)
         self._cache.touch(record.key)
         return record
+
+    def _reduced(self, remote: RemoteModel, job: DownloadJob) -> RemoteModel:
+        """The model without what is left out of downloads, which the job's last message will say."""
+        found = {file.path: file for file in remote.files}
+        out = self._leave_out({*found, *(remote.listed or ())})
+        if not out:
+            return remote
+        total_bytes = sum(found[name].size or 0 for name in out if name in found)
+        job.left_out = f"{len(out)} files of {total_bytes} bytes ({some(out)}), by MX_DOWNLOAD_IGNORE"
+        _LOG.info("left out of the download model=%s: %s", remote.key, job.left_out)
+        return replace(
+            remote,
+            files=tuple(file for file in remote.files if file.path not in out),
+            listed=None if remote.listed is None else tuple(name for name in remote.listed if name not in out),
+        )
 
     def _check_complete(self, remote: RemoteModel, job: DownloadJob) -> None:
         """Raises DownloadFailed where weights cannot be had; other files that are listed are left out, and named."""

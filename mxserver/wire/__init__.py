@@ -26,6 +26,7 @@ from mxserver.wire.errors import (
     StaleEpoch,
     WireError,
 )
+from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
 from mxserver.wire.unique_path import unique_beside
@@ -50,6 +51,7 @@ __all__ = [
     "environment",
     "is_host",
     "is_kubernetes_value",
+    "left_out",
     "misspelt",
     "nearest",
     "open_regular_below",

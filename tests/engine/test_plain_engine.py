@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore.engine import Engine, leave, load  # noqa: E402
 from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
+from mxcore.storage.remote import LocalFolder, listing_commit, place_of_state  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
@@ -229,3 +230,14 @@ def test_a_checkpoint_replaced_meanwhile_is_offered_as_what_was_read_or_not_at_a
     assert json.loads(report.read_text())["path"] == path
     write_checkpoint(folder)
     assert answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"])) == old
+
+
+def test_weights_of_another_state_than_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
+    """The configuration was read of MX_MODEL_URI, which was changed before the weights are."""
+    listed = LocalFolder(folder).files
+    state = place_of_state(tmp_path / "hub", "uri", listing_commit(listed), lambda to: (to / "config.json").touch())
+    given = {"model_uri": f"file://{folder}", "load_paths": "uri"}
+    load(PlainEngine(state, given), ROLES["both"])
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(LoadPathsExhausted, match="has changed since the configuration was read"):
+        load(PlainEngine(state, given), ROLES["both"])

@@ -32,7 +32,7 @@ FILES = {
     "README.md": b"",
     "model-00001-of-00002.safetensors": pattern(3_000_001, 1),
     "model-00002-of-00002.safetensors": pattern(1_500_000, 2),
-    "original/nested/tokenizer.json": pattern(20_000, 3),
+    "extra/nested/tokenizer.json": pattern(20_000, 3),
 }
 WEIGHTS = {path for path in FILES if path.endswith(".safetensors")}
 REPOSITORY = "org/tiny-1.0"

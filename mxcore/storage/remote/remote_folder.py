@@ -212,12 +212,15 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
 
     A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
-    from mxserver.wire import path_problem, unique_beside
+    from mxserver.wire import left_out, path_problem, unique_beside
     from mxserver.wire.files import full_disk_is_told
 
     count = 0
+    out = left_out([file.path for file in folder.files])
     for file in folder.files:
-        if not is_small(file.path) or file.size_bytes > SMALL_FILE_BYTES or file.path.endswith(INDEX_SUFFIX):
+        if file.path in out or file.path.endswith(INDEX_SUFFIX):
+            continue
+        if not is_small(file.path) or file.size_bytes > SMALL_FILE_BYTES:
             continue
         if problem := path_problem(file.path):
             raise CheckpointError(f"{folder.name} has {file.path[:200]!r}, which is refused: {problem}")

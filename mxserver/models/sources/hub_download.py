@@ -194,6 +194,14 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _retry_after(response: Any) -> float:
-    """Retry-After in seconds (RFC 9110, 10.2.3); 0 without one, and for the form with a date."""
+    """How long the hub asks to wait, in seconds; 0 where it does not say.
+
+    By Retry-After (RFC 9110, 10.2.3; not the form with a date), or by RateLimit (draft-ietf-httpapi-ratelimit-headers),
+    which is what the hub sends: the time until its window of 300 s ends.
+    """
     text = str(response.headers.get("Retry-After", ""))
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+    if text.isascii() and text.isdigit() and len(text) < 6:
+        return float(text)
+    parse = getattr(_hub().utils, "parse_ratelimit_headers", None)  # huggingface_hub 1.2 and later
+    limit = parse(response.headers) if parse is not None else None
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else 0.0

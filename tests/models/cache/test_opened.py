@@ -22,7 +22,7 @@ from mxserver.models.downloads import Downloads
 from mxserver.models.errors import CacheUnusable, DownloadInterrupted, LeaseLost, ModelInUse, ModelNotCached
 from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
-from mxserver.settings import default_cache_directory
+from mxserver.setting_values import default_cache_directory
 from mxserver.wire import ServerRefused
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2
