@@ -15,6 +15,9 @@ UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 
 
+CLOCK_SET_BACK_MS = 7 * 24 * 3600 * 1000
+"""A live worker of a file that was lost may have an epoch that is so far above a clock that was set back since."""
+
 Waiting = TypeVar("Waiting")
 
 
@@ -61,8 +64,9 @@ class Batch:
     def publish(self, publication: Publication) -> SourceRecord:
         """Raises StaleEpoch and NotOwner."""
         key = publication.key
-        # An earlier file's epochs are not above the time. Those above both were never given, and need not fit a column.
-        last = max(self._epochs.last, self._clock.unix_ms())
+        # An earlier file's epochs are not above the time that the clock had then. Those above both were never given,
+        # and need not fit a column.
+        last = max(self._epochs.last, self._clock.unix_ms() + CLOCK_SET_BACK_MS)
         if publication.epoch > last:
             raise never_given(key, publication.epoch, last)
         current = self._current(key)
@@ -72,6 +76,7 @@ class Batch:
         status = publication.status
         if status == UNKNOWN:
             status = INITIALIZING if current is None or current.status == STALE else current.status
+        self._epochs.last = max(self._epochs.last, publication.epoch)
         epoch = self._epochs.next()
         record = SourceRecord(
             key=key,

@@ -19,9 +19,15 @@ STALE = p2p_pb2.SOURCE_STATUS_STALE
 
 
 def require_epoch(record: SourceRecord, epoch: int) -> None:
-    """Raises StaleEpoch when the epoch is of an earlier life than the record's. 0 means no epoch, and passes."""
+    """Raises StaleEpoch when the epoch is not of the record's present life. 0 means no epoch, and passes.
+
+    One above the record's last was not given to it: an earlier life has it from a file that was lost, when the clock
+    was later than it is now.
+    """
     if 0 < epoch < record.life:
         raise stale_epoch(record.key, epoch, record.life)
+    if epoch > record.epoch:
+        raise never_given(record.key, epoch, record.epoch)
 
 
 def stale_epoch(key: RecordKey, epoch: int, life: int) -> StaleEpoch:

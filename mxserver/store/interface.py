@@ -4,8 +4,9 @@ Rules that every store holds (tests/server/store_contract.py runs them against e
 
 - A publish makes or replaces the record of (source, worker, rank) and gets an epoch that is greater than all before
   it, also across restarts. A publish without an epoch (0) begins a new life of the worker; one that carries an epoch
-  continues the life that got this epoch. A publish or an update that carries an epoch of an earlier life is refused.
-  Any epoch of the present life is accepted, because the answer with the newest one may have been lost.
+  continues the life that got this epoch. A publish or an update that carries an epoch of an earlier life is refused,
+  and so is one above the record's last, which was not given to it. Any other is accepted, because the answer with the
+  newest one may have been lost.
 - Where callers are known (`owner`), a record belongs to the caller that published it: nobody else changes it.
 - A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
 - A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE

@@ -110,9 +110,10 @@ local function row(name)
 end
 
 local function refusal(name, epoch, owner)
-  local rec = redis.call('HMGET', P .. 'rec:' .. name, 'f', 'o')
+  local rec = redis.call('HMGET', P .. 'rec:' .. name, 'f', 'o', 'e')
   if owner ~= '' and rec[2] ~= '' and rec[2] ~= owner then return {'owner'} end
   if epoch > 0 and epoch < tonumber(rec[1]) then return {'epoch', rec[1]} end
+  if epoch > tonumber(rec[3]) then return {'never', rec[3]} end
   return nil
 end
 """

@@ -71,7 +71,9 @@ class StoreMachine(RuleBasedStateMachine):
         return expected.at(self.clock.seconds) if expected else None
 
     def is_refused(self, record_key: RecordKey, epoch: int) -> bool:
-        return self.status(record_key) is not None and 0 < epoch < self.model[record_key].life
+        if self.status(record_key) is None or not epoch:
+            return False
+        return not self.model[record_key].life <= epoch <= self.model[record_key].epoch
 
     @rule(target=epochs, record_key=st.sampled_from(KEYS), status=st.sampled_from([0, INITIALIZING, READY, STALE]))
     def publish(self, record_key: RecordKey, status: int) -> int:
