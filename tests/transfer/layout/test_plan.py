@@ -202,3 +202,19 @@ def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance:
             elif chance.random() < 0.3:
                 plan.give_back(name, chunk)
     assert sorted(done) == list(range(count))
+
+
+def test_a_plan_of_some_chunks_ends_with_these() -> None:
+    plan = SwarmPlan(8, 100, only=chunk_set([2, 5]))
+    plan.add_holder("a", chunk_set([2, 3]))
+    plan.add_holder("b", all_chunks(8))
+    assert plan.wanted("a").chunks == chunk_set([2])
+    assert plan.claim("a", [2, 3], 0.0) == ([2], [3])  # what is not wanted is declined
+    plan.done("a", 2, 1.0)
+    assert not plan.finished
+    assert plan.can_do_without("a")
+    assert not plan.can_do_without("b")
+    assert plan.claim("b", [5], 1.0) == ([5], [])
+    plan.done("b", 5, 2.0)
+    assert plan.finished
+    assert SwarmPlan(8, 100, only=0).finished
