@@ -107,19 +107,24 @@ class Honest:
         assert answer.success, answer.message
         self.published[name] = answer.epoch
 
-    def _beat(self, name: str) -> None:
-        answer = self._p2p.UpdateStatus(
-            p2p_pb2.UpdateStatusRequest(
-                mx_source_id=self._source, worker_id=name, status=READY, epoch=self.published[name]
-            ),
-            metadata=self._metadata,
-            timeout=CALL_SECONDS,
-        )
-        assert answer.success, answer.message
+    def _beat(self, *names: str) -> None:
+        calls = [
+            self._p2p.UpdateStatus.future(
+                p2p_pb2.UpdateStatusRequest(
+                    mx_source_id=self._source, worker_id=name, status=READY, epoch=self.published[name]
+                ),
+                metadata=self._metadata,
+                timeout=CALL_SECONDS,
+            )
+            for name in names
+        ]
+        for call in calls:
+            answer = call.result()
+            assert answer.success, answer.message
 
     def _beat_all(self) -> None:
-        for name in list(self.published):
-            self._beat(name)
+        """All at once: each is a worker of its own."""
+        self._beat(*self.published)
 
     def _list(self) -> None:
         """Every worker that was published before is there, and READY."""
