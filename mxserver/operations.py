@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
@@ -12,7 +13,15 @@ from mxserver.models import DownloadJob, OpenCache
 from mxserver.readiness import Readiness
 from mxserver.security import Authenticator
 from mxserver.store import SourceStore, SystemClock
-from mxserver.telemetry import Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
+from mxserver.telemetry import (
+    Events,
+    Loads,
+    Metrics,
+    ObservedStore,
+    ObservingInterceptor,
+    ServerObservation,
+    call_metrics,
+)
 from mxserver.web import CacheView, HttpServer, StatusView, application
 from mxserver.wire.credentials import ServerTls
 
@@ -85,10 +94,13 @@ class Operations:
         *,
         tls: ServerTls | None = None,
         authenticator: Authenticator | None = None,
+        look_at_server: Callable[[], ServerObservation] | None = None,
+        names: tuple[str, ...] = (),
     ) -> int:
         """Starts to answer HTTP (with `tls`, HTTPS), as not ready yet. Returns the port. Call once.
 
-        With an authenticator, pages that name models and workers need a token. Raises OSError and SettingError.
+        With an authenticator, pages that name models and workers need a token; without one, they are shown under
+        `names` and those of web.pages.is_own_name alone. Raises OSError and SettingError.
         """
         view = StatusView(
             self.store,
@@ -99,9 +111,9 @@ class Operations:
             facts=facts,
             cache=self._cache_view,
         )
-        self.metrics.scrape_from(view.observation)
+        self.metrics.scrape_from(view.observation, look_at_server)
         app = application(
-            self.metrics.registry, view, self.not_ready, authenticator, not_alive=self.readiness.not_alive
+            self.metrics.registry, view, self.not_ready, authenticator, names, not_alive=self.readiness.not_alive
         )
         self._http = HttpServer(host, port, app, tls)
         self._http.start()

@@ -37,8 +37,10 @@ from mxserver.services import (
 )
 from mxserver.settings import ServerSettings
 from mxserver.store import Clock, HeardClock, Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
+from mxserver.telemetry import ServerObservation
 from mxserver.wire import MxError
-from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.credentials import certificate_not_after
+from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
 
@@ -62,10 +64,10 @@ def open_store(settings: ServerSettings, clock: Clock | None = None) -> SourceSt
     if settings.store == "redis":
         from mxserver.store.redis import RedisStore  # needs a package that other stores do not
 
-        return RedisStore(settings.effective_redis_url, leases)
+        return RedisStore(settings.effective_redis_url, leases, limits=settings.limits)
     if settings.store == "memory":
-        return MemoryStore(leases, clock)
-    return SqliteStore(settings.store_path, leases, clock)
+        return MemoryStore(leases, clock, settings.limits)
+    return SqliteStore(settings.store_path, leases, clock, settings.limits)
 
 
 def cache_settings(settings: ServerSettings) -> CacheSettings:
@@ -75,6 +77,7 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
         settings.cache_lease_seconds,
         settings.file_sources,
+        settings.model_sources,
         ignore=_ignored(settings.download_ignore),
         allow=settings.download_allow,
     )
@@ -99,6 +102,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._tls = settings.tls
         self._health = StandardHealth()
         self._clock = HeardClock(settings.heartbeat_timeout_seconds)
         store = open_store(settings, self._clock)
@@ -109,7 +113,7 @@ class Server:
             store.close()
             raise
         self._store: SourceStore = self._operations.store
-        self._pools = PoolInterceptor(functools.partial(update_waits, self._store))
+        self._pools = PoolInterceptor(functools.partial(update_waits, self._store), settings.limits)
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
         self._operations.show_cache(self._cache)
         self._files: FilesPort | None = None
@@ -150,13 +154,26 @@ class Server:
         facts = {"store": settings.store, "port": self.port}
         try:
             return self._operations.listen(
-                _unbracketed(settings.host), port, facts, tls=setup.metrics_tls(settings), authenticator=judge
+                _unbracketed(settings.host),
+                port,
+                facts,
+                tls=setup.metrics_tls(settings),
+                authenticator=judge,
+                look_at_server=self._observation,
+                names=settings.metrics_hosts,
             )
         except OSError as error:
             raise PortUnavailable(
                 f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
             ) from error
+
+    def _observation(self) -> ServerObservation:
+        pools = {**self._pools.pools(), **self._models.pools()}
+        return ServerObservation(
+            {name: pool.unanswered for name, pool in pools.items()},
+            certificate_not_after(self._tls.cert_file) if self._tls is not None else None,
+        )
 
     def _listen_for_files(self, settings: ServerSettings, judge: Authenticator | None) -> FilesPort | None:
         port = settings.effective_files_port
@@ -185,7 +202,7 @@ class Server:
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
-        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
+        P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store, self._clock), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server

@@ -40,7 +40,8 @@ class Fetched(Mapping[str, Any]):
     """Tensors by name, sorted, each byte verified; they stay what they are after `close`.
 
     With `share`, other processes fetch from this one until `close` or the end of the `with` block: as long they must
-    not be changed. Thread-safe.
+    not be changed. `name` and `version` are what was fetched; `report` has bytes, seconds, the route, who gave how much
+    (`bytes_from`) and who failed. Thread-safe.
     """
 
     def __init__(

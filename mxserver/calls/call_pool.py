@@ -86,6 +86,11 @@ class CallPool(ThreadPoolExecutor):
         """Calls that nothing was done for yet."""
         return len(self._waiting)
 
+    @property
+    def unanswered(self) -> int:
+        """Calls that no thread has begun to answer, and that are not being received either."""
+        return len(self._waiting) + self._work_queue.qsize()
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Called by grpcio for each call, in the thread that tells of events; does not wait."""
         call = None if kwargs else ArrivingCall.of(fn, args)

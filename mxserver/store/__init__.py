@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mxserver.store.clock import Clock, HeardClock, SystemClock
-from mxserver.store.errors import NotOwner, StoreEnded, StoreUnavailable, UnknownRecord
+from mxserver.store.errors import NotOwner, StoreEnded, StoreFull, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.memory import MemoryStore
@@ -23,6 +23,7 @@ __all__ = [
     "SqliteStore",
     "Status",
     "StoreEnded",
+    "StoreFull",
     "StoreUnavailable",
     "SystemClock",
     "UnknownRecord",

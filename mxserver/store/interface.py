@@ -11,6 +11,8 @@ Rules that every store holds (tests/server/store_contract.py runs them against e
 - A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
 - A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE
   for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only writes them down.
+- Records, those of one worker, and the bytes of all are limited (mxserver/limits.py). What renews, ends or replaces a
+  record by no larger one always goes.
 - What was acknowledged is kept. A repeated status only renews the lease: it is not written anywhere.
 """
 
@@ -57,6 +59,8 @@ class SourceRecord:
     topology: Mapping[str, str]
     source_load: float | None = None
     owner: str = ""  # who published it; empty: callers were not identified then
+    payload_bytes: int = 0  # of identity and worker together, as published
+    worker_is_cut: bool = False  # `worker` has only what record.proto's WorkerFacts name; `SourceStore.get` has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class SourceStore(ABC):
         Raises:
             StaleEpoch: the publication's epoch is of an earlier life.
             NotOwner: the record is somebody else's.
+            StoreFull: a limit does not allow it.
         """
 
     @abstractmethod
@@ -116,11 +121,11 @@ class SourceStore(ABC):
 
     @abstractmethod
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        """The worker's record; of several ranks under one worker id, the one with the newest sign of life."""
+        """The worker's record; of several ranks under one worker id, the lowest."""
 
     @abstractmethod
     def find(self, query: Query) -> list[SourceRecord]:
-        """The records that fit, newest sign of life first."""
+        """The records that fit, newest sign of life first; large metadata is cut (`worker_is_cut`)."""
 
     @abstractmethod
     def sweep(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The default store: records in memory for reading, kept in one SQLite file.
+"""The default store: records in memory for reading, kept in one SQLite file. Large metadata is in the file alone.
 
 Changes of callers that wait at the same moment are written by one commit; each caller gets its answer after that
 commit. Repeated heartbeats stay in memory.
@@ -7,6 +7,7 @@ commit. Repeated heartbeats stay in memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import sqlite3
@@ -14,17 +15,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.store.batch import Batch, EpochCounter, take_waiting
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreEnded, StoreUnavailable, StoreUnusable
 from mxserver.store.index import RecordIndex
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.sqlite_file import SqliteFile, unusable
+from mxserver.store.stored_amount import without_large_parts
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ CHECK_SECONDS = 1.0  # how long a check waits for the writer; it may be later, a
 class _Change(NamedTuple):
     decide: Callable[[Batch], Any]
     answer: Future[Any]
+    only_reads: bool = False
 
 
 def _nothing(_: Batch) -> None:
@@ -51,8 +56,15 @@ class SqliteStore(SourceStore):
     still be read, and changes work again as soon as the file does.
     """
 
-    def __init__(self, path: Path, leases: Leases | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        leases: Leases | None = None,
+        clock: Clock | None = None,
+        limits: ServerLimits = DEFAULT,
+    ) -> None:
         """Opens or makes the file. Raises StoreUnusable."""
+        self._limits = limits
         self._clock = clock or SystemClock()
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._changes: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
@@ -85,7 +97,17 @@ class SqliteStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self._require_open()
-        return self._index.get_newest(source_id, worker_id)
+        record = self._index.get_lowest(source_id, worker_id)
+        while record is not None and record.worker_is_cut:
+            # Large metadata is in the file alone, and only one thread touches that. It may change meanwhile.
+            worker = self._change(functools.partial(self._read_worker, record.key, record.epoch), only_reads=True)
+            if worker is not None:
+                return replace(record, worker=worker, worker_is_cut=False)
+            record = self._index.get_lowest(source_id, worker_id)
+        return record
+
+    def _read_worker(self, key: RecordKey, epoch: int, _: Batch) -> bytes | None:
+        return self._file.worker(key, epoch)
 
     def find(self, query: Query) -> list[SourceRecord]:
         self._require_open()
@@ -129,11 +151,11 @@ class SqliteStore(SourceStore):
         if self._ended is not None:
             raise self._ended
 
-    def _change(self, decide: Callable[[Batch], T]) -> T:
+    def _change(self, decide: Callable[[Batch], T], *, only_reads: bool = False) -> T:
         answer: Future[T] = Future()
         with self._submitting:
             self._require_open()
-            self._changes.put(_Change(decide, answer))
+            self._changes.put(_Change(decide, answer, only_reads))
         try:
             return answer.result(timeout=ANSWER_SECONDS)
         except TimeoutError:
@@ -190,17 +212,20 @@ class SqliteStore(SourceStore):
         return [] if first is None else take_waiting(self._changes, first, MAX_CHANGES_PER_COMMIT)
 
     def _keep(self, file: SqliteFile, epochs: EpochCounter, changes: list[_Change]) -> None:
-        batch = Batch(self._index, epochs, self._clock)
+        batch = Batch(self._index, epochs, self._clock, self._limits)
         decided: list[tuple[Future[Any], Any]] = []
         for change in changes:
             try:
-                decided.append((change.answer, change.decide(batch)))
+                if change.only_reads:
+                    change.answer.set_result(change.decide(batch))
+                else:
+                    decided.append((change.answer, change.decide(batch)))
             except BaseException as error:  # noqa: BLE001 - raised in the thread of who asked
                 change.answer.set_exception(error)
         if not decided:
             return
         try:
-            if self._failure is None and all(change.decide is _nothing for change in changes):
+            if self._failure is None and all(change.decide is _nothing for change in changes if not change.only_reads):
                 file.try_transaction()
             else:
                 file.commit(batch, epochs.last)
@@ -210,7 +235,7 @@ class SqliteStore(SourceStore):
                 answer.set_exception(StoreUnavailable(*error.args))
             return
         self._failure = None
-        self._index.apply(batch.changes)
+        self._index.apply({key: record and without_large_parts(record) for key, record in batch.changes.items()})
         for answer, outcome in decided:
             answer.set_result(outcome)
 

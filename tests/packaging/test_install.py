@@ -76,6 +76,20 @@ def oldest(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_without_a_compiler_one_line_says_what_to_install(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**CLEAN, "CC": "/nonexistent/gcc"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "mx-modelexpress" in line]
+    assert line == (
+        "mx-modelexpress is compiled, and there is no compiler /nonexistent/gcc: install one "
+        "(Debian, Ubuntu: apt-get install gcc libc6-dev; or CC=its path), or install a wheel"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_wheel_carries_types_and_no_tests(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()

@@ -22,6 +22,7 @@ from mxcore.errors import (
     NixlMissing,
     SourceBusy,
     SourceRefused,
+    SourceSlow,
     SourceUnreachable,
     TransferError,
     TransferStalled,
@@ -273,7 +274,7 @@ class Receiver:
     def _drop_stragglers(self) -> None:
         for name in self._received.stragglers():
             if (pull := self._pulls.get(name)) is not None:
-                pull.stop(TransferStalled(f"worker {name} is so slow that others give its last chunks sooner"))
+                pull.stop(SourceSlow(f"worker {name} is so slow that others give its chunks sooner"))
 
     def _collect_ended(self) -> None:
         now = time.monotonic()
@@ -307,7 +308,9 @@ class Receiver:
         if isinstance(error, DigestMismatch):
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
-        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
+        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not (
+            self._may_find or isinstance(error, SourceSlow)
+        )
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:

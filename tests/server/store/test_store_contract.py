@@ -178,19 +178,16 @@ def test_name_of_a_record_that_is_gone_is_free(store: SourceStore, clock: HandCl
     assert store.publish(publication(owner="b")).owner == "b"
 
 
-def test_ranks_of_a_worker_have_records_of_their_own(store: SourceStore, clock: HandClock) -> None:
-    store.publish(publication(key(rank=0)))
-    clock.advance(1)
-    store.publish(publication(key(rank=1)))
-    assert {record.key.worker_rank for record in store.find(Query())} == {0, 1}
-    newest = store.get(*key()[:2])
-    assert newest is not None
-    assert newest.key.worker_rank == 1
-    clock.advance(1)
-    store.update_status(key(rank=0), INITIALIZING)
-    newest = store.get(*key()[:2])
-    assert newest is not None
-    assert newest.key.worker_rank == 0
+def test_ranks_of_a_worker_have_records_of_their_own_and_the_lowest_is_the_workers(
+    store: SourceStore, clock: HandClock
+) -> None:
+    for rank in (1, 10, 2):
+        store.publish(publication(key(rank=rank)))
+        clock.advance(1)
+    assert {record.key.worker_rank for record in store.find(Query())} == {1, 2, 10}
+    lowest = store.get(*key()[:2])
+    assert lowest is not None
+    assert lowest.key.worker_rank == 1
 
 
 @pytest.mark.parametrize("name", ["wörker-日本", "a\x00b", "'; DROP TABLE source; --", "w" * 10_000])
