@@ -36,12 +36,14 @@
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
         │   └── PeerLost      MX_PEER_LOST            the peer of a transfer is gone
         ├── TransferStalled   MX_TRANSFER_STALLED     no progress within the time-out
+        │   └── SourceSlow    MX_SOURCE_SLOW          others give a holder's chunks much sooner
         ├── LayoutMismatch    MX_LAYOUT_MISMATCH      names, dtypes, shapes or strides differ
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
         │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ went over a transport that is not one-sided
         │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the holder's chunk port cannot be reached
+        │   ├── NotEncrypted  MX_NOT_ENCRYPTED        it would send in clear, or TLS to it fails
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
         ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
@@ -68,17 +70,21 @@ class StorageError(MxError):
     """Reading a file failed; the message names the file, the offset and the cause.
 
     `file` is its name, `offset` (bytes in the file) where the range begins, `wanted` its bytes, and `got`
-    how many bytes into the range the failure lies; 0 where the file could not even be opened.
+    how many bytes into the range the failure lies; 0 where the file could not even be opened. `errno` is the system's
+    number for the cause, 0 where there is none.
     """
 
     code = "MX_STORAGE"
 
-    def __init__(self, message: str, *, file: str = "", offset: int = 0, wanted: int = 0, got: int = 0) -> None:
+    def __init__(
+        self, message: str, *, file: str = "", offset: int = 0, wanted: int = 0, got: int = 0, errno: int = 0
+    ) -> None:
         super().__init__(message)
         self.file = file
         self.offset = offset
         self.wanted = wanted
         self.got = got
+        self.errno = errno
 
 
 class TruncatedRead(StorageError):
@@ -275,6 +281,12 @@ class TransferStalled(TransferError):
     code = "MX_TRANSFER_STALLED"
 
 
+class SourceSlow(TransferStalled):
+    """The holder is so slow that others give what it was asked for; it may be asked again later."""
+
+    code = "MX_SOURCE_SLOW"
+
+
 class LayoutMismatch(TransferError):
     """The holder's layout is not ours; the message has the first names that differ."""
 
@@ -309,6 +321,12 @@ class NoChunkPort(SourceRefused):
     """The holder's chunk port cannot be reached, or does not answer; the holder can still WRITE."""
 
     code = "MX_NO_CHUNK_PORT"
+
+
+class NotEncrypted(SourceRefused):
+    """The holder gives chunks in clear only, or no TLS connection to it comes about; this worker takes them by TLS."""
+
+    code = "MX_NOT_ENCRYPTED"
 
 
 class SourceBusy(SourceRefused):

@@ -121,6 +121,8 @@ class PeerRung(Rung[Loaded]):
         received = weights.received
         if received is None:
             raise SourceUnreachable("nothing was received: the engine has filled no model")
+        if received.in_clear:
+            context.fallbacks.append(f"{self.name}: weights came in clear, for UCX has no TLS (docs/threat-model.md)")
         with steps.step("keep"):
             kept = keeping.processed(model)
         part = LoadedPart(

@@ -460,6 +460,7 @@ class Membership:
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
             loopback=settings.shares_only_this_host,
+            chunk_tls=settings.chunk_tls != "off",
         )
 
     def _served(self) -> Served:

@@ -22,6 +22,7 @@ from mxcore.errors import (
     NixlMissing,
     SourceBusy,
     SourceRefused,
+    SourceSlow,
     SourceUnreachable,
     TransferError,
     TransferStalled,
@@ -62,7 +63,8 @@ class ReceiveReport:
     `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has all.
     `bytes_again` were asked for more than once, because a holder was lost. `seconds` are those of the whole receive,
     `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
-    `bytes_otherwise` came from elsewhere: see `PartialReceive`.
+    `bytes_otherwise` came from elsewhere: see `PartialReceive`. `in_clear`: some came over a network in clear although
+    this worker has certificates.
     """
 
     bytes: int
@@ -79,6 +81,7 @@ class ReceiveReport:
     bytes_again: int = 0
     moving_seconds: float = 0.0
     bytes_otherwise: int = 0
+    in_clear: bool = False
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -147,6 +150,7 @@ class Receiver:
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
         self._clean = True
+        self._in_clear = False
         self._may_find = False
         self._failed_at = 0.0  # when a holder was last found to have failed
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
@@ -270,7 +274,7 @@ class Receiver:
     def _drop_stragglers(self) -> None:
         for name in self._received.stragglers():
             if (pull := self._pulls.get(name)) is not None:
-                pull.stop(TransferStalled(f"worker {name} is so slow that others give its last chunks sooner"))
+                pull.stop(SourceSlow(f"worker {name} is so slow that others give its chunks sooner"))
 
     def _collect_ended(self) -> None:
         now = time.monotonic()
@@ -278,6 +282,7 @@ class Receiver:
             pull = self._pulls.pop(name)
             pull.join()
             self._clean = self._clean and pull.clean
+            self._in_clear |= pull.in_clear and name in self._received.bytes_from
             if pull.route is not None:
                 self._routes[name] = pull.route
             if pull.failure is None:
@@ -303,7 +308,9 @@ class Receiver:
         if isinstance(error, DigestMismatch):
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
-        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
+        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not (
+            self._may_find or isinstance(error, SourceSlow)
+        )
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:
@@ -442,4 +449,5 @@ class Receiver:
             bytes_from=dict(received.bytes_from),
             bytes_again=received.bytes_again,
             moving_seconds=moving_seconds,
+            in_clear=self._in_clear,
         )

@@ -17,6 +17,7 @@ import grpc
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
 from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
+from mxcore.transfer.move import chunk_server_context
 from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
@@ -98,7 +99,7 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
     ) -> p2p_pb2.PrepareTensorReadResponse:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         with _as_status(context):
-            lease = self._holder.grant()
+            lease = self._holder.grant(_reader_of(context))
         return p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id, manifest=self._identity.manifest)
 
     def ReleaseTensorRead(  # noqa: N802
@@ -128,6 +129,13 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
         )
 
 
+def _reader_of(context: grpc.ServicerContext) -> str:
+    """Who calls: the host that it calls from, and what its certificate says; nothing that it may choose."""
+    host = context.peer().rpartition(":")[0]
+    names = context.peer_identities() or ()
+    return " ".join([host, *(name.decode(errors="replace") for name in names)])
+
+
 def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferRequest) -> int:
     """The one device that the receiver's extents are on."""
     devices = sorted({extent.device_id for extent in request.extents})
@@ -137,12 +145,13 @@ def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferReques
 
 
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
-    def __init__(self, identity: _Identity, policy: UcxPolicy, chunk_port: int) -> None:
-        """`chunk_port`: where chunks are sent from, 0 for nowhere."""
+    def __init__(self, identity: _Identity, policy: UcxPolicy, chunk_port: int, *, chunk_tls: bool) -> None:
+        """`chunk_port`: where chunks are sent from, 0 for nowhere, in clear or by TLS."""
         self._identity = identity
         self._holder = identity.holder
         self._policy = policy
         self._chunk_port = chunk_port
+        self._chunk_tls = chunk_tls
         self._probe = ProbeTarget()
         if policy.attaches:
             allow_attaching()
@@ -153,6 +162,10 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             if self._no_device_read:
                 logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
+
+    @cached_property  # 50 ms and 1.5 MB for 20,000 tensors, which strangers can ask for
+    def _layout(self) -> mx_pb2.Layout:
+        return self._holder.layout.to_proto()
 
     def close(self) -> None:
         """Frees the probe for other processes. Idempotent."""
@@ -169,7 +182,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         same = request.fingerprint == holder.layout.fingerprint
         return mx_pb2.GetLayoutResponse(
             fingerprint=holder.layout.fingerprint,
-            layout=None if same else holder.layout.to_proto(),
+            layout=None if same else self._layout,
             chunk_bytes=holder.chunks.chunk_bytes,
             digest_kind=holder.digests.kind,
             digests=holder.digests.values,
@@ -182,6 +195,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
     def _offer(self) -> mx_pb2.TransportOffer:
         offer = self._policy.to_proto(self._probe.to_proto())
         offer.chunk_port = self._chunk_port
+        offer.chunk_tls = self._chunk_tls
         offer.rdma_device = offer.rdma_device and not self._holder.agent.failed
         if self._holder.placement.device_type != "cpu":  # another process does not reach it by its address
             offer.device_memory = True
@@ -303,7 +317,8 @@ class WorkerServer:
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
-    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL.
+    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL; by TLS
+    too, but for `chunk_tls` False.
     Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
@@ -320,6 +335,7 @@ class WorkerServer:
         port: int,
         chunk_port: int = 0,
         loopback: bool = False,
+        chunk_tls: bool = True,
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
         threads = _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS
@@ -334,8 +350,11 @@ class WorkerServer:
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
         self._chunks: ChunkListener | None = None
         if policy.sends and holder.placement.device_type == "cpu":
-            self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port)
-        self._transfers = _TransferService(identity, policy, self._chunks.port if self._chunks else 0)
+            context = chunk_server_context(tls) if tls and chunk_tls else None
+            self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port, context)
+        self._transfers = _TransferService(
+            identity, policy, self._chunks.port if self._chunks else 0, chunk_tls=bool(tls and chunk_tls)
+        )
         mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         self.endpoint = f"{_bracketed(host)}:{self.port}"
         self._server.start()
