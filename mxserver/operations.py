@@ -11,7 +11,7 @@ import grpc
 from mxserver.models import DownloadJob, OpenCache
 from mxserver.security import Authenticator
 from mxserver.store import SourceStore, StoreUnavailable, SystemClock
-from mxserver.telemetry import Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
+from mxserver.telemetry import Doubts, Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
 from mxserver.web import CacheView, HttpServer, StatusView, application
 from mxserver.wire.credentials import ServerTls
 
@@ -47,6 +47,7 @@ class Operations:
         self._events = Events(clock)
         self.store = ObservedStore(store, self.metrics, self._events)
         self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds)
+        self.doubts = Doubts(self.metrics, self._events, clock)
         self._clock = clock
         self._provider = provider
         around, on_unknown_method = call_metrics(self.metrics, self._events)

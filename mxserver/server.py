@@ -165,7 +165,7 @@ class Server:
             maximum_concurrent_rpcs=settings.max_calls,
         )
         p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
-        mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store), server)
+        mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store, self._operations.doubts), server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
         standard_health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

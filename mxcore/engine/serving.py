@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing import util
@@ -27,6 +28,7 @@ from mxserver.wire import MxError
 __all__ = ["EngineWatch", "Offer", "leave", "stay"]
 
 _log = logging.getLogger(__name__)
+_END_SECONDS = 10.0  # after SIGTERM, for an engine that does not end
 _lock = threading.Lock()
 _offers: list[_Entry] = []
 _owner: list[int] = []  # the process that registered the exit function: a fork must not say its parent's goodbye
@@ -48,6 +50,8 @@ class Offer:
         weights = self._weights
         if weights is not None and weights.layout is not None and weights.placement is not None:
             scalars = weights.found.scalars
+            if self.membership.settings.on_bad_memory == "end":
+                self.membership.on_bad_memory = _end_engine
             self.membership.serve(weights.layout, weights.placement, scalars, digests, keep_alive=weights)
 
     def pause(self) -> bool:
@@ -146,6 +150,15 @@ class EngineWatch:
     def ending(self, engine: str) -> None:
         """Before the engine gives its memory back."""
         leave("the engine ends", engine)
+
+
+def _end_engine(what: str) -> None:
+    """MX_ON_BAD_MEMORY=end: what ends this process ends its engine. Returns at once."""
+    _log.critical("MX_ON_BAD_MEMORY=end, so this engine ends: %s", what)
+    killing = threading.Timer(_END_SECONDS, os.kill, (os.getpid(), signal.SIGKILL))
+    killing.daemon = True
+    killing.start()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _of(engine: str) -> list[_Entry]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from mxcore.errors import NixlError, TransferError
+from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
@@ -28,7 +28,7 @@ from mxcore.transfer.receive import (
     logged,
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
-from mxcore.transfer.serve import LEASE_SECONDS, Holder, ServedRelay, WorkerServer
+from mxcore.transfer.serve import LEASE_SECONDS, Holder, SelfCheck, ServedRelay, WorkerServer
 from mxserver.wire import MxError, ServerRefused, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
@@ -97,6 +97,10 @@ class Membership:
         self._holder: Holder | None = None
         self._made_digests: ChunkDigests | None = None  # by this worker, of what it read or processed
         self._server: WorkerServer | None = None
+        self._check: SelfCheck | None = None
+        self._bad_memory = ""
+        self.on_bad_memory: Callable[[str], None] = lambda what: None
+        """Called on a thread of its own when the weights that are served are found changed; set it before `serve`."""
 
     @property
     def identity(self) -> p2p_pb2.SourceIdentity:
@@ -257,6 +261,7 @@ class Membership:
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
             files_decide=files_decide,
+            tell_doubt=self._tell_doubt,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
@@ -286,8 +291,8 @@ class Membership:
         """
         require_movable(placement)
         with self._lock:
-            if self._record.ready or self._closed or self._record.superseded:
-                raise TransferError(f"worker {self.worker_id} is serving already, or has left")
+            if self._record.ready or self._closed or self._record.superseded or self._bad_memory:
+                raise TransferError(f"worker {self.worker_id} is serving already, or has left{self._bad_memory}")
             holder = self._holder
             relayed = holder is not None and holder.serves(layout, placement, scalars, digests)
         if holder is not None and relayed:
@@ -297,6 +302,7 @@ class Membership:
             self.withdraw(_FAILED_DRAIN_SECONDS)
             self._offer(layout, placement, scalars, digests, keep_alive)
         self._record.mark_ready()
+        self._look_at_own_weights()
         logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
         self.join()
         if self._election is not None:
@@ -395,28 +401,13 @@ class Membership:
             if holder.made_digests:
                 self._made_digests = holder.digests
             try:
-                self._make_agent(holder)
+                holder.agent.make_early(self._policy)
                 self._server = self._listen(holder)
             except MxError:
                 holder.close()
                 raise
             self._holder = holder
             return holder
-
-    def _make_agent(self, holder: Holder) -> None:
-        """Makes the agent now where readers need it: registering may take longer than they wait.
-
-        Raises NixlMissing, NixlError where nobody could take anything without it.
-        """
-        policy, device_type = self._policy, holder.placement.device_type
-        if not policy.needs_agent(device_type):
-            return
-        try:
-            holder.agent.session()
-        except NixlError as error:
-            if device_type != "cpu" or not (policy.sends or policy.attaches):
-                raise
-            logger.warning("these weights are served over TCP or within this host alone, as NIXL fails: %s", error)
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
@@ -431,7 +422,42 @@ class Membership:
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
             loopback=settings.shares_only_this_host,
+            doubted=self._doubted,
         )
+
+    def _look_at_own_weights(self) -> None:
+        with self._lock:
+            if self._holder is not None and self._check is None:
+                self._check = SelfCheck(self._holder, self._memory_is_bad)
+                self._check.start()
+
+    def _tell_doubt(self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str) -> None:
+        """Tells the server on a thread of its own: a receive does not wait for that."""
+        tell = partial(self._record.tell_doubt, kind, list(holders), chunks, text)
+        threading.Thread(target=tell, name="mx-doubt", daemon=True).start()
+
+    def _doubted(self, chunks: Sequence[int]) -> None:
+        """On a thread of a reader's call."""
+        check = self._check
+        if check is not None:
+            check.doubt(chunks)
+
+    def _memory_is_bad(self, chunks: Sequence[int]) -> None:
+        """On the thread of the check: takes no more readers, for good; those that read verify what they get."""
+        what = f"chunks {list(chunks[:8])} of the weights in memory are not what their digests promise"
+        self._bad_memory = f": {what}"
+        logger.critical("worker %s serves no more, its engine's answers may be wrong: %s", self.worker_id, what)
+        holder = self._holder
+        if holder is not None:
+            holder.drain(0)
+        self._record.goodbye()
+        self._record.tell_doubt(mx_pb2.DOUBT_KIND_OWN_MEMORY, [self.worker_id], len(chunks), what)
+        self.on_bad_memory(what)
+        if holder is not None:
+            holder.drain(self.settings.drain_timeout_seconds)
+            holder.close()  # the port goes on saying that this worker is not well
+        with self._lock:
+            self._holder = None
 
     def _served(self) -> Served:
         with self._lock:
@@ -451,6 +477,9 @@ class Membership:
         with self._lock:
             server, self._server = self._server, None
             holder, self._holder = self._holder, None
+            check, self._check = self._check, None
+        if check is not None:
+            check.stop()  # before the memory goes away
         if server is not None:
             server.stop()
         if holder is not None:

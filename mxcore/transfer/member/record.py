@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.receive import LoadReporter, logged
 from mxserver.wire import ServerRefused, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
-from mxserver.wire.proto import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["Served", "WorkerRecord"]
 
@@ -159,6 +159,22 @@ class WorkerRecord:
             self._status = p2p_pb2.SOURCE_STATUS_STALE
             with logged("saying goodbye to the server"):
                 self._update_status(self.loads.report())
+
+    def tell_doubt(self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str) -> None:
+        """Tells the server whose bytes are doubted; it keeps that for people to see. Never raises."""
+        if self._client is None:
+            return
+        doubt = mx_pb2.Doubt(
+            kind=kind,
+            mx_source_id=self.source_id,
+            worker_rank=self._worker_rank,
+            worker_id=self._worker_id,
+            holders=sorted(holders),
+            chunks=chunks,
+            text=text,
+        )
+        with logged("telling the server of a doubt"):
+            self._client.tell_doubt(doubt)
 
     def end(self) -> None:
         """Stops heartbeats and reports of loads; `goodbye` may follow. Idempotent."""

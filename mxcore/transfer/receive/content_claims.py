@@ -74,6 +74,11 @@ class ContentClaims:
         self._claims = [claim for claim in self._claims if claim.made_by or claim.repeated_by]
 
     @property
+    def holders(self) -> list[str]:
+        """Whose claims there are."""
+        return sorted(set().union(*(claim.made_by | claim.repeated_by for claim in self._claims)))
+
+    @property
     def disputed(self) -> bool:
         """Whether two holders differ."""
         return len(self._claims) > 1

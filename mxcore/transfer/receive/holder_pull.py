@@ -191,7 +191,7 @@ class HolderPull:
         self._received.join(name)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
-        verifying = _Verifier(self._received, name)
+        verifying = _Verifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
@@ -367,9 +367,11 @@ class HolderPull:
 class _Verifier:
     """Compares chunks with their digests while others arrive, and records those that are right."""
 
-    def __init__(self, received: ReceivedChunks, holder: str) -> None:
+    def __init__(self, received: ReceivedChunks, holder: str, doubt: Callable[[int], None]) -> None:
+        """`doubt` is called for each wrong chunk, on any thread."""
         self._received = received
         self._holder = holder
+        self._doubt = doubt
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
         self._running: set[Future[None]] = set()
 
@@ -399,6 +401,7 @@ class _Verifier:
         if right:
             self._received.accept(self._holder, chunk)
             return
+        self._doubt(chunk)
         message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
         if not self._received.refuse(self._holder, chunk):
             raise DigestMismatch(f"{message}, and is not the first one")

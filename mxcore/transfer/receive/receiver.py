@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
@@ -36,12 +36,15 @@ from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
+from mxserver.wire.proto import mx_pb2
 
 __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
 
 logger = logging.getLogger(__name__)
 
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
+TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
+"""Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
 
 _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
@@ -101,7 +104,8 @@ class Receiver:
 
     `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
-    chunks of a `partial` from the files: those of which holders have different bytes are among them.
+    chunks of a `partial` from the files: those of which holders have different bytes are among them. `tell_doubt`
+    hears of holders that differ, and of those that gave wrong chunks.
     """
 
     def __init__(
@@ -116,9 +120,11 @@ class Receiver:
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
         files_decide: bool = False,
+        tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
     ) -> None:
         require_movable(placement)
         self._settings = settings
+        self._tell_doubt = tell_doubt
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
         self._files_decide = files_decide
@@ -298,6 +304,7 @@ class Receiver:
         if isinstance(error, DigestMismatch):
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
+            self._tell_doubt(mx_pb2.DOUBT_KIND_WRONG_CHUNKS, [source.worker_id], 1, str(error))
         final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
         return math.inf if final else _AGAIN_SECONDS
 
@@ -334,6 +341,7 @@ class Receiver:
             self._start_anew(believed)
             return False
         logger.error("holders have different bytes under one identity: %s", said)
+        self._tell_dispute("the files decide" if by_files else "nobody is believed", said)
         self._end_all(TransferStalled("holders have different bytes"))
         self._collect_ended()
         received.leave_to_files()
@@ -342,6 +350,7 @@ class Receiver:
     def _start_anew(self, content: Content) -> None:
         """Holders have different bytes and others are believed: what differs is received from those."""
         logger.error("holders have different bytes under one identity, others are believed: %s", self._received.claims)
+        self._tell_dispute("the majority of those that made digests is believed", str(self._received.claims))
         self._end_all(TransferStalled("it has other bytes than those that are taken now"))
         self._collect_ended()
         with self._relay_turn:
@@ -350,6 +359,11 @@ class Receiver:
             self._received.start_anew(content)
         self._not_before.clear()
         self._failures.clear()
+
+    def _tell_dispute(self, outcome: str, said: str) -> None:
+        with self._received.changed:
+            holders, chunks = self._received.claims.holders, self._received.disputed.bit_count()
+        self._tell_doubt(mx_pb2.DOUBT_KIND_HOLDERS_DIFFER, holders, chunks, f"{outcome}: {said}")
 
     def _end_all(self, error: TransferError | None) -> None:
         for pull in self._pulls.values():

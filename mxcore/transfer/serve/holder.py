@@ -174,6 +174,25 @@ class Holder:
         digester = digester_of(self.placement)
         return chunk_digests(digester, self.chunks, self.addresses, kind=self.digests.kind) == self.digests
 
+    def wrong_chunks(self, first: int, end: int) -> list[int]:
+        """Those of the chunks from `first` up to `end` whose bytes in memory do not have their digests.
+
+        Raises CudaError, HostMemoryLimit.
+        """
+        starts = self.chunks.segment_starts
+        begin, after = starts[first], starts[end]
+        made = digester_of(self.placement).many(
+            self.digests.kind,
+            self.addresses[begin:after],
+            self.chunks.lengths[begin:after],
+            array("Q", [start - begin for start in starts[first : end + 1]]),
+        )
+        expected = self.digests.values[DIGEST_BYTES * first : DIGEST_BYTES * end]
+        if made == expected:
+            return []
+        found = ChunkDigests(made, self.digests.kind)
+        return [chunk for chunk in range(first, end) if found.of_chunk(chunk - first) != self.digests.of_chunk(chunk)]
+
     def keep(self, keep_alive: object) -> None:
         """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
