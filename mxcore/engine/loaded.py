@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -26,13 +26,15 @@ _log = logging.getLogger(__name__)
 class Loaded:
     """A model that is ready to run, what of it can be offered, and what the report says of it.
 
-    `checkpoint` is the digest of what was loaded; None: of the engine's own files.
+    `checkpoint` is the digest of what was loaded; None: of the engine's own files. `received_from`: the bytes that
+    each worker gave, by its id; empty for a model from storage.
     """
 
     model: nn.Module
     kept: tuple[Weights, ...]
     checkpoint: str | None
     part: LoadedPart
+    received_from: Mapping[str, int] = field(default_factory=dict)
 
 
 class Keeping:

@@ -22,7 +22,7 @@ from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
 from mxcore.transfer.layout import ChunkDigests
 from mxcore.transfer.member import Membership
-from mxcore.transfer.serve import Holder
+from mxcore.transfer.serve import Holder, Origin
 from mxserver.wire import MxError
 
 __all__ = ["EngineWatch", "Offer", "leave", "stay"]
@@ -45,14 +45,14 @@ class Offer:
         self._weights: Weights | None = weights
         self._paused: Holder | None = None
 
-    def start(self, digests: ChunkDigests | None = None) -> None:
-        """Serves; `digests` as Membership.serve has them, and so the errors."""
+    def start(self, digests: ChunkDigests | None = None, origin: Origin | None = None) -> None:
+        """Serves; `digests` and `origin` as Membership.serve has them, and so the errors."""
         weights = self._weights
         if weights is not None and weights.layout is not None and weights.placement is not None:
             scalars = weights.found.scalars
             if self.membership.settings.on_bad_memory == "end":
                 self.membership.on_bad_memory = _end_engine
-            self.membership.serve(weights.layout, weights.placement, scalars, digests, keep_alive=weights)
+            self.membership.serve(weights.layout, weights.placement, scalars, digests, weights, origin)
 
     def pause(self) -> bool:
         """Before the memory goes away: new readers are refused, those that read are waited for, within bounds.
@@ -76,7 +76,7 @@ class Offer:
         synchronize(self._weights.device)
         if not holder.unchanged():
             return False
-        self.start(holder.digests)
+        self.start(holder.digests, holder.origin)
         return True
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore.engine import Engine, leave, load  # noqa: E402
 from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
+from mxserver.wire.calls import ServerClient  # noqa: E402
+from mxserver.wire.proto import mx_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
@@ -88,11 +90,22 @@ def test_the_engine_has_all_that_the_protocol_asks_for(folder: Path) -> None:
             assert inspect.signature(getattr(PlainEngine, name)) == inspect.signature(member), name
 
 
+def origin_of(engine: PlainEngine, report: dict[str, Any]) -> tuple[str, list[str]]:
+    """Who vouches for what it offers, as its record says."""
+    with ServerClient(engine.options["server_address"]) as client:
+        record = client.get_metadata(report["source_id"], report["worker_id"])
+    if record is None:
+        return "", []
+    name = mx_pb2.DigestOrigin.Name(record.worker.digest_origin)
+    return name.removeprefix("DIGEST_ORIGIN_"), list(record.worker.received_from)
+
+
 def received(engine: PlainEngine, role: str, expected: str) -> dict[str, Any]:
     """The report of a load in this process, which then serves nothing."""
     assert answer(load(engine, ROLES[role])) == expected
-    leave("the next one is to find the first source")
     report: dict[str, Any] = json.loads(Path(engine.options["report_path"]).read_text())
+    report["origin"] = origin_of(engine, report)
+    leave("the next one is to find the first source")
     assert report["path"] == "p2p"
     assert report["bytes"] > BYTES  # the table too
     assert report["fallbacks"] == []
@@ -109,6 +122,7 @@ def test_processed_weights_go_from_process_to_process(server: str, folder: Path,
         report = received(engine, "both", expected)
     assert (report["layout"], report["serving"]) == ("processed", True)
     assert report["source_worker"] == source["report"]["worker_id"]
+    assert report["origin"] == ("RECEIVED", [report["source_worker"]])
     assert engine.events == ["build", "placeholder", "process"]
 
 
@@ -121,6 +135,9 @@ def test_raw_weights_go_to_whoever_processes_them(server: str, folder: Path, exp
             engine = PlainEngine(folder, given, processed_weights_move=processed)
             report = received(engine, role, expected)
             assert report["source_worker"] == source["report"]["worker_id"]
+            if role == "both":
+                origin = "RECEIVED_RAW" if processed else "RECEIVED"  # and not PROCESSED: it read nothing itself
+                assert report["origin"] == (origin, [report["source_worker"]])
             assert [offer["layout"] for offer in report["offers"]] == (
                 [] if role == "target" else ["processed" if processed else "raw"]
             )

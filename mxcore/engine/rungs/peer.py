@@ -136,7 +136,7 @@ class PeerRung(Rung[Loaded]):
             steps=steps,
         )
         attempt.others_may_do = True  # if it comes to nothing, a sibling is why
-        return Loaded(model, kept, attempt.checkpoint, part)
+        return Loaded(model, kept, attempt.checkpoint, part, received.bytes_from)
 
     def done(self) -> None:
         """The copies of what building computed are freed."""

@@ -28,7 +28,7 @@ from mxcore.transfer.receive import (
     logged,
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
-from mxcore.transfer.serve import LEASE_SECONDS, Holder, SelfCheck, ServedRelay, WorkerServer
+from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
 from mxserver.wire import MxError, ServerRefused, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
@@ -95,7 +95,6 @@ class Membership:
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
         self._holder: Holder | None = None
-        self._made_digests: ChunkDigests | None = None  # by this worker, of what it read or processed
         self._server: WorkerServer | None = None
         self._check: SelfCheck | None = None
         self._bad_memory = ""
@@ -279,10 +278,12 @@ class Membership:
         scalars: Mapping[str, float],
         digests: ChunkDigests | None = None,
         keep_alive: object = None,
+        origin: Origin | None = None,
     ) -> None:
         """Serves the memory at `placement` until `close` or `withdraw`, and publishes this worker as READY.
 
-        `digests`: those of a ReceiveReport; None: they are computed. `keep_alive` is kept until nobody reads any more.
+        `digests`: those of a ReceiveReport; None: they are computed. `origin`: who made them, as Holder has it.
+        `keep_alive` is kept until nobody reads any more.
         Raises TransferError when it serves already.
 
         Raises:
@@ -297,10 +298,12 @@ class Membership:
             relayed = holder is not None and holder.serves(layout, placement, scalars, digests)
         if holder is not None and relayed:
             holder.keep(keep_alive)
+            if origin is not None:
+                holder.set_origin(origin)
             holder.update(all_chunks(len(holder.chunks)))
         else:
             self.withdraw(_FAILED_DRAIN_SECONDS)
-            self._offer(layout, placement, scalars, digests, keep_alive)
+            self._offer(layout, placement, scalars, digests, keep_alive, origin=origin)
         self._record.mark_ready()
         self._look_at_own_weights()
         logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
@@ -379,6 +382,7 @@ class Membership:
         digests: ChunkDigests | None,
         keep_alive: object,
         have: int | None = None,
+        origin: Origin | None = None,
     ) -> Holder:
         """Starts serving: memory registered, services listening. Raises MxError; then nothing is served."""
         with self._lock:
@@ -396,10 +400,8 @@ class Membership:
                 have=have,
                 most_readers=self.settings.source_max_readers,
                 rate_limit=self.settings.source_rate_limit,
-                made_digests=digests is not None and digests is self._made_digests,
+                origin=origin,
             )
-            if holder.made_digests:
-                self._made_digests = holder.digests
             try:
                 holder.agent.make_early(self._policy)
                 self._server = self._listen(holder)
@@ -464,7 +466,7 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return Served()
-            return Served(holder.agent.name, self.endpoint or "", holder.live_leases)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""

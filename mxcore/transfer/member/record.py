@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.receive import LoadReporter, logged
+from mxcore.transfer.serve import Origin
 from mxserver.wire import ServerRefused, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
@@ -24,6 +25,7 @@ class Served(NamedTuple):
     agent_name: str = ""
     endpoint: str = ""  # host:port of its gRPC services
     readers: int | None = None  # leases that are taken
+    origin: Origin | None = None  # who vouches for the bytes
 
 
 class WorkerRecord:
@@ -106,6 +108,8 @@ class WorkerRecord:
                 agent_name=served.agent_name,
                 worker_grpc_endpoint=served.endpoint,
                 accelerator=self._accelerator,
+                digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
+                received_from=served.origin.received_from if served.origin is not None else (),
             )
             report = self.loads.report() if self.ready else None
             answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)

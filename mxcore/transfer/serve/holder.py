@@ -38,6 +38,7 @@ from mxcore.transfer.layout import (
 from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Move
 from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.holder_agent import HolderAgent
+from mxcore.transfer.serve.origin import Origin
 from mxcore.transfer.serve.rate_limit import RateLimit
 
 __all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]
@@ -93,7 +94,8 @@ class Holder:
 
     Keeps `keep_alive` (the engine's model) until it is closed. `make_session` is called when a reader first needs an
     agent (`agent`). At most `most_readers` have leases at a time, and all together are granted `rate_limit` bytes a
-    second (0: no limit). `made_digests`: this worker made the `digests` itself, earlier. Raises LayoutUnsupported.
+    second (0: no limit). `origin`: who made the `digests`; unless said, another worker where they are given, else this
+    one. Raises LayoutUnsupported.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Holder:
         have: int | None = None,
         most_readers: int = MOST_READERS,
         rate_limit: float = 0.0,
-        made_digests: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         require_movable(placement)
         self.layout = layout
@@ -119,7 +121,7 @@ class Holder:
         self.scalars = dict(scalars or {})
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
-        self.made_digests = digests is None or made_digests  # it vouches for them, and repeats no other worker's
+        self.origin = origin or (Origin.own(layout) if digests is None else Origin.received({}))
         self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
         if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
             raise ValueError(f"{len(self.digests.values)} bytes of digests for {len(self.chunks)} chunks")
@@ -196,6 +198,10 @@ class Holder:
     def keep(self, keep_alive: object) -> None:
         """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
+
+    def set_origin(self, origin: Origin) -> None:
+        """Says who made the digests, once that is known: of what is relayed, at the end."""
+        self.origin = origin
 
     def update(self, have: int) -> None:
         """Sets which chunks are there and verified, while the worker is still receiving."""

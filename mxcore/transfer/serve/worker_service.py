@@ -194,7 +194,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),
-            digest_origin=(mx_pb2.DIGEST_ORIGIN_MADE_HERE if holder.made_digests else mx_pb2.DIGEST_ORIGIN_RECEIVED),
+            digest_origin=holder.origin.kind,
+            received_from=holder.origin.received_from,
         )
 
     def _offer(self) -> mx_pb2.TransportOffer:

@@ -37,19 +37,27 @@ class _DigestOrigin:
 class _DigestOriginEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DigestOrigin.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     DIGEST_ORIGIN_UNKNOWN: _DigestOrigin.ValueType  # 0
-    DIGEST_ORIGIN_MADE_HERE: _DigestOrigin.ValueType  # 1
-    """by this worker, of weights that it read from storage or processed"""
+    DIGEST_ORIGIN_READ: _DigestOrigin.ValueType  # 1
+    """this worker, of raw weights that it read from storage"""
     DIGEST_ORIGIN_RECEIVED: _DigestOrigin.ValueType  # 2
-    """by another one: this worker only repeats them"""
+    """another one: this worker only repeats them"""
+    DIGEST_ORIGIN_PROCESSED: _DigestOrigin.ValueType  # 3
+    """this worker, of weights that it read from storage and processed"""
+    DIGEST_ORIGIN_RECEIVED_RAW: _DigestOrigin.ValueType  # 4
+    """this worker, of weights that it took raw from others and processed"""
 
 class DigestOrigin(_DigestOrigin, metaclass=_DigestOriginEnumTypeWrapper):
     """Who made a holder's digests, and so vouches for them."""
 
 DIGEST_ORIGIN_UNKNOWN: DigestOrigin.ValueType  # 0
-DIGEST_ORIGIN_MADE_HERE: DigestOrigin.ValueType  # 1
-"""by this worker, of weights that it read from storage or processed"""
+DIGEST_ORIGIN_READ: DigestOrigin.ValueType  # 1
+"""this worker, of raw weights that it read from storage"""
 DIGEST_ORIGIN_RECEIVED: DigestOrigin.ValueType  # 2
-"""by another one: this worker only repeats them"""
+"""another one: this worker only repeats them"""
+DIGEST_ORIGIN_PROCESSED: DigestOrigin.ValueType  # 3
+"""this worker, of weights that it read from storage and processed"""
+DIGEST_ORIGIN_RECEIVED_RAW: DigestOrigin.ValueType  # 4
+"""this worker, of weights that it took raw from others and processed"""
 global___DigestOrigin = DigestOrigin
 
 class _Operation:
@@ -249,6 +257,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     SCALARS_DIGEST_FIELD_NUMBER: builtins.int
     TRANSPORT_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
+    RECEIVED_FROM_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
@@ -266,6 +275,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
     def scalars(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Scalar]: ...
     @property
     def transport(self) -> global___TransportOffer: ...
+    @property
+    def received_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """workers, those that gave most first, some of them"""
+
     def __init__(
         self,
         *,
@@ -278,9 +291,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
         scalars_digest: builtins.str = ...,
         transport: global___TransportOffer | None = ...,
         digest_origin: global___DigestOrigin.ValueType = ...,
+        received_from: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout", "transport", b"transport"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "received_from", b"received_from", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
 
 global___GetLayoutResponse = GetLayoutResponse
 
