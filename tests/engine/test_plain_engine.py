@@ -17,7 +17,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore.engine import Engine, leave, load  # noqa: E402
-from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
+from mxcore.engine.rungs import peer  # noqa: E402
+from mxcore.errors import FenceFailed, LoadPathsExhausted, NoSource  # noqa: E402
+from mxcore.transfer.receive import Receiver  # noqa: E402
 from mxserver.wire.calls import ServerClient  # noqa: E402
 from mxserver.wire.proto import mx_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
@@ -206,6 +208,61 @@ def test_weights_that_are_packed_away_are_refused_by_name(
     (fallback,) = report["fallbacks"]
     assert "0.weight" in fallback
     assert "MX_LAYOUT_UNSUPPORTED" in fallback
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_memory_that_may_still_be_written_to_is_never_used_nor_freed(
+    server: str, folder: Path, expected: str, monkeypatch: pytest.MonkeyPatch, processed: bool
+) -> None:
+    report = folder.parent / "report.json"
+    given: list[Any] = []
+
+    def fails(receiver: Receiver, *arguments: Any) -> None:
+        given.extend(receiver._received.placement.addresses)
+        raise FenceFailed("as if an agent had not been destroyed")
+
+    with started(folder, "both", options(server), processed=processed):
+        monkeypatch.setattr(Receiver, "receive", fails)
+        engine = PlainEngine(folder, options(server, report_path=str(report)), processed_weights_move=processed)
+        before = len(peer._never_freed)
+        model = load(engine, ROLES["both"])
+    assert answer(model) == expected
+    assert json.loads(report.read_text())["path"] == "storage"
+    [kept] = peer._never_freed[before:]
+    held = {tensor.untyped_storage().data_ptr() for tensor in kept.found.kept.values()}
+    assert set(given) <= held | {tensor.data_ptr() for tensor in kept.found.kept.values()}
+    assert not {parameter.data_ptr() for parameter in model.parameters()} & set(given)
+
+
+class Damaged(PlainEngine):
+    """An engine whose memory loses a bit between reading and processing, or whose loader computes there."""
+
+    damages: Any = staticmethod(lambda weight: None)
+
+    def fill(self, model: Any, source: Any, settings: Any, progress: Any) -> int:
+        read = super().fill(model, source, settings, progress)
+        self.damages(next(model.parameters()).detach())
+        return read
+
+
+def test_a_bit_lost_after_reading_is_written_again_and_nothing_is_offered(
+    server: str, folder: Path, expected: str
+) -> None:
+    report = folder.parent / "report.json"
+    engine = Damaged(folder, options(server, report_path=str(report)))
+    engine.damages = lambda weight: weight.view(torch.int32)[3, 3:4].bitwise_xor_(1 << 22)
+    assert answer(load(engine, ROLES["both"])) == expected  # the engine does not answer with it
+    told = json.loads(report.read_text())
+    assert (told["path"], told["serving"]) == ("storage", False)
+    assert "1 bits in memory were not what was read" in told["fallbacks"][0]
+
+
+def test_a_loader_that_computes_is_offered(server: str, folder: Path) -> None:
+    report = folder.parent / "report.json"
+    engine = Damaged(folder, options(server, report_path=str(report)))
+    engine.damages = lambda weight: weight.neg_()
+    load(engine, ROLES["both"])
+    assert json.loads(report.read_text())["serving"]
 
 
 class Replaced(PlainEngine):

@@ -15,7 +15,7 @@ from mxcore.engine.protocol import Fill
 from mxcore.engine.report import LoadedPart, StepSeconds
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, remember_computed
-from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
+from mxcore.errors import ChunksMissing, FenceFailed, SourceUnreachable, TransferError
 from mxcore.load_ladder import PollResult, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
@@ -23,6 +23,8 @@ from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
+
+_never_freed: list[Weights] = []  # memory that somebody may still write to (FenceFailed)
 
 
 @dataclass
@@ -179,7 +181,9 @@ class PeerRung(Rung[Loaded]):
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
                 return whole
-        except TransferError:
+        except TransferError as error:
+            if isinstance(error, FenceFailed):
+                _never_freed.append(attempt.weights)
             self._tried.failed.update(source.worker_id for source in self._sources)
             attempt.others_may_do = True
             raise

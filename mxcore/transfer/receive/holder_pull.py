@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from mxcore.errors import (
     DigestMismatch,
+    FenceFailed,
     NixlError,
     NoChunkPort,
     NotOneSided,
@@ -28,6 +29,7 @@ from mxcore.errors import (
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import ChunkRequest, all_chunks, set_from_bytes
 from mxcore.transfer.move import (
+    FENCE_SECONDS,
     TOKEN_BYTES,
     AgentSession,
     LeaseKeeper,
@@ -46,12 +48,13 @@ from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, choose_route
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["HolderPull"]
+__all__ = ["END_SECONDS", "HolderPull"]
 
 logger = logging.getLogger(__name__)
 
 _VERIFY_THREADS = 1
 _NEWS_WAIT_SECONDS = 0.25
+END_SECONDS = 1.5 * FENCE_SECONDS  # the fence, and what comes before it
 _NOTHING = ChunkRequest(0, 0, 0)
 
 
@@ -71,7 +74,8 @@ class _Asking:
 class HolderPull:
     """Fetches from `source` until all chunks are here, the holder fails, or `stop`; on a thread of its own.
 
-    Once it has `ended`, nothing of this holder can arrive any more; `failure` says why it ended early. `clean` is
+    Once it has `ended`, nothing of this holder can arrive any more, unless `failure` is FenceFailed; `failure` says why
+    it ended early. `clean` is
     false when chunks were abandoned in flight: those may have overwritten verified ones before the fence.
     """
 
@@ -118,16 +122,22 @@ class HolderPull:
         if mover is None or error is not None or at_once:
             self._client.cancel()
 
-    def join(self) -> None:
-        """Waits for its end."""
-        self._thread.join()
+    def join(self, seconds: float = END_SECONDS) -> None:
+        """Waits for its end. Raises FenceFailed when that does not come: its memory may still be written to."""
+        self._thread.join(max(seconds, 0.0))
+        if self._thread.is_alive():
+            raise FenceFailed(
+                f"fetching from worker {self.source.worker_id} does not end ({self.route}): its memory is given up"
+            )
 
     def _run(self) -> None:
         try:
             with self._client:
                 self._receive()
         except TransferError as error:
-            if not (self._stopped.is_set() and self._given_up is None):
+            if isinstance(error, FenceFailed):
+                self.failure = error
+            elif not (self._stopped.is_set() and self._given_up is None):
                 self.failure = self._given_up or error
         except Exception as error:  # a bug in one holder's thread must not hang the others
             logger.exception("fetching from worker %s failed by a fault of ours", self.source.worker_id)

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 from mxcore.errors import (
     ChunksMissing,
     DigestMismatch,
+    FenceFailed,
     LayoutMismatch,
     NixlMissing,
     SourceBusy,
@@ -31,7 +32,7 @@ from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
-from mxcore.transfer.receive.holder_pull import HolderPull
+from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
@@ -166,6 +167,7 @@ class Receiver:
             ChunksMissing: no holder is left to give the rest. Outside of the verified chunks the memory then holds
                 anything; nothing arrives in it any more.
             TransferError: what the only holder said, when nothing at all came from it.
+            FenceFailed: the memory may still be written to, for ever. It must neither be used nor freed.
         """
         started = self._began = time.monotonic()
         if step is not None:
@@ -181,13 +183,18 @@ class Receiver:
         try:
             self._run(started + self._settings.transfer_timeout_seconds)
         finally:
-            self._end_all(TransferStalled("the transfer was given up on"))
-            self._over.set()
-            with self._received.changed:
-                self._received.changed.notify_all()
-            for thread in background:
-                thread.join()
-            self._sessions.drop()
+            try:
+                self._end_all(TransferStalled("the transfer was given up on"))
+                for pull in self._pulls.values():
+                    if isinstance(pull.failure, FenceFailed):
+                        raise pull.failure
+            finally:
+                self._over.set()
+                with self._received.changed:
+                    self._received.changed.notify_all()
+                for thread in background:
+                    thread.join()
+                self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
             path, verified = peer_path(report.transport), report.chunks_verified
@@ -288,6 +295,8 @@ class Receiver:
 
     def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> float:
         """Records a holder's failure; returns the seconds until it is asked again."""
+        if isinstance(error, FenceFailed):
+            raise error
         if isinstance(error, SourceBusy):
             with self._received.changed:
                 self._received.news = time.monotonic()  # it is alive and gives to others
@@ -368,8 +377,9 @@ class Receiver:
     def _end_all(self, error: TransferError | None) -> None:
         for pull in self._pulls.values():
             pull.stop(error, at_once=True)
+        deadline = time.monotonic() + END_SECONDS
         for pull in self._pulls.values():
-            pull.join()
+            pull.join(deadline - time.monotonic())
 
     def _failed(self, why: str = "", *, by_files: bool = True) -> TransferError:
         """What `receive` raises; with `by_files`, what is missing may be completed from the files."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
+from mxcore.errors import FenceFailed, HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.sockets import ChunkSender
 from mxcore.transfer.layout import (
     CHUNK_BYTES,
@@ -35,7 +35,7 @@ from mxcore.transfer.layout import (
     chunk_digests,
     set_to_bytes,
 )
-from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Move
+from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move
 from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.holder_agent import HolderAgent
 from mxcore.transfer.serve.origin import Origin
@@ -54,6 +54,9 @@ _PUSHED_BYTES_IN_FLIGHT = (
 )  # enough for the longest link; UCX completes all that is begun at about the same time
 _MOST_WAITING = 16  # readers that wait for new chunks; more are answered at once
 _UNASKED_PAUSE_SECONDS = 0.1
+
+
+_never_freed: list[object] = []  # memory that readers may still reach (FenceFailed)
 
 
 @dataclass
@@ -294,8 +297,10 @@ class Holder:
         session = self.agent.session()
         peer = session.connect(metadata)
         with self._changed:
-            if not lease.ended:
-                lease.connecting.enter_context(session.progressing())
+            if lease.ended or lease.peer is not None:
+                session.disconnect(peer)
+                raise LeaseEnded(f"lease {lease_id!r} has ended, or has an open transfer already")
+            lease.connecting.enter_context(session.progressing())
             lease.peer = peer
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
@@ -413,13 +418,22 @@ class Holder:
                 self._changed.wait(max(0.01, min(give_up, next_end) - now))
 
     def close(self) -> None:
-        """Ends all leases, destroys the agent, then lets go of the memory. Idempotent; never waits for readers."""
+        """Ends all leases, destroys the agent, then lets go of the memory. Idempotent; never waits for readers.
+
+        Where that does not end in time, the memory is kept for ever, and the log says so.
+        """
         with self._changed:
             self._draining = True
             for lease in list(self._leases.values()):
                 self._end(lease)
-            self._changed.wait_for(lambda: not self._sending)  # their connections are shut down: at once
-        self.agent.close()
+            over = self._changed.wait_for(lambda: not self._sending, FENCE_SECONDS)  # shut down: they end at once
+        try:
+            self.agent.close()
+        except FenceFailed as error:
+            over = False
+            logger.critical("readers may still reach weights that are no longer served: %s", error)
+        if not over:
+            _never_freed.append(self._keep_alive)
         self._keep_alive = None
 
     def _expire(self) -> None:
