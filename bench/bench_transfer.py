@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +26,7 @@ IDLE_SECONDS = 3.0
 LINK = {"MX_SOURCE_RATE_LIMIT": "1GB"}  # a second: as a network's link would, it leaves cores free
 VERIFY_ROUNDS = 9  # at least: what is compared differs by a few percent
 TRANSPORTS: tuple[Literal["tcp", "same-host"], ...] = ("tcp", "same-host")
+TLS_NAME = "mx-bench"
 LIMITS = {"tcp": "socket_1", "same-host": "memcpy"}
 
 
@@ -45,8 +49,15 @@ class Pair:
     """A worker that serves a model, and one that receives it repeatedly."""
 
     def __init__(
-        self, fleet: Fleet, transport: str, shape: Shape, gap_bytes: int, source: Mapping[str, str] | None = None
+        self,
+        fleet: Fleet,
+        transport: str,
+        shape: Shape,
+        gap_bytes: int,
+        source: Mapping[str, str] | None = None,
+        both: Mapping[str, str] | None = None,
     ) -> None:
+        """`source`: settings of the worker that serves, `both` of both."""
         task = {
             "model": "bench/transfer",
             "content": 5,
@@ -58,9 +69,11 @@ class Pair:
             "tells": False,
         }
         self._bytes = total_bytes(shape)
-        self.source = fleet.add({**task, "role": "seed"}, transport=transport, environ=dict(source or {}))
+        self.source = fleet.add(
+            {**task, "role": "seed"}, transport=transport, environ={**(both or {}), **(source or {})}
+        )
         self.source.expect("serving")
-        self._target = fleet.add({**task, "role": "receiver"}, transport=transport)
+        self._target = fleet.add({**task, "role": "receiver"}, transport=transport, environ=dict(both or {}))
         self._target.expect("ready")
 
     def receive(self, *, verified: bool) -> tuple[float, float]:
@@ -95,6 +108,34 @@ def behind_a_link(transport: str, shape: Shape, repeats: int) -> Rates:
         for number in range(repeats):
             verifying(pair, rates, number)
     return rates
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """A certificate that both sides show and trust, by the command `openssl`, as settings."""
+    cert, key = str(folder / "worker.crt"), str(folder / "worker.key")
+    what = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    name = ["-subj", f"/CN={TLS_NAME}", "-addext", f"subjectAltName=DNS:{TLS_NAME}"]
+    subprocess.run(["openssl", "req", *what, *name, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    trusted = {"MX_TLS_CA_FILE": cert, "MX_TLS_CLIENT_CA_FILE": cert, "MX_TLS_PEER_NAME": TLS_NAME}
+    return {"MX_TLS_CERT_FILE": cert, "MX_TLS_KEY_FILE": key, **trusted}
+
+
+def by_tls(shape: Shape, repeats: int) -> tuple[Rates, Rates]:
+    """Over TCP by turns: in clear, and by TLS with certificates on both sides (mTLS)."""
+    found = (Rates(), Rates())
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pairs = [
+            Pair(stack.enter_context(Fleet()), "tcp", shape, 0, both=settings)
+            for settings in ({}, certificates(folder))
+        ]
+        for number in range(repeats + 1):
+            for pair, rates in zip(pairs, found, strict=True):
+                moving, whole = pair.receive(verified=True)
+                if number:  # the first one also imports and connects
+                    rates.moving.append(moving)
+                    rates.whole.append(whole)
+    return found
 
 
 def measure(transport: Literal["tcp", "same-host"], shape: Shape, gap_bytes: int, repeats: int) -> Rates:
@@ -157,6 +198,7 @@ def figures_of(
         "verify_overhead_ratio": max(map(overhead, linked.values())),
         "tcp_vs_raw_socket": median(few["tcp"].moving) / median(few["tcp"].limit),
         "same_host_vs_memcpy": median(few["same-host"].moving) / median(few["same-host"].limit),
+        "tls_vs_plain": machine["tls_vs_plain"],
         "idle_agent_core_share": machine["idle_agent_core_share"],
         **{f"verify_overhead_ratio_cores_busy_{way.replace('-', '_')}": overhead(few[way]) for way in TRANSPORTS},
         **each,
@@ -179,6 +221,8 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
 
     `…_vs_one_descriptor` is without digests on both sides: what many tensors cost. `_ours_verified` is the product as
     it runs against NIXL, which verifies nothing; `_both_verified` has digests of the one descriptor, once it is there.
+
+    `tls_vs_plain` is what is left of the rate by TLS, with certificates on both sides.
     """
     machine: dict[str, float] = {}
     size = int(1000 * MIB * scale)
@@ -201,6 +245,9 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
                 err=True,
             )
     few = scaled(SHAPES["few"][0], scale)
+    in_clear, encrypted = by_tls(few, repeats)
+    machine["tls_vs_plain"] = median(encrypted.moving) / median(in_clear.moving)
+    machine["tls_gbps"], machine["tls_plain_gbps"] = median(encrypted.moving), median(in_clear.moving)
     linked = {way: behind_a_link(way, few, max(repeats, VERIFY_ROUNDS)) for way in TRANSPORTS}
     figures = {name: round(value, 4) for name, value in figures_of(rates, linked, machine).items()}
     details = {

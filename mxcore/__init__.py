@@ -1,13 +1,12 @@
-"""The part that runs in a worker: reading checkpoints, host memory, digests, transfers between workers.
+"""Model weights: read from where they lie, and moved from process to process, each byte verified (docs/api.md).
 
-Importing this package loads nothing else: no torch, no numpy, no gRPC, no CUDA, no compiled module.
+Importing this package loads nothing: no torch, no numpy, no gRPC, no CUDA, no compiled module. Each name of `__all__`
+is looked up when it is first used; their types are in `__init__.pyi`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-import warnings
 
 TYPE_CHECKING = False  # as typing's, without importing typing
 if TYPE_CHECKING:
@@ -15,9 +14,54 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-__all__ = ["__version__"]
-
 __version__ = "0.1.0"  # equal to pyproject.toml's, held by a test: reading the metadata would cost 10 ms here
+
+_EXPORTS = {
+    "Checkpoint": "mxcore.storage.checkpoint",
+    "Fetched": "mxcore.exchange",
+    "LoadReport": "mxcore.storage.load",
+    "MxError": "mxserver.wire",
+    "Published": "mxcore.exchange",
+    "RemoteCheckpoint": "mxcore.storage.access",
+    "TensorInfo": "mxcore.storage.checkpoint",
+    "Want": "mxcore.storage.plan",
+    "fetch": "mxcore.exchange",
+    "load": "mxcore.storage.access",
+    "load_file": "mxcore.storage.access",
+    "open_checkpoint": "mxcore.storage.access",
+    "publish": "mxcore.exchange",
+    "stream": "mxcore.storage.access",
+}
+__all__ = [
+    "Checkpoint",
+    "Fetched",
+    "LoadReport",
+    "MxError",
+    "Published",
+    "RemoteCheckpoint",
+    "TensorInfo",
+    "Want",
+    "__version__",
+    "fetch",
+    "load",
+    "load_file",
+    "open_checkpoint",
+    "publish",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> object:
+    if (module := _EXPORTS.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    globals()[name] = value = getattr(importlib.import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
 
 
 class _NotBuiltFinder:
@@ -38,12 +82,12 @@ class _NotBuiltFinder:
         raise NotBuilt(f"{name} is not built for {python}: run `make build`, or `pip install -e .`", name=name)
 
 
-sys.meta_path.append(_NotBuiltFinder)
+def _is_source_tree() -> bool:
+    """Whether a module may be missing because it was not built: wheels have no sources of compiled modules."""
+    import os
 
-_COMMAND = getattr(sys, "argv", [""])[0].rpartition("/")[2] == "mx"  # it looks at servers from machines without torch
-if not _COMMAND and "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
-    warnings.warn(
-        "mxcore: torch is not installed; loading tensors into a model needs it: pip install torch",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return os.path.exists(os.path.join(__path__[0], "digest", "digest.pyx"))  # noqa: PTH110, PTH118 - pathlib costs
+
+
+if _is_source_tree():
+    sys.meta_path.append(_NotBuiltFinder)

@@ -11,7 +11,8 @@
     │   ├── ModeUnavailable   MX_READ_MODE            the read mode that was asked for does not work here
     │   └── ObjectStoreError  MX_OBJECT_STORE         an object store gave no bytes, or not these
     │       ├── ObjectMissing     MX_OBJECT_MISSING       no such bucket, prefix or object
-    │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are absent, wrong or too weak
+    │       ├── ObjectDenied      MX_OBJECT_DENIED        credentials that are wrong or too weak
+    │       ├── ObjectCredentials MX_OBJECT_CREDENTIALS   credentials that are absent or have expired
     │       ├── WrongRegion       MX_OBJECT_REGION        the bucket lies in another region
     │       ├── StoreUnreachable  MX_OBJECT_ENDPOINT      no such endpoint, or none that speaks this protocol
     │       ├── StoreTimeout      MX_OBJECT_TIMEOUT       no answer in time, or it broke off, again and again
@@ -43,6 +44,7 @@
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
         │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ went over a transport that is not one-sided
         │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the holder's chunk port cannot be reached
+        │   ├── NotEncrypted  MX_NOT_ENCRYPTED        it would send in clear, or TLS to it fails
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
         ├── ChunksMissing     MX_CHUNKS_MISSING       no holder is left that could give these chunks
         ├── HolderDraining    MX_HOLDER_DRAINING      this holder takes no new readers
@@ -113,9 +115,15 @@ class ObjectMissing(ObjectStoreError):
 
 
 class ObjectDenied(ObjectStoreError):
-    """The store refuses these credentials, or there are none."""
+    """The store refuses these credentials."""
 
     code = "MX_OBJECT_DENIED"
+
+
+class ObjectCredentials(ObjectStoreError):
+    """There are no credentials, or they have expired."""
+
+    code = "MX_OBJECT_CREDENTIALS"
 
 
 class WrongRegion(ObjectStoreError):
@@ -316,6 +324,12 @@ class NoChunkPort(SourceRefused):
     """The holder's chunk port cannot be reached, or does not answer; the holder can still WRITE."""
 
     code = "MX_NO_CHUNK_PORT"
+
+
+class NotEncrypted(SourceRefused):
+    """The holder gives chunks in clear only, or no TLS connection to it comes about; this worker takes them by TLS."""
+
+    code = "MX_NOT_ENCRYPTED"
 
 
 class SourceBusy(SourceRefused):

@@ -55,6 +55,7 @@ class WorkerSettings(BaseModel):
     same_host_threads: int = Field(0, alias="MX_SAME_HOST_THREADS", ge=0, le=32)
     transport: Literal["auto", "same-host", "tcp", "rdma"] = Field("auto", alias="MX_TRANSPORT")
     tcp_transfer: Literal["sockets", "nixl"] = Field("sockets", alias="MX_TCP_TRANSFER")
+    chunk_tls: Literal["auto", "off"] = Field("auto", alias="MX_CHUNK_TLS")
     tcp_connections: int = Field(0, alias="MX_TCP_CONNECTIONS", ge=0, le=8)
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)

@@ -62,6 +62,8 @@ def _help(name: str, default: str) -> str:
 @click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
 @click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
 @click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
+@click.option("--download-ignore", metavar="PATTERNS", help=_help("MX_DOWNLOAD_IGNORE", "auto"))
+@click.option("--download-allow", metavar="PATTERNS", help=_help("MX_DOWNLOAD_ALLOW", "all"))
 @click.option("--tls-cert", "tls_cert_file", metavar="FILE", help=_help("MX_TLS_CERT_FILE", "none: no TLS"))
 @click.option("--tls-key", "tls_key_file", metavar="FILE", help=_help("MX_TLS_KEY_FILE", "none"))
 @click.option(

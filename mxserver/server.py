@@ -37,8 +37,7 @@ from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, m
 
 _LOG = logging.getLogger("mxserver")
 
-# Publishes wait for the disk, not for a core: as many may wait as one commit can take. For others: calls/pools.py.
-HANDLER_THREADS = 64
+OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods have pools by kind (calls/pools.py)
 
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
@@ -67,7 +66,14 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
         settings.cache_lease_seconds,
         settings.file_sources,
+        ignore=_ignored(settings.download_ignore),
+        allow=settings.download_allow,
     )
+
+
+def _ignored(patterns: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The patterns of MX_DOWNLOAD_IGNORE; None is auto."""
+    return None if patterns == ("auto",) else () if patterns == ("none",) else patterns
 
 
 class Server:
@@ -157,7 +163,7 @@ class Server:
             ) from error
 
     def _serve(self, settings: ServerSettings, leases: Leases, guards: list[grpc.ServerInterceptor]) -> grpc.Server:
-        threads = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="call")
+        threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
             interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],

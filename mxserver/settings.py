@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
+from mxserver.default_paths import default_cache_directory, default_store_path
 from mxserver.wire import SettingError, setting, unprotected
 from mxserver.wire.calls import MAX_MESSAGE_BYTES
 from mxserver.wire.credentials import ServerTls
@@ -40,22 +41,6 @@ DEFAULT_FILES_PORT = 8002
 
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
-
-
-def default_store_path() -> Path:
-    """`mxserver/state.sqlite3` in the user's state folder, by the XDG Base Directory Specification."""
-    folder = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(folder) if Path(folder).is_absolute() else Path("~/.local/state").expanduser()) / (
-        "mxserver/state.sqlite3"
-    )
-
-
-def default_cache_directory() -> Path:
-    """`huggingface/hub` in `~/.cache`, or where HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME say: the hub's own folder."""
-    for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if folder := os.environ.get(name):
-            return Path(os.path.expandvars(folder)).expanduser() / below
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?)B?|B)?", re.IGNORECASE)
@@ -220,6 +205,14 @@ class ServerSettings(BaseSettings):
     file_sources: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_folders)] = Field(
         (), alias="MX_FILE_SOURCES", description="absolute paths of folders, separated by ':'"
     )
+    download_ignore: Annotated[tuple[str, ...], NoDecode, Listed] = Field(
+        ("auto",),
+        alias="MX_DOWNLOAD_IGNORE",
+        description="patterns of paths between commas; auto is original/*, metal/*, *.bin beside safetensors; none",
+    )
+    download_allow: Annotated[tuple[str, ...], NoDecode, Listed] = Field(
+        (), alias="MX_DOWNLOAD_ALLOW", description="patterns of paths, separated by commas"
+    )
 
     @property
     def effective_redis_url(self) -> str:
@@ -284,6 +277,8 @@ FLAGS = {
     "cache_min_free_bytes": "--cache-min-free-bytes",
     "cache_lease_seconds": "--cache-lease",
     "file_sources": "--file-sources",
+    "download_ignore": "--download-ignore",
+    "download_allow": "--download-allow",
     "tls_cert_file": "--tls-cert",
     "tls_key_file": "--tls-key",
     "tls_client_ca_file": "--tls-client-ca",

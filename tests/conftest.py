@@ -17,11 +17,25 @@ settings.load_profile("any machine")
 
 FOLDERS = Path(__file__).parent
 SLOW_ONES_LAST = ("models", "web", "security", "packaging", "transfer", "vllm")
+MOST_WORKERS = 8
 
 
 def _rank(item: pytest.Item) -> int:
     inside = item.path.relative_to(FOLDERS).parts
     return SLOW_ONES_LAST.index(inside[0]) + 1 if inside[0] in SLOW_ONES_LAST else 0
+
+
+@pytest.hookimpl(optionalhook=True)  # a plain `pytest` needs no xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are processors, since most tests wait for processes and sockets."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Workers' results come in any order: a line for each, with its file's name, would say little."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and session.config.getoption("numprocesses", None):
+        reporter.showfspath = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

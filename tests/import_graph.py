@@ -103,6 +103,8 @@ def graph() -> dict[str, set[str]]:
     edges: dict[str, set[str]] = {name: set() for name in (*modules(), *packages())}
     for layer in LAYERS:
         for path in sources(layer):
+            if path.name == "__init__.pyi":  # the types of what a package looks up when it is used: nothing runs by it
+                continue
             node = dotted(path)
             for found in imports(path):
                 target = resolved(found)

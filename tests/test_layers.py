@@ -39,6 +39,7 @@ GUARDED = {"mxcore", "mxserver", "vllm_plugin", "vllm", "torch", "tests", "bench
 # Lower ones first: a package imports only what stands before it here.
 ORDER = (
     "mxserver.wire",
+    "mxserver.wire.stores",
     "mxserver.wire.proto",
     "mxserver.wire.credentials",
     "mxserver.wire.calls",
@@ -60,18 +61,27 @@ ORDER = (
     "mxcore.settings",
     "mxcore.storage.load",
     "mxcore.storage.remote",
+    "mxcore.storage.access",
     "mxcore.transfer.layout",
     "mxcore.transfer.route",
     "mxcore.transfer.move",
     "mxcore.transfer.receive",
     "mxcore.transfer.serve",
     "mxcore.transfer.member",
+    "mxcore.exchange",
     "mxcore.engine",
     "mxcore.cli",
     "vllm_plugin",
 )
 AROUND = ("mxcore", "mxserver", "mxcore.storage", "mxcore.transfer")  # packages of packages: they export nothing
-LIGHT = ("mxcore", "mxcore.storage", "mxcore.storage.checkpoint", "mxcore.storage.plan", "mxcore.storage.load")
+LIGHT = (
+    "mxcore",
+    "mxcore.storage",
+    "mxcore.storage.checkpoint",
+    "mxcore.storage.plan",
+    "mxcore.storage.load",
+    "mxcore.storage.access",
+)
 HEAVY = {"torch", "grpc", "obstore", "numpy", "vllm"}
 
 

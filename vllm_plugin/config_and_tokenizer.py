@@ -6,7 +6,6 @@ cannot be brought is a line in the log, and vLLM says itself what it misses.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from mxcore.storage.remote import (
     listing_commit,
     parse_model_uri,
     place_in_hub_cache,
+    place_of_state,
     pull_small_files,
 )
 from mxserver.wire import MxError
@@ -46,7 +46,7 @@ def prepare_offline(model: Any, revision: str | None) -> None:
         _told(model, lambda: _to_hub_cache(load_settings(), model, revision, None))
 
 
-def _told(model: str, function: Callable[[], None]) -> None:
+def _told(model: str, function: Callable[[], object]) -> None:
     try:
         function()
     except (MxError, OSError, ImportError) as error:
@@ -67,33 +67,46 @@ def _prepare(arguments: Any) -> None:
     if "://" in arguments.model and scheme in OBJECT_SCHEMES:
         uri = arguments.model
         folder = _mirror(uri, settings)
-        for name in ("model", "tokenizer"):
-            if getattr(arguments, name, None) in (uri, None):
-                setattr(arguments, name, str(folder))
-        if arguments.served_model_name is None:
-            arguments.served_model_name = [uri]
+        _use(arguments, uri, folder)
         if not settings.model_uri:
             arguments.model_loader_extra_config = {**extra, "model_uri": uri}
         return
-    _to_hub_cache(settings, arguments.model, arguments.revision, arguments.download_dir)
+    name = arguments.model
+    place = _to_hub_cache(settings, name, arguments.revision, arguments.download_dir)
+    if place is not None:
+        _log.warning("%s is in the hub's cache as it came from the hub; it is not what MX_MODEL_URI has", name)
+        _use(arguments, name, place)
+
+
+def _use(arguments: Any, name: str, folder: Path) -> None:
+    """Has vLLM read a folder, and serve the model under its name."""
+    for field in ("model", "tokenizer"):
+        if getattr(arguments, field, None) in (name, None):
+            setattr(arguments, field, str(folder))
+    if arguments.served_model_name is None:
+        arguments.served_model_name = [name]
 
 
 def _mirror(text: str, settings: WorkerSettings) -> Path:
-    """The small files of a URI in a folder of their own."""
+    """The small files of a URI in a folder of their own, another one for each state of the URI."""
     folder = ObjectFolder(parse_model_uri(text), ObjectOptions.of(settings))
     try:
-        place = hub_cache() / ".mx-uri" / hashlib.sha256(folder.name.encode()).hexdigest()[:24]
-        count = pull_small_files(folder, place)
+        commit = listing_commit(folder.files)
+        place = place_of_state(hub_cache(), folder.name, commit, lambda to: pull_small_files(folder, to))
     finally:
         folder.close()
-    _log.info("%d files of %s are in %s", count, folder.name, place)
+    _log.info("configuration and tokenizer of %s are in %s", folder.name, place)
     return place
 
 
-def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, download_dir: str | None) -> None:
-    """Fills the hub's cache with a model that is named as on the hub, unless it is there."""
-    if Path(model).exists() or "://" in model or _is_cached(model, revision, download_dir):
-        return
+def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """Fills the hub's cache with a model that is named as on the hub, from where its weights will come.
+
+    What is cached already may be of an older state of that place: old configuration must not meet new weights. Returns
+    the folder, where the name itself stands for another one: of a commit that came from the hub.
+    """
+    if Path(model).exists() or "://" in model:
+        return None
     cache = hub_cache(download_dir)
     if settings.model_uri:
         uri = parse_model_uri(settings.model_uri)
@@ -108,15 +121,18 @@ def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, do
         finally:
             folder.close()
         _log.info("configuration and tokenizer of %s come from %s: %s", model, uri.text, place)
-    elif settings.no_shared_storage and settings.server_address:
+        return None if _cached_folder(model, revision, download_dir) == place else place
+    if settings.no_shared_storage and settings.server_address:
         with ModelClient(settings.server_address) as client:
             client.ensure(model, revision=revision, ignore_weights=True)
             place = client.fetch_to_hub_cache(model, cache, revision=revision, ignore_weights=True)
         _log.info("configuration and tokenizer of %s come from %s: %s", model, settings.server_address, place)
+    return None
 
 
-def _is_cached(model: str, revision: str | None, download_dir: str | None) -> bool:
+def _cached_folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """Where vLLM will look for the name."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "config.json", revision=revision, cache_dir=download_dir)
-    return isinstance(found, str)
+    return Path(found).parent if isinstance(found, str) else None

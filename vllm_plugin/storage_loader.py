@@ -19,9 +19,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from mxcore.engine import Files, Source, Streamed, lazy_weights
 from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import Checkpoint, open_checkpoint, weight_files_in
+from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.plan import SETTING, Progress, ProgressDisplay, budget, parse_bytes
-from mxserver.wire import MxError
+from mxserver.wire import MxError, weight_files_in
 from vllm_plugin import compat
 
 __all__ = ["StorageLoader", "opened_as_by_vllm"]

@@ -63,7 +63,7 @@ class _Pair:
         chunks, found = self.received.chunks, 0
         with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
             show_token(connection, self.holder.open_sending(self.lease), SECONDS)
-            reads = SocketReads([connection.fileno()], hashed=True)
+            reads = SocketReads([connection], hashed=True)
             for chunk in range(CHUNKS):
                 reads.ask(
                     chunk, *(chunks.slice_of(values, chunk) for values in (self.received.addresses, chunks.lengths))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError
 from mxcore.settings import WorkerSettings
-from mxcore.storage.checkpoint import WeightFiles, checkpoint_digest, weight_files_in
-from mxcore.storage.remote import ModelUri, ObjectFolder, ObjectOptions, parse_model_uri, remote_digest
+from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.remote import (
+    LocalFolder,
+    ModelUri,
+    ObjectFolder,
+    ObjectOptions,
+    RemoteFile,
+    parse_model_uri,
+    remote_digest,
+)
+from mxserver.wire import WeightFiles, weight_files_in
 
 __all__ = ["CheckpointFiles", "UriPlace", "find_checkpoint", "model_name"]
 
@@ -97,6 +107,10 @@ class UriPlace:
         if self._folder is None:
             self._folder = ObjectFolder(self.uri, ObjectOptions.of(self._settings))
         return self._folder
+
+    def listed(self) -> Sequence[RemoteFile]:
+        """All files there, with what changes when they do; raises StorageError."""
+        return LocalFolder(self.uri.folder).files if self.uri.is_local else self.objects().files
 
     def files(self) -> CheckpointFiles:
         """The files of a local folder; raises CheckpointError where there are no safetensors or not all of them."""

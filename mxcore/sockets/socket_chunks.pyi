@@ -1,15 +1,17 @@
 """Chunks over TCP connections, out of one process' memory into another's: nothing arrives once they are closed.
 
-What is said on a connection is in socket_chunks.h. Connections are file descriptors of connected, blocking stream
-sockets: the caller's, to be kept open until the object that uses them is done.
+What is said on a connection is in socket_chunks.h. Connections are connected, blocking stream sockets: the caller's,
+to be kept open until the object that uses them is done. An `ssl.SSLSocket`, after its handshake, sends and takes by TLS
+in the same threads; who cuts one off from another thread calls `socket.socket.shutdown`, which keeps its keys.
 """
 
+import socket
 from collections.abc import Iterable, Sequence
 
 from typing_extensions import Buffer
 
 class SocketReads:
-    """Takes chunks from one holder's connections, a thread each, which never wait for Python. Thread-safe.
+    """Takes chunks from one holder's connections, a thread each, which wait for Python by TLS only. Thread-safe.
 
     With `hashed`, each chunk's XXH3-64 is made of what has arrived. Closed with `close`, or when it is no more used;
     after a fork the child's copy does nothing. Changes SO_RCVTIMEO and SO_RCVLOWAT of the sockets.
@@ -17,7 +19,7 @@ class SocketReads:
     Raises ValueError for no connection or more than 64, OSError when no thread can be started.
     """
 
-    def __init__(self, fds: Sequence[int], *, hashed: bool) -> None: ...
+    def __init__(self, connections: Sequence[socket.socket], *, hashed: bool) -> None: ...
     def ask(self, chunk: int, addresses: Iterable[int], lengths: Iterable[int]) -> None:
         """Requests a chunk (32 bits) whose bytes go to these stretches of memory, the caller's to keep mapped.
 
@@ -29,8 +31,9 @@ class SocketReads:
         """Waits for so long at most; takes all that has ended: chunk, errno or 0, digest (empty unless hashed).
 
         errno is ECONNRESET (the holder has closed the connection), ENODATA (it does not have the chunk), EPROTO (it
-        answered something else) or a socket's. After an error the connection is of no use. Empty also when nothing is
-        asked for that was not taken, when it is closed, and after `wake`.
+        answered something else), EBADMSG (by TLS: somebody changed the bytes on their way) or a socket's. After an
+        error the connection is of no use. Empty also when nothing is asked for that was not taken, when it is closed,
+        and after `wake`.
         """
 
     def wake(self) -> None:
@@ -55,7 +58,7 @@ class ChunkSender:
     def set_have(self, have: bytes) -> None:
         """Which chunks are here, a bit each, little-endian; none at first. Raises ValueError for another length."""
 
-    def serve(self, fd: int) -> int:
+    def serve(self, connection: socket.socket) -> int:
         """Answers what is asked on a connection until the other side closes it (0), or errno; without the GIL.
 
         Ends too when another thread shuts the socket down. A chunk that is not here is answered so.

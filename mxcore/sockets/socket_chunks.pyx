@@ -7,7 +7,9 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+import errno
 import os
+import ssl
 
 from mxcore.native.chunk_jobs cimport (
     MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
@@ -15,22 +17,35 @@ from mxcore.native.chunk_jobs cimport (
 from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.memory import merge_adjoining
 
-cdef extern from "sockets/socket_pool.h" nogil:
-    ctypedef struct mx_socket_pool:
-        mx_chunk_pool jobs
-        int hashed
-        uint64_t received
-    int mx_socket_pool_open(mx_socket_pool* pool, const int* fds, size_t count, int hashed)
-    void mx_socket_pool_close(mx_socket_pool* pool)
+cdef extern from "Python.h":
+    object PyMemoryView_FromMemory(char* place, Py_ssize_t size, int flags)
+    int PyBUF_READ, PyBUF_WRITE
 
 cdef extern from "sockets/socket_chunks.h" nogil:
+    ctypedef struct mx_socket_link:
+        int fd
+        void* tls
+    ctypedef struct mx_tls_functions:
+        Py_ssize_t (*send)(void*, const void*, size_t) noexcept nogil
+        Py_ssize_t (*take)(void*, void*, size_t) noexcept nogil
+        void* (*begin)() noexcept nogil
+        void (*end)(void*) noexcept nogil
+    mx_tls_functions mx_tls
     ctypedef struct mx_socket_table:
         const uint64_t* addresses
         const uint64_t* lengths
         const uint64_t* starts
         size_t chunks
         unsigned char* have
-    int mx_socket_serve(const mx_socket_table* table, int fd, uint64_t* sent)
+    int mx_socket_serve(const mx_socket_table* table, const mx_socket_link* link, uint64_t* sent)
+
+cdef extern from "sockets/socket_pool.h" nogil:
+    ctypedef struct mx_socket_pool:
+        mx_chunk_pool jobs
+        int hashed
+        uint64_t received
+    int mx_socket_pool_open(mx_socket_pool* pool, const mx_socket_link* links, size_t count, int hashed)
+    void mx_socket_pool_close(mx_socket_pool* pool)
 
 cdef extern from *:
     """
@@ -39,28 +54,84 @@ cdef extern from *:
     {
         __atomic_store_n(place, value, __ATOMIC_RELEASE);
     }
+    /* Python's state of a thread of ours is kept: to make it anew for each record took 15 us. */
+    static void *mx_python_begin(void)
+    {
+        PyGILState_Ensure();
+        return PyEval_SaveThread();
+    }
+    static void mx_python_end(void *state)
+    {
+        PyEval_RestoreThread(state);
+        PyGILState_Release(PyGILState_UNLOCKED);
+    }
     """
+    void* mx_python_begin() noexcept nogil
+    void mx_python_end(void* state) noexcept nogil
     uint64_t mx_look(const uint64_t* value) nogil
     void mx_put(unsigned char* place, unsigned char value) nogil
 
 mx_xxh3_use(xxh3_functions())
 
 
+cdef Py_ssize_t tls_send(void* tls, const void* data, size_t size) noexcept with gil:
+    cdef object view = PyMemoryView_FromMemory(<char*>data, size, PyBUF_READ)
+    cdef Py_ssize_t done = 0
+    try:
+        while done < <Py_ssize_t> size:
+            done += (<object>tls).write(view[done:])
+    except Exception as error:
+        return -failure_of(error)
+    return 0
+
+
+cdef Py_ssize_t tls_take(void* tls, void* data, size_t size) noexcept with gil:
+    try:
+        # Not recv_into: once `shutdown` was called on the object, that one takes what comes as it is.
+        return (<object>tls).read(size, PyMemoryView_FromMemory(<char*>data, size, PyBUF_WRITE))
+    except Exception as error:
+        return -failure_of(error)
+
+
+cdef int failure_of(error) noexcept:
+    """The errno of a TLS connection's failure: EBADMSG where a record is not what the other side sent."""
+    if isinstance(error, ssl.SSLEOFError):
+        return errno.ECONNRESET
+    if isinstance(error, ssl.SSLError):
+        return errno.EBADMSG
+    found = getattr(error, "errno", None)
+    return found if isinstance(found, int) and found > 0 else errno.EIO
+
+
+mx_tls.send, mx_tls.take = tls_send, tls_take
+mx_tls.begin, mx_tls.end = mx_python_begin, mx_python_end
+
+
+cdef mx_socket_link link_of(connection) except *:
+    cdef mx_socket_link link
+    link.fd = connection.fileno()
+    link.tls = <void*>connection if isinstance(connection, ssl.SSLSocket) else NULL
+    return link
+
+
+@cython.no_gc_clear  # the threads use the connections until they are joined
 cdef class SocketReads:
     cdef mx_socket_pool pool
     cdef bint is_open
+    cdef tuple connections
 
-    def __init__(self, fds not None, *, bint hashed):
-        cdef int[MX_MOST_THREADS] numbers
+    def __init__(self, connections not None, *, bint hashed):
+        cdef mx_socket_link[MX_MOST_THREADS] links
         cdef size_t count = 0
         if self.is_open:
             raise ValueError("opened already")
-        if not 1 <= len(fds) <= MX_MOST_THREADS:
-            raise ValueError(f"{len(fds)} connections, have to be 1 to {MX_MOST_THREADS}")
-        for fd in fds:
-            numbers[count] = fd
+        if not 1 <= len(connections) <= MX_MOST_THREADS:
+            raise ValueError(f"{len(connections)} connections, have to be 1 to {MX_MOST_THREADS}")
+        self.connections = tuple(connections)
+        for connection in self.connections:
+            links[count] = link_of(connection)
             count += 1
-        cdef int error = mx_socket_pool_open(&self.pool, numbers, count, hashed)
+        cdef int error = mx_socket_pool_open(&self.pool, links, count, hashed)
         if error:
             raise OSError(error, os.strerror(error))
         self.is_open = True
@@ -146,10 +217,11 @@ cdef class ChunkSender:
         for index in range(self.have_bytes):
             mx_put(&self.table.have[index], values[index])
 
-    def serve(self, int fd):
+    def serve(self, connection not None):
+        cdef mx_socket_link link = link_of(connection)
         cdef int error
         with nogil:
-            error = mx_socket_serve(&self.table, fd, &self.sent)
+            error = mx_socket_serve(&self.table, &link, &self.sent)
         return error
 
     @property

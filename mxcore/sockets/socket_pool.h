@@ -13,7 +13,7 @@ typedef struct {
     int hashed;
     uint64_t received; /* bytes; atomic */
     size_t next;       /* connection that no thread has yet; atomic */
-    int fds[MX_MOST_THREADS];
+    mx_socket_link links[MX_MOST_THREADS];
 } mx_socket_pool;
 
 /* One thread's: its connection, and the chunks that it requested, in order. */
@@ -54,7 +54,7 @@ static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job)
     mx_xxh3 state;
     int error = mx_socket_take_head(&reader->end, (uint32_t)job->key);
     mx_xxh3_begin(&state);
-    while (error == 0 && (count = mx_socket_piece(&walk, vectors, &bytes)) != 0) {
+    while (error == 0 && (count = mx_socket_piece(&walk, vectors, MX_SOCKET_PIECE_BYTES, &bytes)) != 0) {
         ssize_t got = mx_socket_take(&reader->end, vectors, count);
         if (got < 0) {
             return (int)-got;
@@ -77,9 +77,10 @@ static inline int mx_socket_receive(mx_socket_reader *reader, mx_chunk_job *job)
 static void *mx_socket_read(void *data) {
     mx_socket_reader reader = {.pool = data};
     mx_chunk_pool *jobs = &reader.pool->jobs;
-    int fd = reader.pool->fds[mx_claim(&reader.pool->next)];
+    mx_socket_link link = reader.pool->links[mx_claim(&reader.pool->next)];
+    void *begun = link.tls != NULL ? mx_tls.begin() : NULL;
     pthread_setname_np(pthread_self(), "mx-chunks");
-    reader.error = mx_socket_open_end(&reader.end, fd, &jobs->closing);
+    reader.error = mx_socket_open_end(&reader.end, link, &jobs->closing);
     pthread_mutex_lock(&jobs->lock);
     while (!jobs->closing) {
         mx_socket_request_more(&reader);
@@ -104,16 +105,19 @@ static void *mx_socket_read(void *data) {
         mx_chunk_end(jobs, mx_chunk_pop(&reader.requested), ECANCELED);
     }
     pthread_mutex_unlock(&jobs->lock);
+    if (link.tls != NULL) {
+        mx_tls.end(begun);
+    }
     return NULL;
 }
 
 /* Starts a thread for each of `count` connections (1 to 64), which stay the caller's to close, after the pool.
  * Returns 0, or errno when not even one could be started; connections beyond those that were are not used. */
-static inline int mx_socket_pool_open(mx_socket_pool *pool, const int *fds, size_t count, int hashed) {
+static inline int mx_socket_pool_open(mx_socket_pool *pool, const mx_socket_link *links, size_t count, int hashed) {
     pool->hashed = hashed;
     pool->received = pool->next = 0;
     for (size_t i = 0; i < count; i++) {
-        pool->fds[i] = fds[i];
+        pool->links[i] = links[i];
     }
     return mx_chunk_start(&pool->jobs, count, mx_socket_read, pool);
 }
@@ -126,7 +130,7 @@ static inline void mx_socket_pool_close(mx_socket_pool *pool) {
     }
     mx_chunk_stop(&pool->jobs);
     for (size_t i = 0; i < count; i++) {
-        shutdown(pool->fds[i], SHUT_RDWR);
+        shutdown(pool->links[i].fd, SHUT_RDWR);
     }
     mx_chunk_join(&pool->jobs);
 }

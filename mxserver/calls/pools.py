@@ -1,6 +1,7 @@
 """Threads for calls, by kind: publishes that wait for a disk keep no heartbeat and no listing from its threads.
 
-In one pool for all they did, until live workers counted as dead (tests/server/services/test_call_pools.py).
+In one pool for all they did, until live workers counted as dead (tests/server/services/test_call_pools.py). Requests
+are parsed in these threads, after it was decided who calls, and within limits of their kind.
 """
 
 from __future__ import annotations
@@ -8,30 +9,55 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
-from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, with_behaviour
+from mxserver.calls.call_pool import PATIENCE_SECONDS, CallPool
+from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, made_handler
+from mxserver.calls.nested import has_more_messages
+from mxserver.calls.refusals import refuse
 
 _P2P = "/model_express.p2p.P2pService/"
 _MODELS = "/model_express.model.ModelService/"
 _CACHE = "/model_express.mx.CacheService/"
 
-POOLS: dict[str, tuple[int, frozenset[str]]] = {
-    "heartbeats": (16, frozenset({f"{_P2P}UpdateStatus"})),
-    "health": (4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
-    "listings": (16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
-    "validations": (8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
-    "models": (16, frozenset()),  # the cache's other calls, and what models have beside their streams
+_PUBLISH = f"{_P2P}PublishMetadata"
+
+
+class Kind(NamedTuple):
+    """How calls of one kind are answered."""
+
+    threads: int
+    methods: frozenset[str]
+    receiving: int = 2  # requests that are received at the same time
+    patience_seconds: float = PATIENCE_SECONDS
+
+
+POOLS: dict[str, Kind] = {
+    "heartbeats": Kind(16, frozenset({f"{_P2P}UpdateStatus"})),
+    "health": Kind(4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
+    "listings": Kind(16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
+    "publishes": Kind(64, frozenset({_PUBLISH}), 2, 5.0),  # wait for a disk: as many as one commit can take
+    "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
+    "models": Kind(16, frozenset()),  # the cache's other calls, and what models have beside their streams
+    "others": Kind(16, frozenset()),  # named nowhere
 }
-"""Name -> threads, and the methods that are answered there. What is named nowhere has the server's own pool."""
+"""Name -> its kind of calls."""
+
+MOST_REQUEST_BYTES = 4 * 1024 * 1024
+"""Of every method but PublishMetadata, for which the server's setting counts."""
+
+MOST_PARTS = 200_000
+"""Messages inside of a request. The largest known publishes have 60,000 tensors."""
+
+COUNTED_FROM_BYTES = 256 * 1024  # parts of smaller requests cannot take much memory
 
 
-def pool_of(method: str) -> str | None:
-    """The name of the pool in which a method is answered; None: the server's own."""
-    named = next((name for name, (_, methods) in POOLS.items() if method in methods), None)
-    return "models" if named is None and method.startswith((_CACHE, _MODELS)) else named
+def pool_of(method: str) -> str:
+    """The name of the pool in which a method is answered."""
+    named = next((name for name, kind in POOLS.items() if method in kind.methods), None)
+    return named or ("models" if method.startswith((_CACHE, _MODELS)) else "others")
 
 
 class PoolInterceptor(HandlerInterceptor):
@@ -43,13 +69,24 @@ class PoolInterceptor(HandlerInterceptor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pools = {name: ThreadPoolExecutor(threads, f"call-{name}") for name, (threads, _) in POOLS.items()}
+        self._pools = {
+            name: CallPool(
+                kind.threads, f"call-{name}", receiving=kind.receiving, patience_seconds=kind.patience_seconds
+            )
+            for name, kind in POOLS.items()
+        }
 
     def _wraps(self, method: str, handler: Handler) -> bool:
-        return pool_of(method) is not None and not hasattr(behaviour_of(handler), "experimental_thread_pool")
+        return True
 
     def _replacement(self, method: str, handler: Handler) -> Handler:
-        return with_behaviour(handler, in_pool(behaviour_of(handler), self._pools[str(pool_of(method))]))
+        behaviour = behaviour_of(handler)
+        own = getattr(behaviour, "experimental_thread_pool", None)
+        most_bytes = None if method == _PUBLISH else MOST_REQUEST_BYTES
+        if not handler.request_streaming and handler.request_deserializer is not None:
+            behaviour = _parsing(method, handler, most_bytes)
+        pool = self._pools[pool_of(method)] if own is None else own
+        return made_handler(handler, in_pool(behaviour, pool), request_deserializer=None)
 
     def close(self) -> None:
         """Ends the threads, after the calls that they answer. Idempotent."""
@@ -66,3 +103,33 @@ def in_pool(behaviour: Callable[..., Any], pool: ThreadPoolExecutor) -> Callable
 
     call.experimental_thread_pool = pool  # type: ignore[attr-defined] # grpcio reads the attribute
     return call
+
+
+def _parsing(method: str, handler: Handler, most_bytes: int | None) -> Callable[..., Any]:
+    """The handler's function for requests as bytes, which it parses, unless there are too many of them."""
+    behaviour, parse = behaviour_of(handler), handler.request_deserializer
+    assert parse is not None  # noqa: S101 - asked before
+
+    def parsed(request: bytes, context: grpc.ServicerContext) -> Any:
+        if most_bytes is not None and len(request) > most_bytes:
+            reason = f"{method} takes requests of at most {most_bytes} bytes; this one has {len(request)}"
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        if len(request) > COUNTED_FROM_BYTES and has_more_messages(request, parse(b"").DESCRIPTOR, MOST_PARTS):
+            reason = f"{method} takes requests of at most {MOST_PARTS} parts (tensors, entries); this one has more"
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        try:
+            return parse(request)
+        except Exception as error:  # noqa: BLE001 - whatever a parser raises
+            refuse(context, grpc.StatusCode.INTERNAL, f"the request of {method} cannot be parsed: {error}")
+
+    if handler.response_streaming:
+
+        def answers(request: bytes, context: grpc.ServicerContext) -> Any:
+            yield from behaviour(parsed(request, context), context)
+
+        return answers
+
+    def answer(request: bytes, context: grpc.ServicerContext) -> Any:
+        return behaviour(parsed(request, context), context)
+
+    return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxserver.models import errors
+from mxserver.models.completeness import missing_of
 from mxserver.models.digests import digest_fd
 from mxserver.models.downloads import DownloadJob, JobState
 from mxserver.models.file_stream import FileDamaged, chunk_bytes, messages, opened_file, selected_files, spans
@@ -28,6 +29,7 @@ __all__ = [
     "errors",
     "is_commit",
     "messages",
+    "missing_of",
     "model_name",
     "opened_file",
     "selected_files",

@@ -8,12 +8,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from mxserver.models.cache import ModelCache
 from mxserver.models.cache_layout import check_paths
+from mxserver.models.completeness import missing_files, missing_of, some
 from mxserver.models.download_line import WorkLine
 from mxserver.models.errors import (
     CacheFull,
@@ -29,6 +30,7 @@ from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_w
 from mxserver.models.record import ModelRecord
 from mxserver.models.sources import ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
+from mxserver.wire import left_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class DownloadJob:
         self.model = model
         self.revision = revision
         self.ignore_weights = ignore_weights
+        self.left_out = ""  # what the provider has and is not downloaded
         self.callers = 0  # of `Downloads`, under its lock
         self._changed = threading.Condition()
         self._state = JobState()
@@ -109,8 +112,11 @@ class Downloads:
         *,
         retry: RetryPolicy | None = None,
         ended: Callable[[DownloadJob], None] = lambda _: None,
+        leave_out: Callable[[Collection[str]], frozenset[str]] = left_out,
     ) -> None:
-        """`ended` is called with every job that has ended, from its thread."""
+        """`ended` is called with every job that has ended, from its thread; `leave_out` says which of a model's files
+        are not for download."""
+        self._leave_out = leave_out
         self._ended = ended
         self._cache = cache
         self._sources = sources
@@ -193,7 +199,8 @@ class Downloads:
                 raise Stopped(f"{job.model}: nobody waited for it")
             if job.state().began:
                 _LOG.info("downloaded model=%s bytes=%d files=%d", record.key, record.size_bytes, len(record.files))
-            end: dict[str, object] = {"phase": "done", "message": "in the cache", "revision": record.key.revision}
+            message = f"in the cache; left out: {job.left_out}" if job.left_out else "in the cache"
+            end: dict[str, object] = {"phase": "done", "message": message, "revision": record.key.revision}
             end["progress"] = replace(
                 job.state().progress,
                 bytes_done=record.size_bytes,
@@ -233,14 +240,16 @@ class Downloads:
             raise Stopped(f"{job.model}: the server is stopping")
         source = self._sources[job.model.provider]
         if is_commit(job.revision) and (record := self._satisfying(ModelKey(job.model, job.revision), job)):
-            return record
+            return record  # a commit's list never changes
         try:
             remote = self._resolve(source, job)
         except DownloadFailed as error:
             return self._cached_instead(job, error)
+        remote = self._reduced(remote, job)
         job.show(revision=remote.key.revision)
         check_paths(job.model, [file.path for file in remote.files])
-        if record := self._satisfying(remote.key, job):
+        self._check_complete(remote, job)
+        if record := self._satisfying(remote.key, job, remote):
             self._name(remote, job)
             return record
         return functools.partial(self._fetched, source, remote)
@@ -300,16 +309,63 @@ class Downloads:
             record = self._cache.find(job.model, job.revision)
         except ModelNotCached:
             raise error from None
-        if not (record.has_weights or job.ignore_weights):
-            raise error
+        missing = missing_of(record, self._cache.layout.root).weights
+        if job.ignore_weights:
+            missing = ()
+        elif not record.has_weights or missing:
+            lack = some(missing) if missing else "its weights"
+            raise DownloadFailed(f"{error}; the cache has {record.key} without {lack}") from error
         _LOG.warning("the cached revision is used model=%s reason=%s", record.key, error)
         self._cache.touch(record.key)
         return record
 
-    def _satisfying(self, key: ModelKey, job: DownloadJob) -> ModelRecord | None:
-        """The record, if it has all that the job wants and the files are still there."""
+    def _reduced(self, remote: RemoteModel, job: DownloadJob) -> RemoteModel:
+        """The model without what is left out of downloads, which the job's last message will say."""
+        found = {file.path: file for file in remote.files}
+        out = self._leave_out({*found, *(remote.listed or ())})
+        if not out:
+            return remote
+        total_bytes = sum(found[name].size or 0 for name in out if name in found)
+        job.left_out = f"{len(out)} files of {total_bytes} bytes ({some(out)}), by MX_DOWNLOAD_IGNORE"
+        _LOG.info("left out of the download model=%s: %s", remote.key, job.left_out)
+        return replace(
+            remote,
+            files=tuple(file for file in remote.files if file.path not in out),
+            listed=None if remote.listed is None else tuple(name for name in remote.listed if name not in out),
+        )
+
+    def _check_complete(self, remote: RemoteModel, job: DownloadJob) -> None:
+        """Raises DownloadFailed where weights cannot be had; other files that are listed are left out, and named."""
+        if not remote.unavailable:
+            return
+        root = self._cache.layout.snapshot(remote.key)
+        found = {file.path for file in remote.files}
+        record = self._cache.record(remote.key)
+        listed = remote.listed if record is None or record.listed is None else record.listed
+        missing = missing_files(found, listed, lambda name: (root / name).read_bytes())
+        lack = some(missing.weights)
+        if not lack and listed is None and not any(map(is_weight, found)):
+            lack = "its weights"
+        if lack and not job.ignore_weights:
+            raise DownloadFailed(f"{remote.key}: the cache folder lacks {lack}, and {remote.unavailable}")
+        if others := [name for name in missing.others if not (job.ignore_weights and is_weight(name))]:
+            _LOG.warning(
+                "the model is used without files that the hub lists model=%s files=%s", remote.key, some(others)
+            )
+
+    def _satisfying(self, key: ModelKey, job: DownloadJob, remote: RemoteModel | None = None) -> ModelRecord | None:
+        """The record, if it has all that the job wants of the provider's list, and the files are still there.
+
+        Without `remote` the list that the record has counts.
+        """
         record = self._cache.record(key)
         if record is None or not (record.has_weights or job.ignore_weights):
+            return None
+        if record.listed is None and (remote is None or not remote.unavailable):
+            return None  # the list can be had, and is to be recorded
+        there = {file.path for file in record.files}
+        wanted = [file.path for file in remote.files] if remote else record.listed or ()
+        if any(name not in there and not (job.ignore_weights and is_weight(name)) for name in wanted):
             return None
         if any(not (self._cache.layout.root / file.place).exists() for file in record.files):
             _LOG.warning("files are missing, they are downloaded again model=%s", key)
@@ -320,12 +376,12 @@ class Downloads:
     def _under_lease(self, source: ModelSource, remote: RemoteModel, job: DownloadJob) -> ModelRecord:
         key = remote.key
         while True:
-            if record := self._satisfying(key, job):
+            if record := self._satisfying(key, job, remote):
                 self._name(remote, job)
                 return record
             lease = self._cache.leases.try_acquire(key.id)
             try:
-                if record := self._satisfying(key, job):
+                if record := self._satisfying(key, job, remote):
                     self._name(remote, job)
                     return record
                 if lease is not None:
@@ -334,7 +390,8 @@ class Downloads:
                     transfer = Transfer(
                         self._cache, source, remote, lease, self._retry, lambda progress: job.show(progress=progress)
                     )
-                    record = transfer.run(wanted, has_weights=len(wanted) == len(remote.files))
+                    is_light = job.ignore_weights and bool(remote.unavailable)
+                    record = transfer.run(wanted, has_weights=len(wanted) == len(remote.files) and not is_light)
                     self._name(remote, job)
                     return record
             finally:

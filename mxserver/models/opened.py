@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mxserver.models.cache import Limits, ModelCache
@@ -14,6 +15,7 @@ from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
 from mxserver.models.names import Provider
 from mxserver.models.sources import FolderSource, HubSource, ModelSource, ObjectSource
 from mxserver.models.transfer import RetryPolicy
+from mxserver.wire import left_out
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ class CacheSettings:
     lease_seconds: float = 30.0
     file_sources: tuple[Path, ...] = ()
     retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
+    ignore: tuple[str, ...] | None = None  # of `left_out`
+    allow: tuple[str, ...] = ()
 
 
 class OpenCache:
@@ -114,7 +118,13 @@ class OpenCache:
                     model_pb2.AZURE: objects,
                     model_pb2.FILE: FolderSource(self.settings.file_sources),
                 }
-                downloads = Downloads(cache, sources, retry=self.settings.retry, ended=self._download_ended)
+                downloads = Downloads(
+                    cache,
+                    sources,
+                    retry=self.settings.retry,
+                    ended=self._download_ended,
+                    leave_out=partial(left_out, ignore=self.settings.ignore, allow=self.settings.allow),
+                )
                 keeper = threading.Thread(target=self._keep, args=(cache,), name="cache-keeper", daemon=True)
                 self._opened = (cache, downloads, keeper)
                 keeper.start()

@@ -26,12 +26,17 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """One revision of a model, as far as it was downloaded."""
+    """One revision of a model, as far as it was downloaded.
+
+    `listed` are all names that the provider lists; None where it was never asked (records of earlier servers, and of
+    models that were found in the folder while HF_HUB_OFFLINE was set).
+    """
 
     key: ModelKey
     files: tuple[FileRecord, ...]
     has_weights: bool  # False: it was downloaded with ignore_weights only
     created_ms: int
+    listed: tuple[str, ...] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -46,6 +51,7 @@ class ModelRecord:
                 "revision": self.key.revision,
                 "has_weights": self.has_weights,
                 "created_ms": self.created_ms,
+                "listed": self.listed,
                 "files": [asdict(file) for file in self.files],
             },
             indent=1,
@@ -64,8 +70,13 @@ def record_from_json(text: str) -> ModelRecord:
             raise BadRecord(f"version {fields['version']!r} is not {VERSION}")
         model = model_name(model_pb2.ModelProvider.Value(fields["provider"]), fields["name"])
         files = tuple(FileRecord(**file) for file in fields["files"])
+        listed = fields.get("listed")
         record = ModelRecord(
-            ModelKey(model, str(fields["revision"])), files, bool(fields["has_weights"]), int(fields["created_ms"])
+            ModelKey(model, str(fields["revision"])),
+            files,
+            bool(fields["has_weights"]),
+            int(fields["created_ms"]),
+            None if listed is None else tuple(map(str, listed)),
         )
         problems = [problem for file in files for name in (file.path, file.place) if (problem := path_problem(name))]
         if (problem := path_problem(record.key.revision)) or "/" in record.key.revision:

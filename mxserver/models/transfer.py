@@ -276,7 +276,11 @@ class Transfer:
                 self._lease.check()
                 files[file.path] = self._put_into_place(self._done[file.path])
             record = ModelRecord(
-                key, tuple(files[path] for path in sorted(files)), has_weights, time.time_ns() // 1_000_000
+                key,
+                tuple(files[path] for path in sorted(files)),
+                has_weights,
+                time.time_ns() // 1_000_000,
+                None if self._remote.unavailable else self._remote.listed,
             )
             self._lease.check()
             cache.publish_record(record, self._staging)

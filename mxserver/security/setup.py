@@ -15,6 +15,8 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
 from mxserver.wire.credentials import ServerTls, is_loopback
 
+MOST_CALLS_A_CONNECTION = 128
+
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
     """What judges tokens; None if nothing does. Raises SettingError."""
@@ -49,8 +51,9 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
         "grpc.max_send_message_length": settings.max_message_bytes,
         "grpc.max_receive_message_length": settings.max_message_bytes,
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
-        # More calls at once over one connection wait in the client until others end.
-        "grpc.max_concurrent_streams": settings.max_calls,
+        # More calls at once over one connection wait in the client until others end. gRPC itself turns calls away at
+        # random when about a thousand arrived that Python has not looked at, so that one connection must not do that.
+        "grpc.max_concurrent_streams": min(settings.max_calls, MOST_CALLS_A_CONNECTION),
     }
     return list({**dict(channel_options()), **own}.items())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from mxserver.models import FileRecord, OpenCache, checked_revision, digest_fd, model_name
+from mxserver.models import FileRecord, OpenCache, checked_revision, digest_fd, missing_of, model_name
 from mxserver.services.model import refuses_for_models
 from mxserver.wire import open_regular_below
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc
@@ -70,13 +70,23 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         cache = self._opened.cache
         try:
             with cache.reading(model, checked_revision(model, request.revision)) as record:
+                missing = missing_of(record, cache.layout.root)
+                absent = [*missing.weights, *missing.others]
+                files_total = len(record.files) + len(absent)
                 for number, file in enumerate(record.files, 1):
                     yield cache_pb2.FileVerdict(
                         relative_path=file.path,
                         size=file.size,
                         problem=_problem(cache.layout.root, file, context),
                         files_done=number,
-                        files_total=len(record.files),
+                        files_total=files_total,
+                    )
+                for number, name in enumerate(absent, len(record.files) + 1):
+                    yield cache_pb2.FileVerdict(
+                        relative_path=name,
+                        problem="is listed, and not in the cache: mx models get brings it",
+                        files_done=number,
+                        files_total=files_total,
                     )
         except _CallerLeft:
             return

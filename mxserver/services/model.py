@@ -9,13 +9,12 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
 import grpc
 
-from mxserver.calls import Statuses, in_pool, refuse_for, refuses
+from mxserver.calls import CallPool, Statuses, in_pool, refuse_for, refuses
 from mxserver.models import (
     DownloadJob,
     FileDamaged,
@@ -71,8 +70,8 @@ class ModelService:
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
         self.files_port = 0  # where the files are by HTTP; 0: nowhere
-        self._waiting = ThreadPoolExecutor(MAX_WAITING_CALLERS, thread_name_prefix="ensure")
-        self._streaming = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
+        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure", receiving=2)
+        self._streaming = CallPool(MAX_STREAMS, "stream", receiving=2)
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

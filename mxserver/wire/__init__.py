@@ -26,10 +26,12 @@ from mxserver.wire.errors import (
     StaleEpoch,
     WireError,
 )
+from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
 from mxserver.wire.unique_path import unique_beside
 from mxserver.wire.unused_names import UNUSED
+from mxserver.wire.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
     "BY_NAME",
@@ -44,10 +46,12 @@ __all__ = [
     "ServerUnreachable",
     "SettingError",
     "StaleEpoch",
+    "WeightFiles",
     "WireError",
     "environment",
     "is_host",
     "is_kubernetes_value",
+    "left_out",
     "misspelt",
     "nearest",
     "open_regular_below",
@@ -59,5 +63,7 @@ __all__ = [
     "unknown_key",
     "unprotected",
     "warnings_for",
+    "weight_files",
+    "weight_files_in",
     "without_effect",
 ]

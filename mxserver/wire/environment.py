@@ -91,6 +91,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
     Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
     Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
+    Variable("MX_DOWNLOAD_IGNORE", "server", "files of models that are not downloaded: patterns, auto or none"),
+    Variable("MX_DOWNLOAD_ALLOW", "server", "patterns of the only files of models that are downloaded"),
     # Certificates: the same names on both sides.
     Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),
     Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate"),
@@ -147,6 +149,11 @@ VARIABLES: tuple[Variable, ...] = (
         "MX_TCP_CONNECTIONS",
         "worker",
         "connections to one source, a core each on either side; 0: half as many as cores, at most 4",
+    ),
+    Variable(
+        "MX_CHUNK_TLS",
+        "worker",
+        "auto: weights go by TLS between workers that have certificates; off: in clear, as without certificates",
     ),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),

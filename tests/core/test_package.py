@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -63,15 +64,39 @@ def test_compiled_modules_load_no_array_package() -> None:
     assert (done.stderr, done.stdout) == ("", "[]\n")
 
 
-def test_without_torch_one_line_says_what_is_missing() -> None:
-    done = run("import mxcore; print('imported')", options=("-S",))
-    assert done.stdout == "imported\n"
-    lines = [line for line in done.stderr.splitlines() if "mxcore" in line and "import mxcore" not in line]
-    assert len(lines) == 1
-    assert (
-        "RuntimeWarning: mxcore: torch is not installed; loading tensors into a model needs it: pip install torch"
-        in lines[0]
+def test_importing_is_quiet_without_torch() -> None:
+    done = run("import mxcore; print('imported')", options=("-S", "-W", "error"))
+    assert (done.stdout, done.stderr) == ("imported\n", "")
+
+
+def test_all_is_true_and_lazy() -> None:
+    """Each name is there, is looked up once, and is in the stub that gives types."""
+    script = (
+        "import sys, mxcore\n"
+        "assert set(mxcore.__all__) <= set(dir(mxcore))\n"
+        "from mxcore import *\n"
+        "assert all(globals()[name] is getattr(mxcore, name) for name in mxcore.__all__)\n"
+        "assert set(mxcore.__all__) <= vars(mxcore).keys()\n"
+        "try:\n    mxcore.nothing\nexcept AttributeError as error:\n    print(error)\n"
+        "print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     )
+    done = run(script, options=("-W", "error"))
+    assert (done.stderr, done.stdout) == ("", "module 'mxcore' has no attribute 'nothing'\n[]\n")
+    assert f"__all__ = {json.dumps(mxcore.__all__, indent=4)[:-2]},\n]" in (CORE / "__init__.pyi").read_text()
+
+
+def test_local_checkpoints_load_nothing_that_stores_and_transfers_need() -> None:
+    heavy = ("grpc", "pydantic", "torch", "numpy", "obstore")
+    script = f"import sys; from mxcore import load_file, stream; print([n for n in {heavy} if n in sys.modules])"
+    done = run(script, options=("-W", "error"))
+    assert (done.stderr, done.stdout) == ("", "[]\n")
+
+
+@pytest.mark.parametrize("init", sorted(CORE.rglob("__init__.py")), ids=lambda init: init.parent.name)
+def test_packages_have_what_they_say(init: Path) -> None:
+    """`__all__` names what is there."""
+    module = importlib.import_module(".".join(init.parent.relative_to(ROOT).parts))
+    assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []
 
 
 def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore.engine import Engine, leave, load  # noqa: E402
-from mxcore.engine.rungs import peer  # noqa: E402
+from mxcore.engine.weights import Weights  # noqa: E402
 from mxcore.errors import FenceFailed, LoadPathsExhausted, NoSource  # noqa: E402
-from mxcore.transfer.receive import Receiver  # noqa: E402
+from mxcore.storage.remote import LocalFolder, listing_commit, place_of_state  # noqa: E402
+from mxcore.transfer.receive.receiver import Receiver, never_freed  # noqa: E402
 from mxserver.wire.calls import ServerClient  # noqa: E402
 from mxserver.wire.proto import mx_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
@@ -222,13 +223,18 @@ def test_memory_that_may_still_be_written_to_is_never_used_nor_freed(
         raise FenceFailed("as if an agent had not been destroyed")
 
     with started(folder, "both", options(server), processed=processed):
-        monkeypatch.setattr(Receiver, "receive", fails)
-        engine = PlainEngine(folder, options(server, report_path=str(report)), processed_weights_move=processed)
-        before = len(peer._never_freed)
+        monkeypatch.setattr(Receiver, "_receive", fails)
+        engine = PlainEngine(
+            folder,
+            options(server, report_path=str(report), load_paths=["p2p", "engine"]),
+            processed_weights_move=processed,
+        )
+        before = len(never_freed)
         model = load(engine, ROLES["both"])
     assert answer(model) == expected
     assert json.loads(report.read_text())["path"] == "storage"
-    [kept] = peer._never_freed[before:]
+    kept = never_freed[before]
+    assert isinstance(kept, Weights)
     held = {tensor.untyped_storage().data_ptr() for tensor in kept.found.kept.values()}
     assert set(given) <= held | {tensor.data_ptr() for tensor in kept.found.kept.values()}
     assert not {parameter.data_ptr() for parameter in model.parameters()} & set(given)
@@ -303,3 +309,14 @@ def test_a_checkpoint_replaced_meanwhile_is_offered_as_what_was_read_or_not_at_a
     assert json.loads(report.read_text())["path"] == path
     write_checkpoint(folder)
     assert answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"])) == old
+
+
+def test_weights_of_another_state_than_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
+    """The configuration was read of MX_MODEL_URI, which was changed before the weights are."""
+    listed = LocalFolder(folder).files
+    state = place_of_state(tmp_path / "hub", "uri", listing_commit(listed), lambda to: (to / "config.json").touch())
+    given = {"model_uri": f"file://{folder}", "load_paths": "uri"}
+    load(PlainEngine(state, given), ROLES["both"])
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(LoadPathsExhausted, match="has changed since the configuration was read"):
+        load(PlainEngine(state, given), ROLES["both"])

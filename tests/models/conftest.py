@@ -32,7 +32,7 @@ FILES = {
     "README.md": b"",
     "model-00001-of-00002.safetensors": pattern(3_000_001, 1),
     "model-00002-of-00002.safetensors": pattern(1_500_000, 2),
-    "original/nested/tokenizer.json": pattern(20_000, 3),
+    "extra/nested/tokenizer.json": pattern(20_000, 3),
 }
 WEIGHTS = {path for path in FILES if path.endswith(".safetensors")}
 REPOSITORY = "org/tiny-1.0"
@@ -77,6 +77,7 @@ def start_server(tmp_path: Path, hub: HubStandIn, cache_folder: Path) -> Iterato
         defaults = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf-home"),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",  # of a hub that tests hold back for as long as they like
             "MODEL_EXPRESS_CACHE_DIRECTORY": str(cache_folder),
             "MX_METADATA_BACKEND": "memory",
             "MX_CACHE_LEASE_SECS": "2",

@@ -40,6 +40,7 @@ class Fault:
 
     status: int = 0
     retry_after: str = ""
+    rate_limit: str = ""
     cut_after: int = -1
     replace_with: bytes | None = None
     gate: threading.Event | None = None
@@ -151,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     def api(self, name: str, revision: str) -> None:
         self.hub.requests["api"] += 1
         if fault := self.hub.take_fault("api"):
-            return self.refuse(fault.status, "", fault.retry_after)
+            return self.refuse(fault.status, "", fault.retry_after, fault.rate_limit)
         found = self.hub.repositories.get(name)
         if found is None:
             return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
@@ -185,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["X-Xet-Hash"] = hashlib.sha256(data).hexdigest()
                 headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/xet/token"
             if self.command == "HEAD" and (fault := self.hub.take_fault(f"HEAD {path}")):
-                return self.refuse(fault.status, "", fault.retry_after)
+                return self.refuse(fault.status, "", fault.retry_after, fault.rate_limit)
             self.send_response(302)
             for key, value in {**headers, "Content-Length": "0"}.items():
                 self.send_header(key, value)
@@ -196,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests[f"{self.command} {path}"] += 1
         fault = self.hub.take_fault(f"{self.command} {path}") or Fault()
         if fault.status:
-            self.refuse(fault.status, "", fault.retry_after)
+            self.refuse(fault.status, "", fault.retry_after, fault.rate_limit)
             return
         data = data if fault.replace_with is None else fault.replace_with
         begin = 0
@@ -230,13 +231,15 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.hub.bytes_sent[path] += len(data[at : at + PIECE_BYTES])
 
-    def refuse(self, status: int, code: str, retry_after: str = "") -> None:
+    def refuse(self, status: int, code: str, retry_after: str = "", rate_limit: str = "") -> None:
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
             self.send_header("X-Error-Message", code)
         if retry_after:
             self.send_header("Retry-After", retry_after)
+        if rate_limit:
+            self.send_header("RateLimit", rate_limit)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

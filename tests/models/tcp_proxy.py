@@ -21,15 +21,17 @@ class TcpProxy:
 
     `latency_seconds` passes before what a client sends goes on; `bytes_per_second`, where it is set, is the most that
     each connection answers. Both may be changed at any time. `ranges_are_partial`: an answer with a range that calls
-    itself 200 OK becomes 206 OK, as HTTP wants it; that changes no byte count.
+    itself 200 OK becomes 206 OK, as HTTP wants it; that changes no byte count. `here` is this host's address.
     """
 
-    def __init__(self, target: str, *, latency_seconds: float = 0.0, ranges_are_partial: bool = False) -> None:
+    def __init__(
+        self, target: str, *, latency_seconds: float = 0.0, ranges_are_partial: bool = False, here: str = "127.0.0.1"
+    ) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._asked: list[tuple[bytes, int, int]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((here, 0))
+        self.address = f"{here}:{self._listener.getsockname()[1]}"
         self.port = int(self._listener.getsockname()[1])
         self.answered_bytes = 0
         self.latency_seconds = latency_seconds

@@ -66,7 +66,7 @@ def test_validate_finds_what_is_damaged(server: str, cache_folder: Path) -> None
     problems = json.loads(result.stdout)["damaged"]
     assert "digest" in problems["model-00002-of-00002.safetensors"]
     assert "cannot be read" in problems["config.json"]
-    assert "5 bytes" in problems["original/nested/tokenizer.json"]
+    assert "5 bytes" in problems["extra/nested/tokenizer.json"]
     assert len(problems) == 3
 
 

@@ -25,16 +25,16 @@ class S3Server:
     """Started by the constructor. `address` is host:port, with partial answers; `own_address` rclone's, without.
 
     `start` after `close` begins again there. `changing`: files that are changed are other objects at once, for which
-    rclone digests a whole object at every request.
+    rclone digests a whole object at every request. `host` is what clients call.
     """
 
-    def __init__(self, root: Path, *, changing: bool = True) -> None:
+    def __init__(self, root: Path, *, changing: bool = True, host: str = "127.0.0.1") -> None:
         self.root = root
         self._changing = changing
         with socket.create_server(("127.0.0.1", 0)) as found:
             self.port = found.getsockname()[1]
         self.own_address = f"127.0.0.1:{self.port}"
-        self._front = TcpProxy(self.own_address, ranges_are_partial=True)
+        self._front = TcpProxy(self.own_address, ranges_are_partial=True, here=host)
         self.address = self._front.address
         self.start()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.object_store.conftest import make_checkpoint
+from tests.object_store.spelt_store import spelt_store
 from tests.small_disk import SmallDisk
 from vllm_plugin import config_and_tokenizer
 
@@ -117,3 +118,65 @@ def test_a_fault_of_ours_is_logged_with_its_traceback(
         config_and_tokenizer.prepare_offline("org/name", None)
     assert caplog.text.count("by a fault of ours") == 2
     assert str(fault.args[0]) in caplog.text
+
+
+def small_model(folder: Path, model_type: str, *more: str) -> str:
+    """A model's folder with just its small files; returns its URI."""
+    for path in folder.glob("*"):
+        path.unlink()
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    for name in more:
+        (folder / name).write_text(name)
+    return f"file://{folder}"
+
+
+def names_below(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def snapshot(hub: Path) -> Path:
+    repository = hub / "models--org--name"
+    return repository / "snapshots" / (repository / "refs" / "main").read_text()
+
+
+def test_new_weights_never_meet_an_old_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model that is replaced under MX_MODEL_URI (findings, row 36)."""
+    hub, model = tmp_path / "hub", tmp_path / "model"
+    monkeypatch.setenv("MX_MODEL_URI", small_model(model, "old", "chat_template.jinja"))
+    config_and_tokenizer.prepare(Arguments("org/name", download_dir=str(tmp_path / "hub")))
+    old = snapshot(hub)
+    small_model(model, "new")
+    config_and_tokenizer.prepare(Arguments("org/name", download_dir=str(tmp_path / "hub")))
+    assert names_below(old) == {"config.json", "chat_template.jinja"}
+    assert names_below(snapshot(hub)) == {"config.json"}
+    assert "new" in (snapshot(hub) / "config.json").read_text()
+
+
+def test_what_came_from_the_hub_keeps_its_name_and_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MX_MODEL_URI", small_model(tmp_path / "model", "new"))
+    theirs = tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text('{"model_type": "theirs"}')
+    refs = theirs.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    arguments = Arguments("org/name", download_dir=str(tmp_path / "hub"))
+    config_and_tokenizer.prepare(arguments)
+    assert (refs / "main").read_text() == "a" * 40
+    assert "new" in (Path(arguments.model) / "config.json").read_text()
+    assert (arguments.tokenizer, arguments.served_model_name) == (arguments.model, ["org/name"])
+
+
+def test_a_prefix_that_changed_is_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    with spelt_store({"m/config.json": b'{"model_type": "old"}', "m/chat_template.jinja": b"x"}) as store:
+        for name, value in store.environ().items():
+            monkeypatch.setenv(name, value)
+        first, second = Arguments("s3://bucket/m"), Arguments("s3://bucket/m")
+        config_and_tokenizer.prepare(first)
+        store.objects = {"m/config.json": b'{"model_type": "new"}'}
+        config_and_tokenizer.prepare(second)
+    assert names_below(Path(first.model)) == {"config.json", "chat_template.jinja"}
+    assert names_below(Path(second.model)) == {"config.json"}

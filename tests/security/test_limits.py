@@ -38,6 +38,7 @@ def test_default_message_limit_is_the_protocols() -> None:
     assert options["grpc.keepalive_time_ms"] == 30_000
     options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))
     assert (options["grpc.keepalive_time_ms"], options["grpc.max_concurrent_streams"]) == (5000, 7)
+    assert dict(setup.server_options(load_settings({})))["grpc.max_concurrent_streams"] == setup.MOST_CALLS_A_CONNECTION
 
 
 class Gate(grpc.GenericRpcHandler):

@@ -16,6 +16,8 @@ from tests.transfer.conftest import ROOT
 from tools.gpu_vllm import pack, vllm_part
 from tools.gpu_vllm.wheels import KitError, download, missing
 
+pytestmark = pytest.mark.vllm  # it packs real vLLM, and builds a model of what it packed
+
 THERE = set((ROOT / "tools/gpu_vllm/machine_packages.txt").read_text().split())
 NOT_IMPORTED = {"dnspython"}  # by an engine: email-validator asks for it where it looks a domain up
 

@@ -52,12 +52,12 @@ class Machine:
 def test_debian_installs_what_is_missing(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "debian")
     machine.add("prometheus")
-    assert machine.install()[0] == ["chromium", "chromium-driver", "redis-server"]
+    assert machine.install()[0] == ["chromium", "chromium-driver", "redis-server", "faketime"]
 
 
 def test_nothing_is_asked_of_apt_where_all_is_there(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "debian")
-    for name in ("chromium", "chromedriver", "prometheus", "redis-server"):
+    for name in ("chromium", "chromedriver", "prometheus", "redis-server", "faketime"):
         machine.add(name)
     assert machine.install() == ([], "")
 
@@ -65,7 +65,7 @@ def test_nothing_is_asked_of_apt_where_all_is_there(tmp_path: Path) -> None:
 def test_ubuntu_installs_no_snap_and_says_so(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "ubuntu")
     names, said = machine.install()
-    assert names == ["prometheus", "redis-server"]
+    assert names == ["prometheus", "redis-server", "faketime"]
     assert "tests of the status page skip without google-chrome and chromedriver" in said
     for name in ("google-chrome", "chromedriver"):
         machine.add(name)

@@ -41,6 +41,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
     machine = {
         "registration_ratio": 20.0,
         "idle_agent_core_share": 0.004,
+        "tls_vs_plain": 0.4,
     }
     linked = {
         "tcp": Rates(moving=[9.0, 10.0, 11.0], unverified=[10.2, 10.1, 99.0]),
@@ -59,6 +60,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
     assert figures["tcp_vs_raw_socket"] == 0.5
     assert figures["same_host_vs_memcpy"] == 0.25
     assert figures["idle_agent_core_share"] == 0.004
+    assert figures["tls_vs_plain"] == 0.4
 
 
 def test_the_figures_of_chaos() -> None:

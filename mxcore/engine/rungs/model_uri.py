@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Loaded, load_stored
-from mxcore.engine.model_files import UriPlace
+from mxcore.engine.model_files import UriPlace, find_checkpoint
 from mxcore.engine.protocol import Files, Source
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import PollResult, Rung, skip, take
-from mxcore.storage.remote import missing_packages
+from mxcore.storage.remote import listing_commit, missing_packages, state_of
 from mxserver.wire.proto import load_pb2
 
 __all__ = ["UriRung"]
@@ -30,11 +30,22 @@ class UriRung(Rung[Loaded]):
             return skip("MX_MODEL_URI is not set")
         if missing := missing_packages(place.uri, streamer=self._context.settings.object_reader == "runai"):
             return skip(f"{place.uri.text}: {missing}")
+        self._check_state(place)
         if place.uri.is_local:
             return take(f"{place.uri.text}: {len(place.files().weight_files)} weight files")
         folder = place.objects()
         weights = [file for file in folder.files if file.path.endswith(".safetensors")]
         return take(f"{folder.name}: {len(weights)} weight files, {sum(file.size_bytes for file in weights)} bytes")
+
+    def _check_state(self, place: UriPlace) -> None:
+        """Raises CheckpointError where the configuration was read of another state: these weights may not fit it."""
+        engine = self._context.engine
+        configured = find_checkpoint(engine.model, engine.revision, engine.download_dir).folder
+        state = state_of(configured) if configured is not None else ""
+        if state and state != listing_commit(place.listed()):
+            raise CheckpointError(
+                f"{place.uri.text} has changed since the configuration was read of it: start the worker again"
+            )
 
     def load(self) -> Loaded:
         """A model with the weights of that place; raises MxError, and what building a model raises."""

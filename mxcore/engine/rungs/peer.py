@@ -15,7 +15,7 @@ from mxcore.engine.protocol import Fill
 from mxcore.engine.report import LoadedPart, StepSeconds
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Kind, Weights, remember_computed
-from mxcore.errors import ChunksMissing, FenceFailed, SourceUnreachable, TransferError
+from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import PollResult, Rung, skip, take
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
@@ -23,8 +23,6 @@ from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
-
-_never_freed: list[Weights] = []  # memory that somebody may still write to (FenceFailed)
 
 
 @dataclass
@@ -122,6 +120,8 @@ class PeerRung(Rung[Loaded]):
         received = weights.received
         if received is None:
             raise SourceUnreachable("nothing was received: the engine has filled no model")
+        if received.in_clear:
+            context.fallbacks.append(f"{self.name}: weights came in clear, for UCX has no TLS (docs/threat-model.md)")
         with steps.step("keep"):
             kept = keeping.processed(model)
         part = LoadedPart(
@@ -172,7 +172,13 @@ class PeerRung(Rung[Loaded]):
         try:
             try:
                 return membership.receive(
-                    layout, placement, scalars, self._sources, relay_from=relay_from, files_decide=has_files
+                    layout,
+                    placement,
+                    scalars,
+                    self._sources,
+                    relay_from=relay_from,
+                    files_decide=has_files,
+                    keep_alive=attempt.weights,
                 )
             except ChunksMissing as error:
                 if error.partial is None or unprocessed is None or not has_files:
@@ -181,9 +187,7 @@ class PeerRung(Rung[Loaded]):
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
                 return whole
-        except TransferError as error:
-            if isinstance(error, FenceFailed):
-                _never_freed.append(attempt.weights)
+        except TransferError:
             self._tried.failed.update(source.worker_id for source in self._sources)
             attempt.others_may_do = True
             raise

@@ -21,8 +21,7 @@ from mxcore.storage.checkpoint.content_digest import (
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
-from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, refuse_unknown
-from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files, weight_files_in
+from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, chosen_framework, refuse_unknown
 
 __all__ = [
     "DTYPES",
@@ -33,9 +32,9 @@ __all__ = [
     "Stamp",
     "TensorInfo",
     "TensorViews",
-    "WeightFiles",
     "assembled",
     "checkpoint_digest",
+    "chosen_framework",
     "digest_of_parts",
     "file_part",
     "group_digest",
@@ -44,7 +43,5 @@ __all__ = [
     "memory_of",
     "open_checkpoint",
     "refuse_unknown",
-    "weight_files",
-    "weight_files_in",
     "weight_map_of",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.safetensors import Header, read_header
-from mxcore.storage.checkpoint.weight_files import WeightFiles, weight_files_in
+from mxserver.wire import WeightFiles, weight_files_in
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -10,10 +12,19 @@ from mxcore.errors import CheckpointError
 from mxcore.memory import HostBuffer
 from mxcore.storage.checkpoint.checkpoint import TensorInfo
 from mxcore.storage.checkpoint.dtypes import DTYPES
+from mxserver.wire import SettingError
 
-__all__ = ["Framework", "TensorViews", "refuse_unknown"]
+__all__ = ["Framework", "TensorViews", "chosen_framework", "refuse_unknown"]
 
 Framework = Literal["torch", "numpy"]
+
+
+def chosen_framework(framework: Framework | None) -> Framework:
+    """The one that is asked for, else torch where it is installed, else numpy. Raises SettingError without either."""
+    for name in ("torch", "numpy") if framework is None else (framework,):
+        if name in sys.modules or importlib.util.find_spec(name) is not None:
+            return name
+    raise SettingError(f"{framework or 'neither torch nor numpy'} is not installed: pip install {framework or 'numpy'}")
 
 
 def refuse_unknown(tensors: Iterable[TensorInfo], framework: Framework) -> None:

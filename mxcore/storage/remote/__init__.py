@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from mxcore.storage.remote.hub_folder import hub_cache, listing_commit, place_in_hub_cache
+from mxcore.storage.remote.hub_folder import hub_cache, listing_commit, place_in_hub_cache, place_of_state, state_of
 from mxcore.storage.remote.local_folder import LocalFolder
 from mxcore.storage.remote.model_uri import OBJECT_SCHEMES, ModelUri, missing_packages, parse_model_uri
 from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
 from mxcore.storage.remote.remote_folder import (
     BATCH_BYTES,
+    RemoteFile,
     RemoteFolder,
     RemoteRange,
     open_remote,
@@ -26,6 +27,7 @@ __all__ = [
     "ModelUri",
     "ObjectFolder",
     "ObjectOptions",
+    "RemoteFile",
     "RemoteFolder",
     "RemoteRange",
     "ServerFolder",
@@ -37,8 +39,10 @@ __all__ = [
     "open_remote",
     "parse_model_uri",
     "place_in_hub_cache",
+    "place_of_state",
     "pull_small_files",
     "remote_digest",
     "same_files_here",
+    "state_of",
     "stream_remote",
 ]

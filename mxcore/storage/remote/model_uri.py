@@ -39,30 +39,31 @@ class ModelUri(NamedTuple):
         return Path(self.prefix)
 
 
-def parse_model_uri(text: str) -> ModelUri:
+def parse_model_uri(text: str, what: str = "MX_MODEL_URI") -> ModelUri:
     """`s3://BUCKET/PREFIX`, `gs://…`, `az://CONTAINER/PREFIX`, `file:///FOLDER` or an absolute path.
 
-    Raises SettingError, which names the rule; a URI with a user or a password is refused without repeating it.
+    `what` names it in messages. Raises SettingError, which names the rule; a URI with a user or a password is refused
+    without repeating it.
     """
     if "://" not in text:
         if not text.startswith("/"):
-            raise SettingError(f"MX_MODEL_URI={text!r} is neither a URI nor an absolute path")
+            raise SettingError(f"{what}={text!r} is neither a URI nor an absolute path")
         return ModelUri("file", "", str(Path(text)), text)
     parts = urlsplit(text)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise SettingError(
-            f"MX_MODEL_URI may have no user, password, query or fragment ({parts.scheme}://…): credentials go into the "
+            f"{what} may have no user, password, query or fragment ({parts.scheme}://…): credentials go into the "
             "store's own variables, such as AWS_ACCESS_KEY_ID"
         )
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise SettingError(f"MX_MODEL_URI={text!r} must look like file:///folder")
+            raise SettingError(f"{what}={text!r} must look like file:///folder")
         return ModelUri("file", "", unquote(parts.path), text)
     if parts.scheme not in OBJECT_SCHEMES:
-        raise SettingError(f"MX_MODEL_URI={text!r}: there are s3://, gs://, az://, file:// and absolute paths")
+        raise SettingError(f"{what}={text!r}: there are s3://, gs://, az://, file:// and absolute paths")
     prefix = parts.path.strip("/")
     if not _BUCKET.fullmatch(parts.netloc) or ".." in prefix.split("/"):
-        raise SettingError(f"MX_MODEL_URI={text!r} must look like {parts.scheme}://bucket/prefix")
+        raise SettingError(f"{what}={text!r} must look like {parts.scheme}://bucket/prefix")
     return ModelUri(parts.scheme, parts.netloc, prefix, text.rstrip("/"))
 
 

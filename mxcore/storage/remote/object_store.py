@@ -23,6 +23,7 @@ from mxcore.storage.remote.model_uri import ModelUri, missing_packages
 from mxcore.storage.remote.ranged_gets import RangedGets
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 from mxcore.storage.remote.store_errors import RangesIgnored, as_store_error
+from mxserver.wire.stores import listed_objects
 
 __all__ = ["ObjectFolder", "ObjectOptions", "Reader"]
 
@@ -70,8 +71,8 @@ class _RangeReader(Protocol):
 class ObjectFolder:
     """All objects below a prefix, as they were listed when this was made. Thread-safe; `close` must be called.
 
-    Raises ObjectStoreError and its kin: StreamerMissing, ObjectMissing, ObjectDenied, WrongRegion, StoreUnreachable,
-    StoreTimeout.
+    Raises ObjectStoreError and its kin: StreamerMissing, ObjectMissing, ObjectDenied, ObjectCredentials, WrongRegion,
+    StoreUnreachable, StoreTimeout.
     """
 
     def __init__(self, uri: ModelUri, options: ObjectOptions = _DEFAULTS) -> None:
@@ -108,17 +109,8 @@ class ObjectFolder:
         return f"{self.uri.prefix}/{path}" if self.uri.prefix else path
 
     def _listed(self) -> tuple[RemoteFile, ...]:
-        import obstore
-
-        prefix = f"{self.uri.prefix}/" if self.uri.prefix else ""
         with self._errors("listing", self.uri.prefix):
-            found = [item for batch in obstore.list(self._store, self.uri.prefix or None) for item in batch]
-        files = [
-            RemoteFile(item["path"].removeprefix(prefix), item["size"], item["e_tag"] or "")
-            for item in found
-            if not (item["size"] == 0 and item["path"].endswith("/"))
-        ]
-        return tuple(sorted(files))
+            return tuple(RemoteFile(*found) for found in listed_objects(self._store, self.uri.prefix))
 
     def whole(self, path: str) -> bytes:
         """A small object."""

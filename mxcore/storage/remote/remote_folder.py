@@ -18,18 +18,18 @@ from mxcore.safetensors import Header, parse_header
 from mxcore.storage.checkpoint import (
     INDEX_SUFFIX,
     Checkpoint,
-    WeightFiles,
+    Framework,
     assembled,
     digest_of_parts,
     file_part,
     group_digest,
     groups_of,
     index_part,
-    weight_files,
     weight_map_of,
 )
 from mxcore.storage.load import stream
 from mxcore.storage.plan import MemoryBudget, Progress, Row
+from mxserver.wire import WeightFiles, weight_files
 
 __all__ = [
     "BATCH_BYTES",
@@ -186,12 +186,13 @@ def stream_remote(
     checkpoint: Checkpoint,
     names: Collection[str] | None = None,
     *,
+    framework: Framework = "torch",
     read: Callable[[Sequence[RemoteRange]], None] | None = None,
     batch_bytes: int = BATCH_BYTES,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Yields (name, torch tensor) in file order, through two buffers of at most `batch_bytes`; see `stream`.
+    """Yields (name, tensor) in file order, through two buffers of at most `batch_bytes`; see `stream`.
 
     `read` reads instead of the folder itself (`shared_reads`). At the end the folder is asked whether it is the same.
     """
@@ -201,7 +202,8 @@ def stream_remote(
     def read_rows(rows: Sequence[Row]) -> None:
         into([RemoteRange(paths[row[0]], row[1], row[2], row[5]) for row in rows])
 
-    yield from stream(checkpoint, names, batch_bytes=batch_bytes, progress=progress, memory=memory, read=read_rows)
+    options: dict[str, Any] = {"framework": framework, "batch_bytes": batch_bytes, "memory": memory}
+    yield from stream(checkpoint, names, progress=progress, read=read_rows, **options)
     folder.check_unchanged()
 
 
@@ -210,12 +212,15 @@ def pull_small_files(folder: RemoteFolder, to: Path) -> int:
 
     A file has its name only once it is whole. Raises what the folder raises, DiskFull and OSError.
     """
-    from mxserver.wire import path_problem, unique_beside
+    from mxserver.wire import left_out, path_problem, unique_beside
     from mxserver.wire.files import full_disk_is_told
 
     count = 0
+    out = left_out([file.path for file in folder.files])
     for file in folder.files:
-        if not is_small(file.path) or file.size_bytes > SMALL_FILE_BYTES or file.path.endswith(INDEX_SUFFIX):
+        if file.path in out or file.path.endswith(INDEX_SUFFIX):
+            continue
+        if not is_small(file.path) or file.size_bytes > SMALL_FILE_BYTES:
             continue
         if problem := path_problem(file.path):
             raise CheckpointError(f"{folder.name} has {file.path[:200]!r}, which is refused: {problem}")

@@ -13,7 +13,7 @@ from mxcore.transfer.layout.digests import (
     HostDigester,
     chunk_digests,
 )
-from mxcore.transfer.layout.layout import Layout, LocalTensor, Placement, build_layout
+from mxcore.transfer.layout.layout import Layout, LayoutTensor, LocalTensor, Placement, build_layout
 from mxcore.transfer.layout.plan import (
     ChunkRequest,
     GrantCounts,
@@ -40,6 +40,7 @@ __all__ = [
     "GrantCounts",
     "HostDigester",
     "Layout",
+    "LayoutTensor",
     "LocalTensor",
     "Placement",
     "Regions",

@@ -7,9 +7,10 @@ chunk_bytes) of them. The cut follows from the layout alone, so that every worke
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mxcore.transfer.layout.layout import Layout, Placement
+from mxcore.transfer.layout.plan import chunk_set, chunks_of
 
 __all__ = ["CHUNK_BYTES", "Chunks"]
 
@@ -63,6 +64,25 @@ class Chunks:
     def local_addresses(self, placement: Placement) -> array[int]:
         """`addresses` of this process."""
         return self.addresses(placement.addresses)
+
+    def touched(self, layout: Layout, placement: Placement, chunks: int) -> tuple[Layout, Placement]:
+        """The extents that some of these chunks lie in, as a layout without names, and where they are."""
+        extents = sorted(self.extents_of(chunks))
+        addresses = tuple(placement.addresses[extent] for extent in extents)
+        devices = tuple(placement.device_indices[extent] for extent in extents)
+        sizes = tuple(layout.extent_bytes[extent] for extent in extents)
+        return Layout(layout.kind, (), sizes), Placement(addresses, devices, placement.device_type)
+
+    def extents_of(self, chunks: int) -> set[int]:
+        """The extents that some of a set of chunks lie in."""
+        return {extent for chunk in chunks_of(chunks) for extent in self.slice_of(self._extents, chunk)}
+
+    def covering(self, extents: Collection[int]) -> int:
+        """The set of chunks that have any byte of these extents."""
+        wanted = frozenset(extents)
+        return chunk_set(
+            chunk for chunk in range(len(self)) if not wanted.isdisjoint(self.slice_of(self._extents, chunk))
+        )
 
     def slice_of(self, values: array[int], chunk: int) -> array[int]:
         """What belongs to a chunk out of an array with one value a segment."""

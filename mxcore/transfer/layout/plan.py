@@ -142,22 +142,29 @@ class SwarmPlan:
 
     A chunk is missing, in flight at one holder, or done. `wanted` says what to ask a holder for, `claim` takes what it
     granted, `done` and `give_back` end that. When a holder is dropped, what it had in flight is missing again: drop it
-    only once nothing of it can arrive any more. Holders are named by any string.
+    only once nothing of it can arrive any more. Holders are named by any string. `only`: the set of chunks that are
+    received at all; None: every one.
     """
 
     count: int
     chunk_bytes: int
+    only: int | None = None
     _missing: int = field(init=False)
     _done: int = field(default=0, init=False)
     _holders: dict[str, _HolderState] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._missing = all_chunks(self.count)
+        self._missing = self.everything
+
+    @property
+    def everything(self) -> int:
+        """The set of chunks that are received."""
+        return all_chunks(self.count) if self.only is None else self.only
 
     @property
     def finished(self) -> bool:
         """Whether every chunk is done."""
-        return self._done == all_chunks(self.count)
+        return self._done == self.everything
 
     @property
     def completed(self) -> int:
@@ -246,7 +253,7 @@ class SwarmPlan:
         for name, state in self._holders.items():
             if name != holder:
                 others |= state.have
-        return not all_chunks(self.count) & ~self._done & ~others
+        return not self.everything & ~self._done & ~others
 
     def reopen(self, chunks: int) -> None:
         """Chunks that were done are missing again."""

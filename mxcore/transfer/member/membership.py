@@ -127,15 +127,23 @@ class Membership:
         """Whether a newer process of this worker took over its record; then it serves nothing."""
         return self._record.superseded
 
-    def join(self) -> bool:
+    @property
+    def published(self) -> bool:
+        """Whether the server has this worker's record as it is."""
+        return self._record.published
+
+    def join(self, *, required: bool = False) -> bool:
         """Publishes this worker as INITIALIZING and keeps that alive; False, logged, without a server.
 
-        Idempotent. If the server cannot be reached, the record is published once it can.
+        Idempotent. If the server cannot be reached, the record is published once it can; with `required` that raises
+        WireError.
         """
         if self._client is None:
             logger.warning("no server is set (MODEL_EXPRESS_URL or MX_SERVER_ADDRESS): weights come from storage")
             return False
         self._ahead.start()  # while the engine builds its model
+        if required:
+            self._record.publish()
         return self._record.keep()
 
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
@@ -241,13 +249,16 @@ class Membership:
         *,
         relay_from: object = None,
         files_decide: bool = False,
+        only: int | None = None,
+        keep_alive: object = None,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
         Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
         worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
-        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). Raises
-        TransferError; then nothing arrives in the memory any more, and nobody reads there.
+        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
+        of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
+        there; but after FenceFailed something may: `keep_alive` is kept for ever, and the memory is not to be used.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -260,7 +271,9 @@ class Membership:
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
             files_decide=files_decide,
-            tell_doubt=self._tell_doubt,
+            tell_doubt=self._record.tell_doubt_soon,
+            keep_alive=keep_alive,
+            only=only,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
@@ -425,6 +438,7 @@ class Membership:
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
             loopback=settings.shares_only_this_host,
             doubted=self._doubted,
+            chunk_tls=settings.chunk_tls != "off",
         )
 
     def _look_at_own_weights(self) -> None:
@@ -432,11 +446,6 @@ class Membership:
             if self._holder is not None and self._check is None:
                 self._check = SelfCheck(self._holder, self._memory_is_bad)
                 self._check.start()
-
-    def _tell_doubt(self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str) -> None:
-        """Tells the server on a thread of its own: a receive does not wait for that."""
-        tell = partial(self._record.tell_doubt, kind, list(holders), chunks, text)
-        threading.Thread(target=tell, name="mx-doubt", daemon=True).start()
 
     def _doubted(self, chunks: Sequence[int]) -> None:
         """On a thread of a reader's call."""

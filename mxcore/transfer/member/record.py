@@ -180,6 +180,14 @@ class WorkerRecord:
         with logged("telling the server of a doubt"):
             self._client.tell_doubt(doubt)
 
+    def tell_doubt_soon(
+        self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str
+    ) -> None:
+        """As `tell_doubt`, on a thread of its own: a receive does not wait for that."""
+        threading.Thread(
+            target=self.tell_doubt, args=(kind, list(holders), chunks, text), name="mx-doubt", daemon=True
+        ).start()
+
     def end(self) -> None:
         """Stops heartbeats and reports of loads; `goodbye` may follow. Idempotent."""
         self.loads.close()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from mxcore.transfer.move import same_host
 from mxcore.transfer.move.agent_session import FENCE_SECONDS, AgentSession, Move
-from mxcore.transfer.move.chunk_greeting import GREETING, TOKEN_BYTES, expect_token, show_token
+from mxcore.transfer.move.chunk_greeting import (
+    GREETING,
+    TOKEN_BYTES,
+    ChunkTls,
+    chunk_server_context,
+    cut_off,
+    expect_token,
+    show_token,
+)
 from mxcore.transfer.move.lease_keeper import LeaseKeeper
 from mxcore.transfer.move.movers import Mover
 from mxcore.transfer.move.nixl_read import NixlReadMover
@@ -20,6 +28,7 @@ __all__ = [
     "GREETING",
     "TOKEN_BYTES",
     "AgentSession",
+    "ChunkTls",
     "LeaseKeeper",
     "Move",
     "Mover",
@@ -32,6 +41,8 @@ __all__ = [
     "SourceClient",
     "TcpByteCounter",
     "TcpMover",
+    "chunk_server_context",
+    "cut_off",
     "expect_token",
     "same_host",
     "show_token",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 from array import array
 from collections.abc import Iterator, Sequence
 
-from mxcore.errors import NoChunkPort, PeerLost, SourceRefused, TransferError
+from mxcore.errors import NoChunkPort, NotEncrypted, PeerLost, SourceRefused, TransferError
 from mxcore.sockets import SocketReads
 from mxcore.transfer.layout import Chunks
-from mxcore.transfer.move.chunk_greeting import show_token
+from mxcore.transfer.move.chunk_greeting import ChunkTls, show_token
 from mxcore.transfer.move.movers import Arrived, Awaited
 from mxcore.transfer.move.source_client import SourceClient
 from mxserver.wire.calls import Closing
@@ -24,20 +25,24 @@ from mxserver.wire.calls import Closing
 __all__ = ["TcpMover", "connections_of"]
 
 _MOST_CONNECTIONS = 4
+_MOST_TLS_CONNECTIONS = 8  # a core does a third as much by TLS
 
 
-def connections_of(cores: int, asked_for: int) -> int:
-    """How many connections to one holder; `asked_for` 0: one for every two cores, at most 4.
+def connections_of(cores: int, asked_for: int, *, by_tls: bool = False) -> int:
+    """How many connections to one holder; `asked_for` 0: one for every two cores, at most 4; by TLS one a core, 8.
 
     A connection keeps a core busy on either side; on two cores a second one only takes from the first.
     """
-    return asked_for or min(max(1, cores // 2), _MOST_CONNECTIONS)
+    if asked_for:
+        return asked_for
+    return min(cores, _MOST_TLS_CONNECTIONS) if by_tls else min(max(1, cores // 2), _MOST_CONNECTIONS)
 
 
 class TcpMover(Closing):
     """Asks a holder for chunks on connections to its `port` with `token`; the compiled core takes them in. See Mover.
 
-    With `hashed`, digests are made on the way. `connections` as for `connections_of`.
+    With `hashed`, digests are made on the way. `connections` as for `connections_of`. With `tls` the connections are
+    TLS, and nothing is taken in clear.
     """
 
     def __init__(
@@ -51,8 +56,9 @@ class TcpMover(Closing):
         hashed: bool,
         connections: int,
         stall_timeout_seconds: float,
+        tls: ChunkTls | None = None,
     ) -> None:
-        """Connects. Raises NoChunkPort where that fails, OSError when no thread can be started."""
+        """Connects. Raises NoChunkPort and NotEncrypted where that fails, OSError when no thread can be started."""
         self._holder = client.source.worker_id
         self._chunks = chunks
         self._local = local
@@ -60,9 +66,10 @@ class TcpMover(Closing):
         self._received_bytes = 0
         self._sockets: list[socket.socket] = []
         try:
-            for _ in range(connections_of(len(os.sched_getaffinity(0)), connections)):
-                self._sockets.append(_connect(client, port, token))
-            self._reads = SocketReads([each.fileno() for each in self._sockets], hashed=hashed)
+            cores = len(os.sched_getaffinity(0))
+            for _ in range(connections_of(cores, connections, by_tls=tls is not None)):
+                self._sockets.append(_connect(client, port, token, tls))
+            self._reads = SocketReads(self._sockets, hashed=hashed)
         except BaseException:
             self._close_sockets()
             raise
@@ -110,6 +117,8 @@ class TcpMover(Closing):
 
     def _as_error(self, chunk: int, error: int) -> TransferError:
         text = f"chunk {chunk} from worker {self._holder}: {os.strerror(error)}"
+        if error == errno.EBADMSG:
+            return PeerLost(f"chunk {chunk} from worker {self._holder}: a TLS record was changed on its way")
         refused = {errno.ENODATA: "it does not have the chunk", errno.EPROTO: "it answered for another chunk"}
         return SourceRefused(f"{text}: {refused[error]}") if error in refused else PeerLost(text)
 
@@ -118,7 +127,7 @@ class TcpMover(Closing):
             each.close()
 
 
-def _connect(client: SourceClient, port: int, token: bytes) -> socket.socket:
+def _connect(client: SourceClient, port: int, token: bytes, tls: ChunkTls | None) -> socket.socket:
     host = client.source.endpoint.rpartition(":")[0].strip("[]")
     try:
         connection = socket.create_connection((host, port), client.timeout_seconds)
@@ -126,9 +135,13 @@ def _connect(client: SourceClient, port: int, token: bytes) -> socket.socket:
         raise NoChunkPort(f"worker {client.source.worker_id}: no connection to {host}, port {port}: {error}") from error
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            connection = tls.secured(connection, host, client.timeout_seconds)
         show_token(connection, token, client.timeout_seconds)
     except OSError as error:
         connection.close()
         where = f"worker {client.source.worker_id} at {host}, port {port}"
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            raise NotEncrypted(f"{where}: no TLS connection for chunks, and none in clear is taken: {error}") from error
         raise NoChunkPort(f"{where}, gives no chunks: {error}") from error
     return connection

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 from mxcore.errors import (
     DigestMismatch,
     FenceFailed,
     NixlError,
     NoChunkPort,
+    NotEncrypted,
     NotOneSided,
     PeerLost,
     SourceRefused,
@@ -32,6 +34,7 @@ from mxcore.transfer.move import (
     FENCE_SECONDS,
     TOKEN_BYTES,
     AgentSession,
+    ChunkTls,
     LeaseKeeper,
     Mover,
     NixlReadMover,
@@ -46,6 +49,8 @@ from mxcore.transfer.move import (
 )
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, choose_route
+from mxserver.wire import SettingError
+from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["END_SECONDS", "HolderPull"]
@@ -87,6 +92,7 @@ class HolderPull:
         self.failure: TransferError | None = None
         self.route: Route | None = None
         self.clean = True
+        self.in_clear = False  # whether weights may have come over a network in clear, where they should not
         self.heard = False  # whether it is known which bytes this holder has
         self.started_at = self.busy_at = time.monotonic()  # `busy_at`: when it last fetched something
         self._received = received
@@ -97,6 +103,10 @@ class HolderPull:
             source,  # a call times out before the stall time-out does
             timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
         )
+        try:
+            self._credentials = ClientCredentials.from_environ()
+        except SettingError as error:
+            raise SourceUnreachable(f"worker {source.worker_id} cannot be called: {error}") from error
         self._stopped = threading.Event()
         self._given_up: TransferError | None = None
         self._anything_came = False
@@ -164,7 +174,8 @@ class HolderPull:
         without_rdma = without_sockets = False
         while True:
             try:
-                self._under_lease(self.route, answer.transport.chunk_port)
+                self._check_encrypted(self.route, answer.transport, on_device=on_device)
+                self._under_lease(self.route, answer.transport)
                 return
             except (NoChunkPort, NotOneSided, NixlError, TransferStalled) as error:
                 without_rdma = without_rdma or self._may_be_unreachable()
@@ -177,8 +188,35 @@ class HolderPull:
                     without_rdma=without_rdma,
                     without_sockets=without_sockets,
                 )
+                if without_sockets and self._needs_tls and not on_device and self.route.operation == "write":
+                    raise SourceUnreachable(f"{error}; by UCX it would WRITE in clear, which is not taken") from error
                 how = "sends over TCP" if self.route.operation == "send" else "WRITEs"
                 logger.warning("worker %s: %s; it %s instead", self.source.worker_id, error, how)
+
+    @property
+    def _needs_tls(self) -> bool:
+        """Whether chunks are to be encrypted between workers: they have certificates, and no setting turns it off."""
+        return self._credentials.peers_use_tls and self._settings.chunk_tls != "off"
+
+    def _check_encrypted(self, route: Route, offer: mx_pb2.TransportOffer, *, on_device: bool) -> None:
+        """Says so where what comes by NIXL over a network goes in clear. Raises NotEncrypted where it need not.
+
+        UCX has no TLS: neither for device memory, nor over RDMA, nor where the settings leave host memory to NIXL.
+        """
+        if not self._needs_tls or route.transport not in ("tcp", "rdma"):
+            return
+        name = self.source.worker_id
+        if route.operation == "send":
+            if not offer.chunk_tls:
+                raise NotEncrypted(
+                    f"worker {name} sends weights in clear (MX_CHUNK_TLS=off there), this one takes them by TLS: "
+                    "give both the same MX_CHUNK_TLS"
+                )
+            return
+        if route.transport == "tcp" and self._policy.sockets and not on_device:
+            raise NotEncrypted(f"worker {name} has no chunk port (MX_TCP_TRANSFER there); by UCX they come in clear")
+        self.in_clear = True
+        _tell_in_clear(route.transport)
 
     def _may_be_unreachable(self) -> bool:
         """Whether RDMA, rather than the holder, may have failed: nothing came, and other transports are allowed."""
@@ -186,17 +224,17 @@ class HolderPull:
         over_rdma = route is not None and route.transport == "rdma" and not self._policy.rdma_only
         return over_rdma and not self._anything_came and self._given_up is None
 
-    def _under_lease(self, route: Route, chunk_port: int) -> None:
+    def _under_lease(self, route: Route, offer: mx_pb2.TransportOffer) -> None:
         lease_id = self._client.prepare()
         try:
-            self._transfer(lease_id, route, chunk_port)
+            self._transfer(lease_id, route, offer)
         finally:
             try:
                 self._client.release(lease_id)
             except TransferError as error:  # the lease ends by itself
                 logger.debug("%s", error)
 
-    def _transfer(self, lease_id: str, route: Route, chunk_port: int) -> None:
+    def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
         self._received.join(name)
         done = False
@@ -206,7 +244,7 @@ class HolderPull:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
             keeper = LeaseKeeper(self._client, lease_id) if route.operation != "write" else nullcontext()
-            with progress, keeper as lease, closing(self._open(lease_id, route, session, chunk_port)) as mover:
+            with progress, keeper as lease, closing(self._open(lease_id, route, session, offer)) as mover:
                 self._mover = mover
                 try:
                     self._fetch(lease_id, lease, mover, verifying)
@@ -309,9 +347,9 @@ class HolderPull:
             elif not self._received.wanted(self.source.worker_id).most and not self._received.finished:
                 self._received.changed.wait(_NEWS_WAIT_SECONDS / 10)
 
-    def _open(self, lease_id: str, route: Route, session: AgentSession | None, chunk_port: int) -> Mover:
+    def _open(self, lease_id: str, route: Route, session: AgentSession | None, offer: mx_pb2.TransportOffer) -> Mover:
         if route.operation == "send":
-            return self._connect(lease_id, chunk_port)
+            return self._connect(lease_id, offer)
         placement = self._received.placement
         extents = [
             mx_pb2.Extent(address=address, device_id=device)
@@ -356,7 +394,11 @@ class HolderPull:
             raise SourceRefused(f"worker {self.source.worker_id} has weights on devices {sorted(devices)}")
         return NixlReadMover(session, peer, chunks, self._received.addresses, remote, next(iter(devices), None), tcp)
 
-    def _connect(self, lease_id: str, chunk_port: int) -> Mover:
+    def _connect(self, lease_id: str, offer: mx_pb2.TransportOffer) -> Mover:
+        try:
+            tls = ChunkTls.of(self._credentials) if offer.chunk_tls else None
+        except SettingError as error:
+            raise NotEncrypted(f"worker {self.source.worker_id} sends by TLS: {error}") from error
         received, settings = self._received, self._settings
         fingerprint = received.layout.fingerprint
         answer = self._client.open_transfer(lease_id, fingerprint, b"", (), mx_pb2.OPERATION_SEND)
@@ -364,14 +406,24 @@ class HolderPull:
             raise SourceRefused(f"worker {self.source.worker_id} opened another transfer than was asked for")
         return TcpMover(
             self._client,
-            chunk_port,
+            offer.chunk_port,
             answer.token,
             received.chunks,
             received.addresses,
             hashed=received.hashed_on_arrival,
             connections=settings.tcp_connections,
             stall_timeout_seconds=settings.stall_timeout_seconds,
+            tls=tls,
         )
+
+
+@cache  # once a process
+def _tell_in_clear(transport: str) -> None:
+    logger.warning(
+        "weights come in clear, by UCX over %s, although workers have certificates: UCX has no TLS; keep that network "
+        "for the fleet alone (docs/threat-model.md)",
+        transport,
+    )
 
 
 class _Verifier:

@@ -20,7 +20,6 @@ from mxcore.transfer.layout import (
     Layout,
     Placement,
     SwarmPlan,
-    all_chunks,
     chunk_digests,
     chunk_set,
     chunks_of,
@@ -49,6 +48,7 @@ class ReceivedChunks:
     `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
     that was admitted, until the `claims` of others decide for another one. In monotonic seconds: `news` is when there
     was last any progress, `first_asked_at` when the first chunk was granted, `done_at` when a chunk was last verified.
+    `total_bytes` are those that are received: of all chunks, or of the set `only`.
     """
 
     def __init__(
@@ -59,10 +59,12 @@ class ReceivedChunks:
         scalar_names: Sequence[str],
         progress: ProgressCallback | None,
         chunk_bytes: int,
+        only: int | None = None,
     ) -> None:
         self.layout = layout
         self.placement = placement
         self.chunks = Chunks(layout, chunk_bytes)
+        self.total_bytes = layout.total_bytes if only is None else sum(map(self.chunks.bytes_of, chunks_of(only)))
         self.addresses = self.chunks.local_addresses(placement)
         self._digester = digester_of(placement)
         self.changed = threading.Condition()
@@ -79,7 +81,7 @@ class ReceivedChunks:
         self._told = 0
         self._was_wrong: set[str] = set()  # holders of which a chunk was wrong
         self._bytes_done = 0
-        self._plan = SwarmPlan(len(self.chunks), chunk_bytes)
+        self._plan = SwarmPlan(len(self.chunks), chunk_bytes, only)
 
     @property
     def finished(self) -> bool:
@@ -103,7 +105,7 @@ class ReceivedChunks:
     def missing(self) -> list[int]:
         """The chunks that are not verified, ascending."""
         with self.changed:
-            return list(chunks_of(all_chunks(len(self.chunks)) & ~self._plan.completed))
+            return list(chunks_of(self._plan.everything & ~self._plan.completed))
 
     def admit(self, holder: str, answer: mx_pb2.GetLayoutResponse) -> None:
         """Compares what a holder has with what is wanted here; the first holder's content becomes ours.
@@ -235,7 +237,7 @@ class ReceivedChunks:
             with self._telling:
                 if done > self._told:
                     self._told = done
-                    self._progress(done, self.layout.total_bytes)
+                    self._progress(done, self.total_bytes)
 
     def refuse(self, holder: str, chunk: int) -> bool:
         """A chunk has wrong bytes: it is missing again. False when it is not the first one of this holder.

@@ -39,13 +39,16 @@ from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedCh
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
+__all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay", "never_freed"]
 
 logger = logging.getLogger(__name__)
 
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
 TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
 """Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
+
+never_freed: list[object] = []
+"""Memory that somebody may still write to (FenceFailed)."""
 
 _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
@@ -66,7 +69,8 @@ class ReceiveReport:
     `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has all.
     `bytes_again` were asked for more than once, because a holder was lost. `seconds` are those of the whole receive,
     `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
-    `bytes_otherwise` came from elsewhere: see `PartialReceive`.
+    `bytes_otherwise` came from elsewhere: see `PartialReceive`. `in_clear`: some came over a network in clear although
+    this worker has certificates.
     """
 
     bytes: int
@@ -77,12 +81,13 @@ class ReceiveReport:
     operation: str
     transport: str
     scalars: dict[str, float]
-    digests: ChunkDigests
+    digests: ChunkDigests = field(repr=False)
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)
     bytes_again: int = 0
     moving_seconds: float = 0.0
     bytes_otherwise: int = 0
+    in_clear: bool = False
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -105,8 +110,9 @@ class Receiver:
 
     `scalar_names` must be exactly the holders'. `progress` is called with (bytes verified, bytes in all), on any
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
-    chunks of a `partial` from the files: those of which holders have different bytes are among them. `tell_doubt`
-    hears of holders that differ, and of those that gave wrong chunks.
+    chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
+    chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
+    `keep_alive` keeps the memory. `tell_doubt` hears of holders that differ, and of those that gave wrong chunks.
     """
 
     def __init__(
@@ -121,17 +127,23 @@ class Receiver:
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
         files_decide: bool = False,
+        keep_alive: object = None,
         tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
+        only: int | None = None,
     ) -> None:
         require_movable(placement)
         self._settings = settings
         self._tell_doubt = tell_doubt
+        self._keep_alive = keep_alive
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
         self._files_decide = files_decide
+        self._only = only
         self._received = ReceivedChunks(
-            layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes
+            layout, placement, scalar_names=scalar_names, progress=progress, chunk_bytes=chunk_bytes, only=only
         )
+        if only is not None:
+            layout, placement = self._received.chunks.touched(layout, placement, only)
         policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
         likely = policy.likely_tls(same_host=settings.shares_only_this_host, device_memory=on_device)
@@ -149,6 +161,7 @@ class Receiver:
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
         self._clean = True
+        self._in_clear = False
         self._may_find = False
         self._failed_at = 0.0  # when a holder was last found to have failed
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
@@ -167,8 +180,15 @@ class Receiver:
             ChunksMissing: no holder is left to give the rest. Outside of the verified chunks the memory then holds
                 anything; nothing arrives in it any more.
             TransferError: what the only holder said, when nothing at all came from it.
-            FenceFailed: the memory may still be written to, for ever. It must neither be used nor freed.
+            FenceFailed: the memory may still be written to, for ever. It must not be used; `keep_alive` is never freed.
         """
+        try:
+            return self._receive(sources, find_more, step)
+        except FenceFailed:
+            never_freed.append(self._keep_alive)
+            raise
+
+    def _receive(self, sources: Sequence[Source], find_more: FindMore | None, step: LoadStep | None) -> ReceiveReport:
         started = self._began = time.monotonic()
         if step is not None:
             step.progress = self.progress
@@ -209,7 +229,7 @@ class Receiver:
         most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
         route = pulls[most].route if most in pulls else self._routes.get(most)
         path = peer_path(route.transport if route is not None else "")
-        return Progress(path, done, self._received.layout.total_bytes, most, len(pulls))
+        return Progress(path, done, self._received.total_bytes, most, len(pulls))
 
     def _run(self, deadline: float) -> None:
         """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
@@ -286,6 +306,7 @@ class Receiver:
             pull = self._pulls.pop(name)
             pull.join()
             self._clean = self._clean and pull.clean
+            self._in_clear |= pull.in_clear and name in self._received.bytes_from
             if pull.route is not None:
                 self._routes[name] = pull.route
             if pull.failure is None:
@@ -396,7 +417,7 @@ class Receiver:
             f"{len(missing)} of {len(self._received.chunks)} chunks did not come ({names}): {reasons}",
             missing=missing,
             failures=self._failures,
-            partial=self._partial() if self._received.verified and by_files else None,
+            partial=self._partial() if self._received.verified and by_files and self._only is None else None,
         )
 
     def _partial(self) -> PartialReceive[ReceiveReport]:
@@ -444,11 +465,11 @@ class Receiver:
         content = received.content
         if content is None:
             raise SourceUnreachable("there is no worker to receive weights from")
-        most = max(received.bytes_from or self._routes, key=lambda name: received.bytes_from.get(name, 0))
+        most = max(received.bytes_from or self._routes, key=lambda name: received.bytes_from.get(name, 0), default="")
         route = self._routes.get(most)
         moving_seconds = received.done_at - received.first_asked_at if received.first_asked_at is not None else 0.0
         return ReceiveReport(
-            bytes=received.layout.total_bytes,
+            bytes=received.total_bytes,
             tensors=len(received.layout.tensors),
             chunks_verified=received.verified.bit_count(),
             seconds=seconds,
@@ -461,4 +482,5 @@ class Receiver:
             bytes_from=dict(received.bytes_from),
             bytes_again=received.bytes_again,
             moving_seconds=moving_seconds,
+            in_clear=self._in_clear,
         )

@@ -1,7 +1,8 @@
 """The chunk port, from which receivers fetch chunks over TCP, with a thread for each connection.
 
 A receiver shows the token that OpenTransfer gave it, and gets the greeting back; then it asks for chunks, as described
-in socket_chunks.h, and the compiled core sends them from the holder's memory. A connection ends with its lease.
+in socket_chunks.h, and the compiled core sends them from the holder's memory. A connection ends with its lease. With
+`tls` all of this is within a TLS connection.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import ssl
 import threading
-from contextlib import suppress
 
 from mxcore.errors import TransferError
-from mxcore.transfer.move import expect_token
+from mxcore.transfer.move import cut_off, expect_token
 from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Holder
 from mxserver.wire import SettingError
 
@@ -35,7 +36,8 @@ class ChunkListener:
     listen on.
     """
 
-    def __init__(self, holder: Holder, host: str, port: int) -> None:
+    def __init__(self, holder: Holder, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._holder = holder
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
@@ -54,8 +56,8 @@ class ChunkListener:
             self._closed = True
             strangers = list(self._greeting)
         for connection in strangers:
-            _shut(connection)
-        _shut(self._listener)  # wakes the thread that accepts
+            cut_off(connection)
+        cut_off(self._listener)  # wakes the thread that accepts
         self._accepting.join()
         self._listener.close()
 
@@ -87,20 +89,22 @@ class ChunkListener:
             longest = next(iter(self._greeting), None)
         if longest is None:
             return False
-        _shut(longest)
+        cut_off(longest)
         return self._room.acquire(timeout=_ROOM_SECONDS)
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection, from greeting to end."""
         try:
-            with connection:
-                # A small chunk, or the end of one, does not wait for the receiver's acknowledgement.
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if token := self._greet(connection):
-                    self._holder.send_chunks(token, connection)
+            # A small chunk, or the end of one, does not wait for the receiver's acknowledgement.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            if token := self._greet(connection):
+                self._holder.send_chunks(token, connection)
         except (OSError, TransferError) as error:
             logger.debug("a connection to the chunk port ended: %s", error)
         finally:
+            connection.close()
             self._room.release()
 
     def _greet(self, connection: socket.socket) -> bytes:
@@ -114,11 +118,6 @@ class ChunkListener:
         finally:
             with self._lock:
                 self._greeting.pop(connection, None)
-
-
-def _shut(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(host: str, port: int) -> socket.socket:

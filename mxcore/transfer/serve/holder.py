@@ -17,7 +17,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from mxcore.errors import FenceFailed, HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
@@ -35,7 +35,7 @@ from mxcore.transfer.layout import (
     chunk_digests,
     set_to_bytes,
 )
-from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move
+from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
 from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.holder_agent import HolderAgent
 from mxcore.transfer.serve.origin import Origin
@@ -332,7 +332,7 @@ class Holder:
             self._sending += 1
         try:
             connection.sendall(GREETING)
-            if error := self._sender.serve(connection.fileno()):
+            if error := self._sender.serve(connection):
                 raise OSError(error, os.strerror(error))
         except OSError:
             with self._changed:
@@ -446,8 +446,7 @@ class Holder:
         self._leases.pop(lease.lease_id, None)
         lease.ended = True
         for connection in lease.connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            cut_off(connection)
         lease.connecting.close()
         self._disconnect(lease)
         self._changed.notify_all()

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
 from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
+from mxcore.transfer.move import chunk_server_context
 from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
@@ -153,14 +154,23 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc_heal
 
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
     def __init__(
-        self, identity: _Identity, policy: UcxPolicy, chunk_port: int, doubted: Callable[[Sequence[int]], None]
+        self,
+        identity: _Identity,
+        policy: UcxPolicy,
+        chunk_port: int,
+        doubted: Callable[[Sequence[int]], None],
+        *,
+        chunk_tls: bool,
     ) -> None:
-        """`chunk_port`: where chunks are sent from, 0 for nowhere. `doubted` hears of chunks that readers refused."""
+        """`chunk_port`: where chunks are sent from, 0 for nowhere, in clear or by TLS. `doubted` hears of chunks that
+        readers refused.
+        """
         self._identity = identity
         self._doubted = doubted
         self._holder = identity.holder
         self._policy = policy
         self._chunk_port = chunk_port
+        self._chunk_tls = chunk_tls
         self._probe = ProbeTarget()
         if policy.attaches:
             allow_attaching()
@@ -201,6 +211,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
     def _offer(self) -> mx_pb2.TransportOffer:
         offer = self._policy.to_proto(self._probe.to_proto())
         offer.chunk_port = self._chunk_port
+        offer.chunk_tls = self._chunk_tls
         offer.rdma_device = offer.rdma_device and not self._holder.agent.failed
         if self._holder.placement.device_type != "cpu":  # another process does not reach it by its address
             offer.device_memory = True
@@ -330,9 +341,9 @@ class WorkerServer:
 
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
-    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL.
-    `doubted` is called with chunks that a reader refused, on a thread of a call. Raises SettingError when there is no
-    port, or the certificate cannot be used.
+    (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL; by TLS
+    too, but for `chunk_tls` False. `doubted` is called with chunks that a reader refused, on a thread of a call.
+    Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
     def __init__(
@@ -349,6 +360,7 @@ class WorkerServer:
         chunk_port: int = 0,
         loopback: bool = False,
         doubted: Callable[[Sequence[int]], None] = lambda chunks: None,
+        chunk_tls: bool = True,
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
         threads = _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS
@@ -363,8 +375,10 @@ class WorkerServer:
         p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
         self._chunks: ChunkListener | None = None
         if policy.sends and holder.placement.device_type == "cpu":
-            self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port)
-        self._transfers = _TransferService(identity, policy, self._chunks.port if self._chunks else 0, doubted)
+            context = chunk_server_context(tls) if tls and chunk_tls else None
+            self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port, context)
+        port = self._chunks.port if self._chunks else 0
+        self._transfers = _TransferService(identity, policy, port, doubted, chunk_tls=bool(tls and chunk_tls))
         mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(holder), self._server)
         self.endpoint = f"{_bracketed(host)}:{self.port}"

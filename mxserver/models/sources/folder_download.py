@@ -40,7 +40,7 @@ class FolderSource:
                 files.append(RemoteFile(str(path.relative_to(folder)), found.st_size, etag=str(found.st_mtime_ns)))
         if not files:
             raise RevisionNotFound(f"{model.name} has no files")
-        return RemoteModel(ModelKey(model, listing_revision(files)), tuple(files))
+        return RemoteModel.of(ModelKey(model, listing_revision(files)), files)
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
         folder, root = self._folder(remote.key.model)

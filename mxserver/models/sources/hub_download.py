@@ -17,6 +17,7 @@ from typing import Any
 
 from mxserver import __version__
 from mxserver.models.cache_layout import CacheLayout
+from mxserver.models.completeness import hubs_list
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName, is_commit
 from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full
@@ -76,8 +77,7 @@ class HubSource:
             raise _as_model_error(f"{model.name}@{revision}", error) from error
         if not is_commit(info.sha or ""):
             raise DownloadFailed(f"{model.name}@{revision}: the hub names no commit, but {info.sha!r}")
-        files = tuple(_remote_file(sibling) for sibling in info.siblings or ())
-        return RemoteModel(ModelKey(model, info.sha), files)
+        return RemoteModel.of(ModelKey(model, info.sha), map(_remote_file, info.siblings or ()))
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: threading.Event) -> Path:
         model, commit = remote.key
@@ -104,17 +104,21 @@ class HubSource:
         return found
 
     def _offline(self, model: ModelName, revision: str) -> RemoteModel:
-        """With HF_HUB_OFFLINE=1, the files in the cache folder are the model, whoever put them there."""
+        """With HF_HUB_OFFLINE=1, the files in the cache folder are the model, whoever put them there.
+
+        What else belongs to it: what the hub's library noted of the hub's list, and names whose files are gone.
+        """
         commit = revision if is_commit(revision) else self._layout.read_ref(model, revision)
         snapshot = self._layout.snapshot(ModelKey(model, commit)) if commit and is_commit(commit) else None
         if commit is None or snapshot is None or not snapshot.is_dir():
             raise DownloadFailed(f"{model.name}@{revision} is not in the cache folder, and HF_HUB_OFFLINE is set")
-        files = tuple(_found_file(path, str(path.relative_to(snapshot))) for path in _files_below(snapshot))
-        return RemoteModel(ModelKey(model, commit), files)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+        key = ModelKey(model, commit)
+        paths = [path for path in sorted(snapshot.rglob("*")) if not path.is_dir()]
+        files = tuple(_found_file(path, str(path.relative_to(snapshot))) for path in paths if path.is_file())
+        listed = hubs_list(self._layout.model_folder(model), commit)
+        if listed is None and len(files) < len(paths):
+            listed = tuple(str(path.relative_to(snapshot)) for path in paths)
+        return RemoteModel(key, files, listed, "HF_HUB_OFFLINE is set: ask once without it, or copy them there")
 
 
 def _found_file(path: Path, name: str) -> RemoteFile:
@@ -190,6 +194,14 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _retry_after(response: Any) -> float:
-    """Retry-After in seconds (RFC 9110, 10.2.3); 0 without one, and for the form with a date."""
+    """How long the hub asks to wait, in seconds; 0 where it does not say.
+
+    By Retry-After (RFC 9110, 10.2.3; not the form with a date), or by RateLimit (draft-ietf-httpapi-ratelimit-headers),
+    which is what the hub sends: the time until its window of 300 s ends.
+    """
     text = str(response.headers.get("Retry-After", ""))
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+    if text.isascii() and text.isdigit() and len(text) < 6:
+        return float(text)
+    parse = getattr(_hub().utils, "parse_ratelimit_headers", None)  # huggingface_hub 1.2 and later
+    limit = parse(response.headers) if parse is not None else None
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from mxserver.models.errors import DownloadFailed, DownloadInterrupted, Revision
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full, write_all
 from mxserver.wire.proto import model_pb2
+from mxserver.wire.stores import cause_of, listed_objects
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, GCSStore, S3Store
@@ -32,21 +32,15 @@ class ObjectSource:
     parallel_files = 8
 
     def resolve(self, model: ModelName, revision: str) -> RemoteModel:
-        import obstore
-
         try:
             store, prefix = _open(model)
-            found = [item for batch in obstore.list(store, prefix or None) for item in batch]
+            found = listed_objects(store, prefix)
         except Exception as error:
-            raise _as_model_error(model.name, error) from error
-        files = []
-        for item in sorted(found, key=lambda item: item["path"]):
-            path = item["path"].removeprefix(f"{prefix}/" if prefix else "")
-            if path and not (item["size"] == 0 and path.endswith("/")):
-                files.append(RemoteFile(path, item["size"], etag=item["e_tag"] or ""))
+            raise _as_model_error(model, prefix_of(model), error) from error
+        files = [RemoteFile(item.path, item.size_bytes, etag=item.etag) for item in found]
         if not files:
             raise RevisionNotFound(f"{model.name} has no objects")
-        return RemoteModel(ModelKey(model, listing_revision(files)), tuple(files))
+        return RemoteModel.of(ModelKey(model, listing_revision(files)), files)
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: Event) -> Path:
 
@@ -67,7 +61,7 @@ class ObjectSource:
         except DownloadFailed:
             raise
         except Exception as error:
-            raise _as_model_error(f"{model.name}: {file.path}", error) from error
+            raise _as_model_error(model, f"{prefix_of(model)}/{file.path}".removeprefix("/"), error) from error
         finally:
             os.close(handle)
         return beside
@@ -114,6 +108,11 @@ def listing_revision(files: list[RemoteFile]) -> str:
     return hashlib.sha256(listing.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
+def prefix_of(model: ModelName) -> str:
+    """The prefix below which its objects are; "" is the whole bucket."""
+    return model.name.partition("://")[2].partition("/")[2]
+
+
 def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
     """The bucket's store, and the prefix in it."""
     try:
@@ -123,7 +122,7 @@ def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
         raise DownloadFailed(
             f"{model.name} needs obstore ({error}); install it with: pip install 'mx-modelexpress[{extra}]'"
         ) from error
-    bucket, _, prefix = model.name.partition("://")[2].partition("/")
+    bucket, prefix = model.name.partition("://")[2].partition("/")[0], prefix_of(model)
     # Plain HTTP is refused unless the server's environment names such an endpoint.
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     options: Any = {"client_options": {"allow_http": True}} if plain else {}
@@ -137,25 +136,23 @@ def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
     return stores.AzureStore(container, **options), prefix
 
 
-def _as_model_error(what: str, error: Exception) -> DownloadFailed | RevisionNotFound:
+def _as_model_error(model: ModelName, key: str, error: Exception) -> DownloadFailed | RevisionNotFound:
     """Our error for one of the library's. Programming errors pass unchanged.
 
     The library has already retried what can be retried within a request.
     """
     import obstore.exceptions as errors
 
-    text = " ".join(str(error).split())[:500]
+    if isinstance(error, DownloadFailed):
+        return error
     if isinstance(error, OSError) and is_disk_full(error):
-        return DownloadInterrupted(f"{what}: no space left on the disk")
-    answered = re.search(r"status code: (4\d\d)", str(error))  # of a listing: the library has no class for it
-    status = int(answered[1]) if answered else 0
-    if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or status == 404:
-        return RevisionNotFound(f"{what} is not there ({text})")
-    refusals = (errors.PermissionDeniedError, errors.UnauthenticatedError, PermissionError)
-    if isinstance(error, refusals) or status in (401, 403):
-        return DownloadFailed(f"{what}: the store refuses access; check the credentials of the server ({text})")
-    if isinstance(error, errors.PreconditionError):
-        return DownloadFailed(f"{what} changed while it was downloaded; ask again for the new state")
-    if isinstance(error, (errors.BaseError, OSError)):
-        return DownloadInterrupted(f"{what}: {type(error).__name__}: {text}")
-    raise error
+        return DownloadInterrupted(f"{model.name}: no space left on the disk")
+    if not isinstance(error, (errors.BaseError, OSError)):
+        raise error
+    cause = cause_of(error, model.name.partition("://")[0])
+    text = f"{model.name}, key {key!r}: {cause}"
+    if cause.kind == "missing":
+        return RevisionNotFound(text)
+    if cause.kind == "replaced":
+        return DownloadFailed(f"{text}; ask again for the new state")
+    return DownloadInterrupted(text) if cause.may_pass else DownloadFailed(text)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Protocol, Self
 
 from mxserver.models.names import ModelKey, ModelName
 
@@ -30,10 +31,22 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """One resolved revision of a model: its files do not change any more, or a change is noticed."""
+    """One resolved revision of a model: its files do not change any more, or a change is noticed.
+
+    `files` can be had. `listed` are the names that the provider lists, None where it could not be asked; `unavailable`
+    says why what is listed and not among `files` cannot be had.
+    """
 
     key: ModelKey
     files: tuple[RemoteFile, ...]
+    listed: tuple[str, ...] | None
+    unavailable: str = ""
+
+    @classmethod
+    def of(cls, key: ModelKey, files: Iterable[RemoteFile]) -> Self:
+        """All that the provider lists."""
+        found = tuple(files)
+        return cls(key, found, tuple(file.path for file in found))
 
 
 class ModelSource(Protocol):

@@ -312,6 +312,7 @@ class TransportOffer(google.protobuf.message.Message):
     DEVICE_PROBE_FIELD_NUMBER: builtins.int
     NO_DEVICE_READ_FIELD_NUMBER: builtins.int
     CHUNK_PORT_FIELD_NUMBER: builtins.int
+    CHUNK_TLS_FIELD_NUMBER: builtins.int
     same_host_read: builtins.bool
     """cross-memory attach is allowed here, if the probe can be read"""
     rdma_only: builtins.bool
@@ -324,6 +325,8 @@ class TransportOffer(google.protobuf.message.Message):
     """why there is none"""
     chunk_port: builtins.int
     """where it SENDs chunks over TCP connections; 0: nowhere"""
+    chunk_tls: builtins.bool
+    """those connections are TLS, with the certificates of this call"""
     @property
     def probe(self) -> global___SameHostProbe: ...
     @property
@@ -341,9 +344,10 @@ class TransportOffer(google.protobuf.message.Message):
         device_probe: global___DeviceProbe | None = ...,
         no_device_read: builtins.str = ...,
         chunk_port: builtins.int = ...,
+        chunk_tls: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device_probe", b"device_probe", "probe", b"probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_port", b"chunk_port", "device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_port", b"chunk_port", "chunk_tls", b"chunk_tls", "device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
 
 global___TransportOffer = TransportOffer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
+import ssl
 import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from mxcore.digest import xxh3_64_segments
 from mxcore.sockets import ChunkSender, SocketReads
+from tests.security.authority import Authority
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 256 << 10
@@ -74,7 +76,7 @@ class Serving:
         self._thread.start()
 
     def _run(self, sender: ChunkSender) -> None:
-        self.result.append(sender.serve(self.there.fileno()))
+        self.result.append(sender.serve(self.there))
 
     def end(self) -> int:
         """Closes this end; what the other one's `serve` returned."""
@@ -117,7 +119,7 @@ def test_chunks_arrive_scattered_with_their_digests(
     source, target = Memory(chunks, gap, 1), Memory(chunks, gap, None)
     sender = source.sender()
     served = [serve(sender) for _ in range(connections)]
-    reads = SocketReads([each.socket.fileno() for each in served], hashed=True)
+    reads = SocketReads([each.socket for each in served], hashed=True)
     for chunk in range(len(chunks)):
         reads.ask(chunk, *target.of(chunk))
     found = all_of(reads, len(chunks))
@@ -141,7 +143,7 @@ def test_any_cut_into_chunks(chunks: list[list[int]], gap: int, chance: Random) 
     chance.shuffle(order)
     source, target = Memory(chunks, gap, 1), Memory(chunks, gap, None)
     served = Serving(source.sender())
-    reads = SocketReads([served.socket.fileno()], hashed=False)
+    reads = SocketReads([served.socket], hashed=False)
     for chunk in order:
         reads.ask(chunk, *target.of(chunk))
     assert all_of(reads, len(chunks)) == dict.fromkeys(order, (0, b""))
@@ -153,7 +155,7 @@ def test_any_cut_into_chunks(chunks: list[list[int]], gap: int, chance: Random) 
 def test_only_what_is_here_is_sent(serve: Callable[[ChunkSender], Serving]) -> None:
     source, target = Memory([[100], [200]], 0, 1), Memory([[100], [200]], 0, None)
     sender = source.sender(have=b"\x01")
-    reads = SocketReads([serve(sender).socket.fileno()], hashed=True)
+    reads = SocketReads([serve(sender).socket], hashed=True)
     reads.ask(0, *target.of(0))
     assert all_of(reads, 1)[0][0] == 0
     sender.set_have(b"\x03")  # it has arrived meanwhile
@@ -196,7 +198,7 @@ def test_half_a_request_and_none(serve: Callable[[ChunkSender], Serving]) -> Non
 def test_wrong_answers(answer: bytes, error: int) -> None:
     here, there = connected()
     target = Memory([[10]], 0, None)
-    reads = SocketReads([here.fileno()], hashed=True)
+    reads = SocketReads([here], hashed=True)
     reads.ask(5, *target.of(0))
     assert there.recv(100) == b"\x05\x00\x00\x00"
     there.sendall(answer)
@@ -209,7 +211,7 @@ def test_wrong_answers(answer: bytes, error: int) -> None:
 def test_nothing_lands_after_the_end_and_waiting_ends_with_it() -> None:
     here, there = connected()
     target = Memory([[3 * PIECE_BYTES]], 0, None)
-    reads = SocketReads([here.fileno()], hashed=True)
+    reads = SocketReads([here], hashed=True)
     reads.ask(0, *target.of(0))
     there.sendall(struct.pack("<II", 0, 0) + b"\x01" * PIECE_BYTES)
     wait_for(lambda: reads.received_bytes == PIECE_BYTES)  # less than what the kernel was told to wake for
@@ -235,7 +237,7 @@ def test_nothing_lands_after_the_end_and_waiting_ends_with_it() -> None:
 def test_waking_ends_a_wait() -> None:
     here, there = connected()
     target = Memory([[10]], 0, None)
-    reads = SocketReads([here.fileno()], hashed=True)
+    reads = SocketReads([here], hashed=True)
     reads.ask(0, *target.of(0))
     reads.wake()
     assert reads.ended(PATIENT_SECONDS) == []
@@ -261,7 +263,7 @@ def test_requests_of_a_thread_go_to_threads_that_are_idle_first() -> None:
     pairs = [connected() for _ in range(2)]
     chunks = [[10]] * 4
     target = Memory(chunks, 0, None)
-    reads = SocketReads([here.fileno() for here, _ in pairs], hashed=False)
+    reads = SocketReads([here for here, _ in pairs], hashed=False)
     for chunk in range(4):
         reads.ask(chunk, *target.of(chunk))
     asked = []
@@ -288,7 +290,7 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="1 bytes for 9 chunks"):
         sender.set_have(b"\xff")
     here, there = connected()
-    reads = SocketReads([here.fileno()], hashed=True)
+    reads = SocketReads([here], hashed=True)
     with pytest.raises(ValueError, match="without bytes"):
         reads.ask(0, q(), q())
     with pytest.raises(ValueError, match="no place in a request"):
@@ -300,10 +302,95 @@ def test_arguments_that_do_not_fit() -> None:
 
 def test_a_connection_that_is_none() -> None:
     target = Memory([[10]], 0, None)
-    end, other = os.pipe()
-    reads = SocketReads([end], hashed=True)
+    closed, other = socket.socketpair()
+    closed.close()
+    other.close()
+    reads = SocketReads([closed], hashed=True)
     reads.ask(0, *target.of(0))
-    assert all_of(reads, 1)[0] == (errno.ENOTSOCK, b"")
+    assert all_of(reads, 1)[0] == (errno.EBADF, b"")
     reads.close()
-    os.close(end)
-    os.close(other)
+
+
+class TlsPair:
+    """Both ends of connections by TLS."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = Authority(folder)
+        self._server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._server.load_cert_chain(*authority.issue("holder", "holder"))
+        self._client = ssl.create_default_context(cafile=authority.ca_file)
+
+    def connected(self) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+        here, there = connected()
+        ends: list[ssl.SSLSocket] = []
+        accepting = threading.Thread(target=lambda: ends.append(self._server.wrap_socket(there, server_side=True)))
+        accepting.start()
+        secured = self._client.wrap_socket(here, server_hostname="holder")
+        accepting.join()
+        return secured, ends[0]
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("gap", [0, 64])
+def test_the_same_by_tls(tmp_path: Path, gap: int, connections: int) -> None:
+    chunks = [[1], [0, 5, 0], [PIECE_BYTES], [PIECE_BYTES + 1, 17], [7] * 9000, [20 * PIECE_BYTES, 5, 16384, 16383, 9]]
+    source, target = Memory(chunks, gap, 1), Memory(chunks, gap, None)
+    sender, pair = source.sender(), TlsPair(tmp_path)
+    ends = [pair.connected() for _ in range(connections)]
+    results: list[int] = []
+    serving = [threading.Thread(target=lambda end=end: results.append(sender.serve(end))) for _, end in ends]
+    for thread in serving:
+        thread.start()
+    reads = SocketReads([here for here, _ in ends], hashed=True)
+    for chunk in range(len(chunks)):
+        reads.ask(chunk, *target.of(chunk))
+    found = all_of(reads, len(chunks))
+    assert reads.received_bytes == sender.sent_bytes == sum(map(sum, chunks))
+    reads.close()
+    assert (source.bytes == target.bytes).all()
+    for chunk in range(len(chunks)):
+        assert found[chunk] == (0, xxh3_64_segments(*source.of(chunk)).to_bytes(8, "little"))
+    for thread in serving:
+        thread.join()
+    assert results == [0] * connections
+    for both in ends:
+        for end in both:
+            end.close()
+
+
+def test_by_tls_what_is_changed_on_its_way_is_no_message(tmp_path: Path) -> None:
+    here, there = TlsPair(tmp_path).connected()
+    target = Memory([[100]], 0, None)
+    reads = SocketReads([here], hashed=True)
+    reads.ask(0, *target.of(0))
+    assert there.read(4) == bytes(4)
+    record = b"\x17\x03\x03\x00\x40" + b"\x01" * 64  # by whoever does not have the keys
+    socket.socket.send(there, record)
+    assert all_of(reads, 1)[0] == (errno.EBADMSG, b"")
+    assert (target.bytes == 0xEE).all()
+    reads.close()
+    here.close()
+    there.close()
+
+
+def test_by_tls_nothing_lands_after_the_end(tmp_path: Path) -> None:
+    here, there = TlsPair(tmp_path).connected()
+    target = Memory([[3 * PIECE_BYTES]], 0, None)
+    reads = SocketReads([here], hashed=True)
+    reads.ask(0, *target.of(0))
+    there.sendall(struct.pack("<II", 0, 0) + b"\x01" * PIECE_BYTES)
+    wait_for(lambda: reads.received_bytes == PIECE_BYTES)
+    reads.close()  # while a thread waits for more
+    before = target.bytes.copy()
+    with suppress(OSError):
+        there.sendall(b"\x02" * PIECE_BYTES)
+    assert (target.bytes == before).all()
+    # And a pool that nobody closed ends with its last use.
+    other, end = TlsPair(tmp_path).connected()
+    waiting = SocketReads([other], hashed=True)
+    waiting.ask(0, *target.of(0))
+    assert end.read(4) == bytes(4)
+    del waiting
+    assert end.read(1) == b""
+    for each in (here, there, other, end):
+        each.close()

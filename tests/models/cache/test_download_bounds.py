@@ -37,7 +37,7 @@ class HeldSource:
         self.answers.wait(120)
         with self._lock:
             self.asking -= 1
-        return RemoteModel(ModelKey(model, "1" * 40), (RemoteFile("config.json", 2),))
+        return RemoteModel.of(ModelKey(model, "1" * 40), [RemoteFile("config.json", 2)])
 
     def fetch(self, remote: RemoteModel, file: RemoteFile, scratch: Path, stopping: threading.Event) -> Path:
         with self._lock:

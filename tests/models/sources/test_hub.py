@@ -74,7 +74,7 @@ def test_ignore_weights_first_and_the_rest_later(client: ModelClient, hub: HubSt
     assert not any(hub.bytes_sent[path] for path in WEIGHTS)
     client.ensure(REPOSITORY)
     assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES)
-    assert hub.requests["GET original/nested/tokenizer.json"] == 1
+    assert hub.requests["GET extra/nested/tokenizer.json"] == 1
 
 
 def test_branch_that_moves(client: ModelClient, hub: HubStandIn, cache_folder: Path) -> None:
@@ -151,6 +151,30 @@ def test_faults_that_pass_are_ridden_out(
     commit = client.ensure(REPOSITORY)
     assert not hub.faults[key], "the fault did not happen"
     assert files_below(snapshot(cache_folder, commit)) == FILE_DIGESTS
+
+
+def test_the_hub_says_how_long_to_wait(start_server: StartServer, hub: HubStandIn) -> None:
+    """By RateLimit, as the hub does, and not by Retry-After (findings, row 18)."""
+    hub.faults["api"].append(Fault(status=429, rate_limit='"api";r=0;t=3'))
+    messages: list[str] = []
+    with ModelClient(start_server().address) as client:
+        client.ensure(REPOSITORY, on_update=lambda update: messages.append(update.message))
+    assert any("asking the provider again in 3 s" in message for message in messages)
+
+
+def test_copies_in_other_forms_stay_where_they_are_and_it_is_said(start_server: StartServer, hub: HubStandIn) -> None:
+    copies = {"original/consolidated.00.pth": b"1" * 70, "metal/model.bin": b"2" * 30, "pytorch_model.bin": b"3"}
+    hub.add(REPOSITORY, FILES | copies)
+    messages: list[str] = []
+    with ModelClient(start_server().address) as client:
+        client.ensure(REPOSITORY, on_update=lambda update: messages.append(update.message))
+        assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES)
+        assert not [verdict for verdict in client.validate(REPOSITORY) if verdict.problem]
+    assert "left out: 3 files of 101 bytes" in messages[-1]
+    assert not any(hub.bytes_sent[name] for name in copies)
+    with ModelClient(start_server(MX_DOWNLOAD_IGNORE="none").address) as client:
+        client.ensure(REPOSITORY)
+        assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES | copies)
 
 
 def test_cut_is_resumed_where_it_was(client: ModelClient, hub: HubStandIn) -> None:

@@ -7,11 +7,11 @@ import threading
 import pytest
 
 from mxserver.calls.pools import POOLS, pool_of
-from mxserver.server import HANDLER_THREADS
 from mxserver.store import SqliteStore
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import cache_pb2, model_pb2, p2p_pb2
 
+PUBLISHERS = POOLS["publishes"].threads
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")
 WORKER = p2p_pb2.WorkerMetadata()
 READY = p2p_pb2.SOURCE_STATUS_READY
@@ -31,13 +31,12 @@ def test_heartbeats_and_listings_do_not_wait_for_the_disk(client: ServerClient, 
     holder.start()
     assert held.wait(120)
     calls = [
-        threading.Thread(target=lambda n=n: client.publish(IDENTITY, WORKER, f"w{n}"))
-        for n in range(HANDLER_THREADS + 16)
+        threading.Thread(target=lambda n=n: client.publish(IDENTITY, WORKER, f"w{n}")) for n in range(PUBLISHERS + 16)
     ]
     for call in calls:
         call.start()
     try:
-        while sqlite_store._changes.qsize() < HANDLER_THREADS:
+        while sqlite_store._changes.qsize() < PUBLISHERS:
             holder.join(0.01)
         client.update_status(published.mx_source_id, "w", 0, READY)
         assert [reference.worker_id for reference in client.list_sources()] == ["w"]
@@ -51,14 +50,14 @@ def test_heartbeats_and_listings_do_not_wait_for_the_disk(client: ServerClient, 
 @pytest.mark.parametrize(
     ("service", "named"),
     [
-        (p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], {"heartbeats", "listings", None}),
+        (p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], {"heartbeats", "listings", "publishes"}),
         (cache_pb2.DESCRIPTOR.services_by_name["CacheService"], {"validations", "models"}),
         (model_pb2.DESCRIPTOR.services_by_name["ModelService"], {"models"}),
     ],
     ids=["p2p", "cache", "models"],
 )
-def test_methods_are_where_they_should_be(service: object, named: set[str | None]) -> None:
+def test_methods_are_where_they_should_be(service: object, named: set[str]) -> None:
     methods = {f"/{service.full_name}/{one.name}" for one in service.methods}  # type: ignore[attr-defined]
     assert {pool_of(method) for method in methods} == named
-    known = {method for _, methods_of in POOLS.values() for method in methods_of}
+    known = {method for kind in POOLS.values() for method in kind.methods}
     assert {method for method in known if method.startswith(f"/{service.full_name}/")} <= methods  # type: ignore[attr-defined]

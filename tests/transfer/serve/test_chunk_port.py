@@ -37,6 +37,11 @@ def test_how_many_connections(cores: int, asked_for: int, connections: int) -> N
     assert connections_of(cores, asked_for) == connections
 
 
+@pytest.mark.parametrize(("cores", "asked_for", "connections"), [(1, 0, 1), (2, 0, 2), (64, 0, 8), (2, 5, 5)])
+def test_how_many_connections_by_tls(cores: int, asked_for: int, connections: int) -> None:
+    assert connections_of(cores, asked_for, by_tls=True) == connections
+
+
 @pytest.fixture
 def holder() -> Iterator[Holder]:
     weights = HostTensors(model_specs(), SEED)
@@ -257,7 +262,7 @@ def test_bytes_are_news_and_silence_is_a_stall(holder: Holder) -> None:
 def test_where_the_port_is_not_reached_the_holder_writes(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(client: SourceClient, port: int, token: bytes) -> Any:
+    def refused(client: SourceClient, port: int, token: bytes, tls: object) -> Any:
         raise NoChunkPort(f"worker {client.source.worker_id}: no connection to port {port}: a firewall")
 
     monkeypatch.setattr(socket_pull, "_connect", refused)
@@ -276,9 +281,9 @@ def test_no_agent_is_made_and_as_many_connections_as_it_was_told(
     opened: list[int] = []
 
     class Noted(socket_pull.SocketReads):
-        def __init__(self, fds: list[int], *, hashed: bool) -> None:
-            super().__init__(fds, hashed=hashed)
-            opened.append(len(fds))
+        def __init__(self, connections: list[socket.socket], *, hashed: bool) -> None:
+            super().__init__(connections, hashed=hashed)
+            opened.append(len(connections))
             assert live_agents() == 0
 
     monkeypatch.setattr(socket_pull, "SocketReads", Noted)

@@ -56,6 +56,17 @@ def test_a_doubted_chunk_is_looked_at_at_once(holder: Holder, flipped: int) -> N
     check.stop()
 
 
+def test_one_doubt_is_looked_at_at_once_and_the_next_one_waits(holder: Holder, flipped: int) -> None:
+    found: list[object] = []
+    check = SelfCheck(holder, found.append, share=1e-12)
+    check._next = flipped + 1
+    check.doubt([flipped, flipped - 1])  # the last one is taken first, and is right
+    check.start()
+    wait_for(lambda: len(check._doubted) == 1)
+    check.stop()
+    assert (found, list(check._doubted)) == ([], [flipped])
+
+
 @pytest.mark.parametrize("spent_seconds", [1e-6, 0.002, 0.1, 30.0])
 def test_work_is_at_most_its_share_of_the_time(spent_seconds: float) -> None:
     pause_seconds = pause_after(spent_seconds, 0.01)

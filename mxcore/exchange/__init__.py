@@ -1,0 +1,8 @@
+"""Tensors from process to process without an engine: published under a name and a version, and fetched."""
+
+from __future__ import annotations
+
+from mxcore.exchange.fetching import Fetched, fetch
+from mxcore.exchange.publishing import Published, publish
+
+__all__ = ["Fetched", "Published", "fetch", "publish"]

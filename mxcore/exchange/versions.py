@@ -1,0 +1,137 @@
+"""What is published under a name and a version, and who has it: identities, settings, and the wait for a version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Mapping
+
+from mxcore.errors import NoSource
+from mxcore.settings import WorkerSettings, load_settings
+from mxcore.transfer.member import PROTOCOL_VERSION
+from mxserver.wire import ServerUnreachable, SettingError
+from mxserver.wire.calls import ServerClient, source_id
+from mxserver.wire.proto import p2p_pb2
+
+__all__ = ["identity_of", "settings_of", "version_text", "wait_for_version"]
+
+PUBLISHED_PARAMETER = "published"
+"""The extra parameter of what was published by `publish`: a digest of name and version, which ids do not lower-case."""
+
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 1.0
+_NAMED_VERSIONS = 5
+
+
+def version_text(version: int | str) -> str:
+    """A version as it is published. Raises SettingError for none, and for a negative number."""
+    text = str(version)
+    if not text or text.startswith("-") or isinstance(version, bool):
+        raise SettingError(f"version {version!r}: a whole number from 0 on, or a text that is not empty")
+    return text
+
+
+def identity_of(name: str, version: str) -> p2p_pb2.SourceIdentity:
+    """What processes that exchange these tensors have in common. Raises SettingError for an empty name."""
+    if not name:
+        raise SettingError("the name that tensors are published under is empty")
+    exact = hashlib.sha256(json.dumps([name, version]).encode()).hexdigest()[:16]
+    return p2p_pb2.SourceIdentity(
+        mx_version=PROTOCOL_VERSION,
+        model_name=name,
+        revision=version,
+        extra_parameters={"layout": "raw", PUBLISHED_PARAMETER: exact},
+    )
+
+
+def settings_of(server: str | None, given: Mapping[str, object] | None) -> WorkerSettings:
+    """The environment's settings and, before these, the ones that are given by name.
+
+    Raises SettingError for a value that is refused, and where no server is named anywhere.
+    """
+    mine = {**(given or {}), **({"server_address": server} if server is not None else {})}
+    refused: list[str] = []
+    load_settings(mine, {}, told=True, refused=refused)
+    if refused:
+        raise SettingError("; ".join(refused))
+    settings = load_settings({"worker_grpc_port": 0, **mine})
+    if settings.server_address is None:
+        raise SettingError("no server: name it by server=, by MODEL_EXPRESS_URL or by MX_SERVER_ADDRESS")
+    return settings
+
+
+def wait_for_version(
+    client: ServerClient, name: str, version: str | None, *, rank: int, newer_than: int | None, wait_seconds: float
+) -> str:
+    """The version that a process has complete for this rank: the one that is asked for, or the newest.
+
+    Waits for it at most `wait_seconds`. The newest is the highest number; other versions have no order.
+
+    Raises:
+        NoSource: nobody has it in time; the message says what there is.
+        ServerUnreachable: no answer from the server at the end of the wait.
+        ServerRefused: the server says no.
+    """
+    deadline = time.monotonic() + wait_seconds
+    pause = _FIRST_PAUSE_SECONDS
+    known: dict[str, str | None] = {}
+    while True:
+        failure: ServerUnreachable | None = None
+        try:
+            there = _versions(client, name, rank, known)
+            if (found := _chosen(name, there, version, newer_than)) is not None:
+                return found
+        except ServerUnreachable as error:
+            failure = error
+        left = deadline - time.monotonic()
+        if left <= 0:
+            if failure is not None:
+                raise failure
+            raise NoSource(_nobody(name, there, version, rank, newer_than, wait_seconds))
+        time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _versions(client: ServerClient, name: str, rank: int, known: dict[str, str | None]) -> set[str]:
+    """What is READY under this name for this rank; `known` has the version of each source id that was looked up."""
+    refs = client.list_sources(model_name=name, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=rank)
+    for ref in refs:
+        if ref.mx_source_id not in known:
+            record = client.get_metadata(ref.mx_source_id, ref.worker_id)
+            if record is None:
+                continue
+            revision = record.identity.revision
+            is_ours = record.mx_source_id == ref.mx_source_id == source_id(identity_of(name, revision))
+            known[ref.mx_source_id] = revision if is_ours else None
+    return {found for ref in refs if (found := known.get(ref.mx_source_id)) is not None}
+
+
+def _chosen(name: str, there: set[str], version: str | None, newer_than: int | None) -> str | None:
+    if version is not None:
+        return version if version in there else None
+    numbers = [int(found) for found in there if found.isdecimal()]
+    if newer_than is not None:
+        newest = max(numbers, default=-1)
+        return str(newest) if newest > newer_than else None
+    if len(numbers) < len(there) and len(there) > 1:
+        raise NoSource(f"{name!r} has versions without an order ({_some(there)}): say which is wanted")
+    return str(max(numbers)) if numbers else next(iter(there), None)
+
+
+def _nobody(
+    name: str, there: set[str], version: str | None, rank: int, newer_than: int | None, wait_seconds: float
+) -> str:
+    wanted = f"version {version}" if version is not None else "any version"
+    if newer_than is not None:
+        wanted = f"a version after {newer_than}"
+    waited = f" within {wait_seconds:g} s" if wait_seconds else ""
+    others = f"there is {_some(there)}" if there else "nothing is published under that name for this rank"
+    return f"nobody has {wanted} of {name!r} for rank {rank}{waited}: {others}"
+
+
+def _some(versions: set[str]) -> str:
+    shown = sorted(versions)
+    more = len(shown) - _NAMED_VERSIONS
+    return ", ".join(shown[:_NAMED_VERSIONS]) + (f" and {more} more" if more > 0 else "")

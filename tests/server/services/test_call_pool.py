@@ -1,0 +1,126 @@
+"""Calls get a thread when their request is there, and take turns by host and by connection."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
+
+import grpc
+import pytest
+
+from mxserver.calls.arriving import ArrivingCall
+from mxserver.calls.call_pool import _Turns
+from mxserver.calls.nested import has_more_messages
+from mxserver.calls.pools import MOST_PARTS, MOST_REQUEST_BYTES, POOLS
+from mxserver.server import Server
+from mxserver.wire.calls import ServerClient
+from mxserver.wire.proto import p2p_pb2
+
+P2P = "/model_express.p2p.P2pService/"
+METHODS = (
+    f"{P2P}UpdateStatus",
+    f"{P2P}ListSources",
+    f"{P2P}PublishMetadata",
+    "/model_express.mx.FleetService/TakeStorageTurn",
+    "/model_express.model.ModelService/ListModelFiles",
+    "/model_express.health.HealthService/GetHealth",
+)
+READY = p2p_pb2.SOURCE_STATUS_READY
+
+
+def test_requests_that_never_come_hold_no_thread(server: Server, client: ServerClient) -> None:
+    """More of them than there are threads, for each kind of call, from a connection of their own."""
+    published = client.publish(p2p_pb2.SourceIdentity(model_name="m"), p2p_pb2.WorkerMetadata(), "w")
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(120)
+        yield from ()
+
+    most = max(kind.threads for kind in POOLS.values()) + 8
+    with grpc.insecure_channel(client.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        calls = [channel.stream_unary(method).future(nothing()) for method in METHODS for _ in range(most)]
+        try:
+            for _ in range(3):
+                client.update_status(published.mx_source_id, "w", 0, READY)
+                assert [one.worker_id for one in client.list_sources()] == ["w"]
+                assert client.health().status == "ok"
+            client.publish(p2p_pb2.SourceIdentity(model_name="m"), p2p_pb2.WorkerMetadata(), "w")
+        finally:
+            over.set()
+            for call in calls:
+                call.cancel()
+
+
+def test_a_call_without_a_request_is_told_so(server: Server, client: ServerClient) -> None:
+    with grpc.insecure_channel(client.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.stream_unary(f"{P2P}ListSources")(iter(()), timeout=60)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "status"),
+    [
+        (f"{P2P}UpdateStatus", bytes(MOST_REQUEST_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (f"{P2P}ListSources", b"\xff", grpc.StatusCode.INTERNAL),
+        ("/model_express.model.ModelService/EnsureModelDownloaded", b"\xff", grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_requests_that_are_too_long_or_no_requests(
+    client: ServerClient, server: Server, method: str, body: bytes, status: grpc.StatusCode
+) -> None:
+    with grpc.insecure_channel(client.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        list(channel.unary_stream(method)(body, timeout=60))
+    assert refused.value.code() is status
+    assert method in refused.value.details()
+
+
+def test_turns_go_by_host_and_then_by_connection() -> None:
+    """One host's hundred calls over two connections, and one of another host."""
+    turns = _Turns()
+    names = [("a", f"a:{n % 2}", n) for n in range(100)] + [("b", "b:0", 100)]
+    for host, connection, number in names:
+        turns.add(cast(ArrivingCall, SimpleNamespace(host=host, connection=connection, number=number)))
+    taken = [cast(SimpleNamespace, turns.take()).number for _ in range(101)]
+    assert taken[:4] == [0, 100, 1, 2]
+    assert sorted(taken) == list(range(101))
+    assert not turns
+
+
+def test_parts_are_counted_before_they_take_memory(client: ServerClient, server: Server) -> None:
+    """The finding C5: 12 MiB of empty tensors took 520 MiB. As many as the largest known publishes have come in."""
+    worker = b"\x1a\x00" * (MOST_PARTS + 1)
+    with grpc.insecure_channel(client.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(f"{P2P}PublishMetadata")(b"\x12" + _varint(len(worker)) + worker, timeout=60)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    tensors = [p2p_pb2.TensorDescriptor(name=f"model.layers.{n}.weight", addr=n, size=1 << 20) for n in range(60_000)]
+    client.publish(p2p_pb2.SourceIdentity(model_name="m"), p2p_pb2.WorkerMetadata(tensors=tensors), "w")
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*parts, number))
+
+
+@pytest.mark.parametrize(
+    ("parts", "most", "more"), [(0, 0, False), (5, 5, False), (6, 5, True), (1000, 999, True), (1000, 1000, False)]
+)
+def test_parts_at_the_limit(parts: int, most: int, more: bool) -> None:
+    """Half of them two levels deep."""
+    tensors = [p2p_pb2.TensorDescriptor(name="t")] * (parts // 2)
+    request = p2p_pb2.PublishMetadataRequest(identity=p2p_pb2.SourceIdentity(model_name="m"))
+    for n in range(parts - parts // 2):
+        request.identity.extra_parameters[str(n)] = "x"
+    request.worker.tensors.extend(tensors)
+    around = 2  # identity and worker themselves
+    assert has_more_messages(request.SerializeToString(), request.DESCRIPTOR, most + around) is more
+
+
+@pytest.mark.parametrize("data", [b"\x12", b"\x12\xff", b"\x12\x05\x1a", b"\x0f", b"\x12\x02\x1a\x7f", b"\x80" * 30])
+def test_counting_ends_where_nothing_is_well_formed(data: bytes) -> None:
+    assert not has_more_messages(data, p2p_pb2.PublishMetadataRequest.DESCRIPTOR, 100)
