@@ -2,16 +2,19 @@
 
 One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
 free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
+Extensions are compiled side by side, as many as there are cores.
 """
 
 import os
 import re
 import shlex
+import shutil
 import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -47,7 +50,22 @@ def extension(source: Path) -> Extension:
     )
 
 
+class BuildSideBySide(build_ext):
+    """All cores, and one line where nothing can compile."""
+
+    def run(self) -> None:
+        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"mx-modelexpress is compiled, and there is no compiler {compiler}: install one "
+                "(Debian, Ubuntu: apt-get install gcc libc6-dev; or CC=its path), or install a wheel"
+            )
+        self.parallel = self.parallel or os.cpu_count()
+        super().run()
+
+
 setup(
+    cmdclass={"build_ext": BuildSideBySide},
     ext_modules=cythonize(
         [extension(source) for source in sorted((ROOT / "mxcore").rglob("*.pyx"))],
         build_dir="build/cython",

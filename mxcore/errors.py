@@ -38,6 +38,7 @@
         │   └── PeerLost      MX_PEER_LOST            the peer of a transfer is gone
         ├── FenceFailed       MX_FENCE_FAILED         memory may still be written to: nobody may use or free it
         ├── TransferStalled   MX_TRANSFER_STALLED     no progress within the time-out
+        │   └── SourceSlow    MX_SOURCE_SLOW          others give a holder's chunks much sooner
         ├── LayoutMismatch    MX_LAYOUT_MISMATCH      names, dtypes, shapes or strides differ
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
@@ -288,6 +289,12 @@ class TransferStalled(TransferError):
     """No progress within the time-out; the memory is fenced by destroying the agent."""
 
     code = "MX_TRANSFER_STALLED"
+
+
+class SourceSlow(TransferStalled):
+    """The holder is so slow that others give what it was asked for; it may be asked again later."""
+
+    code = "MX_SOURCE_SLOW"
 
 
 class LayoutMismatch(TransferError):

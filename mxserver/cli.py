@@ -42,6 +42,7 @@ def _help(name: str, default: str) -> str:
 @click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
 @click.option("--files-port", metavar="PORT|off", help=_help("MX_SERVER_FILES_PORT", "8002"))
 @click.option("--metrics-port", metavar="PORT|off", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
+@click.option("--metrics-hosts", metavar="NAMES", help=_help("MX_SERVER_METRICS_HOSTS", "those of the cluster"))
 @click.option("--metrics-tls", metavar="auto|off", help=_help("MX_SERVER_METRICS_TLS", "auto"))
 @click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
 @click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
@@ -62,6 +63,7 @@ def _help(name: str, default: str) -> str:
 @click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
 @click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
 @click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
+@click.option("--model-sources", metavar="NAMES", help=_help("MX_MODEL_SOURCES", "all"))
 @click.option("--download-ignore", metavar="PATTERNS", help=_help("MX_DOWNLOAD_IGNORE", "auto"))
 @click.option("--download-allow", metavar="PATTERNS", help=_help("MX_DOWNLOAD_ALLOW", "all"))
 @click.option("--tls-cert", "tls_cert_file", metavar="FILE", help=_help("MX_TLS_CERT_FILE", "none: no TLS"))
@@ -90,6 +92,7 @@ def _help(name: str, default: str) -> str:
     help=_help("MX_KUBERNETES_ACCOUNT_PATH", "/var/run/secrets/kubernetes.io/serviceaccount"),
 )
 @click.option("--max-message-bytes", metavar="BYTES", help=_help("MX_SERVER_MAX_MESSAGE_BYTES", "100MiB"))
+@click.option("--limits", metavar="NAME=NUMBER,...", help=_help("MX_SERVER_LIMITS", "as in docs/settings.md"))
 @click.option("--max-calls", metavar="NUMBER", help=_help("MX_SERVER_MAX_CALLS", "20000"))
 @click.option("--max-streams", metavar="NUMBER", help=_help("MX_SERVER_MAX_STREAMS", "64"))
 @click.option("--keepalive", "keepalive_seconds", metavar="SECONDS", help=_help("MX_SERVER_KEEPALIVE_SECS", "30"))

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
 from mxserver.models import DownloadJob, OpenCache
+from mxserver.readiness import Readiness
 from mxserver.security import Authenticator
-from mxserver.store import SourceStore, StoreUnavailable, SystemClock
-from mxserver.telemetry import Doubts, Events, Loads, Metrics, ObservedStore, ObservingInterceptor, call_metrics
+from mxserver.store import SourceStore, SystemClock
+from mxserver.telemetry import (
+    Doubts,
+    Events,
+    Loads,
+    Metrics,
+    ObservedStore,
+    ObservingInterceptor,
+    ServerObservation,
+    call_metrics,
+)
 from mxserver.web import CacheView, HttpServer, StatusView, application
 from mxserver.wire.credentials import ServerTls
 
@@ -26,7 +37,7 @@ Traces = Literal["off", "otlp"]
 class Operations:
     """Made before the services, which report to it. Thread-safe.
 
-    The server is ready between `open` and `leave`, while its store works.
+    The server is ready between `open` and `leave`, while its readiness finds nothing.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class Operations:
             self._provider = provider or tracing.otlp_provider()
             arounds.append(tracing.call_spans(self._provider))
         self.interceptors: tuple[grpc.ServerInterceptor, ...] = (ObservingInterceptor(arounds, on_unknown_method),)
+        self.readiness = Readiness(self.store)
         self._state_lock = threading.Lock()
         self._state = "starting"
         self._http: HttpServer | None = None
@@ -84,10 +96,13 @@ class Operations:
         *,
         tls: ServerTls | None = None,
         authenticator: Authenticator | None = None,
+        look_at_server: Callable[[], ServerObservation] | None = None,
+        names: tuple[str, ...] = (),
     ) -> int:
         """Starts to answer HTTP (with `tls`, HTTPS), as not ready yet. Returns the port. Call once.
 
-        With an authenticator, pages that name models and workers need a token. Raises OSError and SettingError.
+        With an authenticator, pages that name models and workers need a token; without one, they are shown under
+        `names` and those of web.pages.is_own_name alone. Raises OSError and SettingError.
         """
         view = StatusView(
             self.store,
@@ -98,8 +113,10 @@ class Operations:
             facts=facts,
             cache=self._cache_view,
         )
-        self.metrics.scrape_from(view.observation)
-        app = application(self.metrics.registry, view, self.not_ready, authenticator)
+        self.metrics.scrape_from(view.observation, look_at_server)
+        app = application(
+            self.metrics.registry, view, self.not_ready, authenticator, names, not_alive=self.readiness.not_alive
+        )
         self._http = HttpServer(host, port, app, tls)
         self._http.start()
         return self._http.port
@@ -121,17 +138,14 @@ class Operations:
             state = self._state
         if state != "open":
             return state
-        try:
-            self.store.check()
-        except StoreUnavailable as error:
-            return f"the store does not work: {error}"
-        return None
+        return self.readiness.not_ready()
 
     def close(self) -> None:
         """Releases the port and sends the remaining traces. Idempotent."""
         self.leave()
         if self._http is not None:
             self._http.stop()
+        self.readiness.close()
         if self._provider is not None:
             self._provider.shutdown()
             self._provider = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import resource
+import secrets
 import signal
 import socket
 import threading
@@ -19,6 +21,7 @@ from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
+from mxserver.periodic import Periodic
 from mxserver.security import Authenticator, setup
 from mxserver.services import (
     ApiService,
@@ -28,16 +31,22 @@ from mxserver.services import (
     HealthService,
     ModelService,
     P2pService,
+    ProbeService,
     StandardHealth,
+    update_waits,
 )
 from mxserver.settings import ServerSettings
-from mxserver.store import Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
+from mxserver.store import Clock, HeardClock, Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
+from mxserver.telemetry import ServerObservation
 from mxserver.wire import MxError
-from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.credentials import certificate_not_after
+from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
 
 _LOG = logging.getLogger("mxserver")
 
 OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods have pools by kind (calls/pools.py)
+
+EXIT_CODE_MUST_END = 70  # EX_SOFTWARE of sysexits.h
 
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
@@ -49,14 +58,16 @@ class PortUnavailable(MxError):
     code = "MX_PORT_UNAVAILABLE"
 
 
-def open_store(settings: ServerSettings) -> SourceStore:
-    """The store that the settings ask for. Raises StoreUnusable."""
+def open_store(settings: ServerSettings, clock: Clock | None = None) -> SourceStore:
+    """The store that the settings ask for. Redis has a clock of its own. Raises StoreUnusable."""
     leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
     if settings.store == "redis":
         from mxserver.store.redis import RedisStore  # needs a package that other stores do not
 
-        return RedisStore(settings.effective_redis_url, leases)
-    return MemoryStore(leases) if settings.store == "memory" else SqliteStore(settings.store_path, leases)
+        return RedisStore(settings.effective_redis_url, leases, limits=settings.limits)
+    if settings.store == "memory":
+        return MemoryStore(leases, clock, settings.limits)
+    return SqliteStore(settings.store_path, leases, clock, settings.limits)
 
 
 def cache_settings(settings: ServerSettings) -> CacheSettings:
@@ -66,6 +77,7 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         Limits(settings.cache_max_bytes, settings.cache_min_free_bytes),
         settings.cache_lease_seconds,
         settings.file_sources,
+        settings.model_sources,
         ignore=_ignored(settings.download_ignore),
         allow=settings.download_allow,
     )
@@ -90,9 +102,10 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
-        self._pools = PoolInterceptor()
+        self._tls = settings.tls
         self._health = StandardHealth()
-        store = open_store(settings)
+        self._clock = HeardClock(settings.heartbeat_timeout_seconds)
+        store = open_store(settings, self._clock)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
         try:
             self._operations = Operations(store, lease_seconds=leases.heartbeat_seconds, traces=settings.traces)
@@ -100,6 +113,7 @@ class Server:
             store.close()
             raise
         self._store: SourceStore = self._operations.store
+        self._pools = PoolInterceptor(functools.partial(update_waits, self._store), settings.limits)
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
         self._operations.show_cache(self._cache)
         self._files: FilesPort | None = None
@@ -111,6 +125,8 @@ class Server:
                 self._cache.open()
             self._grpc = self._serve(settings, leases, guards)
             self.port = _bind(self._grpc, settings.host, settings.port, credentials)
+            own = f"unix-abstract:mxserver-{secrets.token_hex(16)}"  # for readiness: nobody can use it up
+            self._grpc.add_insecure_port(own)
             self.metrics_port = self._listen_http(settings, judge)
         except BaseException:
             if self._files is not None:
@@ -120,12 +136,15 @@ class Server:
             self._models.close()
             self._store.close()
             raise
-        self._stopping = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
+        self._ticker = Periodic("ticker", self._tick_seconds, self._tick)
+        self._looker = Periodic("readiness", self._tick_seconds, self._look)
         self._grpc.start()
         if self._files is not None:
             self._files.start()
+        self._operations.readiness.connect(own, self._clock.heard)
+        self._operations.readiness.look()
         self._ticker.start()
+        self._looker.start()
         self._operations.open()
 
     def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int | None:
@@ -135,13 +154,26 @@ class Server:
         facts = {"store": settings.store, "port": self.port}
         try:
             return self._operations.listen(
-                _unbracketed(settings.host), port, facts, tls=setup.metrics_tls(settings), authenticator=judge
+                _unbracketed(settings.host),
+                port,
+                facts,
+                tls=setup.metrics_tls(settings),
+                authenticator=judge,
+                look_at_server=self._observation,
+                names=settings.metrics_hosts,
             )
         except OSError as error:
             raise PortUnavailable(
                 f"cannot listen on {address(settings.host, port)} for probes, metrics and the status page "
                 f"({error.strerror}); stop what listens there, or choose with --metrics-port (port 0 takes a free one)"
             ) from error
+
+    def _observation(self) -> ServerObservation:
+        pools = {**self._pools.pools(), **self._models.pools()}
+        return ServerObservation(
+            {name: pool.unanswered for name, pool in pools.items()},
+            certificate_not_after(self._tls.cert_file) if self._tls is not None else None,
+        )
 
     def _listen_for_files(self, settings: ServerSettings, judge: Authenticator | None) -> FilesPort | None:
         port = settings.effective_files_port
@@ -170,11 +202,16 @@ class Server:
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
-        p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(self._store, leases, self._operations.loads), server)
-        mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store, self._operations.doubts), server)
-        health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(self._store), server)
+        P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
+        mx_pb2_grpc.add_FleetServiceServicer_to_server(
+            FleetService(self._store, self._operations.doubts, self._clock), server
+        )
+        health_pb2_grpc.add_HealthServiceServicer_to_server(
+            HealthService(lambda: self._operations.readiness.store_problem), server
+        )
         api_pb2_grpc.add_ApiServiceServicer_to_server(ApiService(), server)
         standard_health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        ProbeService(self._store).add_to(server)
         self._models.add_to(server)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheService(self._cache), server)
         return server
@@ -200,40 +237,34 @@ class Server:
         self._cache.stop_downloads()
         if self._files is not None:
             self._files.stop()
+        self._looker.stop()
         self._grpc.stop(0).wait()
         self._pools.close()
         self._models.close()
         self._cache.close()
-        self._stopping.set()
-        self._ticker.join()
+        self._ticker.stop()
         self._operations.close()
         self._store.close()
 
-    def _tick(self) -> None:
-        """Sweeps and checks the store, and extends leases by the time in which this process was stopped."""
-        expected = time.monotonic() + self._tick_seconds
-        while not self._stopping.wait(max(0.0, expected - time.monotonic())):
-            late_seconds = time.monotonic() - expected
-            try:
-                if late_seconds > self._tick_seconds:
-                    _LOG.warning("was stopped seconds=%.1f; leases are extended by that time", late_seconds)
-                    self._store.extend_leases(late_seconds)
-                expired, deleted = self._store.sweep()
-                if expired or deleted:
-                    _LOG.info("swept stale=%d deleted=%d", expired, deleted)
-                self._store.check()
-            except StoreUnavailable as error:
-                self._show_store(error)
-            else:
-                self._show_store(None)
-            expected = time.monotonic() + self._tick_seconds
+    @property
+    def must_end(self) -> bool:
+        """Whether the server cannot work again without a restart."""
+        return self._operations.readiness.must_end.is_set()
 
-    def _show_store(self, error: StoreUnavailable | None) -> None:
-        if self._health.show_store(works=error is None):
-            if error:
-                _LOG.error("the store does not work reason=%s", error)
-            else:
-                _LOG.info("the store works again")
+    def _tick(self) -> None:
+        """Sweeps the store, unless heartbeats cannot be heard at the moment."""
+        if not self._operations.readiness.hears:
+            return
+        with contextlib.suppress(StoreUnavailable):  # readiness tells of it
+            expired, deleted = self._store.sweep()
+            if expired or deleted:
+                _LOG.info("swept stale=%d deleted=%d", expired, deleted)
+
+    def _look(self) -> None:
+        """Finds out whether the server is ready; gRPC's health service says the same as the HTTP probes."""
+        readiness = self._operations.readiness
+        readiness.look()
+        self._health.show_store(works=readiness.not_ready() is None and self._ticker.problem is None)
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -333,7 +364,10 @@ def run(settings: ServerSettings) -> int:
         _LOG.info("status page on %s://%s", scheme, address(settings.host, server.metrics_port))
     _LOG.info("listening on %s store=%s", address(settings.host, server.port), place)
     try:
-        signals.wait(1)
+        while not signals.wait(1, 1.0):
+            if server.must_end:
+                _LOG.critical("the server ends: it cannot work again without a restart")
+                return EXIT_CODE_MUST_END
         server.leave()
         if settings.not_ready_seconds:
             _LOG.info("not ready signal=%s seconds=%g", signals[0].name, settings.not_ready_seconds)

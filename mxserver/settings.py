@@ -12,11 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mxserver.config_file import ConfigFile, as_toml, read_config
-from mxserver.default_paths import default_cache_directory, default_store_path
+from mxserver.limits import DEFAULT, ServerLimits
+from mxserver.setting_values import (
+    BYTES_RULE,
+    AbsolutePath,
+    Audience,
+    Bytes,
+    Listed,
+    ModelSourceName,
+    Seconds,
+    ServiceAccount,
+    default_cache_directory,
+    default_store_path,
+    folders,
+    listed,
+    lower,
+    parse_bytes,
+    parsed_limits,
+)
 from mxserver.wire import SettingError, setting, unprotected
 from mxserver.wire.calls import MAX_MESSAGE_BYTES
 from mxserver.wire.credentials import ServerTls
@@ -29,49 +46,8 @@ Auth = Literal["off", "file", "kubernetes"]
 MetricsTls = Literal["auto", "off"]
 
 
-def _absolute(folder: Path) -> Path:
-    if not folder.is_absolute():
-        raise ValueError("it is not an absolute path")
-    return folder
-
-
 DEFAULT_METRICS_PORT = 9401
 DEFAULT_FILES_PORT = 8002
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?)B?|B)?", re.IGNORECASE)
-
-
-def parse_bytes(value: Any) -> Any:
-    """Bytes out of `500GiB`, `1.5 TB`, `10G` or a plain number; anything else is passed on, and refused later."""
-    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        return value
-    number, prefix, binary = match.groups()
-    exponent = "KMGTP".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def _folders(value: Any) -> Any:
-    return tuple(folder for folder in value.split(":") if folder) if isinstance(value, str) else value
-
-
-def _listed(value: Any) -> Any:
-    """What stands between commas, without blanks and empty entries."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, lt=2**63)]
-_BYTES_RULE = "bytes, or a number with KB, MB, GB, TB (or KiB, MiB, GiB, TiB); 0 is no limit"
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Audience = Annotated[str, Field(pattern=r"^\S+$")]
-ServiceAccount = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?:[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-Listed = BeforeValidator(_listed)
-Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
 
 
 class ServerSettings(BaseSettings):
@@ -91,23 +67,26 @@ class ServerSettings(BaseSettings):
         alias="MODEL_EXPRESS_SERVER_HOST",
         description="an address or name of this machine; 0.0.0.0 is all of IPv4, :: all",
     )
-    metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(_lower)] = (
+    metrics_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(lower)] = (
         Field(
             None,
             alias="MODEL_EXPRESS_SERVER_METRICS_PORT",
             description="a whole number from 0 to 65535, or off",
         )
     )
-    files_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(_lower)] = (
+    files_port: Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"] | None, BeforeValidator(lower)] = (
         Field(None, alias="MX_SERVER_FILES_PORT", description="a whole number from 0 to 65535, or off")
     )
-    metrics_tls: Annotated[MetricsTls, BeforeValidator(_lower)] = Field(
+    metrics_hosts: Annotated[tuple[str, ...], NoDecode, Listed] = Field(
+        (), alias="MX_SERVER_METRICS_HOSTS", description="host names, separated by ','; * is any"
+    )
+    metrics_tls: Annotated[MetricsTls, BeforeValidator(lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
     )
-    log_format: Annotated[LogFormat, BeforeValidator(_lower)] = Field(
+    log_format: Annotated[LogFormat, BeforeValidator(lower)] = Field(
         "text", alias="MX_LOG_FORMAT", description="text or json"
     )
-    traces: Annotated[Traces, BeforeValidator(_lower)] = Field("off", alias="MX_TRACES", description="off or otlp")
+    traces: Annotated[Traces, BeforeValidator(lower)] = Field("off", alias="MX_TRACES", description="off or otlp")
     not_ready_seconds: float = Field(
         0.0,
         ge=0,
@@ -116,10 +95,10 @@ class ServerSettings(BaseSettings):
         alias="MX_SERVER_NOT_READY_SECS",
         description="a number of seconds from 0 to 3600",
     )
-    log_level: Annotated[LogLevel, BeforeValidator(_lower)] = Field(
+    log_level: Annotated[LogLevel, BeforeValidator(lower)] = Field(
         "info", alias="MODEL_EXPRESS_LOG_LEVEL", description="debug, info, warning or error (or trace, warn)"
     )
-    store: Annotated[Backend, BeforeValidator(_lower)] = Field(
+    store: Annotated[Backend, BeforeValidator(lower)] = Field(
         "sqlite",
         alias="MX_METADATA_BACKEND",
         description="sqlite, redis or memory (nothing is kept in objects of Kubernetes: sqlite on a volume does for "
@@ -141,9 +120,7 @@ class ServerSettings(BaseSettings):
     tls_cert_file: Path | None = Field(None, alias="MX_TLS_CERT_FILE", description="the path of a PEM file")
     tls_key_file: Path | None = Field(None, alias="MX_TLS_KEY_FILE", description="the path of a PEM file")
     tls_client_ca_file: Path | None = Field(None, alias="MX_TLS_CLIENT_CA_FILE", description="the path of a PEM file")
-    auth: Annotated[Auth, BeforeValidator(_lower)] = Field(
-        "off", alias="MX_AUTH", description="off, file or kubernetes"
-    )
+    auth: Annotated[Auth, BeforeValidator(lower)] = Field("off", alias="MX_AUTH", description="off, file or kubernetes")
     auth_file: Path | None = Field(None, alias="MX_AUTH_FILE", description="the path of a TOML file")
     auth_audience: Annotated[tuple[Audience, ...], NoDecode, Listed] = Field(
         (), alias="MX_AUTH_AUDIENCE", description="names, separated by ','"
@@ -175,6 +152,11 @@ class ServerSettings(BaseSettings):
     max_message_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1024, lt=2**31)] = Field(
         MAX_MESSAGE_BYTES, alias="MX_SERVER_MAX_MESSAGE_BYTES", description="bytes, from 1KiB to less than 2GiB"
     )
+    limits: Annotated[ServerLimits, NoDecode, BeforeValidator(parsed_limits)] = Field(
+        DEFAULT,
+        alias="MX_SERVER_LIMITS",
+        description="NAME=NUMBER of limits, separated by ','; those of _bytes take MiB and such",
+    )
     max_calls: int = Field(20_000, ge=1, alias="MX_SERVER_MAX_CALLS", description="a whole number of at least 1")
     max_streams: int = Field(64, ge=1, alias="MX_SERVER_MAX_STREAMS", description="a whole number of at least 1")
     keepalive_seconds: float = Field(
@@ -197,12 +179,17 @@ class ServerSettings(BaseSettings):
         alias="MODEL_EXPRESS_CACHE_DIRECTORY",
         description="the path of a folder, to be made or ours",
     )
-    cache_max_bytes: Bytes = Field(0, alias="MX_CACHE_MAX_BYTES", description=_BYTES_RULE)
-    cache_min_free_bytes: Bytes = Field(0, alias="MX_CACHE_MIN_FREE_BYTES", description=_BYTES_RULE)
+    cache_max_bytes: Bytes = Field(0, alias="MX_CACHE_MAX_BYTES", description=BYTES_RULE)
+    cache_min_free_bytes: Bytes = Field(0, alias="MX_CACHE_MIN_FREE_BYTES", description=BYTES_RULE)
     cache_lease_seconds: Seconds = Field(
         30.0, alias="MX_CACHE_LEASE_SECS", description="a number of seconds greater than 0"
     )
-    file_sources: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_folders)] = Field(
+    model_sources: Annotated[tuple[ModelSourceName, ...], NoDecode, Listed] = Field(
+        (),
+        alias="MX_MODEL_SOURCES",
+        description="org/*, org/name, s3://bucket, s3://bucket/prefix, az://container@account …, separated by ','",
+    )
+    file_sources: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(folders)] = Field(
         (), alias="MX_FILE_SOURCES", description="absolute paths of folders, separated by ':'"
     )
     download_ignore: Annotated[tuple[str, ...], NoDecode, Listed] = Field(
@@ -277,6 +264,7 @@ FLAGS = {
     "cache_min_free_bytes": "--cache-min-free-bytes",
     "cache_lease_seconds": "--cache-lease",
     "file_sources": "--file-sources",
+    "model_sources": "--model-sources",
     "download_ignore": "--download-ignore",
     "download_allow": "--download-allow",
     "tls_cert_file": "--tls-cert",
@@ -290,6 +278,7 @@ FLAGS = {
     "kubernetes_api": "--kubernetes-api",
     "kubernetes_account": "--kubernetes-account",
     "max_message_bytes": "--max-message-bytes",
+    "limits": "--limits",
     "max_calls": "--max-calls",
     "max_streams": "--max-streams",
     "keepalive_seconds": "--keepalive",
@@ -297,6 +286,7 @@ FLAGS = {
     "log_level": "--log-level",
     "files_port": "--files-port",
     "metrics_port": "--metrics-port",
+    "metrics_hosts": "--metrics-hosts",
     "metrics_tls": "--metrics-tls",
     "log_format": "--log-format",
     "traces": "--traces",
@@ -346,6 +336,8 @@ def as_config(settings: ServerSettings, origins: Origins) -> list[str]:
     lines = []
     for name in FLAGS:
         value = getattr(settings, name)
+        if isinstance(value, ServerLimits):
+            value = value.as_settings()
         lines.append(
             as_toml(name, shown(name, value) if value is not None and name in SECRET else value, origins[name])
         )
@@ -419,7 +411,7 @@ def _by_other_names() -> dict[str, tuple[str, str]]:
 def _require_agreement(settings: ServerSettings, other: Mapping[str, tuple[str, str]], origins: Origins) -> None:
     """Raises SettingError where two names of one setting say different things, and one of them would be ignored."""
     for field, (name, value) in other.items():
-        meant = _listed(value) if isinstance(getattr(settings, field), tuple) else value
+        meant = listed(value) if isinstance(getattr(settings, field), tuple) else value
         alias = str(ServerSettings.model_fields[field].alias)
         if origins[field] == alias and getattr(settings, field) != meant:
             raise SettingError(

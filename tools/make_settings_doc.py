@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mxcore.settings import WorkerSettings  # noqa: E402 - also from a tree that is not installed
+from mxserver.limits import DEFAULT, MEANINGS  # noqa: E402
 from mxserver.settings import FLAGS, OTHER_NAMES, ServerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.wire import (  # noqa: E402
     BY_NAME,
@@ -63,6 +64,15 @@ environment `MODEL_EXPRESS_SERVER_METRICS_PORT=0` turns probes over HTTP, metric
 line and in the file 0 takes a free port, and `off` turns them off.
 """
 
+LIMITS = """\
+### Limits
+
+What callers may take of the server. A refusal names its limit; `MX_SERVER_LIMITS`, such as
+`records=200000,stored_bytes=4GiB`, changes any of them, and `--print-config` prints all that are in force. A request
+that is larger than both `publish_bytes` and `request_bytes` is refused by gRPC itself, which says `Received message
+larger than max`. The defaults fit a server with 1 GiB of memory.
+"""
+
 FILE = """\
 ### The file
 
@@ -105,6 +115,8 @@ def _default(field: FieldInfo) -> str:
         return "unset"
     if isinstance(field.default, tuple):
         return f"`{','.join(field.default)}`"
+    if field.default is DEFAULT:
+        return "as below"
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
@@ -115,6 +127,13 @@ def _server() -> Iterator[str]:
         field = ServerSettings.model_fields[name]
         meaning = BY_NAME[str(field.alias)].meaning
         yield f"| `{name}` | `{field.alias}` | `{flag}` | {_default(field)} | {meaning} | {field.description} |"
+
+
+def _limits() -> Iterator[str]:
+    yield "| limit | default | of |"
+    yield "|---|---|---|"
+    for name, meaning in MEANINGS.items():
+        yield f"| `{name}` | `{getattr(DEFAULT, name)}` | {meaning} |"
 
 
 def _worker() -> Iterator[str]:
@@ -150,9 +169,9 @@ def _without_effect() -> Iterator[str]:
 
 def render() -> str:
     """The whole page."""
-    tables = ("\n".join(rows) + "\n" for rows in (_server(), _other_names(), _worker(), _without_effect()))
-    server, other_names, worker, without_effect = tables
-    parts = [INTRODUCTION, SERVER, server, OTHER_NAMES_TEXT, other_names, MOVED, FILE, WORKER, worker]
+    tables = ("\n".join(rows) + "\n" for rows in (_server(), _limits(), _other_names(), _worker(), _without_effect()))
+    server, limits, other_names, worker, without_effect = tables
+    parts = [INTRODUCTION, SERVER, server, LIMITS, limits, OTHER_NAMES_TEXT, other_names, MOVED, FILE, WORKER, worker]
     return "\n".join([*parts, WITHOUT_EFFECT, without_effect])
 
 

@@ -51,6 +51,11 @@ def main() -> None:
             env={"PATH": f"{environment / 'bin'}:/usr/bin:/bin"},
         )
         for stub in sorted((made / "mxserver" / "wire" / "proto").iterdir()):
+            if (
+                "_pb2_grpc" in stub.name
+                and "service " not in (WIRE / f"{stub.name.split('_pb2')[0]}.proto").read_text()
+            ):
+                continue
             if stub.name.endswith("_pb2.py"):
                 stub.write_text(own_pool(stub.name, stub.read_text()))
             stub.rename(WIRE / stub.name)

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from mxcore.sockets import SocketReads
-from mxcore.transfer.layout import Layout, LocalTensor, Placement, build_layout, scalars_digest
+from mxcore.transfer.layout import (
+    ChunkRequest,
+    Layout,
+    LocalTensor,
+    Placement,
+    all_chunks,
+    build_layout,
+    scalars_digest,
+)
 from mxcore.transfer.move import AgentSession, show_token
 from mxcore.transfer.receive import ReceivedChunks
 from mxcore.transfer.serve import ChunkListener, Holder
@@ -61,9 +69,11 @@ class _Pair:
                 pass
             return self.refused()
         chunks, found = self.received.chunks, 0
+        lease = self.holder.grant().lease_id
         with socket.create_connection(("127.0.0.1", self.port.port), SECONDS) as connection:
-            show_token(connection, self.holder.open_sending(self.lease), SECONDS)
+            show_token(connection, self.holder.open_sending(lease), SECONDS)
             reads = SocketReads([connection], hashed=True)
+            self.holder.ask(lease, ChunkRequest(all_chunks(CHUNKS), 0, CHUNKS), 0)
             for chunk in range(CHUNKS):
                 reads.ask(
                     chunk, *(chunks.slice_of(values, chunk) for values in (self.received.addresses, chunks.lengths))
@@ -71,6 +81,7 @@ class _Pair:
             while ended := reads.ended(SECONDS):
                 found += sum(not self.received.verify(chunk, digest) for chunk, _, digest in ended)
             reads.close()
+        self.holder.release(lease)
         return found
 
     def refused(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import util
@@ -27,11 +28,11 @@ from mxcore.transfer.move import SourceClient
 from mxcore.transfer.receive import ProgressCallback, ReceiveReport
 from mxserver.wire import SettingError
 from mxserver.wire.calls import ServerClient
-from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["Fetched", "fetch"]
 
 _CHUNK_BYTES = range(64 * 1024, 64 * 1024 * 1024 + 1)  # that a holder may have
+_AGAIN_SECONDS = 0.2
 _NAMED = 5
 
 
@@ -39,7 +40,8 @@ class Fetched(Mapping[str, Any]):
     """Tensors by name, sorted, each byte verified; they stay what they are after `close`.
 
     With `share`, other processes fetch from this one until `close` or the end of the `with` block: as long they must
-    not be changed. Thread-safe.
+    not be changed. `name` and `version` are what was fetched; `report` has bytes, seconds, the route, who gave how much
+    (`bytes_from`) and who failed. Thread-safe.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class _Memory:
         self._framework = chosen_framework(framework)
         self._device = device
         self._into = into
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise SettingError(f"device={device!r}: host memory (cpu) and CUDA devices (cuda:0) are supported")
         if device != "cpu" and self._framework != "torch":
             raise SettingError(f"device={device!r} needs torch; {self._framework} has host memory only")
         if into is not None:
@@ -196,8 +200,9 @@ def fetch(
     for `publish`. Call it after a fork, from any thread.
 
     Raises, and then nothing arrives any more; what `into` holds is undefined once bytes were on their way:
-        NoSource: nobody has the version (in time).
-        LayoutMismatch: other names, shapes or dtypes than are wanted here, with the first ones that differ.
+        NoSource, SourceUnreachable: nobody has the version (in time), or any more.
+        LayoutMismatch: other names, shapes or dtypes than are wanted here, or than another publisher has, with the
+            first ones that differ.
         ChunksMissing, DigestMismatch, TransferError: holders failed, gave wrong bytes, or have different ones.
         SettingError, ServerUnreachable, ServerRefused, LayoutUnsupported, DestinationMismatch, HostMemoryError.
     """
@@ -209,42 +214,71 @@ def fetch(
     identity_of(name, wanted or "")  # refused before anything is asked
     chosen = settings_of(server, settings)
     memory = _Memory(framework, device) if into is None else _Memory.of(by_name(into))
-    with ServerClient(str(chosen.server_address), timeout_seconds=chosen.server_timeout_seconds) as client:
-        found = wait_for_version(client, name, wanted, rank=rank, newer_than=newer_than, wait_seconds=wait_seconds)
-        layout, chunk_bytes = _published_layout(client, identity_of(name, found), rank, chosen)
-    target = memory.target(layout, chunk_bytes, names)
-    placement = target.placement
-    member = Membership(chosen, identity_of(name, found), rank, placement.device_type, chunk_bytes=chunk_bytes)
-    try:
-        member.join(required=True)
-        sources = member.find_sources(receiving=True)
-        relay_from = target if target.only is None else None
-        report = member.receive(
-            layout, placement, {}, sources, progress, relay_from=relay_from, only=target.only, keep_alive=target
-        )
-        tensors = target.tensors()
-        if share:
-            member.serve(layout, placement, {}, report.digests, keep_alive=target)
-    except BaseException:
-        member.close()
-        raise
-    if not share:
-        member.close()
-    return Fetched(name, found, tensors, report, member if share else None)
-
-
-def _published_layout(
-    client: ServerClient, identity: p2p_pb2.SourceIdentity, rank: int, settings: WorkerSettings
-) -> tuple[Layout, int]:
-    """How the tensors lie at whoever has them, and their chunks' bytes. Raises TransferError."""
-    failure: TransferError = SourceUnreachable("nobody has these tensors any more")
-    for source in Directory(client, "", rank).holders(identity):
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        with ServerClient(str(chosen.server_address), timeout_seconds=chosen.server_timeout_seconds) as client:
+            found = wait_for_version(client, name, wanted, rank=rank, newer_than=newer_than, wait_seconds=left)
+        receive = _Receive(chosen, name, found, rank)
         try:
-            with SourceClient(source, timeout_seconds=settings.stall_timeout_seconds) as holder:
-                answer = holder.get_layout("")
-            if answer.chunk_bytes not in _CHUNK_BYTES:
-                raise SourceRefused(f"worker {source.worker_id} has chunks of {answer.chunk_bytes} bytes")
-            return Layout.from_proto(answer.layout), answer.chunk_bytes
-        except TransferError as error:
-            failure = error
-    raise failure
+            return receive.run(memory, names, progress, share=share)
+        except SourceUnreachable:  # who had it has just left: somebody else may have it, or a newer version
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_AGAIN_SECONDS)
+
+
+class _Receive:
+    """One try to take a version from those who have it."""
+
+    def __init__(self, settings: WorkerSettings, name: str, version: str, rank: int) -> None:
+        self._settings = settings
+        self._name = name
+        self._version = version
+        self._rank = rank
+        self._identity = identity_of(name, version)
+
+    def run(
+        self, memory: _Memory, names: Collection[str] | None, progress: ProgressCallback | None, *, share: bool
+    ) -> Fetched:
+        """Raises as `fetch`."""
+        layout, chunk_bytes = self._published_layout()
+        target = memory.target(layout, chunk_bytes, names)
+        placement, only = target.placement, target.only
+        kind = placement.device_type
+        member = Membership(self._settings, self._identity, self._rank, kind, chunk_bytes=chunk_bytes)
+        try:
+            member.join(required=True)
+            sources = member.find_sources(receiving=True)
+            relay_from = target if only is None else None
+            report = member.receive(
+                layout, placement, {}, sources, progress, relay_from=relay_from, only=only, keep_alive=target
+            )
+            if other := [failure for failure in report.failures if LayoutMismatch.code in failure]:
+                raise LayoutMismatch(f"other tensors are published under this name and version too: {other[0]}")
+            tensors = target.tensors()
+            if share:
+                member.serve(layout, placement, {}, report.digests, keep_alive=target)
+        except BaseException:
+            member.close()
+            raise
+        if not share:
+            member.close()
+        return Fetched(self._name, self._version, tensors, report, member if share else None)
+
+    def _published_layout(self) -> tuple[Layout, int]:
+        """How the tensors lie at whoever has them, and their chunks' bytes. Raises TransferError, WireError."""
+        failure: TransferError = SourceUnreachable(f"nobody has version {self._version} of {self._name!r} any more")
+        settings = self._settings
+        with ServerClient(str(settings.server_address), timeout_seconds=settings.server_timeout_seconds) as client:
+            holders = Directory(client, "", self._rank).holders(self._identity)
+        for source in holders:
+            try:
+                with SourceClient(source, timeout_seconds=settings.stall_timeout_seconds) as holder:
+                    answer = holder.get_layout("")
+                if answer.chunk_bytes not in _CHUNK_BYTES:
+                    raise SourceRefused(f"worker {source.worker_id} has chunks of {answer.chunk_bytes} bytes")
+                return Layout.from_proto(answer.layout), answer.chunk_bytes
+            except TransferError as error:
+                failure = error
+        raise failure

@@ -110,6 +110,7 @@ class NewTensors:
         """Sets `_bytes`; returns its address and the index of its device."""
         if self.device != "cpu":
             self._bytes = self._module.empty(size_bytes, dtype=self._module.uint8, device=self.device)
+            self._module.cuda.synchronize(self.device)  # what is queued may still write there
             return self._bytes.data_ptr(), self._bytes.device.index or 0
         buffer = HostBuffer(size_bytes)
         address = buffer.address

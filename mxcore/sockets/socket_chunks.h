@@ -153,22 +153,25 @@ static inline size_t mx_socket_piece(const mx_stretches *walk, struct iovec *vec
     return mx_stretches_piece(walk, vectors, MX_SOCKET_VECTORS, most, bytes);
 }
 
-/* What a holder has: chunk i is the stretches `starts[i]` up to `starts[i + 1]`; `have` has a bit a chunk. */
+/* What a reader may take: chunk i is the stretches `starts[i]` up to `starts[i + 1]`; `allowed` has a bit a chunk. */
 typedef struct {
     const uint64_t *addresses, *lengths, *starts;
     size_t chunks;
-    unsigned char *have;
+    unsigned char *allowed;
 } mx_socket_table;
 
-static inline bool mx_socket_has(const mx_socket_table *table, size_t chunk) {
-    return chunk < table->chunks && (__atomic_load_n(&table->have[chunk / 8], __ATOMIC_ACQUIRE) >> (chunk % 8) & 1);
+/* Whether the chunk may be sent, which is so once. */
+static inline bool mx_socket_may_send(const mx_socket_table *table, size_t chunk) {
+    unsigned char bit = (unsigned char)(1 << chunk % 8);
+    return chunk < table->chunks &&
+           (__atomic_fetch_and(&table->allowed[chunk / 8], (unsigned char)~bit, __ATOMIC_ACQ_REL) & bit) != 0;
 }
 
 static inline int mx_socket_answer(const mx_socket_table *table, const mx_socket_link *link, uint32_t chunk,
                                    uint64_t *sent) {
     struct iovec vectors[1 + MX_SOCKET_VECTORS];
     unsigned char head[MX_SOCKET_ANSWER_BYTES];
-    bool here = mx_socket_has(table, chunk);
+    bool here = mx_socket_may_send(table, chunk);
     uint64_t first = here ? table->starts[chunk] : 0, last = here ? table->starts[chunk + 1] : 0;
     mx_stretches walk = {table->addresses + first, table->lengths + first, (size_t)(last - first), 0, 0};
     size_t count, bytes, most = link->tls != NULL ? MX_TLS_PIECE_BYTES : MX_SOCKET_PIECE_BYTES;

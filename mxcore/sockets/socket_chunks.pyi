@@ -47,7 +47,7 @@ class SocketReads:
         """Shuts the connections down and waits for the threads: nothing is written here any more. Idempotent."""
 
 class ChunkSender:
-    """Sends chunks of this process' memory to whoever asks on a connection. Thread-safe.
+    """Sends chunks of this process' memory to one reader, on its connections, each as often as allowed. Thread-safe.
 
     `addresses`, `lengths` and `segment_starts` are one-dimensional buffers of native uint64 (array.array("Q")), kept as
     long as this object: chunk i is the segments from `segment_starts[i]` up to `segment_starts[i + 1]`. The memory is
@@ -55,13 +55,16 @@ class ChunkSender:
     """
 
     def __init__(self, addresses: Buffer, lengths: Buffer, segment_starts: Buffer) -> None: ...
-    def set_have(self, have: bytes) -> None:
-        """Which chunks are here, a bit each, little-endian; none at first. Raises ValueError for another length."""
+    def allow(self, chunks: Iterable[int]) -> None:
+        """These chunks may be sent, once each; none at first. Raises ValueError for a number that is no chunk."""
+
+    def forbid_all(self) -> None:
+        """No chunk may be sent, until it is allowed again; one that is being sent goes on."""
 
     def serve(self, connection: socket.socket) -> int:
         """Answers what is asked on a connection until the other side closes it (0), or errno; without the GIL.
 
-        Ends too when another thread shuts the socket down. A chunk that is not here is answered so.
+        Ends too when another thread shuts the socket down. A chunk that is not allowed is answered as not here.
         """
 
     @property

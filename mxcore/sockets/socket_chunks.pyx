@@ -1,7 +1,6 @@
 """Chunks over TCP connections. Types and documentation: socket_chunks.pyi."""
 
 cimport cython
-from cpython.bytes cimport PyBytes_AsString
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -36,7 +35,7 @@ cdef extern from "sockets/socket_chunks.h" nogil:
         const uint64_t* lengths
         const uint64_t* starts
         size_t chunks
-        unsigned char* have
+        unsigned char* allowed
     int mx_socket_serve(const mx_socket_table* table, const mx_socket_link* link, uint64_t* sent)
 
 cdef extern from "sockets/socket_pool.h" nogil:
@@ -50,10 +49,11 @@ cdef extern from "sockets/socket_pool.h" nogil:
 cdef extern from *:
     """
     static inline uint64_t mx_look(const uint64_t *value) { return __atomic_load_n(value, __ATOMIC_RELAXED); }
-    static inline void mx_put(unsigned char *place, unsigned char value)
+    static inline void mx_allow(unsigned char *place, unsigned char bits)
     {
-        __atomic_store_n(place, value, __ATOMIC_RELEASE);
+        __atomic_fetch_or(place, bits, __ATOMIC_RELEASE);
     }
+    static inline void mx_forbid(unsigned char *place) { __atomic_store_n(place, 0, __ATOMIC_RELEASE); }
     /* Python's state of a thread of ours is kept: to make it anew for each record took 15 us. */
     static void *mx_python_begin(void)
     {
@@ -69,7 +69,8 @@ cdef extern from *:
     void* mx_python_begin() noexcept nogil
     void mx_python_end(void* state) noexcept nogil
     uint64_t mx_look(const uint64_t* value) nogil
-    void mx_put(unsigned char* place, unsigned char value) nogil
+    void mx_allow(unsigned char* place, unsigned char bits) nogil
+    void mx_forbid(unsigned char* place) nogil
 
 mx_xxh3_use(xxh3_functions())
 
@@ -184,11 +185,11 @@ cdef class ChunkSender:
     cdef mx_socket_table table
     cdef uint64_t sent
     cdef object owners  # of the arrays
-    cdef size_t have_bytes
+    cdef size_t allowed_bytes
 
     def __init__(self, const uint64_t[::1] addresses not None, const uint64_t[::1] lengths not None,
                  const uint64_t[::1] segment_starts not None):
-        if self.table.have != NULL:
+        if self.table.allowed != NULL:
             raise ValueError("made already")
         cdef Py_ssize_t chunk, chunks = segment_starts.shape[0] - 1, count = lengths.shape[0]
         if addresses.shape[0] != count or count < 1 or chunks < 1:
@@ -198,24 +199,29 @@ cdef class ChunkSender:
                 raise ValueError(f"segment_starts falls at chunk {chunk}")
         if segment_starts[0] != 0 or segment_starts[chunks] != <uint64_t> count:
             raise ValueError(f"segment_starts has to begin with 0 and to end with the number of segments, {count}")
-        self.have_bytes = (chunks + 7) // 8
-        self.table.have = <unsigned char*>calloc(1, self.have_bytes)
-        if self.table.have == NULL:
+        self.allowed_bytes = (chunks + 7) // 8
+        self.table.allowed = <unsigned char*>calloc(1, self.allowed_bytes)
+        if self.table.allowed == NULL:
             raise MemoryError
         self.owners = (addresses, lengths, segment_starts)
         self.table.addresses, self.table.lengths = &addresses[0], &lengths[0]
         self.table.starts, self.table.chunks = &segment_starts[0], chunks
 
     def __dealloc__(self):
-        free(self.table.have)
+        free(self.table.allowed)
 
-    def set_have(self, bytes have not None):
+    def allow(self, chunks not None):
+        cdef size_t chunk
+        for number in chunks:
+            chunk = number
+            if chunk >= self.table.chunks:
+                raise ValueError(f"chunk {chunk} of {self.table.chunks}")
+            mx_allow(&self.table.allowed[chunk // 8], 1 << (chunk % 8))
+
+    def forbid_all(self):
         cdef size_t index
-        if <size_t> len(have) != self.have_bytes:
-            raise ValueError(f"{len(have)} bytes for {self.table.chunks} chunks")
-        cdef const unsigned char* values = <const unsigned char*>PyBytes_AsString(have)
-        for index in range(self.have_bytes):
-            mx_put(&self.table.have[index], values[index])
+        for index in range(self.allowed_bytes):
+            mx_forbid(&self.table.allowed[index])
 
     def serve(self, connection not None):
         cdef mx_socket_link link = link_of(connection)

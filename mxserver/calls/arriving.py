@@ -60,10 +60,15 @@ class ArrivingCall:
         received()
 
     @property
-    def request_bytes(self) -> int:
-        """Of the request that is there and not yet answered, where it stays bytes until then."""
+    def needs_request(self) -> bool:
+        """Whether it is to be received before the answer."""
+        return not self.is_streaming and self.request is None
+
+    @property
+    def request(self) -> bytes | None:
+        """The request that is there and not yet answered, where it stays bytes until then."""
         request = self._state.request
-        return len(request) if isinstance(request, bytes) else 0
+        return request if isinstance(request, bytes) else None
 
     def answer(self) -> None:
         """Answers the call, in this thread."""

@@ -69,12 +69,27 @@ class CallPool(ThreadPoolExecutor):
         self._taken = 0  # calls that are received, or have a thread, or wait for one with their request there
         self._held: dict[ArrivingCall, int] = {}  # bytes of requests that are there and not yet answered
         self._held_bytes = 0
+        self._other: tuple[Callable[[bytes], bool], CallPool] | None = None
         self._timer: threading.Timer | None = None
+
+    def hands_over(self, which: Callable[[bytes], bool], other: CallPool) -> None:
+        """Calls with such requests are answered in the other pool. Call before the first call comes."""
+        self._other = (which, other)
+
+    def _take_over(self, call: ArrivingCall) -> None:
+        with self._lock:
+            self._waiting.add(call)
+        self._go_on()
 
     @property
     def waiting(self) -> int:
         """Calls that nothing was done for yet."""
         return len(self._waiting)
+
+    @property
+    def unanswered(self) -> int:
+        """Calls that no thread has begun to answer, and that are not being received either."""
+        return len(self._waiting) + self._work_queue.qsize()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Called by grpcio for each call, in the thread that tells of events; does not wait."""
@@ -91,7 +106,7 @@ class CallPool(ThreadPoolExecutor):
         while (call := self._next()) is not None:
             if not call.is_there():
                 self._end(call, ended=True)
-            elif call.is_streaming:
+            elif not call.needs_request:
                 self._received(call)
             else:
                 call.receive(lambda call=call: self._received(call))  # type: ignore[misc]
@@ -113,7 +128,7 @@ class CallPool(ThreadPoolExecutor):
     def _received(self, call: ArrivingCall) -> None:
         with self._lock:
             self._receiving.pop(call, None)
-            self._held[call] = call.request_bytes
+            self._held[call] = len(call.request or b"")
             self._held_bytes += self._held[call]
         try:
             super().submit(self._answer, call)
@@ -123,6 +138,13 @@ class CallPool(ThreadPoolExecutor):
         self._go_on()
 
     def _answer(self, call: ArrivingCall) -> None:
+        if self._other is not None:
+            which, other = self._other
+            if (request := call.request) is not None and which(request):
+                self._end(call)
+                other._take_over(call)
+                self._go_on()
+                return
         try:
             call.answer()
         finally:

@@ -11,18 +11,19 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def has_more_messages(data: bytes, descriptor: Descriptor, most: int) -> bool:
-    """Whether the serialised message has more than `most` messages inside, at any depth.
+    """Whether the serialised message has more than `most` messages inside, at any depth. Fields that the descriptor
+    does not have may be messages: each counts as one.
 
     Where it is not well-formed, counting ends; the parser says what is wrong.
     """
     left = most
     todo = [(descriptor, 0, len(data))]
-    nested: dict[Descriptor, dict[int, Descriptor]] = {}
+    nested: dict[Descriptor, dict[int, Descriptor | None]] = {}
     while todo:
         kind, at, end = todo.pop()
         inside = nested.get(kind)
         if inside is None:
-            inside = nested[kind] = {one.number: one.message_type for one in kind.fields if one.message_type}
+            inside = nested[kind] = {one.number: one.message_type for one in kind.fields}
         while at < end:
             tag, at = _varint(data, at, end)
             wire = tag & 7
@@ -30,12 +31,13 @@ def has_more_messages(data: bytes, descriptor: Descriptor, most: int) -> bool:
                 size, at = _varint(data, at, end)
                 if size > end - at:
                     return False
-                of = inside.get(tag >> 3)
-                if of is not None:
+                number = tag >> 3
+                of = inside.get(number)
+                if of is not None or number not in inside:
                     left -= 1
                     if left < 0:
                         return True
-                    if size:
+                    if size and of is not None:
                         todo.append((of, at, at + size))
                 at += size
             elif wire == _VARINT:

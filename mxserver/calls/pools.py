@@ -17,12 +17,15 @@ from mxserver.calls.call_pool import PATIENCE_SECONDS, CallPool
 from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, made_handler
 from mxserver.calls.nested import has_more_messages
 from mxserver.calls.refusals import refuse
+from mxserver.limits import DEFAULT, ServerLimits
 
 _P2P = "/model_express.p2p.P2pService/"
 _MODELS = "/model_express.model.ModelService/"
 _CACHE = "/model_express.mx.CacheService/"
 
 _PUBLISH = f"{_P2P}PublishMetadata"
+_UPDATE = f"{_P2P}UpdateStatus"
+_PROBE = "/model_express.mx.Probe/"
 
 
 class Kind(NamedTuple):
@@ -35,8 +38,11 @@ class Kind(NamedTuple):
 
 
 POOLS: dict[str, Kind] = {
-    "heartbeats": Kind(16, frozenset({f"{_P2P}UpdateStatus"})),
-    "health": Kind(4, frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check"})),
+    "heartbeats": Kind(16, frozenset({_UPDATE, f"{_PROBE}Heartbeat"})),
+    "health": Kind(
+        4,
+        frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check", f"{_PROBE}Call"}),
+    ),
     "listings": Kind(16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
     "publishes": Kind(64, frozenset({_PUBLISH}), 2, 5.0),  # wait for a disk: as many as one commit can take
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
@@ -44,12 +50,6 @@ POOLS: dict[str, Kind] = {
     "others": Kind(16, frozenset()),  # named nowhere
 }
 """Name -> its kind of calls."""
-
-MOST_REQUEST_BYTES = 4 * 1024 * 1024
-"""Of every method but PublishMetadata, for which the server's setting counts."""
-
-MOST_PARTS = 200_000
-"""Messages inside of a request. The largest known publishes have 60,000 tensors."""
 
 COUNTED_FROM_BYTES = 256 * 1024  # parts of smaller requests cannot take much memory
 
@@ -67,14 +67,17 @@ class PoolInterceptor(HandlerInterceptor):
     the server has stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, update_waits: Callable[[bytes], bool], limits: ServerLimits = DEFAULT) -> None:
+        """`update_waits`: whether an update of a status will wait for a disk; that is a publish's way then."""
         super().__init__()
+        self._limits = limits
         self._pools = {
             name: CallPool(
                 kind.threads, f"call-{name}", receiving=kind.receiving, patience_seconds=kind.patience_seconds
             )
             for name, kind in POOLS.items()
         }
+        self._pools["heartbeats"].hands_over(update_waits, self._pools["publishes"])
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return True
@@ -82,11 +85,14 @@ class PoolInterceptor(HandlerInterceptor):
     def _replacement(self, method: str, handler: Handler) -> Handler:
         behaviour = behaviour_of(handler)
         own = getattr(behaviour, "experimental_thread_pool", None)
-        most_bytes = None if method == _PUBLISH else MOST_REQUEST_BYTES
         if not handler.request_streaming and handler.request_deserializer is not None:
-            behaviour = _parsing(method, handler, most_bytes)
+            behaviour = _parsing(method, handler, self._limits)
         pool = self._pools[pool_of(method)] if own is None else own
         return made_handler(handler, in_pool(behaviour, pool), request_deserializer=None)
+
+    def pools(self) -> dict[str, CallPool]:
+        """The threads of all kinds, by name."""
+        return dict(self._pools)
 
     def close(self) -> None:
         """Ends the threads, after the calls that they answer. Idempotent."""
@@ -105,17 +111,20 @@ def in_pool(behaviour: Callable[..., Any], pool: ThreadPoolExecutor) -> Callable
     return call
 
 
-def _parsing(method: str, handler: Handler, most_bytes: int | None) -> Callable[..., Any]:
+def _parsing(method: str, handler: Handler, limits: ServerLimits) -> Callable[..., Any]:
     """The handler's function for requests as bytes, which it parses, unless there are too many of them."""
     behaviour, parse = behaviour_of(handler), handler.request_deserializer
     assert parse is not None  # noqa: S101 - asked before
+    most_bytes = "publish_bytes" if method == _PUBLISH else "request_bytes"
 
     def parsed(request: bytes, context: grpc.ServicerContext) -> Any:
-        if most_bytes is not None and len(request) > most_bytes:
-            reason = f"{method} takes requests of at most {most_bytes} bytes; this one has {len(request)}"
+        if len(request) > getattr(limits, most_bytes):
+            reason = limits.refusal(most_bytes, f"this request of {method} has {len(request)} bytes")
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        if len(request) > COUNTED_FROM_BYTES and has_more_messages(request, parse(b"").DESCRIPTOR, MOST_PARTS):
-            reason = f"{method} takes requests of at most {MOST_PARTS} parts (tensors, entries); this one has more"
+        if len(request) > COUNTED_FROM_BYTES and has_more_messages(
+            request, parse(b"").DESCRIPTOR, limits.request_parts
+        ):
+            reason = limits.refusal("request_parts", f"this request of {method} has more parts (entries of lists)")
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
         try:
             return parse(request)

@@ -28,7 +28,7 @@ from mxserver.models.errors import (
 )
 from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
 from mxserver.models.record import ModelRecord
-from mxserver.models.sources import ModelSource, RemoteModel, is_disk_full
+from mxserver.models.sources import AllowedSources, ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
 from mxserver.wire import left_out
 
@@ -112,12 +112,14 @@ class Downloads:
         *,
         retry: RetryPolicy | None = None,
         ended: Callable[[DownloadJob], None] = lambda _: None,
+        allowed: AllowedSources | None = None,
         leave_out: Callable[[Collection[str]], frozenset[str]] = left_out,
     ) -> None:
         """`ended` is called with every job that has ended, from its thread; `leave_out` says which of a model's files
         are not for download."""
         self._leave_out = leave_out
         self._ended = ended
+        self._allowed = allowed or AllowedSources()
         self._cache = cache
         self._sources = sources
         self._retry = retry or RetryPolicy()
@@ -131,7 +133,9 @@ class Downloads:
 
         Raises:
             DownloadsFull: too many wait already.
+            SourceNotAllowed: the server may not download from there.
         """
+        self._allowed.require(model)
         wanted = (model, revision, ignore_weights)
         with self._lock:
             job = self._jobs.get(wanted)

@@ -8,6 +8,7 @@
         ├── UnsafePath             MX_MODEL_PATH            a file name that leads out of the model's folder
         ├── ModelNotCached         MX_MODEL_NOT_CACHED      not here, or not all of what was asked for
         ├── RevisionNotFound       MX_REVISION_NOT_FOUND    the provider does not know it
+        ├── SourceNotAllowed       MX_SOURCE_NOT_ALLOWED    the server may not download from there
         ├── ModelInUse             MX_MODEL_IN_USE          being read, downloaded or pinned
         ├── CacheFull              MX_CACHE_FULL            no room within the limits, or on the disk
         ├── DownloadsFull          MX_DOWNLOADS_FULL        too many downloads wait already
@@ -50,6 +51,12 @@ class RevisionNotFound(ModelError):
     """The provider does not know the model or the revision."""
 
     code = "MX_REVISION_NOT_FOUND"
+
+
+class SourceNotAllowed(ModelError):
+    """The server does not download from there for anybody; the message names the setting."""
+
+    code = "MX_SOURCE_NOT_ALLOWED"
 
 
 class ModelInUse(ModelError):

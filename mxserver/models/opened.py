@@ -13,7 +13,7 @@ from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
 from mxserver.models.names import Provider
-from mxserver.models.sources import FolderSource, HubSource, ModelSource, ObjectSource
+from mxserver.models.sources import AllowedSources, FolderSource, HubSource, ModelSource, ObjectSource
 from mxserver.models.transfer import RetryPolicy
 from mxserver.wire import left_out
 from mxserver.wire.proto import model_pb2
@@ -31,6 +31,7 @@ class CacheSettings:
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     lease_seconds: float = 30.0
     file_sources: tuple[Path, ...] = ()
+    model_sources: tuple[str, ...] = ()  # empty: all
     retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
     ignore: tuple[str, ...] | None = None  # of `left_out`
     allow: tuple[str, ...] = ()
@@ -123,6 +124,7 @@ class OpenCache:
                     sources,
                     retry=self.settings.retry,
                     ended=self._download_ended,
+                    allowed=AllowedSources(self.settings.model_sources),
                     leave_out=partial(left_out, ignore=self.settings.ignore, allow=self.settings.allow),
                 )
                 keeper = threading.Thread(target=self._keep, args=(cache,), name="cache-keeper", daemon=True)

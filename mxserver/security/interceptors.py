@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from mxserver.calls import Statuses, WrappingInterceptor, refuse, refusing
+from mxserver.calls import Statuses, WrappingInterceptor, refuse, refuse_for, refusing
 from mxserver.security.roles import (
     CALLER,
     AccessError,
@@ -39,14 +39,32 @@ class Authenticator(Protocol):
     def authenticate(self, token: bytes) -> Caller:
         """Raises Unauthenticated and AccessUnknown."""
 
+    def require_plausible(self, token: bytes) -> None:
+        """Raises Unauthenticated for what is certainly no token that counts; waits for nothing and nobody."""
+
 
 class AccessInterceptor(WrappingInterceptor):
-    """Lets a call pass whose caller has the method's role; `roles.CALLER` is who calls while it runs. Thread-safe."""
+    """Lets a call pass whose caller has the method's role; `roles.CALLER` is who calls while it runs. Thread-safe.
+
+    Who has no token, or none that can count, is refused before the request is received: as a call whose requests are a
+    stream, of which nothing is asked for.
+    """
 
     def __init__(self, authenticator: Authenticator | None) -> None:
         """Without an authenticator, callers are identified by their certificates and may do everything."""
         super().__init__()
         self._authenticator = authenticator
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = super().intercept_service(continuation, handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or self._authenticator is None or required_role(method) is None:
+            return handler
+        try:
+            self._authenticator.require_plausible(_token(handler_call_details.invocation_metadata))
+        except AccessError as error:
+            return _refusing_handler(method, handler.response_streaming, error)
+        return handler
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return required_role(method) is not None
@@ -64,9 +82,11 @@ class AccessInterceptor(WrappingInterceptor):
                 CALLER.reset(before)
 
     def _admit(self, method: str, context: grpc.ServicerContext) -> Caller:
+        if self._authenticator is None and context.peer().startswith("unix"):  # our own probes' socket: no certificates
+            raise Unauthenticated("callers without a certificate may only look at the server's health")
         if self._authenticator is None:
             return Caller(_subject_of_certificate(context), Role.ADMIN)
-        caller = self._authenticator.authenticate(_token(context))
+        caller = self._authenticator.authenticate(_token(context.invocation_metadata()))
         needed = required_role(method)
         if needed is not None and caller.role < needed:
             raise AccessError(
@@ -75,8 +95,17 @@ class AccessInterceptor(WrappingInterceptor):
         return caller
 
 
-def _token(context: grpc.ServicerContext) -> bytes:
-    values = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+def _refusing_handler(method: str, streams_answers: bool, error: AccessError) -> Handler:
+    def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        refuse_for(method, context, error, _STATUSES)
+
+    if streams_answers:
+        return grpc.stream_stream_rpc_method_handler(answer)
+    return grpc.stream_unary_rpc_method_handler(answer)
+
+
+def _token(metadata: Any) -> bytes:
+    values = [value for key, value in metadata or () if key == "authorization"]
     return bearer_token(values[0] if len(values) == 1 and isinstance(values[0], str) else "")
 
 
@@ -89,17 +118,22 @@ def _subject_of_certificate(context: grpc.ServicerContext) -> str:
     return ""
 
 
+_WAITS = ("/model_express.model.ModelService/EnsureModelDownloaded",)
+WAITING_PER_CLIENT = 256
+
+
 class StreamLimit(WrappingInterceptor):
     """Limits the streams that one client has open; a stream holds a thread and a file. Thread-safe.
 
-    A client is the caller, where callers are identified, or else the host.
+    A client is a host, and a caller there where callers are identified: a fleet may share one token. Callers that wait
+    for downloads hold no file, and count apart.
     """
 
     def __init__(self, most_per_client: int) -> None:
         super().__init__()
         self._most = most_per_client
         self._lock = threading.Lock()
-        self._open: Counter[str] = Counter()
+        self._open: Counter[tuple[str, str]] = Counter()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         # Health's Watch has threads and a limit of its own, beyond which its callers must be told UNIMPLEMENTED.
@@ -108,26 +142,28 @@ class StreamLimit(WrappingInterceptor):
     @contextmanager
     def _around(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
         caller = CALLER.get()
-        client = f"caller {caller.subject}" if caller and caller.subject else f"host {_host(context.peer())}"
+        client = f"host {_host(context.peer())}"
+        if caller and caller.subject:
+            client = f"caller {caller.subject} at {client}"
+        kind, most = (method, WAITING_PER_CLIENT) if method in _WAITS else ("", self._most)
+        counted = (kind, client)
         with self._lock:
-            if self._open[client] >= self._most:
-                allowed = False
-            else:
-                allowed = True
-                self._open[client] += 1
+            allowed = self._open[counted] < most
+            self._open[counted] += allowed
         if not allowed:
             refuse(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{client} has {self._most} streams open, which is the limit (MX_SERVER_MAX_STREAMS); try again later",
+                f"{client} has {most} streams open, which is the limit ("
+                f"{'of callers that wait for downloads' if kind else 'MX_SERVER_MAX_STREAMS'}); try again later",
             )
         try:
             yield
         finally:
             with self._lock:
-                self._open[client] -= 1
-                if not self._open[client]:
-                    del self._open[client]
+                self._open[counted] -= 1
+                if not self._open[counted]:
+                    del self._open[counted]
 
 
 def _host(peer: str) -> str:

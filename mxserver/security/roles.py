@@ -42,7 +42,12 @@ ROLE_OF_METHOD: dict[str, Role] = {
 }
 """A method that is missing here needs ADMIN, so that a new method is closed by default."""
 
-OPEN_SERVICES = ("/grpc.health.v1.Health/", "/model_express.health.HealthService/", "/model_express.api.ApiService/")
+OPEN_SERVICES = (
+    "/grpc.health.v1.Health/",
+    "/model_express.health.HealthService/",
+    "/model_express.api.ApiService/",
+    "/model_express.mx.Probe/",
+)
 """Open to all, because probes have no token. They tell only whether the server works, and its version."""
 
 

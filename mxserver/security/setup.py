@@ -15,6 +15,7 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
 from mxserver.wire.credentials import ServerTls, is_loopback
 
+LONGEST_CONNECTION_SECONDS = 3600
 MOST_CALLS_A_CONNECTION = 128
 
 
@@ -49,8 +50,12 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
     """Options of the gRPC server."""
     own = {
         "grpc.max_send_message_length": settings.max_message_bytes,
-        "grpc.max_receive_message_length": settings.max_message_bytes,
+        "grpc.max_receive_message_length": min(settings.max_message_bytes, settings.limits.publish_bytes),
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
+        # Connections of hosts that vanished end, and all end some time: for certificates that were revoked, and so that
+        # replicas share the load. Running calls go on.
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.max_connection_age_ms": LONGEST_CONNECTION_SECONDS * 1000,
         # More calls at once over one connection wait in the client until others end. gRPC itself turns calls away at
         # random when about a thousand arrived that Python has not looked at, so that one connection must not do that.
         "grpc.max_concurrent_streams": min(settings.max_calls, MOST_CALLS_A_CONNECTION),

@@ -15,17 +15,19 @@ import logging
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from mxserver.security.roles import AccessUnknown, Caller, Unauthenticated
 from mxserver.security.service_accounts import Subjects
 from mxserver.wire import SettingError
+from mxserver.wire.credentials import FollowedFiles
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,13 +88,24 @@ class TokenReviews:
         self._audiences = tuple(audiences)
         self._good_seconds = good_seconds
         self._own_token = account_folder / "token"
-        self._context: ssl.SSLContext | None = None
+        self._own_token_file = FollowedFiles(self._own_token)
+        self._issuer: str | None = None
+        context: ssl.SSLContext | bool = True
         if api_url.startswith("https://"):
             ca_file = account_folder / "ca.crt"
             try:
-                self._context = ssl.create_default_context(cafile=str(ca_file) if ca_file.exists() else None)
+                context = ssl.create_default_context(cafile=str(ca_file) if ca_file.exists() else None)
             except (OSError, ssl.SSLError) as error:
                 raise SettingError(f"the CA of Kubernetes, {ca_file}, cannot be used: {error}") from error
+        # Connections are kept: a handshake for each review would cost more than the review. No proxy of the environment
+        # stands before the API server, and it leads nowhere else.
+        self._client = httpx.Client(
+            verify=context,
+            timeout=ANSWER_SECONDS,
+            limits=httpx.Limits(max_connections=REVIEWS_AT_ONCE, max_keepalive_connections=REVIEWS_AT_ONCE),
+            trust_env=False,
+        )
+        weakref.finalize(self, self._client.close)
         self._lock = threading.Lock()
         self._good: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._bad: OrderedDict[bytes, _Verdict] = OrderedDict()
@@ -102,12 +115,28 @@ class TokenReviews:
 
     def authenticate(self, token: bytes) -> Caller:
         """Whose token this is. Raises Unauthenticated, and AccessUnknown when the API server does not answer."""
-        _require_shape(token)
         digest = hashlib.sha256(token).digest()
+        _require_shape(token, self._own_issuer(), self._audiences)
         verdict = self._remembered(digest) or self._ask_once(digest, token)
         if not verdict.subject:
             raise Unauthenticated(verdict.reason)
         return Caller(verdict.subject, self._subjects.role_of(verdict.username))
+
+    def require_plausible(self, token: bytes) -> None:
+        """Raises Unauthenticated for what cannot be a token of this cluster. Asks nobody."""
+        _require_shape(token, self._own_issuer(), self._audiences)
+
+    def _own_issuer(self) -> str | None:
+        """The issuer of the server's own token, which is that of all service accounts; None if it cannot be told."""
+        if not self._own_token_file.changed():
+            return self._issuer
+        self._issuer = None
+        try:
+            issuer = _claims(self._own_token.read_bytes().strip())["iss"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        self._issuer = issuer if isinstance(issuer, str) else None
+        return self._issuer
 
     def _remembered(self, digest: bytes) -> _Verdict | None:
         with self._lock:
@@ -154,7 +183,7 @@ class TokenReviews:
             with self._reviews:
                 status = self._post(json.dumps(body).encode())["status"]
             return self._verdict(status)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.error("the API server did not judge a token url=%s reason=%s", self._url, error)
             raise AccessUnknown(
                 "tokens cannot be judged at the moment: Kubernetes' API server does not answer"
@@ -163,17 +192,19 @@ class TokenReviews:
             self._places.release()
 
     def _post(self, body: bytes) -> Any:
-        request = urllib.request.Request(  # noqa: S310 - the URL is a setting's, not a caller's
-            self._url,
-            data=body,
-            headers={
-                "Authorization": f"Bearer {self._own_token.read_text().strip()}",  # rotates: read each time
-                "Content-Type": "application/json",
-                "Accept": "application/json",
-            },
-        )
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=self._context) as answer:  # noqa: S310
-            return json.loads(answer.read(LARGEST_ANSWER_BYTES))
+        headers = {
+            "Authorization": f"Bearer {self._own_token.read_text().strip()}",  # rotates: read each time
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+        }
+        with self._client.stream("POST", self._url, content=body, headers=headers) as answer:
+            answer.raise_for_status()
+            content = b""
+            for part in answer.iter_bytes():
+                content += part
+                if len(content) > LARGEST_ANSWER_BYTES:
+                    raise ValueError(f"the answer has more than {LARGEST_ANSWER_BYTES} bytes")
+            return json.loads(content)
 
     def _verdict(self, status: dict[str, Any]) -> _Verdict:
         now = time.monotonic()
@@ -192,17 +223,32 @@ class TokenReviews:
         return _Verdict(now + self._good_seconds, subject, username, "")
 
 
-def _require_shape(token: bytes) -> None:
-    """Raises Unauthenticated for what cannot be a token of a service account: they are JWTs (RFC 7519) with an issuer
-    and an end. What is said there is believed only where it refuses.
+def _require_shape(token: bytes, issuer: str | None, audiences: tuple[str, ...]) -> None:
+    """Raises Unauthenticated for what cannot be a token of a service account of this cluster: they are JWTs (RFC 7519)
+    with its issuer, an audience and an end. What is said there is believed only where it refuses.
     """
     try:
-        header, claims, signature = token.split(b".")
-        fields = [json.loads(base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))) for part in (header, claims)]
-        if not signature or not all(isinstance(one, dict) for one in fields) or not isinstance(fields[1]["iss"], str):
-            raise ValueError("it has no signature or no issuer")
-        late = float(fields[1].get("exp", "inf")) <= time.time()
+        claims = _claims(token)
+        if not isinstance(claims["iss"], str):
+            raise ValueError("its issuer is no name")
+        late = float(claims.get("exp", "inf")) <= time.time()
+        meant = claims.get("aud")
+        meant = {meant} if isinstance(meant, str) else set(meant) if isinstance(meant, list) else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Unauthenticated("the token is not one of Kubernetes: it is no JWT with an issuer") from error
     if late:
         raise Unauthenticated("the token has expired")
+    if issuer is not None and claims["iss"] != issuer:
+        raise Unauthenticated(f"the token is not one of this cluster, whose issuer is {issuer}")
+    if audiences and meant is not None and not meant & set(audiences):
+        raise Unauthenticated(f"the token is not for the audience {' or '.join(audiences)}")
+
+
+def _claims(token: bytes) -> dict[str, Any]:
+    """What a JWT says of itself; its signature is not checked. Raises ValueError."""
+    header, claims, signature = token.split(b".")
+    fields = [json.loads(base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))) for part in (header, claims)]
+    if not signature or not all(isinstance(one, dict) for one in fields):
+        raise ValueError("it is no signed JWT")
+    found: dict[str, Any] = fields[1]
+    return found

@@ -6,7 +6,8 @@ from mxserver.services.cache import CacheService
 from mxserver.services.draining import DrainInterceptor
 from mxserver.services.fleet import FleetService
 from mxserver.services.model import ModelService
-from mxserver.services.p2p import P2pService
+from mxserver.services.p2p import P2pService, update_waits
+from mxserver.services.probe import ProbeService
 from mxserver.services.small import ApiService, HealthService
 from mxserver.services.standard_health import StandardHealth
 
@@ -18,5 +19,7 @@ __all__ = [
     "HealthService",
     "ModelService",
     "P2pService",
+    "ProbeService",
     "StandardHealth",
+    "update_waits",
 ]

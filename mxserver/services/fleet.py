@@ -69,7 +69,7 @@ class StorageElections:
             if self._everybody.get(key, now) > now:
                 return mx_pb2.TakeStorageTurnResponse(turn=mx_pb2.STORAGE_TURN_EVERYBODY)
             reader = self._readers.get(key)
-            if reader is not None and reader.worker_id != worker_id:
+            if reader is not None and (reader.worker_id != worker_id or epoch not in (0, reader.epoch)):
                 return self._wait(key, worker_id, reader.worker_id, now)
             settling = now < self._started + LEASE_SECONDS
             if reader is None and not epoch and settling and others_were_starting():
@@ -119,6 +119,9 @@ class StorageElections:
                 del self._waiting[key]
 
 
+_refuses = refuses({StoreUnavailable: grpc.StatusCode.UNAVAILABLE, NotOwner: grpc.StatusCode.PERMISSION_DENIED})
+
+
 class FleetService(mx_pb2_grpc.FleetServiceServicer):
     """Thread-safe, as far as the store is."""
 
@@ -128,21 +131,26 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
         self._elections = StorageElections(clock)
         self._started_ms = (clock or SystemClock()).unix_ms()
 
+    @_refuses
     def TakeStorageTurn(  # noqa: N802 - the protocol's name, as below
         self, request: mx_pb2.TakeStorageTurnRequest, context: grpc.ServicerContext
     ) -> mx_pb2.TakeStorageTurnResponse:
         key = _key(request, context)
+        self._require_own(request)
         return self._elections.take(
             key, request.worker_id, request.epoch, lambda: self._others_were_starting(key, request.worker_id)
         )
 
+    @_refuses
     def EndStorageTurn(  # noqa: N802
         self, request: mx_pb2.EndStorageTurnRequest, context: grpc.ServicerContext
     ) -> mx_pb2.EndStorageTurnResponse:
-        self._elections.end(_key(request, context), request.worker_id, request.epoch, shared=request.shared)
+        key = _key(request, context)
+        self._require_own(request)
+        self._elections.end(key, request.worker_id, request.epoch, shared=request.shared)
         return mx_pb2.EndStorageTurnResponse()
 
-    @refuses({StoreUnavailable: grpc.StatusCode.UNAVAILABLE, NotOwner: grpc.StatusCode.PERMISSION_DENIED})
+    @_refuses
     def TellDoubt(  # noqa: N802
         self, request: mx_pb2.TellDoubtRequest, context: grpc.ServicerContext
     ) -> mx_pb2.TellDoubtResponse:
@@ -157,6 +165,13 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
         self, request: mx_pb2.ListDoubtsRequest, context: grpc.ServicerContext
     ) -> mx_pb2.ListDoubtsResponse:
         return mx_pb2.ListDoubtsResponse(doubts=self._doubts.newest(request.mx_source_id))
+
+    def _require_own(self, request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest) -> None:
+        """Raises NotOwner where the worker's record is another caller's: nobody reads, or stops to read, for others."""
+        owner = current_owner()
+        record = self._store.get(request.mx_source_id, request.worker_id) if owner else None
+        if record is not None:
+            require_owner(record, owner)
 
     def _others_were_starting(self, key: ElectionKey, worker_id: str) -> bool:
         """Whether a record from before this server's start shows that another worker may be reading."""

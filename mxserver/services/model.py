@@ -54,6 +54,7 @@ _STATUSES: Statuses = {
     errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelInUse: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CacheUnusable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SourceNotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     errors.DownloadsFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FileDamaged: grpc.StatusCode.DATA_LOSS,
     AccessError: grpc.StatusCode.PERMISSION_DENIED,
@@ -96,6 +97,10 @@ class ModelService:
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def pools(self) -> dict[str, CallPool]:
+        """The threads of its streams, by name."""
+        return {"ensure": self._waiting, "stream": self._streaming}
 
     def close(self) -> None:
         """Releases the threads. Idempotent."""
@@ -179,7 +184,8 @@ class ModelService:
         revision = checked_revision(model, request.revision) if request.revision else ""
         keys = self._keys(model, revision)
         if not keys:
-            return model_pb2.DeleteModelResponse(success=False, message=f"{model.name} is not cached", not_cached=True)
+            # It is as the caller wants it: existing clients take anything but success for a failure.
+            return model_pb2.DeleteModelResponse(success=True, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []
         for key in keys:
             try:

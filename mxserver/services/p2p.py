@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from mxserver.calls import refuses
+from mxserver.calls import refuse, refuses
+from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
 from mxserver.store import (
     Leases,
@@ -22,6 +26,7 @@ from mxserver.store import (
     RecordKey,
     SourceRecord,
     SourceStore,
+    StoreFull,
     StoreUnavailable,
     UnknownRecord,
     require_epoch,
@@ -30,7 +35,7 @@ from mxserver.store import (
 from mxserver.telemetry import Loads
 from mxserver.wire import StaleEpoch
 from mxserver.wire.calls import source_id
-from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,31 +48,46 @@ _refuses = refuses(
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
         StaleEpoch: grpc.StatusCode.FAILED_PRECONDITION,
         NotOwner: grpc.StatusCode.PERMISSION_DENIED,
+        StoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
 
 
-MOST_MODEL_NAME_BYTES = 512
-MOST_WORKER_ID_BYTES = 256
-MOST_IDENTITY_BYTES = 64 * 1024  # with all of its extra parameters
-MOST_TOPOLOGY_BYTES = 16 * 1024  # in every listing, as the names are
+SERVICE = "model_express.p2p.P2pService"
 
 
-class P2pService(p2p_pb2_grpc.P2pServiceServicer):
-    """Thread-safe, as far as the store is."""
+class P2pService:
+    """Thread-safe, as far as the store is. `add_to` a server.
 
-    def __init__(self, store: SourceStore, leases: Leases, loads: Loads) -> None:
+    What it only passes on, such as tensors, is not parsed: see record.proto.
+    """
+
+    def __init__(self, store: SourceStore, leases: Leases, loads: Loads, limits: ServerLimits = DEFAULT) -> None:
+        self._limits = limits
         self._store = store
         self._loads = loads
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
 
+    def add_to(self, server: grpc.Server) -> None:
+        methods: dict[str, tuple[Any, Any, Any]] = {
+            "PublishMetadata": (self.PublishMetadata, record_pb2.PublishRequest, p2p_pb2.PublishMetadataResponse),
+            "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest, p2p_pb2.ListSourcesResponse),
+            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest, record_pb2.RecordResponse),
+            "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest, p2p_pb2.UpdateStatusResponse),
+        }
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            name: grpc.unary_unary_rpc_method_handler(method, asked.FromString, answered.SerializeToString)
+            for name, (method, asked, answered) in methods.items()
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
     @_refuses
     def PublishMetadata(  # noqa: N802
-        self, request: p2p_pb2.PublishMetadataRequest, context: grpc.ServicerContext
+        self, request: record_pb2.PublishRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.PublishMetadataResponse:
         if missing := _missing_to_publish(request):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
-        if too_long := _too_long_to_publish(request):
+        if too_long := _too_long_to_publish(request, self._limits):
             return p2p_pb2.PublishMetadataResponse(success=False, message=too_long)
         record = self._store.publish(_publication(request))
         self._loads.published(record.key, request)
@@ -94,30 +114,38 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         self, request: p2p_pb2.ListSourcesRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.ListSourcesResponse:
         if request.min_training_step > 0:
-            # Records have no training step in this version, so no record is known to have reached this one.
-            self._store.check()
-            return p2p_pb2.ListSourcesResponse()
-        records = self._store.find(_query(request))
-        return p2p_pb2.ListSourcesResponse(instances=[_reference(record) for record in records])
+            # An empty list would say that nobody has reached it.
+            refuse(context, grpc.StatusCode.UNIMPLEMENTED, "min_training_step: records have no training step here")
+        records = self._store.find(_query(request, self._limits.listing_rows))
+        return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
+
+    def _within_limit(self, references: Iterable[p2p_pb2.SourceInstanceRef]) -> Iterator[p2p_pb2.SourceInstanceRef]:
+        """The newest ones, as many as one answer may have. Filters find the rest, which nobody can page to."""
+        left = self._limits.listing_bytes
+        for reference in references:
+            left -= reference.ByteSize() + 8
+            if left < 0:
+                _LOG.warning("%s", self._limits.refusal("listing_bytes", "an answer of ListSources was cut"))
+                return
+            yield reference
 
     @_refuses
     def GetMetadata(  # noqa: N802
         self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext
-    ) -> p2p_pb2.GetMetadataResponse:
+    ) -> record_pb2.RecordResponse:
         record = self._store.get(request.mx_source_id, request.worker_id)
         if record is None:
-            return p2p_pb2.GetMetadataResponse(
+            return record_pb2.RecordResponse(
                 found=False, mx_source_id=request.mx_source_id, worker_id=request.worker_id
             )
-        worker = p2p_pb2.WorkerMetadata.FromString(record.worker)
-        worker.status = record.status
-        worker.updated_at = record.updated_at_ms
-        return p2p_pb2.GetMetadataResponse(
+        # Two messages one after the other are one with the fields of both.
+        now = record_pb2.WorkerFacts(status=record.status, updated_at=record.updated_at_ms)
+        return record_pb2.RecordResponse(
             found=True,
-            worker=worker,
+            worker=record.worker + now.SerializeToString(),
             mx_source_id=record.key.source_id,
             worker_id=record.key.worker_id,
-            identity=p2p_pb2.SourceIdentity.FromString(record.identity),
+            identity=record.identity,
             epoch=record.epoch,
         )
 
@@ -166,11 +194,22 @@ class P2pService(p2p_pb2_grpc.P2pServiceServicer):
         return record.model_name if record is not None else ""
 
 
+def update_waits(store: SourceStore, serialized: bytes) -> bool:
+    """Whether the update of a status, as a request's bytes, will wait for a disk."""
+    try:
+        request = p2p_pb2.UpdateStatusRequest.FromString(serialized)
+        return store.waits_for_disk(
+            RecordKey(request.mx_source_id, request.worker_id, request.worker_rank), request.status
+        )
+    except (DecodeError, StoreUnavailable):
+        return False  # refused where it is
+
+
 def _name(status: p2p_pb2.SourceStatus.ValueType) -> str:
     return p2p_pb2.SourceStatus.Name(status).removeprefix("SOURCE_STATUS_")
 
 
-def _missing_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
+def _missing_to_publish(request: record_pb2.PublishRequest) -> str | None:
     if not request.HasField("identity"):
         return "identity"
     if not request.identity.model_name:
@@ -182,22 +221,21 @@ def _missing_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
     return None
 
 
-def _too_long_to_publish(request: p2p_pb2.PublishMetadataRequest) -> str | None:
+def _too_long_to_publish(request: record_pb2.PublishRequest, limits: ServerLimits) -> str | None:
     """What of the request is over its limit. All of it is kept in memory, and the names are in every listing."""
     topology = request.worker.topology
     sizes = (
-        ("identity.model_name", len(request.identity.model_name.encode()), MOST_MODEL_NAME_BYTES),
-        ("worker_id", len(request.worker_id.encode()), MOST_WORKER_ID_BYTES),
-        ("identity", request.identity.ByteSize(), MOST_IDENTITY_BYTES),
-        ("worker.accelerator", len(request.worker.accelerator.encode()), MOST_WORKER_ID_BYTES),
-        ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), MOST_TOPOLOGY_BYTES),
+        ("identity.model_name", len(request.identity.model_name.encode()), "model_name_bytes"),
+        ("worker_id", len(request.worker_id.encode()), "worker_id_bytes"),
+        ("identity", request.identity.ByteSize(), "identity_bytes"),
+        ("worker.accelerator", len(request.worker.accelerator.encode()), "worker_id_bytes"),
+        ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), "topology_bytes"),
     )
-    return next(
-        (f"{name} has {size} bytes; at most {most} are kept" for name, size, most in sizes if size > most), None
-    )
+    over = next(((name, size, limit) for name, size, limit in sizes if size > getattr(limits, limit)), None)
+    return limits.refusal(over[2], f"{over[0]} has {over[1]} bytes") if over else None
 
 
-def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
+def _publication(request: record_pb2.PublishRequest) -> Publication:
     worker = request.worker
     status = worker.status if worker.status in _STATUSES else _UNKNOWN
     worker.ClearField("status")
@@ -215,15 +253,15 @@ def _publication(request: p2p_pb2.PublishMetadataRequest) -> Publication:
     )
 
 
-def _query(request: p2p_pb2.ListSourcesRequest) -> Query:
-    """The filters that are set. An empty value, UNKNOWN or a limit of 0 means no filter."""
+def _query(request: p2p_pb2.ListSourcesRequest, most: int) -> Query:
+    """The filters that are set. An empty value, a status that is none, or a limit of 0 means no filter."""
     return Query(
         source_id=source_id(request.identity) if request.identity.model_name else None,
         model_name=request.model_name_filter or None,
-        status=request.status_filter if request.status_filter != _UNKNOWN else None,
+        status=request.status_filter if request.status_filter in _STATUSES else None,
         worker_rank=request.worker_rank_filter if request.HasField("worker_rank_filter") else None,
         min_updated_at_ms=request.min_updated_at if request.HasField("min_updated_at") else None,
-        limit=request.limit or None,
+        limit=min(request.limit or most, most),
     )
 
 

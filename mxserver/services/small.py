@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import grpc
 
 import mxserver
-from mxserver.store import SourceStore, StoreUnavailable
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, health_pb2, health_pb2_grpc
 
 
 class HealthService(health_pb2_grpc.HealthServiceServicer):
     """Version, uptime, and "ok" while the store works; otherwise its reason."""
 
-    def __init__(self, store: SourceStore) -> None:
-        self._store = store
+    def __init__(self, store_problem: Callable[[], str | None]) -> None:
+        self._store_problem = store_problem
         self._started_at = time.monotonic()
 
     def GetHealth(  # noqa: N802
         self, request: health_pb2.HealthRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthResponse:
-        status = "ok"
-        try:
-            self._store.check()
-        except StoreUnavailable as error:
-            status = str(error)
         return health_pb2.HealthResponse(
             version=mxserver.__version__,
-            status=status,
+            status=self._store_problem() or "ok",
             uptime=int(time.monotonic() - self._started_at),
             now_unix_ms=time.time_ns() // 1_000_000,
         )

@@ -1,7 +1,7 @@
 """grpc.health.v1: the true state of each service, and of the whole server under "".
 
-The whole server and P2pService are SERVING while the store works, ModelService while the cache folder works. All are
-NOT_SERVING once the server drains.
+The whole server and P2pService are SERVING while the server is ready (`mxserver.readiness`), ModelService while the
+cache folder works. All are NOT_SERVING once the server drains.
 
 grpcio-health-checking's own servicer is not used: it holds a lock while it sends to watchers, which the thread that
 tells of ended calls needs too, so that watchers who leave stop the whole server

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mxserver.store.clock import Clock, SystemClock
-from mxserver.store.errors import NotOwner, StoreUnavailable, UnknownRecord
+from mxserver.store.clock import Clock, HeardClock, SystemClock
+from mxserver.store.errors import NotOwner, StoreEnded, StoreFull, StoreUnavailable, UnknownRecord
 from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.memory import MemoryStore
@@ -11,6 +11,7 @@ from mxserver.store.sqlite import SqliteStore
 
 __all__ = [
     "Clock",
+    "HeardClock",
     "Leases",
     "MemoryStore",
     "NotOwner",
@@ -21,6 +22,8 @@ __all__ = [
     "SourceStore",
     "SqliteStore",
     "Status",
+    "StoreEnded",
+    "StoreFull",
     "StoreUnavailable",
     "SystemClock",
     "UnknownRecord",

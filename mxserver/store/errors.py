@@ -6,8 +6,10 @@
     ├── StoreUnusable         MX_STORE_UNUSABLE     at start: the file cannot serve as a store
     │   └── StoreTooNew       MX_STORE_TOO_NEW      a newer version of the server wrote the file
     ├── StoreUnavailable      MX_STORE_UNAVAILABLE  while running: the store does not work at the moment
+    │   └── StoreEnded        MX_STORE_ENDED        it will not work again without a restart
     ├── UnknownRecord         MX_UNKNOWN_RECORD     no such (source, worker, rank)
-    └── NotOwner              MX_NOT_OWNER          the record is somebody else's
+    ├── NotOwner              MX_NOT_OWNER          the record is somebody else's
+    └── StoreFull             MX_STORE_FULL         as many records or bytes are stored as the limits allow
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ class StoreUnavailable(StoreError):
     code = "MX_STORE_UNAVAILABLE"
 
 
+class StoreEnded(StoreUnavailable):
+    """What keeps the records has ended with an error that nobody expected; only a restart helps."""
+
+    code = "MX_STORE_ENDED"
+
+
 class UnknownRecord(StoreError):
     """There is no record of this (source, worker, rank); the worker has to publish (again)."""
 
@@ -53,3 +61,9 @@ class NotOwner(StoreError):
     """The record was published by another caller; only that one may change it."""
 
     code = "MX_NOT_OWNER"
+
+
+class StoreFull(StoreError):
+    """Nothing of the call was kept: it would exceed a limit, which the message names."""
+
+    code = "MX_STORE_FULL"

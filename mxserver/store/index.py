@@ -5,23 +5,34 @@ A record becomes STALE by time for every reader at once; nothing has to be writt
 
 from __future__ import annotations
 
+import heapq
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from mxserver.store.clock import Clock
 from mxserver.store.errors import NotOwner, UnknownRecord
 from mxserver.store.interface import Leases, Query, RecordKey, SourceRecord, Status
+from mxserver.store.stored_amount import StoredAmount
 from mxserver.wire import StaleEpoch
 from mxserver.wire.proto import p2p_pb2
 
 STALE = p2p_pb2.SOURCE_STATUS_STALE
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def require_epoch(record: SourceRecord, epoch: int) -> None:
-    """Raises StaleEpoch when the epoch is of an earlier life than the record's. 0 means no epoch, and passes."""
+    """Raises StaleEpoch when the epoch is not of the record's present life. 0 means no epoch, and passes.
+
+    One above the record's last was not given to it: an earlier life has it from a file that was lost, when the clock
+    was later than it is now.
+    """
     if 0 < epoch < record.life:
         raise stale_epoch(record.key, epoch, record.life)
+    if epoch > record.epoch:
+        raise never_given(record.key, epoch, record.epoch)
 
 
 def stale_epoch(key: RecordKey, epoch: int, life: int) -> StaleEpoch:
@@ -76,8 +87,10 @@ class RecordIndex:
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[RecordKey, _Entry] = {}
+        self._amount = StoredAmount()
         # Dictionaries as ordered sets: the order decides nothing, but keeps runs repeatable.
         self._by_source: dict[str, dict[RecordKey, None]] = {}
+        self._by_worker: dict[tuple[str, str], dict[RecordKey, None]] = {}
         self._by_model: dict[str, dict[RecordKey, None]] = {}
 
     def load(self, records: Iterable[SourceRecord]) -> None:
@@ -91,12 +104,22 @@ class RecordIndex:
             entry = self._entries.get(key)
             return self._view(entry, self._clock.monotonic_seconds()) if entry else None
 
-    def get_newest(self, source_id: str, worker_id: str) -> SourceRecord | None:
+    def get_lowest(self, source_id: str, worker_id: str) -> SourceRecord | None:
+        """The record of the worker's lowest rank."""
         with self._lock:
             now = self._clock.monotonic_seconds()
-            keys = [key for key in self._by_source.get(source_id, ()) if key.worker_id == worker_id]
+            keys = self._by_worker.get((source_id, worker_id), ())
             views = [view for key in keys if (view := self._view(self._entries[key], now))]
-        return max(views, key=_age_order, default=None)
+        return min(views, key=lambda view: view.key.worker_rank, default=None)
+
+    def amount(self) -> StoredAmount:
+        """What is stored, with what has expired and was not swept yet."""
+        with self._lock:
+            return self._amount
+
+    def records_of(self, source_id: str, worker_id: str) -> int:
+        with self._lock:
+            return len(self._by_worker.get((source_id, worker_id), ()))
 
     def find(self, query: Query) -> list[SourceRecord]:
         model_name = None if query.model_name is None else query.model_name.lower()
@@ -116,8 +139,9 @@ class RecordIndex:
             and (query.worker_rank is None or record.key.worker_rank == query.worker_rank)
             and (query.min_updated_at_ms is None or record.updated_at_ms >= query.min_updated_at_ms)
         ]
-        fitting.sort(key=_age_order, reverse=True)
-        return fitting if query.limit is None else fitting[: query.limit]
+        if query.limit is not None and query.limit < len(fitting):
+            return heapq.nlargest(query.limit, fitting, key=_age_order)
+        return sorted(fitting, key=_age_order, reverse=True)
 
     def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None, owner: str = "") -> bool:
         """A heartbeat that changes no status. Returns False, and does nothing, if the status would change.
@@ -155,7 +179,9 @@ class RecordIndex:
                     )  # not one that has expired but was not swept yet
                     stale_at = min(now, old.stale_since(self._leases)) if old and known else now
                 self._entries[key] = _Entry(record, now, stale_at)
+                self._amount += StoredAmount(1, record.payload_bytes)
                 self._by_source.setdefault(key.source_id, {})[key] = None
+                self._by_worker.setdefault(key[:2], {})[key] = None
                 self._by_model.setdefault(record.model_name.lower(), {})[key] = None
 
     def due(self) -> tuple[list[SourceRecord], list[RecordKey]]:
@@ -171,11 +197,6 @@ class RecordIndex:
                     stale.append(view)
         return stale, gone
 
-    def extend(self, seconds: float) -> None:
-        with self._lock:
-            for entry in self._entries.values():
-                entry.renewed_at += seconds
-
     def _view(self, entry: _Entry, now: float) -> SourceRecord | None:
         stale_since = entry.stale_since(self._leases)
         if now < stale_since:
@@ -188,11 +209,17 @@ class RecordIndex:
         entry = self._entries.pop(key, None)
         if entry is None:
             return None
-        for index, name in ((self._by_source, key.source_id), (self._by_model, entry.record.model_name.lower())):
-            index[name].pop(key)
-            if not index[name]:
-                del index[name]
+        self._amount += StoredAmount(-1, -entry.record.payload_bytes)
+        _drop(self._by_source, key.source_id, key)
+        _drop(self._by_worker, key[:2], key)
+        _drop(self._by_model, entry.record.model_name.lower(), key)
         return entry
+
+
+def _drop(index: dict[Name, dict[RecordKey, None]], name: Name, key: RecordKey) -> None:
+    index[name].pop(key)
+    if not index[name]:
+        del index[name]
 
 
 def _age_order(record: SourceRecord) -> tuple[int, int]:

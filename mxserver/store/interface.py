@@ -4,12 +4,15 @@ Rules that every store holds (tests/server/store_contract.py runs them against e
 
 - A publish makes or replaces the record of (source, worker, rank) and gets an epoch that is greater than all before
   it, also across restarts. A publish without an epoch (0) begins a new life of the worker; one that carries an epoch
-  continues the life that got this epoch. A publish or an update that carries an epoch of an earlier life is refused.
-  Any epoch of the present life is accepted, because the answer with the newest one may have been lost.
+  continues the life that got this epoch. A publish or an update that carries an epoch of an earlier life is refused,
+  and so is one above the record's last, which was not given to it. Any other is accepted, because the answer with the
+  newest one may have been lost.
 - Where callers are known (`owner`), a record belongs to the caller that published it: nobody else changes it.
 - A publish without a status keeps the status of a record that is alive, and is INITIALIZING otherwise.
 - A record without a sign of life for `Leases.heartbeat_seconds` is STALE, whatever its status was; one that was STALE
   for `Leases.collect_seconds` is gone. Both hold at once for every reader; `sweep` only writes them down.
+- Records, those of one worker, and the bytes of all are limited (mxserver/limits.py). What renews, ends or replaces a
+  record by no larger one always goes.
 - What was acknowledged is kept. A repeated status only renews the lease: it is not written anywhere.
 """
 
@@ -56,6 +59,8 @@ class SourceRecord:
     topology: Mapping[str, str]
     source_load: float | None = None
     owner: str = ""  # who published it; empty: callers were not identified then
+    payload_bytes: int = 0  # of identity and worker together, as published
+    worker_is_cut: bool = False  # `worker` has only what record.proto's WorkerFacts name; `SourceStore.get` has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class SourceStore(ABC):
         Raises:
             StaleEpoch: the publication's epoch is of an earlier life.
             NotOwner: the record is somebody else's.
+            StoreFull: a limit does not allow it.
         """
 
     @abstractmethod
@@ -115,23 +121,26 @@ class SourceStore(ABC):
 
     @abstractmethod
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        """The worker's record; of several ranks under one worker id, the one with the newest sign of life."""
+        """The worker's record; of several ranks under one worker id, the lowest."""
 
     @abstractmethod
     def find(self, query: Query) -> list[SourceRecord]:
-        """The records that fit, newest sign of life first."""
+        """The records that fit, newest sign of life first; large metadata is cut (`worker_is_cut`)."""
 
     @abstractmethod
     def sweep(self) -> tuple[int, int]:
         """Writes down what time has changed. Returns how many records became STALE, and how many were deleted."""
 
     @abstractmethod
-    def extend_leases(self, seconds: float) -> None:
-        """Extends every lease by this time, in which the server could not receive heartbeats."""
-
-    @abstractmethod
     def check(self) -> None:
-        """Raises StoreUnavailable while the store does not work."""
+        """Raises StoreUnavailable while the store does not work; StoreEnded when it will not work again.
+
+        A disk that is slow is none of that, until it has not answered for as long as callers wait.
+        """
+
+    def waits_for_disk(self, key: RecordKey, status: Status) -> bool:
+        """Whether an update to this status would wait for a disk. Only a guess: the record may change meanwhile."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

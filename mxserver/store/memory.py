@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.store.batch import Batch, EpochCounter
 from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
@@ -18,7 +19,10 @@ T = TypeVar("T")
 class MemoryStore(SourceStore):
     """Records in this process alone. Epochs begin at the time in ms, so that they also grow across restarts."""
 
-    def __init__(self, leases: Leases | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, leases: Leases | None = None, clock: Clock | None = None, limits: ServerLimits = DEFAULT
+    ) -> None:
+        self._limits = limits
         self._clock = clock or SystemClock()
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._epochs = EpochCounter(self._clock.unix_ms())
@@ -37,7 +41,7 @@ class MemoryStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self.check()
-        return self._index.get_newest(source_id, worker_id)
+        return self._index.get_lowest(source_id, worker_id)
 
     def find(self, query: Query) -> list[SourceRecord]:
         self.check()
@@ -45,10 +49,6 @@ class MemoryStore(SourceStore):
 
     def sweep(self) -> tuple[int, int]:
         return self._change(Batch.sweep)
-
-    def extend_leases(self, seconds: float) -> None:
-        self.check()
-        self._index.extend(seconds)
 
     def check(self) -> None:
         if self._closed:
@@ -60,7 +60,7 @@ class MemoryStore(SourceStore):
     def _change(self, decide: Callable[[Batch], T]) -> T:
         with self._changing:
             self.check()
-            batch = Batch(self._index, self._epochs, self._clock)
+            batch = Batch(self._index, self._epochs, self._clock, self._limits)
             outcome = decide(batch)
             self._index.apply(batch.changes)
             return outcome

@@ -17,7 +17,8 @@ from google.protobuf.message import DecodeError
 from mxserver.store.batch import Batch
 from mxserver.store.errors import StoreTooNew, StoreUnavailable, StoreUnusable
 from mxserver.store.interface import RecordKey, SourceRecord
-from mxserver.wire.proto import p2p_pb2
+from mxserver.store.stored_amount import without_large_parts
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 APPLICATION_ID = 0x4D585352  # "MXSR"
 SCHEMA_VERSION = 2
@@ -71,6 +72,7 @@ ON CONFLICT DO UPDATE SET epoch = excluded.epoch, life = excluded.life, owner = 
 _PUT_PAYLOAD = f"INSERT OR REPLACE INTO payload SELECT id, ?, ? FROM source WHERE {_KEY}"  # noqa: S608
 _DELETE = f"DELETE FROM source WHERE {_KEY}"  # noqa: S608
 _PUT_EPOCH = "INSERT OR REPLACE INTO counter VALUES ('epoch', ?)"
+_READ_WORKER = f"SELECT worker FROM source JOIN payload ON payload.source = source.id WHERE {_KEY} AND epoch = ?"  # noqa: S608
 _READ = """
 SELECT source_id, worker_id, worker_rank, status, epoch, life, owner, updated_at_ms, identity, worker
 FROM source JOIN payload ON payload.source = source.id ORDER BY epoch
@@ -130,7 +132,7 @@ class SqliteFile:
         return int(row[0]) if row else 0
 
     def records(self) -> Iterator[SourceRecord]:
-        """All records as they were last written."""
+        """All records as they were last written, without their large parts."""
         for (
             source_id,
             worker_id,
@@ -143,8 +145,8 @@ class SqliteFile:
             identity,
             worker,
         ) in self._connection.execute(_READ):
-            metadata = p2p_pb2.WorkerMetadata.FromString(worker)
-            yield SourceRecord(
+            metadata = record_pb2.WorkerFacts.FromString(worker)
+            record = SourceRecord(
                 key=RecordKey(source_id, worker_id, worker_rank),
                 status=status,
                 epoch=epoch,
@@ -156,7 +158,21 @@ class SqliteFile:
                 model_name=p2p_pb2.SourceIdentity.FromString(identity).model_name,
                 accelerator=metadata.accelerator,
                 topology=dict(metadata.topology),
+                payload_bytes=len(identity) + len(worker),
             )
+            yield without_large_parts(record)
+
+    def worker(self, key: RecordKey, epoch: int) -> bytes | None:
+        """The whole metadata that was published with this epoch; None if there is another by now.
+
+        Raises:
+            StoreUnavailable: it cannot be read.
+        """
+        try:
+            row = self._connection.execute(_READ_WORKER, (*key, epoch)).fetchone()
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"reading from {self.path} failed: {error}") from error
+        return None if row is None else bytes(row[0])
 
     def commit(self, batch: Batch, last_epoch: int) -> None:
         """Writes the batch's changes and the last epoch, all or nothing, and waits until the disk has them.
@@ -181,6 +197,17 @@ class SqliteFile:
             if self._connection.in_transaction:  # after some errors SQLite has rolled back by itself
                 self._connection.rollback()
             raise StoreUnavailable(f"writing to {self.path} failed: {error}") from error
+
+    def try_transaction(self) -> None:
+        """Begins a transaction and ends it: nothing is written. Raises StoreUnavailable."""
+        self.require_in_place()
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise StoreUnavailable(f"{self.path} cannot be written to: {error}") from error
 
     def require_in_place(self) -> None:
         """Raises StoreUnavailable when the path names another file now: further writes would be lost."""

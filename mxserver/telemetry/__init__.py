@@ -6,7 +6,7 @@ from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
 from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics, telling_status
-from mxserver.telemetry.metrics import DEFINITIONS, STATES, CacheObservation, Metrics, Observation
+from mxserver.telemetry.metrics import DEFINITIONS, STATES, CacheObservation, Metrics, Observation, ServerObservation
 from mxserver.telemetry.observed_store import ObservedStore
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ObservedStore",
     "ObservingInterceptor",
     "RunningLoad",
+    "ServerObservation",
     "bounded",
     "call_metrics",
     "telling_status",

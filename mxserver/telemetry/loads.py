@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mxserver.store import Clock, RecordKey, Status
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.metrics import Metrics, path_label
-from mxserver.wire.proto import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
 RATE_WINDOW_SECONDS = 10.0
 KEPT_LOADS = 30
@@ -86,7 +86,7 @@ class Loads:
         self._finished: deque[FinishedLoad] = deque(maxlen=KEPT_LOADS)
         self._counted: OrderedDict[str, None] = OrderedDict()  # load ids, oldest first
 
-    def published(self, key: RecordKey, request: p2p_pb2.PublishMetadataRequest) -> None:
+    def published(self, key: RecordKey, request: record_pb2.PublishRequest) -> None:
         """Takes the load report in a worker's publish request."""
         if request.HasField("load_report"):
             self._finish(key, request.load_report, request.identity.model_name)

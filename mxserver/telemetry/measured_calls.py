@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -12,6 +13,9 @@ import grpc
 from mxserver.calls import Around, WrappingInterceptor
 from mxserver.telemetry.events import Events
 from mxserver.telemetry.metrics import UNKNOWN, Metrics
+
+# When the call that is answered arrived (time.perf_counter): grpcio runs interceptors and the call in one context.
+_ARRIVED: ContextVar[float | None] = ContextVar("arrived", default=None)
 
 _FAILURES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
@@ -36,6 +40,7 @@ class ObservingInterceptor(WrappingInterceptor):
         self._on_unknown_method = on_unknown_method
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        _ARRIVED.set(time.perf_counter())
         handler = super().intercept_service(continuation, handler_call_details)
         if handler is None:
             self._on_unknown_method()
@@ -53,7 +58,10 @@ class ObservingInterceptor(WrappingInterceptor):
 
 
 def call_metrics(metrics: Metrics, events: Events) -> tuple[Around, Callable[[], None]]:
-    """Two functions that measure calls: one goes around each call, one counts calls of unknown methods."""
+    """Two functions that measure calls: one goes around each call, one counts calls of unknown methods.
+
+    The time in which a call waits for a thread counts (tests/web/test_metrics.py).
+    """
     observers: dict[tuple[str, str], Callable[[float], None]] = {}
 
     def observe(method: str, code: str, seconds: float) -> None:
@@ -64,7 +72,8 @@ def call_metrics(metrics: Metrics, events: Events) -> tuple[Around, Callable[[],
 
     @contextmanager
     def measured(method: str, context: grpc.ServicerContext) -> Iterator[None]:
-        started = time.perf_counter()
+        arrived = _ARRIVED.get()
+        started = time.perf_counter() if arrived is None else arrived
         metrics.calls_in_progress.inc()
 
         def ended(code: grpc.StatusCode) -> None:

@@ -55,11 +55,16 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_download_bytes_total", "counter", (), "bytes that downloads fetched from providers"),
     Definition("mxserver_cache_bytes", "gauge", (), "bytes of the models in the cache"),
     Definition("mxserver_cache_limit_bytes", "gauge", (), "the size that the cache may have; 0 is no limit"),
+    Definition("mxserver_cache_free_bytes", "gauge", (), "bytes that are free on the cache's disk"),
     Definition("mxserver_cache_models", "gauge", (), "models (revisions) in the cache"),
     Definition(
         "mxserver_call_duration_seconds", "histogram", ("method", "code"), "gRPC calls, by outcome", CALL_BUCKETS
     ),
     Definition("mxserver_calls_in_progress", "gauge", (), "gRPC calls that are being answered"),
+    Definition("mxserver_calls_waiting", "gauge", ("pool",), "gRPC calls that wait for a thread of their kind"),
+    Definition(
+        "mxserver_certificate_not_after_seconds", "gauge", (), "Unix time at which the server's certificate expires"
+    ),
     Definition("mxserver_leases_expired_total", "counter", (), "records that became stale without a heartbeat"),
     Definition("mxserver_records_deleted_total", "counter", (), "stale records that were deleted"),
     Definition("mxserver_epochs_refused_total", "counter", (), "calls refused because a newer life had published"),
@@ -127,9 +132,11 @@ class Metrics:
             self.load_bytes.labels(path)
             self.load_fallbacks.labels(path)
 
-    def scrape_from(self, look: Callable[[], Observation]) -> None:
-        """`look` is called at every scrape for values that are looked up, not counted. Call this once."""
-        self.registry.register(_Lookup(look))
+    def scrape_from(
+        self, look: Callable[[], Observation], look_at_server: Callable[[], ServerObservation] | None = None
+    ) -> None:
+        """Both are called at every scrape for values that are looked up, not counted. Call this once."""
+        self.registry.register(_Lookup(look, look_at_server))
 
     def _make(self, definition: Definition) -> Counter | Gauge | Histogram:
         name, kind, labels, meaning, buckets = definition
@@ -161,6 +168,7 @@ class CacheObservation(NamedTuple):
     downloads_running: int
     used_bytes: int
     limit_bytes: int
+    free_bytes: int
     models: int
 
 
@@ -174,13 +182,30 @@ class Observation(NamedTuple):
     cache: CacheObservation | None = None  # None while the cache has not been used
 
 
-_CACHE = ("mxserver_downloads_running", "mxserver_cache_bytes", "mxserver_cache_limit_bytes", "mxserver_cache_models")
-_SCRAPED = ("mxserver_ready", "mxserver_sources", "mxserver_models", "mxserver_loads_running", *_CACHE)
+class ServerObservation(NamedTuple):
+    """What a scrape looks up of the server itself."""
+
+    calls_waiting: Mapping[str, int]  # by pool
+    certificate_not_after: float | None  # Unix seconds; None without a certificate
+
+
+_CACHE = (
+    "mxserver_downloads_running",
+    "mxserver_cache_bytes",
+    "mxserver_cache_limit_bytes",
+    "mxserver_cache_free_bytes",
+    "mxserver_cache_models",
+)
+_SCRAPED = (
+    *("mxserver_ready", "mxserver_sources", "mxserver_models", "mxserver_loads_running"),
+    *("mxserver_calls_waiting", "mxserver_certificate_not_after_seconds", *_CACHE),
+)
 
 
 class _Lookup(Collector):
-    def __init__(self, look: Callable[[], Observation]) -> None:
+    def __init__(self, look: Callable[[], Observation], look_at_server: Callable[[], ServerObservation] | None) -> None:
         self._look = look
+        self._look_at_server = look_at_server
         self._meaning = {d.name: d.meaning for d in DEFINITIONS}
 
     def collect(self) -> Iterable[Metric]:
@@ -194,6 +219,20 @@ class _Lookup(Collector):
             family = GaugeMetricFamily("mxserver_sources", self._meaning["mxserver_sources"], labels=["state"])
             for state in STATES.values():
                 family.add_metric([state], seen.sources.get(state, 0))
+            yield family
+
+        if self._look_at_server is not None:
+            server = self._look_at_server()
+            family = GaugeMetricFamily(
+                "mxserver_calls_waiting", self._meaning["mxserver_calls_waiting"], labels=["pool"]
+            )
+            for pool, waiting in server.calls_waiting.items():
+                family.add_metric([pool], waiting)
+            yield family
+            expiry = "mxserver_certificate_not_after_seconds"
+            family = GaugeMetricFamily(expiry, self._meaning[expiry])
+            if server.certificate_not_after is not None:
+                family.add_metric([], server.certificate_not_after)
             yield family
 
     def describe(self) -> Iterable[Metric]:

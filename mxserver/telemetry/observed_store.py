@@ -49,9 +49,8 @@ class ObservedStore(SourceStore):
         self._metrics.records_deleted.inc(deleted)
         return expired, deleted
 
-    def extend_leases(self, seconds: float) -> None:
-        with self._observed("extend_leases"):
-            self._store.extend_leases(seconds)
+    def waits_for_disk(self, key: RecordKey, status: Status) -> bool:
+        return self._store.waits_for_disk(key, status)
 
     def check(self) -> None:
         with self._observed("check"):
@@ -77,4 +76,4 @@ class ObservedStore(SourceStore):
             self._seconds[operation].observe(time.perf_counter() - started)
 
 
-_OPERATIONS = ("publish", "update_status", "get", "find", "sweep", "extend_leases", "check")
+_OPERATIONS = ("publish", "update_status", "get", "find", "sweep", "check")

@@ -23,7 +23,7 @@ class CacheView:
         self._cache = cache
         self._looking = threading.Lock()
         self._taken_at = float("-inf")
-        self._room: tuple[int, int, int] | None = None  # used bytes, limit, models
+        self._room: tuple[int, int, int, int] | None = None  # used bytes, limit, free bytes, models
 
     def downloads(self) -> list[dict[str, Any]]:
         """The downloads that run, as plain data."""
@@ -55,7 +55,8 @@ class CacheView:
             if opened is not None and time.monotonic() - self._taken_at > LOOK_SECONDS:
                 cache = opened[0]
                 try:
-                    self._room = (cache.room().used_bytes, cache.limits.max_bytes, len(cache.records()))
+                    room = cache.room()
+                    self._room = (room.used_bytes, cache.limits.max_bytes, room.free_bytes, len(cache.records()))
                 except OSError:
                     self._room = None  # the cache's own keeper says why
                 self._taken_at = time.monotonic()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
+import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from prometheus_client import CollectorRegistry
@@ -56,16 +58,22 @@ def application(
     view: StatusView,
     not_ready: Callable[[], str | None],
     authenticator: Authenticator | None = None,
+    names: tuple[str, ...] = (),
+    *,
+    not_alive: Callable[[], str | None] = lambda: None,
 ) -> ASGIApp:
-    """All pages. `not_ready` returns why the server is not ready, or None. Without an authenticator all is open."""
+    """All pages. Without an authenticator all is open.
 
-    async def livez(_: Request) -> Response:
-        """Runs without a thread, so that it answers also while all threads wait for the store."""
-        return PlainTextResponse("ok\n")
+    `not_ready` returns why the server is not ready, or None, `not_alive` why only a restart helps. Neither waits: both
+    are answered without a thread, also while all threads wait for the store.
+    """
 
-    def readyz(_: Request) -> Response:
-        reason = not_ready()
-        return PlainTextResponse("ok\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
+    def probe(problem: Callable[[], str | None]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(_: Request) -> Response:
+            reason = problem()
+            return PlainTextResponse("ok\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
+
+        return answer
 
     def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -78,9 +86,9 @@ def application(
         return JSONResponse(view.as_json(min(int(text), MOST_WORKERS)))
 
     guarded = {"/": _asset(*PAGE), "/status": status}
-    routes = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+    routes = [Route("/livez", probe(not_alive)), Route("/readyz", probe(not_ready)), Route("/metrics", metrics)]
     routes += [Route(path, _asset(*asset)) for path, asset in ASSETS.items()]
-    routes += [Route(path, _guarded(endpoint, authenticator)) for path, endpoint in guarded.items()]
+    routes += [Route(path, _guarded(endpoint, authenticator, names)) for path, endpoint in guarded.items()]
     return with_headers(routes)
 
 
@@ -135,10 +143,34 @@ def _asset(file: str, content_type: str) -> Endpoint:
     return answer
 
 
-def _guarded(endpoint: Endpoint, authenticator: Authenticator | None) -> Endpoint:
+def is_own_name(host: str, names: tuple[str, ...]) -> bool:
+    """Whether a Host header may be this server's: an address, a name that nobody can register, or one of `names`.
+
+    Any other site could make its own name lead here, and have the browser of who visits it read the page.
+    """
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
+    name = name.lower().strip("[]").rstrip(".")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return "." not in name or name.endswith(_NOT_PUBLIC) or "*" in names or name in names
+
+
+_NOT_PUBLIC = (".svc", ".cluster.local", ".localhost", ".internal")
+
+
+def _guarded(endpoint: Endpoint, authenticator: Authenticator | None, names: tuple[str, ...]) -> Endpoint:
     """The endpoint for callers with the role read; others get a 401 with a challenge that browsers understand."""
     if authenticator is None:
-        return endpoint
+
+        def answer_by_own_name(request: Request) -> Response:
+            host = request.headers.get("host", "")
+            if not is_own_name(host, names):
+                text = f"{host[:200]!r} is no name of this server; set MX_SERVER_METRICS_HOSTS to its names\n"
+                return PlainTextResponse(text, 421)
+            return endpoint(request)
+
+        return answer_by_own_name
 
     def answer(request: Request) -> Response:
         try:

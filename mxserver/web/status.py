@@ -16,7 +16,7 @@ from mxserver import __version__
 from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
 from mxserver.telemetry import STATES, Events, FinishedLoad, Loads, Observation, RunningLoad
 from mxserver.web.cache_view import CacheView
-from mxserver.wire.proto import mx_pb2, p2p_pb2
+from mxserver.wire.proto import mx_pb2, p2p_pb2, record_pb2
 
 Json = dict[str, Any]
 
@@ -160,7 +160,7 @@ def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per
 
 
 def _worker(record: SourceRecord, now_ms: int) -> Json:
-    worker = p2p_pb2.WorkerMetadata.FromString(record.worker)
+    worker = record_pb2.WorkerFacts.FromString(record.worker)
     return {
         "worker_id": record.key.worker_id,
         "worker_rank": record.key.worker_rank,

@@ -51,7 +51,8 @@ class Attacked:
             lines += ["[[tokens]]", f'name = "{name}"', f'role = "{role}"', f'sha256 = "{digest}"']
         (self.folder / "access.toml").write_text("\n".join(lines))
 
-    def start(self) -> None:
+    def start(self, known: dict[str, int] | None = None) -> None:
+        """`known`: workers of an earlier server (id -> epoch), which do not publish again."""
         models = self.folder / "models"
         self.model = models / "big"
         if not models.exists():
@@ -68,7 +69,9 @@ class Attacked:
             environ={"HF_ENDPOINT": f"http://127.0.0.1:{self._hub.getsockname()[1]}", **self._environ},
         )
         self.http_port = int(self.server.wait_for(STATUS_PAGE)[1])
-        self.honest = Honest(self.server.address, self.http_port, self.server.process.pid, LEASE_SECONDS, HONEST_TOKEN)
+        self.honest = Honest(
+            self.server.address, self.http_port, self.server.process.pid, LEASE_SECONDS, HONEST_TOKEN, known
+        )
 
     @contextmanager
     def under(self, name: str, token: str = PUBLISH_TOKEN) -> Iterator[dict[str, int]]:

@@ -1,5 +1,5 @@
-// LD_PRELOAD: a disk that is slow, full or read-only, for files below MX_FAULT_FOLDER, while the server runs.
-// The file MX_FAULT_CONTROL is two int32: the errno of writes (0: none), and the milliseconds that a sync takes.
+// LD_PRELOAD: a disk that is slow, full or read-only, for files below FAULT_FOLDER, while the server runs.
+// The file FAULT_CONTROL is two int32: the errno of writes (0: none), and the milliseconds that a sync takes.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,8 +18,8 @@ static volatile int32_t *control = none;
 static const char *folder;
 
 __attribute__((constructor)) static void attach(void) {
-    const char *path = getenv("MX_FAULT_CONTROL");
-    folder = getenv("MX_FAULT_FOLDER");
+    const char *path = getenv("FAULT_CONTROL");
+    folder = getenv("FAULT_FOLDER");
     int fd = path && folder ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (fd < 0) {
         return;

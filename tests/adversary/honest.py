@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mxserver.wire.calls import channel_options
+from mxserver.wire.calls import channel_options, source_id
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
 READY = p2p_pb2.SOURCE_STATUS_READY
@@ -55,7 +55,16 @@ def rss_mib(pid: int) -> float:
 class Honest:
     """The honest workers of one server. `close` ends them. Verdicts are asked from one thread."""
 
-    def __init__(self, address: str, http_port: int, pid: int, lease_seconds: float, token: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        http_port: int,
+        pid: int,
+        lease_seconds: float,
+        token: str,
+        known: dict[str, int] | None = None,
+    ) -> None:
+        """`known` workers (id -> epoch) were published earlier."""
         self._channel = grpc.insecure_channel(
             address, options=[*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
         )
@@ -67,9 +76,10 @@ class Honest:
         self._lock = threading.Lock()
         self._seen = Seen()
         self._stopping = threading.Event()
-        self.published: dict[str, int] = {}  # worker id -> epoch
-        for name in ["measured", *(f"bystander-{n}" for n in range(BYSTANDERS))]:
-            self._publish(name, 60.0)
+        self._source = source_id(IDENTITY)
+        self.published = dict(known or {})  # worker id -> epoch
+        for name in () if known else ("measured", *(f"bystander-{n}" for n in range(BYSTANDERS))):
+            self.publish(name, 60.0)
         self._threads = [
             threading.Thread(target=self._repeat, args=(name, pause, what), name=name, daemon=True)
             for name, pause, what in (
@@ -87,9 +97,6 @@ class Honest:
 
     def publish(self, name: str, timeout_seconds: float = 30.0) -> None:
         """One more worker, which must not be lost from then on."""
-        self._publish(name, timeout_seconds)
-
-    def _publish(self, name: str, timeout_seconds: float) -> None:
         answer = self._p2p.PublishMetadata(
             p2p_pb2.PublishMetadataRequest(
                 identity=IDENTITY, worker=p2p_pb2.WorkerMetadata(status=READY), worker_id=name
@@ -98,7 +105,6 @@ class Honest:
             timeout=timeout_seconds,
         )
         assert answer.success, answer.message
-        self._source = answer.mx_source_id
         self.published[name] = answer.epoch
 
     def _beat(self, name: str) -> None:
@@ -116,13 +122,14 @@ class Honest:
             self._beat(name)
 
     def _list(self) -> None:
-        """Every worker that was published is there, and READY."""
+        """Every worker that was published before is there, and READY."""
+        known = set(self.published)
         answer = self._p2p.ListSources(
             p2p_pb2.ListSourcesRequest(identity=IDENTITY, status_filter=READY),
             metadata=self._metadata,
             timeout=CALL_SECONDS,
         )
-        missing = set(self.published) - {one.worker_id for one in answer.instances}
+        missing = known - {one.worker_id for one in answer.instances}
         assert not missing, f"{len(missing)} live workers are STALE or lost: {sorted(missing)[:3]}"
 
     def _probe(self, path: str) -> None:

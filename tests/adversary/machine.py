@@ -25,8 +25,8 @@ class FaultyDisk:
         self._control.write_bytes(bytes(8))
         self.environ = {
             "LD_PRELOAD": str(library),
-            "MX_FAULT_FOLDER": str(folder.resolve()),
-            "MX_FAULT_CONTROL": str(self._control),
+            "FAULT_FOLDER": str(folder.resolve()),
+            "FAULT_CONTROL": str(self._control),
         }
 
     def _set(self, number: int, sync_ms: int) -> None:

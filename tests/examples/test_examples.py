@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from bench.fleet.fleet import Network
 from tests.examples.conftest import ROOT, Example, Start, line_of, output_of
@@ -79,6 +82,43 @@ def test_a_flipped_byte_is_refused(start: Start) -> None:
     assert (reader.returncode, said) == (1, "")
     assert "is not what its digest promises" in errors
     assert errors.splitlines()[-1].endswith("[MX_CHUNKS_MISSING]")
+
+
+def test_a_second_engine_takes_processed_weights_from_the_first(start: Start, tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    save_file(
+        {f"{number}.weight": generator.standard_normal((256, 256), dtype=np.float32) for number in range(2)},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text("{}")
+    answers = []
+    engines: list[Example] = []
+    for place, path in enumerate(("storage", "p2p")):
+        engines.append(start(place, "second_engine.py", str(tmp_path)))
+        how, _, answer = line_of(engines[-1]).rpartition(", answer ")
+        assert how == f"{path}, processed weights"
+        answers.append(answer)
+    assert answers[0] == answers[1]
+    for engine in engines:
+        assert output_of(engine) == []
+
+
+def test_the_second_engine_has_all_that_the_protocol_asks_for() -> None:
+    """And nothing that is not in it but `shut_down`."""
+    from mxcore.engine import Engine
+
+    spec = importlib.util.spec_from_file_location("second_engine", ROOT / "examples" / "second_engine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    asked = {name for name in vars(Engine) if not name.startswith("_")}
+    engine = module.SecondEngine("model", {})
+    assert [name for name in sorted(asked) if not hasattr(engine, name)] == []
+    for name in asked:
+        if inspect.isfunction(member := vars(Engine)[name]):
+            mine = inspect.signature(getattr(module.SecondEngine, name))
+            assert list(mine.parameters) == list(inspect.signature(member).parameters), name
 
 
 def test_the_page_names_each_example() -> None:

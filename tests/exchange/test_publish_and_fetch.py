@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mxcore import MxError, fetch, publish
-from mxcore.errors import ChunksMissing, LayoutMismatch, LayoutUnsupported, NoSource
+from mxcore.errors import ChunksMissing, LayoutMismatch, LayoutUnsupported, NoSource, SourceUnreachable
 from mxserver.wire import ServerUnreachable, SettingError
 
 Arrays = dict[str, Any]
@@ -166,6 +166,33 @@ def test_publishers_of_one_version_that_differ_are_not_believed(at: At, name: st
             assert_equal(fetch(name, 1, framework="numpy", **at), right)
 
 
+def test_publishers_of_one_version_with_other_tensors_are_not_believed(at: At, name: str) -> None:
+    """Whichever answers first."""
+    small, large = arrays(rows=1), arrays(rows=2)
+    with publish(name, small, 1, **at), publish(name, large, 1, **at):
+        with pytest.raises(LayoutMismatch, match="other tensors are published under this name and version too"):
+            fetch(name, 1, **at)
+        for like in (small, large):
+            with pytest.raises(LayoutMismatch, match="other tensors are published"):
+                fetch(name, 1, into={key: np.zeros_like(array) for key, array in like.items()}, **at)
+
+
+def test_a_version_whose_publisher_has_just_died_is_waited_for(at: At, name: str) -> None:
+    """The server lists the dead one until its lease ends."""
+    weights = arrays()
+    dead = publish(name, arrays(1), 1, **at)
+    dead._member._stop_serving()
+    with pytest.raises(SourceUnreachable):
+        fetch(name, 1, **at)
+    found: list[Any] = []
+    waiting = threading.Thread(target=lambda: found.append(fetch(name, 1, wait_seconds=60, framework="numpy", **at)))
+    waiting.start()
+    with publish(name, weights, 1, **at):
+        waiting.join(60)
+        assert_equal(found[0], weights)
+    dead.close()
+
+
 def test_what_shares_serves_when_the_publisher_has_left(at: At, name: str) -> None:
     weights = arrays()
     published = publish(name, weights, 1, **at)
@@ -205,6 +232,10 @@ def test_names_versions_and_settings_are_checked_first(at: At) -> None:
             fetch("x", version, **at)
     with pytest.raises(SettingError, match="exclude each other"):
         fetch("x", 1, newer_than=0, **at)
+    with pytest.raises(SettingError, match="device='mps': host memory"):
+        fetch("x", 1, device="mps", **at)
+    with pytest.raises(SettingError, match="device='cuda:1' needs torch"):
+        fetch("x", 1, device="cuda:1", framework="numpy", **at)
     with pytest.raises(SettingError, match="MX_TRANSPORT='carrier-pigeon' is refused"):
         publish("x", weights, 1, server=at["server"], settings={"MX_TRANSPORT": "carrier-pigeon"})
     for call in (lambda: publish("x", weights, 1), lambda: fetch("x", 1)):

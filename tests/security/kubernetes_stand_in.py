@@ -12,14 +12,15 @@ from typing import Any
 
 from tests.security.authority import Authority
 
-OWN_TOKEN = "the-server's-own"  # noqa: S105 - of a server that is made up
-
 
 def jwt(name: str, **claims: object) -> str:
     """A token as Kubernetes makes them, for a made-up issuer; its signature is its name."""
     fields = {"iss": "https://kubernetes.default.svc", "sub": name, **claims}
     parts = [json.dumps({"alg": "RS256"}).encode(), json.dumps(fields).encode(), name.encode()]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
+
+
+OWN_TOKEN = jwt("the-server's-own")
 
 
 class ApiServer:
@@ -29,6 +30,7 @@ class ApiServer:
         self.users: dict[str, dict[str, Any]] = {}
         self.audiences = ["https://kubernetes.default.svc"]
         self.reviews: list[dict[str, Any]] = []
+        self.connections = 0
         self.answer: tuple[int, bytes] | None = None  # instead of the right one
         self.hold: threading.Event | None = None
         self.account = folder / "account"
@@ -39,6 +41,10 @@ class ApiServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                stand_in.connections += 1
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

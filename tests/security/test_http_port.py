@@ -23,6 +23,7 @@ from mxserver.security.setup import warning
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.web import application
+from mxserver.web.pages import is_own_name
 from mxserver.wire import SettingError
 from mxserver.wire.credentials import ClientCredentials, ServerTls, server_context
 from tests.security.authority import Authority
@@ -110,6 +111,41 @@ class Judge:
 
     def authenticate(self, token: bytes) -> Caller:
         return self.verdict()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_right"),
+    [
+        ("127.0.0.1", True),
+        ("10.1.2.3:9401", True),
+        ("[::1]:9401", True),
+        ("localhost:9401", True),
+        ("mxserver", True),
+        ("mxserver.models.svc:9401", True),
+        ("mxserver.models.svc.cluster.local", True),
+        ("status.example.org", True),
+        ("evil.example.net", False),
+        ("svc.evil.net:9401", False),
+        ("127.0.0.1.evil.net", False),
+        ("localhost.evil.net:9401", False),
+    ],
+)
+def test_page_is_shown_under_names_that_are_its_own(host: str, is_right: bool) -> None:
+    """DNS rebinding: a site that somebody visits lets its name lead here, and reads the page by their browser."""
+    assert is_own_name(host, ("status.example.org",)) is is_right
+
+
+def test_name_of_another_site_sees_nothing(start_server: StartServer) -> None:
+    port = start_server(metrics_hosts="status.example.org").metrics_port
+    for path, status in (("/", 421), ("/status", 421), ("/readyz", 200), ("/metrics", 200)):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": "evil.example.net"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+                found = answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                found = error.code
+        assert found == status, path
 
 
 def test_judge_that_does_not_answer_lets_nobody_in() -> None:

@@ -6,10 +6,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
 
+from mxserver.calls import refusals
 from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
@@ -17,7 +19,7 @@ from mxserver.wire import ServerRefused
 from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
-from tests.security.conftest import IDENTITY, StartServer
+from tests.security.conftest import IDENTITY, StartServer, access_file
 from tests.server.command.test_cli import half_of_a_call
 
 PLAIN = ClientCredentials()
@@ -41,6 +43,9 @@ def test_default_message_limit_is_the_protocols() -> None:
     assert dict(setup.server_options(load_settings({})))["grpc.max_concurrent_streams"] == setup.MOST_CALLS_A_CONNECTION
 
 
+ENSURE = "/model_express.model.ModelService/EnsureModelDownloaded"
+
+
 class Gate(grpc.GenericRpcHandler):
     """A stream that ends, and a call that answers, when the gate opens."""
 
@@ -56,7 +61,7 @@ class Gate(grpc.GenericRpcHandler):
         def call(request: bytes, context: grpc.ServicerContext) -> bytes:
             return b""
 
-        if details.method == "/s/stream":
+        if details.method in ("/s/stream", ENSURE):
             return grpc.unary_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(call)
 
@@ -85,6 +90,8 @@ def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "host ipv4:127.0.0.1 has 2 streams open, which is the limit (MX_SERVER_MAX_STREAMS)" in refused.details()
         assert one.unary_unary("/s/call")(b"", timeout=120) == b""  # other calls go on
+        waiting = [two.unary_stream(ENSURE)(b"", timeout=120) for _ in range(3)]  # so do those who wait for downloads
+        assert [next(one) for one in waiting] == [b"1"] * 3
         handler.open.set()
         for stream in streams:
             assert list(stream) == []
@@ -97,7 +104,9 @@ def test_calls_beyond_the_limit_are_refused_and_not_queued(start_server: StartSe
         ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client,
         socket.create_connection(("127.0.0.1", server.port)) as other,
     ):
-        other.sendall(half_of_a_call())  # holds the one call, once it has arrived
+        other.sendall(half_of_a_call())
+        while not server._grpc._state.active_rpc_count:  # type: ignore[attr-defined] # it holds the one call by then
+            assert other.fileno() >= 0
         assert "RESOURCE_EXHAUSTED" in next(refusal for _ in range(10_000) if (refusal := _refusal(client)))
         other.close()
         assert any(not _refusal(client) for _ in range(10_000)), "the call that was cut is still counted"
@@ -109,6 +118,27 @@ def _refusal(client: ServerClient) -> str:
     except ServerRefused as error:
         return str(error)
     return ""
+
+
+def test_lines_about_refusals_are_limited_by_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(refusals.time, "monotonic", lambda: now[0])
+    lines = refusals.LineLimit()
+    assert [lines.take("a") for _ in range(refusals.LINES)] == [0] * refusals.LINES
+    assert [lines.take("a") for _ in range(500)] == [None] * 500
+    assert lines.take("b") == 0
+    now[0] += refusals.LINE_SECONDS
+    assert (lines.take("a"), lines.take("a")) == (500, 0)
+
+
+def test_refusals_fill_no_log(start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    server = start_server(auth="file", auth_file=access_file(tmp_path / "access.toml", ("x", "read", "t" * 40)))
+    with ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client:
+        for _ in range(3 * refusals.LINES):
+            with pytest.raises(ServerRefused, match="UNAUTHENTICATED"):
+                client.list_sources()
+    assert caplog.text.count("call refused") <= 2 * refusals.LINES
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import logging
 import shutil
 import socket
 import ssl
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, server_credentials
-from mxserver.wire.credentials import ClientCredentials, ServerTls, is_loopback, worker_tls
+from mxserver.wire.credentials import ClientCredentials, ServerTls, certificate_not_after, is_loopback, worker_tls
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer
 
@@ -250,3 +251,11 @@ def test_old_protocols_are_refused(start_server: StartServer, authority: Authori
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
     ):
         assert secure.version() in ("TLSv1.2", "TLSv1.3")
+
+
+def test_end_of_a_certificate_is_known(authority: Authority, tmp_path: Path) -> None:
+    """By a function that Python has for its own tests alone; there is none for others."""
+    certificate, _ = authority.issue("server", "127.0.0.1")
+    left_seconds = (certificate_not_after(Path(certificate)) or 0) - time.time()
+    assert 0 < left_seconds < 20 * 365 * 86400
+    assert certificate_not_after(tmp_path / "none") is None

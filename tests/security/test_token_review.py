@@ -99,6 +99,27 @@ def test_what_is_no_token_of_kubernetes_is_not_asked_about(reviews: TokenReviews
     assert api.reviews == []
 
 
+@pytest.mark.parametrize(
+    ("claims", "words"),
+    [({"iss": "https://elsewhere"}, "not one of this cluster"), ({"aud": ["other"]}, "not for the audience mx")],
+)
+def test_token_of_another_issuer_or_audience_is_not_asked_about(
+    api: ApiServer, subjects: Path, claims: dict[str, object], words: str
+) -> None:
+    api.audiences.append("mx")
+    judge = TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account, audiences=["mx"])
+    with pytest.raises(Unauthenticated, match=words):
+        judge.authenticate(jwt("t-worker", **claims).encode())
+    assert not api.reviews
+    judge.authenticate(jwt("t-worker").encode())
+
+
+def test_connections_to_the_api_server_are_kept(reviews: TokenReviews, api: ApiServer) -> None:
+    for name in ("t-worker", "t-other", "t-account"):
+        reviews.authenticate(jwt(name).encode())
+    assert (len(api.reviews), api.connections) == (3, 1)
+
+
 def test_questions_are_bounded_and_known_tokens_do_not_wait(reviews: TokenReviews, api: ApiServer) -> None:
     reviews.authenticate(jwt("t-worker").encode())
     api.hold = threading.Event()

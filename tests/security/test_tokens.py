@@ -354,3 +354,20 @@ def test_many_callers_at_once_stay_apart(client_with: Callable[[str | None], Ser
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_nothing_but_a_star_stands_for_anything(tmp_path: Path) -> None:
+    names = ("system:serviceaccount:a?c:x", "system:serviceaccount:[ab]:x", "system:serviceaccount:models:*")
+    rules = AccessFile(access_file(tmp_path / "access.toml", *((name, "read", "") for name in names), kind="subjects"))
+    for name in (*names[:2], "system:serviceaccount:models:vllm", "system:serviceaccount:models:"):
+        assert rules.role_of_subject(name) is Role.READ
+    for name in ("system:serviceaccount:abc:x", "system:serviceaccount:a:x", "xsystem:serviceaccount:models:vllm"):
+        assert rules.role_of_subject(name) is None
+
+
+def test_storage_is_read_for_nobody_else(server: Server, client_with: Callable[[str | None], ServerClient]) -> None:
+    worker, other = client_with(TOKENS["worker"]), client_with(TOKENS["other"])
+    worker.publish(IDENTITY, WORKER, "w")
+    with pytest.raises(ServerRefused, match=r"PERMISSION_DENIED.*published by another caller"):
+        other.take_storage_turn(SOURCE, 0, "w")
+    worker.take_storage_turn(SOURCE, 0, "w")

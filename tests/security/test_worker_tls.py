@@ -56,8 +56,10 @@ def test_workers_with_certificates_exchange(start_worker: StartWorker, authority
     assert report.get("equal") is True, report
 
 
-def test_worker_of_the_fleet_is_taken(source: Source) -> None:
-    assert prepare(source)
+def test_worker_of_the_fleet_is_taken(source: Source, holder: Holder) -> None:  # noqa: F811
+    with SourceClient(source, timeout_seconds=10) as client:
+        lease_id = client.prepare()
+        assert holder._leases[lease_id].reader == f"ipv4:127.0.0.1 {NAME}"  # by its address and its certificate
 
 
 @pytest.mark.parametrize("missing", ["MX_TLS_CERT_FILE MX_TLS_KEY_FILE", "MX_TLS_PEER_NAME", "MX_TLS_CA_FILE"])

@@ -16,7 +16,7 @@ import pytest
 import mxserver.server
 from mxserver.server import Server
 from mxserver.settings import ServerSettings, load_settings
-from mxserver.store import SourceStore, SqliteStore
+from mxserver.store import Clock, SourceStore, SqliteStore
 from mxserver.wire.calls import ServerClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +36,8 @@ def opened_stores(monkeypatch: pytest.MonkeyPatch) -> list[SourceStore]:
     opened: list[SourceStore] = []
     open_store = mxserver.server.open_store
 
-    def open_and_note(settings: ServerSettings) -> SourceStore:
-        opened.append(open_store(settings))
+    def open_and_note(settings: ServerSettings, clock: Clock | None = None) -> SourceStore:
+        opened.append(open_store(settings, clock))
         return opened[-1]
 
     monkeypatch.setattr(mxserver.server, "open_store", open_and_note)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from mxserver.store import Clock, Leases, MemoryStore, Publication, RecordKey, SourceStore, SqliteStore
+from mxserver.limits import DEFAULT
+from mxserver.store import Leases, MemoryStore, Publication, RecordKey, SourceStore, SqliteStore
 from mxserver.store.redis import RedisStore
 from mxserver.wire.proto import p2p_pb2
 from tests.server.redis_process import shared_redis
@@ -43,17 +43,23 @@ class StoreKind:
 
     name: str
     lasting: bool
-    open: Callable[[Path, Clock], SourceStore]
+    open: Callable[..., SourceStore]  # folder, clock and limits
 
 
 KINDS = (
-    StoreKind("memory", False, lambda folder, clock: MemoryStore(LEASES, clock)),
+    StoreKind("memory", False, lambda folder, clock, limits=DEFAULT: MemoryStore(LEASES, clock, limits)),
     StoreKind(
         "redis",
         True,
-        lambda folder, clock: RedisStore(shared_redis().url, LEASES, clock, prefix=f"{folder}:", linger_seconds=0.0),
+        lambda folder, clock, limits=DEFAULT: RedisStore(
+            shared_redis().url, LEASES, clock, prefix=f"{folder}:", linger_seconds=0.0, limits=limits
+        ),
     ),
-    StoreKind("sqlite", True, lambda folder, clock: SqliteStore(folder / "state.sqlite3", LEASES, clock)),
+    StoreKind(
+        "sqlite",
+        True,
+        lambda folder, clock, limits=DEFAULT: SqliteStore(folder / "state.sqlite3", LEASES, clock, limits),
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mxserver.telemetry import DEFINITIONS, Metrics
+from mxserver.calls import CallPool
+from mxserver.store import SystemClock
+from mxserver.telemetry import DEFINITIONS, Events, Metrics, ObservingInterceptor, call_metrics, measured_calls
 from mxserver.telemetry.metrics import PATHS, UNKNOWN, path_label
 from mxserver.wire import StaleEpoch
 from mxserver.wire.calls import ServerClient
@@ -170,3 +173,43 @@ def wait_for(met: Callable[[], bool]) -> None:
     while not met():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+class Held(grpc.GenericRpcHandler):
+    """A call that is answered once it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+            self.begun.set()
+            assert self.may_end.wait(120)
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+
+def test_time_in_the_queue_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller saw 23 s, the metric 3 ms (proofs/server/p21.py)."""
+    now = [1000.0]
+    monkeypatch.setattr(measured_calls.time, "perf_counter", lambda: now[0])
+    metrics, held, pool = Metrics(), Held(), CallPool(1, "test", receiving=2)
+    around, on_unknown = call_metrics(metrics, Events(SystemClock()))
+    server = grpc.server(pool, interceptors=[ObservingInterceptor([around], on_unknown)])
+    server.add_generic_rpc_handlers((held,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        first = channel.unary_unary("/s/call").future(b"", timeout=120)
+        assert held.begun.wait(120)
+        second = channel.unary_unary("/s/call").future(b"", timeout=120)
+        while pool.unanswered != 1:
+            assert not second.done()
+        now[0] += 23.5
+        held.may_end.set()
+        assert (first.result(), second.result()) == (b"", b"")
+    server.stop(None).wait()
+    labels = {"method": "s/call", "code": "OK"}
+    assert metrics.registry.get_sample_value("mxserver_call_duration_seconds_sum", labels) == 47.0
+    assert pool.unanswered == 0

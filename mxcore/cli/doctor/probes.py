@@ -33,7 +33,7 @@ def nixl() -> Finding:
     if ran.returncode == 0:
         return Finding("nixl", "ok", ran.stdout.strip())
     reason = _last_line(ran) or f"the probe ended with {ran.returncode}"
-    do = "pip install 'mx-modelexpress[nixl]'; without NIXL every worker loads from storage"
+    do = "pip install nixl-cu12 (it brings torch with CUDA, 6 GB); without NIXL, device memory and RDMA are left out"
     return Finding("nixl", "fail", reason, do)
 
 

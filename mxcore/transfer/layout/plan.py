@@ -35,6 +35,9 @@ AHEAD_SECONDS = 0.1  # what is in flight at a holder takes about so long; more d
 _SPEED_WEIGHT = 0.3  # of the newest measurement
 _STRAGGLER_FACTOR = 4.0  # a holder this much slower than the others may be dropped for the last chunks
 _STRAGGLER_SECONDS = 2.0  # but not for less than this
+_SLOW_SHARE = 1 / 8  # of the other holders' median rate: who gives less loses its chunks to them
+_SLOW_BYTES_PER_SECOND = 1e6  # and who gives less than this, whatever the others give
+_SLOW_SECONDS = 4.0  # but a busy machine may keep it for so long
 
 
 def all_chunks(count: int) -> int:
@@ -270,12 +273,14 @@ class SwarmPlan:
         self._done |= chunks
 
     def stragglers(self, now: float) -> list[str]:
-        """Holders that delay completion: an idle holder has what they have in flight and would be done much sooner.
+        """Holders to drop: those far slower than others that have what they have in flight, those that delay the end.
 
-        Empty while anything is missing that is not in flight. Dropping one costs what it has in flight.
+        The latter once all is in flight: an idle holder would be done much sooner. Dropping one costs what it has in
+        flight.
         """
-        if self._missing:
-            return []
+        slow = self._slow(now)
+        if slow or self._missing:
+            return slow
         idle = [state for state in self._holders.values() if not state.in_flight and state.bytes_per_second]
         found = []
         for name, state in self._holders.items():
@@ -290,6 +295,30 @@ class SwarmPlan:
             if rest > _STRAGGLER_SECONDS + _STRAGGLER_FACTOR * left / max(rivals):
                 found.append(name)
         return found
+
+    def _slow(self, now: float) -> list[str]:
+        """Holders that take longer for what is in flight than at an eighth of the others' median rate, or at 1 MB/s.
+
+        And longer than four seconds. Only where others that are not slow have these chunks.
+        """
+        slow: dict[str, int] = {}
+        for name, state in self._holders.items():
+            rates = sorted(
+                other.bytes_per_second
+                for rival, other in self._holders.items()
+                if rival != name and other.bytes_per_second
+            )
+            if not state.in_flight or not rates:
+                continue
+            slowest = max(_SLOW_SHARE * rates[len(rates) // 2], _SLOW_BYTES_PER_SECOND)
+            seconds = state.in_flight.bit_count() * self.chunk_bytes / slowest
+            if now - state.busy_since > max(seconds, _SLOW_SECONDS):
+                slow[name] = state.in_flight
+        others = 0
+        for name, state in self._holders.items():
+            if name not in slow and state.bytes_per_second:
+                others |= state.have
+        return [name for name, in_flight in slow.items() if not in_flight & ~others]
 
     def _end(self, state: _HolderState, chunk: int) -> None:
         if not state.in_flight >> chunk & 1:

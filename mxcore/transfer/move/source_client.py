@@ -168,7 +168,9 @@ class SourceClient(Closing):
         )
         if call.code() in _NO_ANSWER:
             return SourceUnreachable(text)
-        return SourceBusy(text) if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else SourceRefused(text)
+        # NOT_FOUND: the lease has ended, perhaps for another reader; there may be a place again.
+        again = call.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND)
+        return SourceBusy(text) if again else SourceRefused(text)
 
     def close(self) -> None:
         """Closes the channel; idempotent."""

@@ -23,6 +23,7 @@ from mxcore.errors import (
     NixlMissing,
     SourceBusy,
     SourceRefused,
+    SourceSlow,
     SourceUnreachable,
     TransferError,
     TransferStalled,
@@ -298,7 +299,7 @@ class Receiver:
     def _drop_stragglers(self) -> None:
         for name in self._received.stragglers():
             if (pull := self._pulls.get(name)) is not None:
-                pull.stop(TransferStalled(f"worker {name} is so slow that others give its last chunks sooner"))
+                pull.stop(SourceSlow(f"worker {name} is so slow that others give its chunks sooner"))
 
     def _collect_ended(self) -> None:
         now = time.monotonic()
@@ -335,7 +336,9 @@ class Receiver:
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
             self._tell_doubt(mx_pb2.DOUBT_KIND_WRONG_CHUNKS, [source.worker_id], 1, str(error))
-        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not self._may_find
+        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not (
+            self._may_find or isinstance(error, SourceSlow)
+        )
         return math.inf if final else _AGAIN_SECONDS
 
     def _nobody_left(self, now: float) -> bool:

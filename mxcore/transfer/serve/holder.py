@@ -33,7 +33,6 @@ from mxcore.transfer.layout import (
     Placement,
     all_chunks,
     chunk_digests,
-    set_to_bytes,
 )
 from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
 from mxcore.transfer.route import digester_of, require_movable
@@ -48,6 +47,9 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 15.0
 MOST_READERS = 8
 MOST_CONNECTIONS = 8  # of one reader to the chunk port
+_IDLE_LEASES = 2.0  # times a lease's seconds without anything read, then another reader may have the place
+_MOST_TIMES_GRANTED = 2  # each chunk, to one lease; a wrong one is asked for again
+_MORE_GRANTED = 16  # of a small model
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
 _PUSHED_BYTES_IN_FLIGHT = (
     32 << 20
@@ -67,6 +69,10 @@ class Lease:
     deadline: float  # monotonic seconds; extended by every call of the receiver
     peer: str | None = None  # the receiver's agent, once a transfer is open
     remote_addresses: array[int] = field(default_factory=lambda: array("Q"))  # of every segment, there
+    reader: str = ""  # who has it: its address, and the name in its certificate
+    read_at: float = 0.0  # monotonic seconds: when it last was granted something
+    granted: int = 0  # chunks, those that it declined taken off
+    sender: ChunkSender | None = None  # sends what it was granted
     remote_device: int | None = None  # that they are on, as its process counts; None: host memory
     pushes: int = 0  # streams that are running
     turn: threading.Lock = field(default_factory=threading.Lock)  # held by the stream that begins chunks
@@ -133,8 +139,6 @@ class Holder:
         self._rate_limit = RateLimit(rate_limit, burst_bytes=chunk_bytes)
         self._everything = all_chunks(len(self.chunks))
         self._have = self._everything if have is None else have
-        self._sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
-        self._sender.set_have(set_to_bytes(self._have, len(self.chunks)))
         self._version = 1
         self._grant_counts = GrantCounts()
         self._waiting = 0
@@ -210,8 +214,11 @@ class Holder:
         """Sets which chunks are there and verified, while the worker is still receiving."""
         with self._changed:
             if have != self._have:
+                if self._have & ~have:
+                    for lease in self._leases.values():
+                        if lease.sender is not None:
+                            lease.sender.forbid_all()
                 self._have = have
-                self._sender.set_have(set_to_bytes(have, len(self.chunks)))
                 self._version += 1
                 self._changed.notify_all()
 
@@ -226,11 +233,17 @@ class Holder:
         """What a reader may fetch now; renews its lease.
 
         With nothing to grant, it waits up to `wait_seconds` for a version after `known_version`. `declined` are
-        chunks that were granted and that the reader does not fetch. Raises LeaseEnded.
+        chunks that were granted and that the reader does not fetch. Raises LeaseEnded, also for a reader that was
+        granted everything twice: it takes nothing of it.
         """
         with self._changed:
             lease = self.renew(lease_id)
-            self._grant_counts.take_back(chunk for chunk in declined if 0 <= chunk < len(self.chunks))
+            given_back = [chunk for chunk in declined if 0 <= chunk < len(self.chunks)]
+            self._grant_counts.take_back(given_back)
+            lease.granted -= min(len(given_back), lease.granted)
+            if lease.granted > _MOST_TIMES_GRANTED * len(self.chunks) + _MORE_GRANTED:
+                self._end(lease)
+                raise LeaseEnded(f"lease {lease_id!r} was granted each chunk {_MOST_TIMES_GRANTED} times; it has ended")
             pause = 0.0
             if not wanted.chunks & self._have and wait_seconds > 0:
                 pause = self._wait_for_news(lease, known_version, wait_seconds)
@@ -239,8 +252,16 @@ class Holder:
             if available:
                 most, pause = self._rate_limit.allowed(min(wanted.most, available.bit_count()), self.chunks.chunk_bytes)
                 granted = self._grant_counts.grant(available, wanted.preferred, most)
+                self._note_granted(lease, granted)
                 self._bytes_sent += sum(map(self.chunks.bytes_of, granted))
             return AskAnswer(granted, self._version, self._have, self.complete, self._draining, pause)
+
+    def _note_granted(self, lease: Lease, granted: Sequence[int]) -> None:
+        if granted:
+            lease.read_at = time.monotonic()
+            lease.granted += len(granted)
+            if lease.sender is not None:
+                lease.sender.allow(granted)
 
     def _wait_for_news(self, lease: Lease, known_version: int, wait_seconds: float) -> float:
         """Waits for another version; returns the seconds to pause where too many wait already."""
@@ -255,17 +276,32 @@ class Holder:
             self._waiting -= 1
         return 0.0
 
-    def grant(self) -> Lease:
-        """A new lease. Raises HolderDraining, HolderBusy."""
+    def grant(self, reader: str = "") -> Lease:
+        """A new lease for `reader`. Raises HolderDraining, HolderBusy.
+
+        Where all places are taken, a lease ends for it that read nothing for long, or one of a reader that has all.
+        """
         with self._changed:
             if self._draining:
                 raise HolderDraining("this worker is leaving and takes no new readers; ask another one")
             self._expire()
             if len(self._leases) >= self.most_readers:
-                raise HolderBusy(f"{len(self._leases)} workers are reading from this one; ask another one")
-            lease = Lease(uuid.uuid4().hex, time.monotonic() + self.lease_seconds)
+                if (other := self._replaceable(reader)) is None:
+                    raise HolderBusy(f"{len(self._leases)} workers are reading from this one; ask another one")
+                logger.info("lease %s of %s ends: another reader needs its place", other.lease_id, other.reader)
+                self._end(other)
+            now = time.monotonic()
+            lease = Lease(uuid.uuid4().hex, now + self.lease_seconds, reader=reader, read_at=now)
             self._leases[lease.lease_id] = lease
             return lease
+
+    def _replaceable(self, reader: str) -> Lease | None:
+        """A lease whose place another `reader` may take: the one that read nothing for longest."""
+        lease = min(self._leases.values(), key=lambda lease: lease.read_at)
+        if time.monotonic() - lease.read_at > _IDLE_LEASES * self.lease_seconds:
+            return lease
+        readers = {each.reader for each in self._leases.values()}
+        return lease if len(self._leases) > 1 and len(readers) == 1 and reader not in readers else None
 
     def renew(self, lease_id: str) -> Lease:
         """Extends a lease. Raises LeaseEnded."""
@@ -313,10 +349,14 @@ class Holder:
         with self._changed:
             lease = self.renew(lease_id)
             lease.token = lease.token or secrets.token_bytes(TOKEN_BYTES)
+            if lease.sender is None:
+                lease.sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
             return lease.token
 
     def send_chunks(self, token: bytes, connection: socket.socket) -> None:
-        """Greets the receiver that showed `token`, and sends the chunks that it asks for, until either side ends it.
+        """Greets the receiver that showed `token`, and sends the chunks that it was granted, once each.
+
+        Until either side ends it.
 
         A receiver that is lost in the middle of a chunk loses its lease. Raises LeaseEnded for an unknown token,
         HolderBusy where its receiver has too many connections, OSError where the connection fails.
@@ -324,7 +364,7 @@ class Holder:
         with self._changed:
             self._expire()
             lease = next((each for each in self._leases.values() if secrets.compare_digest(each.token, token)), None)
-            if lease is None:
+            if lease is None or (sender := lease.sender) is None:
                 raise LeaseEnded("a connection to the chunk port shows no lease's token")
             if len(lease.connections) >= MOST_CONNECTIONS:
                 raise HolderBusy(f"a reader has {MOST_CONNECTIONS} connections to the chunk port")
@@ -332,7 +372,7 @@ class Holder:
             self._sending += 1
         try:
             connection.sendall(GREETING)
-            if error := self._sender.serve(connection):
+            if error := sender.serve(connection):
                 raise OSError(error, os.strerror(error))
         except OSError:
             with self._changed:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
 from mxserver.models.cache.lease import Lease, LeaseFolder
+from mxserver.models.cache.record_index import RecordIndex, read_record
 from mxserver.models.cache.removal import remove_empty_folders_below, remove_file_below, remove_link_below
 from mxserver.models.cache_layout import CacheLayout, model_id
 from mxserver.models.errors import CacheFull, CacheUnusable, ModelInUse, ModelNotCached
@@ -42,6 +43,7 @@ class ModelCache:
                 f"the cache folder {root} cannot be used ({error.strerror}); set MODEL_EXPRESS_CACHE_DIRECTORY to one "
                 "that this process can write"
             ) from error
+        self._index = RecordIndex(self.layout.records)
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._coming: dict[str, int] = {}  # lease token → bytes that are still to be written
@@ -67,12 +69,11 @@ class ModelCache:
         return record
 
     def record(self, key: ModelKey) -> ModelRecord | None:
-        return _read_record(self.layout.record(key), key)
+        return read_record(self.layout.record(key), key)
 
     def records(self) -> list[ModelRecord]:
         """All models, in no order."""
-        paths = self.layout.records.iterdir()
-        return [record for path in paths if path.suffix == ".json" and (record := _read_record(path))]
+        return self._index.records()
 
     def last_used(self, key: ModelKey) -> float:
         """Unix time in seconds, by the file system's clock."""
@@ -182,15 +183,13 @@ class ModelCache:
     # Room.
 
     def room(self) -> Room:
-        places: dict[str, int] = {}
-        for record in self.records():
-            places.update((file.place, file.size) for file in record.files)
         with self._lock:
             own, coming = set(self._coming), sum(self._coming.values())
         staged = sum(_bytes_below(path) for path in self.layout.staging.iterdir() if path.name not in own)
         disk = os.statvfs(self.layout.root)
         written = sum(_bytes_below(self.layout.staging / name) for name in own)
-        return Room(sum(places.values()) + staged + written, disk.f_bavail * disk.f_frsize, max(0, coming - written))
+        used = self._index.used_bytes()
+        return Room(used + staged + written, disk.f_bavail * disk.f_frsize, max(0, coming - written))
 
     def make_room(self, lease: Lease, needed_bytes: int) -> None:
         """Makes room for a download of this many bytes, evicting the least recently used models.
@@ -227,12 +226,11 @@ class ModelCache:
         return evicted
 
     def _candidates(self) -> list[Candidate]:
+        busy = self.leases.busy()
         return eviction_order(
             Candidate(key, self.last_used(key), {file.place: file.size for file in record.files})
             for record in self.records()
-            if not self.is_pinned(key := record.key)
-            and not self.leases.is_used(key.id)
-            and not self.leases.is_leased(key.id)
+            if not self.is_pinned(key := record.key) and key.id not in busy
         )
 
     def _places_outside(self, candidates: list[Candidate]) -> set[str]:
@@ -300,20 +298,6 @@ class ModelCache:
 
     def publish_record(self, record: ModelRecord, scratch: Path) -> None:
         write_in_one_step(self.layout.record(record.key), record.to_json(), scratch)
-
-
-def _read_record(path: Path, expected: ModelKey | None = None) -> ModelRecord | None:
-    """The record in a file; None when there is none, or it is damaged or another model's, which is logged."""
-    try:
-        record = record_from_json(path.read_text())
-        if expected not in (None, record.key):
-            raise BadRecord(f"it is the record of {record.key}")
-    except FileNotFoundError:
-        return None
-    except (BadRecord, UnicodeDecodeError) as error:
-        _LOG.warning("record is ignored file=%s reason=%s", path, error)
-        return None
-    return record
 
 
 def _bytes_below(folder: Path) -> int:

@@ -219,6 +219,17 @@ class LeaseFolder:
         newest = _newest(self._leases, key)
         return newest > 0 and self._is_alive(self._leases / f"{key}.{newest}")
 
+    def busy(self) -> set[str]:
+        """The keys that any replica reads or has leased, by one look at each folder."""
+        newest: dict[str, int] = {}
+        for path in self._leases.iterdir():
+            key, _, number = path.name.rpartition(".")
+            if number.isdigit():
+                newest[key] = max(newest.get(key, 0), int(number))
+        found = {key for key, number in newest.items() if self._is_alive(self._leases / f"{key}.{number}")}
+        marked = {path.name.rpartition(".")[0] for path in self._uses.iterdir()}
+        return found | {key for key in marked - found if key and self.is_used(key)}
+
     def close(self) -> None:
         """Releases everything. Idempotent."""
         self._stopping.set()

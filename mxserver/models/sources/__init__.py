@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from mxserver.models.sources.allowed import AllowedSources
 from mxserver.models.sources.folder_download import FolderSource
 from mxserver.models.sources.hub_download import HubSource
 from mxserver.models.sources.object_download import ObjectSource
 from mxserver.models.sources.source import ModelSource, RemoteFile, RemoteModel, is_disk_full, write_all
 
 __all__ = [
+    "AllowedSources",
     "FolderSource",
     "HubSource",
     "ModelSource",

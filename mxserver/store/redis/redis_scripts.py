@@ -5,6 +5,7 @@ Keys, below the prefix:
 ==================  ======  =======================================================================================
 clock               hash    the time that leases are judged by (see `_CLOCK`)
 epoch               string  the last epoch that was handed out
+bytes               string  the bytes of what all records have published
 replicas            zset    servers that are there, by when they were last heard (clock)
 sources             set     all source ids
 model:MODEL         set     source ids by model name (lower case)
@@ -73,10 +74,15 @@ end
 
 local function index(status, source) return P .. 'in:' .. status .. ':' .. source end
 
+local function payload_bytes(name)
+  return redis.call('HSTRLEN', P .. 'rec:' .. name, 'i') + redis.call('HSTRLEN', P .. 'rec:' .. name, 'd')
+end
+
 local function remove(name)
   local rec = redis.call('HMGET', P .. 'rec:' .. name, 's', 'k', 'w', 'm')
   if not rec[1] then return end
   local source = rec[2]
+  if redis.call('DECRBY', P .. 'bytes', payload_bytes(name)) <= 0 then redis.call('DEL', P .. 'bytes') end
   redis.call('ZREM', index(rec[1], source), name)
   redis.call('SREM', P .. 'of:' .. rec[3], name)
   redis.call('ZREM', P .. 'due', name)
@@ -110,9 +116,10 @@ local function row(name)
 end
 
 local function refusal(name, epoch, owner)
-  local rec = redis.call('HMGET', P .. 'rec:' .. name, 'f', 'o')
+  local rec = redis.call('HMGET', P .. 'rec:' .. name, 'f', 'o', 'e')
   if owner ~= '' and rec[2] ~= '' and rec[2] ~= owner then return {'owner'} end
   if epoch > 0 and epoch < tonumber(rec[1]) then return {'epoch', rec[1]} end
+  if epoch > tonumber(rec[3]) then return {'never', rec[3]} end
   return nil
 end
 """
@@ -133,6 +140,16 @@ if current then
 else
   remove(name)
 end
+-- 16 most records, 17 most of one worker, 18 most bytes of all.
+local more = #ARGV[14] + #ARGV[15] - payload_bytes(name)
+if not current and redis.call('ZCARD', P .. 'due') >= tonumber(ARGV[16]) then return {'full', 'records'} end
+if not current and redis.call('SCARD', P .. 'of:' .. worker) >= tonumber(ARGV[17]) then
+  return {'full', 'records_per_worker'}
+end
+if more > 0 and (tonumber(redis.call('GET', P .. 'bytes')) or 0) + more > tonumber(ARGV[18]) then
+  return {'full', 'stored_bytes'}
+end
+redis.call('INCRBY', P .. 'bytes', more)
 if status == '0' then status = (not current or current == STALE) and '1' or current end
 -- Never below the time in ms: epochs grow even if Redis lost its last seconds, or everything.
 local next_epoch = math.max((tonumber(redis.call('GET', P .. 'epoch')) or 0) + 1, unix)
@@ -288,15 +305,6 @@ for _, name in ipairs(due) do
 end
 keep_clock(true)
 return {stale, gone, #due}
-"""
-)
-
-EXTEND = (
-    _PRELUDE
-    + """
-redis.call('HINCRBY', CLOCK, 'x', ARGV[7])
-keep_clock(true)
-return {}
 """
 )
 

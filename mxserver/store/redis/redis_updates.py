@@ -21,6 +21,9 @@ Run: TypeAlias = Callable[[Sequence[Update]], Sequence[Any]]
 MOST_TOGETHER = 32  # half of the threads that answer calls; when this many wait, the script runs at once
 
 
+ANSWER_SECONDS = 20.0  # more than Redis' own time-outs together; below the 30 s that clients wait
+
+
 class Updates:
     """Passes updates to `run`, several at a time. Thread-safe."""
 
@@ -50,7 +53,11 @@ class Updates:
             self._waiting.put((update, answer))
         if self._waiting.qsize() >= MOST_TOGETHER:
             self._enough.set()
-        return answer.result()
+        try:
+            return answer.result(timeout=ANSWER_SECONDS)
+        except TimeoutError:
+            kept = "nothing of it is kept" if answer.cancel() else "whether it is kept will show: ask again"
+            raise StoreUnavailable(f"Redis did not answer within {ANSWER_SECONDS:g} s; {kept}") from None
 
     def close(self) -> None:
         """Finishes what waits. Idempotent."""
@@ -67,14 +74,24 @@ class Updates:
             if not self._closed:
                 self._enough.wait(self._linger_seconds)
                 self._enough.clear()
-            self._keep(take_waiting(self._waiting, first, MOST_TOGETHER))
+            batch = take_waiting(self._waiting, first, MOST_TOGETHER)
+            self._keep([each for each in batch if each[1].set_running_or_notify_cancel()])
 
     def _keep(self, batch: list[tuple[Update, Future[Any]]]) -> None:
+        """Never raises: the thread goes on, and those who asked are told."""
+        if not batch:
+            return
         try:
             answers = self._run([update for update, _ in batch])
-        except BaseException as error:  # noqa: BLE001 - raised in the threads of those who asked
+            if len(answers) != len(batch):
+                raise StoreUnavailable(f"Redis gave {len(answers)} answers to {len(batch)} updates")
+        except StoreUnavailable as error:
             for _, answer in batch:
-                answer.set_exception(type(error)(*error.args))
+                answer.set_exception(StoreUnavailable(*error.args))  # each its own: they are raised in many threads
+            return
+        except BaseException as error:  # noqa: BLE001 - nobody expected it
+            for _, answer in batch:
+                answer.set_exception(StoreUnavailable(f"the update failed: {error!r}"))
             return
         for (_, answer), outcome in zip(batch, answers, strict=True):
             answer.set_result(outcome)

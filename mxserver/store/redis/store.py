@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import never_given, not_owner, stale_epoch, unknown
@@ -27,7 +28,8 @@ from mxserver.store.interface import Leases, Publication, Query, RecordKey, Sour
 from mxserver.store.redis import redis_scripts as scripts
 from mxserver.store.redis.redis_link import RedisLink
 from mxserver.store.redis.redis_updates import Update, Updates
-from mxserver.wire.proto import p2p_pb2
+from mxserver.store.stored_amount import full
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class _Payload:
 
     @classmethod
     def parse(cls, identity: bytes, worker: bytes) -> _Payload:
-        metadata = p2p_pb2.WorkerMetadata.FromString(worker)
+        metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
         return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology))
 
@@ -115,6 +117,7 @@ class RedisStore(SourceStore):
         *,
         prefix: str = PREFIX,
         linger_seconds: float = LINGER_SECONDS,
+        limits: ServerLimits = DEFAULT,
     ) -> None:
         """`clock` is for tests; without it Redis' own time counts. Updates wait `linger_seconds` for others.
 
@@ -122,6 +125,7 @@ class RedisStore(SourceStore):
         """
         self._link = RedisLink(url)
         self._clock = clock
+        self._limits = limits
         self._replica = secrets.token_hex(8)
         self._payloads = _Payloads(KNOWN_PAYLOAD_BYTES)
         self._closed = False
@@ -155,6 +159,7 @@ class RedisStore(SourceStore):
             publication.owner,
             publication.identity,
             publication.worker,
+            *(str(most) for most in (self._limits.records, self._limits.records_per_worker, self._limits.stored_bytes)),
         )
         self._require_ok(outcome, details, key, publication.epoch, publication.owner)
         row = _Row(*details[0])
@@ -177,7 +182,7 @@ class RedisStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
-        return max(records, key=_age_order, default=None)
+        return min(records, key=lambda record: record.key.worker_rank, default=None)
 
     def find(self, query: Query) -> list[SourceRecord]:
         if query.source_id == "" or query.model_name == "":
@@ -202,9 +207,6 @@ class RedisStore(SourceStore):
             gone += more_gone
             if looked_at < RECORDS_PER_SCRIPT:
                 return stale, gone
-
-    def extend_leases(self, seconds: float) -> None:
-        self._run(scripts.EXTEND, _ms(seconds))
 
     def check(self) -> None:
         self._run(scripts.CHECK)
@@ -249,6 +251,8 @@ class RedisStore(SourceStore):
             raise never_given(key, epoch, int(details[0]))
         if outcome == b"owner":
             raise not_owner(key, owner)
+        if outcome == b"full":
+            raise full(self._limits, details[0].decode())
 
     def _records(self, rows: Iterable[Sequence[bytes]]) -> list[SourceRecord]:
         """Adds the published payloads. Those that this replica has not cached are fetched."""

@@ -13,7 +13,14 @@ from mxserver.wire.credentials.credentials import (
     is_loopback,
     worker_tls,
 )
-from mxserver.wire.credentials.tls_files import FollowedFiles, ServerTls, read_ca, read_pair, server_context
+from mxserver.wire.credentials.tls_files import (
+    FollowedFiles,
+    ServerTls,
+    certificate_not_after,
+    read_ca,
+    read_pair,
+    server_context,
+)
 
 __all__ = [
     "CA_FILE",
@@ -25,6 +32,7 @@ __all__ = [
     "ClientCredentials",
     "FollowedFiles",
     "ServerTls",
+    "certificate_not_after",
     "is_loopback",
     "read_ca",
     "read_pair",

@@ -62,6 +62,16 @@ def read_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
     return read_file(key, "the key"), read_file(cert, "the certificate")
 
 
+def certificate_not_after(path: Path) -> float | None:
+    """Unix time at which the first certificate of a PEM file expires; None where it cannot be read."""
+    try:
+        # Python offers the fields of peers' certificates alone, and of a file's only this (tests/security/test_tls.py).
+        fields = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]
+        return float(ssl.cert_time_to_seconds(fields["notAfter"]))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def _no_password() -> str:
     raise ValueError("the key is encrypted")
 

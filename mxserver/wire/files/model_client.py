@@ -307,7 +307,7 @@ class ModelClient(Closing):
             model_name=name, provider=provider_of(name), revision=revision, force=force
         )
         response = self._call("DeleteModel", lambda: self._models.DeleteModel(request, timeout=self._timeout_seconds))
-        if not response.success:
+        if response.not_cached or not response.success:
             kind = ModelNotFound if response.not_cached else ServerRefused
             raise kind(f"DeleteModel at {self.address} was refused: {response.message}")
         return response.message

@@ -17,4 +17,5 @@ __all__ = [
     "mx_pb2_grpc",
     "p2p_pb2",
     "p2p_pb2_grpc",
+    "record_pb2",
 ]

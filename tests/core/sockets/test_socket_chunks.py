@@ -60,9 +60,9 @@ class Memory:
         part = slice(self.starts[chunk], self.starts[chunk + 1])
         return q(*self.places[part]), q(*self.lengths[part])
 
-    def sender(self, have: bytes | None = None) -> ChunkSender:
+    def sender(self, allowed: Sequence[int] | None = None) -> ChunkSender:
         sender = ChunkSender(q(*self.places), q(*self.lengths), q(*self.starts))
-        sender.set_have(have if have is not None else b"\xff" * ((len(self.starts) + 6) // 8))
+        sender.allow(range(len(self.starts) - 1) if allowed is None else allowed)
         return sender
 
 
@@ -152,16 +152,18 @@ def test_any_cut_into_chunks(chunks: list[list[int]], gap: int, chance: Random) 
     assert served.end() == 0
 
 
-def test_only_what_is_here_is_sent(serve: Callable[[ChunkSender], Serving]) -> None:
+def test_a_chunk_is_sent_once_for_each_time_it_is_allowed(serve: Callable[[ChunkSender], Serving]) -> None:
     source, target = Memory([[100], [200]], 0, 1), Memory([[100], [200]], 0, None)
-    sender = source.sender(have=b"\x01")
+    sender = source.sender(allowed=[0])
     reads = SocketReads([serve(sender).socket], hashed=True)
     reads.ask(0, *target.of(0))
     assert all_of(reads, 1)[0][0] == 0
-    sender.set_have(b"\x03")  # it has arrived meanwhile
-    reads.ask(1, *target.of(1))
-    assert all_of(reads, 1)[1][0] == 0
-    sender.set_have(b"\x01")
+    sender.allow([0, 1])
+    for chunk in range(2):
+        reads.ask(chunk, *target.of(chunk))
+    assert {error for error, _ in all_of(reads, 2).values()} == {0}
+    sender.allow([0])
+    sender.forbid_all()
     reads.ask(1, *target.of(1))
     reads.ask(0, *target.of(0))  # after an error the connection is of no use, and says so
     assert {chunk: error for chunk, (error, _) in all_of(reads, 2).items()} == {1: errno.ENODATA, 0: errno.ENODATA}
@@ -172,7 +174,7 @@ def test_only_what_is_here_is_sent(serve: Callable[[ChunkSender], Serving]) -> N
 
 @pytest.mark.parametrize("request_bytes", [b"\xff\xff\xff\xff", b"\x02\x00\x00\x00", b"\x00\x00\x00\x01"])
 def test_a_number_beyond_the_chunks_is_not_here(serve: Callable[[ChunkSender], Serving], request_bytes: bytes) -> None:
-    peer = serve(Memory([[10], [10]], 0, 1).sender(have=b"\xff")).socket
+    peer = serve(Memory([[10], [10]], 0, 1).sender()).socket
     peer.sendall(request_bytes)
     assert peer.recv(100) == request_bytes + struct.pack("<I", 1)
 
@@ -287,8 +289,8 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="end with the number of segments, 1"):
         ChunkSender(q(1), q(1), q(0, 2))
     sender = Memory([[1]] * 9, 0, 1).sender()
-    with pytest.raises(ValueError, match="1 bytes for 9 chunks"):
-        sender.set_have(b"\xff")
+    with pytest.raises(ValueError, match="chunk 9 of 9"):
+        sender.allow([8, 9])
     here, there = connected()
     reads = SocketReads([here], hashed=True)
     with pytest.raises(ValueError, match="without bytes"):

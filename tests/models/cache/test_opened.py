@@ -16,13 +16,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import mxserver.models.opened
-from mxserver.default_paths import default_cache_directory
 from mxserver.models import CacheSettings, ModelName, OpenCache, model_name
 from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import Downloads
 from mxserver.models.errors import CacheUnusable, DownloadInterrupted, LeaseLost, ModelInUse, ModelNotCached
 from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel, is_disk_full
 from mxserver.models.transfer import RetryPolicy
+from mxserver.setting_values import default_cache_directory
 from mxserver.wire import ServerRefused
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2

@@ -14,7 +14,7 @@ from mxserver.models.cache import Limits
 from mxserver.models.cache.eviction import Candidate, Room, evictable_bytes, eviction_order
 from mxserver.models.digests import git_blob_sha1
 from mxserver.models.message import FileTooShort, chunk_message
-from mxserver.settings import parse_bytes
+from mxserver.setting_values import parse_bytes
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import digest_of
 

@@ -212,7 +212,7 @@ def test_drain_is_bounded(start_server: Start) -> None:
         assert server.wait() == 0
 
 
-def half_of_a_call() -> bytes:
+def half_of_a_call(method: str = "/model_express.p2p.P2pService/PublishMetadata") -> bytes:
     """HTTP/2 by hand (RFC 9113, 7541): preface, empty SETTINGS, and the headers of a call whose body never comes."""
 
     def literal(name: bytes, value: bytes) -> bytes:
@@ -223,7 +223,7 @@ def half_of_a_call() -> bytes:
         for name, value in [
             (b":method", b"POST"),
             (b":scheme", b"http"),
-            (b":path", b"/model_express.p2p.P2pService/PublishMetadata"),
+            (b":path", method.encode()),
             (b":authority", b"localhost"),
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
@@ -262,7 +262,7 @@ def test_client_finds_the_server_again_after_a_restart(start_server: Start) -> N
         server.wait()
         with pytest.raises(ServerUnreachable):
             client.health()
-        start_server("--port", str(server.port))
+        start_server("--port", str(server.port), "--metrics-port", "0", "--files-port", "0")
         _until(lambda: _answers(client))
         assert [reference.worker_id for reference in client.list_sources()] == ["w"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from mxserver import logs
 from mxserver.cli import main
-from mxserver.default_paths import default_store_path
+from mxserver.setting_values import default_store_path
 from mxserver.settings import CONFIG_FILE, FLAGS, OTHER_NAMES, ServerSettings, load_settings
 from mxserver.wire import BY_NAME, VARIABLES, SettingError
 

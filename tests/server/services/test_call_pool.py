@@ -13,7 +13,8 @@ import pytest
 from mxserver.calls.arriving import ArrivingCall
 from mxserver.calls.call_pool import _Turns
 from mxserver.calls.nested import has_more_messages
-from mxserver.calls.pools import MOST_PARTS, MOST_REQUEST_BYTES, POOLS
+from mxserver.calls.pools import POOLS
+from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -63,7 +64,7 @@ def test_a_call_without_a_request_is_told_so(server: Server, client: ServerClien
 @pytest.mark.parametrize(
     ("method", "body", "status"),
     [
-        (f"{P2P}UpdateStatus", bytes(MOST_REQUEST_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (f"{P2P}UpdateStatus", bytes(DEFAULT.request_bytes + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (f"{P2P}ListSources", b"\xff", grpc.StatusCode.INTERNAL),
         ("/model_express.model.ModelService/EnsureModelDownloaded", b"\xff", grpc.StatusCode.INTERNAL),
     ],
@@ -90,11 +91,12 @@ def test_turns_go_by_host_and_then_by_connection() -> None:
 
 
 def test_parts_are_counted_before_they_take_memory(client: ServerClient, server: Server) -> None:
-    """The finding C5: 12 MiB of empty tensors took 520 MiB. As many as the largest known publishes have come in."""
-    worker = b"\x1a\x00" * (MOST_PARTS + 1)
+    """Of what the server reads; tensors it does not (tests/security/test_admission.py)."""
+    identity = b"\x52\x00" * (DEFAULT.request_parts + 1)
     with grpc.insecure_channel(client.address) as channel, pytest.raises(grpc.RpcError) as refused:
-        channel.unary_unary(f"{P2P}PublishMetadata")(b"\x12" + _varint(len(worker)) + worker, timeout=60)
+        channel.unary_unary(f"{P2P}PublishMetadata")(b"\x0a" + _varint(len(identity)) + identity, timeout=60)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "request_parts=200000, which MX_SERVER_LIMITS of the server raises" in refused.value.details()
     tensors = [p2p_pb2.TensorDescriptor(name=f"model.layers.{n}.weight", addr=n, size=1 << 20) for n in range(60_000)]
     client.publish(p2p_pb2.SourceIdentity(model_name="m"), p2p_pb2.WorkerMetadata(tensors=tensors), "w")
 

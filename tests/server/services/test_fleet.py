@@ -48,6 +48,14 @@ def test_one_reads_and_the_others_wait(turns: StorageElections) -> None:
     assert take(turns, "a", first.epoch).epoch == first.epoch
 
 
+def test_an_earlier_life_of_the_reader_extends_nothing(turns: StorageElections, clock: TurnedClock) -> None:
+    first = take(turns, "a")
+    clock.seconds += LEASE_SECONDS + 0.1
+    second = take(turns, "a")
+    assert take(turns, "a", first.epoch).turn == mx_pb2.STORAGE_TURN_WAIT
+    assert take(turns, "a", second.epoch).epoch == second.epoch
+
+
 def test_a_reader_that_dies_is_followed_within_seconds(turns: StorageElections, clock: TurnedClock) -> None:
     first = take(turns, "a")
     clock.seconds += LEASE_SECONDS / 2

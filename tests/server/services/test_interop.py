@@ -76,6 +76,21 @@ assert list(response.worker.tensors) == tensors and list(response.worker.tensor_
 assert response.worker.nixl_metadata == b"agent" and response.worker.updated_at > 1_600_000_000_000
 assert client.update_status(source, "w", 2, READY, source_load=0.5)
 assert client.list_sources(identity, READY).instances[0].source_load == 0.5
+
+# As large as they come: 60,000 tensors, written twice, and a blob of 20 MiB.
+many = [
+    p2p_pb2.TensorDescriptor(
+        name=f"model.layers.{n % 61}.mlp.experts.{n // 61}.gate_up_proj.weight", addr=n, size=2**21, dtype="torch.int8"
+    )
+    for n in range(60_000)
+]
+large = p2p_pb2.WorkerMetadata(worker_rank=2, nixl_metadata=bytes(20 * 2**20), tensors=many)
+large.tensor_source.tensors.extend(many)
+assert client.publish_metadata(identity, large, "large") == source
+response = client.get_metadata(source, "large")
+assert response.found
+response.worker.status, response.worker.updated_at = 0, 0
+assert response.worker == large
 client.close()
 """
 

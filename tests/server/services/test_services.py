@@ -14,10 +14,11 @@ from grpc_health.v1 import health_pb2 as standard_pb2
 from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
+from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.store import SqliteStore
 from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options, source_id
+from mxserver.wire.calls import ServerClient, channel_options, source_id
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 from tests.server.stores import INITIALIZING, READY, STALE
 
@@ -223,9 +224,15 @@ def test_filters_that_say_nothing_are_none(p2p: p2p_pb2_grpc.P2pServiceStub) -> 
     assert not reference.HasField("source_load")
 
 
-def test_no_source_is_known_to_have_reached_a_training_step(p2p: p2p_pb2_grpc.P2pServiceStub) -> None:
+def test_question_for_a_training_step_is_refused_and_a_status_that_is_none_is_no_filter(
+    p2p: p2p_pb2_grpc.P2pServiceStub,
+) -> None:
     p2p.PublishMetadata(p2p_pb2.PublishMetadataRequest(identity=IDENTITY, worker=WORKER, worker_id="w"))
-    assert not p2p.ListSources(p2p_pb2.ListSourcesRequest(min_training_step=1)).instances
+    with pytest.raises(grpc.RpcError) as refused:
+        p2p.ListSources(p2p_pb2.ListSourcesRequest(min_training_step=1))
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    unknown = p2p_pb2.ListSourcesRequest(status_filter=77)  # type: ignore[arg-type]
+    assert len(p2p.ListSources(unknown).instances) == 1
 
 
 @pytest.mark.parametrize("load", [float("nan"), float("inf"), float("-inf")])
@@ -247,9 +254,9 @@ def test_messages_of_100_mib_pass(client: ServerClient) -> None:
     assert response.worker.nixl_metadata == metadata
 
 
-def test_messages_over_100_mib_are_refused(client: ServerClient) -> None:
+def test_messages_over_the_limit_are_refused(client: ServerClient) -> None:
     with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
-        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(MAX_MESSAGE_BYTES)), "big")
+        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(DEFAULT.publish_bytes)), "big")
 
 
 def test_ping(channel: grpc.Channel) -> None:
@@ -376,5 +383,5 @@ def test_what_is_in_every_listing_is_bounded(
     response = p2p.PublishMetadata(request, timeout=30)
     assert not response.success
     assert named in response.message
-    assert "at most" in response.message
+    assert "MX_SERVER_LIMITS" in response.message
     assert not p2p.ListSources(p2p_pb2.ListSourcesRequest(), timeout=30).instances

@@ -155,7 +155,6 @@ def test_outage_is_unavailable_with_the_reason_and_ends_by_itself(
         lambda: store.update_status(key(), READY),
         lambda: store.get(*key()[:2]),
         lambda: store.find(Query()),
-        lambda: store.extend_leases(1),
         store.sweep,
         store.check,
     ]

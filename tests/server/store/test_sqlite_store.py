@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.store import Query, SqliteStore, StoreUnavailable
+from mxserver.store import Query, SqliteStore, StoreEnded, StoreUnavailable
 from mxserver.store.batch import Batch
 from mxserver.store.errors import StoreTooNew, StoreUnusable
 from mxserver.store.sqlite_file import SCHEMA_VERSION
@@ -379,3 +380,91 @@ def test_what_waited_too_long_is_not_kept(store: SqliteStore, monkeypatch: pytes
     store.publish(publication(key(worker="early")))
     assert [record.key.worker_id for record in store.find(Query())] == ["early"]
     store.check()
+
+
+def test_an_error_that_nobody_expected_ends_the_writer_and_fails_those_who_wait(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File and memory may differ then, so that only a restart helps."""
+    store.publish(publication())
+    held, go_on = threading.Event(), threading.Event()
+
+    def fail(_: object) -> None:
+        held.set()
+        assert go_on.wait(60)
+        raise RuntimeError("broken")
+
+    failures: list[Exception] = []
+
+    def publish(number: int) -> None:
+        try:
+            store.publish(publication(key(worker=f"w{number}")))
+        except StoreUnavailable as error:
+            failures.append(error)
+
+    monkeypatch.setattr(store._index, "apply", fail)
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(5)]
+    threads[0].start()
+    assert held.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    while store._changes.qsize() < 4:
+        threads[0].join(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(failures) == 5
+    store._writer.join(60)
+    for call in (store.check, store.sweep, lambda: store.publish(publication())):
+        with pytest.raises(StoreEnded):
+            call()
+
+
+def test_a_check_passes_through_the_queue_and_does_not_write(store: SqliteStore, path: Path) -> None:
+    store.publish(publication())
+    before = store._file._connection.total_changes
+    store.check()
+    assert store._check is not None
+    assert store._check.done()
+    assert store._file._connection.total_changes == before
+
+
+def test_a_slow_disk_is_no_failure(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it was silent for as long as callers wait (`test_what_waited_too_long_is_not_kept`)."""
+    monkeypatch.setattr("mxserver.store.sqlite.CHECK_SECONDS", 0.05)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(60)
+
+    holder = threading.Thread(target=store._change, args=(hold,))
+    holder.start()
+    assert held.wait(60)
+    store.check()
+    store.check()
+    go_on.set()
+    holder.join()
+
+
+def test_epochs_hold_after_a_lost_file_and_a_clock_set_back(tmp_path: Path) -> None:
+    """The life before has an epoch above all of the new file's; a live worker of another record keeps its own."""
+    clock = HandClock()
+    with contextlib.closing(SqliteStore(tmp_path / "lost.sqlite3", LEASES, clock)) as store:
+        old = store.publish(publication(key("dead"))).epoch
+        going_on = store.publish(publication(key("alive"))).epoch
+    clock.unix_start_ms -= 3_600_000
+    with contextlib.closing(SqliteStore(tmp_path / "new.sqlite3", LEASES, clock)) as store:
+        new = store.publish(publication(key("dead"), status=READY)).epoch
+        assert new < old
+        for refused in (
+            lambda: store.update_status(key("dead"), STALE, epoch=old),
+            lambda: store.update_status(key("dead"), READY, epoch=old),
+            lambda: store.publish(publication(key("dead"), epoch=old)),
+        ):
+            with pytest.raises(StaleEpoch, match="was never given"):
+                refused()
+        taken = store.publish(publication(key("alive"), epoch=going_on))
+        assert (taken.life, taken.epoch > going_on) == (going_on, True)
+        store.update_status(key("alive"), READY, epoch=going_on)
+        assert store.publish(publication(key("dead"))).epoch > taken.epoch

@@ -178,19 +178,16 @@ def test_name_of_a_record_that_is_gone_is_free(store: SourceStore, clock: HandCl
     assert store.publish(publication(owner="b")).owner == "b"
 
 
-def test_ranks_of_a_worker_have_records_of_their_own(store: SourceStore, clock: HandClock) -> None:
-    store.publish(publication(key(rank=0)))
-    clock.advance(1)
-    store.publish(publication(key(rank=1)))
-    assert {record.key.worker_rank for record in store.find(Query())} == {0, 1}
-    newest = store.get(*key()[:2])
-    assert newest is not None
-    assert newest.key.worker_rank == 1
-    clock.advance(1)
-    store.update_status(key(rank=0), INITIALIZING)
-    newest = store.get(*key()[:2])
-    assert newest is not None
-    assert newest.key.worker_rank == 0
+def test_ranks_of_a_worker_have_records_of_their_own_and_the_lowest_is_the_workers(
+    store: SourceStore, clock: HandClock
+) -> None:
+    for rank in (1, 10, 2):
+        store.publish(publication(key(rank=rank)))
+        clock.advance(1)
+    assert {record.key.worker_rank for record in store.find(Query())} == {1, 2, 10}
+    lowest = store.get(*key()[:2])
+    assert lowest is not None
+    assert lowest.key.worker_rank == 1
 
 
 @pytest.mark.parametrize("name", ["wörker-日本", "a\x00b", "'; DROP TABLE source; --", "w" * 10_000])
@@ -310,15 +307,6 @@ def test_goodbye_is_stale_at_once_and_repeating_it_does_not_prolong_it(store: So
     store.update_status(key(), STALE)
     clock.advance(1)
     assert status_of(store) is None
-
-
-def test_leases_are_extended(store: SourceStore, clock: HandClock) -> None:
-    store.publish(publication(status=READY))
-    clock.advance(HEARTBEAT_SECONDS + 100)
-    store.extend_leases(101)
-    assert status_of(store) == READY
-    clock.advance(1)
-    assert status_of(store) == STALE
 
 
 @pytest.mark.parametrize("swept", [False, True])
@@ -456,7 +444,6 @@ def test_closed_store_is_unavailable_and_not_empty(store: SourceStore) -> None:
         lambda: store.get(*key()[:2]),
         lambda: store.publish(publication()),
         lambda: store.update_status(key(), READY),
-        lambda: store.extend_leases(1),
         store.sweep,
         store.check,
     ):

@@ -71,7 +71,9 @@ class StoreMachine(RuleBasedStateMachine):
         return expected.at(self.clock.seconds) if expected else None
 
     def is_refused(self, record_key: RecordKey, epoch: int) -> bool:
-        return self.status(record_key) is not None and 0 < epoch < self.model[record_key].life
+        if self.status(record_key) is None or not epoch:
+            return False
+        return not self.model[record_key].life <= epoch <= self.model[record_key].epoch
 
     @rule(target=epochs, record_key=st.sampled_from(KEYS), status=st.sampled_from([0, INITIALIZING, READY, STALE]))
     def publish(self, record_key: RecordKey, status: int) -> int:
@@ -142,19 +144,6 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         self.store.sweep()
-
-    @rule(seconds=st.sampled_from([1.0, 200.0]))
-    def was_stopped(self, seconds: float) -> None:
-        """As the ticker does it: sweeps have come before, so that only who is alive gets more time."""
-        self.store.sweep()
-        self.clock.advance(seconds)
-        self.store.extend_leases(seconds)
-        for record_key, expected in self.model.items():
-            swept = expected.at(self.clock.seconds - seconds) == STALE
-            if swept and expected.stale_since is None:
-                expected.stale_since = expected.alive_until
-            if self.model[record_key].stale_since is None:
-                expected.alive_until += seconds
 
     @rule()
     def restart(self) -> None:

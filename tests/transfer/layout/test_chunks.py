@@ -109,3 +109,16 @@ def test_regions_cover_all_extents_and_only_their_pages(steps: list[tuple[int, i
         assert set(range(region.start // PAGE_BYTES, (region.stop - 1) // PAGE_BYTES + 1)) <= pages
     for before, after in pairwise(regions):
         assert after.start // PAGE_BYTES - (before.stop - 1) // PAGE_BYTES > 1
+
+
+def test_extents_and_the_chunks_that_cover_them() -> None:
+    """Extents of 30, 150, 20 and 100 bytes, cut each 100."""
+    sizes = (30, 150, 20, 100)
+    layout, placement = Layout("raw", (), sizes), Placement((1000, 2000, 3000, 4000), (0,) * 4, "cpu")
+    chunks = Chunks(layout, 100)
+    assert [chunks.covering({extent}) for extent in range(4)] == [0b001, 0b011, 0b010, 0b100]
+    assert chunks.covering({0, 3}) == 0b101
+    assert chunks.extents_of(0b010) == {1, 2}
+    assert chunks.extents_of(0) == set()
+    part, where = chunks.touched(layout, placement, 0b110)
+    assert (part.extent_bytes, where.addresses) == ((150, 20, 100), (2000, 3000, 4000))

@@ -99,11 +99,45 @@ def test_whoever_holds_up_the_end_is_named() -> None:
     assert plan.stragglers(0.2) == []
     assert plan.stragglers(5.0) == ["slow"]
     plan.give_back("slow", 1)
-    assert plan.stragglers(5.0) == []  # there is something to do for others
+    assert plan.stragglers(3.0) == []  # there is something to do for others
     plan.claim("fast", [1], 5.0)
     plan.add_holder("fast", chunk_set([0, 1]))
     plan.done("fast", 1, 5.1)
     assert plan.stragglers(9.0) == []  # nobody else has chunk 2
+
+
+def test_who_is_far_slower_than_the_others_is_named_at_any_time() -> None:
+    """Below an eighth of the median of the others, and while others have what it is asked for."""
+    plan = SwarmPlan(100, 16 << 20)
+    for name in ("a", "b", "c", "slow"):
+        plan.add_holder(name, all_chunks(100))
+    plan.claim("slow", [0, 1], 0.0)
+    for number, name in enumerate(("a", "b", "c"), 2):
+        plan.claim(name, [number], 0.0)
+    assert plan.stragglers(40.0) == []  # nobody's rate is known
+    for number, name in enumerate(("a", "b", "c"), 2):
+        plan.done(name, number, 1.0)  # 16.8 MB/s: an eighth is 2.1 MB/s
+    assert plan.missing
+    assert plan.stragglers(15.0) == []  # 32 MiB in 16 s are enough
+    assert plan.stragglers(17.0) == ["slow"]
+    for name in ("a", "b", "c"):
+        plan.add_holder(name, all_chunks(100) & ~chunk_set([1]))
+    assert plan.stragglers(1000.0) == []  # it alone has chunk 1
+    for name in ("a", "b", "c"):
+        plan.add_holder(name, all_chunks(100))
+    assert plan.drop_holder("slow") == chunk_set([0, 1])
+    assert plan.missing & chunk_set([0, 1]) == chunk_set([0, 1])  # for the others
+
+
+def test_less_than_a_megabyte_a_second_is_slow_whatever_others_give() -> None:
+    plan = SwarmPlan(8, 1 << 20)
+    for name in ("other", "slow"):
+        plan.add_holder(name, all_chunks(8))
+    plan.claim("slow", [0, 1, 2, 3, 4], 0.0)
+    plan.claim("other", [5], 0.0)
+    plan.done("other", 5, 10.0)  # 0.1 MB/s
+    assert plan.stragglers(5.0) == []
+    assert plan.stragglers(5.5) == ["slow"]
 
 
 def test_a_leaving_holder_is_needed_or_not() -> None:
@@ -168,3 +202,19 @@ def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance:
             elif chance.random() < 0.3:
                 plan.give_back(name, chunk)
     assert sorted(done) == list(range(count))
+
+
+def test_a_plan_of_some_chunks_ends_with_these() -> None:
+    plan = SwarmPlan(8, 100, only=chunk_set([2, 5]))
+    plan.add_holder("a", chunk_set([2, 3]))
+    plan.add_holder("b", all_chunks(8))
+    assert plan.wanted("a").chunks == chunk_set([2])
+    assert plan.claim("a", [2, 3], 0.0) == ([2], [3])  # what is not wanted is declined
+    plan.done("a", 2, 1.0)
+    assert not plan.finished
+    assert plan.can_do_without("a")
+    assert not plan.can_do_without("b")
+    assert plan.claim("b", [5], 1.0) == ([5], [])
+    plan.done("b", 5, 2.0)
+    assert plan.finished
+    assert SwarmPlan(8, 100, only=0).finished

@@ -16,12 +16,12 @@ import pytest
 from bench.free_ports import free_port
 from mxcore.errors import LeaseEnded, NoChunkPort, PeerLost, TransferStalled
 from mxcore.nixl.agent import live_agents
-from mxcore.transfer.layout import build_layout
+from mxcore.transfer.layout import ChunkRequest, all_chunks, build_layout
 from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Source, SourceClient, TcpMover, show_token
 from mxcore.transfer.move import tcp as socket_pull
 from mxcore.transfer.move.tcp import connections_of
 from mxcore.transfer.serve import ChunkListener, Holder, chunk_listener
-from mxcore.transfer.serve.holder import MOST_CONNECTIONS
+from mxcore.transfer.serve.holder import MOST_CONNECTIONS, Lease
 from mxserver.wire.proto import mx_pb2
 from tests.transfer.conftest import StartWorker, wait_for
 from tests.transfer.memory import HostTensors, model_specs
@@ -69,13 +69,20 @@ def exactly(connection: socket.socket, count: int) -> bytes:
     return received
 
 
+def allowed(holder: Holder) -> tuple[Lease, bytes]:
+    """A lease that was granted all chunks, and its token."""
+    lease, count = holder.grant(), len(holder.chunks)
+    token = holder.open_sending(lease.lease_id)
+    assert len(holder.ask(lease.lease_id, ChunkRequest(all_chunks(count), 0, count), 0).granted) == count
+    return lease, token
+
+
 def calling(listener: ChunkListener) -> socket.socket:
     return socket.create_connection(("127.0.0.1", listener.port), SECONDS)
 
 
 def test_a_token_opens_it_and_the_end_of_its_lease_closes_it(holder: Holder, listener: ChunkListener) -> None:
-    lease = holder.grant()
-    token = holder.open_sending(lease.lease_id)
+    lease, token = allowed(holder)
     assert holder.open_sending(lease.lease_id) == token  # as often as it is asked for
     with calling(listener) as connection:
         show_token(connection, token, SECONDS)
@@ -155,7 +162,7 @@ def test_a_reader_has_so_many_connections_and_no_more(
 
 
 def test_a_holder_that_closes_waits_for_who_is_sent_to(holder: Holder, listener: ChunkListener) -> None:
-    token = holder.open_sending(holder.grant().lease_id)
+    _, token = allowed(holder)
     with calling(listener) as connection:
         show_token(connection, token, SECONDS)
         connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))  # takes nothing of it
@@ -167,10 +174,10 @@ def test_a_holder_that_closes_waits_for_who_is_sent_to(holder: Holder, listener:
 def test_a_receiver_that_is_lost_in_the_midst_of_a_chunk_loses_its_lease(
     holder: Holder, listener: ChunkListener
 ) -> None:
-    lease = holder.grant()
+    lease, token = allowed(holder)
     connection = calling(listener)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as the kernel does
-    show_token(connection, holder.open_sending(lease.lease_id), SECONDS)
+    show_token(connection, token, SECONDS)
     connection.sendall(struct.pack(f"<{len(holder.chunks)}I", *range(len(holder.chunks))))
     exactly(connection, 8)
     connection.close()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 
 import grpc
 import pytest
 
-from mxcore.transfer.layout import build_layout
-from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession
+from mxcore.errors import HolderBusy, LeaseEnded
+from mxcore.transfer.layout import ChunkRequest, Layout, all_chunks, build_layout
+from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, show_token
 from mxcore.transfer.serve import ChunkListener, Holder
-from mxserver.wire.proto import mx_pb2
+from mxserver.wire.proto import mx_pb2, p2p_pb2
 from tests.transfer.memory import HostTensors, model_specs
-from tests.transfer.serve.test_holder import POLICY, SOURCE_ID, Stubs, holder, status_of, stubs
+from tests.transfer.serve.test_chunk_port import exactly
+from tests.transfer.serve.test_holder import POLICY, SOURCE_ID, Stubs, holder, new_holder, status_of, stubs
 
 __all__ = ["holder", "stubs"]  # fixtures
 
@@ -77,3 +80,89 @@ def test_chunks_are_sent_without_waiting_for_acknowledgements(holder: Holder, mo
         listener.close()
     assert seen != [0]
     assert len(seen) == 1
+
+
+def asked(holder: Holder, lease_id: str, most: int) -> list[int]:
+    return holder.ask(lease_id, ChunkRequest(all_chunks(len(holder.chunks)), 0, most), 0).granted
+
+
+def test_a_lease_that_reads_nothing_makes_room_for_another_reader() -> None:
+    holder = new_holder(most_readers=2)
+    idle, reading = holder.grant("host-1"), holder.grant("host-2")
+    with pytest.raises(HolderBusy):
+        holder.grant("host-3")
+    for lease in (idle, reading):
+        lease.read_at -= 1000  # as if time had passed, with calls that renew them
+        holder.renew(lease.lease_id)
+    assert asked(holder, reading.lease_id, 1)
+    third = holder.grant("host-3")
+    assert (idle.ended, reading.ended, third.ended) == (True, False, False)
+    with pytest.raises(LeaseEnded):
+        holder.renew(idle.lease_id)
+    with pytest.raises(HolderBusy):
+        holder.grant("host-1")
+    holder.close()
+
+
+def test_one_reader_cannot_have_all_places() -> None:
+    holder = new_holder(most_readers=3)
+    leases = [holder.grant("host-1") for _ in range(3)]
+    with pytest.raises(HolderBusy):
+        holder.grant("host-1")
+    assert asked(holder, leases[0].lease_id, 1)
+    holder.grant("host-2")
+    assert [lease.ended for lease in leases].count(True) == 1
+    assert not leases[0].ended
+    with pytest.raises(HolderBusy):
+        holder.grant("host-1")
+    holder.close()
+
+
+def test_a_reader_is_told_apart_by_where_it_calls_from(stubs: Stubs, holder: Holder) -> None:
+    stubs.worker.PrepareTensorRead(p2p_pb2.PrepareTensorReadRequest(mx_source_id=SOURCE_ID))
+    assert [lease.reader for lease in holder._leases.values()] == ["ipv4:127.0.0.1"]
+
+
+def test_a_lease_ends_that_was_granted_everything_twice() -> None:
+    holder = new_holder()
+    lease, count = holder.grant(), len(holder.chunks)
+    for _ in range(2 * count + 17):
+        assert asked(holder, lease.lease_id, 1)
+    with pytest.raises(LeaseEnded, match="was granted each chunk 2 times"):
+        asked(holder, lease.lease_id, 1)
+    patient = holder.grant()
+    for _ in range(3 * count):  # what is declined was not taken
+        granted = asked(holder, patient.lease_id, 1)
+        holder.ask(patient.lease_id, ChunkRequest(0, 0, 0), 0, declined=granted)
+    holder.close()
+
+
+def test_the_rate_limit_binds_who_asks_the_chunk_port_for_more() -> None:
+    """A reader gets what it was granted, once, and nothing that it was not."""
+    holder = new_holder(rate_limit=1.0)
+    listener = ChunkListener(holder, "127.0.0.1", 0)
+    lease = holder.grant()
+    token = holder.open_sending(lease.lease_id)
+    [granted] = asked(holder, lease.lease_id, 8)
+    other = next(chunk for chunk in range(len(holder.chunks)) if chunk != granted)
+    for chunk, status in ((granted, 0), (granted, 1), (other, 1)):
+        with socket.create_connection(("127.0.0.1", listener.port), 60) as connection:
+            show_token(connection, token, 60)
+            connection.sendall(struct.pack("<I", chunk))
+            assert exactly(connection, 8) == struct.pack("<II", chunk, status)
+            if not status:
+                exactly(connection, holder.chunks.bytes_of(chunk))
+    assert lease.sender is not None
+    assert lease.sender.sent_bytes == holder.chunks.bytes_of(granted)
+    listener.close()
+    holder.close()
+
+
+def test_the_layout_is_made_once_whoever_asks(stubs: Stubs, holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Layout] = []
+    real = Layout.to_proto
+    monkeypatch.setattr(Layout, "to_proto", lambda layout: made.append(layout) or real(layout))
+    for number in range(3):
+        request = mx_pb2.GetLayoutRequest(mx_source_id=SOURCE_ID, fingerprint=f"other {number}")
+        assert stubs.transfer.GetLayout(request).layout == real(holder.layout)
+    assert len(made) == 1

@@ -1,0 +1,91 @@
+"""A holder that drips: its chunks go to others while there is more to do, and it is not given up for good."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from mxcore.transfer.layout import plan
+from mxcore.transfer.move import ChunkTls, SourceClient, cut_off, tcp
+from tests.transfer.conftest import StartWorker
+from tests.transfer.test_exchange import SEED, Target
+
+_DRIP_BYTES, _DRIP_SECONDS = 64, 0.02
+
+
+class Drip:
+    """Stands between a receiver and a chunk port, and lets through a few bytes at a time."""
+
+    def __init__(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._far = socket.create_connection(("127.0.0.1", port))
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run)]
+        self._threads[0].start()
+
+    def _run(self) -> None:
+        near, _ = self._listener.accept()
+        self._threads.append(threading.Thread(target=self._forward, args=(near,)))
+        self._threads[-1].start()
+        with suppress(OSError), near:
+            while not self._over.wait(_DRIP_SECONDS) and (data := self._far.recv(_DRIP_BYTES)):
+                near.sendall(data)
+        cut_off(self._far)
+
+    def _forward(self, near: socket.socket) -> None:
+        with suppress(OSError):
+            while data := near.recv(65536):
+                self._far.sendall(data)
+        self._over.set()
+        cut_off(self._far)
+
+    def close(self) -> None:
+        cut_off(self._far)
+        for thread in self._threads:
+            thread.join()
+        self._far.close()
+        self._listener.close()
+
+
+@pytest.fixture
+def drips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, list[Drip]]]]:
+    """The worker that drips is put in here."""
+    slow: list[tuple[str, list[Drip]]] = []
+    real = tcp._connect
+
+    def connect(client: SourceClient, port: int, token: bytes, tls: ChunkTls | None) -> socket.socket:
+        for name, made in slow:
+            if client.source.worker_id == name:
+                made.append(Drip(port))
+                port = made[-1].port
+        return real(client, port, token, tls)
+
+    monkeypatch.setattr(tcp, "_connect", connect)
+    yield slow
+    for _, made in slow:
+        for drip in made:
+            drip.close()
+
+
+def test_a_holder_that_drips_loses_its_chunks_to_another(
+    start_worker: StartWorker, drips: list[tuple[str, list[Drip]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends all the time, so that it never stalls. The other has all but begins after it."""
+    monkeypatch.setattr(plan, "_SLOW_SECONDS", 0.3)
+    dripping, other = (start_worker("tcp", seed=SEED).serve() for _ in range(2))
+    drips.append((dripping.worker_id, []))
+    target = Target("tcp", MX_TCP_CONNECTIONS=1)
+
+    def listed() -> list[object]:
+        return [other] if drips[0][1] else []
+
+    report = target.receive(dripping, find_more=listed)  # type: ignore[arg-type]
+    assert target.is_right()
+    assert report.bytes_from == {other.worker_id: report.bytes}
+    assert report.bytes_again > 0
+    assert any("MX_SOURCE_SLOW" in failure for failure in report.failures)
