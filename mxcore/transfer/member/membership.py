@@ -312,7 +312,7 @@ class Membership:
         if holder is not None and relayed:
             holder.keep(keep_alive)
             if origin is not None:
-                holder.set_origin(origin)
+                holder.origin = origin
             holder.update(all_chunks(len(holder.chunks)))
         else:
             self.withdraw(_FAILED_DRAIN_SECONDS)

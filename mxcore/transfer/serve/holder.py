@@ -206,10 +206,6 @@ class Holder:
         """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
 
-    def set_origin(self, origin: Origin) -> None:
-        """Says who made the digests, once that is known: of what is relayed, at the end."""
-        self.origin = origin
-
     def update(self, have: int) -> None:
         """Sets which chunks are there and verified, while the worker is still receiving."""
         with self._changed:
