@@ -118,7 +118,7 @@ class Victims:
         self._kills_store = victim == "store"
         self._port = free_port()
         self._arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
-        self._arguments += ["--port", str(self._port), "--metrics-port", "0", "--drain", "1"]
+        self._arguments += ["--port", str(self._port), "--metrics-port", "0", "--files-port", "0", "--drain", "1"]
         self._redis: Redis | None = None
         if store == "redis":
             self._redis = Redis(place, 0)

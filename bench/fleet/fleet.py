@@ -188,7 +188,7 @@ class Fleet:
         host = self._network.host if self._network else "127.0.0.1"
         arguments = ["--host", host, "--port", self._port, "--store-path", str(self._folder / "state.sqlite3")]
         with log.open("w") as stderr:
-            command = [sys.executable, "-m", "mxserver", *arguments, "--metrics-port", "0"]
+            command = [sys.executable, "-m", "mxserver", *arguments, "--metrics-port", "0", "--files-port", "0"]
             self.server = subprocess.Popen(command, stderr=stderr, cwd=ROOT)
         deadline = time.monotonic() + 30
         while not (found := re.findall(r"listening on (\S+)", log.read_text())):

@@ -45,7 +45,7 @@ def pair(folder: Path, server: str, name: str, **more: Any) -> Iterator[list[dic
         for process in processes:
             process.kill()
 
-    watchdog = threading.Timer(90, end)
+    watchdog = threading.Timer(300, end)
     watchdog.start()
     try:
         yield [json.loads(process.stdout.readline() or "{}") for process in processes if process.stdout]

@@ -1,13 +1,16 @@
-"""The entry point: light, idempotent, harmless. In processes of their own, as vLLM runs it."""
+"""The entry point: light, idempotent, harmless. In processes of their own, as vLLM runs it.
+
+Those that need vLLM are forked from one that has imported it, which takes 10 s: nothing of the plugin is in it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,58 @@ def test_the_entry_points_are_the_functions() -> None:
     assert project["entry-points"]["vllm.general_plugins"] == named
     found = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
     assert named.items() <= found.items()
+
+
+FORKS = """
+import json, os, sys, traceback
+from vllm.model_executor import model_loader
+assert not [name for name in sys.modules if name.startswith(("vllm_plugin", "mxcore", "modelexpress"))]
+for line in sys.stdin:
+    job = json.loads(line)
+    if not (child := os.fork()):
+        for descriptor, name in enumerate(job["files"], 1):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.environ.update(job["environ"])
+        sys.path[:0], sys.path[len(sys.path):] = job["before"], job["after"]
+        code = 1
+        try:
+            exec(job["program"], {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+RunWithVllm = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def run_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunWithVllm]:
+    """Runs a program where vLLM is imported; `before` and `after` are folders around those that Python looks into."""
+    folder = tmp_path_factory.mktemp("said")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stderr=log, **pipes)
+    with process:
+
+        def run_there(
+            program: str, environ: dict[str, str] | None = None, before: Path | None = None, after: Path | None = None
+        ) -> subprocess.CompletedProcess[str]:
+            number = len(list(folder.iterdir()))
+            files = [folder / f"{number}.{name}" for name in ("out", "err")]
+            job = {"program": program, "files": list(map(str, files)), "environ": environ or {}}
+            job |= {"before": [str(before)] if before else [], "after": [str(after)] if after else []}
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            code = process.stdout.readline()
+            assert code, (folder / "log").read_text()[-3000:]
+            return subprocess.CompletedProcess(program, int(code), *(file.read_text() for file in files))
+
+        yield run_there
 
 
 PROGRAM = """
@@ -111,8 +166,8 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def result() -> subprocess.CompletedProcess[str]:
-    return run(PROGRAM)
+def result(run_with_vllm: RunWithVllm) -> subprocess.CompletedProcess[str]:
+    return run_with_vllm(PROGRAM)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +223,7 @@ def test_a_core_that_cannot_be_loaded_means_storage(
     assert "loading from storage, alone" in result.stdout + result.stderr
 
 
-def test_a_broken_installation_never_ends_vllm() -> None:
+def test_a_broken_installation_never_ends_vllm(run_with_vllm: RunWithVllm) -> None:
     program = """
 import sys
 sys.modules["vllm_plugin.loader"] = None
@@ -176,7 +231,7 @@ import vllm_plugin
 vllm_plugin.register()
 print("vLLM goes on")
 """
-    result = run(program)
+    result = run_with_vllm(program)
     assert result.stdout.splitlines()[-1] == "vLLM goes on"
     assert result.stderr.count("could not be registered") == 1
 
@@ -186,8 +241,7 @@ def test_a_vllm_without_named_formats_says_how_else(result: subprocess.Completed
 
 
 OWNERS = """
-import json, sys
-sys.path.extend(sys.argv[1:])
+import json
 from vllm_plugin import compat
 compat.load_plugins()
 from vllm_plugin import formats
@@ -207,30 +261,33 @@ def nvidias_package() -> Path:
     return installed("modelexpress-0.7.0", "modelexpress==0.7.0", "google-crc32c", dependencies=False)
 
 
-def owners_with(
-    plugins: str, *, before: Path | None = None, after: Path | None = None
-) -> tuple[dict[str, str | None], dict[str, str], str]:
-    """Whose the load formats are after vLLM loaded its plugins, which of them are not ours, and what was logged.
+OwnersWith = Callable[..., tuple[dict[str, str | None], dict[str, str], str]]
 
-    `before` and `after` are folders that Python looks into before and after its own.
-    """
-    environ = {**os.environ, "VLLM_PLUGINS": plugins, "PYTHONPATH": str(before or "")}
-    command = [sys.executable, "-c", OWNERS, *([str(after)] if after else [])]
-    ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    owners, taken = json.loads(ran.stdout.splitlines()[-1])
-    return owners, taken, ran.stdout + ran.stderr
+
+@pytest.fixture
+def owners_with(run_with_vllm: RunWithVllm) -> OwnersWith:
+    """Whose the load formats are after vLLM loaded its plugins, which of them are not ours, and what was logged."""
+
+    def owners(plugins: str, **places: Path) -> tuple[dict[str, str | None], dict[str, str], str]:
+        ran = run_with_vllm(OWNERS, {"VLLM_PLUGINS": plugins}, **places)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        owners, taken = json.loads(ran.stdout.splitlines()[-1])
+        return owners, taken, ran.stdout + ran.stderr
+
+    return owners
 
 
 @pytest.mark.parametrize("plugins", ["modelexpress", "modelexpress_mx", "modelexpress,modelexpress_mx"])
-def test_either_name_in_vllm_plugins_registers_everything(plugins: str) -> None:
+def test_either_name_in_vllm_plugins_registers_everything(plugins: str, owners_with: OwnersWith) -> None:
     owners, taken, log = owners_with(plugins)
     assert owners == dict.fromkeys(owners, OURS)
     assert (taken, "overwritten" in log, "belongs to" in log) == ({}, False, False)
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_beside_nvidias_package_its_plugin_keeps_what_it_takes(nvidias_package: Path, place: str) -> None:
+def test_beside_nvidias_package_its_plugin_keeps_what_it_takes(
+    nvidias_package: Path, place: str, owners_with: OwnersWith
+) -> None:
     """Both have a plugin `modelexpress`, of which vLLM calls one: the last that it finds."""
     owners, taken, log = owners_with("modelexpress,modelexpress_mx", **{place: nvidias_package})
     assert owners == {"mx": NVIDIAS, "mx-source": OURS, "mx-target": OURS, "modelexpress": VLLMS}
@@ -238,7 +295,7 @@ def test_beside_nvidias_package_its_plugin_keeps_what_it_takes(nvidias_package: 
     assert log.count("the load format mx belongs to modelexpress 0.7.0") == 1
 
 
-def test_beside_nvidias_package_vllm_plugins_chooses_ours(nvidias_package: Path) -> None:
+def test_beside_nvidias_package_vllm_plugins_chooses_ours(nvidias_package: Path, owners_with: OwnersWith) -> None:
     owners, taken, log = owners_with("modelexpress_mx", before=nvidias_package)
     assert owners == {"mx": OURS, "mx-source": OURS, "mx-target": OURS, "modelexpress": VLLMS}
     assert (taken, "belongs to" in log) == ({}, False)
@@ -255,7 +312,7 @@ print(torch.cpu._is_amx_tile_supported(), bool(mask.value >> 18 & 1))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86_64's")
-def test_tiles_may_be_used_where_vllm_will_use_them() -> None:
+def test_tiles_may_be_used_where_vllm_will_use_them(run_with_vllm: RunWithVllm) -> None:
     """vLLM's attention takes AMX wherever torch says that the processor has it, and the kernel gives it to who asks."""
-    result = run(AMX)
+    result = run_with_vllm(AMX)
     assert result.stdout.split() in (["True", "True"], ["False", "False"]), result.stderr

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import pytest
 from bench.fleet.fleet import settings_of
 from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.transfer.move import Source
+from mxserver.server import Server
+from mxserver.settings import load_settings
 from tests.transfer.fleet_member import Member, NewMember
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +151,7 @@ class ServerProcess:
     def _start(self, port: str) -> str:
         log = self._folder / "server.log"
         arguments = ["--host", "127.0.0.1", "--port", port, "--store-path", str(self._folder / "state.sqlite3")]
+        arguments += ["--metrics-port", "0", "--files-port", "0"]  # also where the port is the one from before
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mxserver", *arguments], stderr=stderr, cwd=ROOT, env={**os.environ}
@@ -167,15 +171,31 @@ class ServerProcess:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
+def server_process(tmp_path: Path) -> Iterator[ServerProcess]:
     process = ServerProcess(tmp_path)
     yield process
     if process.process.poll() is None:
         process.stop()
 
 
+@dataclass(frozen=True)
+class RunningServer:
+    address: str
+
+
 @pytest.fixture
-def new_member(server: ServerProcess) -> Iterator[NewMember]:
+def server(request: pytest.FixtureRequest) -> Iterator[RunningServer | ServerProcess]:
+    """A server of this process, which starts at once; the process of tests that name `server_process`."""
+    if "server_process" in request.fixturenames:
+        yield request.getfixturevalue("server_process")
+        return
+    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store": "memory", "drain_seconds": "1"}))
+    yield RunningServer(f"127.0.0.1:{running.port}")
+    running.close()
+
+
+@pytest.fixture
+def new_member(server: RunningServer) -> Iterator[NewMember]:
     """Makes workers of this process at `server`; closed after the test."""
     members: list[Member] = []
 

@@ -262,7 +262,7 @@ def test_client_finds_the_server_again_after_a_restart(start_server: Start) -> N
         server.wait()
         with pytest.raises(ServerUnreachable):
             client.health()
-        start_server("--port", str(server.port))
+        start_server("--port", str(server.port), "--metrics-port", "0", "--files-port", "0")
         _until(lambda: _answers(client))
         assert [reference.worker_id for reference in client.list_sources()] == ["w"]
 

@@ -14,7 +14,7 @@ from mxcore.transfer.member import Membership
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
-from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
+from tests.transfer.conftest import RunningServer, ServerProcess, StartWorker, wait_for
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7
@@ -22,7 +22,7 @@ NewMember = Callable[..., Membership]
 
 
 @pytest.fixture
-def new_member(server: ServerProcess) -> Iterator[NewMember]:
+def new_member(server: RunningServer) -> Iterator[NewMember]:
     members: list[Membership] = []
 
     def make(checkpoint: str = "c0ffee", rank: int = 0, **changes: Any) -> Membership:
@@ -38,7 +38,7 @@ def new_member(server: ServerProcess) -> Iterator[NewMember]:
 
 
 @pytest.fixture
-def client(server: ServerProcess) -> Iterator[ServerClient]:
+def client(server: RunningServer) -> Iterator[ServerClient]:
     with ServerClient(server.address, timeout_seconds=60) as value:
         yield value
 
@@ -175,22 +175,22 @@ def test_heartbeats_keep_a_worker_known(new_member: NewMember, client: ServerCli
 
 @pytest.mark.parametrize("lose_state", [False, True])
 def test_a_worker_survives_the_server(
-    new_member: NewMember, client: ServerClient, server: ServerProcess, lose_state: bool
+    new_member: NewMember, client: ServerClient, server_process: ServerProcess, lose_state: bool
 ) -> None:
     member = new_member()
     serve(member)
-    server.stop()
+    server_process.stop()
     member.join()
-    server.restart(lose_state=lose_state)
+    server_process.restart(lose_state=lose_state)
     wait_for(lambda: status_of(client, member) == p2p_pb2.SOURCE_STATUS_READY)
     record = record_of(client, member)
     assert record is not None
     assert record.worker.worker_grpc_endpoint == member.endpoint
 
 
-def test_an_unreachable_server_costs_a_warning(server: ServerProcess, caplog: pytest.LogCaptureFixture) -> None:
-    server.stop()
-    settings = load_settings({"MX_SERVER_ADDRESS": server.address, "MX_SERVER_TIMEOUT_SECS": 1}, {})
+def test_an_unreachable_server_costs_a_warning(server_process: ServerProcess, caplog: pytest.LogCaptureFixture) -> None:
+    server_process.stop()
+    settings = load_settings({"MX_SERVER_ADDRESS": server_process.address, "MX_SERVER_TIMEOUT_SECS": 1}, {})
     member = Membership(settings, identity(), 0, "cpu", chunk_bytes=65536)
     assert not member.join()
     assert [member.find_sources(), member.find_sources(receiving=True)] == [[], []]
@@ -233,9 +233,9 @@ def test_a_reader_is_waited_for(new_member: NewMember, start_worker: StartWorker
     assert member.drain(30)
 
 
-def test_a_closing_member_never_raises(new_member: NewMember, server: ServerProcess) -> None:
+def test_a_closing_member_never_raises(new_member: NewMember, server_process: ServerProcess) -> None:
     member = new_member()
     serve(member)
-    server.stop()
+    server_process.stop()
     member.close()
     assert member.endpoint is None

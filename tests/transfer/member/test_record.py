@@ -14,7 +14,7 @@ from mxcore.transfer.member.record import Served, WorkerRecord
 from mxserver.wire import StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
-from tests.transfer.conftest import ServerProcess, wait_for
+from tests.transfer.conftest import RunningServer, wait_for
 from tests.transfer.memory import identity
 
 WORKER, RANK = "w0", 3
@@ -55,7 +55,7 @@ NewRecord = Callable[[float], Kept]
 
 
 @pytest.fixture
-def new_record(server: ServerProcess) -> Iterator[NewRecord]:
+def new_record(server: RunningServer) -> Iterator[NewRecord]:
     made: list[Kept] = []
     with ServerClient(server.address, timeout_seconds=5) as client:
 

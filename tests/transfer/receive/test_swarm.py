@@ -15,13 +15,13 @@ from mxcore.transfer.move import Source
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
-from tests.transfer.conftest import ServerProcess, StartWorker, wait_for
+from tests.transfer.conftest import RunningServer, StartWorker, wait_for
 from tests.transfer.fleet_member import SEED, NewMember
 from tests.transfer.memory import HostTensors
 
 
 @pytest.fixture
-def client(server: ServerProcess) -> Iterator[ServerClient]:
+def client(server: RunningServer) -> Iterator[ServerClient]:
     with ServerClient(server.address, timeout_seconds=60) as value:
         yield value
 
