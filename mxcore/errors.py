@@ -72,17 +72,21 @@ class StorageError(MxError):
     """Reading a file failed; the message names the file, the offset and the cause.
 
     `file` is its name, `offset` (bytes in the file) where the range begins, `wanted` its bytes, and `got`
-    how many bytes into the range the failure lies; 0 where the file could not even be opened.
+    how many bytes into the range the failure lies; 0 where the file could not even be opened. `errno` is the system's
+    number for the cause, 0 where there is none.
     """
 
     code = "MX_STORAGE"
 
-    def __init__(self, message: str, *, file: str = "", offset: int = 0, wanted: int = 0, got: int = 0) -> None:
+    def __init__(
+        self, message: str, *, file: str = "", offset: int = 0, wanted: int = 0, got: int = 0, errno: int = 0
+    ) -> None:
         super().__init__(message)
         self.file = file
         self.offset = offset
         self.wanted = wanted
         self.got = got
+        self.errno = errno
 
 
 class TruncatedRead(StorageError):

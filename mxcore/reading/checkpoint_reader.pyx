@@ -120,7 +120,8 @@ cdef object failure(FileSet files, mx_work* work):
         return TruncatedRead(f"{wanted} wanted, but the file ends after {work.failed_got} of them: it is not complete, or "
                              "was cut short meanwhile", **where)
     reason = "the storage does not give what is mapped" if work.error < 0 else os.strerror(work.error)
-    return StorageError(f"{wanted} cannot be read (after {work.failed_got}): {reason}", **where)
+    return StorageError(f"{wanted} cannot be read (after {work.failed_got}): {reason}", errno=max(0, work.error),
+                        **where)
 
 
 cdef int check(JobList jobs, _Int64s order, int way, int other_way, int threads, int lanes) except -1:

@@ -11,7 +11,7 @@ cdef class FileSet:
     cdef list stamps  # (device, inode, size, time of the last change) when opened
     cdef int opened(self, size_t index, int more) except -2
     cdef object error(self, size_t index, str what, int number)
-    cdef tuple stamp(self, size_t index)
+    cdef object stamp(self, size_t index, expected)
     cdef object changed(self, size_t index, before, now, str when)
     cdef void release(self) noexcept
     cdef int require(self, size_t index) except -1

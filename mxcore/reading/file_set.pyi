@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, final
 
+from mxcore.safetensors import FileStamp
+
 @final
 class FileSet:
     """Opens all files for reading, which have to be regular ones; raises StorageError for one that cannot be.
@@ -16,9 +18,7 @@ class FileSet:
     whose header was read, and this raises FileChanged, or TruncatedRead if it is shorter.
     """
 
-    def __init__(
-        self, paths: Iterable[str | os.PathLike[str]], stamps: Sequence[tuple[int, int] | None] = ()
-    ) -> None: ...
+    def __init__(self, paths: Iterable[str | os.PathLike[str]], stamps: Sequence[FileStamp | None] = ()) -> None: ...
     @property
     def paths(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...

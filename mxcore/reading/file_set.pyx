@@ -14,6 +14,7 @@ from mxcore.reading.read_parts cimport mx_file
 import os
 
 from mxcore.errors import FileChanged, StorageError, TruncatedRead
+from mxcore.safetensors import is_changed, stamp_of
 
 cdef extern from "<fcntl.h>" nogil:
     int O_CLOEXEC, O_DIRECT
@@ -76,12 +77,8 @@ cdef class FileSet:
             self.files[index].fd = self.opened(index, 0)
             if self.files[index].fd < 0:
                 raise self.error(index, "cannot be opened", errno)
-            stamp = self.stamp(index)
-            self.sizes[index] = stamp[2]
-            self.stamps.append(stamp)
-        for index, expected in enumerate(stamps):
-            if expected is not None and expected != self.stamps[index][2:]:
-                raise self.changed(index, expected[0], self.stamps[index][2], "since its header was read")
+            self.stamps.append(self.stamp(index, stamps[index] if stamps else None))
+            self.sizes[index] = self.stamps[index][0]
 
     def __dealloc__(self):
         if self.files != NULL:
@@ -103,15 +100,21 @@ cdef class FileSet:
         return fd
 
     cdef object error(self, size_t index, str what, int number):
-        return StorageError(f"{self.paths[index]}: {what}: {os.strerror(number)}", file=str(self.paths[index]))
+        return StorageError(f"{self.paths[index]}: {what}: {os.strerror(number)}", file=str(self.paths[index]),
+                            errno=number)
 
-    cdef tuple stamp(self, size_t index):
+    cdef object stamp(self, size_t index, expected):
+        """Of the file as it was opened: the expected one, where there is one and it is still the same file."""
         cdef struct_stat status
         if fstat(self.files[index].fd, &status) != 0:
             raise self.error(index, "cannot be looked at", errno)
         if not S_ISREG(status.st_mode):
             raise self.error(index, "is no regular file", EINVAL)
-        return (status.st_dev, status.st_ino, status.st_size, os.fstat(self.files[index].fd).st_mtime_ns)
+        if expected is None:
+            return stamp_of(self.files[index].fd)
+        if is_changed(expected, self.files[index].fd):
+            raise self.changed(index, expected[0], status.st_size, "since its header was read")
+        return expected
 
     cdef void release(self) noexcept:
         global live_descriptors, live_maps
@@ -177,6 +180,9 @@ cdef class FileSet:
         self.files[place].direct_fd = self.opened(place, O_DIRECT)
         if self.files[place].direct_fd < 0:
             return 0
+        if is_changed(self.stamps[place], self.files[place].direct_fd):
+            raise self.changed(place, self.stamps[place][0], os.fstat(self.files[place].direct_fd).st_size,
+                               "while it was read")
         if 512 <= align <= PAGE_BYTES:
             self.files[place].align_bytes = align
         return self.files[place].align_bytes
@@ -189,10 +195,12 @@ cdef class FileSet:
         return FileChanged(f"{file} was written to, or replaced, {when}: load again once it is complete", file=file)
 
     def check_unchanged(self):
+        cdef struct_stat status
         for index in range(self.count):
-            now = self.stamp(index)
-            if now != self.stamps[index]:
-                raise self.changed(index, self.stamps[index][2], now[2], "while it was read")
+            if fstat(self.files[<size_t>index].fd, &status) != 0:
+                raise self.error(index, "cannot be looked at", errno)
+            if is_changed(self.stamps[index], self.files[<size_t>index].fd):
+                raise self.changed(index, self.stamps[index][0], status.st_size, "while it was read")
 
 
 def live_file_descriptors():

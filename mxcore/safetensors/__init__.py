@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxcore.safetensors.errors import SafetensorsError
+from mxcore.safetensors.file_stamp import FileStamp, is_changed, stamp_of
 from mxcore.safetensors.header import Header, parse_header, read_header
 
-__all__ = ["Header", "SafetensorsError", "parse_header", "read_header"]
+__all__ = ["FileStamp", "Header", "SafetensorsError", "is_changed", "parse_header", "read_header", "stamp_of"]

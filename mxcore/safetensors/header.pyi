@@ -9,6 +9,8 @@ from typing import final
 
 from typing_extensions import Buffer
 
+from mxcore.safetensors.file_stamp import FileStamp
+
 @final
 class TensorEntry:
     """One tensor of a file. Made by the parser only; immutable.
@@ -37,8 +39,8 @@ class Header:
 
     `tensors` are in file order: by begin, then end, then place in the header. Together they cover the data exactly
     once. `metadata` is `__metadata__`, empty where there is none. `header_bytes` is the length of the JSON with its
-    padding, `data_offset` the data's first byte in the file: 8 + `header_bytes`. `stamp` is the file's size and the
-    time of its last change (nanoseconds) when `read_header` opened it, None from `parse_header`.
+    padding, `data_offset` the data's first byte in the file: 8 + `header_bytes`. `stamp` is the file's (`file_stamp`)
+    when `read_header` opened it, None from `parse_header`.
     """
 
     @property
@@ -50,7 +52,7 @@ class Header:
     @property
     def header_bytes(self) -> int: ...
     @property
-    def stamp(self) -> tuple[int, int] | None: ...
+    def stamp(self) -> FileStamp | None: ...
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def __getitem__(self, name: str) -> TensorEntry:

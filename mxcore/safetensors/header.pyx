@@ -27,6 +27,7 @@ import os
 from mxcore.safetensors import errors as safetensors_errors
 from mxcore.errors import StorageError, TruncatedRead
 from mxcore.safetensors.file_kinds import kind_of_file
+from mxcore.safetensors.file_stamp import stamp_of
 from mxcore.safetensors.scan import DTYPE_BITS
 
 cdef extern from "<fcntl.h>" nogil:
@@ -78,7 +79,7 @@ cdef class Header:
     cdef readonly dict metadata
     cdef readonly uint64_t data_offset
     cdef readonly uint64_t header_bytes
-    cdef readonly tuple stamp
+    cdef readonly object stamp
     cdef dict entries
 
     def __init__(self):
@@ -302,7 +303,7 @@ def read_header(path):
             raise StorageError(f"{file}: its size cannot be read: {os.strerror(errno)}")
         if not S_ISREG(status.st_mode):
             raise StorageError(f"{file}: not a regular file")
-        modified_ns = os.fstat(fd).st_mtime_ns  # before the first read: what is written later has another
+        stamp = stamp_of(fd)  # before the first read: what is written later has another
         if status.st_size < LENGTH_BYTES:
             raise safetensors_errors.FileTooSmall(f"the file has {status.st_size} bytes", file=file)
         read_exactly(fd, prefix, LENGTH_BYTES, 0, file)
@@ -313,7 +314,7 @@ def read_header(path):
         read_exactly(fd, text, length, LENGTH_BYTES, file)
         text[length] = 0
         header = parse_text(text, length, <uint64_t>status.st_size - LENGTH_BYTES - length, file)
-        header.stamp = (status.st_size, modified_ns)
+        header.stamp = stamp
         return header
     finally:
         free(text)

@@ -23,7 +23,7 @@ from tests.server.redis_process import LASTING, RedisProcess
 STORE = os.environ.get("STORE", "sqlite")
 PUBLISH_TOKEN, HONEST_TOKEN = "p" * 40, "h" * 40
 LEASE_SECONDS = 9.0  # a tenth of the default, as all time-outs here
-ATTACK_SECONDS = float(os.environ.get("ATTACK_SECONDS", "12"))  # longer than a lease
+ATTACK_SECONDS = float(os.environ.get("ATTACK_SECONDS", "10"))  # longer than a lease
 AFTER_SECONDS = 3.0
 STATUS_PAGE = re.compile(r"status page on http://\S*:(\d+)")
 MODEL_MIB = 64

@@ -47,6 +47,7 @@ def faulty_disk(
     file: Path,
     *,
     error_at: int | None = None,
+    stale_at: int | None = None,
     ends_at: int | None = None,
     most_bytes: int | None = None,
     interrupts: int = 0,
@@ -55,13 +56,20 @@ def faulty_disk(
 ) -> Iterator[Path]:
     """The path of a file with the content of `file`.
 
-    Reads that reach byte `error_at` fail with EIO. Nothing is there from byte `ends_at` on, as when another machine has
-    cut the file: its size says so only once a read has come that far. No read gives more than `most_bytes`. Every
+    Reads that reach byte `error_at` fail with EIO, those of more than a page that reach `stale_at` with ESTALE until
+    the file is opened again. Nothing is there from byte `ends_at` on, as when another machine has cut the file: its
+    size says so only once a read has come that far. No read gives more than `most_bytes`. Every
     second read fails with EINTR, `interrupts` times. `direct` says whether O_DIRECT is refused, "at open" or "at read".
     `cached` False: each read goes to the disk, as with network file systems that cache nothing, and the file cannot be
     mapped.
     """
-    how = {"error_at": error_at, "ends_at": ends_at, "most_bytes": most_bytes, "interrupts": interrupts}
+    how = {
+        "error_at": error_at,
+        "stale_at": stale_at,
+        "ends_at": ends_at,
+        "most_bytes": most_bytes,
+        "interrupts": interrupts,
+    }
     words = json.dumps({**how, "direct": direct, "cached": cached})
     command = [sys.executable, "-m", "tests.storage.faulty_disk", str(file), words]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
@@ -101,6 +109,7 @@ class _Server:
         self._size = len(data)
         self._reads = 0
         self._interrupts = how["interrupts"]
+        self._is_stale = False
 
     def run(self) -> None:
         """Answers until the mount is gone."""
@@ -131,6 +140,8 @@ class _Server:
         if code == OPEN:
             if self._how["direct"] == "at open" and struct.unpack_from("<I", body)[0] & os.O_DIRECT:
                 return errno.EINVAL, b""
+            if self._is_stale:
+                self._how["stale_at"] = None
             return 0, struct.pack("<QII", 0, 0 if self._how["cached"] else DIRECT_IO, 0)
         if code == READ:
             _, offset, size, _, _, flags = struct.unpack_from("<QQIIQI", body)
@@ -152,6 +163,10 @@ class _Server:
         if self._interrupts and self._reads % 2 == 0:
             self._interrupts -= 1
             return errno.EINTR, b""
+        stale_at = self._how["stale_at"]
+        if stale_at is not None and offset + size > stale_at and size > 4096:
+            self._is_stale = True
+            return errno.ESTALE, b""
         if error_at is not None and offset + size > error_at:
             return errno.EIO, b""
         ends_at = len(self._data) if self._how["ends_at"] is None else self._how["ends_at"]

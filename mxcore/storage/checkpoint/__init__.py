@@ -5,7 +5,6 @@ from __future__ import annotations
 from mxcore.storage.checkpoint.checkpoint import (
     INDEX_SUFFIX,
     Checkpoint,
-    Stamp,
     TensorInfo,
     assembled,
     open_checkpoint,
@@ -29,7 +28,6 @@ __all__ = [
     "Checkpoint",
     "Framework",
     "Memory",
-    "Stamp",
     "TensorInfo",
     "TensorViews",
     "assembled",

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
-from mxcore.safetensors import Header, read_header
+from mxcore.safetensors import FileStamp, Header, read_header
 from mxserver.wire import WeightFiles, weight_files_in
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
@@ -21,7 +21,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_THREADS = 8  # it is latency that is shared
 _log = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
-Stamp = tuple[int, int]
 
 
 class TensorInfo(NamedTuple):
@@ -42,14 +41,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint by name, in file order (files as given, tensors by their place). Immutable.
 
     It holds no open file: reading opens them, and refuses one that is not what it was when its header was read; of that
-    `stamps` has each file's size and time of the last change, None if unknown.
+    `stamps` has each file's `Header.stamp`, None if unknown.
     """
 
     def __init__(
-        self, files: Sequence[Path], tensors: Mapping[str, TensorInfo], stamps: Sequence[Stamp | None] = ()
+        self, files: Sequence[Path], tensors: Mapping[str, TensorInfo], stamps: Sequence[FileStamp | None] = ()
     ) -> None:
         self.files: tuple[Path, ...] = tuple(files)
-        self.stamps: tuple[Stamp | None, ...] = tuple(stamps) or (None,) * len(self.files)
+        self.stamps: tuple[FileStamp | None, ...] = tuple(stamps) or (None,) * len(self.files)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
 
     def __getitem__(self, name: str) -> TensorInfo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import time
 from array import array
@@ -10,9 +12,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
 from mxcore.reading import DeviceRing, FileHandles, FileSet, JobList, Outcome, checkpoint_reader
-from mxcore.storage.checkpoint import Checkpoint, Stamp
+from mxcore.safetensors import FileStamp
+from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.load.device_direct import DirectReads, chosen
 from mxcore.storage.plan import (
     DIRECT_LANES,
@@ -33,6 +37,8 @@ from mxcore.storage.plan import (
 )
 
 __all__ = ["LoadReport", "Reader", "load", "read_rows"]
+
+_log = logging.getLogger(__name__)
 
 PIECE_BYTES = 8 * 1024 * 1024  # what a thread takes: long enough to be worth it, short enough to share
 _LEAST_PIECE_BYTES = 128 * 1024
@@ -107,7 +113,7 @@ def read_rows(
     leave_cache_clean: bool = False,
     memory: MemoryBudget | None = None,
     groups: array[int] | None = None,
-    stamps: Sequence[Stamp | None] = (),
+    stamps: Sequence[FileStamp | None] = (),
 ) -> LoadReport:
     """Reads parts as the plan gives them (mxcore.storage.plan.read_plan); raises as `load`. `stamps`: see FileSet."""
     started = time.perf_counter()
@@ -132,14 +138,19 @@ class Reader:
         *,
         mode: str | None = None,
         memory: MemoryBudget | None = None,
-        stamps: Sequence[Stamp | None] = (),
+        stamps: Sequence[FileStamp | None] = (),
         gpudirect_storage: str | None = None,
     ) -> None:
+        """`stamps`: see FileSet; without one of a file, it is not looked whether a file that is opened again is it."""
         direct = chosen(gpudirect_storage)
         self._device: DeviceRing | None = None  # of the read that is under way
         self._mode = chosen_mode(mode)
         self._memory = memory or budget()
         self._ring: HostBuffer | None = None
+        self._paths = files
+        self._stamps = stamps
+        self._straight = direct
+        self._may_reopen = True
         self._files = FileSet(files, stamps)
         self._direct = DirectReads(self._files, direct)
 
@@ -153,8 +164,25 @@ class Reader:
     ) -> LoadReport:
         """Reads parts into their memory; raises as `load`.
 
-        With `device`, rows have addresses of its memory, and bytes pass that ring, or come by GPUDirect Storage.
+        With `device`, rows have addresses of its memory, and bytes pass that ring, or come by GPUDirect Storage. Where
+        a file server has forgotten what is open (ESTALE), the files are opened again, once.
         """
+        try:
+            return self._read(rows, progress, groups, device)
+        except StorageError as error:
+            if error.errno != errno.ESTALE or not self._may_reopen:
+                raise
+            _log.warning("%s; the files are opened again", error)
+        self._may_reopen = False
+        self._direct.close()
+        self._files.close()
+        self._files = FileSet(self._paths, self._stamps)
+        self._direct = DirectReads(self._files, self._straight)
+        return self._read(rows, progress, groups, device)
+
+    def _read(
+        self, rows: Sequence[Row], progress: Progress | None, groups: array[int] | None, device: DeviceRing | None
+    ) -> LoadReport:
         started = time.perf_counter()
         self._device = device
         report = LoadReport()

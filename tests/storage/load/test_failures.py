@@ -17,6 +17,7 @@ import torch
 from mxcore.errors import FileChanged, StorageError, TruncatedRead
 from mxcore.memory import HostBuffer
 from mxcore.reading import BUFFERED, DIRECT, MAPPED, URING, FileSet, JobList, checkpoint_reader
+from mxcore.storage.checkpoint import open_checkpoint
 from mxcore.storage.load import Reader, load, stream
 from mxcore.storage.plan import Row, Want, chosen_mode, merged, parts_of, row
 from tests.storage import limited_reads
@@ -261,3 +262,40 @@ def test_the_environment_forces_a_way(made: Maker, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MX_READ_MODE", "uring")
     checkpoint = made({"x": torch.ones(10)})
     assert set(load(checkpoint, {"x": torch.zeros(10)}).bytes_by_way) == {"uring"}
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_whose_size_and_time_stay_is_another_one(made: Maker, mode: str, how: str) -> None:
+    """What packers that give all files one time leave, and `touch -r` (findings, row 27)."""
+    tensors = {"a": torch.ones(1000), "b": torch.ones(1000)}
+    checkpoint = made(tensors)
+    (file,) = checkpoint.files
+    os.utime(file, ns=(0, 1_000_000_000))
+    checkpoint = open_checkpoint(file)
+    if how == "replaced":
+        (other,) = made({"a": torch.zeros(1000), "b": torch.zeros(1000)}).files
+        os.utime(other, ns=(0, 1_000_000_000))
+        other.replace(file)
+    else:
+        with file.open("r+b") as opened:
+            opened.seek(-4, os.SEEK_END)
+            opened.write(b"\0\0\0\0")
+        os.utime(file, ns=(0, 1_000_000_000))
+    with pytest.raises(FileChanged, match="since its header was read"):
+        load(checkpoint, {"a": torch.zeros(1000)}, mode=mode)
+
+
+def test_links_modes_and_names_are_no_matter(made: Maker) -> None:
+    checkpoint = made({"a": torch.ones(1000)})
+    (file,) = checkpoint.files
+    there = torch.zeros(1000)
+    with Reader(checkpoint.files, stamps=checkpoint.stamps) as reader:
+        file.with_name("other").hardlink_to(file)
+        rows = list(parts_of(checkpoint, Want("a", there)))
+        reader.read(rows)
+        file.chmod(0o600)
+        reader.read(rows)
+        file.unlink()
+        reader.read(rows)
+    assert bool((there == 1).all())

@@ -73,6 +73,16 @@ def test_eio_is_an_error_that_says_where(file: Path, mode: str, error_at: int) -
     assert 0 <= caught.value.offset <= error_at + 4096 or caught.value.offset % (8 << 20) == 0
 
 
+@pytest.mark.parametrize("mode", ["buffered", "direct"])
+def test_a_file_that_its_server_forgot_is_opened_again_once(
+    file: Path, written: torch.Tensor, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ESTALE (findings, row 26)."""
+    with faulty_disk(file, stale_at=5_000_000, cached=False) as path:
+        assert same(read(path, mode), written)
+    assert caplog.text.count("the files are opened again") == 1
+
+
 def test_eio_before_the_header_ends(file: Path) -> None:
     with faulty_disk(file, error_at=0) as path, pytest.raises(StorageError, match="Input/output error"):
         open_checkpoint(path)
