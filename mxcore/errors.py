@@ -22,6 +22,7 @@
     ├── DestinationMismatch   MX_DESTINATION_MISMATCH a tensor does not fit where it is to go
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
     │   └── HostMemoryLimit   MX_HOST_MEMORY_LIMIT    more host memory than the user's ceiling allows
+    ├── MemoryDamaged         MX_MEMORY_DAMAGED       memory does not keep what was written to it
     ├── HostBufferBusy        MX_HOST_BUFFER_BUSY     closed while views of its memory exist
     ├── HostBufferClosed      MX_HOST_BUFFER_CLOSED   used after it was closed
     ├── CudaError             MX_CUDA                 a call into the CUDA driver failed
@@ -35,6 +36,7 @@
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
         │   └── PeerLost      MX_PEER_LOST            the peer of a transfer is gone
+        ├── FenceFailed       MX_FENCE_FAILED         memory may still be written to: nobody may use or free it
         ├── TransferStalled   MX_TRANSFER_STALLED     no progress within the time-out
         │   └── SourceSlow    MX_SOURCE_SLOW          others give a holder's chunks much sooner
         ├── LayoutMismatch    MX_LAYOUT_MISMATCH      names, dtypes, shapes or strides differ
@@ -183,6 +185,12 @@ class HostMemoryLimit(HostMemoryError):
     code = "MX_HOST_MEMORY_LIMIT"
 
 
+class MemoryDamaged(MxError):
+    """Memory does not keep what was written to it; the message says where that was seen."""
+
+    code = "MX_MEMORY_DAMAGED"
+
+
 class HostBufferBusy(MxError, BufferError):
     """A host buffer was to be closed while views or tensors of its memory are out."""
 
@@ -273,6 +281,12 @@ class PeerLost(NixlError):
     """The peer of a transfer is gone."""
 
     code = "MX_PEER_LOST"
+
+
+class FenceFailed(TransferError):
+    """What was abandoned may still write to this memory: it is never to be used again, nor freed."""
+
+    code = "MX_FENCE_FAILED"
 
 
 class TransferStalled(TransferError):

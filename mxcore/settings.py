@@ -47,6 +47,7 @@ class WorkerSettings(BaseModel):
     heartbeat_interval_seconds: float = Field(30.0, alias="MX_HEARTBEAT_INTERVAL_SECS", gt=0, le=3600)
     transfer_timeout_seconds: float = Field(600.0, alias="MX_TRANSFER_TIMEOUT", gt=0)
     stall_timeout_seconds: float = Field(4.0, alias="MX_STALL_TIMEOUT_SECS", gt=0, le=3600)
+    on_bad_memory: Literal["withdraw", "end"] = Field("withdraw", alias="MX_ON_BAD_MEMORY")
     drain_timeout_seconds: float = Field(30.0, alias="MX_DRAIN_TIMEOUT_SECS", ge=0, le=3600)
     source_wait_seconds: float = Field(300.0, alias="MX_SOURCE_WAIT_SECS", ge=0, le=86400)
     source_rate_limit: float = Field(0.0, alias="MX_SOURCE_RATE_LIMIT", ge=0)

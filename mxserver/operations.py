@@ -14,6 +14,7 @@ from mxserver.readiness import Readiness
 from mxserver.security import Authenticator
 from mxserver.store import SourceStore, SystemClock
 from mxserver.telemetry import (
+    Doubts,
     Events,
     Loads,
     Metrics,
@@ -57,6 +58,7 @@ class Operations:
         self._events = Events(clock)
         self.store = ObservedStore(store, self.metrics, self._events)
         self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds)
+        self.doubts = Doubts(self.metrics, self._events, clock)
         self._clock = clock
         self._provider = provider
         around, on_unknown_method = call_metrics(self.metrics, self._events)

@@ -203,7 +203,9 @@ class Server:
             maximum_concurrent_rpcs=settings.max_calls,
         )
         P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
-        mx_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self._store, self._clock), server)
+        mx_pb2_grpc.add_FleetServiceServicer_to_server(
+            FleetService(self._store, self._operations.doubts, self._clock), server
+        )
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server
         )

@@ -115,6 +115,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 gpudirect_storage=self._settings.gpudirect_storage,
                 told=lambda done_bytes: tell(done_bytes, total_bytes),
                 needed=self._source.needed if isinstance(self._source, Files) else None,
+                record=self._source.record if isinstance(self._source, Files) else None,
                 read=count,
             )
 

@@ -49,7 +49,8 @@ def sources(
         ]
         rows.sort(key=lambda row: float(row["silent_seconds"]))
         known = _identities(client, rows) if identities else None
-    facts: dict[str, Any] = {"server": client.address, "sources": rows}
+        doubts = _doubts(client)
+    facts: dict[str, Any] = {"server": client.address, "sources": rows, "doubts": doubts}
     if known is not None:
         facts["identities"] = known
     click.echo(json.dumps(facts) if as_json else as_text(facts))
@@ -69,6 +70,30 @@ def _source(instance: p2p_pb2.SourceInstanceRef, state: str, now_ms: int) -> dic
     }
 
 
+def _doubts(client: ServerClient) -> list[dict[str, Any]]:
+    """Doubts about weights, newest first; none from a server that keeps none."""
+    from mxserver.wire import ServerRefused
+    from mxserver.wire.proto import mx_pb2
+
+    try:
+        found = client.doubts()
+    except ServerRefused:
+        return []
+    return [
+        {
+            "kind": mx_pb2.DoubtKind.Name(doubt.kind).removeprefix("DOUBT_KIND_").lower(),
+            "source_id": doubt.mx_source_id,
+            "told_by": doubt.worker_id,
+            "worker_rank": doubt.worker_rank,
+            "holders": list(doubt.holders),
+            "chunks": doubt.chunks,
+            "text": doubt.text,
+            "at_ms": doubt.at_unix_ms,
+        }
+        for doubt in found
+    ]
+
+
 def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Source id → identity. A worker that has left since it was listed is skipped."""
     from google.protobuf.json_format import MessageToDict
@@ -82,7 +107,7 @@ def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, A
 
 def as_text(facts: dict[str, Any]) -> str:
     if not facts["sources"]:
-        return f"no worker at {facts['server']} fits"
+        return f"no worker at {facts['server']} fits{_doubt_lines(facts)}"
     head = ("MODEL", "SOURCE ID", "WORKER", "RANK", "STATE", "ACCELERATOR", "LOAD", "HEARD")
     rows = [
         (
@@ -100,4 +125,9 @@ def as_text(facts: dict[str, Any]) -> str:
     text = table(head, rows)
     for source, identity in facts.get("identities", {}).items():
         text += f"\n\n{source}\n" + "\n".join(f"  {name}: {value}" for name, value in identity.items())
-    return text
+    return text + _doubt_lines(facts)
+
+
+def _doubt_lines(facts: dict[str, Any]) -> str:
+    lines = [f"\n  {each['kind']}, told by {each['told_by']}: {each['text']}" for each in facts["doubts"]]
+    return "".join(["\n\nWeights that were doubted, newest first:", *lines]) if lines else ""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
 from mxcore.storage.checkpoint import DTYPES, Checkpoint, TensorInfo, refuse_unknown
-from mxcore.storage.load import STRAIGHT, LoadReport, Reader, load, stream
+from mxcore.storage.load import STRAIGHT, LoadReport, Reader, ReadRecord, load, stream
 from mxcore.storage.plan import Box, Want, merged, parts_of
 from mxserver.wire import MxError
 
@@ -73,19 +73,22 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
         """The ordinary tensor: reads the box once, into new memory."""
         if self._real is None:
             real = torch.empty(tuple(self.shape), dtype=self.dtype, device="cpu")
-            self.read_into(real)
+            self.read_into(real, recorded=False)
             self._real = real
         return self._real
 
-    def read_into(self, to: torch.Tensor) -> None:
-        """Reads the box into a tensor of this shape: straight where that can be, else by way of host memory."""
+    def read_into(self, to: torch.Tensor, *, recorded: bool = True) -> None:
+        """Reads the box into a tensor of this shape: straight where that can be, else by way of host memory.
+
+        `recorded` in the iteration's record, for what stays there.
+        """
         full = to
         for dimension in range(len(self._info.shape)):
             if dimension not in self._kept:
                 full = full.unsqueeze(dimension)
         want = Want(self._info.name, full, self._box)
         if to.dtype != self.dtype or not (
-            self._source.read(want) if to.device.type == "cpu" else self._source.read_to_device(want)
+            self._source.read(want, recorded) if to.device.type == "cpu" else self._source.read_to_device(want)
         ):
             self._read_staged(to)
 
@@ -226,7 +229,9 @@ class _Source:
         needed: Needed | None,
         read: Callable[[int], None],
         gpudirect_storage: str | None,
+        record: ReadRecord | None,
     ) -> None:
+        self._record = record
         self._checkpoint = checkpoint
         self._gpudirect_storage = gpudirect_storage
         self.needed = needed
@@ -238,20 +243,26 @@ class _Source:
         )
         self._no_ring = False  # to any device: one that failed once is not tried again
 
-    def read(self, want: Want) -> bool:
+    def read(self, want: Want, recorded: bool) -> bool:
         """Into host memory. Always True: what we fail to read is read with safetensors, or raises."""
         try:
-            self._count(self._load(want))
+            self._count(self._load(want, recorded))
         except _NOT_THE_SAME_FILE:
             raise
         except MxError as error:
             self.read_plainly(want, error)
         return True
 
-    def _load(self, want: Want) -> LoadReport:
+    def _load(self, want: Want, recorded: bool) -> LoadReport:
         if self._reader is None:  # kept beyond the iteration
             return load(self._checkpoint, [want], mode=self._mode)
-        return self._reader.read(merged(parts_of(self._checkpoint, want)))
+        rows = merged(parts_of(self._checkpoint, want))
+        if self._record is None or not recorded:
+            return self._reader.read(rows)
+        rows, starts = self._record.cut(rows)
+        report = self._reader.read(rows, groups=starts)
+        self._record.note(self._checkpoint, rows, starts, report.digests)
+        return report
 
     def read_to_device(self, want: Want) -> bool:
         """Into a CUDA device's memory, through its ring; False if it cannot be so: then nothing writes there.
@@ -320,12 +331,14 @@ def lazy_weights(
     needed: Needed | None = None,
     read: Callable[[int], None] = lambda count: None,
     gpudirect_storage: str | None = None,
+    record: ReadRecord | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
     A lazy tensor that is used after the iteration has ended reads through files opened anew. `told` is called with the
     bytes handed over so far, `read` with those that a lazy tensor has read. With `needed`, all are lazy, and a plain
-    copy of one reads only the ranges of the destination's first dimension that it returns. What we fail to read is read
+    copy of one reads only the ranges of the destination's first dimension that it returns. `record` takes digests of
+    what goes straight into host memory, made on the way. What we fail to read is read
     with safetensors, and a warning: a tensor raises what that raises, and FileChanged or TruncatedRead for a file that
     is not what it was when its header was read. Raises StorageError if the files cannot be opened, when the first
     tensor is asked for, and CheckpointError for a type that torch does not have.
@@ -335,7 +348,7 @@ def lazy_weights(
     least_bytes = lazy_least_bytes if needed is None else 0
     lazy = {info.name for info in chosen if _can_be_lazy(info) and info.size_bytes >= least_bytes}
     small = [info.name for info in chosen if info.name not in lazy]
-    source = _Source(checkpoint, mode, needed, read, gpudirect_storage)
+    source = _Source(checkpoint, mode, needed, read, gpudirect_storage, record)
     ready = stream(checkpoint, small, mode=mode)
     done_bytes = 0
     try:

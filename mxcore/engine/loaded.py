@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
-from mxcore.engine.protocol import Fill, Source, Streamed
+from mxcore.engine.protocol import Files, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Built, MarkUninitialised, Weights
+from mxcore.errors import MemoryDamaged
+from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
 from mxcore.transfer.receive import LoadPath
 
 __all__ = ["Keeping", "Loaded", "built", "load_stored"]
 
 _log = logging.getLogger(__name__)
+_COMPARE_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model that is ready to run, what of it can be offered, and what the report says of it.
 
-    `checkpoint` is the digest of what was loaded; None: of the engine's own files.
+    `checkpoint` is the digest of what was loaded; None: of the engine's own files. `received_from`: the bytes that
+    each worker gave, by its id; empty for a model from storage.
     """
 
     model: nn.Module
     kept: tuple[Weights, ...]
     checkpoint: str | None
     part: LoadedPart
+    received_from: Mapping[str, int] = field(default_factory=dict)
 
 
 class Keeping:
@@ -66,6 +71,31 @@ class Keeping:
                 with context.fallbacks.attempt(f"collecting {kind} weights"):
                     weights.loaded(model, built)
                     self._kept.append(weights)
+
+    @property
+    def compares_reads(self) -> bool:
+        """Whether what is read from files is to be compared with the memory that is offered: of raw weights here."""
+        return "raw" in self._context.kept_kinds and self._context.engine.device.type == "cpu"
+
+    def compare(self, record: ReadRecord) -> None:
+        """After `filled`: raw weights are what was read. Where memory is broken it is repaired, and nothing offered."""
+        context = self._context
+        for weights in [weights for weights in self._kept if weights.kind == "raw"]:
+            layout, placement = weights.layout, weights.placement
+            if layout is None or placement is None:
+                continue
+            with context.fallbacks.attempt("comparing the weights with what was read"):
+                memory = list(zip(placement.addresses, layout.extent_bytes, strict=True))
+                found = record.check(memory, threads=_COMPARE_THREADS)
+                _log.info("%d of %d bytes were compared with what was read", found.compared_bytes, layout.total_bytes)
+                if found.changed_bytes:
+                    _log.info("%d of them were changed by the engine's loader", found.changed_bytes)
+                if found.repaired_bits:
+                    self._kept.remove(weights)
+                    raise MemoryDamaged(
+                        f"{found.repaired_bits} bits in memory were not what was read from the files; they are written "
+                        "again, and these weights are not offered: test this machine's memory"
+                    )
 
     def processed(self, model: nn.Module) -> tuple[Weights, ...]:
         """After processing: what can be offered, complete."""
@@ -130,6 +160,9 @@ def load_stored(
     seconds = 0.0
     with context.loading(load_path) as progress:
         source, checkpoint = opened(progress)
+        record = ReadRecord() if keeping.compares_reads else None
+        if isinstance(source, Files):
+            source = replace(source, record=record)
 
         def fill(model: nn.Module) -> None:
             nonlocal seconds
@@ -138,6 +171,8 @@ def load_stored(
             context.engine.fill(model, source, context.settings, progress)
             seconds = time.monotonic() - began
             keeping.filled(model, before)
+            if record is not None:
+                keeping.compare(record)
 
         model, steps = built(context, fill)
     if not reading_alone:

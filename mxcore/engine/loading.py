@@ -28,6 +28,7 @@ from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.serve import Origin
 from mxserver.wire import MxError, SettingError
 
 __all__ = ["load"]
@@ -194,7 +195,8 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
         if _publishes_late(context):
             membership.join()
             _wait_for_siblings(context, membership)
-        offer.start(weights.received.digests if weights.received is not None else None)
+        received = weights.received
+        offer.start(received.digests if received is not None else None, _origin(loaded, weights))
     except BaseException:
         membership.close()
         raise
@@ -203,6 +205,13 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
     record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
     serving.stay(offer, record, context.engine.instance)
     return {"layout": weights.kind, "source_id": membership.source_id, "worker_id": membership.worker_id}
+
+
+def _origin(loaded: Loaded, weights: Weights) -> Origin | None:
+    """Who vouches for these weights; None: this worker, which read storage."""
+    if weights.received is not None:
+        return Origin.received(weights.received.bytes_from)
+    return Origin.received_raw(loaded.received_from) if loaded.received_from else None
 
 
 def _wait_for_siblings(context: LoadContext, membership: Membership) -> None:

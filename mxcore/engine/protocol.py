@@ -16,6 +16,7 @@ from mxcore.engine.serving import EngineWatch
 from mxcore.engine.weights import Kind
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint
+from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
 
@@ -26,10 +27,14 @@ Fill: TypeAlias = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class Files:
-    """Weight files: the engine's own, or those of `folder`. With `needed` (`lazy_weights`), only that is read."""
+    """Weight files: the engine's own, or those of `folder`. With `needed` (`lazy_weights`), only that is read.
+
+    `record` is for `lazy_weights`, which notes there what it read.
+    """
 
     folder: Path | None = None
     needed: Needed | None = None
+    record: ReadRecord | None = None
 
 
 @dataclass(frozen=True)

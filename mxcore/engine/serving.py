@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing import util
@@ -21,12 +22,13 @@ from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
 from mxcore.transfer.layout import ChunkDigests
 from mxcore.transfer.member import Membership
-from mxcore.transfer.serve import Holder
+from mxcore.transfer.serve import Holder, Origin
 from mxserver.wire import MxError
 
 __all__ = ["EngineWatch", "Offer", "leave", "stay"]
 
 _log = logging.getLogger(__name__)
+_END_SECONDS = 10.0  # after SIGTERM, for an engine that does not end
 _lock = threading.Lock()
 _offers: list[_Entry] = []
 _owner: list[int] = []  # the process that registered the exit function: a fork must not say its parent's goodbye
@@ -43,11 +45,13 @@ class Offer:
         self._weights: Weights | None = weights
         self._paused: Holder | None = None
 
-    def start(self, digests: ChunkDigests | None = None) -> None:
-        """Serves; `digests` as Membership.serve has them, and so the errors."""
+    def start(self, digests: ChunkDigests | None = None, origin: Origin | None = None) -> None:
+        """Serves; `digests` and `origin` as Membership.serve has them, and so the errors."""
         weights = self._weights
         if weights is not None and weights.layout is not None and weights.placement is not None:
-            self.membership.serve(weights.layout, weights.placement, weights.scalars, digests, keep_alive=weights)
+            if self.membership.settings.on_bad_memory == "end":
+                self.membership.on_bad_memory = _end_engine
+            self.membership.serve(weights.layout, weights.placement, weights.scalars, digests, weights, origin)
 
     def pause(self) -> bool:
         """Before the memory goes away: new readers are refused, those that read are waited for, within bounds.
@@ -71,7 +75,7 @@ class Offer:
         synchronize(self._weights.device)
         if not holder.unchanged():
             return False
-        self.start(holder.digests)
+        self.start(holder.digests, holder.origin)
         return True
 
     def close(self) -> None:
@@ -145,6 +149,15 @@ class EngineWatch:
     def ending(self, engine: str) -> None:
         """Before the engine gives its memory back."""
         leave("the engine ends", engine)
+
+
+def _end_engine(what: str) -> None:
+    """MX_ON_BAD_MEMORY=end: what ends this process ends its engine. Returns at once."""
+    _log.critical("MX_ON_BAD_MEMORY=end, so this engine ends: %s", what)
+    killing = threading.Timer(_END_SECONDS, os.kill, (os.getpid(), signal.SIGKILL))
+    killing.daemon = True
+    killing.start()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _of(engine: str) -> list[_Entry]:

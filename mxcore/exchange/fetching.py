@@ -251,7 +251,9 @@ class _Receive:
             member.join(required=True)
             sources = member.find_sources(receiving=True)
             relay_from = target if only is None else None
-            report = member.receive(layout, placement, {}, sources, progress, relay_from=relay_from, only=only)
+            report = member.receive(
+                layout, placement, {}, sources, progress, relay_from=relay_from, only=only, keep_alive=target
+            )
             if other := [failure for failure in report.failures if LayoutMismatch.code in failure]:
                 raise LayoutMismatch(f"other tensors are published under this name and version too: {other[0]}")
             tensors = target.tensors()

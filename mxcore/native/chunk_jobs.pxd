@@ -16,6 +16,7 @@ cdef extern from "native/chunk_jobs.h" nogil:
     ctypedef struct mx_chunk_pool:
         pass
 
+    bint mx_chunk_owned(const mx_chunk_pool *pool)
     void mx_chunk_ask(mx_chunk_pool *pool, mx_chunk_job *job)
     void mx_chunk_wake(mx_chunk_pool *pool)
     mx_chunk_job *mx_chunk_take(mx_chunk_pool *pool, int64_t longest_nanoseconds)

@@ -2,9 +2,15 @@
 #ifndef MX_NATIVE_THREADS_H
 #define MX_NATIVE_THREADS_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
 #include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <time.h>
 
 enum { MX_MOST_THREADS = 64 };
 
@@ -41,6 +47,22 @@ static inline void mx_threads_join(mx_threads *threads) {
     while (threads->count != 0) {
         pthread_join(threads->started[--threads->count], NULL);
     }
+}
+
+/* As mx_threads_join, for so long at most; whether all have ended. Those that have not are still counted. */
+static inline int mx_threads_join_within(mx_threads *threads, int64_t nanoseconds) {
+    struct timespec until; /* pthread_timedjoin_np knows the wall clock alone */
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += nanoseconds / 1000000000;
+    until.tv_nsec += nanoseconds % 1000000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    while (threads->count != 0 && pthread_timedjoin_np(threads->started[threads->count - 1], NULL, &until) == 0) {
+        threads->count--;
+    }
+    return threads->count == 0;
 }
 
 typedef struct {

@@ -109,7 +109,8 @@ class NixlAgent:
     def destroy(self) -> None:
         """Waits for calls in progress, drops all transfers, then the agent: afterwards no byte arrives any more.
 
-        Idempotent; every later call on the agent or its transfers raises NixlError.
+        Idempotent; every later call on the agent or its transfers raises NixlError. Waits as long as NIXL does: a bound
+        is AgentSession's. Raises FenceFailed when NIXL does not destroy it.
         """
 
 class Transfer:

@@ -6,7 +6,6 @@ are inside NIXL, then releases in order. A transfer that outlives its agent only
 """
 
 import threading
-import warnings
 import weakref
 
 cimport cython
@@ -16,7 +15,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from mxcore.errors import NixlError
+from mxcore.errors import FenceFailed, NixlError
 from mxcore.nixl.errors import failure, no_plugin, not_started, peer_lost
 from mxcore.nixl.table import load_library
 
@@ -332,8 +331,7 @@ cdef class NixlAgent:
         with self.guard:
             self.guard.notify_all()
         if status != MX_NIXL_SUCCESS:
-            warnings.warn(f"destroying NIXL agent {self.name!r} gave status {status}: its threads and memory may "
-                          "have leaked", ResourceWarning, stacklevel=2)
+            raise FenceFailed(f"destroying NIXL agent {self.name!r} gave status {status}: its transfers may still run")
 
     def __dealloc__(self):
         if self.agent != NULL:

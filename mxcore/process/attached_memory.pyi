@@ -56,5 +56,9 @@ class AttachedReads:
     def wake(self) -> None:
         """Makes `ended` return, or the next one if nobody waits in it. From any thread."""
 
-    def close(self) -> None:
-        """Drops what was not begun, waits for the rest: afterwards nothing is written here any more. Idempotent."""
+    def close(self, seconds: float = -1.0) -> bool:
+        """Drops what was not begun, and waits for the rest for so long at most (below 0: however long it takes).
+
+        True: nothing is written here any more. False: the kernel has not returned yet, and may still write; this object
+        then stays for ever, or until another `close` returns True. Takes no more chunks either way.
+        """

@@ -1,6 +1,7 @@
 """Another process' memory, read by cross-memory attach. Types and documentation: attached_memory.pyi."""
 
 cimport cython
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy
@@ -8,7 +9,7 @@ from libc.string cimport memcpy
 import os
 
 from mxcore.native.chunk_jobs cimport (
-    MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_pool, mx_chunk_wake,
+    MX_MOST_THREADS, chunks_ended, mx_chunk_ask, mx_chunk_job, mx_chunk_owned, mx_chunk_pool, mx_chunk_wake,
 )
 from mxcore.digest.digest cimport mx_xxh3_use, xxh3_functions
 from mxcore.memory import merge_adjoining
@@ -24,7 +25,7 @@ cdef extern from "process/attached_pool.h" nogil:
         mx_chunk_pool jobs
         int hashed
     int mx_attached_open(mx_attached_pool* pool, pid_t pid, int hashed, size_t threads)
-    void mx_attached_close(mx_attached_pool* pool)
+    int mx_attached_close(mx_attached_pool* pool, int64_t longest_nanoseconds)
 
 mx_xxh3_use(xxh3_functions())
 
@@ -58,6 +59,7 @@ def allow_attaching():
 cdef class AttachedReads:
     cdef mx_attached_pool pool
     cdef bint is_open
+    cdef bint is_kept  # for ever: a thread may still use it
 
     def __init__(self, int pid, *, size_t threads, bint hashed):
         if pid <= 0:
@@ -72,12 +74,14 @@ cdef class AttachedReads:
         self.is_open = True
 
     def __dealloc__(self):
-        self._close()  # not a method that a subclass may have replaced
+        if self.is_open:
+            with nogil:
+                mx_attached_close(&self.pool, -1)
 
     def ask(self, uint64_t key, local_addresses not None, remote_addresses not None, lengths not None):
-        if not self.is_open:
-            raise ValueError("closed")
         merged = merge_adjoining(local_addresses, remote_addresses, lengths)
+        if not self.is_open or self.is_kept or not mx_chunk_owned(&self.pool.jobs):  # no Python from here on
+            raise ValueError("closed")
         cdef const uint64_t[::1] values
         cdef size_t count = len(merged[0]), place = 0
         if not count:
@@ -92,17 +96,27 @@ cdef class AttachedReads:
         mx_chunk_ask(&self.pool.jobs, job)
 
     def ended(self, double seconds=-1.0):
+        if not mx_chunk_owned(&self.pool.jobs):
+            return []
         return chunks_ended(&self.pool.jobs, <int64_t> (min(seconds, 1e9) * 1e9), self.pool.hashed)
 
     def wake(self):
-        if self.is_open:
+        if self.is_open and mx_chunk_owned(&self.pool.jobs):
             mx_chunk_wake(&self.pool.jobs)
 
-    def close(self):
-        self._close()
-
-    cdef void _close(self) noexcept:
-        if self.is_open:
+    def close(self, double seconds=-1.0):
+        cdef int ended
+        cdef int64_t longest = <int64_t> (min(seconds, 1e9) * 1e9)
+        if not self.is_open:
+            return True
+        with nogil:
+            ended = mx_attached_close(&self.pool, longest)
+        if ended:
             self.is_open = False
-            with nogil:
-                mx_attached_close(&self.pool)
+            if self.is_kept:
+                self.is_kept = False
+                Py_DECREF(self)
+        elif not self.is_kept:
+            self.is_kept = True
+            Py_INCREF(self)
+        return bool(ended)

@@ -43,13 +43,18 @@ static inline int mx_attached_open(mx_attached_pool *pool, pid_t pid, int hashed
     return mx_chunk_start(&pool->jobs, threads, mx_attached_reader, pool);
 }
 
-/* Waits for what is being read; afterwards nothing is written here any more. What was not begun is dropped. */
-static inline void mx_attached_close(mx_attached_pool *pool) {
+/* Waits for what is being read, for so long at most (below 0: however long the kernel takes), and drops what was not
+ * begun. Returns whether it has ended: then nothing is written here any more. If not, it may be called again. */
+static inline int mx_attached_close(mx_attached_pool *pool, int64_t longest_nanoseconds) {
     if (!mx_chunk_owned(&pool->jobs)) {
-        return;
+        return 1;
     }
     mx_chunk_stop(&pool->jobs);
+    if (longest_nanoseconds >= 0 && !mx_threads_join_within(&pool->jobs.threads, longest_nanoseconds)) {
+        return 0;
+    }
     mx_chunk_join(&pool->jobs);
+    return 1;
 }
 
 #endif

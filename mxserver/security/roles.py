@@ -30,6 +30,8 @@ ROLE_OF_METHOD: dict[str, Role] = {
     _P2P + "UpdateStatus": Role.PUBLISH,
     _FLEET + "TakeStorageTurn": Role.PUBLISH,
     _FLEET + "EndStorageTurn": Role.PUBLISH,
+    _FLEET + "TellDoubt": Role.PUBLISH,
+    _FLEET + "ListDoubts": Role.READ,
     _MODEL + "ListModelFiles": Role.READ,
     _MODEL + "StreamModelFiles": Role.READ,
     _MODEL + "EnsureModelDownloaded": Role.PUBLISH,

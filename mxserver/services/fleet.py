@@ -1,4 +1,6 @@
-"""FleetService, the storage reader election: of workers that start together without a source, one reads storage.
+"""FleetService: the storage reader election, and doubts about weights that workers tell.
+
+Of workers that start together without a source, one reads storage.
 
 Elections are leases in this process' memory, so a restart of the server forgets them. For the length of one lease
 after a restart, the server elects a reader only where no worker was starting before; a living reader extends its lease.
@@ -17,6 +19,7 @@ import grpc
 from mxserver.calls import refuse, refuses
 from mxserver.security import current_owner
 from mxserver.store import Clock, NotOwner, Query, SourceStore, StoreUnavailable, SystemClock, require_owner
+from mxserver.telemetry import Doubts
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
 __all__ = ["ElectionKey", "FleetService", "StorageElections"]
@@ -122,8 +125,9 @@ _refuses = refuses({StoreUnavailable: grpc.StatusCode.UNAVAILABLE, NotOwner: grp
 class FleetService(mx_pb2_grpc.FleetServiceServicer):
     """Thread-safe, as far as the store is."""
 
-    def __init__(self, store: SourceStore, clock: Clock | None = None) -> None:
+    def __init__(self, store: SourceStore, doubts: Doubts, clock: Clock | None = None) -> None:
         self._store = store
+        self._doubts = doubts
         self._elections = StorageElections(clock)
         self._started_ms = (clock or SystemClock()).unix_ms()
 
@@ -145,6 +149,22 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
         self._require_own(request)
         self._elections.end(key, request.worker_id, request.epoch, shared=request.shared)
         return mx_pb2.EndStorageTurnResponse()
+
+    @_refuses
+    def TellDoubt(  # noqa: N802
+        self, request: mx_pb2.TellDoubtRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.TellDoubtResponse:
+        doubt = request.doubt
+        record = self._store.get(doubt.mx_source_id, doubt.worker_id)
+        if record is not None:
+            require_owner(record, current_owner())
+        self._doubts.told(doubt)
+        return mx_pb2.TellDoubtResponse()
+
+    def ListDoubts(  # noqa: N802
+        self, request: mx_pb2.ListDoubtsRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.ListDoubtsResponse:
+        return mx_pb2.ListDoubtsResponse(doubts=self._doubts.newest(request.mx_source_id))
 
     def _require_own(self, request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest) -> None:
         """Raises NotOwner where the worker's record is another caller's: nobody reads, or stops to read, for others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
 from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics, telling_status
@@ -12,6 +13,7 @@ __all__ = [
     "DEFINITIONS",
     "STATES",
     "CacheObservation",
+    "Doubts",
     "Events",
     "FinishedLoad",
     "Loads",

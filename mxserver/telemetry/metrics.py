@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from mxserver import __version__
-from mxserver.wire.proto import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -49,6 +49,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_load_duration_seconds", "histogram", ("path",), "their duration", LOAD_BUCKETS),
     Definition("mxserver_chunks_verified_total", "counter", (), "chunks whose digest was checked in these loads"),
     Definition("mxserver_load_fallbacks_total", "counter", ("path",), "paths that loads tried and left"),
+    Definition("mxserver_doubts_total", "counter", ("kind",), "doubts about weights that workers told, by kind"),
     Definition("mxserver_downloads_running", "gauge", (), "models that the server downloads at the moment"),
     Definition("mxserver_downloads_total", "counter", ("result",), "downloads that ended: done, failed"),
     Definition("mxserver_download_bytes_total", "counter", (), "bytes that downloads fetched from providers"),
@@ -88,6 +89,11 @@ PATHS: dict[load_pb2.LoadPath.ValueType, str] = {
 }
 
 
+DOUBTS: dict[mx_pb2.DoubtKind.ValueType, str] = {
+    number: name.removeprefix("DOUBT_KIND_").lower() for name, number in mx_pb2.DoubtKind.items() if number
+}
+
+
 def path_label(path: int) -> str:
     """The label of a LoadPath; "unknown" for one that this version has no name for."""
     return PATHS.get(path, UNKNOWN)  # type: ignore[call-overload,no-any-return] # an enum's number off the wire
@@ -106,6 +112,7 @@ class Metrics:
         self.load_seconds = self._histogram("mxserver_load_duration_seconds")
         self.chunks_verified = self._counter("mxserver_chunks_verified_total")
         self.load_fallbacks = self._counter("mxserver_load_fallbacks_total")
+        self.doubts = self._counter("mxserver_doubts_total")
         self.downloads = self._counter("mxserver_downloads_total")
         self.download_bytes = self._counter("mxserver_download_bytes_total")
         self.call_seconds = self._histogram("mxserver_call_duration_seconds")
@@ -116,6 +123,8 @@ class Metrics:
         self.store_seconds = self._histogram("mxserver_store_operation_duration_seconds")
         self.store_errors = self._counter("mxserver_store_errors_total")
         self._gauge("mxserver_build_info").labels(__version__).set(1)
+        for kind in (*DOUBTS.values(), UNKNOWN):
+            self.doubts.labels(kind)
         for result in ("done", "failed"):
             self.downloads.labels(result)
         for path in (*PATHS.values(), UNKNOWN):  # rate() needs a series to exist before its first event

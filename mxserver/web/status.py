@@ -16,7 +16,7 @@ from mxserver import __version__
 from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
 from mxserver.telemetry import STATES, Events, FinishedLoad, Loads, Observation, RunningLoad
 from mxserver.web.cache_view import CacheView
-from mxserver.wire.proto import p2p_pb2, record_pb2
+from mxserver.wire.proto import mx_pb2, p2p_pb2, record_pb2
 
 Json = dict[str, Any]
 
@@ -169,6 +169,10 @@ def _worker(record: SourceRecord, now_ms: int) -> Json:
         "endpoint": worker.worker_grpc_endpoint,
         "source_load": record.source_load,
         "epoch": record.epoch,
+        "digest_origin": mx_pb2.DigestOrigin.Name(worker.digest_origin).removeprefix("DIGEST_ORIGIN_").lower()
+        if worker.digest_origin in mx_pb2.DigestOrigin.values()
+        else "unknown",
+        "received_from": list(worker.received_from),
         "silent_seconds": max(0.0, (now_ms - record.updated_at_ms) / 1000),
     }
 

@@ -29,7 +29,7 @@ from mxserver.wire.errors import (
 from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
-from mxserver.wire.unique_path import unique_beside
+from mxserver.wire.unique_path import remove_leftovers, unique_beside
 from mxserver.wire.unused_names import UNUSED
 from mxserver.wire.weight_files import WeightFiles, weight_files, weight_files_in
 
@@ -57,6 +57,7 @@ __all__ = [
     "open_regular_below",
     "parse_server_address",
     "path_problem",
+    "remove_leftovers",
     "setting",
     "split_scheme",
     "unique_beside",

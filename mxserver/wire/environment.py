@@ -135,6 +135,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HEARTBEAT_INTERVAL_SECS", "worker", "time between two heartbeats"),
     Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is abandoned"),
     Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
+    Variable(
+        "MX_ON_BAD_MEMORY",
+        "worker",
+        "when a worker finds its own weights changed while it serves: withdraw (its engine goes on) or end the engine",
+    ),
     Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
     Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
     Variable(

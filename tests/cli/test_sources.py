@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mxserver.wire.calls import ServerClient
+from mxserver.wire.proto import mx_pb2
 from tests.cli.mx_process import mx
 from tests.web.conftest import INITIALIZING, WebServer, identity, publish, start_web, web
 
@@ -55,6 +56,31 @@ def test_identities(fleet: WebServer) -> None:
     text = mx("sources", "--server", fleet.address, "--identities", "--model", "other/model").out
     assert f"\n{source['source_id']}\n" in text
     assert "  dtype: bfloat16" in text
+
+
+def test_doubts_are_named_below_the_workers(fleet: WebServer) -> None:
+    with ServerClient(fleet.address) as client:
+        source = client.list_sources()[0].mx_source_id
+        client.tell_doubt(
+            mx_pb2.Doubt(
+                kind=mx_pb2.DOUBT_KIND_HOLDERS_DIFFER,
+                mx_source_id=source,
+                worker_id="late",
+                holders=["a", "x"],
+                chunks=3,
+                text="nobody is believed\nat all " + 1000 * "!",
+            )
+        )
+    [doubt] = mx("sources", "--server", fleet.address, "--json").json()["doubts"]
+    assert (doubt["kind"], doubt["told_by"], doubt["holders"], doubt["chunks"]) == (
+        "holders_differ",
+        "late",
+        ["a", "x"],
+        3,
+    )
+    assert len(doubt["text"]) == 500  # what a worker sends is cut
+    assert "holders_differ, told by late: nobody is believed at all !" in mx("sources", "--server", fleet.address).out
+    assert [error["kind"] for error in fleet.status()["errors"]] == ["doubt"]
 
 
 def test_none_fits(web: WebServer) -> None:

@@ -104,6 +104,7 @@ class PlainEngine:
                 mode=settings.read_mode,
                 lazy_least_bytes=0,
                 needed=source.needed,
+                record=source.record,
                 read=reads.append,
             )
         else:

@@ -17,8 +17,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore.engine import Engine, leave, load  # noqa: E402
-from mxcore.errors import LoadPathsExhausted, NoSource  # noqa: E402
+from mxcore.engine.weights import Weights  # noqa: E402
+from mxcore.errors import FenceFailed, LoadPathsExhausted, NoSource  # noqa: E402
 from mxcore.storage.remote import LocalFolder, listing_commit, place_of_state  # noqa: E402
+from mxcore.transfer.receive.receiver import Receiver, never_freed  # noqa: E402
+from mxserver.wire.calls import ServerClient  # noqa: E402
+from mxserver.wire.proto import mx_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
@@ -89,11 +93,22 @@ def test_the_engine_has_all_that_the_protocol_asks_for(folder: Path) -> None:
             assert inspect.signature(getattr(PlainEngine, name)) == inspect.signature(member), name
 
 
+def origin_of(engine: PlainEngine, report: dict[str, Any]) -> tuple[str, list[str]]:
+    """Who vouches for what it offers, as its record says."""
+    with ServerClient(engine.options["server_address"]) as client:
+        record = client.get_metadata(report["source_id"], report["worker_id"])
+    if record is None:
+        return "", []
+    name = mx_pb2.DigestOrigin.Name(record.worker.digest_origin)
+    return name.removeprefix("DIGEST_ORIGIN_"), list(record.worker.received_from)
+
+
 def received(engine: PlainEngine, role: str, expected: str) -> dict[str, Any]:
     """The report of a load in this process, which then serves nothing."""
     assert answer(load(engine, ROLES[role])) == expected
-    leave("the next one is to find the first source")
     report: dict[str, Any] = json.loads(Path(engine.options["report_path"]).read_text())
+    report["origin"] = origin_of(engine, report)
+    leave("the next one is to find the first source")
     assert report["path"] == "p2p"
     assert report["bytes"] == BYTES  # the table is the constructor's
     assert report["fallbacks"] == []
@@ -110,6 +125,7 @@ def test_processed_weights_go_from_process_to_process(server: str, folder: Path,
         report = received(engine, "both", expected)
     assert (report["layout"], report["serving"]) == ("processed", True)
     assert report["source_worker"] == source["report"]["worker_id"]
+    assert report["origin"] == ("RECEIVED", [report["source_worker"]])
     assert engine.events == ["build", "placeholder", "process"]
 
 
@@ -122,6 +138,9 @@ def test_raw_weights_go_to_whoever_processes_them(server: str, folder: Path, exp
             engine = PlainEngine(folder, given, processed_weights_move=processed)
             report = received(engine, role, expected)
             assert report["source_worker"] == source["report"]["worker_id"]
+            if role == "both":
+                origin = "RECEIVED_RAW" if processed else "RECEIVED"  # and not PROCESSED: it read nothing itself
+                assert report["origin"] == (origin, [report["source_worker"]])
             assert [offer["layout"] for offer in report["offers"]] == (
                 [] if role == "target" else ["processed" if processed else "raw"]
             )
@@ -190,6 +209,66 @@ def test_weights_that_are_packed_away_are_refused_by_name(
     (fallback,) = report["fallbacks"]
     assert "0.weight" in fallback
     assert "MX_LAYOUT_UNSUPPORTED" in fallback
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_memory_that_may_still_be_written_to_is_never_used_nor_freed(
+    server: str, folder: Path, expected: str, monkeypatch: pytest.MonkeyPatch, processed: bool
+) -> None:
+    report = folder.parent / "report.json"
+    given: list[Any] = []
+
+    def fails(receiver: Receiver, *arguments: Any) -> None:
+        given.extend(receiver._received.placement.addresses)
+        raise FenceFailed("as if an agent had not been destroyed")
+
+    with started(folder, "both", options(server), processed=processed):
+        monkeypatch.setattr(Receiver, "_receive", fails)
+        engine = PlainEngine(
+            folder,
+            options(server, report_path=str(report), load_paths=["p2p", "engine"]),
+            processed_weights_move=processed,
+        )
+        before = len(never_freed)
+        model = load(engine, ROLES["both"])
+    assert answer(model) == expected
+    assert json.loads(report.read_text())["path"] == "storage"
+    kept = never_freed[before]
+    assert isinstance(kept, Weights)
+    held = {tensor.untyped_storage().data_ptr() for tensor in kept.found.kept.values()}
+    assert set(given) <= held | {tensor.data_ptr() for tensor in kept.found.kept.values()}
+    assert not {parameter.data_ptr() for parameter in model.parameters()} & set(given)
+
+
+class Damaged(PlainEngine):
+    """An engine whose memory loses a bit between reading and processing, or whose loader computes there."""
+
+    damages: Any = staticmethod(lambda weight: None)
+
+    def fill(self, model: Any, source: Any, settings: Any, progress: Any) -> int:
+        read = super().fill(model, source, settings, progress)
+        self.damages(next(model.parameters()).detach())
+        return read
+
+
+def test_a_bit_lost_after_reading_is_written_again_and_nothing_is_offered(
+    server: str, folder: Path, expected: str
+) -> None:
+    report = folder.parent / "report.json"
+    engine = Damaged(folder, options(server, report_path=str(report)))
+    engine.damages = lambda weight: weight.view(torch.int32)[3, 3:4].bitwise_xor_(1 << 22)
+    assert answer(load(engine, ROLES["both"])) == expected  # the engine does not answer with it
+    told = json.loads(report.read_text())
+    assert (told["path"], told["serving"]) == ("storage", False)
+    assert "1 bits in memory were not what was read" in told["fallbacks"][0]
+
+
+def test_a_loader_that_computes_is_offered(server: str, folder: Path) -> None:
+    report = folder.parent / "report.json"
+    engine = Damaged(folder, options(server, report_path=str(report)))
+    engine.damages = lambda weight: weight.neg_()
+    load(engine, ROLES["both"])
+    assert json.loads(report.read_text())["serving"]
 
 
 class Replaced(PlainEngine):

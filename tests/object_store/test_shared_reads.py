@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mxcore.errors import StorageError
+from mxcore.storage.plan import budget
 from mxcore.storage.remote import LocalFolder, RemoteRange, SharedReads, open_remote, shared_reads, stream_remote
 from tests.object_store.conftest import make_checkpoint
 
@@ -162,3 +163,16 @@ def test_where_no_memory_can_be_shared_each_reads_all(
     shared.close()
     assert remote.read_bytes == 1024
     assert "each reads all" in caplog.text
+
+
+def test_what_ranks_share_counts_in_the_memory_limit(folder: Path, tmp_path: Path) -> None:
+    """It is host memory (findings, row 21)."""
+    before = budget().limit_bytes, budget().origin
+    budget().set_limit(5_000_000, "this test")
+    remote = LocalFolder(folder)
+    shared = SharedReads("here", remote.files, 2, remote.read_into, below=tmp_path)
+    try:
+        assert shared._room_bytes <= 5_000_000
+    finally:
+        shared.close()
+        budget().set_limit(*before)

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from mxserver.calls import refusals
+from mxserver.limits import DEFAULT
 from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
@@ -35,7 +36,7 @@ def test_message_limit_is_what_the_setting_says(start_server: StartServer) -> No
 
 def test_default_message_limit_is_the_protocols() -> None:
     options = dict(setup.server_options(load_settings({})))
-    assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
+    assert options["grpc.max_receive_message_length"] == DEFAULT.publish_bytes
     assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.keepalive_time_ms"] == 30_000
     options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from mxcore.storage.remote import place_in_hub_cache
 from mxserver.models.cache_layout import CacheLayout
 from mxserver.models.names import ModelName
-from mxserver.wire import unique_beside
+from mxserver.wire import remove_leftovers, unique_beside
 from mxserver.wire.proto import model_pb2
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +119,15 @@ def test_threads_that_fill_one_cache(tmp_path: Path) -> None:
         thread.join()
     assert len(found) == 4
     assert {path.name for path in found[0].iterdir()} == {"config.json", "tokenizer.json"}
+
+
+def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path) -> None:
+    old_file, old_folder, young = (unique_beside(tmp_path / "x") for _ in range(3))
+    old_folder.mkdir()
+    for path in (old_folder / "part", old_file, young, tmp_path / ".mx-partial", tmp_path / ".mx-uri"):
+        path.touch()
+    for path in (old_file, old_folder, tmp_path / ".mx-partial", tmp_path / ".mx-uri"):
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "none")
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, ".mx-partial", ".mx-uri"}

@@ -139,7 +139,7 @@ class PeerRung(Rung[Loaded]):
             steps=steps,
         )
         attempt.others_may_do = True  # if it comes to nothing, a sibling is why
-        return Loaded(model, kept, attempt.checkpoint, part)
+        return Loaded(model, kept, attempt.checkpoint, part, received.bytes_from)
 
     def done(self) -> None:
         """The copies of what building computed are freed."""
@@ -185,6 +185,7 @@ class PeerRung(Rung[Loaded]):
                     self._sources,
                     relay_from=relay_from,
                     files_decide=has_files,
+                    keep_alive=attempt.weights,
                 )
             except ChunksMissing as error:
                 if error.partial is None or unprocessed is None or not has_files:

@@ -36,7 +36,7 @@ from mxcore.storage.plan import (
     tell_fallbacks,
 )
 
-__all__ = ["LoadReport", "Reader", "load", "load_digested", "read_rows"]
+__all__ = ["LoadReport", "Reader", "load", "read_rows"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,40 +102,6 @@ def load(
         memory=memory,
         stamps=checkpoint.stamps,
     )
-
-
-def load_digested(
-    checkpoint: Checkpoint,
-    groups: Sequence[Sequence[Want]],
-    *,
-    mode: str | None = None,
-    progress: Progress | None = None,
-    memory: MemoryBudget | None = None,
-) -> LoadReport:
-    """As `load`, with the XXH3-64 of each group's bytes, in the group's order, made while they are in the cache.
-
-    The digests are in the report, one for each group. A group is read by one thread, in its order: groups of some MiB,
-    such as a transfer's chunks, keep all threads busy.
-    """
-    rows: list[Row] = []
-    starts = array("q", [0])
-    places: list[int] = []
-    for place, group in enumerate(groups):
-        rows += [part for want in group for part in parts_of(checkpoint, want)]
-        if len(rows) > starts[-1]:
-            starts.append(len(rows))
-            places.append(place)
-    report = read_rows(
-        checkpoint.files, rows, mode=mode, progress=progress, memory=memory, groups=starts, stamps=checkpoint.stamps
-    )
-    digests = [_DIGEST_OF_NOTHING] * len(groups)
-    for place, digest in zip(places, report.digests, strict=True):
-        digests[place] = digest
-    report.digests = digests
-    return report
-
-
-_DIGEST_OF_NOTHING = 0x2D06800538D394C2  # XXH3-64 of no bytes
 
 
 def read_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxcore.storage.plan.memory_limit import SETTING, MemoryBudget, budget, parse_bytes
+from mxcore.storage.plan.memory_limit import SETTING, MemoryBudget, available_bytes, budget, parse_bytes
 from mxcore.storage.plan.progress import Progress, ProgressDisplay
 from mxcore.storage.plan.read_plan import Box, Row, Want, merged, parts_of, row
 from mxcore.storage.plan.ways import (
@@ -27,6 +27,7 @@ __all__ = [
     "Row",
     "Step",
     "Want",
+    "available_bytes",
     "budget",
     "chosen_mode",
     "for_device",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mxcore.storage.remote.remote_folder import RemoteFile
-from mxserver.wire import SettingError, path_problem, unique_beside
+from mxserver.wire import SettingError, path_problem, remove_leftovers, unique_beside
 
 __all__ = ["hub_cache", "listing_commit", "place_in_hub_cache", "place_of_state", "state_of"]
 
@@ -64,6 +64,7 @@ def place_in_hub_cache(cache: Path, name: str, commit: str, fill: Callable[[Path
     named = repository / "refs" / ref
     if not named.exists() or (ours / named.read_text().strip()).exists():
         named.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(named.parent)
         made = unique_beside(named)
         try:
             made.write_text(commit)
@@ -75,6 +76,7 @@ def place_in_hub_cache(cache: Path, name: str, commit: str, fill: Callable[[Path
 
 def _made_whole(folder: Path, beside: Path, fill: Callable[[Path], object]) -> None:
     """`beside` is where it is filled; it has its name only once it is whole."""
+    remove_leftovers(beside)
     if folder.is_dir():
         return
     made = unique_beside(beside / folder.name)

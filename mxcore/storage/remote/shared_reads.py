@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mxcore.storage.plan import available_bytes, budget
 from mxcore.storage.remote.remote_folder import RemoteFile, RemoteRange
 from mxserver.wire import unique_beside
 
@@ -74,14 +75,17 @@ class SharedReads:
                 raise PermissionError(f"{folder} belongs to somebody else")
             self._alive = os.open(folder / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._alive, fcntl.LOCK_SH)
-            self._room_bytes = (
-                min(_MOST_ROOM_BYTES, shutil.disk_usage(below).free // 2) if room_bytes is None else room_bytes
-            )
+            self._room_bytes = self._free_room(below) if room_bytes is None else room_bytes
         except OSError as error:
             _log.warning("ranks of this node do not share their reading, each reads all: %s", error)
             return
         self._folder = folder
         self._alone = False
+
+    def _free_room(self, below: Path) -> int:
+        """What all ranks together may hold there: it is host memory, of which each has a limit, and the cgroup one."""
+        memory = min(budget().limit_bytes, available_bytes() // 2)
+        return min(_MOST_ROOM_BYTES, shutil.disk_usage(below).free // 2, memory)
 
     def read_into(self, ranges: Sequence[RemoteRange]) -> None:
         """As the folder's own `read_into`; raises what that raises."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from mxcore.errors import DigestMismatch, NixlError, TransferError
+from mxcore.errors import DigestMismatch, TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import (
     CHUNK_BYTES,
@@ -37,7 +37,7 @@ from mxcore.transfer.receive import (
     logged,
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
-from mxcore.transfer.serve import LEASE_SECONDS, Holder, ServedRelay, WorkerServer
+from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
 from mxserver.wire import MxError, ServerRefused, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
@@ -104,8 +104,11 @@ class Membership:
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
         self._holder: Holder | None = None
-        self._made_digests: ChunkDigests | None = None  # by this worker, of what it read or processed
         self._server: WorkerServer | None = None
+        self._check: SelfCheck | None = None
+        self._bad_memory = ""
+        self.on_bad_memory: Callable[[str], None] = lambda what: None
+        """Called on a thread of its own when the weights that are served are found changed; set it before `serve`."""
 
     @property
     def identity(self) -> p2p_pb2.SourceIdentity:
@@ -265,6 +268,7 @@ class Membership:
         relay_from: object = None,
         files_decide: bool = False,
         only: int | None = None,
+        keep_alive: object = None,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
@@ -272,7 +276,7 @@ class Membership:
         worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
         chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
         of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
-        there.
+        there; but after FenceFailed something may: `keep_alive` is kept for ever, and the memory is not to be used.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -285,6 +289,8 @@ class Membership:
             chunk_bytes=self._chunk_bytes,
             relay=ServedRelay(partial(self._relay, layout, placement, relay_from)) if relays else None,
             files_decide=files_decide,
+            tell_doubt=self._record.tell_doubt_soon,
+            keep_alive=keep_alive,
             only=only,
         )
         try:
@@ -303,10 +309,12 @@ class Membership:
         scalars: Mapping[str, float],
         digests: ChunkDigests | None = None,
         keep_alive: object = None,
+        origin: Origin | None = None,
     ) -> None:
         """Serves the memory at `placement` until `close` or `withdraw`, and publishes this worker as READY.
 
-        `digests`: those of a ReceiveReport; None: they are computed. `keep_alive` is kept until nobody reads any more.
+        `digests`: those of a ReceiveReport; None: they are computed. `origin`: who made them, as Holder has it.
+        `keep_alive` is kept until nobody reads any more.
         Raises TransferError when it serves already.
 
         Raises:
@@ -315,17 +323,20 @@ class Membership:
         """
         require_movable(placement)
         with self._lock:
-            if self._record.ready or self._closed or self._record.superseded:
-                raise TransferError(f"worker {self.worker_id} is serving already, or has left")
+            if self._record.ready or self._closed or self._record.superseded or self._bad_memory:
+                raise TransferError(f"worker {self.worker_id} is serving already, or has left{self._bad_memory}")
             holder = self._holder
             relayed = holder is not None and holder.serves(layout, placement, scalars, digests)
         if holder is not None and relayed:
             holder.keep(keep_alive)
+            if origin is not None:
+                holder.origin = origin
             holder.update(all_chunks(len(holder.chunks)))
         else:
             self.withdraw(_FAILED_DRAIN_SECONDS)
-            self._offer(layout, placement, scalars, digests, keep_alive)
+            self._offer(layout, placement, scalars, digests, keep_alive, origin=origin)
         self._record.mark_ready()
+        self._look_at_own_weights()
         logger.info("worker %s serves %d bytes at %s", self.worker_id, layout.total_bytes, self.endpoint)
         self.join()
         if self._election is not None:
@@ -402,6 +413,7 @@ class Membership:
         digests: ChunkDigests | None,
         keep_alive: object,
         have: int | None = None,
+        origin: Origin | None = None,
     ) -> Holder:
         """Starts serving: memory registered, services listening. Raises MxError; then nothing is served."""
         with self._lock:
@@ -419,33 +431,16 @@ class Membership:
                 have=have,
                 most_readers=self.settings.source_max_readers,
                 rate_limit=self.settings.source_rate_limit,
-                made_digests=digests is not None and digests is self._made_digests,
+                origin=origin,
             )
-            if holder.made_digests:
-                self._made_digests = holder.digests
             try:
-                self._make_agent(holder)
+                holder.agent.make_early(self._policy)
                 self._server = self._listen(holder)
             except MxError:
                 holder.close()
                 raise
             self._holder = holder
             return holder
-
-    def _make_agent(self, holder: Holder) -> None:
-        """Makes the agent now where readers need it: registering may take longer than they wait.
-
-        Raises NixlMissing, NixlError where nobody could take anything without it.
-        """
-        policy, device_type = self._policy, holder.placement.device_type
-        if not policy.needs_agent(device_type):
-            return
-        try:
-            holder.agent.session()
-        except NixlError as error:
-            if device_type != "cpu" or not (policy.sends or policy.attaches):
-                raise
-            logger.warning("these weights are served over TCP or within this host alone, as NIXL fails: %s", error)
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
@@ -460,15 +455,45 @@ class Membership:
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
             loopback=settings.shares_only_this_host,
+            doubted=self._doubted,
             chunk_tls=settings.chunk_tls != "off",
         )
+
+    def _look_at_own_weights(self) -> None:
+        with self._lock:
+            if self._holder is not None and self._check is None:
+                self._check = SelfCheck(self._holder, self._memory_is_bad)
+                self._check.start()
+
+    def _doubted(self, chunks: Sequence[int]) -> None:
+        """On a thread of a reader's call."""
+        check = self._check
+        if check is not None:
+            check.doubt(chunks)
+
+    def _memory_is_bad(self, chunks: Sequence[int]) -> None:
+        """On the thread of the check: takes no more readers, for good; those that read verify what they get."""
+        what = f"chunks {list(chunks[:8])} of the weights in memory are not what their digests promise"
+        self._bad_memory = f": {what}"
+        logger.critical("worker %s serves no more, its engine's answers may be wrong: %s", self.worker_id, what)
+        holder = self._holder
+        if holder is not None:
+            holder.drain(0)
+        self._record.goodbye()
+        self._record.tell_doubt(mx_pb2.DOUBT_KIND_OWN_MEMORY, [self.worker_id], len(chunks), what)
+        self.on_bad_memory(what)
+        if holder is not None:
+            holder.drain(self.settings.drain_timeout_seconds)
+            holder.close()  # the port goes on saying that this worker is not well
+        with self._lock:
+            self._holder = None
 
     def _served(self) -> Served:
         with self._lock:
             holder = self._holder
             if holder is None:
                 return Served()
-            return Served(holder.agent.name, self.endpoint or "", holder.live_leases)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""
@@ -481,6 +506,9 @@ class Membership:
         with self._lock:
             server, self._server = self._server, None
             holder, self._holder = self._holder, None
+            check, self._check = self._check, None
+        if check is not None:
+            check.stop()  # before the memory goes away
         if server is not None:
             server.stop()
         if holder is not None:

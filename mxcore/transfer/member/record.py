@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.receive import LoadReporter, logged
+from mxcore.transfer.serve import Origin
 from mxserver.wire import ServerRefused, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
-from mxserver.wire.proto import load_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["Served", "WorkerRecord"]
 
@@ -24,6 +25,7 @@ class Served(NamedTuple):
     agent_name: str = ""
     endpoint: str = ""  # host:port of its gRPC services
     readers: int | None = None  # leases that are taken
+    origin: Origin | None = None  # who vouches for the bytes
 
 
 class WorkerRecord:
@@ -106,6 +108,8 @@ class WorkerRecord:
                 agent_name=served.agent_name,
                 worker_grpc_endpoint=served.endpoint,
                 accelerator=self._accelerator,
+                digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
+                received_from=served.origin.received_from if served.origin is not None else (),
             )
             report = self.loads.report() if self.ready else None
             answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)
@@ -159,6 +163,30 @@ class WorkerRecord:
             self._status = p2p_pb2.SOURCE_STATUS_STALE
             with logged("saying goodbye to the server"):
                 self._update_status(self.loads.report())
+
+    def tell_doubt(self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str) -> None:
+        """Tells the server whose bytes are doubted; it keeps that for people to see. Never raises."""
+        if self._client is None:
+            return
+        doubt = mx_pb2.Doubt(
+            kind=kind,
+            mx_source_id=self.source_id,
+            worker_rank=self._worker_rank,
+            worker_id=self._worker_id,
+            holders=sorted(holders),
+            chunks=chunks,
+            text=text,
+        )
+        with logged("telling the server of a doubt"):
+            self._client.tell_doubt(doubt)
+
+    def tell_doubt_soon(
+        self, kind: mx_pb2.DoubtKind.ValueType, holders: Collection[str], chunks: int, text: str
+    ) -> None:
+        """As `tell_doubt`, on a thread of its own: a receive does not wait for that."""
+        threading.Thread(
+            target=self.tell_doubt, args=(kind, list(holders), chunks, text), name="mx-doubt", daemon=True
+        ).start()
 
     def end(self) -> None:
         """Stops heartbeats and reports of loads; `goodbye` may follow. Idempotent."""

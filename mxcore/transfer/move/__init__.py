@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mxcore.transfer.move import same_host
-from mxcore.transfer.move.agent_session import AgentSession, Move
+from mxcore.transfer.move.agent_session import FENCE_SECONDS, AgentSession, Move
 from mxcore.transfer.move.chunk_greeting import (
     GREETING,
     TOKEN_BYTES,
@@ -24,6 +24,7 @@ from mxcore.transfer.move.tcp import TcpMover
 from mxcore.transfer.move.tcp_received import TcpByteCounter
 
 __all__ = [
+    "FENCE_SECONDS",
     "GREETING",
     "TOKEN_BYTES",
     "AgentSession",

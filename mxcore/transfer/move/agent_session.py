@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from mxcore.errors import CudaError, NixlError, TransferStalled
+from mxcore.errors import CudaError, FenceFailed, NixlError, TransferStalled
 from mxcore.memory import merge_adjoining
 from mxcore.nixl import Mailbox, NixlAgent, Transfer, notifies
 from mxcore.transfer.layout import Layout, Placement, Regions, merge_regions
@@ -29,9 +29,12 @@ from mxcore.transfer.route import (
 )
 from mxserver.wire.calls import Closing
 
-__all__ = ["AgentSession", "Move"]
+__all__ = ["FENCE_SECONDS", "AgentSession", "Move"]
 
 logger = logging.getLogger(__name__)
+
+FENCE_SECONDS = 60.0
+"""The longest wait for an agent's end; giving back the registration of a large model takes seconds."""
 
 _WAIT_SECONDS = 0.02  # for what is in flight, before `cancelled` is asked again
 
@@ -61,6 +64,7 @@ class AgentSession(Closing):
         backend: str = "UCX",
         stall_timeout_seconds: float = 5.0,
         progress_thread: bool = True,
+        fence_timeout_seconds: float = FENCE_SECONDS,
     ) -> None:
         """Without a `progress_thread` of NIXL's own, peers move or connect only within `progressing`.
 
@@ -75,6 +79,9 @@ class AgentSession(Closing):
             self._agent = NixlAgent(
                 f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend, progress_thread=progress_thread
             )
+        self._fence_timeout_seconds = fence_timeout_seconds
+        self._fence_lock = threading.Lock()
+        self._fence: _Fence | None = None
         self._has_thread = progress_thread
         self._progress_lock = threading.Lock()
         self._progress_users = 0
@@ -88,8 +95,8 @@ class AgentSession(Closing):
 
     @property
     def fenced(self) -> bool:
-        """Whether the agent is destroyed."""
-        return self._agent.destroyed
+        """Whether the agent is destroyed, and nothing went wrong then."""
+        return self._fence is not None and self._fence.held
 
     @property
     def has_progress_thread(self) -> bool:
@@ -256,8 +263,15 @@ class AgentSession(Closing):
         """Destroys the agent: when this returns, nothing is read from or written to the memory any more. Idempotent.
 
         Waits first for the device's work (READs by cuda_ipc): it copies from another process' memory, which is unmapped
-        when the agent is destroyed. Raises CudaError when the device fails; the agent is destroyed all the same.
+        when the agent is destroyed. Raises FenceFailed when the device or NIXL fails (the agent is destroyed all the
+        same, if that can be), or does not return in time: then this memory may still be written to, for ever.
         """
+        with self._fence_lock:
+            if self._fence is None:
+                self._fence = _Fence(self._destroy)
+        self._fence.wait(self.name, self._fence_timeout_seconds)
+
+    def _destroy(self) -> None:
         try:
             if self._device is not None:
                 self._device.context.synchronize()
@@ -269,3 +283,35 @@ class AgentSession(Closing):
     def close(self) -> None:
         """Fences it."""
         self.fence()
+
+
+class _Fence:
+    """An agent that is destroyed on a thread of its own, as calls into UCX or the driver may never return."""
+
+    def __init__(self, destroy: Callable[[], None]) -> None:
+        self._destroy = destroy
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        try:
+            threading.Thread(target=self._run, name="mx-fence", daemon=True).start()
+        except RuntimeError:  # the process may have no more threads
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self._destroy()
+        except Exception as error:  # noqa: BLE001 - whatever it was, memory is not to be trusted: `wait` says so
+            self._error = error.with_traceback(None)
+        self._ended.set()
+
+    @property
+    def held(self) -> bool:
+        """Whether it has ended well."""
+        return self._ended.is_set() and self._error is None
+
+    def wait(self, name: str, seconds: float) -> None:
+        """Raises FenceFailed."""
+        if not self._ended.wait(seconds):
+            raise FenceFailed(f"agent {name} was not destroyed within {seconds:g} s: its memory is given up")
+        if self._error is not None:
+            raise FenceFailed(f"agent {name}: {self._error}: its memory is given up") from self._error

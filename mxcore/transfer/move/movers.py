@@ -46,7 +46,10 @@ class Mover(Protocol):
         """
 
     def close(self) -> None:
-        """Ends it: nothing arrives any more, or (by NIXL) once the agent is fenced. Waits for what it began itself."""
+        """Ends it: nothing arrives any more, or (by NIXL) once the agent is fenced. Waits for what it began itself.
+
+        Raises FenceFailed when that does not end: the memory may still be written to.
+        """
 
 
 class Awaited:

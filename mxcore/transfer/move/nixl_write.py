@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 
-from mxcore.errors import SourceRefused, TransferError
-from mxcore.transfer.move.agent_session import AgentSession
+from mxcore.errors import FenceFailed, SourceRefused, TransferError
+from mxcore.transfer.move.agent_session import FENCE_SECONDS, AgentSession
 from mxcore.transfer.move.movers import Arrived, Awaited
 from mxcore.transfer.move.source_client import SourceClient
 from mxserver.wire.calls import Closing
@@ -45,7 +45,9 @@ class NixlWriteMover(Closing):
         for call in self._calls.values():
             call.cancel()
         for thread in self._calls:
-            thread.join()
+            thread.join(FENCE_SECONDS)
+            if thread.is_alive():
+                raise FenceFailed("a call that was cancelled has not ended")
 
     def interrupt(self, error: TransferError) -> None:
         """See Mover."""

@@ -11,7 +11,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 
-from mxcore.errors import NotOneSided, PeerLost, TransferError
+from mxcore.errors import FenceFailed, NotOneSided, PeerLost, TransferError
 from mxcore.process import AttachedReads
 from mxcore.transfer.layout import Chunks
 from mxcore.transfer.move.movers import Arrived, Awaited
@@ -19,6 +19,7 @@ from mxserver.wire.calls import Closing
 
 __all__ = ["SameHostMover", "threads_of"]
 
+_CLOSE_SECONDS = 30.0
 _MOST_THREADS = 4  # more gain little: four come near the bandwidth of the memory
 
 
@@ -35,7 +36,7 @@ class SameHostMover(Closing):
     """Reads the memory of process `process` of this host, which worker `holder` has proven to be its own. See Mover.
 
     With `hashed`, digests are made on the way. `threads` as for `threads_of`: they read until `close`, which waits for
-    the chunks that are being read, however long the kernel takes.
+    the chunks that are being read.
     """
 
     def __init__(
@@ -61,8 +62,15 @@ class SameHostMover(Closing):
         self._awaited = Awaited(f"reading the memory of worker {holder} brought none of", stall_timeout_seconds)
 
     def close(self) -> None:
-        """Drops what was not begun, waits for the rest: afterwards nothing is written here any more. Idempotent."""
-        self._reads.close()
+        """Drops what was not begun, waits for the rest: afterwards nothing is written here any more. Idempotent.
+
+        Raises FenceFailed when the kernel does not return from a read.
+        """
+        if not self._reads.close(_CLOSE_SECONDS):
+            raise FenceFailed(
+                f"reading process {self._process} of worker {self._holder} has not ended after {_CLOSE_SECONDS:g} s: "
+                "the memory that it reads into is given up"
+            )
 
     def interrupt(self, error: TransferError) -> None:
         """See Mover."""

@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Callable
 
+from mxcore.errors import FenceFailed
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.move.agent_session import AgentSession
+from mxcore.transfer.move.agent_session import FENCE_SECONDS, AgentSession
 from mxserver.wire import MxError
 
 __all__ = ["SessionAhead"]
@@ -50,7 +51,7 @@ class SessionAhead:
     def take(self, tls: str, progress_thread: bool = False) -> AgentSession:
         """The session that was made ahead, if it is of this kind and not taken yet, else a new one.
 
-        The caller fences it. Raises NixlMissing, NixlError, and what `prepare` raises.
+        The caller fences it. Raises NixlMissing, NixlError, FenceFailed, and what `prepare` raises.
         """
         fits = (tls, progress_thread) == (self._tls, self._progress_thread)
         if fits and (session := self._made()) is not None:
@@ -58,13 +59,15 @@ class SessionAhead:
         return self._make(tls, progress_thread)
 
     def drop(self) -> None:
-        """Fences the session that was not taken. Idempotent."""
+        """Fences the session that was not taken. Idempotent. Raises FenceFailed."""
         if (session := self._made()) is not None:
             session.fence()
 
     def _made(self) -> AgentSession | None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(FENCE_SECONDS)
+            if self._thread.is_alive():
+                raise FenceFailed(f"an agent of worker {self._worker_id} was not made within {FENCE_SECONDS:g} s")
         with self._lock:
             session, self._session = self._session, None
         return session

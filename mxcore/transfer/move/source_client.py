@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -130,6 +131,16 @@ class SourceClient(Closing):
         request = mx_pb2.RenewLeaseRequest(lease_id=lease_id)
         return self._call("RenewLease", self._transfer.RenewLease, request).lease_ms / 1000
 
+    def doubt(self, lease_id: str, chunks: Sequence[int]) -> None:
+        """Tells the holder that these chunks did not have their digests. Waits for no answer, and never raises.
+
+        Releases without this call have no answer.
+        """
+        request = mx_pb2.DoubtChunksRequest(lease_id=lease_id, chunks=chunks)
+        with suppress(TransferError):
+            call = self._begin("DoubtChunks", self._transfer.DoubtChunks, request)
+            call.when_done(call.forget)
+
     def cancel(self) -> None:
         """Ends running calls with SourceUnreachable; afterwards only `release` can be called."""
         with self._lock:
@@ -197,6 +208,10 @@ class PendingCall(Generic[Response]):
     def when_done(self, call: Callable[[], None]) -> None:
         """Calls this once it is `done`, on a thread of gRPC's."""
         self._call.add_done_callback(lambda _: call())
+
+    def forget(self) -> None:
+        """Its answer is of no interest."""
+        self._client._ended(self._call)
 
     def result(self) -> Response:
         """The answer; waits for it."""

@@ -41,8 +41,8 @@ class Content:
 @dataclass
 class _Claim:
     content: Content
-    made_by: set[str]  # holders that made these digests themselves
-    repeated_by: set[str]  # holders that received them
+    made_by: set[str]  # holders that made these digests of what they read from storage themselves
+    repeated_by: set[str]  # holders that received them, or the raw weights
 
     def __str__(self) -> str:
         return f"made by {_names(self.made_by)}, repeated by {_names(self.repeated_by)}"
@@ -56,7 +56,7 @@ class ContentClaims:
         self._heard: set[str] = set()
 
     def note(self, holder: str, content: Content, *, made_here: bool) -> None:
-        """Records a holder's content; only its first counts. `made_here`: it does not repeat another's digests."""
+        """Records a holder's content; only its first counts. `made_here`: it read storage itself."""
         if holder in self._heard:
             return
         self._heard.add(holder)
@@ -72,6 +72,11 @@ class ContentClaims:
             claim.made_by.discard(holder)
             claim.repeated_by.discard(holder)
         self._claims = [claim for claim in self._claims if claim.made_by or claim.repeated_by]
+
+    @property
+    def holders(self) -> list[str]:
+        """Whose claims there are."""
+        return sorted(set().union(*(claim.made_by | claim.repeated_by for claim in self._claims)))
 
     @property
     def disputed(self) -> bool:

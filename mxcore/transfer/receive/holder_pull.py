@@ -17,6 +17,7 @@ from functools import cache
 
 from mxcore.errors import (
     DigestMismatch,
+    FenceFailed,
     NixlError,
     NoChunkPort,
     NotEncrypted,
@@ -30,6 +31,7 @@ from mxcore.errors import (
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import ChunkRequest, all_chunks, set_from_bytes
 from mxcore.transfer.move import (
+    FENCE_SECONDS,
     TOKEN_BYTES,
     AgentSession,
     ChunkTls,
@@ -51,12 +53,13 @@ from mxserver.wire import SettingError
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["HolderPull"]
+__all__ = ["END_SECONDS", "HolderPull"]
 
 logger = logging.getLogger(__name__)
 
 _VERIFY_THREADS = 1
 _NEWS_WAIT_SECONDS = 0.25
+END_SECONDS = 1.5 * FENCE_SECONDS  # the fence, and what comes before it
 _NOTHING = ChunkRequest(0, 0, 0)
 
 
@@ -76,7 +79,8 @@ class _Asking:
 class HolderPull:
     """Fetches from `source` until all chunks are here, the holder fails, or `stop`; on a thread of its own.
 
-    Once it has `ended`, nothing of this holder can arrive any more; `failure` says why it ended early. `clean` is
+    Once it has `ended`, nothing of this holder can arrive any more, unless `failure` is FenceFailed; `failure` says why
+    it ended early. `clean` is
     false when chunks were abandoned in flight: those may have overwritten verified ones before the fence.
     """
 
@@ -128,16 +132,22 @@ class HolderPull:
         if mover is None or error is not None or at_once:
             self._client.cancel()
 
-    def join(self) -> None:
-        """Waits for its end."""
-        self._thread.join()
+    def join(self, seconds: float = END_SECONDS) -> None:
+        """Waits for its end. Raises FenceFailed when that does not come: its memory may still be written to."""
+        self._thread.join(max(seconds, 0.0))
+        if self._thread.is_alive():
+            raise FenceFailed(
+                f"fetching from worker {self.source.worker_id} does not end ({self.route}): its memory is given up"
+            )
 
     def _run(self) -> None:
         try:
             with self._client:
                 self._receive()
         except TransferError as error:
-            if not (self._stopped.is_set() and self._given_up is None):
+            if isinstance(error, FenceFailed):
+                self.failure = error
+            elif not (self._stopped.is_set() and self._given_up is None):
                 self.failure = self._given_up or error
         except Exception as error:  # a bug in one holder's thread must not hang the others
             logger.exception("fetching from worker %s failed by a fault of ours", self.source.worker_id)
@@ -229,7 +239,7 @@ class HolderPull:
         self._received.join(name)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
-        verifying = _Verifier(self._received, name)
+        verifying = _Verifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
@@ -419,9 +429,11 @@ def _tell_in_clear(transport: str) -> None:
 class _Verifier:
     """Compares chunks with their digests while others arrive, and records those that are right."""
 
-    def __init__(self, received: ReceivedChunks, holder: str) -> None:
+    def __init__(self, received: ReceivedChunks, holder: str, doubt: Callable[[int], None]) -> None:
+        """`doubt` is called for each wrong chunk, on any thread."""
         self._received = received
         self._holder = holder
+        self._doubt = doubt
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
         self._running: set[Future[None]] = set()
 
@@ -451,6 +463,7 @@ class _Verifier:
         if right:
             self._received.accept(self._holder, chunk)
             return
+        self._doubt(chunk)
         message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
         if not self._received.refuse(self._holder, chunk):
             raise DigestMismatch(f"{message}, and is not the first one")

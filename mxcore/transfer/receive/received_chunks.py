@@ -35,6 +35,7 @@ __all__ = ["ContentMismatch", "ProgressCallback", "ReceivedChunks"]
 ProgressCallback: TypeAlias = Callable[[int, int], None]
 
 _NAMED_DIFFERENCES = 5
+_READ_THEMSELVES = (mx_pb2.DIGEST_ORIGIN_READ, mx_pb2.DIGEST_ORIGIN_PROCESSED)  # the others repeat whom they took from
 
 
 class ContentMismatch(SourceRefused):
@@ -132,7 +133,7 @@ class ReceivedChunks:
                     f"{where} has {digests.kind} digests; whether its bytes are those of the holders before it, "
                     f"which have {self.content.digests.kind}, cannot be told"
                 )
-            made_here = answer.digest_origin == mx_pb2.DIGEST_ORIGIN_MADE_HERE
+            made_here = answer.digest_origin in _READ_THEMSELVES
             self.claims.note(holder, content, made_here=made_here)
             if not self.content.same_as(content):
                 raise ContentMismatch(

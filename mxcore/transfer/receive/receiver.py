@@ -11,13 +11,14 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from mxcore.errors import (
     ChunksMissing,
     DigestMismatch,
+    FenceFailed,
     LayoutMismatch,
     NixlMissing,
     SourceBusy,
@@ -32,17 +33,23 @@ from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
-from mxcore.transfer.receive.holder_pull import HolderPull
+from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
+from mxserver.wire.proto import mx_pb2
 
-__all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay"]
+__all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay", "never_freed"]
 
 logger = logging.getLogger(__name__)
 
 FindMore: TypeAlias = Callable[[], Sequence[Source]]
+TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
+"""Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
+
+never_freed: list[object] = []
+"""Memory that somebody may still write to (FenceFailed)."""
 
 _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
@@ -106,6 +113,7 @@ class Receiver:
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
     chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
     chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
+    `keep_alive` keeps the memory. `tell_doubt` hears of holders that differ, and of those that gave wrong chunks.
     """
 
     def __init__(
@@ -120,10 +128,14 @@ class Receiver:
         chunk_bytes: int = CHUNK_BYTES,
         relay: Relay | None = None,
         files_decide: bool = False,
+        keep_alive: object = None,
+        tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
         only: int | None = None,
     ) -> None:
         require_movable(placement)
         self._settings = settings
+        self._tell_doubt = tell_doubt
+        self._keep_alive = keep_alive
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
         self._files_decide = files_decide
@@ -169,7 +181,15 @@ class Receiver:
             ChunksMissing: no holder is left to give the rest. Outside of the verified chunks the memory then holds
                 anything; nothing arrives in it any more.
             TransferError: what the only holder said, when nothing at all came from it.
+            FenceFailed: the memory may still be written to, for ever. It must not be used; `keep_alive` is never freed.
         """
+        try:
+            return self._receive(sources, find_more, step)
+        except FenceFailed:
+            never_freed.append(self._keep_alive)
+            raise
+
+    def _receive(self, sources: Sequence[Source], find_more: FindMore | None, step: LoadStep | None) -> ReceiveReport:
         started = self._began = time.monotonic()
         if step is not None:
             step.progress = self.progress
@@ -184,13 +204,18 @@ class Receiver:
         try:
             self._run(started + self._settings.transfer_timeout_seconds)
         finally:
-            self._end_all(TransferStalled("the transfer was given up on"))
-            self._over.set()
-            with self._received.changed:
-                self._received.changed.notify_all()
-            for thread in background:
-                thread.join()
-            self._sessions.drop()
+            try:
+                self._end_all(TransferStalled("the transfer was given up on"))
+                for pull in self._pulls.values():
+                    if isinstance(pull.failure, FenceFailed):
+                        raise pull.failure
+            finally:
+                self._over.set()
+                with self._received.changed:
+                    self._received.changed.notify_all()
+                for thread in background:
+                    thread.join()
+                self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
             path, verified = peer_path(report.transport), report.chunks_verified
@@ -292,6 +317,8 @@ class Receiver:
 
     def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> float:
         """Records a holder's failure; returns the seconds until it is asked again."""
+        if isinstance(error, FenceFailed):
+            raise error
         if isinstance(error, SourceBusy):
             with self._received.changed:
                 self._received.news = time.monotonic()  # it is alive and gives to others
@@ -308,6 +335,7 @@ class Receiver:
         if isinstance(error, DigestMismatch):
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
+            self._tell_doubt(mx_pb2.DOUBT_KIND_WRONG_CHUNKS, [source.worker_id], 1, str(error))
         final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not (
             self._may_find or isinstance(error, SourceSlow)
         )
@@ -346,6 +374,7 @@ class Receiver:
             self._start_anew(believed)
             return False
         logger.error("holders have different bytes under one identity: %s", said)
+        self._tell_dispute("the files decide" if by_files else "nobody is believed", said)
         self._end_all(TransferStalled("holders have different bytes"))
         self._collect_ended()
         received.leave_to_files()
@@ -354,6 +383,7 @@ class Receiver:
     def _start_anew(self, content: Content) -> None:
         """Holders have different bytes and others are believed: what differs is received from those."""
         logger.error("holders have different bytes under one identity, others are believed: %s", self._received.claims)
+        self._tell_dispute("the majority of those that made digests is believed", str(self._received.claims))
         self._end_all(TransferStalled("it has other bytes than those that are taken now"))
         self._collect_ended()
         with self._relay_turn:
@@ -363,11 +393,17 @@ class Receiver:
         self._not_before.clear()
         self._failures.clear()
 
+    def _tell_dispute(self, outcome: str, said: str) -> None:
+        with self._received.changed:
+            holders, chunks = self._received.claims.holders, self._received.disputed.bit_count()
+        self._tell_doubt(mx_pb2.DOUBT_KIND_HOLDERS_DIFFER, holders, chunks, f"{outcome}: {said}")
+
     def _end_all(self, error: TransferError | None) -> None:
         for pull in self._pulls.values():
             pull.stop(error, at_once=True)
+        deadline = time.monotonic() + END_SECONDS
         for pull in self._pulls.values():
-            pull.join()
+            pull.join(deadline - time.monotonic())
 
     def _failed(self, why: str = "", *, by_files: bool = True) -> TransferError:
         """What `receive` raises; with `by_files`, what is missing may be completed from the files."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from mxcore.errors import HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
+from mxcore.errors import FenceFailed, HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.sockets import ChunkSender
 from mxcore.transfer.layout import (
     CHUNK_BYTES,
@@ -34,9 +34,10 @@ from mxcore.transfer.layout import (
     all_chunks,
     chunk_digests,
 )
-from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
+from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
 from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.holder_agent import HolderAgent
+from mxcore.transfer.serve.origin import Origin
 from mxcore.transfer.serve.rate_limit import RateLimit
 
 __all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]
@@ -55,6 +56,9 @@ _PUSHED_BYTES_IN_FLIGHT = (
 )  # enough for the longest link; UCX completes all that is begun at about the same time
 _MOST_WAITING = 16  # readers that wait for new chunks; more are answered at once
 _UNASKED_PAUSE_SECONDS = 0.1
+
+
+_never_freed: list[object] = []  # memory that readers may still reach (FenceFailed)
 
 
 @dataclass
@@ -99,7 +103,8 @@ class Holder:
 
     Keeps `keep_alive` (the engine's model) until it is closed. `make_session` is called when a reader first needs an
     agent (`agent`). At most `most_readers` have leases at a time, and all together are granted `rate_limit` bytes a
-    second (0: no limit). `made_digests`: this worker made the `digests` itself, earlier. Raises LayoutUnsupported.
+    second (0: no limit). `origin`: who made the `digests`; unless said, another worker where they are given, else this
+    one. Raises LayoutUnsupported.
     """
 
     def __init__(
@@ -116,7 +121,7 @@ class Holder:
         have: int | None = None,
         most_readers: int = MOST_READERS,
         rate_limit: float = 0.0,
-        made_digests: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         require_movable(placement)
         self.layout = layout
@@ -125,7 +130,7 @@ class Holder:
         self.scalars = dict(scalars or {})
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
-        self.made_digests = digests is None or made_digests  # it vouches for them, and repeats no other worker's
+        self.origin = origin or (Origin.own(layout) if digests is None else Origin.received({}))
         self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
         if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
             raise ValueError(f"{len(self.digests.values)} bytes of digests for {len(self.chunks)} chunks")
@@ -177,6 +182,25 @@ class Holder:
         """Whether the memory still has the digests; also after `close`, while the memory is kept."""
         digester = digester_of(self.placement)
         return chunk_digests(digester, self.chunks, self.addresses, kind=self.digests.kind) == self.digests
+
+    def wrong_chunks(self, first: int, end: int) -> list[int]:
+        """Those of the chunks from `first` up to `end` whose bytes in memory do not have their digests.
+
+        Raises CudaError, HostMemoryLimit.
+        """
+        starts = self.chunks.segment_starts
+        begin, after = starts[first], starts[end]
+        made = digester_of(self.placement).many(
+            self.digests.kind,
+            self.addresses[begin:after],
+            self.chunks.lengths[begin:after],
+            array("Q", [start - begin for start in starts[first : end + 1]]),
+        )
+        expected = self.digests.values[DIGEST_BYTES * first : DIGEST_BYTES * end]
+        if made == expected:
+            return []
+        found = ChunkDigests(made, self.digests.kind)
+        return [chunk for chunk in range(first, end) if found.of_chunk(chunk - first) != self.digests.of_chunk(chunk)]
 
     def keep(self, keep_alive: object) -> None:
         """Keeps another object alive as well until it is closed."""
@@ -305,8 +329,10 @@ class Holder:
         session = self.agent.session()
         peer = session.connect(metadata)
         with self._changed:
-            if not lease.ended:
-                lease.connecting.enter_context(session.progressing())
+            if lease.ended or lease.peer is not None:
+                session.disconnect(peer)
+                raise LeaseEnded(f"lease {lease_id!r} has ended, or has an open transfer already")
+            lease.connecting.enter_context(session.progressing())
             lease.peer = peer
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
@@ -428,13 +454,22 @@ class Holder:
                 self._changed.wait(max(0.01, min(give_up, next_end) - now))
 
     def close(self) -> None:
-        """Ends all leases, destroys the agent, then lets go of the memory. Idempotent; never waits for readers."""
+        """Ends all leases, destroys the agent, then lets go of the memory. Idempotent; never waits for readers.
+
+        Where that does not end in time, the memory is kept for ever, and the log says so.
+        """
         with self._changed:
             self._draining = True
             for lease in list(self._leases.values()):
                 self._end(lease)
-            self._changed.wait_for(lambda: not self._sending)  # their connections are shut down: at once
-        self.agent.close()
+            over = self._changed.wait_for(lambda: not self._sending, FENCE_SECONDS)  # shut down: they end at once
+        try:
+            self.agent.close()
+        except FenceFailed as error:
+            over = False
+            logger.critical("readers may still reach weights that are no longer served: %s", error)
+        if not over:
+            _never_freed.append(self._keep_alive)
         self._keep_alive = None
 
     def _expire(self) -> None:

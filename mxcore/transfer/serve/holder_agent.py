@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from mxcore.errors import NixlError
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.move import AgentSession
+from mxcore.transfer.route import UcxPolicy
 
 __all__ = ["HolderAgent"]
+
+logger = logging.getLogger(__name__)
 
 
 class HolderAgent:
@@ -43,6 +47,21 @@ class HolderAgent:
         """Whether there is one that can notify peers of each move."""
         session = self._session
         return session is not None and session.notifies
+
+    def make_early(self, policy: UcxPolicy) -> None:
+        """Makes the agent now where readers need it: registering may take longer than they wait.
+
+        Raises NixlMissing, NixlError where nobody could take anything without it.
+        """
+        device_type = self._placement.device_type
+        if not policy.needs_agent(device_type):
+            return
+        try:
+            self.session()
+        except NixlError as error:
+            if device_type != "cpu" or not (policy.sends or policy.attaches):
+                raise
+            logger.warning("these weights are served over TCP or within this host alone, as NIXL fails: %s", error)
 
     def session(self) -> AgentSession:
         """The agent, made by the first call. Raises NixlMissing, NixlError: at once where that failed before."""

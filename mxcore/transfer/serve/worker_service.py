@@ -7,12 +7,13 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from functools import cached_property
 from typing import NoReturn
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
@@ -38,6 +39,7 @@ _MESSAGE_BYTES = 256 << 10  # of any message of a reader, and besides:
 _EXTENT_MESSAGE_BYTES = 512  # its place, and what NIXL's metadata says of its region: 44 bytes, more with many ports
 _CHUNK_MESSAGE_BYTES = 8  # a number, and two bits
 _LAST_PORT = 65535
+_MOST_DOUBTED = 64  # chunks of one call
 
 
 class _Identity:
@@ -144,10 +146,34 @@ def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferReques
     return devices[0]
 
 
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc_health has no types
+    """grpc.health.v1: SERVING while this worker takes readers. `Watch` is not offered: each would hold a thread."""
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
+
+    def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.NOT_SERVING if self._holder.draining else states.SERVING)
+
+
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
-    def __init__(self, identity: _Identity, policy: UcxPolicy, chunk_port: int, *, chunk_tls: bool) -> None:
-        """`chunk_port`: where chunks are sent from, 0 for nowhere, in clear or by TLS."""
+    def __init__(
+        self,
+        identity: _Identity,
+        policy: UcxPolicy,
+        chunk_port: int,
+        doubted: Callable[[Sequence[int]], None],
+        *,
+        chunk_tls: bool,
+    ) -> None:
+        """`chunk_port`: where chunks are sent from, 0 for nowhere, in clear or by TLS. `doubted` hears of chunks that
+        readers refused.
+        """
         self._identity = identity
+        self._doubted = doubted
         self._holder = identity.holder
         self._policy = policy
         self._chunk_port = chunk_port
@@ -189,7 +215,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),
-            digest_origin=(mx_pb2.DIGEST_ORIGIN_MADE_HERE if holder.made_digests else mx_pb2.DIGEST_ORIGIN_RECEIVED),
+            digest_origin=holder.origin.kind,
+            received_from=holder.origin.received_from,
         )
 
     def _offer(self) -> mx_pb2.TransportOffer:
@@ -304,6 +331,14 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         finally:
             self._streams.release()
 
+    def DoubtChunks(  # noqa: N802
+        self, request: mx_pb2.DoubtChunksRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.DoubtChunksResponse:
+        with _as_status(context):
+            self._holder.renew(request.lease_id)
+        self._doubted(request.chunks[:_MOST_DOUBTED])
+        return mx_pb2.DoubtChunksResponse()
+
     def RenewLease(  # noqa: N802
         self, request: mx_pb2.RenewLeaseRequest, context: grpc.ServicerContext
     ) -> mx_pb2.RenewLeaseResponse:
@@ -318,7 +353,7 @@ class WorkerServer:
     `host` is what others reach this worker by, `loopback` keeps the listener off other interfaces. A port in use
     (or 0) becomes a free one: `endpoint` has the real one. Encrypted where this worker has a certificate
     (MX_TLS_CERT_FILE). Host memory is sent from `chunk_port` (0: any), unless the settings leave that to NIXL; by TLS
-    too, but for `chunk_tls` False.
+    too, but for `chunk_tls` False. `doubted` is called with chunks that a reader refused, on a thread of a call.
     Raises SettingError when there is no port, or the certificate cannot be used.
     """
 
@@ -335,6 +370,7 @@ class WorkerServer:
         port: int,
         chunk_port: int = 0,
         loopback: bool = False,
+        doubted: Callable[[Sequence[int]], None] = lambda chunks: None,
         chunk_tls: bool = True,
     ) -> None:
         identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
@@ -352,10 +388,10 @@ class WorkerServer:
         if policy.sends and holder.placement.device_type == "cpu":
             context = chunk_server_context(tls) if tls and chunk_tls else None
             self._chunks = ChunkListener(holder, host.strip("[]") if loopback else "", chunk_port, context)
-        self._transfers = _TransferService(
-            identity, policy, self._chunks.port if self._chunks else 0, chunk_tls=bool(tls and chunk_tls)
-        )
+        port = self._chunks.port if self._chunks else 0
+        self._transfers = _TransferService(identity, policy, port, doubted, chunk_tls=bool(tls and chunk_tls))
         mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(_Health(holder), self._server)
         self.endpoint = f"{_bracketed(host)}:{self.port}"
         self._server.start()
 

@@ -70,7 +70,7 @@ class FolderSource:
 
 
 def _copy(source: int, beside: Path, stopping: Event) -> None:
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         while os.sendfile(handle, source, None, _COPY_BYTES):
             if stopping.is_set():

@@ -48,7 +48,7 @@ class ObjectSource:
 
         model = remote.key.model
         beside = scratch / hashlib.sha256(file.path.encode()).hexdigest()
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             store, prefix = _open(model)
             path = f"{prefix}/{file.path}" if prefix else file.path

@@ -197,7 +197,8 @@ function createWorker() {
 function updateWorker(row, one) {
   const [name, state, accelerator, endpoint, load, heard] = row.children;
   setText(name, worker(one.worker_id, one.worker_rank));
-  name.title = one.worker_id;
+  const from = one.received_from.length ? ` from ${one.received_from.map(short).join(", ")}` : "";
+  name.title = `${one.worker_id}, weights ${one.digest_origin.replace("_", " ")}${from}`;
   state.firstChild.className = `pill ${one.state}`;
   setText(state.firstChild, STATES[one.state] || one.state);
   setText(accelerator, one.accelerator);

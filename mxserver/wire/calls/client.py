@@ -169,6 +169,15 @@ class ServerClient(Closing):
         )
         self._call("EndStorageTurn", self._fleet.EndStorageTurn, request)
 
+    def tell_doubt(self, doubt: mx_pb2.Doubt) -> None:
+        """Tells whose bytes are doubted, for people to see. Servers that keep no doubts raise ServerRefused."""
+        self._call("TellDoubt", self._fleet.TellDoubt, mx_pb2.TellDoubtRequest(doubt=doubt))
+
+    def doubts(self, source_id: str = "") -> list[mx_pb2.Doubt]:
+        """What doubts about weights workers told lately, newest first. Servers that keep none raise ServerRefused."""
+        request = mx_pb2.ListDoubtsRequest(mx_source_id=source_id)
+        return list(self._call("ListDoubts", self._fleet.ListDoubts, request).doubts)
+
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""
         return self._call("GetHealth", self._health.GetHealth, health_pb2.HealthRequest())

@@ -370,7 +370,7 @@ def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time, by a lock that ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

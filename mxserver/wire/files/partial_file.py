@@ -64,7 +64,7 @@ class PartialFile:
         """`beside`: a folder on the same file system as the final place. Raises OSError."""
         self.info = info
         self._path = partial_path(info, beside)
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._hasher = xxhash.xxh3_64()
         self.offset = 0
         if info.digest:  # without a digest, nobody could tell whether these bytes are the start of this file

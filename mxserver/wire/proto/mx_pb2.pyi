@@ -10,7 +10,8 @@ there, what may be fetched), then one-sided READs by the receiver, or PushChunks
 requests on a connection to its chunk port (mxcore/sockets/socket_chunks.h) ->
 WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
 
-FleetService is the server's: of workers that start together with nobody to take from, one reads storage.
+FleetService is the server's: of workers that start together with nobody to take from, one reads storage. And it
+keeps, for a while and in memory, which workers' bytes were doubted.
 """
 
 import builtins
@@ -36,19 +37,27 @@ class _DigestOrigin:
 class _DigestOriginEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DigestOrigin.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     DIGEST_ORIGIN_UNKNOWN: _DigestOrigin.ValueType  # 0
-    DIGEST_ORIGIN_MADE_HERE: _DigestOrigin.ValueType  # 1
-    """by this worker, of weights that it read from storage or processed"""
+    DIGEST_ORIGIN_READ: _DigestOrigin.ValueType  # 1
+    """this worker, of raw weights that it read from storage"""
     DIGEST_ORIGIN_RECEIVED: _DigestOrigin.ValueType  # 2
-    """by another one: this worker only repeats them"""
+    """another one: this worker only repeats them"""
+    DIGEST_ORIGIN_PROCESSED: _DigestOrigin.ValueType  # 3
+    """this worker, of weights that it read from storage and processed"""
+    DIGEST_ORIGIN_RECEIVED_RAW: _DigestOrigin.ValueType  # 4
+    """this worker, of weights that it took raw from others and processed"""
 
 class DigestOrigin(_DigestOrigin, metaclass=_DigestOriginEnumTypeWrapper):
     """Who made a holder's digests, and so vouches for them."""
 
 DIGEST_ORIGIN_UNKNOWN: DigestOrigin.ValueType  # 0
-DIGEST_ORIGIN_MADE_HERE: DigestOrigin.ValueType  # 1
-"""by this worker, of weights that it read from storage or processed"""
+DIGEST_ORIGIN_READ: DigestOrigin.ValueType  # 1
+"""this worker, of raw weights that it read from storage"""
 DIGEST_ORIGIN_RECEIVED: DigestOrigin.ValueType  # 2
-"""by another one: this worker only repeats them"""
+"""another one: this worker only repeats them"""
+DIGEST_ORIGIN_PROCESSED: DigestOrigin.ValueType  # 3
+"""this worker, of weights that it read from storage and processed"""
+DIGEST_ORIGIN_RECEIVED_RAW: DigestOrigin.ValueType  # 4
+"""this worker, of weights that it took raw from others and processed"""
 global___DigestOrigin = DigestOrigin
 
 class _Operation:
@@ -100,6 +109,31 @@ STORAGE_TURN_WAIT: StorageTurn.ValueType  # 2
 STORAGE_TURN_EVERYBODY: StorageTurn.ValueType  # 3
 """what was read cannot be shared: every worker reads for itself"""
 global___StorageTurn = StorageTurn
+
+class _DoubtKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DoubtKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DoubtKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DOUBT_KIND_UNSPECIFIED: _DoubtKind.ValueType  # 0
+    DOUBT_KIND_OWN_MEMORY: _DoubtKind.ValueType  # 1
+    """the teller's weights are not what their digests promise: it serves them no more"""
+    DOUBT_KIND_WRONG_CHUNKS: _DoubtKind.ValueType  # 2
+    """a holder gave chunks that were not what its digests promise, twice"""
+    DOUBT_KIND_HOLDERS_DIFFER: _DoubtKind.ValueType  # 3
+    """holders have different bytes under one identity"""
+
+class DoubtKind(_DoubtKind, metaclass=_DoubtKindEnumTypeWrapper): ...
+
+DOUBT_KIND_UNSPECIFIED: DoubtKind.ValueType  # 0
+DOUBT_KIND_OWN_MEMORY: DoubtKind.ValueType  # 1
+"""the teller's weights are not what their digests promise: it serves them no more"""
+DOUBT_KIND_WRONG_CHUNKS: DoubtKind.ValueType  # 2
+"""a holder gave chunks that were not what its digests promise, twice"""
+DOUBT_KIND_HOLDERS_DIFFER: DoubtKind.ValueType  # 3
+"""holders have different bytes under one identity"""
+global___DoubtKind = DoubtKind
 
 @typing.final
 class Tensor(google.protobuf.message.Message):
@@ -223,6 +257,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     SCALARS_DIGEST_FIELD_NUMBER: builtins.int
     TRANSPORT_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
+    RECEIVED_FROM_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
@@ -240,6 +275,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
     def scalars(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Scalar]: ...
     @property
     def transport(self) -> global___TransportOffer: ...
+    @property
+    def received_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """workers, those that gave most first, some of them"""
+
     def __init__(
         self,
         *,
@@ -252,9 +291,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
         scalars_digest: builtins.str = ...,
         transport: global___TransportOffer | None = ...,
         digest_origin: global___DigestOrigin.ValueType = ...,
+        received_from: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout", "transport", b"transport"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "received_from", b"received_from", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
 
 global___GetLayoutResponse = GetLayoutResponse
 
@@ -725,3 +765,137 @@ class EndStorageTurnResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___EndStorageTurnResponse = EndStorageTurnResponse
+
+@typing.final
+class DoubtChunksRequest(google.protobuf.message.Message):
+    """A receiver tells a holder which of its chunks did not have the digests that it promised: it looks at its memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    @property
+    def chunks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        chunks: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "lease_id", b"lease_id"]) -> None: ...
+
+global___DoubtChunksRequest = DoubtChunksRequest
+
+@typing.final
+class DoubtChunksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DoubtChunksResponse = DoubtChunksResponse
+
+@typing.final
+class Doubt(google.protobuf.message.Message):
+    """A doubt about weights. `worker_id` is who tells of it, `holders` whose bytes are doubted, `chunks` how many, and
+    `text` what came of it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    WORKER_RANK_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    HOLDERS_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    AT_UNIX_MS_FIELD_NUMBER: builtins.int
+    kind: global___DoubtKind.ValueType
+    mx_source_id: builtins.str
+    worker_rank: builtins.int
+    worker_id: builtins.str
+    chunks: builtins.int
+    text: builtins.str
+    at_unix_ms: builtins.int
+    """by the server's clock; not for TellDoubt"""
+    @property
+    def holders(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        kind: global___DoubtKind.ValueType = ...,
+        mx_source_id: builtins.str = ...,
+        worker_rank: builtins.int = ...,
+        worker_id: builtins.str = ...,
+        holders: collections.abc.Iterable[builtins.str] | None = ...,
+        chunks: builtins.int = ...,
+        text: builtins.str = ...,
+        at_unix_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_unix_ms", b"at_unix_ms", "chunks", b"chunks", "holders", b"holders", "kind", b"kind", "mx_source_id", b"mx_source_id", "text", b"text", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+
+global___Doubt = Doubt
+
+@typing.final
+class TellDoubtRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DOUBT_FIELD_NUMBER: builtins.int
+    @property
+    def doubt(self) -> global___Doubt: ...
+    def __init__(
+        self,
+        *,
+        doubt: global___Doubt | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["doubt", b"doubt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["doubt", b"doubt"]) -> None: ...
+
+global___TellDoubtRequest = TellDoubtRequest
+
+@typing.final
+class TellDoubtResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___TellDoubtResponse = TellDoubtResponse
+
+@typing.final
+class ListDoubtsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    mx_source_id: builtins.str
+    """none: of all"""
+    def __init__(
+        self,
+        *,
+        mx_source_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["mx_source_id", b"mx_source_id"]) -> None: ...
+
+global___ListDoubtsRequest = ListDoubtsRequest
+
+@typing.final
+class ListDoubtsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DOUBTS_FIELD_NUMBER: builtins.int
+    @property
+    def doubts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Doubt]:
+        """the newest first"""
+
+    def __init__(
+        self,
+        *,
+        doubts: collections.abc.Iterable[global___Doubt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["doubts", b"doubts"]) -> None: ...
+
+global___ListDoubtsResponse = ListDoubtsResponse

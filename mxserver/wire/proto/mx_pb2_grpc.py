@@ -59,6 +59,11 @@ class TransferServiceStub(object):
                 request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.RenewLeaseRequest.SerializeToString,
                 response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.RenewLeaseResponse.FromString,
                 _registered_method=True)
+        self.DoubtChunks = channel.unary_unary(
+                '/model_express.mx.TransferService/DoubtChunks',
+                request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksResponse.FromString,
+                _registered_method=True)
 
 
 class TransferServiceServicer(object):
@@ -94,6 +99,12 @@ class TransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DoubtChunks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +132,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     servicer.RenewLease,
                     request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.RenewLeaseRequest.FromString,
                     response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'DoubtChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.DoubtChunks,
+                    request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +284,33 @@ class TransferService(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def DoubtChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.TransferService/DoubtChunks',
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksRequest.SerializeToString,
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.DoubtChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class FleetServiceStub(object):
     """Missing associated documentation comment in .proto file."""
@@ -288,6 +331,16 @@ class FleetServiceStub(object):
                 request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnRequest.SerializeToString,
                 response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnResponse.FromString,
                 _registered_method=True)
+        self.TellDoubt = channel.unary_unary(
+                '/model_express.mx.FleetService/TellDoubt',
+                request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtResponse.FromString,
+                _registered_method=True)
+        self.ListDoubts = channel.unary_unary(
+                '/model_express.mx.FleetService/ListDoubts',
+                request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -305,6 +358,18 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TellDoubt(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDoubts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -317,6 +382,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.EndStorageTurn,
                     request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnRequest.FromString,
                     response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnResponse.SerializeToString,
+            ),
+            'TellDoubt': grpc.unary_unary_rpc_method_handler(
+                    servicer.TellDoubt,
+                    request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtResponse.SerializeToString,
+            ),
+            'ListDoubts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDoubts,
+                    request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -373,6 +448,60 @@ class FleetService(object):
             '/model_express.mx.FleetService/EndStorageTurn',
             mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnRequest.SerializeToString,
             mxserver_dot_wire_dot_proto_dot_mx__pb2.EndStorageTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TellDoubt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.FleetService/TellDoubt',
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtRequest.SerializeToString,
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.TellDoubtResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDoubts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.FleetService/ListDoubts',
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsRequest.SerializeToString,
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.ListDoubtsResponse.FromString,
             options,
             channel_credentials,
             insecure,

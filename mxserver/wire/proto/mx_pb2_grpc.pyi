@@ -10,7 +10,8 @@ there, what may be fetched), then one-sided READs by the receiver, or PushChunks
 requests on a connection to its chunk port (mxcore/sockets/socket_chunks.h) ->
 WorkerService.ReleaseTensorRead. A holder that is still receiving itself answers in the same way; it has less.
 
-FleetService is the server's: of workers that start together with nobody to take from, one reads storage.
+FleetService is the server's: of workers that start together with nobody to take from, one reads storage. And it
+keeps, for a while and in memory, which workers' bytes were doubted.
 """
 
 import abc
@@ -54,6 +55,11 @@ class TransferServiceStub:
         mxserver.wire.proto.mx_pb2.RenewLeaseResponse,
     ]
 
+    DoubtChunks: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.DoubtChunksRequest,
+        mxserver.wire.proto.mx_pb2.DoubtChunksResponse,
+    ]
+
 class TransferServiceAsyncStub:
     GetLayout: grpc.aio.UnaryUnaryMultiCallable[
         mxserver.wire.proto.mx_pb2.GetLayoutRequest,
@@ -78,6 +84,11 @@ class TransferServiceAsyncStub:
     RenewLease: grpc.aio.UnaryUnaryMultiCallable[
         mxserver.wire.proto.mx_pb2.RenewLeaseRequest,
         mxserver.wire.proto.mx_pb2.RenewLeaseResponse,
+    ]
+
+    DoubtChunks: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.DoubtChunksRequest,
+        mxserver.wire.proto.mx_pb2.DoubtChunksResponse,
     ]
 
 class TransferServiceServicer(metaclass=abc.ABCMeta):
@@ -116,6 +127,13 @@ class TransferServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[mxserver.wire.proto.mx_pb2.RenewLeaseResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.RenewLeaseResponse]]: ...
 
+    @abc.abstractmethod
+    def DoubtChunks(
+        self,
+        request: mxserver.wire.proto.mx_pb2.DoubtChunksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.proto.mx_pb2.DoubtChunksResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.DoubtChunksResponse]]: ...
+
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
 class FleetServiceStub:
@@ -130,6 +148,16 @@ class FleetServiceStub:
         mxserver.wire.proto.mx_pb2.EndStorageTurnResponse,
     ]
 
+    TellDoubt: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.TellDoubtRequest,
+        mxserver.wire.proto.mx_pb2.TellDoubtResponse,
+    ]
+
+    ListDoubts: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.ListDoubtsRequest,
+        mxserver.wire.proto.mx_pb2.ListDoubtsResponse,
+    ]
+
 class FleetServiceAsyncStub:
     TakeStorageTurn: grpc.aio.UnaryUnaryMultiCallable[
         mxserver.wire.proto.mx_pb2.TakeStorageTurnRequest,
@@ -139,6 +167,16 @@ class FleetServiceAsyncStub:
     EndStorageTurn: grpc.aio.UnaryUnaryMultiCallable[
         mxserver.wire.proto.mx_pb2.EndStorageTurnRequest,
         mxserver.wire.proto.mx_pb2.EndStorageTurnResponse,
+    ]
+
+    TellDoubt: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.TellDoubtRequest,
+        mxserver.wire.proto.mx_pb2.TellDoubtResponse,
+    ]
+
+    ListDoubts: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.ListDoubtsRequest,
+        mxserver.wire.proto.mx_pb2.ListDoubtsResponse,
     ]
 
 class FleetServiceServicer(metaclass=abc.ABCMeta):
@@ -155,5 +193,19 @@ class FleetServiceServicer(metaclass=abc.ABCMeta):
         request: mxserver.wire.proto.mx_pb2.EndStorageTurnRequest,
         context: _ServicerContext,
     ) -> typing.Union[mxserver.wire.proto.mx_pb2.EndStorageTurnResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.EndStorageTurnResponse]]: ...
+
+    @abc.abstractmethod
+    def TellDoubt(
+        self,
+        request: mxserver.wire.proto.mx_pb2.TellDoubtRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.proto.mx_pb2.TellDoubtResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.TellDoubtResponse]]: ...
+
+    @abc.abstractmethod
+    def ListDoubts(
+        self,
+        request: mxserver.wire.proto.mx_pb2.ListDoubtsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.proto.mx_pb2.ListDoubtsResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.ListDoubtsResponse]]: ...
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

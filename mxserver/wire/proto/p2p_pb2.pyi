@@ -13,6 +13,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import mxserver.wire.proto.load_pb2
+import mxserver.wire.proto.mx_pb2
 import sys
 import typing
 
@@ -360,6 +361,8 @@ class WorkerMetadata(google.protobuf.message.Message):
     TOPOLOGY_FIELD_NUMBER: builtins.int
     TENSOR_SOURCE_FIELD_NUMBER: builtins.int
     ARTIFACT_SOURCE_FIELD_NUMBER: builtins.int
+    DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
+    RECEIVED_FROM_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     nixl_metadata: builtins.bytes
     transfer_engine_session_id: builtins.str
@@ -370,6 +373,8 @@ class WorkerMetadata(google.protobuf.message.Message):
     agent_name: builtins.str
     worker_grpc_endpoint: builtins.str
     accelerator: builtins.str
+    digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
+    """ours: who vouches for the bytes"""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorDescriptor]: ...
     @property
@@ -378,6 +383,10 @@ class WorkerMetadata(google.protobuf.message.Message):
     def tensor_source(self) -> global___TensorSourceMetadata: ...
     @property
     def artifact_source(self) -> global___ArtifactSourceMetadata: ...
+    @property
+    def received_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """ours: workers that the bytes came from, some of them"""
+
     def __init__(
         self,
         *,
@@ -394,9 +403,11 @@ class WorkerMetadata(google.protobuf.message.Message):
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         tensor_source: global___TensorSourceMetadata | None = ...,
         artifact_source: global___ArtifactSourceMetadata | None = ...,
+        digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
+        received_from: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "nixl_metadata", b"nixl_metadata", "source_payload", b"source_payload", "tensor_source", b"tensor_source", "transfer_engine_session_id", b"transfer_engine_session_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["backend_metadata", b"backend_metadata"]) -> typing.Literal["nixl_metadata", "transfer_engine_session_id"] | None: ...
     @typing.overload

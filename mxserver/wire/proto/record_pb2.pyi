@@ -12,6 +12,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
 import mxserver.wire.proto.load_pb2
+import mxserver.wire.proto.mx_pb2
 import mxserver.wire.proto.p2p_pb2
 import typing
 
@@ -45,14 +46,19 @@ class WorkerFacts(google.protobuf.message.Message):
     WORKER_GRPC_ENDPOINT_FIELD_NUMBER: builtins.int
     ACCELERATOR_FIELD_NUMBER: builtins.int
     TOPOLOGY_FIELD_NUMBER: builtins.int
+    DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
+    RECEIVED_FROM_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     status: mxserver.wire.proto.p2p_pb2.SourceStatus.ValueType
     updated_at: builtins.int
     """Unix ms"""
     worker_grpc_endpoint: builtins.str
     accelerator: builtins.str
+    digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    @property
+    def received_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
@@ -62,8 +68,10 @@ class WorkerFacts(google.protobuf.message.Message):
         worker_grpc_endpoint: builtins.str = ...,
         accelerator: builtins.str = ...,
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
+        received_from: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "digest_origin", b"digest_origin", "received_from", b"received_from", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___WorkerFacts = WorkerFacts
 

@@ -10,7 +10,7 @@ import pytest
 
 from mxserver import logs
 from mxserver.cli import main
-from mxserver.setting_values import default_store_path
+from mxserver.setting_values import default_cache_directory, default_store_path
 from mxserver.settings import CONFIG_FILE, FLAGS, OTHER_NAMES, ServerSettings, load_settings
 from mxserver.wire import BY_NAME, VARIABLES, SettingError
 
@@ -129,3 +129,17 @@ def test_log_lines_cannot_be_forged() -> None:
     line = logs.LineFormatter("%(asctime)s %(levelname)s %(message)s").format(record)
     assert line.endswith("INFO worker=w\\n2026 INFO fake\\r")
     assert "\n" not in line
+
+
+def test_without_a_home_there_is_a_path_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry in the password database, and no HOME (findings, row 17)."""
+
+    def nobody(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    for name in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert default_store_path() == Path("/.local/state/mxserver/state.sqlite3")
+    assert default_cache_directory() == Path("/.cache/huggingface/hub")
+    assert load_settings({"store": "memory"}).store == "memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 import mxserver
 from mxserver.limits import DEFAULT
 from mxserver.server import Server
+from mxserver.settings import load_settings
 from mxserver.store import SqliteStore
 from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
 from mxserver.wire.calls import ServerClient, channel_options, source_id
@@ -246,12 +248,14 @@ def test_load_that_is_no_number_is_left_out(p2p: p2p_pb2_grpc.P2pServiceStub, lo
     assert not reference.HasField("source_load")
 
 
-def test_messages_of_100_mib_pass(client: ServerClient) -> None:
+def test_messages_of_100_mib_pass_where_the_limit_is_raised() -> None:
     metadata = os.urandom(1024) * (99 * 1024)
-    client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
-    response = client.get_metadata(SOURCE, "big")
-    assert response is not None
-    assert response.worker.nixl_metadata == metadata
+    flags = {"host": "127.0.0.1", "port": "0", "store": "memory", "limits": "publish_bytes=100MiB"}
+    with contextlib.closing(Server(load_settings(flags))) as server, ServerClient(f"127.0.0.1:{server.port}") as client:
+        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
+        response = client.get_metadata(SOURCE, "big")
+        assert response is not None
+        assert response.worker.nixl_metadata == metadata
 
 
 def test_messages_over_the_limit_are_refused(client: ServerClient) -> None:

@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mxcore.digest import xxh3_64
 from mxcore.engine import lazy_weights
 from mxcore.errors import CheckpointError, DestinationMismatch, HostMemoryLimit, StorageError, TruncatedRead
 from mxcore.reading import read_ranges
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.load import Reader, load, stream
-from mxcore.storage.load.host_load import load_digested
 from mxcore.storage.load.tensor_stream import load_file
 from mxcore.storage.plan import MemoryBudget, Want, merged, parts_of
 from tests.core.safetensors.headers import entry, file_of
@@ -202,27 +200,6 @@ def test_ranges_are_sorted_and_merged(made: Maker) -> None:
     assert merged(rows)[0][2] == 1200
     load(checkpoint, wants, keep_order=True)
     assert whole.tolist() == [0.0] * 100 + [1.0] * 100 + [2.0] * 100
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_digests_are_those_of_the_groups(checkpoint: Checkpoint, tensors: Tensors, mode: str) -> None:
-    large, cube, scalar = torch.zeros(3000, 1000), torch.zeros(7, 5, 11), torch.zeros(())
-    head = torch.zeros(100, 1000)
-    groups = [
-        [Want("large", large)],
-        [Want("scalar", scalar), Want("cube", cube)],
-        [],
-        [Want("large", head, ((0, 100), (0, 1000)))],
-    ]
-    report = load_digested(checkpoint, groups, mode=mode)
-    assert same(large, tensors["large"])
-    assert same(cube, tensors["cube"])
-    assert report.digests == [
-        xxh3_64(tensors["large"].numpy()),
-        xxh3_64(tensors["scalar"].numpy().tobytes() + tensors["cube"].numpy().tobytes()),
-        xxh3_64(b""),
-        xxh3_64(tensors["large"][:100].contiguous().numpy()),
-    ]
 
 
 def test_progress_ends_at_the_total(checkpoint: Checkpoint, tensors: Tensors) -> None:

@@ -13,7 +13,7 @@ from mxcore.transfer.layout import build_layout
 from mxcore.transfer.member import Membership
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.proto import mx_pb2, p2p_pb2
 from tests.transfer.conftest import RunningServer, ServerProcess, StartWorker, wait_for
 from tests.transfer.memory import HostTensors, identity, model_specs
 
@@ -73,6 +73,7 @@ def test_from_joining_to_goodbye(new_member: NewMember, client: ServerClient) ->
     assert record is not None
     assert record.worker.status == p2p_pb2.SOURCE_STATUS_READY
     assert record.worker.worker_grpc_endpoint == source.endpoint
+    assert record.worker.digest_origin == mx_pb2.DIGEST_ORIGIN_READ
     assert source.endpoint is not None
     assert source.endpoint.startswith("127.0.0.1:")
 

@@ -46,7 +46,7 @@ def holder() -> Iterator[Holder]:
     value.close()
 
 
-def new_server(holder: Holder, port: int = 0) -> WorkerServer:
+def new_server(holder: Holder, port: int = 0, **changes: Any) -> WorkerServer:
     return WorkerServer(
         holder,
         POLICY,
@@ -57,6 +57,7 @@ def new_server(holder: Holder, port: int = 0) -> WorkerServer:
         host="127.0.0.1",
         port=port,
         loopback=True,
+        **changes,
     )
 
 
