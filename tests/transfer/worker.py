@@ -17,6 +17,7 @@ from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.member import Membership
 from mxcore.transfer.move import Source
+from mxcore.transfer.serve import SelfCheck
 from mxserver.wire.proto import load_pb2
 from tests.transfer.fleet_member import PATIENT_SECONDS
 from tests.transfer.memory import HostTensors, identity, model_specs
@@ -124,6 +125,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     if task.get("without_nixl"):
         sys.modules.update(dict.fromkeys(NIXL_PACKAGES))  # as if not installed
+    if task.get("without_self_check"):  # else it may be the first to notice a flipped byte, and withdraw
+        SelfCheck.start = lambda check: None  # type: ignore[method-assign]
     worker = Worker(task)
     for line in sys.stdin:
         if not worker.run(json.loads(line)):
