@@ -14,6 +14,7 @@ from mxcore.agreement import Gather
 from mxcore.engine import Fill, gather_over_gloo, load, serving
 from tests.engine.plain_engine import LAYERS, Layer, PlainEngine, answer
 from tests.engine.plain_worker import ROLES
+from tests.self_checks import end_self_checks
 
 
 class ParallelEngine(PlainEngine):
@@ -43,6 +44,8 @@ def main(command: dict[str, Any]) -> None:
     """`command`: folder, server, rank, store, report, processed, and of a source: `bad`, the rank whose bytes are
     wrong, and `silent`, the rank that offers nothing."""
     rank = command["rank"]
+    if "bad" in command:
+        end_self_checks()
     store = distributed.FileStore(command["store"], 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     options = {"server_address": command["server"], "worker_host": "127.0.0.1", "worker_grpc_port": 0}

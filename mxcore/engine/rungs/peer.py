@@ -19,7 +19,7 @@ from mxcore.engine.weights import Built, Fit, Kind, Weights
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
 from mxcore.load_ladder import PollResult, Rung, skip, take
 from mxcore.transfer.layout import Manifest, Placement
-from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, manifest_of
 from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
 
@@ -155,9 +155,10 @@ class PeerRung(Rung[Loaded]):
     def _fitting(self, membership: Membership, fit: Fit) -> tuple[Manifest, Placement]:
         """The first manifest that fits this model. Raises what the last holder that was asked was left for."""
         failure: TransferError = SourceUnreachable("there is no worker to receive weights from")
+        timeout = min(membership.settings.server_timeout_seconds, membership.settings.stall_timeout_seconds)
         for source in self._sources:
             try:
-                manifest = membership.manifest(source)
+                manifest = manifest_of(source, timeout_seconds=timeout)
                 return manifest, fit(manifest)
             except TransferError as error:
                 failure = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxcore.transfer.member.directory import Directory
+from mxcore.transfer.member.manifest import manifest_of
 from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, PROTOCOL_VERSION, Membership
 
-__all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Directory", "Membership"]
+__all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Directory", "Membership", "manifest_of"]

@@ -10,22 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from mxcore.errors import DigestMismatch, TransferError
+from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout import (
-    CHUNK_BYTES,
-    ChunkDigests,
-    Layout,
-    Manifest,
-    Placement,
-    all_chunks,
-    scalars_digest,
-    scalars_from_proto,
-)
+from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.storage_election import StorageElection
-from mxcore.transfer.move import SessionAhead, Source, SourceClient
+from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
     LoadPath,
@@ -247,15 +238,6 @@ class Membership:
         the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
-
-    def manifest(self, source: Source) -> Manifest:
-        """What a holder says that the weights are. Raises SourceUnreachable, SourceRefused, DigestMismatch."""
-        with SourceClient(source, timeout_seconds=self.settings.server_timeout_seconds) as client:
-            answer = client.get_layout("")
-        scalars = scalars_from_proto(answer.scalars)
-        if scalars_digest(scalars) != answer.scalars_digest:
-            raise DigestMismatch(f"worker {source.worker_id}: the scalars are not those that their digest promises")
-        return Manifest(Layout.from_proto(answer.layout), scalars)
 
     def receive(
         self,
