@@ -1,4 +1,4 @@
-"""A holder that does not look at its own memory: for tests of what receivers notice, who may otherwise be the second."""
+"""A holder that does not look at its own memory: for tests of what receivers notice, who may be the second then."""
 
 from __future__ import annotations
 
