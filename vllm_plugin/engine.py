@@ -7,6 +7,7 @@ loader is given to it whose part of the work, filling, is done by whoever asked 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -59,6 +60,8 @@ def load_model(
 ) -> nn.Module:
     """Loads a model; raises what vLLM's default loader raises, LoadPathsExhausted where that is left out, NoSource."""
     compat.route_logs()
+    if lost := compat.lost_by_ray(vllm_config, os.environ):
+        _log.warning("%s", lost)
     if compat.is_draft(vllm_config, model_config):
         _log.info("%s is a draft model: loaded from storage, not exchanged", model_config.model)
         loader = DefaultModelLoader(compat.plain_load_config(load_config, "auto"))

@@ -40,6 +40,12 @@ found["world"] = [[compat.world_size(parallel(*each), model) for each in sizes] 
 models = Dense(), Dense(num_experts=0, num_experts_per_tok=None), Dense(moe_num_experts=4), Counting(0), Counting(8)
 found["experts"] = [compat.has_experts(model) for model in models]
 
+ray = types.SimpleNamespace(parallel_config=types.SimpleNamespace(distributed_executor_backend="ray"))
+copied = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+environs = {}, {copied: "OTHER_, MX_"}, {copied: "MX_,MODEL_EXPRESS_"}, {"MODEL_EXPRESS_URL": "h:1"}
+found["lost"] = [compat.lost_by_ray(ray, environ) for environ in environs]
+found["lost elsewhere"] = compat.lost_by_ray(parallel(1, 1, 1, False), {})
+
 here = types.SimpleNamespace(
     load_config=types.SimpleNamespace(device=None), device_config=types.SimpleNamespace(device="cpu"), instance_id="e1",
     parallel_config=types.SimpleNamespace(local_world_size=2, tensor_parallel_size=4, pipeline_parallel_size=1))
@@ -106,3 +112,11 @@ def test_vllm_is_what_the_protocol_asks_for(found: dict[str, Any]) -> None:
 
 def test_only_quantisation_needs_values_before_processing(found: dict[str, Any]) -> None:
     assert found["placeholder"] == [[1.0] * 4, [2.0**-6] * 4]
+
+
+def test_rays_workers_without_our_variables_say_which_one_is_missing(found: dict[str, Any]) -> None:
+    nothing, half, both, here = found["lost"]
+    assert "MX_* and MODEL_EXPRESS_*" in nothing
+    assert "set VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=MX_,MODEL_EXPRESS_" in nothing
+    assert "variables MODEL_EXPRESS_*:" in half
+    assert (both, here, found["lost elsewhere"]) == ("", "", "")
