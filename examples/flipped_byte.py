@@ -1,6 +1,7 @@
 """Publishes tensors of which a byte then flips, as in broken memory: python examples/flipped_byte.py NAME VERSION.
 
-Whoever fetches them is refused, and gets no tensors.
+Whoever fetches them is refused, and gets no tensors. The publisher looks at its own memory as well: when it has seen
+the byte it serves no more.
 """
 
 import sys

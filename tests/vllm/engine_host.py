@@ -190,6 +190,32 @@ def corrupt(command: dict[str, Any]) -> dict[str, Any]:
     return {"flipped": flipped}
 
 
+def look(command: dict[str, Any]) -> dict[str, Any]:
+    """From now on, what a load looks at is written down: all that the model holds then, and what of it is a weight."""
+    from mxcore.engine.weights import Weights
+    from mxcore.engine.weights.evidence import digest
+
+    take = Weights._take
+
+    def taken(self: Weights, found: Any, built: Any, receive: Any) -> None:
+        take(self, found, built, receive)
+        command_state["seen"] = {
+            "tensors": {name: f"{digest(tensor):x}" for name, tensor in found.kept.items()},
+            "numbers": found.scalars,
+            "weights": sorted(self.found.kept),
+            "sent": {name: value for name, value in self.scalars.items() if not name.startswith("structure: ")},
+            "structure": sorted(name for name in self.scalars if name.startswith("structure: ")),
+        }
+
+    Weights._take = taken  # type: ignore[method-assign]
+    return {}
+
+
+def seen(command: dict[str, Any]) -> dict[str, Any]:
+    """What the last load looked at, after `look`."""
+    return command_state.pop("seen")  # type: ignore[no-any-return]
+
+
 def leave(command: dict[str, Any]) -> dict[str, Any]:
     """Ends all memberships of this process."""
     from mxcore.engine import serving
@@ -293,6 +319,8 @@ COMMANDS = {
         hiding,
         fork_workers,
         corrupt,
+        look,
+        seen,
         leave,
         live,
         memory,

@@ -98,10 +98,10 @@ SPECIAL = {
 """Models whose modules depend on the engine's options, or keep what requests write."""
 
 
-def generate(folder: Path, name: str) -> Path:
+def generate(folder: Path, name: str, *, seed: int = 20) -> Path:
     """Writes the checkpoint of a family; returns `folder`."""
     family = (FAMILIES | SPECIAL)[name]
-    models.generate(folder, family.model_type, family.shape)
+    models.generate(folder, family.model_type, family.shape, seed=seed)
     if family.also:
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **family.also}))

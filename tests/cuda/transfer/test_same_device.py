@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -277,6 +278,8 @@ def test_a_fence_waits_for_the_device_before_the_agent_goes(driver: StandIn, mon
 
     session = agent_session.AgentSession.__new__(agent_session.AgentSession)
     session._agent, session._device = Agent(), Device()  # type: ignore[assignment]
+    session._fence, session._fence_lock, session._fence_timeout_seconds = None, threading.Lock(), 60.0
+    session._agent.name = "tried"  # type: ignore[misc]
     session.fence()
     assert done == ["device", "agent", "device"]
     pinned = PinnedBuffer(context_of(0), 16)  # host memory is nobody's to export
