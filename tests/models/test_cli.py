@@ -60,7 +60,7 @@ def test_validate_finds_what_is_damaged(server: str, cache_folder: Path) -> None
     damaged[700_000] ^= 4
     weights.write_bytes(damaged)
     (snapshot / "config.json").resolve().unlink()
-    (snapshot / "original" / "nested" / "tokenizer.json").resolve().write_bytes(b"short")
+    (snapshot / "extra" / "nested" / "tokenizer.json").resolve().write_bytes(b"short")
     result = mx(server, "validate", REPOSITORY, "--json")
     assert result.exit_code == 6
     problems = json.loads(result.stdout)["damaged"]

@@ -39,7 +39,7 @@ def traced() -> Iterator[tuple[str, InMemorySpanExporter, MemoryStore]]:
     operations = Operations(store, lease_seconds=90, provider=provider)
     server = grpc.server(ThreadPoolExecutor(4), interceptors=operations.interceptors)
     p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(operations.store, Leases(), operations.loads), server)
-    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(operations.store), server)
+    health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(lambda: None), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}", exporter, store

@@ -41,7 +41,7 @@ def test_from_the_first_byte_to_the_report(
     browser.wait_until(lambda: f"from {source_id[:12]}" in browser.text("#loads"), "the load")
     assert "peer, TCP" in browser.text("#loads")
     names = browser.run("return Array.from(document.querySelectorAll('#fleets td[title]'), (cell) => cell.title)")
-    assert source_id in names, "the whole name is in the tooltip"
+    assert f"{source_id}, weights read" in names, "the whole name is in the tooltip, and who vouches"
     target.send(do="go on")
     assert target.read()["equal"]
     target.ask(do="serve")

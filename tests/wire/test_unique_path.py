@@ -97,7 +97,7 @@ def test_two_containers_that_fill_one_cache(tmp_path: Path) -> None:
         assert one.communicate("\n", 60)[0].strip() == str(snapshot)
         assert one.returncode == 0
         assert {path.name for path in snapshot.iterdir()} == {"config.json", "tokenizer.json"}
-    assert sorted(path.name for path in snapshot.parent.parent.iterdir()) == ["refs", "snapshots"]
+    assert sorted(path.name for path in snapshot.parent.parent.iterdir()) == [".mx-commits", "refs", "snapshots"]
 
 
 def test_threads_that_fill_one_cache(tmp_path: Path) -> None:
