@@ -57,7 +57,7 @@ class WallClock:
         self.environ = {
             "LD_PRELOAD": str(CLOCK_LIBRARIES[0]),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_CACHE_DURATION": "1",  # seconds; without it each look at a clock reads the file
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
 
