@@ -55,7 +55,6 @@ class Built:
         self._configuration = configuration
         found = self.look(model)
         self._forms = {tensor.name: _form(tensor) for tensor in found.tensors}
-        self._parameters = found.parameters
         self._unwritten = still_marked(found.kept)
         self._numbers = dict(found.scalars)
         self._decided = dict(found.decided)
