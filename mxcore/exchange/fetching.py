@@ -23,8 +23,7 @@ from mxcore.exchange.versions import identity_of, settings_of, version_text, wai
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Framework, chosen_framework
 from mxcore.transfer.layout import Chunks, Layout, LayoutTensor, Placement, build_layout
-from mxcore.transfer.member import Directory, Membership
-from mxcore.transfer.move import SourceClient
+from mxcore.transfer.member import Directory, Membership, manifest_of
 from mxcore.transfer.receive import ProgressCallback, ReceiveReport
 from mxserver.wire import SettingError
 from mxserver.wire.calls import ServerClient
@@ -274,11 +273,10 @@ class _Receive:
             holders = Directory(client, "", self._rank).holders(self._identity)
         for source in holders:
             try:
-                with SourceClient(source, timeout_seconds=settings.stall_timeout_seconds) as holder:
-                    answer = holder.get_layout("")
-                if answer.chunk_bytes not in _CHUNK_BYTES:
-                    raise SourceRefused(f"worker {source.worker_id} has chunks of {answer.chunk_bytes} bytes")
-                return Layout.from_proto(answer.layout), answer.chunk_bytes
+                manifest = manifest_of(source, timeout_seconds=settings.stall_timeout_seconds)
+                if manifest.chunk_bytes not in _CHUNK_BYTES:
+                    raise SourceRefused(f"worker {source.worker_id} has chunks of {manifest.chunk_bytes} bytes")
+                return manifest.layout, manifest.chunk_bytes
             except TransferError as error:
                 failure = error
         raise failure

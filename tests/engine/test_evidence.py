@@ -20,7 +20,7 @@ from mxcore.engine.weights.evidence import bytes_by_name, packed_away  # noqa: E
 from mxcore.engine.weights.offered import Receive  # noqa: E402
 from mxcore.engine.weights.structure import STRUCTURE_PREFIX, structure_rows  # noqa: E402
 from mxcore.errors import LayoutMismatch, LayoutUnsupported  # noqa: E402
-from mxcore.transfer.layout import Manifest  # noqa: E402
+from mxcore.transfer.layout import CHUNK_BYTES, Manifest  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def received_from(source: Weights) -> Receive:
     def receive(fit: Fit) -> Any:
         assert source.layout is not None
         assert source.placement is not None
-        placement = fit(Manifest(source.layout, dict(source.scalars)))
+        placement = fit(Manifest(source.layout, dict(source.scalars), CHUNK_BYTES))
         for to, come, size in zip(
             placement.addresses, source.placement.addresses, source.layout.extent_bytes, strict=True
         ):

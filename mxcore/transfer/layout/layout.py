@@ -153,10 +153,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a holder says that the weights are: its layout, and numbers by name that are no tensors."""
+    """What a holder says that its weights are: the layout, numbers that are no tensors, and the size of its chunks."""
 
     layout: Layout
     scalars: Mapping[str, float]
+    chunk_bytes: int
 
 
 def build_layout(kind: Kind, tensors: Sequence[LocalTensor]) -> tuple[Layout, Placement]:

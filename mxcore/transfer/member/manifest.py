@@ -16,4 +16,4 @@ def manifest_of(source: Source, *, timeout_seconds: float) -> Manifest:
     scalars = scalars_from_proto(answer.scalars)
     if scalars_digest(scalars) != answer.scalars_digest:
         raise DigestMismatch(f"worker {source.worker_id}: the scalars are not those that their digest promises")
-    return Manifest(Layout.from_proto(answer.layout), scalars)
+    return Manifest(Layout.from_proto(answer.layout), scalars, answer.chunk_bytes)
