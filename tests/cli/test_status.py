@@ -13,7 +13,7 @@ from mxcore.cli.server_calls import bytes_text, duration, table
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
-from tests.web.conftest import INITIALIZING, WebServer, identity, publish, start_web, web
+from tests.web.conftest import INITIALIZING, WebServer, ask, identity, publish, start_web, wait_for, web
 
 __all__ = ["start_web", "web"]  # fixtures
 
@@ -70,6 +70,7 @@ def test_without_the_page_the_rest_is_shown(web: WebServer) -> None:
 
 def test_store_that_fails_is_exit_1(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "state.sqlite3").rename(tmp_path / "away")
+    wait_for(lambda: ask(f"{web.url}/readyz").status == 503)  # what it said last holds for a second
     ran = mx("status", "--server", web.address, "--json", "--page", web.url)
     assert ran.code == 1 or (ran.code, "MX_STORE_UNAVAILABLE" in ran.err) == (3, True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -45,6 +46,13 @@ def ask(url: str, method: str = "GET", **headers: str) -> HttpAnswer:
     except urllib.error.HTTPError as error:
         with error:
             return HttpAnswer(error.code, error.headers, error.read())
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class WebServer(ServerProcess):

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mxserver.wire import StaleEpoch
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
-from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish
+from tests.web.conftest import INITIALIZING, READY, WebServer, ask, identity, publish, wait_for
 
 P2P = "model_express.p2p.P2pService"
 
@@ -166,13 +165,6 @@ def test_two_servers_of_one_process_count_apart() -> None:
     one.epochs_refused.inc()
     assert one.registry.get_sample_value("mxserver_epochs_refused_total") == 1
     assert other.registry.get_sample_value("mxserver_epochs_refused_total") == 0
-
-
-def wait_for(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Held(grpc.GenericRpcHandler):
