@@ -42,6 +42,7 @@ class Layer(nn.Module):
 class SecondEngine:
     """One process, one rank, host memory."""
 
+    part = ""  # this engine has one model: no draft beside it
     revision: str | None = None  # of the model on the hub
     download_dir: str | None = None
     device = torch.device("cpu")  # where all weights are
@@ -91,6 +92,9 @@ class SecondEngine:
 
     # Who may exchange weights with whom.
 
+    def finish_filling(self, model: nn.Module) -> None:
+        """Nothing: `fill` copies tensors, and that is all."""
+
     def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         """Everything that changes the bytes: the checkpoint, the dtype, the parallel layout, this engine's version."""
         digest = find_checkpoint(self.model).digest() if checkpoint is None else checkpoint
@@ -120,6 +124,10 @@ class SecondEngine:
         """With several ranks: `mxcore.engine.gather_over_gloo`, by which they agree on each step."""
 
     # What happens to the weights later.
+
+    def offers_until(self) -> str:
+        """Nothing changes weights here."""
+        return ""
 
     def loses_memory(self) -> str | None:
         """A mode in which weights vanish and nobody tells mxcore: then they are not offered."""

@@ -232,6 +232,38 @@ def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
     )
 
 
+def draft_of(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
+    """What tells a draft from the model that it drafts for, and from other drafts of the same files; empty: it is none.
+
+    The same checkpoint can hold both (multi-token prediction).
+    """
+    if not is_draft(vllm_config, model_config):
+        return ""
+    kinds = getattr(model_config.hf_config, "architectures", None) or [type(model_config.hf_config).__name__]
+    return f"{vllm_config.speculative_config.method}: {', '.join(kinds)}"
+
+
+def has_weights(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """False for a draft that only keeps what the model computed, and loads nothing."""
+    method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
+    return not (method == "extract_hidden_states" and is_draft(vllm_config, model_config))
+
+
+def drafted_model(vllm_config: VllmConfig) -> str:
+    """What the user named as the model for which a draft is loaded."""
+    return str(vllm_config.speculative_config.target_model_config.model)
+
+
+def loading_ranks(vllm_config: VllmConfig, model_config: ModelConfig) -> list[int]:
+    """All processes that load this model together. Of a pipeline only the last stage has the draft."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1 or not is_draft(vllm_config, model_config):
+        return list(parallel_state.get_world_group().ranks)
+    try:
+        return list(parallel_state.get_ep_group().ranks)  # tensor and data parallelism of this stage
+    except (AttributeError, AssertionError):  # a version or a model that has no such group
+        return list(parallel_state.get_tp_group().ranks)
+
+
 def architecture() -> str:
     """`sm_90` and the like; empty where the weights' form does not depend on the device."""
     if current_platform.is_cpu():
@@ -267,11 +299,36 @@ def lost_by_ray(vllm_config: VllmConfig, environ: Mapping[str, str]) -> str:
 
 def may_lose_memory(vllm_config: VllmConfig, model_config: ModelConfig) -> str | None:
     """A mode of the engine in which weights vanish or move and nobody tells us; None when there is none."""
-    if getattr(vllm_config.parallel_config, "enable_eplb", False):
-        return "expert load balancing"
+    if is_balanced(vllm_config) and _balancer() is None:
+        return "expert load balancing, whose moves cannot be heard of in this vLLM,"
     if getattr(model_config, "enable_sleep_mode", False) and worker_class(vllm_config) is None:
         return "sleep mode, with a worker class that cannot be watched,"
     return None
+
+
+def is_balanced(vllm_config: VllmConfig) -> bool:
+    """Whether the engine moves experts from place to place while it runs (`--enable-eplb`)."""
+    return bool(getattr(vllm_config.parallel_config, "enable_eplb", False))
+
+
+def balance(vllm_config: VllmConfig) -> str:
+    """What expert load balancing makes of a model before it has moved anything; empty without it.
+
+    Experts are placed in their order then, whatever the placement strategy, and scales are those of all ranks.
+    """
+    if not is_balanced(vllm_config):
+        return ""
+    settings = getattr(vllm_config.parallel_config, "eplb_config", vllm_config.parallel_config)
+    return f"redundant={getattr(settings, 'num_redundant_experts', 0)}"
+
+
+def _balancer() -> Any:
+    """vLLM's class that moves experts, where it is known what it calls first to do so."""
+    try:
+        found = importlib.import_module("vllm.distributed.eplb.eplb_state").EplbState
+    except (ImportError, AttributeError):
+        return None
+    return found if callable(getattr(found, "rearrange", None)) else None
 
 
 def platform_worker() -> type:
@@ -294,6 +351,7 @@ def engine_of(vllm_config: VllmConfig | None) -> str:
     return str(getattr(vllm_config, "instance_id", ""))
 
 
+FIRST_MOVE = "its first rearrangement of experts, --enable-eplb"
 _CHANGES = (
     "reload_weights",
     "start_weight_update",
@@ -320,7 +378,16 @@ def watch_worker(vllm_config: VllmConfig, watch: EngineWatch) -> bool:
     vLLM offers no event for that; each is a method of the worker, which is wrapped. One that is called in a way that
     is not known here, or a `watch` that raises, ends the engine's offers: nobody can say what becomes of its memory.
     False when there is no worker class to watch.
+
+    Before experts are moved for the first time, all offers of this process end: who moves them knows no engine.
     """
+    if is_balanced(vllm_config) and (balancer := _balancer()) is not None:
+
+        def moving(engine: str, *_args: Any, is_profile: bool = False, **_kwargs: Any) -> None:
+            if not is_profile:  # that one measures memory and moves nothing
+                watch.changing(engine, FIRST_MOVE)
+
+        _wrap(balancer, watch, "rearrange", before=moving)
     kind = worker_class(vllm_config)
     if kind is None:
         return False
@@ -407,7 +474,9 @@ def context_rank() -> int:
 def world_size(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
     """Workers that hold one copy of the model: experts are spread over data and context parallelism as well."""
     parallel = vllm_config.parallel_config
-    size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    size = parallel.tensor_parallel_size * (
+        1 if is_draft(vllm_config, model_config) else parallel.pipeline_parallel_size
+    )
     if has_experts(model_config):
         size *= parallel.data_parallel_size * context_parallel_size(vllm_config)
     return int(size)

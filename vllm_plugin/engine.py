@@ -33,7 +33,7 @@ from vllm_plugin.storage_loader import StorageLoader
 __all__ = ["MX", "MX_SOURCE", "MX_TARGET", "VllmEngine", "load_model", "role_of"]
 
 MX = Role("mx", pulls=True, reads_storage=True, offers=True)
-MX_SOURCE = Role("mx-source", pulls=False, reads_storage=True, offers=True)
+MX_SOURCE = Role("mx-source", pulls=False, reads_storage=True, offers=True, is_fixed=True)
 MX_TARGET = Role(
     "mx-target",
     pulls=True,
@@ -41,10 +41,14 @@ MX_TARGET = Role(
     offers=False,
     otherwise="Start a worker with --load-format mx-source, or one with mx and MX_SOURCE_KEEP=raw; "
     "--load-format mx goes to storage when there is none",
+    is_fixed=True,
 )
 """`mx-source` reads storage and offers raw weights, it never pulls; `mx-target` only pulls raw weights, waits for a
 source as long as it has to, and never reads storage. Raw weights are what was loaded, before the engine processed it:
 source and target may differ in the engine's version, the accelerator and the kernels."""
+
+_DRAFT_WITH_FILES = Role("mx-target", pulls=True, reads_storage=True, offers=False, is_fixed=True)
+"""A draft at `mx-target` whose files are here: the source may well run without a draft."""
 
 _SMALL = 2.0**-6  # a value of every floating-point type but those of four bits, which torch cannot fill
 _log = logging.getLogger(__name__)
@@ -62,11 +66,13 @@ def load_model(
     compat.route_logs()
     if lost := compat.lost_by_ray(vllm_config, os.environ):
         _log.warning("%s", lost)
-    if compat.is_draft(vllm_config, model_config):
-        _log.info("%s is a draft model: loaded from storage, not exchanged", model_config.model)
+    if not compat.has_weights(vllm_config, model_config):
         loader = DefaultModelLoader(compat.plain_load_config(load_config, "auto"))
         return compat.load_model(loader, vllm_config, model_config, prefix)
-    return load(VllmEngine(load_config, vllm_config, model_config, prefix), role_of(load_config.load_format))
+    engine, role = VllmEngine(load_config, vllm_config, model_config, prefix), role_of(load_config.load_format)
+    if engine.part and role is MX_TARGET and engine.has_files:
+        role = _DRAFT_WITH_FILES
+    return load(engine, role)
 
 
 class VllmEngine:
@@ -85,6 +91,7 @@ class VllmEngine:
         self.revision: str | None = model_config.revision
         self.download_dir: str | None = load_config.download_dir
         self.instance = compat.engine_of(vllm_config)
+        self.part = "draft" if compat.is_draft(vllm_config, model_config) else ""
         device = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)  # as BaseModelLoader
         if device.type != "cpu" and device.index is None:
             device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -92,7 +99,15 @@ class VllmEngine:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return self._load_config.model_loader_extra_config or {}
+        given = self._load_config.model_loader_extra_config or {}
+        if self.part and self.model != compat.drafted_model(self._vllm_config):
+            return {**given, "model_uri": "", "model_revision": ""}  # these are about the engine's own model
+        return given
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the model's weight files are on this machine."""
+        return bool(find_checkpoint(self.model, self.revision, self.download_dir).weight_files)
 
     @property
     def accelerator(self) -> str:
@@ -134,6 +149,13 @@ class VllmEngine:
                     if tensor.is_floating_point() and not str(tensor.dtype).startswith("torch.float4"):
                         tensor.fill_(_SMALL)
 
+    def finish_filling(self, model: nn.Module) -> None:
+        """Some models make tensors of others, or set flags, at the end of `load_weights`."""
+        try:
+            model.load_weights(iter(()))  # type: ignore[operator]  # vLLM's models have it
+        except Exception as error:  # noqa: BLE001 - it asks for tensors: then it has no end that does without
+            _log.debug("%s does not finish its loading without tensors: %s", type(model).__name__, error)
+
     def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         found = find_checkpoint(self.model, self.revision, self.download_dir)
         return source_identity(self._vllm_config, self._model_config, kind, found, revision, checkpoint)
@@ -146,6 +168,8 @@ class VllmEngine:
 
     def ranks_on_node(self) -> int:
         parallel = self._vllm_config.parallel_config
+        if self.part and parallel.pipeline_parallel_size > 1:  # only the last stage's have a draft
+            return 1
         try:
             return int(parallel.local_world_size)  # data parallelism aside
         except AttributeError:  # before vLLM had engines over several nodes without Ray
@@ -153,6 +177,8 @@ class VllmEngine:
 
     def barrier(self, timeout_seconds: float) -> str:
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return ""
+        if self.part and self._vllm_config.parallel_config.pipeline_parallel_size > 1:
             return ""
         group, limit = get_world_group().cpu_group, timedelta(seconds=max(timeout_seconds, 1.0))
         try:
@@ -165,7 +191,11 @@ class VllmEngine:
         """All of vLLM's world, over a CPU group of its own: tensor, pipeline, and data parallelism with experts."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return None
-        return gather_over_gloo(get_world_group().ranks)
+        ranks = compat.loading_ranks(self._vllm_config, self._model_config)
+        return gather_over_gloo(ranks) if len(ranks) > 1 else None
+
+    def offers_until(self) -> str:
+        return compat.FIRST_MOVE if compat.is_balanced(self._vllm_config) else ""
 
     def loses_memory(self) -> str | None:
         return compat.may_lose_memory(self._vllm_config, self._model_config)

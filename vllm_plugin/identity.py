@@ -66,6 +66,8 @@ def source_identity(
     )
     if experts := split_of_experts(vllm_config, model_config):
         identity.extra_parameters["experts"] = experts
+    if draft := compat.draft_of(vllm_config, model_config):
+        identity.extra_parameters["draft"] = draft
     if kind == "processed":
         identity.extra_parameters["config"] = digest(model_settings(model_config))
         identity.extra_parameters["engine"] = digest(engine_settings(vllm_config, os.environ))
@@ -83,10 +85,13 @@ def worker_rank(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
     whose ranks hold different parts of them, with expert parallelism and without.
     """
     parallel = vllm_config.parallel_config
-    rank = get_pp_group().rank_in_group * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
+    stage, stages = get_pp_group().rank_in_group, parallel.pipeline_parallel_size
+    if compat.is_draft(vllm_config, model_config):  # whole at the last stage
+        stage, stages = 0, 1
+    rank = stage * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
     if compat.has_experts(model_config):
         replica = parallel.data_parallel_rank * compat.context_parallel_size(vllm_config) + compat.context_rank()
-        rank += replica * parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        rank += replica * parallel.tensor_parallel_size * stages
     return int(rank)
 
 
@@ -100,9 +105,10 @@ def split_of_experts(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
     parallel = vllm_config.parallel_config
     sizes = parallel.data_parallel_size, compat.context_parallel_size(vllm_config)
     placement = str(getattr(parallel, "expert_placement_strategy", "linear")) if parallel.enable_expert_parallel else ""
-    if max(sizes) == 1 and placement in ("", "linear"):
+    balance = compat.balance(vllm_config)
+    if max(sizes) == 1 and placement in ("", "linear") and not balance:
         return ""
-    return f"data={sizes[0]} context={sizes[1]} placement={placement}"
+    return f"data={sizes[0]} context={sizes[1]} placement={placement}" + (f" {balance}" if balance else "")
 
 
 def model_settings(model_config: ModelConfig) -> dict[str, Any]:
@@ -123,9 +129,10 @@ def written_settings(model_config: ModelConfig, checkpoint: CheckpointFiles) -> 
         written = None
     if not isinstance(written, dict):
         return model_settings(model_config)
+    overrides = getattr(model_config, "hf_overrides", None) or {}
     return {
         "file": {key: value for key, value in written.items() if key not in _NOT_OF_THE_MODEL},
-        "overrides": getattr(model_config, "hf_overrides", None) or {},
+        "overrides": getattr(overrides, "__qualname__", overrides),  # vLLM's own, of drafts, are a function
     }
 
 

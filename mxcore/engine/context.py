@@ -21,9 +21,10 @@ __all__ = ["LoadContext", "Role"]
 
 
 class Role(NamedTuple):
-    """What a worker does, by the load format that its user chose. Fixed roles exchange raw weights.
+    """What a worker does, by the load format that its user chose.
 
-    `otherwise` is what to do where one that only pulls finds no source.
+    `otherwise` is what to do where one that only pulls finds no source. `is_fixed`: it is one of the split loaders,
+    which exchange raw weights and have settings of their own.
     """
 
     load_format: str
@@ -31,11 +32,7 @@ class Role(NamedTuple):
     reads_storage: bool
     offers: bool
     otherwise: str = ""
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether it is one of the split loaders: raw weights, and the settings of those."""
-        return not (self.pulls and self.reads_storage)
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,8 @@ class LoadContext:
     def what(self) -> str:
         """What is loaded, for messages."""
         name = self.membership.identity.model_name if self.membership is not None else self.engine.model
-        return f"{self.kind} weights of {name}, rank {self.rank}"
+        part = f" ({self.engine.part})" if self.engine.part else ""
+        return f"{self.kind} weights of {name}{part}, rank {self.rank}"
 
     @property
     def ranks_wanted(self) -> int:

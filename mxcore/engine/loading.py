@@ -77,6 +77,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
     report = LoadReport(
         **{**vars(loaded.part), "steps": {"join": steps["join"], **loaded.part.steps, "offer": steps["offer"]}},
         model=engine.model,
+        part_of_engine=engine.part,
         rank=context.rank,
         serving=bool(offers),
         source_id=offers[0]["source_id"] if offers else "",
@@ -108,6 +109,8 @@ def _agreement(context: LoadContext) -> Agreement:
 def _with_settings(context: LoadContext) -> LoadContext:
     options = dict(context.engine.options)
     report_path = str(options.pop("report_path", ""))
+    if report_path and context.engine.part:
+        report_path += f".{context.engine.part}"
     settings = load_settings(options, refused=context.fallbacks)
     uri: UriPlace | None = None
     if settings.model_uri and context.role.reads_storage:
@@ -196,7 +199,7 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
             membership.join()
             _wait_for_siblings(context, membership)
         received = weights.received
-        offer.start(received.digests if received is not None else None, _origin(loaded, weights))
+        offer.start(weights.digests if received is None else received.digests, _origin(loaded, weights))
     except BaseException:
         membership.close()
         raise
@@ -204,14 +207,17 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
     address = context.settings.server_address or ""
     record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
     serving.stay(offer, record, context.engine.instance)
-    return {"layout": weights.kind, "source_id": membership.source_id, "worker_id": membership.worker_id}
+    told = {"layout": weights.kind, "source_id": membership.source_id, "worker_id": membership.worker_id}
+    return told | ({"until": until} if (until := context.engine.offers_until()) else {})
 
 
 def _origin(loaded: Loaded, weights: Weights) -> Origin | None:
-    """Who vouches for these weights; None: this worker, which read storage."""
+    """Who vouches for these weights: whom they came from, or this worker, which read storage."""
     if weights.received is not None:
         return Origin.received(weights.received.bytes_from)
-    return Origin.received_raw(loaded.received_from) if loaded.received_from else None
+    if loaded.received_from:
+        return Origin.received_raw(loaded.received_from)
+    return None if weights.layout is None else Origin.own(weights.layout)
 
 
 def _wait_for_siblings(context: LoadContext, membership: Membership) -> None:

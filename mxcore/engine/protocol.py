@@ -60,6 +60,10 @@ class Engine(Protocol):
         """What the user named: a folder, or a model of the hub."""
 
     @property
+    def part(self) -> str:
+        """Which of the engine's models it is, in a word ("draft"); empty for the one that the engine is about."""
+
+    @property
     def revision(self) -> str | None:
         """Of the model on the hub; None: the newest."""
 
@@ -107,6 +111,12 @@ class Engine(Protocol):
     def fill_placeholder(self, model: nn.Module) -> None:
         """Within `build`: values with which processing does no harm. Other values come after processing."""
 
+    def finish_filling(self, model: nn.Module) -> None:
+        """Within `build`, for a model that is filled by other workers: what `fill` does when it has all tensors.
+
+        What it makes of the tensors that are there is of no account: those of the workers come over it. Never raises.
+        """
+
     def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         """What must match for weights to be interchangeable (wire.md).
 
@@ -131,6 +141,9 @@ class Engine(Protocol):
 
         Called once a load, by each of them. Raises RuntimeError when they do not come.
         """
+
+    def offers_until(self) -> str:
+        """What will end this engine's offers before it ends itself, for the report; empty: nothing that is known."""
 
     def loses_memory(self) -> str | None:
         """A mode in which weights vanish or move and nobody tells us: then they are not offered."""

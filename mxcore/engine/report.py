@@ -76,12 +76,14 @@ class LoadedPart:
 class LoadReport(LoadedPart):
     """One load of one worker.
 
+    `part_of_engine` is "draft" for a draft, whose report is written beside the model's, as `<report_path>.draft`.
     `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of
     it under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and
     process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order.
     """
 
     model: str
+    part_of_engine: str = ""
     rank: int = 0
     serving: bool = False
     source_id: str = ""
@@ -105,9 +107,10 @@ class LoadReport(LoadedPart):
         """The one line for the log."""
         how = f"from worker {self.source_worker} ({self.transport}, {self.operation})" if self.path == "p2p" else ""
         rate = f"{self.bytes} bytes in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)"
+        part = f" ({self.part_of_engine})" if self.part_of_engine else ""
         counted = [f"{self.tensors} tensors", rate] if self.tensors else [f"{self.seconds:.3f} s"]  # else nobody looked
         parts = [
-            f"{self.model} rank {self.rank}: {self.path} {how}".rstrip(),
+            f"{self.model}{part} rank {self.rank}: {self.path} {how}".rstrip(),
             *counted,
             *([f"{self.chunks_verified} chunks verified"] if self.path == "p2p" else []),
             *([f"{self.bytes_from_storage} bytes read from storage"] if self.bytes_from_storage else []),

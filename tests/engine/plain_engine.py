@@ -62,6 +62,7 @@ def answer(model: nn.Module, size: int = SIZE) -> str:
 class PlainEngine:
     """See `mxcore.engine.Engine`; one rank. `size` is the model's, `events` what was asked of the engine, in order."""
 
+    part = ""
     revision: str | None = None
     download_dir: str | None = None
     device = torch.device("cpu")
@@ -119,6 +120,9 @@ class PlainEngine:
         for parameter in model.parameters():
             parameter.zero_()
 
+    def finish_filling(self, model: nn.Module) -> None:
+        """Nothing is left to do."""
+
     def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
         found = find_checkpoint(self.model)
         digest = found.digest() if checkpoint is None else checkpoint
@@ -144,6 +148,10 @@ class PlainEngine:
 
     def siblings(self) -> Gather | None:
         return None
+
+    def offers_until(self) -> str:
+        """Nothing changes weights here."""
+        return ""
 
     def loses_memory(self) -> str | None:
         return None

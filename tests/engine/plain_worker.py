@@ -13,8 +13,8 @@ from tests.engine.plain_engine import PlainEngine, answer
 
 ROLES = {
     "both": Role("both", pulls=True, reads_storage=True, offers=True),
-    "source": Role("source", pulls=False, reads_storage=True, offers=True),
-    "target": Role("target", pulls=True, reads_storage=False, offers=False, otherwise="Start a source."),
+    "source": Role("source", pulls=False, reads_storage=True, offers=True, is_fixed=True),
+    "target": Role("target", pulls=True, reads_storage=False, offers=False, otherwise="Start a source.", is_fixed=True),
 }
 
 

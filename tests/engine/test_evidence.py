@@ -90,7 +90,7 @@ def received_from(source: Weights) -> Receive:
             placement.addresses, source.placement.addresses, source.layout.extent_bytes, strict=True
         ):
             ctypes.memmove(to, come, size)
-        return SimpleNamespace(scalars=dict(source.scalars))
+        return SimpleNamespace(digests=source.digests)
 
     return receive
 
@@ -170,7 +170,7 @@ def shared(
     offered.loaded(source, built)
     process(source)
     offered.processed(source)
-    built = Built(target, CPU, copies=kind == "processed")
+    built = Built(target, CPU, copies=True)
     if kind == "processed":
         load(target, 2.0**-6)
         target.cache.fill_(2.0**-6)
@@ -364,6 +364,58 @@ def test_the_pattern_is_seen_in_every_type_and_nearly_nothing(dtype: torch.dtype
     built = Built(nn.ParameterDict({name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()}), CPU)
     assert built._unwritten == tensors.keys() - {"none", "valued"}
     assert all(float(tensor.float().abs().max()) < 1.5 for tensor in tensors.values() if tensor.numel())
+
+
+class Drafting(Layer):
+    """Its flag says what of it the checkpoint has, as flags of drafts do; an engine looks at it after loading."""
+
+    has_own_head = False
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_a_flag_that_loading_set_comes_with_the_weights(kind: Any) -> None:
+    """`load` at the target has no tensors, so that only the source can know."""
+
+    def load_with_head(model: Layer) -> None:
+        load(model)
+        model.has_own_head = True
+
+    with MarkUninitialised():
+        source, target = Drafting(), Drafting()
+    offered, taken = Weights(kind, CPU), Weights(kind, CPU)
+    offered.loaded(source, _filled(source, load_with_head))
+    process(source)
+    offered.processed(source)
+    built = Built(target, CPU, copies=True)
+    receive = received_from(offered)
+    if kind == "raw":
+        taken.loaded(target, built, receive)
+        assert target.has_own_head  # before processing
+    else:
+        taken.loaded(target, built)
+        process(target)
+        taken.processed(target, receive)
+    assert target.has_own_head
+    assert taken.scalars == offered.scalars  # who passes on says so too
+    assert not made().compiled
+
+
+def test_a_flag_that_is_none_of_this_model_is_refused_by_name() -> None:
+    def load_with_head(model: Layer) -> None:
+        load(model)
+        model.has_own_head = model.forward = True
+
+    offered, taken, target = Weights("raw", CPU), Weights("raw", CPU), made()
+    source = made()
+    offered.loaded(source, _filled(source, load_with_head))
+    with pytest.raises(LayoutMismatch, match="'forward' at the holder, which this Layer lacks"):
+        taken.loaded(target, Built(target, CPU), received_from(offered))
+
+
+def _filled(model: Layer, fill: Callable[[Layer], None]) -> Built:
+    built = Built(model, CPU)
+    fill(model)
+    return built
 
 
 def test_what_cannot_be_moved_is_refused_by_name() -> None:

@@ -197,8 +197,8 @@ def look(command: dict[str, Any]) -> dict[str, Any]:
 
     take = Weights._take
 
-    def taken(self: Weights, found: Any, built: Any, receive: Any) -> None:
-        take(self, found, built, receive)
+    def taken(self: Weights, model: Any, found: Any, built: Any, receive: Any) -> None:
+        take(self, model, found, built, receive)
         command_state["seen"] = {
             "tensors": {name: f"{digest(tensor):x}" for name, tensor in found.kept.items()},
             "numbers": found.scalars,
@@ -229,6 +229,13 @@ def live(command: dict[str, Any]) -> dict[str, Any]:
 
     gc.collect()
     return {"weights": sum(isinstance(held, Weights) for held in gc.get_objects())}
+
+
+def repack(command: dict[str, Any]) -> dict[str, Any]:
+    """What tests.vllm.repacking measures."""
+    from tests.vllm import repacking
+
+    return dict(repacking.measure())
 
 
 def memory(command: dict[str, Any]) -> dict[str, Any]:
@@ -323,6 +330,7 @@ COMMANDS = {
         seen,
         leave,
         live,
+        repack,
         memory,
         identity,
         interface,

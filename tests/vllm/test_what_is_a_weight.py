@@ -75,3 +75,10 @@ def test_what_depends_on_the_checkpoint_is_a_weight(host: EngineHost, folder: Pa
     assert depends, "nothing was seen"
     numbers = different(one["numbers"], other["numbers"])
     assert numbers <= one["sent"].keys()
+
+
+def test_nothing_of_raw_weights_stays_beside_processed_ones(host: EngineHost) -> None:
+    """At most 64 MiB more than the model, repacked by vLLM's own function, which drops each raw parameter."""
+    found = host.ask("repack")
+    assert found["offered"] == found["model"]
+    assert found["most"] <= found["model"] + (64 << 20)

@@ -106,12 +106,11 @@ class PeerRung(Rung[Loaded]):
         attempt = self._attempt = _Attempt(weights)
 
         def fill(model: nn.Module) -> None:
-            before = Built(model, weights.device, context.engine.configuration, copies=not is_raw)
-            if is_raw:
-                weights.loaded(model, before, partial(self._receive, attempt, model))
-            else:
+            before = Built(model, weights.device, context.engine.configuration, copies=True)
+            if not is_raw:
                 context.engine.fill_placeholder(model)
-                weights.loaded(model, before)
+            context.engine.finish_filling(model)
+            weights.loaded(model, before, partial(self._receive, attempt, model) if is_raw else None)
             keeping.filled(model, before, weights)
 
         model, steps = self._built(attempt, fill)

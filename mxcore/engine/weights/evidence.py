@@ -26,7 +26,7 @@ from mxcore.engine.weights.uninitialised import still_marked
 from mxcore.errors import LayoutMismatch
 from mxcore.transfer.layout import Layout, LocalTensor
 
-__all__ = ["Built", "bytes_by_name", "digest", "packed_away"]
+__all__ = ["Built", "bytes_by_name", "digest", "packed_away", "some"]
 
 LEAST_SHARE = 16  # of the bytes that a module loaded, the part that it must still have (four bits of float32: an 8th)
 MOST_ADDRESSES = 65536  # elements of a tensor that may be a table of addresses
@@ -39,8 +39,8 @@ _WORDS = (torch.int64, torch.uint64)
 class Built:
     """A model as its constructor left it, by name. Holds no tensor of the model; with `copies`, copies of some.
 
-    `copies` is for a model that is processed before its weights arrive: `put_back` undoes what processing made of
-    placeholders. `configuration` is what `collect` leaves out.
+    `copies` is for a model whose weights arrive from elsewhere: `put_back` undoes what was made of placeholders.
+    `configuration` is what `collect` leaves out.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Built:
         names = {tensor.name for tensor in theirs.tensors}
         missing = names - found.kept.keys()
         if missing:
-            raise LayoutMismatch(f"this model has no {_some(missing)}, which the holder's has; {_refusals(found)}")
+            raise LayoutMismatch(f"this model has no {some(missing)}, which the holder's has; {_refusals(found)}")
         certain = {
             tensor.name
             for tensor in found.tensors
@@ -103,15 +103,23 @@ class Built:
         }
         extra = certain - names
         if extra:
-            raise LayoutMismatch(f"the holder's model has no {_some(extra)}, which this one has")
+            raise LayoutMismatch(f"the holder's model has no {some(extra)}, which this one has")
         return Collected(
             tensors=[tensor for tensor in found.tensors if tensor.name in names],
             parameters=found.parameters & names,
             kept={name: tensor for name, tensor in found.kept.items() if name in names},
         )
 
+    def flags(self, found: Collected) -> dict[str, bool]:
+        """Bools of the model itself, of none of its parts, that were made or changed since."""
+        return {
+            name: text == "True"
+            for name, text in found.decided.items()
+            if name.isidentifier() and text in ("True", "False") and self._decided.get(name) != text
+        }
+
     def put_back(self, found: Collected, tensors: set[str], numbers: Mapping[str, float]) -> None:
-        """What processing wrote and nobody sent is as built again (tensors: needs `copies`)."""
+        """What was written here and nobody sent is as built again (tensors: needs `copies`)."""
         with torch.no_grad():
             for name, value in self._copies.items():
                 tensor = found.kept.get(name)
@@ -237,7 +245,8 @@ def _form(tensor: LocalTensor) -> _Form:
     return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride)
 
 
-def _some(names: set[str]) -> str:
+def some(names: set[str]) -> str:
+    """The first of them, for a message."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(sorted(names)[:_NAMED]) + more
 

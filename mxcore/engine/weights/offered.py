@@ -11,12 +11,19 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from mxcore.engine.weights.collect import Collected, shown
-from mxcore.engine.weights.evidence import Built, bytes_by_name, digest, packed_away
-from mxcore.engine.weights.structure import STRUCTURE_PREFIX, require_same_structure, structure_rows
+from mxcore.engine.weights.collect import Collected
+from mxcore.engine.weights.evidence import Built, bytes_by_name, packed_away, some
+from mxcore.engine.weights.structure import (
+    FLAG_PREFIX,
+    STRUCTURE_PREFIX,
+    flags_of,
+    require_same_structure,
+    structure_rows,
+)
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout import Layout, Manifest, Placement, build_layout
+from mxcore.transfer.layout import ChunkDigests, Chunks, Layout, Manifest, Placement, build_layout, chunk_set
 from mxcore.transfer.receive import ReceiveReport
+from mxcore.transfer.route import memory_digests
 
 __all__ = ["Fit", "Kind", "Receive", "Weights", "synchronize"]
 
@@ -45,19 +52,24 @@ class Weights:
         self.placement: Placement | None = None
         self.received: ReceiveReport | None = None
         self._built: Built | None = None
+        self._flags: dict[str, bool] = {}
         self._bytes_before: dict[str, int] = {}
-        self._digests: dict[str, int] = {}
+        self.digests: ChunkDigests | None = None  # of raw weights; who serves processed ones makes them
         self._overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def loaded(self, model: nn.Module, built: Built, receive: Receive | None = None) -> None:
         """After filling. Raw: these are the weights, taken from a peer if `receive` is given."""
         self._built = built
         found = built.look(model)
+        self._flags = built.flags(found)
         if self.kind == "processed":  # names and sizes only: processing wants the memory back
             self._bytes_before = bytes_by_name(found)
             return
-        self._take(found, built, receive)
-        self._digests = {name: digest(tensor) for name, tensor in self.found.kept.items()}
+        self._take(model, found, built, receive)
+        if self.received is not None:
+            self.digests = self.received.digests
+        elif self.layout is not None and self.placement is not None:
+            self.digests = memory_digests(self.layout, self.placement)
 
     def processed(self, model: nn.Module, receive: Receive | None = None) -> None:
         """After processing. Processed: these are the weights. Raw: they must still be what they were."""
@@ -67,13 +79,26 @@ class Weights:
         if self.kind == "processed":
             found = built.look(model)
             found.refused.update(packed_away(self._bytes_before, found))
-            self._take(found, built, receive)
+            self._take(model, found, built, receive)
             return
         synchronize(self.device)
-        reason = "changed in place by processing"
-        changed = {name: reason for name, tensor in self.found.kept.items() if digest(tensor) != self._digests[name]}
-        if changed:
-            raise LayoutUnsupported(f"{len(changed)} raw tensors are not what was loaded: {shown(changed)}")
+        if changed := self._changed():
+            raise LayoutUnsupported(
+                f"raw weights are not what was loaded, processing wrote over some of them: {some(changed)}"
+            )
+
+    def _changed(self) -> set[str]:
+        """Raw tensors with bytes in chunks that are no more what was loaded."""
+        layout, placement, before = self.layout, self.placement, self.digests
+        if layout is None or placement is None or before is None:
+            return set()
+        now = memory_digests(layout, placement, kind=before.kind)
+        if now == before:
+            return set()
+        chunks = Chunks(layout)
+        wrong = chunk_set(chunk for chunk in range(len(chunks)) if now.of_chunk(chunk) != before.of_chunk(chunk))
+        extents = chunks.extents_of(wrong)
+        return {tensor.name for tensor in layout.tensors if tensor.extent in extents}
 
     def bytes_beside(self, model: nn.Module) -> int:
         """What holding these weights costs: bytes of storages that the finished `model` does not use itself."""
@@ -95,29 +120,34 @@ class Weights:
         self._overwritten = []
         synchronize(self.device)
 
-    def _take(self, found: Collected, built: Built, receive: Receive | None) -> None:
+    def _take(self, model: nn.Module, found: Collected, built: Built, receive: Receive | None) -> None:
         if receive is not None:
-            self._receive(found, built, receive)
+            self._receive(model, found, built, receive)
             return
         weights = built.weights(found)
         weights.require_movable()
         if not any(bytes_by_name(weights).values()):
             raise LayoutUnsupported("loading wrote no weight: there is nothing to offer")
-        structure = structure_rows(weights) if self.kind == "processed" else {}
+        structure = structure_rows(weights, self._flags) if self.kind == "processed" else {}
         self.layout, self.placement = build_layout(self.kind, weights.tensors)
         synchronize(self.device)
         self.found = weights
-        self.scalars = {**weights.scalars, **structure}
+        flags = {FLAG_PREFIX + name: float(value) for name, value in self._flags.items()}
+        self.scalars = {**weights.scalars, **structure, **flags}
 
-    def _receive(self, found: Collected, built: Built, receive: Receive) -> None:
+    def _receive(self, model: nn.Module, found: Collected, built: Built, receive: Receive) -> None:
         ours = built.weights(found)
         ours.require_movable()
-        structure = set(structure_rows(ours)) if self.kind == "processed" else set()
+        structure = set(structure_rows(ours, self._flags)) if self.kind == "processed" else set()
+        flags: dict[str, bool] = {}
 
         def fit(manifest: Manifest) -> Placement:
             theirs = {name for name in manifest.scalars if name.startswith(STRUCTURE_PREFIX)}
             require_same_structure(theirs, structure)
-            if unknown := sorted(manifest.scalars.keys() - theirs - found.scalars.keys()):
+            flags.clear()
+            flags.update(flags_of(manifest.scalars, model))
+            numbers = {name for name in manifest.scalars if not name.startswith((STRUCTURE_PREFIX, FLAG_PREFIX))}
+            if unknown := sorted(numbers - found.scalars.keys()):
                 raise LayoutMismatch(f"{len(unknown)} of the holder's numbers are not in this model: {unknown[:5]}")
             chosen = built.chosen(found, manifest.layout)
             layout, placement = build_layout(self.kind, chosen.tensors)
@@ -133,8 +163,11 @@ class Weights:
             return placement
 
         self.received = receive(fit)
-        numbers = {name: value for name, value in self.scalars.items() if not name.startswith(STRUCTURE_PREFIX)}
+        prefixes = (STRUCTURE_PREFIX, FLAG_PREFIX)
+        numbers = {name: value for name, value in self.scalars.items() if not name.startswith(prefixes)}
         found.set_scalars(numbers)
+        for name, value in flags.items():
+            setattr(model, name, value)
         built.put_back(found, set(self.found.kept), numbers)
         self._overwritten = []
 

@@ -8,27 +8,49 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
+
+from torch import nn
 
 from mxcore.engine.weights.collect import Collected
 from mxcore.errors import LayoutMismatch
 
-__all__ = ["STRUCTURE_PREFIX", "require_same_structure", "structure_rows"]
+__all__ = ["FLAG_PREFIX", "STRUCTURE_PREFIX", "flags_of", "require_same_structure", "structure_rows"]
 
 STRUCTURE_PREFIX = "structure: "
 """Of names in a manifest that carry no number."""
+
+FLAG_PREFIX = "loaded: "
+"""Of names in a manifest of flags that loading set on the model: what of it a checkpoint has (`has_own_lm_head`)."""
 
 _DIGEST_PREFIX = STRUCTURE_PREFIX + "sha256 "
 _NAMED = 4
 
 
-def structure_rows(weights: Collected) -> dict[str, float]:
-    """Names without a number. Layers alike are one row, so that what differs can be told; a digest has them all."""
+def structure_rows(weights: Collected, flags: Mapping[str, bool] = {}) -> dict[str, float]:
+    """Names without a number. Layers alike are one row, so that what differs can be told; a digest has them all.
+
+    `flags` loading has set: they travel, and are left out unless processing changed them.
+    """
     rows = [f"{path} is a {kind}" for path, kind in weights.classes.items()]
-    rows += [f"{path} = {text}" for path, text in weights.decided.items()]
+    rows += [f"{path} = {text}" for path, text in weights.decided.items() if text != str(flags.get(path))]
     rows += [f"{path} is {where}" for path, where in weights.functions.items()]
     whole = hashlib.sha256("\0".join(sorted(rows)).encode()).hexdigest()
     short = sorted({re.sub(r"\b\d+\b", "*", row) for row in rows})
     return {**{STRUCTURE_PREFIX + row: 0.0 for row in short}, _DIGEST_PREFIX + whole: 0.0}
+
+
+def flags_of(manifest: Mapping[str, float], model: nn.Module) -> dict[str, bool]:
+    """The flags of a manifest. Raises LayoutMismatch with the name of one that is no flag of this model."""
+    flags = {
+        name.removeprefix(FLAG_PREFIX): bool(value) for name, value in manifest.items() if name.startswith(FLAG_PREFIX)
+    }
+    for name in flags:
+        if not isinstance(getattr(model, name, None), bool):
+            raise LayoutMismatch(
+                f"loading set the flag {name!r} at the holder, which this {type(model).__name__} lacks"
+            )
+    return flags
 
 
 def require_same_structure(theirs: set[str], ours: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,8 +54,11 @@ class HostDigester:
 
 
 def chunk_digests(
-    digester: Digester, chunks: Chunks, addresses: array[int], *, kind: str | None = None, threads: int = 1
+    digester: Digester, chunks: Chunks, addresses: array[int], *, kind: str | None = None, threads: int | None = None
 ) -> ChunkDigests:
-    """The digests of every chunk in this process' memory; of the digester's own kind unless one is given."""
-    kind = kind or digester.kind
+    """The digests of every chunk in this process' memory; of the digester's own kind unless one is given.
+
+    Host memory's by so many threads, or by one for each core that this process has.
+    """
+    kind, threads = kind or digester.kind, threads or len(os.sched_getaffinity(0))
     return ChunkDigests(digester.many(kind, addresses, chunks.lengths, chunks.segment_starts, threads=threads), kind)

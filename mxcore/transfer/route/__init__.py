@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxcore.transfer.route.device_memory import allocation_regions, digester_of, require_movable
+from mxcore.transfer.route.device_memory import allocation_regions, digester_of, memory_digests, require_movable
 from mxcore.transfer.route.device_proof import ProvenDevice, nixl_device, proven_device, release_devices
 from mxcore.transfer.route.rdma_devices import pinnable_bytes, pinning_advice, pins_too_little, rdma_ports, usable_ports
 from mxcore.transfer.route.routes import Operation, Route, UcxPolicy, choose_route, ucx_environment
@@ -22,6 +22,7 @@ __all__ = [
     "choose_route",
     "device_offer",
     "digester_of",
+    "memory_digests",
     "nixl_device",
     "pinnable_bytes",
     "pinning_advice",

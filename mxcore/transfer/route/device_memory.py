@@ -7,15 +7,31 @@ from collections.abc import Sequence
 
 from mxcore.cuda import driver as cuda_driver
 from mxcore.errors import CudaError
-from mxcore.transfer.layout import Digester, HostDigester, Placement, Regions, merge_regions
+from mxcore.transfer.layout import (
+    ChunkDigests,
+    Chunks,
+    Digester,
+    HostDigester,
+    Layout,
+    Placement,
+    Regions,
+    chunk_digests,
+    merge_regions,
+)
 from mxcore.transfer.route.device_proof import proven_device
 
-__all__ = ["allocation_regions", "digester_of", "require_movable"]
+__all__ = ["allocation_regions", "digester_of", "memory_digests", "require_movable"]
 
 
 def digester_of(placement: Placement) -> Digester:
     """What makes the digests of a placement's memory. Raises LayoutUnsupported for memory that cannot be checked."""
     return HostDigester() if placement.device_type == "cpu" else proven_device(placement).digester
+
+
+def memory_digests(layout: Layout, placement: Placement, *, kind: str | None = None) -> ChunkDigests:
+    """The digests of all chunks in this process' memory, as `chunk_digests`. Raises as `digester_of`."""
+    chunks = Chunks(layout)
+    return chunk_digests(digester_of(placement), chunks, chunks.local_addresses(placement), kind=kind)
 
 
 def require_movable(placement: Placement) -> None:
