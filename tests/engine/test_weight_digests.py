@@ -14,7 +14,9 @@ from mxcore.engine.weights import Built, MarkUninitialised, Weights, evidence  #
 from mxcore.errors import LayoutUnsupported  # noqa: E402
 from mxcore.transfer.layout import HostDigester  # noqa: E402
 from mxcore.transfer.serve import Holder  # noqa: E402
-from tests.engine.test_evidence import CPU, received_from  # noqa: E402
+from tests.engine.in_memory import received_from  # noqa: E402
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
