@@ -26,7 +26,7 @@ from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
-from vllm_plugin import compat
+from vllm_plugin import compat, drafts
 from vllm_plugin.identity import source_identity, worker_rank
 from vllm_plugin.storage_loader import StorageLoader
 
@@ -66,7 +66,7 @@ def load_model(
     compat.route_logs()
     if lost := compat.lost_by_ray(vllm_config, os.environ):
         _log.warning("%s", lost)
-    if not compat.has_weights(vllm_config, model_config):
+    if not drafts.has_weights(vllm_config, model_config):
         loader = DefaultModelLoader(compat.plain_load_config(load_config, "auto"))
         return compat.load_model(loader, vllm_config, model_config, prefix)
     engine, role = VllmEngine(load_config, vllm_config, model_config, prefix), role_of(load_config.load_format)
@@ -91,7 +91,7 @@ class VllmEngine:
         self.revision: str | None = model_config.revision
         self.download_dir: str | None = load_config.download_dir
         self.instance = compat.engine_of(vllm_config)
-        self.part = "draft" if compat.is_draft(vllm_config, model_config) else ""
+        self.part = "draft" if drafts.is_draft(vllm_config, model_config) else ""
         device = torch.device(vllm_config.load_config.device or vllm_config.device_config.device)  # as BaseModelLoader
         if device.type != "cpu" and device.index is None:
             device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -100,7 +100,7 @@ class VllmEngine:
     @property
     def options(self) -> Mapping[str, Any]:
         given = self._load_config.model_loader_extra_config or {}
-        if self.part and self.model != compat.drafted_model(self._vllm_config):
+        if self.part and self.model != drafts.drafted_model(self._vllm_config):
             return {**given, "model_uri": "", "model_revision": ""}  # these are about the engine's own model
         return given
 
@@ -191,7 +191,7 @@ class VllmEngine:
         """All of vLLM's world, over a CPU group of its own: tensor, pipeline, and data parallelism with experts."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return None
-        ranks = compat.loading_ranks(self._vllm_config, self._model_config)
+        ranks = drafts.loading_ranks(self._vllm_config, self._model_config)
         return gather_over_gloo(ranks) if len(ranks) > 1 else None
 
     def offers_until(self) -> str:

@@ -21,7 +21,7 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from mxcore.engine import CheckpointFiles, model_name
 from mxcore.transfer.member import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
-from vllm_plugin import compat
+from vllm_plugin import compat, drafts
 
 # Of the names that vLLM reads, those that choose a kernel, and with it the form of processed weights.
 _KERNEL_VARIABLES = re.compile(
@@ -66,7 +66,7 @@ def source_identity(
     )
     if experts := split_of_experts(vllm_config, model_config):
         identity.extra_parameters["experts"] = experts
-    if draft := compat.draft_of(vllm_config, model_config):
+    if draft := drafts.draft_of(vllm_config, model_config):
         identity.extra_parameters["draft"] = draft
     if kind == "processed":
         identity.extra_parameters["config"] = digest(model_settings(model_config))
@@ -86,7 +86,7 @@ def worker_rank(vllm_config: VllmConfig, model_config: ModelConfig) -> int:
     """
     parallel = vllm_config.parallel_config
     stage, stages = get_pp_group().rank_in_group, parallel.pipeline_parallel_size
-    if compat.is_draft(vllm_config, model_config):  # whole at the last stage
+    if drafts.is_draft(vllm_config, model_config):  # whole at the last stage
         stage, stages = 0, 1
     rank = stage * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
     if compat.has_experts(model_config):
