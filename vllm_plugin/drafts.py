@@ -39,7 +39,8 @@ def has_weights(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
 
 def drafted_model(vllm_config: VllmConfig) -> str:
     """What the user named as the model for which a draft is loaded."""
-    return str(vllm_config.speculative_config.target_model_config.model)
+    known = getattr(vllm_config.speculative_config, "target_model_config", None)
+    return str((known or vllm_config.model_config).model)
 
 
 def loading_ranks(vllm_config: VllmConfig, model_config: ModelConfig) -> list[int]:

@@ -152,7 +152,8 @@ class VllmEngine:
     def finish_filling(self, model: nn.Module) -> None:
         """Some models make tensors of others, or set flags, at the end of `load_weights`."""
         try:
-            model.load_weights(iter(()))  # type: ignore[operator]  # vLLM's models have it
+            loading: Any = model
+            loading.load_weights(iter(()))
         except Exception as error:  # noqa: BLE001 - it asks for tensors: then it has no end that does without
             _log.debug("%s does not finish its loading without tensors: %s", type(model).__name__, error)
 

@@ -400,6 +400,30 @@ def _filled(model: Layer, fill: Callable[[Layer], None]) -> Built:
     return built
 
 
+class Finishing(Layer):
+    """Makes a tensor of another at the end of its loading, as DeepSeek V4 does."""
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            getattr(self, name).data.copy_(tensor)
+        self.broadcast = self.weight.data.sum(0)
+
+
+def test_what_is_made_at_the_end_of_loading_comes_with_the_weights() -> None:
+    with MarkUninitialised():
+        source, target, unfinished = Finishing(), Finishing(), Finishing()
+    offered = Weights("raw", CPU)
+    tensors = {"weight": torch.full((4, 4), 0.5)}
+    offered.loaded(source, _filled(source, lambda model: model.load_weights(tensors)))
+    built = Built(target, CPU, copies=True)
+    target.load_weights({})  # as `Engine.finish_filling` does
+    taken = Weights("raw", CPU)
+    taken.loaded(target, built, received_from(offered))
+    assert torch.equal(target.broadcast, source.broadcast)
+    with pytest.raises(LayoutMismatch, match="this model has no broadcast"):
+        Weights("raw", CPU).loaded(unfinished, Built(unfinished, CPU, copies=True), received_from(offered))
+
+
 def test_what_cannot_be_moved_is_refused_by_name() -> None:
     model = made()
     built, weights = Built(model, CPU), Weights("raw", CPU)

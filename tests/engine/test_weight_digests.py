@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from torch import nn  # noqa: E402
 
-from mxcore.engine.weights import Built, MarkUninitialised, Weights, evidence  # noqa: E402
+from mxcore.digest import xxh3_64  # noqa: E402
+from mxcore.engine.weights import Built, MarkUninitialised, Weights  # noqa: E402
 from mxcore.errors import LayoutUnsupported  # noqa: E402
 from mxcore.transfer.layout import HostDigester  # noqa: E402
 from mxcore.transfer.serve import Holder  # noqa: E402
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of all that is digested from now on."""
     lengths: list[int] = []
-    many, one = HostDigester.many, evidence.xxh3_64
+    many = HostDigester.many
 
     def counted_many(self: Any, kind: str, addresses: Any, of: Any, starts: Any, *, threads: int = 1) -> bytes:
         lengths.extend(of)
@@ -31,10 +32,10 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(data: Any) -> int:
         lengths.append(len(data))
-        return one(data)
+        return xxh3_64(data)
 
     monkeypatch.setattr(HostDigester, "many", counted_many)
-    monkeypatch.setattr(evidence, "xxh3_64", counted)
+    monkeypatch.setattr("mxcore.engine.weights.evidence.xxh3_64", counted)
     return lengths
 
 
