@@ -53,7 +53,7 @@ def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
 
 def start(host: EngineHost, pair: str, models: dict[str, Path], load_format: str, **extra: Any) -> Loaded:
     """The answers are the digests of the draft's parameters."""
-    model, method, draft = PAIRS[pair]
+    model, method, draft, _ = PAIRS[pair]
     speculative = {"method": method, "num_speculative_tokens": 1}
     if draft is not None:
         speculative["model"] = str(models[draft])
