@@ -222,13 +222,22 @@ class Server:
         self._health.drain()
 
     def drain(self) -> threading.Event:
-        """Refuses new calls. The event is set when running calls have ended, or were cut at the drain time-out."""
+        """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
-        if self._files is not None:
-            self._files.drain()
-        stopped: threading.Event = self._grpc.stop(self._drain_seconds)
+        calls: threading.Event = self._grpc.stop(self._drain_seconds)
+        if self._files is None:
+            return calls
+        files, stopped = self._files, threading.Event()
+        files.drain()
+
+        def wait() -> None:
+            files.wait(self._drain_seconds)
+            calls.wait()
+            stopped.set()
+
+        threading.Thread(target=wait, name="drain", daemon=True).start()
         return stopped
 
     def close(self) -> None:
