@@ -4,8 +4,8 @@ Server and client are processes of their own on this machine; the files lie in m
 the standard library's HTTP server with sendfile, whose client reads into the same memory and checks nothing; that of
 TLS a pair of TLS sockets, whose server sends one block again and again. Ours checks every digest: of whole files
 (`files`: into one block, as `mx models get` before it writes), and of parts (`parts`: into memory, as workers load). A
-round takes all of them in turns; a ratio is the median over the rounds of ours by the limit of the same round. Parts are
-taken once before the rounds, which is when the server makes their digests.
+round takes all of them in turns; a ratio is the median over the rounds of ours by the limit of the same round. Parts
+are taken once before the rounds, which is when the server makes their digests.
 """
 
 from __future__ import annotations
