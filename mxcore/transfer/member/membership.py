@@ -14,6 +14,7 @@ from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
+from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
@@ -70,6 +71,7 @@ class Membership:
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         tls, progress_thread = self._policy.serving(accelerator)
         early = tls if self._policy.needs_agent(accelerator) else None
+        self._place = partial(current_place, settings)
         self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
@@ -84,13 +86,14 @@ class Membership:
             accelerator,
             heartbeat_interval_seconds=settings.heartbeat_interval_seconds,
             served=self._served,
+            topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
         )
         self._lock = (
             threading.RLock()
         )  # guards what is served; never held around calls to the record, which calls `_served`
         self._closed = False
-        self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
+        self._directory = Directory(self._client, self.worker_id, worker_rank, self._place) if self._client else None
         self._election: StorageElection | None = None
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
@@ -183,6 +186,9 @@ class Membership:
         within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
         ends early, with nothing, when `stopped()` says so.
         """
+        if problem := self._place().problem:
+            logger.warning("%s", problem)
+            return []
         began = heard = time.monotonic()
         told = away = False
         while not self._leaving.is_set() and not stopped():
@@ -380,7 +386,8 @@ class Membership:
         """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id)
+        domain = self._place().domain
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, domain)
         answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             with self._lock:

@@ -49,12 +49,14 @@ class _Payload:
     model_name: str
     accelerator: str
     topology: dict[str, str]
+    endpoint: str
 
     @classmethod
     def parse(cls, identity: bytes, worker: bytes) -> _Payload:
         metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
-        return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology))
+        topology, endpoint = dict(metadata.topology), metadata.worker_grpc_endpoint
+        return cls(identity, worker, model_name, metadata.accelerator, topology, endpoint)
 
     @property
     def size_bytes(self) -> int:
@@ -169,6 +171,7 @@ class RedisStore(SourceStore):
             publication.model_name,
             publication.accelerator,
             dict(publication.topology),
+            publication.endpoint,
         )
         self._payloads.put(row.name, int(row.epoch), payload)
         return _record(row, payload)
@@ -304,6 +307,7 @@ def _record(row: _Row, payload: _Payload) -> SourceRecord:
         model_name=payload.model_name,
         accelerator=payload.accelerator,
         topology=payload.topology,
+        endpoint=payload.endpoint,
         source_load=load if load is None or math.isfinite(load) else None,
         owner=row.owner.decode(),
     )
