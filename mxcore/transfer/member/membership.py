@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement,
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
@@ -30,7 +30,7 @@ from mxcore.transfer.receive import (
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
 from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
-from mxserver.wire import MxError, ServerRefused, WireError
+from mxserver.wire import MxError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
@@ -42,8 +42,6 @@ PROTOCOL_VERSION = "mx-2"
 """`mx_version` of our identities: workers of all releases that use this protocol exchange weights."""
 
 _FAILED_DRAIN_SECONDS = 5.0  # for readers of what a failed receive relayed
-_FIRST_RETRY_SECONDS = 0.5
-_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source; then weights come from storage
 
 
 class Membership:
@@ -189,43 +187,19 @@ class Membership:
         if problem := self._place().problem:
             logger.warning("%s", problem)
             return []
-        began = heard = time.monotonic()
-        told = away = False
-        while not self._leaving.is_set() and not stopped():
-            pause = _FIRST_RETRY_SECONDS
-            try:
-                listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-                found = [source for source in listed if source.worker_id not in avoid]
-                if any(not source.receiving for source in found):
-                    return found
-                answer = self._stand_for_election()
-                if answer is None:
-                    return []
-                pause = answer.retry_ms / 1000
-                heard = time.monotonic()
-            except WireError as error:  # others may have the weights all the same
-                known = told or self._record.published
-                if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
-                    logger.warning("nobody can be waited for, weights come from storage: %s", error)
-                    return []
-                if not away:
-                    logger.warning("the server is waited for, at most %g s: %s", _SERVER_AWAY_SECONDS, error)
-                away = True
-            else:
-                away = False
-                if not told:
-                    logger.info(
-                        "worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another"
-                    )
-                told = True
-            if time.monotonic() - began > self.settings.source_wait_seconds:
-                logger.warning(
-                    "nobody had the weights within %g s (MX_SOURCE_WAIT_SECS): they come from storage",
-                    self.settings.source_wait_seconds,
-                )
-                return []
-            self._leaving.wait(pause)
-        return []
+
+        def listed() -> list[Source]:
+            found = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            return [source for source in found if source.worker_id not in avoid]
+
+        return wait_for_source(
+            listed,
+            self._stand_for_election,
+            wait_seconds=self.settings.source_wait_seconds,
+            known=lambda: self._record.published,
+            leaving=self._leaving,
+            stopped=stopped,
+        )
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
