@@ -86,6 +86,7 @@ def test_published_metadata_comes_back_whole(client: ServerClient) -> None:
         updated_at=response.worker.updated_at,
         topology={"zone": "a"},
         source_load=0.5,
+        worker_grpc_endpoint=WORKER.worker_grpc_endpoint,
     )
     response.worker.ClearField("status")
     response.worker.ClearField("updated_at")
