@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor
+from mxserver.calls import PoolInterceptor, give_large_parts_back
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -360,6 +360,7 @@ def raise_file_limit() -> None:
 def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
     raise_file_limit()
+    give_large_parts_back()
     signals = Signals()
     try:
         server = Server(settings, signals.listen)  # a call that it answers is one that a signal lets end
