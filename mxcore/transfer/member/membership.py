@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,6 +15,7 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
@@ -238,6 +239,10 @@ class Membership:
         the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
+
+    def refused(self, refusals: Iterable[Refusal]) -> None:
+        """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""
+        self._record.refusals.add(refusals)
 
     def receive(
         self,
