@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import util
 from types import TracebackType
 from typing import Any, Self
@@ -23,13 +23,14 @@ class Published:
     """Tensors that this process serves until `close`, the end of the `with` block, or of the process. Thread-safe.
 
     They must not be changed meanwhile: whoever fetches compares every byte with digests that were made at the start,
-    and refuses what differs.
+    and refuses what differs; and when this process itself finds a change, it serves them no more (`withdrawn`).
     """
 
-    def __init__(self, member: Membership, name: str, version: str) -> None:
+    def __init__(self, member: Membership, name: str, version: str, withdrawn: Sequence[str] = ()) -> None:
         self.name = name
         self.version = version
         self._member = member
+        self._withdrawn = withdrawn  # grows by a line when the member finds its memory changed
         # A child of multiprocessing runs no atexit functions, but these.
         self._at_exit = util.Finalize(None, member.close, exitpriority=100)
 
@@ -47,6 +48,11 @@ class Published:
     def endpoint(self) -> str | None:
         """host:port that readers call; None once it is closed."""
         return self._member.endpoint
+
+    @property
+    def withdrawn(self) -> str:
+        """Why nobody is served any more although it was not closed: the tensors have changed. Else empty."""
+        return self._withdrawn[0] if self._withdrawn else ""
 
     @property
     def total_bytes(self) -> int:
@@ -84,6 +90,7 @@ class Published:
 
     def __repr__(self) -> str:
         state = f"{self.total_bytes} bytes at {self.endpoint}" if self.endpoint else "closed"
+        state = f"withdrawn, {self.withdrawn}" if self.withdrawn else state
         return f"<Published {self.name!r} version {self.version}, rank {self.rank}: {state}>"
 
 
@@ -125,6 +132,8 @@ def publish(
     else:
         layout, placement = build_layout("raw", described(given))
     member = Membership(chosen, identity, rank, placement.device_type, chunk_bytes=chunk_bytes_of(layout))
+    withdrawn: list[str] = []
+    member.on_bad_memory = withdrawn.append
     try:
         member.join(required=True)
         member.serve(layout, placement, {}, keep_alive=keep)
@@ -133,7 +142,7 @@ def publish(
     except BaseException:
         member.close()
         raise
-    return Published(member, name, identity.revision)
+    return Published(member, name, identity.revision, withdrawn)
 
 
 def chunk_bytes_of(layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from mxcore import MxError, fetch, publish
 from mxcore.errors import ChunksMissing, LayoutMismatch, LayoutUnsupported, NoSource, SourceUnreachable
 from mxcore.transfer.serve import SelfCheck
 from mxserver.wire import ServerUnreachable, SettingError
+from tests.transfer.conftest import wait_for
 
 Arrays = dict[str, Any]
 At = dict[str, Any]
@@ -155,6 +157,28 @@ def test_a_flipped_byte_is_refused(at: At, name: str, monkeypatch: pytest.Monkey
         weights["layers.5"].view(np.uint8)[3, 1234] ^= 1
         with pytest.raises(ChunksMissing, match="is not what its digest promises"):
             fetch(name, 1, **at)
+
+
+def test_what_its_publisher_withdrew_is_told_at_once(at: At, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And waited for only where that was asked for: another process may publish it again."""
+    weights, found = arrays(), []
+    said = r"worker \w+ withdrew it: chunks \[\d+\] of the weights in memory are not what their digests promise"
+    with publish(name, weights, version=1, **at) as bad:
+        weights["layers.5"].view(np.uint8)[3, 1234] ^= 1
+        assert re.fullmatch(r"chunks \[\d+\] of the weights in memory .*", wait_for(lambda: bad.withdrawn))
+        assert "withdrawn, chunks" in repr(bad)
+        for version in (1, None):
+            with pytest.raises(NoSource, match=said):
+                fetch(name, version, **at)
+        caplog.clear()
+        waiting = threading.Thread(
+            target=lambda: found.append(fetch(name, 1, wait_seconds=60, framework="numpy", **at))
+        )
+        waiting.start()
+        wait_for(lambda: f"version 1 of '{name}' was withdrawn by its publisher {bad.worker_id}" in caplog.text)
+        with publish(name, arrays(), version=1, **at):
+            waiting.join(60)
+            assert_equal(found[0], arrays())
 
 
 def test_publishers_of_one_version_that_differ_are_not_believed(at: At, name: str) -> None:
