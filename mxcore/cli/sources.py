@@ -76,9 +76,9 @@ def _told(client: ServerClient) -> dict[str, Any]:
     from mxserver.wire.proto import load_pb2, mx_pb2
 
     try:
-        found = client.doubts()
+        doubted, refused = client.doubts(), client.refusals()
     except ServerRefused:
-        found = mx_pb2.ListDoubtsResponse()
+        doubted, refused = [], []
     doubts = [
         {
             "kind": mx_pb2.DoubtKind.Name(doubt.kind).removeprefix("DOUBT_KIND_").lower(),
@@ -90,7 +90,7 @@ def _told(client: ServerClient) -> dict[str, Any]:
             "text": doubt.text,
             "at_ms": doubt.at_unix_ms,
         }
-        for doubt in found.doubts
+        for doubt in doubted
     ]
     refusals = [
         {
@@ -103,7 +103,7 @@ def _told(client: ServerClient) -> dict[str, Any]:
             "worker_id": count.worker_id,
             "at_ms": count.at_unix_ms,
         }
-        for count in found.refusals
+        for count in refused
     ]
     return {"doubts": doubts, "refusals": refusals}
 

@@ -171,7 +171,7 @@ def refused(server: str, model: Path) -> list[tuple[str, str, int]]:
                 load_pb2.RefusalReason.Name(count.reason).removeprefix("REFUSAL_REASON_"),
                 count.count,
             )
-            for count in client.doubts().refusals
+            for count in client.refusals()
             if count.model_name == str(model)
         ]
 

@@ -87,9 +87,7 @@ class Membership:
             served=self._served,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = (
-            threading.RLock()
-        )  # guards what is served; never held around calls to the record, which calls `_served`
+        self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
         self._election: StorageElection | None = None

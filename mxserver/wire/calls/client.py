@@ -175,13 +175,16 @@ class ServerClient(Closing):
         """Tells whose bytes are doubted, for people to see. Servers that keep no doubts raise ServerRefused."""
         self._call("TellDoubt", self._fleet.TellDoubt, mx_pb2.TellDoubtRequest(doubt=doubt))
 
-    def doubts(self, source_id: str = "") -> mx_pb2.ListDoubtsResponse:
-        """What workers told lately, newest first: doubts about weights, and weights that they do not share.
+    def doubts(self, source_id: str = "") -> list[mx_pb2.Doubt]:
+        """What doubts about weights workers told lately, newest first. Servers that keep none raise ServerRefused."""
+        return list(self._told(source_id).doubts)
 
-        Servers that keep none raise ServerRefused.
-        """
-        request = mx_pb2.ListDoubtsRequest(mx_source_id=source_id)
-        return self._call("ListDoubts", self._fleet.ListDoubts, request)
+    def refusals(self, source_id: str = "") -> list[load_pb2.RefusalCount]:
+        """Weights that workers do not share, by reason, newest first. Servers that keep none raise ServerRefused."""
+        return list(self._told(source_id).refusals)
+
+    def _told(self, source_id: str) -> mx_pb2.ListDoubtsResponse:
+        return self._call("ListDoubts", self._fleet.ListDoubts, mx_pb2.ListDoubtsRequest(mx_source_id=source_id))
 
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""
