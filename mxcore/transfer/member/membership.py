@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,6 +15,7 @@ from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement,
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
@@ -87,9 +88,7 @@ class Membership:
             topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = (
-            threading.RLock()
-        )  # guards what is served; never held around calls to the record, which calls `_served`
+        self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank, self._place) if self._client else None
         self._election: StorageElection | None = None
@@ -221,6 +220,10 @@ class Membership:
         the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
+
+    def refused(self, refusals: Iterable[Refusal]) -> None:
+        """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""
+        self._record.refusals.add(refusals)
 
     def receive(
         self,
