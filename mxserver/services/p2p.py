@@ -168,7 +168,8 @@ class P2pService:
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
-        self._loads.updated(key, request, self._model_name(key) if request.HasField("load_report") else "")
+        tells = request.HasField("load_report") or request.refusals
+        self._loads.updated(key, request, self._model_name(key) if tells else "")
         if leaves:
             _LOG.info("left source=%s worker=%s rank=%d", *key)
         else:
