@@ -283,11 +283,8 @@ class Membership:
 
         `digests`: those of a ReceiveReport; None: they are computed. `origin`: who made them, as Holder has it.
         `keep_alive` is kept until nobody reads any more.
-        Raises TransferError when it serves already.
-
-        Raises:
-            LayoutUnsupported, SettingError: nothing is served.
-            NixlMissing, NixlError: nor where readers could take nothing without an agent (device memory).
+        Raises TransferError when it serves already. Nothing is served after LayoutUnsupported, SettingError, nor after
+        NixlMissing and NixlError, where readers could take nothing without an agent (device memory).
         """
         require_movable(placement)
         with self._lock:
