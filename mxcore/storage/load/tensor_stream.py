@@ -59,7 +59,8 @@ def stream(
     A tensor lies in the ring, without a copy. Who keeps one keeps its batch's memory: that is left to it, and the ring
     gets new memory, so a kept tensor stays what it is. The ring counts against `memory`, which makes batches smaller;
     where two do not fit, nothing is read ahead; a tensor that does not fit at all raises HostMemoryLimit. Raises as
-    `load`, and CheckpointError (`refuse_unknown`). One thread at a time; ends its thread and frees the ring when it is exhausted, closed or has raised.
+    `load`, and CheckpointError (`refuse_unknown`). One thread at a time; ends its thread and frees the ring when it is
+    exhausted, closed or has raised.
     """
     ceiling = memory or budget()
     room = max(_LEAST_BATCH_BYTES, min(batch_bytes, ceiling.free_bytes // 3))
