@@ -209,7 +209,7 @@ class Server:
         )
         P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetService(self._store, self._operations.doubts, self._clock), server
+            FleetService(self._store, self._operations.doubts, self._operations.refusals, self._clock), server
         )
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server
@@ -227,13 +227,22 @@ class Server:
         self._health.drain()
 
     def drain(self) -> threading.Event:
-        """Refuses new calls. The event is set when running calls have ended, or were cut at the drain time-out."""
+        """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
-        if self._files is not None:
-            self._files.drain()
-        stopped: threading.Event = self._grpc.stop(self._drain_seconds)
+        calls: threading.Event = self._grpc.stop(self._drain_seconds)
+        if self._files is None:
+            return calls
+        files, stopped = self._files, threading.Event()
+        files.drain()
+
+        def wait() -> None:
+            files.wait(self._drain_seconds)
+            calls.wait()
+            stopped.set()
+
+        threading.Thread(target=wait, name="drain", daemon=True).start()
         return stopped
 
     def close(self) -> None:
