@@ -8,7 +8,8 @@ from multiprocessing import util
 from types import TracebackType
 from typing import Any, Self
 
-from mxcore.exchange.tensors import NewTensors, Tensors, by_name, copy_into, described, framework_of, synchronize
+from mxcore.exchange.device_arrays import copy_extents_to_host
+from mxcore.exchange.tensors import NewTensors, Tensors, by_name, described, framework_of, synchronize
 from mxcore.exchange.versions import identity_of, settings_of, version_text
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement, build_layout
 from mxcore.transfer.member import Membership
@@ -107,10 +108,10 @@ def publish(
     """Serves `tensors` to all who `fetch` this name and version, until the result is closed.
 
     `tensors` are torch or numpy tensors by name, or an nn.Module (its `state_dict`), all in host memory or all on CUDA
-    devices; tied ones travel once. They are served where they are, and must not change until `close`; with `copy` a
-    copy in host memory is served, and they may. Where a model is in parts, each process publishes its own under its
-    `rank`. Several processes may publish equal bytes under one version; where the bytes differ, nobody is believed
-    unless most agree (docs/threat-model.md).
+    devices, there also other arrays (`__cuda_array_interface__`: cupy, numba, jax); tied ones travel once. They are
+    served where they are, and must not change until `close`; with `copy` a copy in host memory is served, and they may.
+    Where a model is in parts, each process publishes its own under its `rank`. Several processes may publish equal
+    bytes under one version; where the bytes differ, nobody is believed unless most agree (docs/threat-model.md).
 
     `server` is host:port or https://host:port, by default that of MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; `settings`
     are others of docs/settings.md, by name, before the environment's. Certificates and tokens are the environment's.
@@ -163,6 +164,5 @@ def _copied(given: Mapping[str, Any]) -> tuple[NewTensors, Layout, Placement]:
         ):
             ctypes.memmove(destination, source, size_bytes)
     else:
-        for info in layout.tensors:
-            copy_into(new.tensor(info), given[info.name], info.name)
+        copy_extents_to_host(layout, placement, new.placement)
     return new, layout, new.placement

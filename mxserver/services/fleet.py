@@ -19,7 +19,7 @@ import grpc
 from mxserver.calls import refuse, refuses
 from mxserver.security import current_owner
 from mxserver.store import Clock, NotOwner, Query, SourceStore, StoreUnavailable, SystemClock, require_owner
-from mxserver.telemetry import Doubts
+from mxserver.telemetry import Doubts, Refusals
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
 __all__ = ["ElectionKey", "FleetService", "StorageElections"]
@@ -125,9 +125,10 @@ _refuses = refuses({StoreUnavailable: grpc.StatusCode.UNAVAILABLE, NotOwner: grp
 class FleetService(mx_pb2_grpc.FleetServiceServicer):
     """Thread-safe, as far as the store is."""
 
-    def __init__(self, store: SourceStore, doubts: Doubts, clock: Clock | None = None) -> None:
+    def __init__(self, store: SourceStore, doubts: Doubts, refusals: Refusals, clock: Clock | None = None) -> None:
         self._store = store
         self._doubts = doubts
+        self._refusals = refusals
         self._elections = StorageElections(clock)
         self._started_ms = (clock or SystemClock()).unix_ms()
 
@@ -164,7 +165,10 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
     def ListDoubts(  # noqa: N802
         self, request: mx_pb2.ListDoubtsRequest, context: grpc.ServicerContext
     ) -> mx_pb2.ListDoubtsResponse:
-        return mx_pb2.ListDoubtsResponse(doubts=self._doubts.newest(request.mx_source_id))
+        source_id = request.mx_source_id
+        return mx_pb2.ListDoubtsResponse(
+            doubts=self._doubts.newest(source_id), refusals=self._refusals.newest(source_id)
+        )
 
     def _require_own(self, request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest) -> None:
         """Raises NotOwner where the worker's record is another caller's: nobody reads, or stops to read, for others."""

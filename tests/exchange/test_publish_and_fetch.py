@@ -124,6 +124,23 @@ def test_memory_that_exists_is_filled(at: At, name: str) -> None:
         assert part["scale"] == weights["scale"]
 
 
+def test_memory_that_is_read_only_is_refused(at: At, name: str) -> None:
+    into = {"a": np.zeros(4)}
+    into["a"].flags.writeable = False
+    with publish(name, {"a": np.ones(4)}, version=1, **at), pytest.raises(LayoutUnsupported, match="it is read-only"):
+        fetch(name, 1, into=into, **at)
+    assert not into["a"].any()
+
+
+def test_types_that_numpy_lacks_keep_their_order_in_memory_that_exists(at: At, name: str) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="numpy's bfloat16 is its")
+    halves = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.bfloat16).T
+    into = {"a": np.zeros((4, 3), ml_dtypes.bfloat16)}
+    with publish(name, {"a": halves}, version=1, **at):
+        fetch(name, 1, into=into, **at)
+    np.testing.assert_array_equal(into["a"].astype(np.float32), halves.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -237,7 +254,7 @@ def test_what_shares_serves_when_the_publisher_has_left(at: At, name: str) -> No
     [
         ({}, "there are no tensors"),
         ([1.0], "as a dict by name or as an nn.Module, not as list"),
-        ({"a": 1.0, "b": np.zeros(1)}, r"no torch or numpy tensors: 'a' \(float\)"),
+        ({"a": 1.0, "b": np.zeros(1)}, r"no torch or numpy tensors, nor .*: 'a' \(float\)"),
         ({"a": np.zeros((4, 4))[:, :2]}, r"'a' \(there are gaps between its elements"),
         ({"a": np.zeros(4)[::-1]}, r"'a' \(a negative stride\)"),
         ({"a": np.zeros(4, ">f4")}, r"'a' \(dtype >f4\)"),

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,6 +15,7 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
@@ -86,9 +87,7 @@ class Membership:
             served=self._served,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = (
-            threading.RLock()
-        )  # guards what is served; never held around calls to the record, which calls `_served`
+        self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
         self._election: StorageElection | None = None
@@ -149,9 +148,8 @@ class Membership:
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
 
-        With `receiving`, also those that are still receiving and serve what they have, at the end. With
-        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are equal in
-        everything else are taken if they all have the same checkpoint, which becomes this worker's.
+        With `receiving`, also those that still receive, at the end. With `match_any_checkpoint`, this worker has no
+        weight files: holders that are equal in all else are taken if all have one checkpoint, which becomes its own.
         """
         with self._listing:
             return self._listed(match_any_checkpoint=match_any_checkpoint, receiving=receiving)
@@ -168,6 +166,10 @@ class Membership:
                 return []
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
+
+    def nearest(self) -> str:
+        """In what complete holders of this model differ, of the one that differs least; empty if there is none."""
+        return self._directory.nearest(self.identity) if self._directory else ""
 
     def wait_for_source(
         self,
@@ -239,6 +241,10 @@ class Membership:
         """
         return self._record.loads.loading(path)
 
+    def refused(self, refusals: Iterable[Refusal]) -> None:
+        """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""
+        self._record.refusals.add(refusals)
+
     def receive(
         self,
         layout: Layout,
@@ -297,11 +303,8 @@ class Membership:
 
         `digests`: those of a ReceiveReport; None: they are computed. `origin`: who made them, as Holder has it.
         `keep_alive` is kept until nobody reads any more.
-        Raises TransferError when it serves already.
-
-        Raises:
-            LayoutUnsupported, SettingError: nothing is served.
-            NixlMissing, NixlError: nor where readers could take nothing without an agent (device memory).
+        Raises TransferError when it serves already. Nothing is served after LayoutUnsupported, SettingError, nor after
+        NixlMissing and NixlError, where readers could take nothing without an agent (device memory).
         """
         require_movable(placement)
         with self._lock:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
+from mxcore.transfer.member.refusals import PendingRefusals
 from mxcore.transfer.receive import LoadReporter, logged
 from mxcore.transfer.serve import Origin
 from mxserver.wire import ServerRefused, StaleEpoch, WireError
@@ -51,6 +52,7 @@ class WorkerRecord:
         self.identity = p2p_pb2.SourceIdentity()
         self.identity.CopyFrom(identity)
         self.loads = LoadReporter(self._tell_progress)
+        self.refusals = PendingRefusals()
         self._client = client
         self._worker_id = worker_id
         self._worker_rank = worker_rank
@@ -198,7 +200,11 @@ class WorkerRecord:
             readers = self._served().readers
             load = float(readers) if readers is not None else None
             key = (self.source_id, self._worker_id, self._worker_rank)
-            self._client.update_status(*key, self._status, epoch=self._epoch, source_load=load, load_report=report)
+            refusals = self.refusals.pending()
+            self._client.update_status(
+                *key, self._status, epoch=self._epoch, source_load=load, load_report=report, refusals=refusals
+            )
+            self.refusals.told(refusals)
 
     def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
         """On the thread of the loads' reporter. Raises WireError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import grpc
@@ -107,11 +107,12 @@ class ServerClient(Closing):
         source_load: float | None = None,
         load_progress: load_pb2.LoadProgress | None = None,
         load_report: load_pb2.LoadReport | None = None,
+        refusals: Iterable[load_pb2.Refusal] = (),
     ) -> None:
         """Sets the status and renews the lease: the heartbeat.
 
-        `load_progress` also tells how far a load is, `load_report` how one has ended. Both are shown to people; servers
-        that do not know them ignore them.
+        `load_progress` also tells how far a load is, `load_report` how one has ended, `refusals` what of the weights is
+        not shared. They are shown to people; servers that do not know them ignore them.
 
         Raises:
             StaleEpoch: a newer process of this worker has published.
@@ -126,6 +127,7 @@ class ServerClient(Closing):
             epoch=epoch,
             load_progress=load_progress,
             load_report=load_report,
+            refusals=refusals,
         )
         response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
         if not response.success:
@@ -175,8 +177,14 @@ class ServerClient(Closing):
 
     def doubts(self, source_id: str = "") -> list[mx_pb2.Doubt]:
         """What doubts about weights workers told lately, newest first. Servers that keep none raise ServerRefused."""
-        request = mx_pb2.ListDoubtsRequest(mx_source_id=source_id)
-        return list(self._call("ListDoubts", self._fleet.ListDoubts, request).doubts)
+        return list(self._told(source_id).doubts)
+
+    def refusals(self, source_id: str = "") -> list[load_pb2.RefusalCount]:
+        """Weights that workers do not share, by reason, newest first. Servers that keep none raise ServerRefused."""
+        return list(self._told(source_id).refusals)
+
+    def _told(self, source_id: str) -> mx_pb2.ListDoubtsResponse:
+        return self._call("ListDoubts", self._fleet.ListDoubts, mx_pb2.ListDoubtsRequest(mx_source_id=source_id))
 
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""

@@ -20,6 +20,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import mxserver.wire.proto.load_pb2
 import sys
 import typing
 
@@ -887,15 +888,21 @@ class ListDoubtsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DOUBTS_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     @property
     def doubts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Doubt]:
+        """the newest first"""
+
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mxserver.wire.proto.load_pb2.RefusalCount]:
         """the newest first"""
 
     def __init__(
         self,
         *,
         doubts: collections.abc.Iterable[global___Doubt] | None = ...,
+        refusals: collections.abc.Iterable[mxserver.wire.proto.load_pb2.RefusalCount] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["doubts", b"doubts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["doubts", b"doubts", "refusals", b"refusals"]) -> None: ...
 
 global___ListDoubtsResponse = ListDoubtsResponse

@@ -1053,6 +1053,7 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     LOAD_PROGRESS_FIELD_NUMBER: builtins.int
     LOAD_REPORT_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     status: global___SourceStatus.ValueType
@@ -1068,6 +1069,10 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     def load_report(self) -> mxserver.wire.proto.load_pb2.LoadReport:
         """ours"""
 
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mxserver.wire.proto.load_pb2.Refusal]:
+        """ours"""
+
     def __init__(
         self,
         *,
@@ -1079,9 +1084,10 @@ class UpdateStatusRequest(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         load_progress: mxserver.wire.proto.load_pb2.LoadProgress | None = ...,
         load_report: mxserver.wire.proto.load_pb2.LoadReport | None = ...,
+        refusals: collections.abc.Iterable[mxserver.wire.proto.load_pb2.Refusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_source_load", b"_source_load", "load_progress", b"load_progress", "load_report", b"load_report", "source_load", b"source_load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "load_progress", b"load_progress", "load_report", b"load_report", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "load_progress", b"load_progress", "load_report", b"load_report", "mx_source_id", b"mx_source_id", "refusals", b"refusals", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_source_load", b"_source_load"]) -> typing.Literal["source_load"] | None: ...
 
 global___UpdateStatusRequest = UpdateStatusRequest
