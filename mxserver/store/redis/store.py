@@ -50,6 +50,7 @@ class _Payload:
     model_name: str
     accelerator: str
     topology: dict[str, str]
+    endpoint: str
     is_cut: bool = False  # of `worker` there is only what the server reads
 
     @classmethod
@@ -58,7 +59,8 @@ class _Payload:
             worker, is_cut = small_part(worker), True
         metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
-        return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology), is_cut)
+        topology, endpoint = dict(metadata.topology), metadata.worker_grpc_endpoint
+        return cls(identity, worker, model_name, metadata.accelerator, topology, endpoint, is_cut)
 
     @property
     def size_bytes(self) -> int:
@@ -177,6 +179,7 @@ class RedisStore(SourceStore):
             publication.model_name,
             publication.accelerator,
             dict(publication.topology),
+            publication.endpoint,
         )
         kept = replace(payload, worker=cut, is_cut=True) if cut else payload
         self._payloads.put(row.name, int(row.epoch), kept)
@@ -338,6 +341,7 @@ def _record(row: _Row, payload: _Payload) -> SourceRecord:
         model_name=payload.model_name,
         accelerator=payload.accelerator,
         topology=payload.topology,
+        endpoint=payload.endpoint,
         source_load=load if load is None or math.isfinite(load) else None,
         owner=row.owner.decode(),
         worker_is_cut=payload.is_cut,
