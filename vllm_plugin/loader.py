@@ -39,7 +39,7 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         try:
             from vllm_plugin.engine import load_model
         except Exception:
-            if self.load_config.load_format == "mx-target":
+            if self.load_config.load_format == "mx-target" or self._has_to_be_signed():
                 raise
             _log.exception("ModelExpress cannot be used here: loading from storage, alone")
             return compat.load_model(self._storage(), vllm_config, model_config, prefix)
@@ -53,15 +53,32 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Loads from storage into a model that exists, as vLLM's default loader; first we stop serving it."""
         self._withdraw()
+        self._refuse_unverified()
         self._storage().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Any], None, None]:
         """The checkpoint's tensors, with which vLLM reloads weights in place; first we stop serving them."""
         self._withdraw()
+        self._refuse_unverified()
         yield from self._storage().get_all_weights(model_config, model)
 
     def _storage(self) -> DefaultModelLoader:
         return DefaultModelLoader(compat.plain_load_config(self.load_config, "auto"))
+
+    def _has_to_be_signed(self) -> bool:
+        """Whether MX_MODEL_SIGNATURE says so, as `mxcore.settings` understands it."""
+        given = {str(name).lower(): value for name, value in (self.load_config.model_loader_extra_config or {}).items()}
+        said = given.get("model_signature", given.get("mx_model_signature", os.environ.get("MX_MODEL_SIGNATURE", "")))
+        return str(said).strip().lower() not in ("", "off")
+
+    def _refuse_unverified(self) -> None:
+        if self._has_to_be_signed():
+            from mxcore.errors import SignatureError
+
+            raise SignatureError(
+                "weights that are loaded anew into a model are not verified, and MX_MODEL_SIGNATURE=require: start the "
+                "engine again"
+            )
 
     def _withdraw(self) -> None:
         if serving := sys.modules.get("mxcore.engine"):  # else nothing was ever served

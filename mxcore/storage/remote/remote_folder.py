@@ -191,10 +191,12 @@ def stream_remote(
     batch_bytes: int = BATCH_BYTES,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    through: Callable[..., Iterator[tuple[str, Any]]] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yields (name, tensor) in file order, through two buffers of at most `batch_bytes`; see `stream`.
 
-    `read` reads instead of the folder itself (`shared_reads`). At the end the folder is asked whether it is the same.
+    `read` reads instead of the folder itself (`shared_reads`). `through(read_rows, names, batch_bytes=, progress=)`
+    yields instead of `stream`, and verifies. At the end the folder is asked whether it is the same.
     """
     paths = [str(file) for file in checkpoint.files]
     into = read or folder.read_into
@@ -202,6 +204,10 @@ def stream_remote(
     def read_rows(rows: Sequence[Row]) -> None:
         into([RemoteRange(paths[row[0]], row[1], row[2], row[5]) for row in rows])
 
+    if through is not None:
+        yield from through(read_rows, names, batch_bytes=batch_bytes, progress=progress)
+        folder.check_unchanged()
+        return
     options: dict[str, Any] = {"framework": framework, "batch_bytes": batch_bytes, "memory": memory}
     yield from stream(checkpoint, names, progress=progress, read=read_rows, **options)
     folder.check_unchanged()

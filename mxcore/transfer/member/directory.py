@@ -22,14 +22,19 @@ _CANDIDATES = 16  # of each status: workers whose records are asked for
 
 
 class Directory:
-    """Lists holders of one rank, except this worker. Thread-safe. All calls raise WireError."""
+    """Lists holders of one rank, except this worker. Thread-safe. All calls raise WireError.
 
-    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int) -> None:
+    With a `signed_manifest` those alone whose records name it; the others are named in a warning, once.
+    """
+
+    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int, signed_manifest: str = "") -> None:
         self._client = client
         self._worker_id = worker_id
         self._worker_rank = worker_rank
+        self._signed_manifest = signed_manifest
         self._lock = threading.Lock()
         self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
+        self._told_unsigned: set[tuple[str, str]] = set()  # worker and manifest of a warning
         self._refused: set[str] = set()  # checkpoints of the last warning, none of which was taken
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
@@ -75,7 +80,7 @@ class Directory:
             if ref.worker_id == self._worker_id:
                 continue
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
-            if record is None or not record.worker.worker_grpc_endpoint:
+            if record is None or not record.worker.worker_grpc_endpoint or not self._is_signed(record):
                 continue
             if _without_checkpoint(record.identity) == ours:
                 found[record.identity.extra_parameters[CHECKPOINT_PARAMETER]] = record.identity
@@ -100,7 +105,7 @@ class Directory:
             endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
         if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
-            if record is None or not record.worker.worker_grpc_endpoint:
+            if record is None or not record.worker.worker_grpc_endpoint or not self._is_signed(record):
                 return None
             endpoint = record.worker.worker_grpc_endpoint
             with self._lock:
@@ -114,6 +119,25 @@ class Directory:
             load=ref.source_load,
             receiving=receiving,
         )
+
+    def _is_signed(self, record: p2p_pb2.GetMetadataResponse) -> bool:
+        """Whether what it serves was verified against the manifest that this worker trusts, as its record says."""
+        named = record.worker.signed_manifest
+        if not self._signed_manifest or named == self._signed_manifest:
+            return True
+        key = (record.worker_id, named)
+        with self._lock:
+            known = key in self._told_unsigned
+            self._told_unsigned.add(key)
+        if not known:
+            logger.warning(
+                "worker %s (%s) is refused: its weights were verified against %s, this worker trusts the manifest %s",
+                record.worker_id,
+                record.worker.worker_grpc_endpoint,
+                f"manifest {named}" if named else "no signature",
+                self._signed_manifest,
+            )
+        return False
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:

@@ -363,6 +363,7 @@ class WorkerMetadata(google.protobuf.message.Message):
     ARTIFACT_SOURCE_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
+    SIGNED_MANIFEST_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     nixl_metadata: builtins.bytes
     transfer_engine_session_id: builtins.str
@@ -375,6 +376,8 @@ class WorkerMetadata(google.protobuf.message.Message):
     accelerator: builtins.str
     digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
     """ours: who vouches for the bytes"""
+    signed_manifest: builtins.str
+    """ours: SHA-256 (lower hex) of the signed manifest that the bytes were verified against"""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorDescriptor]: ...
     @property
@@ -405,9 +408,10 @@ class WorkerMetadata(google.protobuf.message.Message):
         artifact_source: global___ArtifactSourceMetadata | None = ...,
         digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
+        signed_manifest: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "nixl_metadata", b"nixl_metadata", "source_payload", b"source_payload", "tensor_source", b"tensor_source", "transfer_engine_session_id", b"transfer_engine_session_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "signed_manifest", b"signed_manifest", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["backend_metadata", b"backend_metadata"]) -> typing.Literal["nixl_metadata", "transfer_engine_session_id"] | None: ...
     @typing.overload
