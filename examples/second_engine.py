@@ -74,8 +74,9 @@ class SecondEngine:
         read: list[int] = []
         if isinstance(source, Files):  # with `needed`, only what no other process could give
             files = find_checkpoint(str(source.folder or self.model)).weight_files
-            options = {"mode": settings.read_mode, "needed": source.needed, "read": read.append}
-            tensors = lazy_weights(open_checkpoint(files), **options)
+            tensors = lazy_weights(
+                open_checkpoint(files), mode=settings.read_mode, needed=source.needed, read=read.append
+            )
         else:
             tensors = source.tensors(None, progress)
         parameters = dict(model.named_parameters())

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -94,8 +95,11 @@ class Server:
     The constructor returns once calls are answered; `close` must be called. Thread-safe.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
-        """Raises StoreUnusable, PortUnavailable, SettingError; CacheUnusable for a cache folder that was asked for."""
+    def __init__(self, settings: ServerSettings, before_answering: Callable[[], None] = lambda: None) -> None:
+        """`before_answering` is called when all is ready for the first call.
+
+        Raises StoreUnusable, PortUnavailable, SettingError; CacheUnusable for a cache folder that was asked for.
+        """
         judge, credentials = setup.authenticator(settings), setup.credentials(settings)
         guards = setup.interceptors(settings, judge)
         require_free_port(settings.host, settings.port)
@@ -128,6 +132,7 @@ class Server:
             own = f"unix-abstract:mxserver-{secrets.token_hex(16)}"  # for readiness: nobody can use it up
             self._grpc.add_insecure_port(own)
             self.metrics_port = self._listen_http(settings, judge)
+            before_answering()
         except BaseException:
             if self._files is not None:
                 self._files.stop()
@@ -305,7 +310,7 @@ def _bind(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCre
 
 
 class Signals:
-    """SIGTERM and SIGINT, in the order of their arrival. Made in the main thread.
+    """SIGTERM and SIGINT, in the order of their arrival, from `listen` on. Used in the main thread.
 
     Waiting uses a socket that Python's signal handler writes to. A wait for a lock would miss a signal that arrives
     just before it, or in another thread.
@@ -315,6 +320,9 @@ class Signals:
         self._received: list[int] = []
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
+
+    def listen(self) -> None:
+        """Until then, a signal ends the process at once."""
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._received.append(number))
@@ -352,8 +360,12 @@ def raise_file_limit() -> None:
 def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
     raise_file_limit()
-    server = Server(settings)
     signals = Signals()
+    try:
+        server = Server(settings, signals.listen)  # a call that it answers is one that a signal lets end
+    except BaseException:
+        signals.close()
+        raise
     place = settings.store_path if settings.store == "sqlite" else settings.store
     if warning := setup.warning(settings):
         _LOG.warning("%s", warning)

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -240,6 +241,47 @@ def architecture() -> str:
     if capability is None:
         return str(current_platform.device_name)
     return f"sm_{capability.major}{capability.minor}"
+
+
+def chosen_variables(environ: Mapping[str, str], wanted: Callable[[str], object]) -> dict[str, Any]:
+    """What variables of `environ` say to vLLM, by name: those that `wanted` takes and that vLLM reads otherwise than if
+    they were not set. So a variable that is set to its default is as one that is not, and "1" is as "true" where vLLM
+    takes both. One that vLLM does not know, or cannot read, counts by its text.
+
+    vLLM's own functions read them, in a second copy of their module whose environment is `environ`.
+    """
+    names = sorted(name for name in environ if wanted(name))
+    spec = importlib.util.find_spec("vllm.envs") if names else None
+    if spec is None or spec.loader is None:
+        return {name: environ[name] for name in names}
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    theirs = _Environment()
+    vars(copied)["os"] = theirs
+    chosen: dict[str, Any] = {}
+    for name in names:
+        values = []
+        for theirs.environ in ({**environ}, {key: text for key, text in environ.items() if key != name}):
+            try:
+                value = copied.environment_variables[name]()
+            except Exception:  # noqa: BLE001 - not known to this version, or a text that it refuses
+                value = theirs.environ.get(name)
+            values.append(sorted(value, key=str) if isinstance(value, set | frozenset) else value)
+        if values[0] != values[1]:
+            chosen[name] = values[0]
+    return chosen
+
+
+class _Environment:
+    """The module `os` with another environment."""
+
+    environ: dict[str, str]
+
+    def getenv(self, name: str, default: Any = None) -> Any:
+        return self.environ.get(name, default)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
 
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"

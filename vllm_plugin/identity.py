@@ -135,7 +135,7 @@ def engine_settings(vllm_config: VllmConfig, environ: Mapping[str, str]) -> dict
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "kv_scales": getattr(vllm_config.cache_config, "calculate_kv_scales", None),
         "quantization": getattr(vllm_config.model_config, "quantization_config", None),
-        "environment": {name: environ[name] for name in sorted(environ) if _KERNEL_VARIABLES.match(name)},
+        "environment": compat.chosen_variables(environ, _KERNEL_VARIABLES.match),
     }
     for part in ("attention_config", "kernel_config"):
         chosen = getattr(vllm_config, part, None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from mxcore.storage.remote import LocalFolder
 from mxcore.storage.signed import VerifiedFiles
 from mxcore.transfer.receive import LoadPath
 
-__all__ = ["Keeping", "Loaded", "built", "load_stored", "verified_of"]
+__all__ = ["Keeping", "Loaded", "Stored", "built", "load_stored", "verified_of"]
 
 _log = logging.getLogger(__name__)
 _COMPARE_THREADS = 4
@@ -43,6 +44,13 @@ class Loaded:
     checkpoint: str | None
     part: LoadedPart
     received_from: Mapping[str, int] = field(default_factory=dict)
+
+
+class Stored(NamedTuple):
+    """What is to be read, and `look`, which gives the digest of that checkpoint as it is now; None: it has none."""
+
+    source: Source
+    look: Callable[[], str | None]
 
 
 class Keeping:
@@ -169,20 +177,21 @@ def load_stored(
     context: LoadContext,
     path: StoredPath,
     load_path: LoadPath,
-    opened: Callable[[Progress], tuple[Source, str | None]],
+    opened: Callable[[Progress], Stored],
     *,
     reading_alone: bool = True,
 ) -> Loaded:
-    """A model from storage. `opened` gives what is to be read and its checkpoint's digest, None for the engine's files.
+    """A model from storage; what of it is offered is offered as what was read, or not at all where the files changed.
 
     `load_path` is what the server hears. The report's seconds are those of reading, or of all that is done here where
-    `reading_alone` is False. Raises what `opened` and the engine raise.
+    `reading_alone` is False. Raises what `opened`, the first look and the engine raise.
     """
     keeping = Keeping(context)
     started = time.monotonic()
     seconds = 0.0
     with context.loading(load_path) as progress:
-        source, checkpoint = opened(progress)
+        source, look = opened(progress)
+        before = look()
         record = ReadRecord() if keeping.compares_reads else None
         if isinstance(source, Files):
             source = replace(source, record=record, verified=verified_of(context, source.folder))
@@ -206,8 +215,27 @@ def load_stored(
         seconds = time.monotonic() - started
     with steps.step("keep"):
         kept = keeping.processed(model)
+        checkpoint = _seen_again(context, before, look) if kept else before
+        if checkpoint is None:
+            kept = ()
     size_bytes = source.checkpoint.total_bytes if isinstance(source, Streamed) else 0
     part = LoadedPart(path=path, layout=context.kind, bytes=size_bytes, seconds=round(seconds, 6), steps=steps)
     if kept and kept[0].layout is not None:
         part = replace(part, tensors=len(kept[0].found.tensors), bytes=kept[0].layout.total_bytes)
     return Loaded(model, kept, checkpoint, part)
+
+
+def _seen_again(context: LoadContext, before: str | None, look: Callable[[], str | None]) -> str | None:
+    """The digest of what was read; None, and a fallback's line, where that cannot be said."""
+    found: list[str | None] = []
+    with context.fallbacks.attempt("looking at the weight files again"):
+        found.append(look())
+    after = found[0] if found else None
+    if before is None or after is None:
+        context.fallbacks.append("nobody can say which weight files were read: not offered")
+        return None
+    if before and after != before:  # "": they were downloaded just now
+        files = f"the weight files of {context.engine.model}"
+        context.fallbacks.append(f"{files} changed while they were read: not offered")
+        return None
+    return after

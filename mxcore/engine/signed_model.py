@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mxcore.storage.load import Reader
 from mxcore.storage.plan import Row
 from mxcore.storage.remote import LocalFolder
 from mxcore.storage.signed import SignedManifest, VerifiedFiles, trusted_manifest
+from mxserver.wire import environment
 
 __all__ = ["signed_manifest", "verified_weights"]
 
@@ -30,6 +32,7 @@ def signed_manifest(
     Raises SignatureError, and what reading raises.
     """
     if settings.model_signature == "off":
+        _refuse_misspelt()
         return None
     key, certificates = settings.model_signature_key, settings.model_signature_ca
     if bool(key) == bool(certificates):
@@ -46,6 +49,16 @@ def signed_manifest(
     if folder is not None:
         VerifiedFiles(manifest, LocalFolder(folder)).check_small()
     return manifest
+
+
+def _refuse_misspelt() -> None:
+    """A name that looks like ours and is none must not open what it was to close."""
+    for name, near in environment.misspelt(os.environ):
+        if "SIGNATURE" in {*name.split("_"), *(near or "").split("_")}:
+            raise SignatureError(
+                f"{name} is no setting{f', did you mean {near}?' if near else ''} it looks like one that requires "
+                "signatures, so nothing is loaded: correct or unset it (docs/signing.md)"
+            )
 
 
 def _signature(file: str, folder: Path | None, uri: UriPlace | None) -> tuple[bytes, str]:

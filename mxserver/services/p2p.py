@@ -147,6 +147,7 @@ class P2pService:
             worker_id=record.key.worker_id,
             identity=record.identity,
             epoch=record.epoch,
+            owner=record.owner,
         )
 
     @_refuses

@@ -19,7 +19,7 @@ INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 
 
 CLOCK_SET_BACK_MS = 7 * 24 * 3600 * 1000
-"""A live worker of a file that was lost may have an epoch that is so far above a clock that was set back since."""
+"""A live worker of a file or database that was lost may have an epoch so far above a clock that was set back since."""
 
 Waiting = TypeVar("Waiting")
 

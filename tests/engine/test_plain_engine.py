@@ -275,6 +275,7 @@ class Replaced(PlainEngine):
     """An engine under whose path another checkpoint comes, after joining or while the files are read."""
 
     when = ""
+    place = ""
 
     def identity(self, kind: Any, revision: str, checkpoint: str | None) -> Any:
         made = super().identity(kind, revision, checkpoint)
@@ -289,7 +290,7 @@ class Replaced(PlainEngine):
     def _replace(self, now: str) -> None:
         if self.when == now:
             self.when = ""
-            write_checkpoint(Path(self.model), seed=7)
+            write_checkpoint(Path(self.place or self.model), seed=7)
 
 
 @pytest.mark.parametrize(("when", "path"), [("joined", "p2p"), ("reading", "storage")])
@@ -309,6 +310,44 @@ def test_a_checkpoint_replaced_meanwhile_is_offered_as_what_was_read_or_not_at_a
     assert json.loads(report.read_text())["path"] == path
     write_checkpoint(folder)
     assert answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"])) == old
+
+
+@pytest.mark.parametrize(("when", "path"), [("joined", "p2p"), ("reading", "uri")])
+def test_a_checkpoint_replaced_below_a_local_uri_is_offered_as_what_was_read_or_not_at_all(
+    server: str, folder: Path, tmp_path: Path, when: str, path: str
+) -> None:
+    """As the engine's own files: the rung `uri` looks at them before and after reading."""
+    report = tmp_path / "report.json"
+    given = options(server, report_path=str(report), model_uri=f"file://{folder}")
+    old = answer(load(PlainEngine(folder, {}), ROLES["both"]))
+    first = Replaced(tmp_path / "a name", given)
+    first.when, first.place = when, str(folder)
+    assert (answer(load(first, ROLES["both"])) == old) == (when == "reading")
+    told = json.loads(report.read_text())
+    assert (told["path"], told["serving"]) == ("uri", when == "joined")
+    assert any("changed while they were read" in line for line in told["fallbacks"]) == (when == "reading")
+    assert answer(load(PlainEngine(tmp_path / "a name", given), ROLES["both"])) != old
+    assert json.loads(report.read_text())["path"] == path
+    write_checkpoint(folder)
+    assert answer(load(PlainEngine(tmp_path / "a name", given), ROLES["both"])) == old
+
+
+def test_files_that_vanish_after_they_were_read_are_not_offered(server: str, folder: Path, tmp_path: Path) -> None:
+    """The model is there all the same; but nobody can say any more of which files."""
+
+    class Vanishing(PlainEngine):
+        def fill(self, model: Any, source: Any, settings: Any, progress: Any) -> int:
+            read = super().fill(model, source, settings, progress)
+            for file in folder.iterdir():
+                file.unlink()
+            return read
+
+    report = tmp_path / "report.json"
+    given = options(server, report_path=str(report), model_uri=f"file://{folder}")
+    load(Vanishing(tmp_path / "a name", given), ROLES["both"])
+    told = json.loads(report.read_text())
+    assert (told["path"], told["serving"]) == ("uri", False)
+    assert "no complete checkpoint there" in told["fallbacks"][0]
 
 
 def test_weights_of_another_state_than_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:

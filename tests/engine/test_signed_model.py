@@ -57,7 +57,7 @@ def test_what_was_signed_is_loaded_and_the_log_says_what_it_cost(
     assert json.loads(report.read_text())["fallbacks"] == ["joining: no server is set"]
     [line] = [record.getMessage() for record in caplog.records if "are what was signed" in record.getMessage()]
     size_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != "model.sig")
-    assert f"3 files are what was signed: hashing {size_bytes} bytes took " in line
+    assert f"3 files are what was signed: {size_bytes} bytes hashed in " in line
     assert "% of " in line
 
 
@@ -117,6 +117,11 @@ def test_a_misspelt_word_does_not_open_and_a_key_is_needed(folder: Path, monkeyp
     monkeypatch.setenv("MX_MODEL_SIGNATURE", "requre")
     with pytest.raises(SignatureError, match="wants one of MX_MODEL_SIGNATURE_KEY"):
         load(PlainEngine(folder, {}), ROLES["both"])
+    monkeypatch.delenv("MX_MODEL_SIGNATURE")
+    monkeypatch.setenv("MX_MODEL_SIGNTURE", "require")
+    with pytest.raises(SignatureError, match="did you mean MX_MODEL_SIGNATURE"):
+        load(PlainEngine(folder, {}), ROLES["both"])
+    monkeypatch.delenv("MX_MODEL_SIGNTURE")
     monkeypatch.setenv("MX_MODEL_SIGNATURE", "off")
     load(PlainEngine(folder, {}), ROLES["both"])
 

@@ -46,6 +46,13 @@ environs = {}, {copied: "OTHER_, MX_"}, {copied: "MX_,MODEL_EXPRESS_"}, {"MODEL_
 found["lost"] = [compat.lost_by_ray(ray, environ) for environ in environs]
 found["lost elsewhere"] = compat.lost_by_ray(parallel(1, 1, 1, False), {})
 
+kernels = lambda name: name.startswith("VLLM_")
+texts = (
+    {}, {"OTHER": "1"}, {"VLLM_USE_DEEP_GEMM": "1"}, {"VLLM_USE_DEEP_GEMM": "0"},
+    {"VLLM_BATCH_INVARIANT": "0"}, {"VLLM_BATCH_INVARIANT": "1"}, {"VLLM_DISABLED_KERNELS": "a,b"},
+    {"VLLM_NOBODY_KNOWS": "1"}, {"VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE": "many"})
+found["variables"] = [compat.chosen_variables(environ, kernels) for environ in texts]
+
 here = types.SimpleNamespace(
     load_config=types.SimpleNamespace(device=None), device_config=types.SimpleNamespace(device="cpu"), instance_id="e1",
     parallel_config=types.SimpleNamespace(local_world_size=2, tensor_parallel_size=4, pipeline_parallel_size=1))
@@ -120,3 +127,18 @@ def test_rays_workers_without_our_variables_say_which_one_is_missing(found: dict
     assert "set VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=MX_,MODEL_EXPRESS_" in nothing
     assert "variables MODEL_EXPRESS_*:" in half
     assert (both, here, found["lost elsewhere"]) == ("", "", "")
+
+
+def test_a_variable_counts_by_what_vllm_makes_of_it(found: dict[str, Any]) -> None:
+    """One that is set to its default is as one that is not set; by vLLM's own functions, for no list of ours stays."""
+    assert found["variables"] == [
+        {},
+        {},
+        {},
+        {"VLLM_USE_DEEP_GEMM": False},
+        {},
+        {"VLLM_BATCH_INVARIANT": True},
+        {"VLLM_DISABLED_KERNELS": ["a", "b"]},
+        {"VLLM_NOBODY_KNOWS": "1"},
+        {"VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE": "many"},
+    ]

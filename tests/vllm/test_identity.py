@@ -77,6 +77,10 @@ def test_raw_weights_do_not_depend_on_kernels(ask: Any) -> None:
     assert ask(kind="raw", environ=environ)["source_id"] == ask(kind="raw")["source_id"]
 
 
+def test_a_variable_set_to_its_default_is_one_that_is_not_set(ask: Any) -> None:
+    assert ask(environ={"VLLM_USE_DEEP_GEMM": "1", "VLLM_BATCH_INVARIANT": "0"})["source_id"] == ask()["source_id"]
+
+
 def test_a_checkpoint_that_differs_in_one_byte_is_another(
     ask: Any, model_paths: dict[str, Path], tmp_path: Path
 ) -> None:

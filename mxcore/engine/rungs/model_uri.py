@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mxcore.engine.context import LoadContext
-from mxcore.engine.loaded import Loaded, load_stored
+from mxcore.engine.loaded import Loaded, Stored, load_stored
 from mxcore.engine.model_files import UriPlace, find_checkpoint
-from mxcore.engine.protocol import Files, Source
+from mxcore.engine.protocol import Files
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import PollResult, Rung, skip, take
@@ -53,13 +53,14 @@ class UriRung(Rung[Loaded]):
         if place is None:
             raise CheckpointError("MX_MODEL_URI is not set")
         path = load_pb2.LOAD_PATH_STORAGE if place.uri.is_local else load_pb2.LOAD_PATH_OBJECT_STORE
-        digest = place.digest
-        return load_stored(self._context, "uri", path, lambda progress: (self._source(place), digest))
+        return load_stored(self._context, "uri", path, lambda progress: self._stored(place))
 
-    def _source(self, place: UriPlace) -> Source:
+    def _stored(self, place: UriPlace) -> Stored:
+        """Files are looked at twice; of objects the store itself says when one was replaced."""
         if place.uri.is_local:
-            return Files(place.files().folder or place.uri.folder)
-        return streamed(self._context, place.objects())
+            return Stored(Files(place.uri.folder), lambda: place.files().digest())
+        digest = place.digest
+        return Stored(streamed(self._context, place.objects()), lambda: digest)
 
     def undo(self) -> None:
         """The store's connections are closed."""

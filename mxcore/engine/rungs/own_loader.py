@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mxcore.engine.context import LoadContext
-from mxcore.engine.loaded import Loaded, load_stored
+from mxcore.engine.loaded import Loaded, Stored, load_stored
 from mxcore.engine.protocol import Files
 from mxcore.load_ladder import PollResult, Rung, take
 from mxcore.transfer.member import CHECKPOINT_PARAMETER
@@ -29,21 +27,14 @@ class EngineRung(Rung[Loaded]):
         return take(f"{engine.model} by {engine.own_loader} (MX_STORAGE_READER={reader})")
 
     def load(self) -> Loaded:
-        """A model as the engine's own loader makes it; raises what that raises.
-
-        It is offered under what the files were while they were read, or not at all where they changed meanwhile.
-        """
-        before = self._digest()
-        loaded = self._read()
-        if not loaded.kept or before is None:
-            return loaded
-        after = self._digest()
-        if after is None or (before and after != before):  # "": they were downloaded just now
-            self._context.fallbacks.append(
-                f"the weight files of {self._context.engine.model} changed while they were read: not offered"
-            )
-            return replace(loaded, kept=())
-        return replace(loaded, checkpoint=after)
+        """A model as the engine's own loader makes it; raises what that raises."""
+        return load_stored(
+            self._context,
+            "storage",
+            load_pb2.LOAD_PATH_STORAGE,
+            lambda progress: Stored(Files(), self._digest),
+            reading_alone=self._context.membership is not None,
+        )
 
     def _digest(self) -> str | None:
         """Of the engine's files as they are; None where nobody asks for it, or they cannot be read."""
@@ -54,12 +45,3 @@ class EngineRung(Rung[Loaded]):
         with context.fallbacks.attempt("looking at the weight files"):
             found.append(context.identity(context.kind, None).extra_parameters[CHECKPOINT_PARAMETER])
         return found[0] if found else None
-
-    def _read(self) -> Loaded:
-        return load_stored(
-            self._context,
-            "storage",
-            load_pb2.LOAD_PATH_STORAGE,
-            lambda progress: (Files(), None),
-            reading_alone=self._context.membership is not None,
-        )

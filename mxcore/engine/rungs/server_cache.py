@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 
 from mxcore.engine.context import LoadContext
-from mxcore.engine.loaded import Loaded, load_stored
+from mxcore.engine.loaded import Loaded, Stored, load_stored
 from mxcore.engine.model_files import find_checkpoint, model_name
-from mxcore.engine.protocol import Files, Source
+from mxcore.engine.protocol import Files
 from mxcore.engine.rungs.remote import streamed
 from mxcore.errors import CheckpointError
 from mxcore.load_ladder import PollResult, Rung, skip, take
@@ -79,9 +80,9 @@ class CacheRung(Rung[Loaded]):
     def load(self) -> Loaded:
         """A model with the cache's weights; raises MxError, OSError, and what building a model raises."""
         path = load_pb2.LOAD_PATH_SERVER if self._shared is None else load_pb2.LOAD_PATH_STORAGE
-        return load_stored(self._context, "cache", path, self._source, reading_alone=False)
+        return load_stored(self._context, "cache", path, self._stored, reading_alone=False)
 
-    def _source(self, progress: Progress) -> tuple[Source, str]:
+    def _stored(self, progress: Progress) -> Stored:
         client = self._opened()
         if self._listed is None:
             client.ensure(self._model, revision=self._revision)
@@ -92,11 +93,9 @@ class CacheRung(Rung[Loaded]):
         if folder is None:  # MX_CACHE_WEIGHTS=0: nothing touches the disk
             remote = ServerFolder(client, self._model, self._listed)
             self._context.at_end.callback(remote.close)
-            return streamed(self._context, remote), remote_digest(remote)
-        found = find_checkpoint(str(folder))
-        if not found.weight_files:
-            raise CheckpointError(f"{folder}: no complete checkpoint there")
-        return Files(folder), found.digest()
+            digest = remote_digest(remote)
+            return Stored(streamed(self._context, remote), lambda: digest)
+        return Stored(Files(folder), partial(_digest_of, folder))
 
     def _fetched(self, client: ModelClient, listed: ModelFiles, progress: Progress) -> Path | None:
         """The snapshot in the hub's cache, or None where that has no room or cannot be written: weights need no disk.
@@ -117,3 +116,10 @@ class CacheRung(Rung[Loaded]):
             _log.warning("the weights go straight into the model, as with MX_CACHE_WEIGHTS=0: %s", error)
             self._context.fallbacks.append(f"{self.name}, past the disk: {error}")
             return None
+
+
+def _digest_of(folder: Path) -> str:
+    found = find_checkpoint(str(folder))
+    if not found.weight_files:
+        raise CheckpointError(f"{folder}: no complete checkpoint there")
+    return found.digest()

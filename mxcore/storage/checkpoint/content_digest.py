@@ -17,6 +17,7 @@ from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
 from mxcore.reading import read_ranges
 from mxcore.safetensors import Header, read_header
+from mxcore.storage.checkpoint.known_digests import SampledFile, known_or_made
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -60,9 +61,9 @@ def checkpoint_digest(
     It does not see a change of a few elements in place: a tensor that was replaced, trained, merged or requantised is
     seen, an element that was edited is not. It is XXH3-64: a guard against mix-ups, not against an attacker.
 
-    Files are read by at most 64 threads, eight at a time with 16 MiB each, and once a process while their size, inode
-    and times stay. Safe from any thread. Raises StorageError or TruncatedRead for a file that cannot be read, a
-    subclass of SafetensorsError for a broken header, and ValueError if two files have one name.
+    Files are read by at most 64 threads, eight at a time with 16 MiB each, and once a node while their size, inode and
+    times stay (`known_digests`). Safe from any thread. Raises StorageError or TruncatedRead for a file that cannot be
+    read, a subclass of SafetensorsError for a broken header, and ValueError if two files have one name.
     """
     if not weight_files:
         return ""
@@ -71,16 +72,21 @@ def checkpoint_digest(
     if len(set(names)) != len(names):
         raise ValueError(f"two weight files have the same name: {names}")
     others = [Path(file) for file in ([index_file] if index_file is not None else []) + list(settings_files)]
-    stamps = tuple(_stamp(path) for path in [*(path for _, path in named), *others])
-    return _digest(tuple(named), tuple(others), stamps)
+    return _digest(
+        tuple(_as_it_is(name, path) for name, path in named), tuple(_as_it_is(path.name, path) for path in others)
+    )
 
 
 @lru_cache(maxsize=32)
-def _digest(named: tuple[tuple[str, Path], ...], others: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
-    at_once = min(_FILES_AT_ONCE, len(named))
+def _digest(weights: tuple[SampledFile, ...], others: tuple[SampledFile, ...]) -> str:
+    return known_or_made(f"{_FORMAT} {len(weights)}", weights + others, lambda: _made(weights, others))
+
+
+def _made(weights: Sequence[SampledFile], others: Sequence[SampledFile]) -> str:
+    at_once = min(_FILES_AT_ONCE, len(weights))
     with ThreadPoolExecutor(at_once) as pool:
-        parts = list(pool.map(partial(_read_part, threads=_READER_THREADS // at_once), named))
-    return digest_of_parts("".join(_index_part(path) for path in others), parts)
+        parts = list(pool.map(partial(_read_part, threads=_READER_THREADS // at_once), weights))
+    return digest_of_parts("".join(_index_part(file.path) for file in others), parts)
 
 
 def digest_of_parts(index: str, files: Sequence[str]) -> str:
@@ -132,12 +138,11 @@ def _name(path: Path, folder: Path | None) -> str:
     return path.relative_to(folder).as_posix() if folder is not None and path.is_relative_to(folder) else path.name
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _as_it_is(name: str, path: Path) -> SampledFile:
     try:
-        found = path.stat()
+        return SampledFile.of(name, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}", file=str(path)) from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _index_part(file: Path) -> str:
@@ -147,11 +152,9 @@ def _index_part(file: Path) -> str:
         raise StorageError(f"{file}: cannot be read: {error.strerror}", file=str(file)) from error
 
 
-def _read_part(named: tuple[str, Path], *, threads: int) -> str:
-    name, path = named
-    size_bytes = _stamp(path)[2]
-    header = read_header(path) if path.name.endswith(".safetensors") else None
-    return file_part(name, size_bytes, _digests(path, groups_of(header, size_bytes), threads))
+def _read_part(file: SampledFile, *, threads: int) -> str:
+    header = read_header(file.path) if file.path.name.endswith(".safetensors") else None
+    return file_part(file.name, file.size_bytes, _digests(file.path, groups_of(header, file.size_bytes), threads))
 
 
 def _digests(path: Path, groups: Sequence[Sequence[Range]], threads: int) -> Iterator[str]:

@@ -128,7 +128,7 @@ class VerifiedFiles:
         share = 100 * waited / load_seconds if load_seconds > 0 else 0.0
         return (
             f"signature {self.manifest.signature} (manifest {self.manifest.digest[:16]}): {len(self._verified)} files "
-            f"are what was signed: hashing {count + self._small_bytes} bytes took {seconds + self._small_seconds:.3f} s; "
+            f"are what was signed: {count + self._small_bytes} bytes hashed in {seconds + self._small_seconds:.3f} s; "
             f"the load waited {waited:.3f} s of that ({share:.0f} % of {load_seconds:.3f} s); {self._besides_bytes} "
             "bytes were read besides the tensors"
         )

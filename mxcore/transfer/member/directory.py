@@ -33,7 +33,7 @@ class Directory:
         self._worker_rank = worker_rank
         self._signed_manifest = signed_manifest
         self._lock = threading.Lock()
-        self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
+        self._endpoints: dict[tuple[str, str], tuple[str, str, int, float]] = {}  # owner, the record's time, until when
         self._told_unsigned: set[tuple[str, str]] = set()  # worker and manifest of a warning
         self._refused: set[str] = set()  # checkpoints of the last warning, none of which was taken
 
@@ -102,14 +102,14 @@ class Directory:
             return None
         key = (ref.mx_source_id, ref.worker_id)
         with self._lock:
-            endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
+            endpoint, owner, told_ms, until = self._endpoints.get(key, ("", "", 0, 0.0))
         if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
             if record is None or not record.worker.worker_grpc_endpoint or not self._is_signed(record):
                 return None
-            endpoint = record.worker.worker_grpc_endpoint
+            endpoint, owner = record.worker.worker_grpc_endpoint, record.owner
             with self._lock:
-                self._endpoints[key] = (endpoint, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
+                self._endpoints[key] = (endpoint, owner, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
         return Source(
             source_id=ref.mx_source_id,
             worker_id=ref.worker_id,
@@ -118,6 +118,7 @@ class Directory:
             updated_at_ms=ref.updated_at,
             load=ref.source_load,
             receiving=receiving,
+            owner=owner,
         )
 
     def _is_signed(self, record: p2p_pb2.GetMetadataResponse) -> bool:

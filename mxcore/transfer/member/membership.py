@@ -62,13 +62,12 @@ class Membership:
         lease_seconds: float = LEASE_SECONDS,
         signed_manifest: str = "",
     ) -> None:
-        """`signed_manifest`: what bytes that it serves were verified against, and those that it takes have to be."""
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
         self.worker_id = uuid.uuid4().hex
         self._chunk_bytes = chunk_bytes
-        self._signed_manifest = signed_manifest
+        self._signed = signed_manifest  # what served bytes were verified against, and those taken have to be
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         tls, progress_thread = self._policy.serving(accelerator)
@@ -93,9 +92,7 @@ class Membership:
             threading.RLock()
         )  # guards what is served; never held around calls to the record, which calls `_served`
         self._closed = False
-        self._directory = (
-            Directory(self._client, self.worker_id, worker_rank, signed_manifest) if self._client else None
-        )
+        self._directory = Directory(self._client, self.worker_id, worker_rank, self._signed) if self._client else None
         self._election: StorageElection | None = None
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
@@ -480,8 +477,7 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return Served()
-            endpoint, readers = self.endpoint or "", holder.live_leases
-            return Served(holder.agent.name, endpoint, readers, holder.origin, self._signed_manifest)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin, self._signed)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""

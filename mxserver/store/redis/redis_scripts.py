@@ -131,7 +131,8 @@ PUBLISH = (
     + """
 local name, source, worker, model = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local status, epoch, owner = ARGV[11], tonumber(ARGV[12]), ARGV[13]
-local last = math.max(tonumber(redis.call('GET', P .. 'epoch')) or 0, unix)
+-- 19 how far a clock may have been set back since an earlier database, which was lost, gave its epochs, in ms.
+local last = math.max(tonumber(redis.call('GET', P .. 'epoch')) or 0, unix + tonumber(ARGV[19]))
 if epoch > last then return {'never', number(last)} end
 local current, since, kept = view(name)
 if current then
@@ -151,8 +152,8 @@ if more > 0 and (tonumber(redis.call('GET', P .. 'bytes')) or 0) + more > tonumb
 end
 redis.call('INCRBY', P .. 'bytes', more)
 if status == '0' then status = (not current or current == STALE) and '1' or current end
--- Never below the time in ms: epochs grow even if Redis lost its last seconds, or everything.
-local next_epoch = math.max((tonumber(redis.call('GET', P .. 'epoch')) or 0) + 1, unix)
+-- Never below the time in ms, nor below what a live worker has: epochs grow even if Redis lost everything.
+local next_epoch = math.max((tonumber(redis.call('GET', P .. 'epoch')) or 0) + 1, unix, epoch + 1)
 redis.call('SET', P .. 'epoch', number(next_epoch))
 local life = epoch > 0 and epoch or next_epoch
 local old = redis.call('HMGET', P .. 'rec:' .. name, 'f', 'o', 'l', 'm')

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mxserver.limits import DEFAULT, ServerLimits
+from mxserver.store.batch import CLOCK_SET_BACK_MS
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import never_given, not_owner, stale_epoch, unknown
@@ -160,6 +161,7 @@ class RedisStore(SourceStore):
             publication.identity,
             publication.worker,
             *(str(most) for most in (self._limits.records, self._limits.records_per_worker, self._limits.stored_bytes)),
+            str(CLOCK_SET_BACK_MS),
         )
         self._require_ok(outcome, details, key, publication.epoch, publication.owner)
         row = _Row(*details[0])

@@ -1021,11 +1021,14 @@ class GetMetadataResponse(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     IDENTITY_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     found: builtins.bool
     mx_source_id: builtins.str
     worker_id: builtins.str
     epoch: builtins.int
     """ours"""
+    owner: builtins.str
+    """ours: the authenticated name that published it; empty where callers have none"""
     @property
     def worker(self) -> global___WorkerMetadata: ...
     @property
@@ -1039,9 +1042,10 @@ class GetMetadataResponse(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         identity: global___SourceIdentity | None = ...,
         epoch: builtins.int = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["identity", b"identity", "worker", b"worker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "owner", b"owner", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
 
 global___GetMetadataResponse = GetMetadataResponse
 

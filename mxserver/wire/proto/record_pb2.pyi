@@ -132,12 +132,14 @@ class RecordResponse(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     IDENTITY_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     found: builtins.bool
     worker: builtins.bytes
     mx_source_id: builtins.str
     worker_id: builtins.str
     identity: builtins.bytes
     epoch: builtins.int
+    owner: builtins.str
     def __init__(
         self,
         *,
@@ -147,7 +149,8 @@ class RecordResponse(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         identity: builtins.bytes = ...,
         epoch: builtins.int = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "owner", b"owner", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
 
 global___RecordResponse = RecordResponse

@@ -152,6 +152,27 @@ def test_signal_without_calls_ends_with_0(start_server: Start, number: signal.Si
     assert server.lines[-1].endswith(" INFO mxserver stopped")
 
 
+STOPPED_AT_ITS_START = """
+import os, signal
+from mxserver import periodic
+from mxserver.cli import main
+start = periodic.Periodic.start
+def start_and_stop(self):  # the first thing that a server does when it answers calls
+    os.kill(os.getpid(), signal.SIGTERM)
+    start(self)
+periodic.Periodic.start = start_and_stop
+main(["--host=127.0.0.1", "--port=0", "--metrics-port=0", "--files-port=0", "--store=memory"])
+"""
+
+
+def test_signal_in_the_moment_when_calls_are_answered_drains() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", STOPPED_AT_ITS_START], capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "draining signal=SIGTERM" in run.stderr
+
+
 def test_sigterm_under_load_fails_no_running_call_and_keeps_all_answers(start_server: Start) -> None:
     """Each thread publishes until it is refused; whatever was answered is there after a restart."""
     server = start_server()

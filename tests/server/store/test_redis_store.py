@@ -302,6 +302,26 @@ def test_epochs_grow_when_redis_has_lost_everything(
     assert store.publish(publication()).epoch > old
 
 
+def test_a_replica_that_was_stopped_extends_nobodys_lease(
+    redis_server: RedisProcess, open_store: Callable[..., RedisStore]
+) -> None:
+    """One replica did nothing for most of a lease, while the other heard everybody: the dead are STALE in time."""
+    clock = HandClock()
+    slow, quick = open_store(clock=clock), open_store(clock=clock)
+    slow.publish(publication(key("dead"), status=READY))
+    quick.publish(publication(key("alive"), status=READY))
+    for _ in range(round(HEARTBEAT_SECONDS) - 1):
+        clock.advance(1)
+        quick.sweep()
+        quick.update_status(key("alive"), READY)
+    slow.sweep()
+    slow.check()
+    clock.advance(1)
+    assert {record.key.worker_id: record.status for record in slow.find(Query())} == {"dead": STALE, "alive": READY}
+    with redis_server.client() as client:
+        assert client.hget("mx:clock", "x") in (None, b"0")
+
+
 # What it costs and leaves behind
 
 

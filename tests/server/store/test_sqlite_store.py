@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sqlite3
@@ -445,26 +444,3 @@ def test_a_slow_disk_is_no_failure(store: SqliteStore, monkeypatch: pytest.Monke
     store.check()
     go_on.set()
     holder.join()
-
-
-def test_epochs_hold_after_a_lost_file_and_a_clock_set_back(tmp_path: Path) -> None:
-    """The life before has an epoch above all of the new file's; a live worker of another record keeps its own."""
-    clock = HandClock()
-    with contextlib.closing(SqliteStore(tmp_path / "lost.sqlite3", LEASES, clock)) as store:
-        old = store.publish(publication(key("dead"))).epoch
-        going_on = store.publish(publication(key("alive"))).epoch
-    clock.unix_start_ms -= 3_600_000
-    with contextlib.closing(SqliteStore(tmp_path / "new.sqlite3", LEASES, clock)) as store:
-        new = store.publish(publication(key("dead"), status=READY)).epoch
-        assert new < old
-        for refused in (
-            lambda: store.update_status(key("dead"), STALE, epoch=old),
-            lambda: store.update_status(key("dead"), READY, epoch=old),
-            lambda: store.publish(publication(key("dead"), epoch=old)),
-        ):
-            with pytest.raises(StaleEpoch, match="was never given"):
-                refused()
-        taken = store.publish(publication(key("alive"), epoch=going_on))
-        assert (taken.life, taken.epoch > going_on) == (going_on, True)
-        store.update_status(key("alive"), READY, epoch=going_on)
-        assert store.publish(publication(key("dead"))).epoch > taken.epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -432,6 +433,28 @@ def test_epochs_grow_across_a_restart(
     assert newer > old
     with pytest.raises(StaleEpoch):
         again.publish(publication(epoch=old))
+
+
+def test_epochs_hold_after_a_lost_store_and_a_clock_set_back(kind: StoreKind, tmp_path: Path, clock: HandClock) -> None:
+    """The life before has an epoch above all of the new store's; a live worker of another record keeps its own."""
+    with contextlib.closing(kind.open(tmp_path / "lost", clock)) as store:
+        old = store.publish(publication(key("dead"))).epoch
+        going_on = store.publish(publication(key("alive"))).epoch
+    clock.unix_start_ms -= 3_600_000
+    with contextlib.closing(kind.open(tmp_path / "new", clock)) as store:
+        new = store.publish(publication(key("dead"), status=READY)).epoch
+        assert new < old
+        for refused in (
+            lambda: store.update_status(key("dead"), STALE, epoch=old),
+            lambda: store.update_status(key("dead"), READY, epoch=old),
+            lambda: store.publish(publication(key("dead"), epoch=old)),
+        ):
+            with pytest.raises(StaleEpoch, match="was never given"):
+                refused()
+        taken = store.publish(publication(key("alive"), epoch=going_on))
+        assert (taken.life, taken.epoch > going_on) == (going_on, True)
+        store.update_status(key("alive"), READY, epoch=going_on)
+        assert store.publish(publication(key("dead"))).epoch > taken.epoch
 
 
 def test_closed_store_is_unavailable_and_not_empty(store: SourceStore) -> None:
