@@ -12,10 +12,14 @@ from typing import Any
 
 import click
 
+from bench.chaos.bad_memory import flip_and_wait
 from bench.chaos.failover import kill_at_half, stop_at_half
 from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import flip_bytes
+from bench.chaos.liars import receive_from_liars
+from bench.chaos.readers import attack_all
 from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
+from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
 from bench.fleet.fleet import BY_NIXL, Fleet, Network
 
@@ -45,6 +49,30 @@ def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random
             click.echo(f"{tally.runs}: {setting}, {fault}: {json.dumps(tally.figures())}", err=True)
 
 
+def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, seed: int) -> dict[str, Any]:
+    """Figures of those who lie, of memory that breaks, of readers that attack and of strangers."""
+    figures: dict[str, Any] = {}
+    if liars:
+        lied = receive_from_liars(liars, seed)
+        figures["receives_from_liars"], figures["wrong_from_liars"] = lied.receives, lied.wrong
+        figures["p2p_share_with_one_liar"] = round(lied.by_peers / lied.receives, 4)
+    if self_checks:
+        noticed = flip_and_wait(self_checks, seed)
+        figures["self_check_seconds_to_notice"] = round(noticed.seconds, 2)
+        figures["self_check_seconds_limit"] = round(noticed.limit_seconds, 2)
+    if hostile:
+        attacked = attack_all()
+        figures["bytes_written_by_readers"] = attacked.bytes_written
+        figures["strangers_let_in_by_mtls"] = attacked.strangers_let_in
+        figures["bytes_written_by_cuda_ipc_readers"] = attacked.bytes_by_device_reader
+        figures["cuda_ipc_write_noticed_seconds"] = round(attacked.noticed_seconds, 2)
+    if stranger_seconds:
+        beset = strangers_beside(stranger_seconds, seed)
+        figures["stranger_calls"], figures["worker_rss_growth_mib"] = beset.calls, round(beset.growth_mib, 1)
+        figures["receives_beside_strangers"], figures["not_right_beside_strangers"] = beset.receives, beset.wrong
+    return figures
+
+
 @click.command()
 @click.option("--runs", default=20, show_default=True, help="How many runs, split over the settings.")
 @click.option("--seed", type=int, help="Of the random choices; printed, so that a run can be repeated.")
@@ -60,6 +88,12 @@ def play(setting: str, runs: int, faults: tuple[str, ...], chance: random.Random
 @click.option(
     "--failover/--no-failover", default=True, show_default=True, help="Kill or stop a source at half, and measure."
 )
+@click.option(
+    "--liars", default=1000, show_default=True, help="Receives from three holders of which one lies; 0: none."
+)
+@click.option("--self-checks", default=3, show_default=True, help="Bits flipped in holders that look at themselves.")
+@click.option("--hostile/--no-hostile", default=True, show_default=True, help="Readers that try to change weights.")
+@click.option("--strangers", default=20.0, show_default=True, help="Seconds of strangers' calls; 0: none.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     runs: int,
@@ -68,9 +102,16 @@ def command(
     faults: tuple[str, ...],
     flips: int,
     failover: bool,
+    liars: int,
+    self_checks: int,
+    hostile: bool,
+    strangers: float,
     as_json: bool,
 ) -> None:
-    """Kills, stops and cuts off workers and the server in the middle of transfers; the others must end up right."""
+    """Kills, stops and cuts off workers and the server in the middle of transfers; the others must end up right.
+
+    Then holders that lie, memory that breaks, readers that try to change weights, and strangers on a worker's ports.
+    """
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     click.echo(f"seed {seed}", err=True)
     chance = random.Random(seed)
@@ -93,6 +134,7 @@ def command(
         flipped = flip_bytes(flips, seed)
         figures["flipped_bytes"], figures["flipped_bytes_caught"] = flipped.made, flipped.caught
         figures["right_chunks_refused"] = flipped.false_alarms
+    figures |= trust(liars, self_checks, hostile, strangers, seed)
     if as_json:
         json.dump({"bench": "chaos", "seed": seed, "by_fault": tally.by_fault, "figures": figures}, sys.stdout)
         sys.stdout.write("\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import click
 
+from bench.fleet.certificates import certificates
 from bench.fleet.fleet import Fleet, Process
 from bench.transfer import limits, registration
 from bench.transfer.shapes import SHAPES, Shape, scaled, total_bytes
@@ -26,7 +26,6 @@ IDLE_SECONDS = 3.0
 LINK = {"MX_SOURCE_RATE_LIMIT": "1GB"}  # a second: as a network's link would, it leaves cores free
 VERIFY_ROUNDS = 9  # at least: what is compared differs by a few percent
 TRANSPORTS: tuple[Literal["tcp", "same-host"], ...] = ("tcp", "same-host")
-TLS_NAME = "mx-bench"
 LIMITS = {"tcp": "socket_1", "same-host": "memcpy"}
 
 
@@ -108,16 +107,6 @@ def behind_a_link(transport: str, shape: Shape, repeats: int) -> Rates:
         for number in range(repeats):
             verifying(pair, rates, number)
     return rates
-
-
-def certificates(folder: Path) -> dict[str, str]:
-    """A certificate that both sides show and trust, by the command `openssl`, as settings."""
-    cert, key = str(folder / "worker.crt"), str(folder / "worker.key")
-    what = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
-    name = ["-subj", f"/CN={TLS_NAME}", "-addext", f"subjectAltName=DNS:{TLS_NAME}"]
-    subprocess.run(["openssl", "req", *what, *name, "-out", cert, "-keyout", key], check=True, capture_output=True)
-    trusted = {"MX_TLS_CA_FILE": cert, "MX_TLS_CLIENT_CA_FILE": cert, "MX_TLS_PEER_NAME": TLS_NAME}
-    return {"MX_TLS_CERT_FILE": cert, "MX_TLS_KEY_FILE": key, **trusted}
 
 
 def by_tls(shape: Shape, repeats: int) -> tuple[Rates, Rates]:

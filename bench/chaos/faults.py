@@ -89,8 +89,7 @@ def _cut_off(*, source: bool, for_good: bool) -> Fault:
 
 
 def _kill_server(scene: Scene) -> Struck:
-    scene.fleet.server.kill()
-    scene.fleet.server.wait()
+    scene.fleet.kill_server()
     return Struck(end=scene.fleet.start_server)
 
 

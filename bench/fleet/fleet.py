@@ -109,19 +109,23 @@ class Process:
         self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.progress: list[tuple[float, int]] = []
         self.lost: list[dict[str, Any]] = []  # which source was dropped when, and why
-        threading.Thread(target=self._pump, daemon=True).start()
+        self._pumping = threading.Thread(target=self._pump, daemon=True)
+        self._pumping.start()
 
     def _pump(self) -> None:
         if self.popen.stdout is not None:
-            for line in self.popen.stdout:
-                message = json.loads(line)
-                if message["event"] == "progress":
-                    self.progress.append((message["at"], message["bytes"]))
-                elif message["event"] == "lost":
-                    self.lost.append(message)
-                else:
-                    self.lines.put(message)
+            with self.popen.stdout as lines:
+                for line in lines:
+                    self._take(json.loads(line))
         self.lines.put({"event": "ended", "status": self.popen.wait()})
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["event"] == "progress":
+            self.progress.append((message["at"], message["bytes"]))
+        elif message["event"] == "lost":
+            self.lost.append(message)
+        else:
+            self.lines.put(message)
 
     def send(self, line: str) -> None:
         """Sends it a command; does nothing if it has died."""
@@ -165,6 +169,10 @@ class Process:
         for number in (signal.SIGCONT, signal.SIGKILL):
             self.signal(number)
         self.popen.wait()
+        self._pumping.join()
+        if self.popen.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.popen.stdin.close()
 
     def tail(self) -> str:
         """The end of its log."""
@@ -172,15 +180,18 @@ class Process:
 
 
 class Fleet:
-    """A server and workers; all of them end with the context."""
+    """A server and workers; all of them end with the context. Without a `server` nobody knows of the others."""
 
-    def __init__(self, network: Network | None = None) -> None:
+    def __init__(self, network: Network | None = None, *, server: bool = True) -> None:
         self._stack = ExitStack()
         self._network = network
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.workers: list[Process] = []
         self._port = "0"
-        self.start_server()
+        self.server: subprocess.Popen[bytes] | None = None
+        self.address = ""
+        if server:
+            self.start_server()
 
     def start_server(self) -> None:
         """Starts the server, or starts it again on the same port with the same state."""
@@ -189,14 +200,20 @@ class Fleet:
         arguments = ["--host", host, "--port", self._port, "--store-path", str(self._folder / "state.sqlite3")]
         with log.open("w") as stderr:
             command = [sys.executable, "-m", "mxserver", *arguments, "--metrics-port", "0", "--files-port", "0"]
-            self.server = subprocess.Popen(command, stderr=stderr, cwd=ROOT)
+            self.server = server = subprocess.Popen(command, stderr=stderr, cwd=ROOT)
         deadline = time.monotonic() + 30
         while not (found := re.findall(r"listening on (\S+)", log.read_text())):
-            if time.monotonic() > deadline or self.server.poll() is not None:
+            if time.monotonic() > deadline or server.poll() is not None:
                 raise FleetError(f"the server did not start: {log.read_text()[-1000:]}")
             time.sleep(0.02)
         self.address = found[0]
         self._port = self.address.rpartition(":")[2]
+
+    def kill_server(self) -> None:
+        """By SIGKILL, if there is one."""
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
 
     def add(
         self,
@@ -235,8 +252,7 @@ class Fleet:
     ) -> None:
         for worker in self.workers:
             worker.end()
-        self.server.kill()
-        self.server.wait()
+        self.kill_server()
         self._stack.close()
 
 

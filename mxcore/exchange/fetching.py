@@ -104,11 +104,12 @@ class _Target:
         """By name, once everything has arrived. Raises DestinationMismatch."""
         into, new = self.into, self.new
         if new is not None:
-            found = {info.name: new.tensor(info) for info in self.wanted}
             if into is None:
+                found = {info.name: new.tensor(info) for info in self.wanted}
                 return found if self.device == new.device else {name: it.to(self.device) for name, it in found.items()}
-            for name, tensor in found.items():
-                copy_into(into[name], tensor, name)
+            for info in self.wanted:
+                copy_into(into[info.name], new.tensor(info, into[info.name]), info.name)
+            synchronize(into)
         return {info.name: into[info.name] for info in self.wanted} if into is not None else {}
 
 
@@ -123,10 +124,12 @@ class _Memory:
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise SettingError(f"device={device!r}: host memory (cpu) and CUDA devices (cuda:0) are supported")
         if device != "cpu" and self._framework != "torch":
-            raise SettingError(f"device={device!r} needs torch; {self._framework} has host memory only")
+            raise SettingError(
+                f"device={device!r} needs torch; {self._framework} has host memory only (or give into= arrays there)"
+            )
         if into is not None:
             synchronize(into)
-            self._layout, self._placement = build_layout("raw", described(into, gaps=True))
+            self._layout, self._placement = build_layout("raw", described(into, filled=True))
 
     @classmethod
     def of(cls, into: Mapping[str, Any]) -> Self:
@@ -189,8 +192,8 @@ def fetch(
     `wait_seconds`. `names` takes some of the tensors, and little more than their bytes travels.
 
     New tensors are made by `framework` (torch where it is installed, else numpy, which gets types that it lacks as
-    bytes) on `device`, torch's name of one; `names` on a device pass host memory. With `into` (tensors by name, or an
-    nn.Module), those are filled, and must have exactly the names that are wanted, with the same shapes and dtypes:
+    bytes) on `device`, torch's name of one; `names` on a device pass host memory. With `into` (what `publish` takes),
+    those are filled, and must have exactly the names that are wanted, with the same shapes and dtypes:
     straight where they also lie in memory as the publisher's do, as fresh contiguous ones do, else by a copy in host
     memory.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import util
 from types import TracebackType
 from typing import Any, Self
 
-from mxcore.exchange.tensors import NewTensors, Tensors, by_name, copy_into, described, framework_of, synchronize
+from mxcore.exchange.device_arrays import copy_extents_to_host
+from mxcore.exchange.tensors import NewTensors, Tensors, by_name, described, framework_of, synchronize
 from mxcore.exchange.versions import identity_of, settings_of, version_text
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement, build_layout
 from mxcore.transfer.member import Membership
@@ -23,13 +24,14 @@ class Published:
     """Tensors that this process serves until `close`, the end of the `with` block, or of the process. Thread-safe.
 
     They must not be changed meanwhile: whoever fetches compares every byte with digests that were made at the start,
-    and refuses what differs.
+    and refuses what differs; and when this process itself finds a change, it serves them no more (`withdrawn`).
     """
 
-    def __init__(self, member: Membership, name: str, version: str) -> None:
+    def __init__(self, member: Membership, name: str, version: str, withdrawn: Sequence[str] = ()) -> None:
         self.name = name
         self.version = version
         self._member = member
+        self._withdrawn = withdrawn  # grows by a line when the member finds its memory changed
         # A child of multiprocessing runs no atexit functions, but these.
         self._at_exit = util.Finalize(None, member.close, exitpriority=100)
 
@@ -47,6 +49,11 @@ class Published:
     def endpoint(self) -> str | None:
         """host:port that readers call; None once it is closed."""
         return self._member.endpoint
+
+    @property
+    def withdrawn(self) -> str:
+        """Why nobody is served any more although it was not closed: the tensors have changed. Else empty."""
+        return self._withdrawn[0] if self._withdrawn else ""
 
     @property
     def total_bytes(self) -> int:
@@ -84,6 +91,7 @@ class Published:
 
     def __repr__(self) -> str:
         state = f"{self.total_bytes} bytes at {self.endpoint}" if self.endpoint else "closed"
+        state = f"withdrawn, {self.withdrawn}" if self.withdrawn else state
         return f"<Published {self.name!r} version {self.version}, rank {self.rank}: {state}>"
 
 
@@ -100,10 +108,10 @@ def publish(
     """Serves `tensors` to all who `fetch` this name and version, until the result is closed.
 
     `tensors` are torch or numpy tensors by name, or an nn.Module (its `state_dict`), all in host memory or all on CUDA
-    devices; tied ones travel once. They are served where they are, and must not change until `close`; with `copy` a
-    copy in host memory is served, and they may. Where a model is in parts, each process publishes its own under its
-    `rank`. Several processes may publish equal bytes under one version; where the bytes differ, nobody is believed
-    unless most agree (docs/threat-model.md).
+    devices, there also other arrays (`__cuda_array_interface__`: cupy, numba, jax); tied ones travel once. They are
+    served where they are, and must not change until `close`; with `copy` a copy in host memory is served, and they may.
+    Where a model is in parts, each process publishes its own under its `rank`. Several processes may publish equal
+    bytes under one version; where the bytes differ, nobody is believed unless most agree (docs/threat-model.md).
 
     `server` is host:port or https://host:port, by default that of MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; `settings`
     are others of docs/settings.md, by name, before the environment's. Certificates and tokens are the environment's.
@@ -125,6 +133,8 @@ def publish(
     else:
         layout, placement = build_layout("raw", described(given))
     member = Membership(chosen, identity, rank, placement.device_type, chunk_bytes=chunk_bytes_of(layout))
+    withdrawn: list[str] = []
+    member.on_bad_memory = withdrawn.append
     try:
         member.join(required=True)
         member.serve(layout, placement, {}, keep_alive=keep)
@@ -133,7 +143,7 @@ def publish(
     except BaseException:
         member.close()
         raise
-    return Published(member, name, identity.revision)
+    return Published(member, name, identity.revision, withdrawn)
 
 
 def chunk_bytes_of(layout: Layout) -> int:
@@ -154,6 +164,5 @@ def _copied(given: Mapping[str, Any]) -> tuple[NewTensors, Layout, Placement]:
         ):
             ctypes.memmove(destination, source, size_bytes)
     else:
-        for info in layout.tensors:
-            copy_into(new.tensor(info), given[info.name], info.name)
+        copy_extents_to_host(layout, placement, new.placement)
     return new, layout, new.placement

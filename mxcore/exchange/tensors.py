@@ -1,4 +1,5 @@
-"""Tensors of torch or numpy as a transfer sees them, and new ones in the form of somebody else's. Imports neither."""
+"""Tensors of torch or numpy, and arrays on CUDA devices, as a transfer sees them; and new ones in the form of somebody
+else's. Imports neither torch nor numpy before it needs one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias
 
-from mxcore.errors import DestinationMismatch, LayoutMismatch, LayoutUnsupported
+from mxcore.errors import LayoutMismatch, LayoutUnsupported
+from mxcore.exchange.device_arrays import (
+    described_array,
+    dtype_name,
+    fill_array,
+    is_device_array,
+    synchronize_all,
+    why_not_moved,
+)
 from mxcore.memory import HostBuffer
 from mxcore.storage.checkpoint import DTYPES, Framework
 from mxcore.transfer.layout import Layout, LayoutTensor, LocalTensor, Placement
@@ -16,7 +25,7 @@ from mxcore.transfer.layout import Layout, LayoutTensor, LocalTensor, Placement
 __all__ = ["NewTensors", "Tensors", "by_name", "copy_into", "described", "framework_of", "synchronize"]
 
 Tensors: TypeAlias = Mapping[str, Any] | Any
-"""Torch or numpy tensors by name, or an `nn.Module`: then those of its `state_dict`."""
+"""Torch or numpy tensors by name, or arrays with `__cuda_array_interface__`; or an `nn.Module`: its `state_dict`."""
 
 _ALIGNED_BYTES = 64
 _DEVICES: Mapping[str, Literal["cpu", "cuda"]] = {"cpu": "cpu", "cuda": "cuda"}
@@ -39,24 +48,25 @@ def by_name(tensors: Tensors) -> dict[str, Any]:
     wrong = [f"{name!r} ({_kind(value)})" for name, value in found.items() if not _is_tensor(value)]
     wrong += [f"{name!r} (not a name)" for name in found if not isinstance(name, str) or not name]
     if wrong:
-        raise LayoutUnsupported(f"these are no torch or numpy tensors: {_some(wrong)}")
+        raise LayoutUnsupported(f"these are no torch or numpy tensors, nor arrays on CUDA devices: {_some(wrong)}")
     if not found:
         raise LayoutUnsupported("there are no tensors")
     return found
 
 
-def described(tensors: Mapping[str, Any], *, gaps: bool = False) -> list[LocalTensor]:
+def described(tensors: Mapping[str, Any], *, filled: bool = False) -> list[LocalTensor]:
     """As a layout is built of them. Raises LayoutUnsupported for what cannot be moved, with the names and reasons.
 
-    Without `gaps`, tensors with gaps between their elements are refused: what lies there would travel too.
+    Those that are to be `filled` must be writable; of others, those with gaps between their elements are refused: what
+    lies there would travel too.
     """
     found, wrong = [], []
     for name, tensor in tensors.items():
-        if reason := _why_not(tensor):
+        if reason := _why_not(tensor) or (_why_not_filled(tensor) if filled else ""):
             wrong.append(f"{name!r} ({reason})")
             continue
-        local = _of_torch(name, tensor) if _is_torch(tensor) else _of_numpy(name, tensor)
-        if not gaps and local.span_bytes > math.prod(local.shape) * local.itemsize_bytes:
+        local = _local(name, tensor)
+        if not filled and local.span_bytes > math.prod(local.shape) * local.itemsize_bytes:
             wrong.append(f"{name!r} (there are gaps between its elements: make it contiguous)")
         found.append(local)
     if wrong:
@@ -65,14 +75,15 @@ def described(tensors: Mapping[str, Any], *, gaps: bool = False) -> list[LocalTe
 
 
 def synchronize(tensors: Mapping[str, Any]) -> None:
-    """Waits for what was queued on the devices of torch tensors."""
+    """Waits for what was queued on the devices that tensors are on."""
+    synchronize_all(tensor for tensor in tensors.values() if _is_other_device_array(tensor))
     devices = {tensor.device for tensor in tensors.values() if _is_torch(tensor) and tensor.device.type == "cuda"}
     for device in devices:
         sys.modules["torch"].accelerator.synchronize(device)
 
 
 def framework_of(tensors: Mapping[str, Any]) -> Framework:
-    """That of these tensors: torch where any of them is one of torch."""
+    """That of these tensors: torch where any of them is one of torch; numpy for arrays on devices that are none."""
     return "torch" if any(map(_is_torch, tensors.values())) else "numpy"
 
 
@@ -120,8 +131,11 @@ class NewTensors:
             buffer.close_after_exports()
         return address, 0
 
-    def tensor(self, info: LayoutTensor) -> Any:
-        """A tensor on this memory; one that would be misaligned there is a copy."""
+    def tensor(self, info: LayoutTensor, like: Any = None) -> Any:
+        """A tensor on this memory; one that would be misaligned there is a copy.
+
+        One that is to be copied into `like` has a type for that, also where numpy lacks its own.
+        """
         dtype = _BY_NAME[info.dtype]
         name = dtype.torch_name if self._is_torch else dtype.numpy_name
         itemsize = dtype.bits // 8
@@ -132,6 +146,8 @@ class NewTensors:
         begin = self._begins[info.extent] + info.offset_bytes
         stretch = self._bytes[begin : begin + _span(info) * itemsize]
         kind = getattr(self._module, name, None) if name is not None else None
+        if like is not None and not self._is_torch:
+            kind = self._module.dtype(f"u{itemsize}") if _is_other_device_array(like) else like.dtype
         if kind is None:  # numpy has no such type, or this torch is too old
             return stretch
         if begin % itemsize:
@@ -144,15 +160,16 @@ class NewTensors:
 
 
 def copy_into(destination: Any, source: Any, name: str) -> None:
-    """Copies one tensor's elements into another one of the same framework. Raises DestinationMismatch."""
+    """Copies one tensor's elements into another one: of the same framework, or a numpy array's to a device.
+
+    Raises DestinationMismatch, CudaError.
+    """
     if _is_torch(destination):
         destination.detach().copy_(source)
-    elif str(source.dtype) == str(destination.dtype):
-        destination[...] = source
-    elif destination.flags.c_contiguous and source.nbytes == destination.nbytes:  # of a type that numpy lacks
-        destination.reshape(-1).view(source.dtype)[...] = source
+    elif _is_other_device_array(destination):
+        fill_array(destination, source.copy(order="C"), name)
     else:
-        raise DestinationMismatch(f"{name}: a {destination.dtype} array that is not contiguous cannot be filled")
+        destination[...] = source
 
 
 def _span(info: LayoutTensor) -> int:
@@ -182,12 +199,22 @@ def _is_torch(value: Any) -> bool:
     return hasattr(value, "data_ptr") and hasattr(value, "untyped_storage")
 
 
+def _is_other_device_array(value: Any) -> bool:
+    return not _is_torch(value) and is_device_array(value)
+
+
 def _is_tensor(value: Any) -> bool:
-    return _is_torch(value) or (hasattr(value, "__array_interface__") and hasattr(value, "strides"))
+    if _is_torch(value) or is_device_array(value):
+        return True
+    return hasattr(value, "__array_interface__") and hasattr(value, "strides")
 
 
 def _why_not(tensor: Any) -> str:
     """Why a tensor cannot be moved; empty if it can."""
+    if _is_other_device_array(tensor):
+        if (name := dtype_name(tensor)) not in _OF_NUMPY:
+            return f"dtype {name or tensor.__cuda_array_interface__['typestr']}"
+        return why_not_moved(tensor)
     if not _is_torch(tensor):
         if not tensor.dtype.isnative or tensor.dtype.name not in _OF_NUMPY:
             return f"dtype {tensor.dtype}"
@@ -201,6 +228,22 @@ def _why_not(tensor: Any) -> str:
     if tensor.device.type not in _DEVICES:
         return f"on {tensor.device}: host memory and CUDA devices are supported"
     return "" if str(tensor.dtype) in _BY_NAME else f"dtype {tensor.dtype}"
+
+
+def _why_not_filled(tensor: Any) -> str:
+    """Why nothing can be written there; empty if it can."""
+    if _is_torch(tensor):
+        return ""
+    interface = getattr(tensor, "__cuda_array_interface__", None) or tensor.__array_interface__
+    return "it is read-only" if interface["data"][1] else ""
+
+
+def _local(name: str, tensor: Any) -> LocalTensor:
+    if _is_torch(tensor):
+        return _of_torch(name, tensor)
+    if is_device_array(tensor):
+        return described_array(name, tensor, f"torch.{_OF_NUMPY[dtype_name(tensor)]}")
+    return _of_numpy(name, tensor)
 
 
 def _of_torch(name: str, tensor: Any) -> LocalTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from collections.abc import Mapping
 from mxcore.errors import NoSource
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.transfer.member import PROTOCOL_VERSION
-from mxserver.wire import ServerUnreachable, SettingError
+from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, source_id
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.proto import mx_pb2, p2p_pb2
 
 __all__ = ["identity_of", "settings_of", "version_text", "wait_for_version"]
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_PARAMETER = "published"
 """The extra parameter of what was published by `publish`: a digest of name and version, which ids do not lower-case."""
@@ -67,31 +70,79 @@ def wait_for_version(
 ) -> str:
     """The version that a process has complete for this rank: the one that is asked for, or the newest.
 
-    Waits for it at most `wait_seconds`. The newest is the highest number; other versions have no order.
+    Waits for it at most `wait_seconds`. The newest is the highest number; other versions have no order. A publisher
+    that withdrew it, since its memory had changed, is logged at once: another one may still publish it.
 
     Raises:
-        NoSource: nobody has it in time; the message says what there is.
+        NoSource: nobody has it in time; the message says what there is, and what was withdrawn.
         ServerUnreachable: no answer from the server at the end of the wait.
         ServerRefused: the server says no.
     """
     deadline = time.monotonic() + wait_seconds
     pause = _FIRST_PAUSE_SECONDS
     known: dict[str, str | None] = {}
+    withdrawn = _Withdrawn(client, name, version, rank)
     while True:
         failure: ServerUnreachable | None = None
         try:
             there = _versions(client, name, rank, known)
             if (found := _chosen(name, there, version, newer_than)) is not None:
                 return found
+            withdrawn.look(last=deadline <= time.monotonic())
         except ServerUnreachable as error:
             failure = error
         left = deadline - time.monotonic()
         if left <= 0:
             if failure is not None:
                 raise failure
-            raise NoSource(_nobody(name, there, version, rank, newer_than, wait_seconds))
+            raise NoSource(_nobody(name, there, version, rank, newer_than, wait_seconds) + withdrawn.text())
         time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+class _Withdrawn:
+    """Publishers of what is waited for that found their own memory changed, and serve it no more."""
+
+    def __init__(self, client: ServerClient, name: str, version: str | None, rank: int) -> None:
+        self._client = client
+        self._name = name
+        self._version = version
+        self._rank = rank
+        self._looks = 0
+        self._told: dict[str, str] = {}
+
+    def look(self, *, last: bool) -> None:
+        """Asks at the first, second, fourth, eighth ... call and at the `last`; logs each worker once."""
+        self._looks += 1
+        if self._looks & (self._looks - 1) and not last:
+            return
+        try:
+            doubts = self._client.doubts()
+        except ServerRefused:  # a server that keeps none
+            return
+        for doubt in doubts:
+            if doubt.kind != mx_pb2.DOUBT_KIND_OWN_MEMORY or doubt.worker_rank != self._rank:
+                continue
+            if doubt.worker_id not in self._told and self._is_wanted(doubt):
+                self._told[doubt.worker_id] = doubt.text
+                logger.warning(
+                    "%s of %r was withdrawn by its publisher %s: %s",
+                    "a version" if self._version is None else f"version {self._version}",
+                    self._name,
+                    doubt.worker_id,
+                    doubt.text,
+                )
+
+    def _is_wanted(self, doubt: mx_pb2.Doubt) -> bool:
+        if self._version is not None:
+            return doubt.mx_source_id == source_id(identity_of(self._name, self._version))
+        record = self._client.get_metadata(doubt.mx_source_id, doubt.worker_id)
+        return record is not None and record.identity.model_name == self._name
+
+    def text(self) -> str:
+        """The end of a message; empty when there are none."""
+        workers = [f"; worker {worker} withdrew it: {text}" for worker, text in list(self._told.items())[:2]]
+        return "".join(workers)
 
 
 def _versions(client: ServerClient, name: str, rank: int, known: dict[str, str | None]) -> set[str]:

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from mxserver.calls import refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
+from mxserver.services.publish_request import PublishRequest
 from mxserver.store import (
     Leases,
     NotOwner,
@@ -70,26 +71,27 @@ class P2pService:
 
     def add_to(self, server: grpc.Server) -> None:
         methods: dict[str, tuple[Any, Any, Any]] = {
-            "PublishMetadata": (self.PublishMetadata, record_pb2.PublishRequest, p2p_pb2.PublishMetadataResponse),
-            "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest, p2p_pb2.ListSourcesResponse),
-            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest, record_pb2.RecordResponse),
-            "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest, p2p_pb2.UpdateStatusResponse),
+            "PublishMetadata": (self.PublishMetadata, PublishRequest.parse, p2p_pb2.PublishMetadataResponse),
+            "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest.FromString, p2p_pb2.ListSourcesResponse),
+            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest.FromString, record_pb2.RecordResponse),
+            "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest.FromString, p2p_pb2.UpdateStatusResponse),
         }
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            name: grpc.unary_unary_rpc_method_handler(method, asked.FromString, answered.SerializeToString)
-            for name, (method, asked, answered) in methods.items()
+            name: grpc.unary_unary_rpc_method_handler(method, parse, answered.SerializeToString)
+            for name, (method, parse, answered) in methods.items()
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     @_refuses
     def PublishMetadata(  # noqa: N802
-        self, request: record_pb2.PublishRequest, context: grpc.ServicerContext
+        self, published: PublishRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.PublishMetadataResponse:
+        request = published.facts
         if missing := _missing_to_publish(request):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
         if too_long := _too_long_to_publish(request, self._limits):
             return p2p_pb2.PublishMetadataResponse(success=False, message=too_long)
-        record = self._store.publish(_publication(request))
+        record = self._store.publish(_publication(request, published.worker))
         self._loads.published(record.key, request)
         pod = (request.pod_namespace, request.pod_name) if request.pod_name else ()
         _LOG.info(
@@ -236,15 +238,13 @@ def _too_long_to_publish(request: record_pb2.PublishRequest, limits: ServerLimit
     return limits.refusal(over[2], f"{over[0]} has {over[1]} bytes") if over else None
 
 
-def _publication(request: record_pb2.PublishRequest) -> Publication:
+def _publication(request: record_pb2.PublishRequest, metadata: bytes) -> Publication:
     worker = request.worker
     status = worker.status if worker.status in _STATUSES else _UNKNOWN
-    worker.ClearField("status")
-    worker.ClearField("updated_at")
     return Publication(
         key=RecordKey(source_id(request.identity), request.worker_id, worker.worker_rank),
         identity=request.identity.SerializeToString(),
-        worker=worker.SerializeToString(),
+        worker=metadata,
         model_name=request.identity.model_name,
         accelerator=worker.accelerator,
         topology=dict(worker.topology),

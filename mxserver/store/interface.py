@@ -53,7 +53,7 @@ class SourceRecord:
     life: int  # the epoch with which this life of the worker began
     updated_at_ms: int
     identity: bytes  # SourceIdentity, serialised
-    worker: bytes  # WorkerMetadata, serialised, without status and updated_at
+    worker: bytes  # WorkerMetadata as it was published; its status and updated_at count no more
     model_name: str
     accelerator: str
     topology: Mapping[str, str]

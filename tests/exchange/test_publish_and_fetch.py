@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from mxcore import MxError, fetch, publish
 from mxcore.errors import ChunksMissing, LayoutMismatch, LayoutUnsupported, NoSource, SourceUnreachable
 from mxcore.transfer.serve import SelfCheck
 from mxserver.wire import ServerUnreachable, SettingError
+from tests.transfer.conftest import wait_for
 
 Arrays = dict[str, Any]
 At = dict[str, Any]
@@ -122,6 +124,23 @@ def test_memory_that_exists_is_filled(at: At, name: str) -> None:
         assert part["scale"] == weights["scale"]
 
 
+def test_memory_that_is_read_only_is_refused(at: At, name: str) -> None:
+    into = {"a": np.zeros(4)}
+    into["a"].flags.writeable = False
+    with publish(name, {"a": np.ones(4)}, version=1, **at), pytest.raises(LayoutUnsupported, match="it is read-only"):
+        fetch(name, 1, into=into, **at)
+    assert not into["a"].any()
+
+
+def test_types_that_numpy_lacks_keep_their_order_in_memory_that_exists(at: At, name: str) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="numpy's bfloat16 is its")
+    halves = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.bfloat16).T
+    into = {"a": np.zeros((4, 3), ml_dtypes.bfloat16)}
+    with publish(name, {"a": halves}, version=1, **at):
+        fetch(name, 1, into=into, **at)
+    np.testing.assert_array_equal(into["a"].astype(np.float32), halves.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -155,6 +174,28 @@ def test_a_flipped_byte_is_refused(at: At, name: str, monkeypatch: pytest.Monkey
         weights["layers.5"].view(np.uint8)[3, 1234] ^= 1
         with pytest.raises(ChunksMissing, match="is not what its digest promises"):
             fetch(name, 1, **at)
+
+
+def test_what_its_publisher_withdrew_is_told_at_once(at: At, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And waited for only where that was asked for: another process may publish it again."""
+    weights, found = arrays(), []
+    said = r"worker \w+ withdrew it: chunks \[\d+\] of the weights in memory are not what their digests promise"
+    with publish(name, weights, version=1, **at) as bad:
+        weights["layers.5"].view(np.uint8)[3, 1234] ^= 1
+        assert re.fullmatch(r"chunks \[\d+\] of the weights in memory .*", wait_for(lambda: bad.withdrawn))
+        assert "withdrawn, chunks" in repr(bad)
+        for version in (1, None):
+            with pytest.raises(NoSource, match=said):
+                fetch(name, version, **at)
+        caplog.clear()
+        waiting = threading.Thread(
+            target=lambda: found.append(fetch(name, 1, wait_seconds=60, framework="numpy", **at))
+        )
+        waiting.start()
+        wait_for(lambda: f"version 1 of '{name}' was withdrawn by its publisher {bad.worker_id}" in caplog.text)
+        with publish(name, arrays(), version=1, **at):
+            waiting.join(60)
+            assert_equal(found[0], arrays())
 
 
 def test_publishers_of_one_version_that_differ_are_not_believed(at: At, name: str) -> None:
@@ -213,7 +254,7 @@ def test_what_shares_serves_when_the_publisher_has_left(at: At, name: str) -> No
     [
         ({}, "there are no tensors"),
         ([1.0], "as a dict by name or as an nn.Module, not as list"),
-        ({"a": 1.0, "b": np.zeros(1)}, r"no torch or numpy tensors: 'a' \(float\)"),
+        ({"a": 1.0, "b": np.zeros(1)}, r"no torch or numpy tensors, nor .*: 'a' \(float\)"),
         ({"a": np.zeros((4, 4))[:, :2]}, r"'a' \(there are gaps between its elements"),
         ({"a": np.zeros(4)[::-1]}, r"'a' \(a negative stride\)"),
         ({"a": np.zeros(4, ">f4")}, r"'a' \(dtype >f4\)"),

@@ -10,6 +10,8 @@ from bench.bench_chaos import choose
 from bench.bench_transfer import TRANSPORTS, Rates, figures_of
 from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import CHUNKS, flip_bytes
+from bench.chaos.liars import receive_from_liars
+from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
 from bench.transfer import registration
 from bench.transfer.shapes import MANY, MIX, SHAPES, scaled, total_bytes
@@ -70,6 +72,17 @@ def test_the_figures_of_chaos() -> None:
     assert (figures["resent_ratio"], figures["max_notice_seconds"]) == (0.015, 4.2)
     assert figures["kills_of_a_target_with_a_stalled_source"] == 2
     assert Tally().figures()["max_notice_seconds"] == 0.0
+
+
+def test_a_liar_among_three_is_not_believed() -> None:
+    lied = receive_from_liars(3, seed=1, shares={"tcp": 1.0})
+    assert (lied.receives, lied.wrong, lied.by_peers) == (3, 0, 3)
+
+
+def test_strangers_make_a_worker_hold_little() -> None:
+    beset = strangers_beside(1.0, seed=1)
+    assert beset.calls > 0 == beset.wrong
+    assert beset.growth_mib <= 64
 
 
 def test_which_faults_are_chosen() -> None:

@@ -97,7 +97,10 @@ class PeerRung(Rung[Loaded]):
     def _nobody(self) -> str:
         failed = self._tried.failed
         others = f" but those that failed ({', '.join(sorted(failed))})" if failed else ""
-        return f"no worker{others} has these weights for rank {self._context.rank}"
+        membership = self._membership()
+        nearest = membership.nearest() if membership is not None else ""
+        told = f"; {nearest}" if nearest else ""
+        return f"no worker{others} has these weights for rank {self._context.rank}{told}"
 
     def load(self) -> Loaded:
         """A model with the sources' weights; raises TransferError, and whatever building a model raises."""

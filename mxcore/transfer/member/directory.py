@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 
+from mxcore.transfer.member.differences import differences
 from mxcore.transfer.move import Source
+from mxserver.wire import WireError
 from mxserver.wire.calls import ServerClient, canonical_json
 from mxserver.wire.proto import p2p_pb2
 
@@ -19,6 +21,7 @@ CHECKPOINT_PARAMETER = "checkpoint"
 
 _ENDPOINT_SECONDS = 5.0  # before a record is asked for again, unless it was updated
 _CANDIDATES = 16  # of each status: workers whose records are asked for
+_NEAREST = 4  # workers with other identities whose records are compared with this one's
 
 
 class Directory:
@@ -61,6 +64,30 @@ class Directory:
         statuses = [p2p_pb2.SOURCE_STATUS_READY, *([] if ready else [p2p_pb2.SOURCE_STATUS_INITIALIZING])]
         refs = [ref for status in statuses for ref in self._client.list_sources(identity, status=status)]
         return {ref.worker_rank for ref in refs}
+
+    def nearest(self, identity: p2p_pb2.SourceIdentity) -> str:
+        """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
+
+        Empty if there is none, or if the server does not say; raises nothing.
+        """
+        try:
+            refs = self._client.list_sources(
+                model_name=identity.model_name,
+                status=p2p_pb2.SOURCE_STATUS_READY,
+                worker_rank=self._worker_rank,
+                limit=_NEAREST,
+            )
+            others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != self._worker_id}
+            records = {name: self._client.get_metadata(source_id, name) for name, source_id in others.items()}
+        except WireError as error:
+            logger.debug("who else has %s is not known: %s", identity.model_name, error)
+            return ""
+        found = [
+            (len(told), f"worker {name} has {', '.join(told)}")
+            for name, record in records.items()
+            if record is not None and (told := differences(record.identity, identity))
+        ]
+        return min(found, default=(0, ""))[1]
 
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The identity of complete holders that equals `identity` in all but the checkpoint.

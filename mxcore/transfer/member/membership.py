@@ -151,9 +151,8 @@ class Membership:
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
 
-        With `receiving`, also those that are still receiving and serve what they have, at the end. With
-        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are equal in
-        everything else are taken if they all have the same checkpoint, which becomes this worker's.
+        With `receiving`, also those that still receive, at the end. With `match_any_checkpoint`, this worker has no
+        weight files: holders that are equal in all else are taken if all have one checkpoint, which becomes its own.
         """
         with self._listing:
             return self._listed(match_any_checkpoint=match_any_checkpoint, receiving=receiving)
@@ -170,6 +169,10 @@ class Membership:
                 return []
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
+
+    def nearest(self) -> str:
+        """In what complete holders of this model differ, of the one that differs least; empty if there is none."""
+        return self._directory.nearest(self.identity) if self._directory else ""
 
     def wait_for_source(
         self,

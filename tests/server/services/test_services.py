@@ -15,7 +15,6 @@ from grpc_health.v1 import health_pb2 as standard_pb2
 from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
-from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.store import SqliteStore
@@ -248,19 +247,14 @@ def test_load_that_is_no_number_is_left_out(p2p: p2p_pb2_grpc.P2pServiceStub, lo
     assert not reference.HasField("source_load")
 
 
-def test_messages_of_100_mib_pass_where_the_limit_is_raised() -> None:
+def test_messages_of_100_mib_pass(tmp_path: Path) -> None:
     metadata = os.urandom(1024) * (99 * 1024)
-    flags = {"host": "127.0.0.1", "port": "0", "store": "memory", "limits": "publish_bytes=100MiB"}
+    flags = {"host": "127.0.0.1", "port": "0", "store": "sqlite", "store_path": str(tmp_path / "state.sqlite3")}
     with contextlib.closing(Server(load_settings(flags))) as server, ServerClient(f"127.0.0.1:{server.port}") as client:
         client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
         response = client.get_metadata(SOURCE, "big")
         assert response is not None
         assert response.worker.nixl_metadata == metadata
-
-
-def test_messages_over_the_limit_are_refused(client: ServerClient) -> None:
-    with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
-        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(DEFAULT.publish_bytes)), "big")
 
 
 def test_ping(channel: grpc.Channel) -> None:
