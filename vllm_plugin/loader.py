@@ -36,6 +36,8 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         Raises only what vLLM's default loader raises: whatever fails in ours is a line in the log, and storage. For
         mx-target there is no storage: it raises NoSource, or what keeps us from working at all.
         """
+        if compat.is_draft(vllm_config, model_config):
+            self._refuse_unverified("draft models")
         try:
             from vllm_plugin.engine import load_model
         except Exception:
@@ -53,13 +55,13 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Loads from storage into a model that exists, as vLLM's default loader; first we stop serving it."""
         self._withdraw()
-        self._refuse_unverified()
+        self._refuse_unverified("weights that are loaded anew into a model")
         self._storage().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Any], None, None]:
         """The checkpoint's tensors, with which vLLM reloads weights in place; first we stop serving them."""
         self._withdraw()
-        self._refuse_unverified()
+        self._refuse_unverified("weights that are loaded anew into a model")
         yield from self._storage().get_all_weights(model_config, model)
 
     def _storage(self) -> DefaultModelLoader:
@@ -71,13 +73,12 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         said = given.get("model_signature", given.get("mx_model_signature", os.environ.get("MX_MODEL_SIGNATURE", "")))
         return str(said).strip().lower() not in ("", "off")
 
-    def _refuse_unverified(self) -> None:
+    def _refuse_unverified(self, what: str) -> None:
         if self._has_to_be_signed():
             from mxcore.errors import SignatureError
 
             raise SignatureError(
-                "weights that are loaded anew into a model are not verified, and MX_MODEL_SIGNATURE=require: start the "
-                "engine again"
+                f"{what} are not verified, and MX_MODEL_SIGNATURE=require: nothing of them is loaded (docs/signing.md)"
             )
 
     def _withdraw(self) -> None:

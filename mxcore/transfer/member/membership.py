@@ -73,11 +73,8 @@ class Membership:
         tls, progress_thread = self._policy.serving(accelerator)
         early = tls if self._policy.needs_agent(accelerator) else None
         self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
-        self._client = (
-            ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
-            if settings.server_address
-            else None
-        )
+        address = settings.server_address
+        self._client = ServerClient(address, timeout_seconds=settings.server_timeout_seconds) if address else None
         self._record = WorkerRecord(
             self._client,
             identity,
@@ -88,9 +85,8 @@ class Membership:
             served=self._served,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = (
-            threading.RLock()
-        )  # guards what is served; never held around calls to the record, which calls `_served`
+        # Guards what is served; never held around calls to the record, which calls `_served`.
+        self._lock = threading.RLock()
         self._closed = False
         self._directory = Directory(self._client, self.worker_id, worker_rank, self._signed) if self._client else None
         self._election: StorageElection | None = None
