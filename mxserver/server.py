@@ -209,7 +209,7 @@ class Server:
         )
         P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetService(self._store, self._operations.doubts, self._clock), server
+            FleetService(self._store, self._operations.doubts, self._operations.refusals, self._clock), server
         )
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server

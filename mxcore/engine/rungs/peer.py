@@ -104,6 +104,13 @@ class PeerRung(Rung[Loaded]):
 
     def load(self) -> Loaded:
         """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
+        try:
+            return self._loaded()
+        except Exception as error:
+            self._context.refused("receive", error)
+            raise
+
+    def _loaded(self) -> Loaded:
         context, is_raw = self._context, self._kind == "raw"
         weights, keeping = Weights(self._kind, context.engine.device), Keeping(context)
         attempt = self._attempt = _Attempt(weights)

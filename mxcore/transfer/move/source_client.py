@@ -44,6 +44,7 @@ class Source:
     load: float = 0.0
     receiving: bool = False  # it has only a part yet
     owner: str = ""
+    distance: int = 0  # by place (member/place.py); 0 is the nearest
 
 
 class SourceClient(Closing):
