@@ -6,6 +6,7 @@ value, rule), a misspelt name warns with the nearest known one, and what Kuberne
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -212,5 +213,15 @@ def _address_towards(server_address: str | None) -> str:
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError as error:
-        logger.warning("no way to %s (%s): this worker advertises 127.0.0.1; set MX_WORKER_HOST", host, error)
-        return "127.0.0.1"
+        guess = _address_of_default_route()
+        logger.warning("no way to %s yet (%s): this worker advertises %s; set MX_WORKER_HOST", host, error, guess)
+        return guess
+
+
+def _address_of_default_route() -> str:
+    """For a server whose name resolves later: this host's address towards the world; loopback without a route there."""
+    for family, nobodys in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((nobodys, 9))
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"
