@@ -6,13 +6,12 @@ value, rule), a misspelt name warns with the nearest known one, and what Kuberne
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import socket
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,7 +19,7 @@ from mxcore.load_ladder import RUNGS, chosen_rungs
 from mxcore.storage.plan import parse_bytes
 from mxserver.wire import SettingError, environment, is_host, nearest, parse_server_address, split_scheme
 
-__all__ = ["WorkerSettings", "load_settings"]
+__all__ = ["OwnAddress", "WorkerSettings", "load_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,21 @@ _URL, _ADDRESS = "MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS"
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECRET = re.compile(r"//[^/]*@")
+TOPOLOGY_LEVELS = ("region", "zone", "datacenter", "block", "rack", "host")
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+
+
+class OwnAddress(NamedTuple):
+    """A host, and whether it is a guess: there is no way to the server yet (its name may resolve later)."""
+
+    host: str
+    guessed: bool = False
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is reached from this host alone; a guess never counts as that."""
+        local = self.host in _LOOPBACK_NAMES or self.host.startswith("127.") or self.host == "::1"
+        return local and not self.guessed
 
 
 class WorkerSettings(BaseModel):
@@ -59,6 +72,9 @@ class WorkerSettings(BaseModel):
     chunk_tls: Literal["auto", "off"] = Field("auto", alias="MX_CHUNK_TLS")
     tcp_connections: int = Field(0, alias="MX_TCP_CONNECTIONS", ge=0, le=8)
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
+    topology: str = Field("", alias="MX_TOPOLOGY", max_length=65536)
+    topology_required: str = Field("", alias="MX_TOPOLOGY_REQUIRED", max_length=64)
+    topology_levels: tuple[str, ...] = Field(TOPOLOGY_LEVELS, alias="MX_P2P_TOPOLOGY_LEVELS", min_length=1)
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
     storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
@@ -94,6 +110,11 @@ class WorkerSettings(BaseModel):
             raise ValueError("it must be a name or an address alone, such as worker-3, 10.0.0.7 or fd00::7")
         return value
 
+    @field_validator("topology_levels", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
     @field_validator("load_paths", mode="before")
     @classmethod
     def _rungs(cls, value: object) -> object:
@@ -114,15 +135,14 @@ class WorkerSettings(BaseModel):
         match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
         return float(match[1]) * _UNITS[match[2].upper()] if match else value
 
-    def advertised_host(self) -> str:
-        """The host that other workers call: MX_WORKER_HOST, or this host's address towards the server."""
-        return self.worker_host or _address_towards(self.server_address)
+    def own_address(self) -> OwnAddress:
+        """What other workers call: MX_WORKER_HOST, or this host's address towards the server. May wait for DNS."""
+        return OwnAddress(self.worker_host) if self.worker_host else _address_towards(self.server_address)
 
     @property
     def shares_only_this_host(self) -> bool:
         """Whether nothing beyond the loopback interface needs to reach this worker."""
-        host = self.advertised_host()
-        return host in _LOOPBACK_NAMES or host.startswith("127.") or host == "::1"
+        return self.own_address().is_loopback
 
 
 def load_settings(
@@ -157,6 +177,7 @@ def load_settings(
         text = environment.setting(variables, field.alias or name)
         if text is not None:
             values[name] = text
+    _take_upstream_topology(variables, values)
     named: dict[str, str] = {}
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
@@ -166,6 +187,15 @@ def load_settings(
     for line in refusals[before:]:
         logger.log(level, "%s", line)
     return settings
+
+
+def _take_upstream_topology(variables: Mapping[str, str], values: dict[str, object]) -> None:
+    """NVIDIA's names of the place, where ours are not set. A domain is required unless it is said to be preferred."""
+    if place := environment.setting(variables, "MX_P2P_TOPOLOGY"):
+        values.setdefault("topology", place)
+    domain = environment.setting(variables, "MX_P2P_TOPOLOGY_DOMAIN")
+    if domain and environment.setting(variables, "MX_P2P_TOPOLOGY_ENFORCEMENT") != "preferred":
+        values.setdefault("topology_required", domain)
 
 
 def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, object]:
@@ -203,25 +233,24 @@ def _validated(values: dict[str, object], named: Mapping[str, str], refused: lis
         return WorkerSettings.model_validate(good)
 
 
-def _address_towards(server_address: str | None) -> str:
-    """The local address of packets to the server; loopback without one. Sends nothing (a connected UDP socket)."""
+_ANYWHERE = ("192.0.2.1", "2001:db8::1")  # RFC 5737 and 3849: nobody has them, so the default route leads there
+
+
+def _address_towards(server_address: str | None) -> OwnAddress:
+    """The local address of packets to the server, else of those that leave this host; loopback without a server."""
     host, _, port = split_scheme(server_address or "127.0.0.1:1")[1].rpartition(":")
-    host = host.strip("[]")
+    if found := _local_address(host.strip("[]"), int(port)):
+        return OwnAddress(found)
+    return OwnAddress(next(filter(None, (_local_address(place, 9) for place in _ANYWHERE)), "127.0.0.1"), guessed=True)
+
+
+def _local_address(host: str, port: int) -> str:
+    """This host's address of packets to `host`; empty without a way. Sends nothing (a connected UDP socket)."""
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError as error:
-        guess = _address_of_default_route()
-        logger.warning("no way to %s yet (%s): this worker advertises %s; set MX_WORKER_HOST", host, error, guess)
-        return guess
-
-
-def _address_of_default_route() -> str:
-    """For a server whose name resolves later: this host's address towards the world; loopback without a route there."""
-    for family, nobodys in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((nobodys, 9))
-            return str(probe.getsockname()[0])
-    return "127.0.0.1"
+        logger.debug("no way to %s: %s", host, error)
+        return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from mxserver.calls import refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
+from mxserver.services.nearest_sources import nearest
 from mxserver.services.publish_request import PublishRequest
 from mxserver.store import (
     Leases,
@@ -41,6 +43,7 @@ from mxserver.wire.proto import p2p_pb2, record_pb2
 _LOG = logging.getLogger(__name__)
 
 _UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
+_CHOSEN_FROM = 256  # the newest ones, when the nearest are asked for
 _STATUSES = (p2p_pb2.SOURCE_STATUS_INITIALIZING, p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE)
 
 
@@ -118,7 +121,12 @@ class P2pService:
         if request.min_training_step > 0:
             # An empty list would say that nobody has reached it.
             refuse(context, grpc.StatusCode.UNIMPLEMENTED, "min_training_step: records have no training step here")
-        records = self._store.find(_query(request, self._limits.listing_rows))
+        query = _query(request, self._limits.listing_rows)
+        if request.near_worker_id and query.limit is not None:
+            found = self._store.find(replace(query, limit=max(query.limit, _CHOSEN_FROM)))
+            records = nearest(found, request.near_worker_id, request.near_topology, request.near_levels)[: query.limit]
+        else:
+            records = self._store.find(query)
         return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
 
     def _within_limit(self, references: Iterable[p2p_pb2.SourceInstanceRef]) -> Iterator[p2p_pb2.SourceInstanceRef]:
@@ -232,6 +240,7 @@ def _too_long_to_publish(request: record_pb2.PublishRequest, limits: ServerLimit
         ("worker_id", len(request.worker_id.encode()), "worker_id_bytes"),
         ("identity", request.identity.ByteSize(), "identity_bytes"),
         ("worker.accelerator", len(request.worker.accelerator.encode()), "worker_id_bytes"),
+        ("worker.worker_grpc_endpoint", len(request.worker.worker_grpc_endpoint.encode()), "worker_id_bytes"),
         ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), "topology_bytes"),
     )
     over = next(((name, size, limit) for name, size, limit in sizes if size > getattr(limits, limit)), None)
@@ -248,6 +257,7 @@ def _publication(request: record_pb2.PublishRequest, metadata: bytes) -> Publica
         model_name=request.identity.model_name,
         accelerator=worker.accelerator,
         topology=dict(worker.topology),
+        endpoint=worker.worker_grpc_endpoint,
         status=status,
         epoch=request.epoch,
         owner=current_owner(),
@@ -276,4 +286,5 @@ def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
         updated_at=record.updated_at_ms,
         topology=record.topology,
         source_load=record.source_load,
+        worker_grpc_endpoint=record.endpoint,
     )

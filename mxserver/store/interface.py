@@ -57,6 +57,7 @@ class SourceRecord:
     model_name: str
     accelerator: str
     topology: Mapping[str, str]
+    endpoint: str = ""  # of its gRPC services, while it serves
     source_load: float | None = None
     owner: str = ""  # who published it; empty: callers were not identified then
     payload_bytes: int = 0  # of identity and worker together, as published
@@ -73,6 +74,7 @@ class Publication:
     model_name: str
     accelerator: str
     topology: Mapping[str, str]
+    endpoint: str = ""
     status: Status = p2p_pb2.SOURCE_STATUS_UNKNOWN
     epoch: int = 0
     owner: str = ""

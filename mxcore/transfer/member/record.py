@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
@@ -32,9 +32,9 @@ class Served(NamedTuple):
 class WorkerRecord:
     """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
 
-    `served` is called at each publish and heartbeat, `superseded_by_newer` on the heartbeat's thread when a newer
-    process of this worker has taken over the record: then nothing more is written. Without a client nothing is
-    published at all.
+    `served` is called at each publish and heartbeat, `topology` (where the worker is) at each publish,
+    `superseded_by_newer` on the heartbeat's thread when a newer process of this worker has taken over the record: then
+    nothing more is written. Without a client nothing is published at all.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class WorkerRecord:
         *,
         heartbeat_interval_seconds: float,
         served: Callable[[], Served],
+        topology: Callable[[], Mapping[str, str]],
         superseded_by_newer: Callable[[], None],
     ) -> None:
         self.identity = p2p_pb2.SourceIdentity()
@@ -58,6 +59,7 @@ class WorkerRecord:
         self._worker_rank = worker_rank
         self._accelerator = accelerator
         self._served = served
+        self._topology = topology
         self._superseded_by_newer = superseded_by_newer
         self._lock = threading.RLock()
         self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
@@ -110,6 +112,7 @@ class WorkerRecord:
                 agent_name=served.agent_name,
                 worker_grpc_endpoint=served.endpoint,
                 accelerator=self._accelerator,
+                topology=self._topology(),
                 digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
                 received_from=served.origin.received_from if served.origin is not None else (),
             )

@@ -130,7 +130,9 @@ class LeaseFolder:
     """The leases and use marks of one cache folder, and those that this process keeps alive. Thread-safe."""
 
     def __init__(self, folder: Path, lease_seconds: float, *, kernel: str | None = None) -> None:
-        """Tests pass another `kernel` to act as another machine."""
+        """Tests pass another `kernel` to act as another machine. Raises OSError; a read-only disk that has the folders
+        does, which `is_read_only` tells.
+        """
         self._leases = folder / "leases"
         self._uses = folder / "uses"
         for made in (self._leases, self._uses):
@@ -138,8 +140,14 @@ class LeaseFolder:
         self._lease_seconds = lease_seconds
         self._kernel = kernel or kernel_id()
         self._clock = self._uses / f".clock-{uuid.uuid4().hex}"
-        self._clock.touch()
-        self._locks_work = locks_work(self._uses)
+        self._locks_work = self.is_read_only = False
+        try:
+            self._clock.touch()
+            self._locks_work = locks_work(self._uses)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            self.is_read_only = True
         self._lock = threading.Lock()
         self._held: set[_LiveFile] = set()
         self._marks: dict[str, tuple[_LiveFile, int]] = {}
@@ -253,7 +261,8 @@ class LeaseFolder:
             file.let_go(remove=True)
         for file in held:
             file.let_go(remove=False)
-        self._clock.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or on a disk that became read-only
+            self._clock.unlink(missing_ok=True)
 
     def _forget(self, file: _LiveFile) -> None:
         with self._lock:

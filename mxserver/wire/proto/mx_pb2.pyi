@@ -685,11 +685,14 @@ class TakeStorageTurnRequest(google.protobuf.message.Message):
     WORKER_RANK_FIELD_NUMBER: builtins.int
     WORKER_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     worker_id: builtins.str
     epoch: builtins.int
     """of the turn that is extended; 0: a new one is wanted"""
+    domain: builtins.str
+    """where workers must be to take weights from each other (a zone); one reads in each"""
     def __init__(
         self,
         *,
@@ -697,8 +700,9 @@ class TakeStorageTurnRequest(google.protobuf.message.Message):
         worker_rank: builtins.int = ...,
         worker_id: builtins.str = ...,
         epoch: builtins.int = ...,
+        domain: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["domain", b"domain", "epoch", b"epoch", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___TakeStorageTurnRequest = TakeStorageTurnRequest
 
@@ -738,12 +742,14 @@ class EndStorageTurnRequest(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     SHARED_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     worker_id: builtins.str
     epoch: builtins.int
     shared: builtins.bool
     """false: it cannot be shared, nobody need wait for it"""
+    domain: builtins.str
     def __init__(
         self,
         *,
@@ -752,8 +758,9 @@ class EndStorageTurnRequest(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         epoch: builtins.int = ...,
         shared: builtins.bool = ...,
+        domain: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "shared", b"shared", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["domain", b"domain", "epoch", b"epoch", "mx_source_id", b"mx_source_id", "shared", b"shared", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___EndStorageTurnRequest = EndStorageTurnRequest
 

@@ -85,6 +85,7 @@ def test_published_metadata_comes_back_whole(client: ServerClient) -> None:
         updated_at=response.worker.updated_at,
         topology={"zone": "a"},
         source_load=0.5,
+        worker_grpc_endpoint=WORKER.worker_grpc_endpoint,
     )
     response.worker.ClearField("status")
     response.worker.ClearField("updated_at")
@@ -364,6 +365,7 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
         ({"extra_parameters": {"k": "v" * 70_000}}, {}, "w", "identity has"),
         ({}, {"accelerator": "a" * 257}, "w", "worker.accelerator"),
         ({}, {"topology": {"zone": "z" * 20_000}}, "w", "worker.topology"),
+        ({}, {"worker_grpc_endpoint": "h" * 20_000}, "w", "worker.worker_grpc_endpoint"),
     ],
 )
 def test_what_is_in_every_listing_is_bounded(
