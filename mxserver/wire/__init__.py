@@ -26,6 +26,7 @@ from mxserver.wire.errors import (
     StaleEpoch,
     WireError,
 )
+from mxserver.wire.extras import install_command
 from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
@@ -49,6 +50,7 @@ __all__ = [
     "WeightFiles",
     "WireError",
     "environment",
+    "install_command",
     "is_host",
     "is_kubernetes_value",
     "left_out",
