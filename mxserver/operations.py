@@ -20,6 +20,7 @@ from mxserver.telemetry import (
     Metrics,
     ObservedStore,
     ObservingInterceptor,
+    Refusals,
     ServerObservation,
     call_metrics,
 )
@@ -57,7 +58,8 @@ class Operations:
         self.metrics = Metrics()
         self._events = Events(clock)
         self.store = ObservedStore(store, self.metrics, self._events)
-        self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds)
+        self.refusals = Refusals(self.metrics, self._events, clock)
+        self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds, refusals=self.refusals)
         self.doubts = Doubts(self.metrics, self._events, clock)
         self._clock = clock
         self._provider = provider
@@ -112,6 +114,7 @@ class Operations:
             not_ready=self.not_ready,
             facts=facts,
             cache=self._cache_view,
+            refusals=self.refusals,
         )
         self.metrics.scrape_from(view.observation, look_at_server)
         app = application(

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor
+from mxserver.calls import PoolInterceptor, give_large_parts_back
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -209,7 +209,7 @@ class Server:
         )
         P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetService(self._store, self._operations.doubts, self._clock), server
+            FleetService(self._store, self._operations.doubts, self._operations.refusals, self._clock), server
         )
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server
@@ -227,13 +227,22 @@ class Server:
         self._health.drain()
 
     def drain(self) -> threading.Event:
-        """Refuses new calls. The event is set when running calls have ended, or were cut at the drain time-out."""
+        """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
         self._draining.drain()
         self._cache.stop_downloads()
-        if self._files is not None:
-            self._files.drain()
-        stopped: threading.Event = self._grpc.stop(self._drain_seconds)
+        calls: threading.Event = self._grpc.stop(self._drain_seconds)
+        if self._files is None:
+            return calls
+        files, stopped = self._files, threading.Event()
+        files.drain()
+
+        def wait() -> None:
+            files.wait(self._drain_seconds)
+            calls.wait()
+            stopped.set()
+
+        threading.Thread(target=wait, name="drain", daemon=True).start()
         return stopped
 
     def close(self) -> None:
@@ -360,6 +369,7 @@ def raise_file_limit() -> None:
 def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
     raise_file_limit()
+    give_large_parts_back()
     signals = Signals()
     try:
         server = Server(settings, signals.listen)  # a call that it answers is one that a signal lets end

@@ -124,8 +124,8 @@ def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, do
         return None if _cached_folder(model, revision, download_dir) == place else place
     if settings.no_shared_storage and settings.server_address:
         with ModelClient(settings.server_address) as client:
-            client.ensure(model, revision=revision, ignore_weights=True)
-            place = client.fetch_to_hub_cache(model, cache, revision=revision, ignore_weights=True)
+            first = client.ensure(model, revision=revision, ignore_weights=True) or revision
+            place = client.fetch_to_hub_cache(model, cache, revision=first, ref=revision or "main", ignore_weights=True)
         _log.info("configuration and tokenizer of %s come from %s: %s", model, settings.server_address, place)
     return None
 

@@ -67,20 +67,27 @@ def generate(folder: Path, model_type: str, shape: dict[str, Any], *, seed: int 
     logging.disable_progress_bar()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    vocabulary = _tokenizer(folder)
+    vocabulary = write_tokenizer(folder)
     config = AutoConfig.for_model(model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **shape)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator) * WEIGHTS_STANDARD_DEVIATION
-            parameter.copy_(1 + values if "norm" in name else values)
+    fill(model, seed=seed)
     model.save_pretrained(folder, max_shard_size="1MB")
     (folder / "ready").touch()
     return folder
 
 
-def _tokenizer(folder: Path) -> int:
+def fill(model: Any, *, seed: int) -> None:
+    """Random weights (normal, seeded), those of norms around 1."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * WEIGHTS_STANDARD_DEVIATION
+            parameter.copy_(1 + values if "norm" in name else values)
+
+
+def write_tokenizer(folder: Path) -> int:
     """Trains a byte-level BPE tokenizer on a few lines and writes its files; returns the size of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -142,7 +142,7 @@ class Swarm:
         self._at(self.now + setting.look_seconds * self.chance.uniform(0.5, 1.5), "look", name)
 
     def _ask(self, me: Worker, holder: Worker) -> None:
-        wanted = me.plan.wanted(holder.name)
+        wanted = me.plan.wanted(holder.name, self.now)
         if not wanted.most or not holder.alive:
             return
         granted = holder.given.grant(wanted.chunks & holder.have, wanted.preferred, wanted.most)

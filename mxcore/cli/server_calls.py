@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -94,3 +94,14 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} PB"
+
+
+def refusal_lines(refusals: list[dict[str, Any]]) -> str:
+    """Weights that are not shared, with a reason each; empty without any."""
+    sides = {"offer": "not offered", "receive": "not taken"}
+    lines = [
+        f"\n  {each['model_name']} {each['source_id']}: {sides.get(each['side'], each['side'])}, {each['reason']}, "
+        f"{each['count']} times; last by {each['worker_id']}: {each['text']}"
+        for each in refusals
+    ]
+    return "".join(["\n\nWeights that are not shared, newest first:", *lines]) if lines else ""

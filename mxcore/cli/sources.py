@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxcore.cli.server_calls import duration, json_option, server_client, table
+from mxcore.cli.server_calls import duration, json_option, refusal_lines, server_client, table
 from mxcore.cli.status import STATE_NAMES, instances_by_state
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def sources(
         ]
         rows.sort(key=lambda row: float(row["silent_seconds"]))
         known = _identities(client, rows) if identities else None
-        doubts = _doubts(client)
-    facts: dict[str, Any] = {"server": client.address, "sources": rows, "doubts": doubts}
+        told = _told(client)
+    facts: dict[str, Any] = {"server": client.address, "sources": rows, **told}
     if known is not None:
         facts["identities"] = known
     click.echo(json.dumps(facts) if as_json else as_text(facts))
@@ -70,16 +70,16 @@ def _source(instance: p2p_pb2.SourceInstanceRef, state: str, now_ms: int) -> dic
     }
 
 
-def _doubts(client: ServerClient) -> list[dict[str, Any]]:
-    """Doubts about weights, newest first; none from a server that keeps none."""
+def _told(client: ServerClient) -> dict[str, Any]:
+    """Doubts about weights, and weights that are not shared, newest first; none from a server that keeps none."""
     from mxserver.wire import ServerRefused
-    from mxserver.wire.proto import mx_pb2
+    from mxserver.wire.proto import load_pb2, mx_pb2
 
     try:
-        found = client.doubts()
+        doubted, refused = client.doubts(), client.refusals()
     except ServerRefused:
-        return []
-    return [
+        doubted, refused = [], []
+    doubts = [
         {
             "kind": mx_pb2.DoubtKind.Name(doubt.kind).removeprefix("DOUBT_KIND_").lower(),
             "source_id": doubt.mx_source_id,
@@ -90,8 +90,27 @@ def _doubts(client: ServerClient) -> list[dict[str, Any]]:
             "text": doubt.text,
             "at_ms": doubt.at_unix_ms,
         }
-        for doubt in found
+        for doubt in doubted
     ]
+    refusals = [
+        {
+            "model_name": count.model_name,
+            "source_id": count.mx_source_id,
+            "side": _label(load_pb2.RefusalSide, count.side, "REFUSAL_SIDE_"),
+            "reason": _label(load_pb2.RefusalReason, count.reason, "REFUSAL_REASON_"),
+            "count": count.count,
+            "text": count.text,
+            "worker_id": count.worker_id,
+            "at_ms": count.at_unix_ms,
+        }
+        for count in refused
+    ]
+    return {"doubts": doubts, "refusals": refusals}
+
+
+def _label(names: Any, number: int, prefix: str) -> str:
+    """Of a value that a newer server may have, its number."""
+    return str(names.Name(number)).removeprefix(prefix).lower() if number in names.values() else str(number)
 
 
 def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +126,7 @@ def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, A
 
 def as_text(facts: dict[str, Any]) -> str:
     if not facts["sources"]:
-        return f"no worker at {facts['server']} fits{_doubt_lines(facts)}"
+        return f"no worker at {facts['server']} fits{_told_lines(facts)}"
     head = ("MODEL", "SOURCE ID", "WORKER", "RANK", "STATE", "ACCELERATOR", "LOAD", "HEARD")
     rows = [
         (
@@ -125,9 +144,10 @@ def as_text(facts: dict[str, Any]) -> str:
     text = table(head, rows)
     for source, identity in facts.get("identities", {}).items():
         text += f"\n\n{source}\n" + "\n".join(f"  {name}: {value}" for name, value in identity.items())
-    return text + _doubt_lines(facts)
+    return text + _told_lines(facts)
 
 
-def _doubt_lines(facts: dict[str, Any]) -> str:
+def _told_lines(facts: dict[str, Any]) -> str:
     lines = [f"\n  {each['kind']}, told by {each['told_by']}: {each['text']}" for each in facts["doubts"]]
-    return "".join(["\n\nWeights that were doubted, newest first:", *lines]) if lines else ""
+    doubts = "".join(["\n\nWeights that were doubted, newest first:", *lines]) if lines else ""
+    return doubts + refusal_lines(facts["refusals"])

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxcore.cli.server_calls import bytes_text, duration, json_option, server_client, table
+from mxcore.cli.server_calls import bytes_text, duration, json_option, refusal_lines, server_client, table
 from mxserver.wire import split_scheme
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def status(connection: Connection, page: str | None, as_json: bool) -> None:
         "models": models,
         "loads": None if data is None else data["loads"],
         "errors": None if data is None else data["errors"],
+        "refusals": None if data is None else data.get("refusals", []),
+        "not_shared": None if data is None else data.get("not_shared", []),
         "page_problem": problem,
     }
     click.echo(json.dumps(facts) if as_json else as_text(facts))
@@ -143,6 +145,11 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += ["", table(head, [_load_row(load) for load in facts["loads"]])]
     if facts["loads"] is None:
         lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
+    if facts["not_shared"]:
+        names = ", ".join(facts["not_shared"])
+        lines += ["", f"NOT SHARED: within the last hour no worker got weights of {names} from another"]
+    if facts["refusals"]:
+        lines += [refusal_lines(facts["refusals"]).removeprefix("\n")]
     if facts["errors"]:
         lines += ["", *(f"{error['kind']}: {error['text']}" for error in facts["errors"][:SHOWN_ERRORS])]
     return "\n".join(lines)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from mxcore.agreement import Agreement
@@ -13,7 +15,7 @@ from mxcore.engine.report import Fallbacks
 from mxcore.engine.weights import Kind
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
-from mxcore.transfer.member import Membership
+from mxcore.transfer.member import Membership, Refusal, Side, refusals_of
 from mxcore.transfer.receive import LoadPath
 from mxserver.wire.proto import p2p_pb2
 
@@ -45,7 +47,8 @@ class LoadContext:
     `fallbacks` takes a line for what does not go as wanted, `at_end` what is to be closed when the rungs are through.
     Without a membership `alone` says why. `cannot_receive` is why no worker can help, whoever it is. With
     `any_checkpoint` there are no weight files here that could tell checkpoints apart. `uri_digest` is that of the
-    checkpoint at `uri`, if it was found. `agreement` is with the engine's other processes.
+    checkpoint at `uri`, if it was found. `agreement` is with the engine's other processes. `refusals` takes what is not
+    shared (`refused`).
     """
 
     engine: Engine
@@ -62,6 +65,7 @@ class LoadContext:
     cannot_receive: str = ""
     any_checkpoint: bool = False
     agreement: Agreement = field(default_factory=Agreement)
+    refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def kind(self) -> Kind:
@@ -99,6 +103,24 @@ class LoadContext:
         named = self.settings.model_name if self.role.is_fixed else ""
         made.model_name = named or self.settings.model_name_override or made.model_name
         return made
+
+    def refused(self, side: Side, why: BaseException | Refusal) -> None:
+        """Counts weights that are not offered, or not taken, for the report and at the server."""
+        found = [why] if isinstance(why, Refusal) else refusals_of(side, why)
+        self.refusals.extend(found)
+        if self.membership is not None:
+            self.membership.refused(found)
+
+    def offering(self, what: str) -> AbstractContextManager[None]:
+        """As `fallbacks.attempt`, around what is needed to offer weights."""
+        return self.fallbacks.attempt(what, partial(self.refused, "offer"))
+
+    def refusal_counts(self) -> dict[str, dict[str, int]]:
+        """Of this load, by side and reason."""
+        counts: dict[str, Counter[str]] = {}
+        for refusal in self.refusals:
+            counts.setdefault(refusal.side, Counter())[refusal.reason] += 1
+        return {side: dict(reasons) for side, reasons in counts.items()}
 
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
         """This worker at the server, not joined yet."""

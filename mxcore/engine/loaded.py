@@ -19,6 +19,7 @@ from mxcore.engine.weights import Built, MarkUninitialised, Weights
 from mxcore.errors import MemoryDamaged
 from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
+from mxcore.transfer.member import Refusal
 from mxcore.transfer.receive import LoadPath
 
 __all__ = ["Keeping", "Loaded", "Stored", "built", "load_stored"]
@@ -61,7 +62,7 @@ class Keeping:
         if not self._context.kept_kinds:
             return None
         found: list[Built] = []
-        with self._context.fallbacks.attempt("looking at the model before it is filled"):
+        with self._context.offering("looking at the model before it is filled"):
             engine = self._context.engine
             found.append(Built(model, engine.device, engine.configuration))
         return found[0] if found else None
@@ -76,7 +77,7 @@ class Keeping:
                 context.fallbacks.append("keeping raw weights: this worker received processed ones")
             elif built is not None:
                 weights = Weights(kind, context.engine.device)
-                with context.fallbacks.attempt(f"collecting {kind} weights"):
+                with context.offering(f"collecting {kind} weights"):
                     weights.loaded(model, built)
                     self._kept.append(weights)
 
@@ -100,10 +101,12 @@ class Keeping:
                     _log.info("%d of them were changed by the engine's loader", found.changed_bytes)
                 if found.repaired_bits:
                     self._kept.remove(weights)
-                    raise MemoryDamaged(
+                    damaged = MemoryDamaged(
                         f"{found.repaired_bits} bits in memory were not what was read from the files; they are written "
                         "again, and these weights are not offered: test this machine's memory"
                     )
+                    context.refused("offer", damaged)
+                    raise damaged
 
     def processed(self, model: nn.Module) -> tuple[Weights, ...]:
         """After processing: what can be offered, complete."""
@@ -112,7 +115,7 @@ class Keeping:
             if weights.received is not None and weights.kind == "processed":
                 complete.append(weights)
                 continue
-            with self._context.fallbacks.attempt(f"collecting {weights.kind} weights"):
+            with self._context.offering(f"collecting {weights.kind} weights"):
                 weights.processed(model)
                 if weights.kind == "raw":
                     beside = weights.bytes_beside(model)
@@ -205,10 +208,11 @@ def _seen_again(context: LoadContext, before: str | None, look: Callable[[], str
         found.append(look())
     after = found[0] if found else None
     if before is None or after is None:
-        context.fallbacks.append("nobody can say which weight files were read: not offered")
-        return None
-    if before and after != before:  # "": they were downloaded just now
-        files = f"the weight files of {context.engine.model}"
-        context.fallbacks.append(f"{files} changed while they were read: not offered")
-        return None
-    return after
+        why = "nobody can say which weight files were read: not offered"
+    elif before and after != before:  # "": they were downloaded just now
+        why = f"the weight files of {context.engine.model} changed while they were read: not offered"
+    else:
+        return after
+    context.fallbacks.append(why)
+    context.refused("offer", Refusal("offer", "file_changed", why))
+    return None

@@ -27,7 +27,7 @@ from mxcore.engine.weights import Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
-from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership
+from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, Refusal
 from mxcore.transfer.serve import Origin
 from mxserver.wire import MxError, SettingError
 
@@ -85,6 +85,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
         load_seconds=round(time.monotonic() - started, 3),
         paths=[step.as_json() for step in ladder.steps],
         fallbacks=fallbacks,
+        refusals=context.refusal_counts(),
     )
     _log.info("%s", report.line())
     if context.report_path:
@@ -174,9 +175,11 @@ def _serve(context: LoadContext, loaded: Loaded) -> list[dict[str, str]]:
         return offers
     try:
         if loaded.kept and (reason := context.engine.loses_memory()):
-            raise LayoutUnsupported(f"in {reason} weights can vanish while they are read: not offered")
+            why = f"in {reason} weights can vanish while they are read: not offered"
+            context.refused("offer", Refusal("offer", "memory_moves", why))
+            raise LayoutUnsupported(why)
         for weights in loaded.kept:
-            with context.fallbacks.attempt(f"offering {weights.kind} weights"):
+            with context.offering(f"offering {weights.kind} weights"):
                 offers.append(_offer(context, membership, loaded, weights))
     finally:
         if membership.holder is None:
@@ -198,8 +201,11 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
         received = weights.received
         offer.start(received.digests if received is not None else None, _origin(loaded, weights))
     except BaseException:
-        membership.close()
+        if membership is not joined:  # that one tells the server why, as it leaves
+            membership.close()
         raise
+    if weights.kind == context.kind and membership is not joined:
+        joined.close()
     context.engine.watch(serving.EngineWatch())
     address = context.settings.server_address or ""
     record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
@@ -227,7 +233,10 @@ def _wait_for_siblings(context: LoadContext, membership: Membership) -> None:
 
 
 def _under_own_name(context: LoadContext, joined: Membership, checkpoint: str | None) -> Membership:
-    """The membership to serve in: another one when what was loaded is not what this worker joined with."""
+    """The membership to serve in: another one when what was loaded is not what this worker joined with.
+
+    `joined` stays until this one serves: the server hears by it if that comes to nothing.
+    """
     known = joined.identity.extra_parameters[CHECKPOINT_PARAMETER]
     if checkpoint == known or (checkpoint is None and known and context.uri is None):
         return joined
@@ -236,5 +245,4 @@ def _under_own_name(context: LoadContext, joined: Membership, checkpoint: str | 
         return joined
     membership = context.new_membership(identity)
     membership.take_over_election(joined)
-    joined.close()
     return membership

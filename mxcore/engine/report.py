@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,19 @@ class Fallbacks(list[str]):
     """A line for everything of a load that did not go as wanted, in order."""
 
     @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Around a part of ours beside the rungs: what it raises ends the block, and is a line here and in the log."""
+    def attempt(self, what: str, failed: Callable[[Exception], None] = lambda error: None) -> Iterator[None]:
+        """Around a part of ours beside the rungs: what it raises ends the block, and is a line here and in the log.
+
+        `failed` is told what it was.
+        """
         try:
             yield
         except MxError as error:
+            failed(error)
             self.append(f"{what}: {error}")
             _log.warning("%s failed: %s", what, error)
         except Exception as error:  # noqa: BLE001 - the engine must start; the log has the traceback
+            failed(error)
             self.append(f"{what}: {type(error).__name__}: {error}")
             _log.exception("%s failed by a fault of ours (please report it); the engine goes on without it", what)
 
@@ -78,7 +83,8 @@ class LoadReport(LoadedPart):
 
     `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of
     it under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and
-    process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order.
+    process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order. `refusals`
+    counts weights that are not shared, by side ("offer", "receive") and reason (load.proto).
     """
 
     model: str
@@ -90,6 +96,7 @@ class LoadReport(LoadedPart):
     load_seconds: float = 0.0
     paths: Sequence[Mapping[str, Any]] = ()
     fallbacks: Sequence[str] = ()
+    refusals: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import util
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +24,7 @@ from mxcore.exchange.versions import identity_of, settings_of, version_text, wai
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Framework, chosen_framework
 from mxcore.transfer.layout import Chunks, Layout, LayoutTensor, Placement, build_layout
-from mxcore.transfer.member import Directory, Membership, manifest_of
+from mxcore.transfer.member import Directory, Membership, current_place, manifest_of
 from mxcore.transfer.receive import ProgressCallback, ReceiveReport
 from mxserver.wire import SettingError
 from mxserver.wire.calls import ServerClient
@@ -273,7 +274,7 @@ class _Receive:
         failure: TransferError = SourceUnreachable(f"nobody has version {self._version} of {self._name!r} any more")
         settings = self._settings
         with ServerClient(str(settings.server_address), timeout_seconds=settings.server_timeout_seconds) as client:
-            holders = Directory(client, "", self._rank).holders(self._identity)
+            holders = Directory(client, "", self._rank, partial(current_place, settings)).holders(self._identity)
         for source in holders:
             try:
                 manifest = manifest_of(source, timeout_seconds=settings.stall_timeout_seconds)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from mxserver.calls.call_pool import CallPool
+from mxserver.calls.freed_memory import give_large_parts_back
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
+from mxserver.calls.nested import split_off
 from mxserver.calls.pools import PoolInterceptor, in_pool
+from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 
 __all__ = [
+    "PATIENCE_SECONDS",
     "Around",
     "CallPool",
     "Handler",
     "PoolInterceptor",
+    "Receiving",
     "Statuses",
     "WrappingInterceptor",
+    "give_large_parts_back",
     "in_pool",
     "refuse",
     "refuse_for",
     "refuses",
     "refusing",
+    "split_off",
     "with_behaviour",
 ]

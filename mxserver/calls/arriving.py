@@ -17,6 +17,19 @@ from grpc import _server  # not public
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # not public
 
 
+class Request:
+    """The bytes of a request, held once: who takes them is the only one to have them."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def take(self) -> bytes:
+        data, self.data = self.data, b""
+        return data
+
+
 class ArrivingCall:
     """A call that was accepted and has no thread yet. Each method is called once, `is_there` any time."""
 
@@ -78,6 +91,12 @@ class ArrivingCall:
         finally:
             self.ended.set_result(None)
 
+    def after_events(self, then: Callable[[], None]) -> None:
+        """Calls `then` when everything was told that had happened by now, in the thread that tells of events."""
+        with self._state.condition:
+            if _server._is_rpc_state_active(self._state):
+                self._event.call.start_server_batch((), lambda event: (None, (then,)))
+
     def refuse(self, status: grpc.StatusCode, reason: str) -> None:
         """Ends the call, whatever has come of it."""
         state = self._state
@@ -94,4 +113,4 @@ class ArrivingCall:
                 details = b"the call needs exactly one request"
                 _server._abort(state, self._event.call, cygrpc.StatusCode.unimplemented, details)
             request, state.request = state.request, None
-            return request
+            return Request(request) if isinstance(request, bytes) else request

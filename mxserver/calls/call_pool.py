@@ -1,26 +1,23 @@
 """Threads that answer calls, in turn from each host and each connection.
 
 A call gets a thread when its request is there. Of requests that come slowly, or never, a few are received at the same
-time; the slowest is refused when others wait for its place. So the requests of one kind of call that are in memory and
-not yet answered are at most as many as these places and the threads together.
+time (receiving.py). While those that are there and not yet answered have many bytes, no other is received: a large one
+is alone.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grpc
-
 from mxserver.calls.arriving import ArrivingCall
+from mxserver.calls.freed_memory import LARGE_BYTES, give_back
+from mxserver.calls.receiving import Receiving
 
-PATIENCE_SECONDS = 0.1  # for a request that others wait behind; most come with the call's headers
-MOST_HELD_BYTES = 64 * 1024 * 1024
-_TOO_SLOW = "the request came too slowly while others waited; try again"
+MOST_HELD_BYTES = 8 * 1024 * 1024
 
 
 class _Turns:
@@ -58,19 +55,18 @@ class _Turns:
 class CallPool(ThreadPoolExecutor):
     """A thread pool for grpcio's calls of one kind. Thread-safe."""
 
-    def __init__(self, threads: int, name: str, *, receiving: int, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        """`receiving`: how many requests are received at the same time."""
+    def __init__(self, threads: int, name: str, receiving: Receiving, most_held_bytes: int = MOST_HELD_BYTES) -> None:
+        """No request is received while those that are there and not yet answered have `most_held_bytes` or more."""
         super().__init__(threads, name)
-        self._threads_count, self._receiving_count = threads, receiving
-        self._patience_seconds = patience_seconds
+        self._threads_count, self._most_held_bytes = threads, most_held_bytes
+        self._receiving = receiving
         self._lock = threading.Lock()
         self._waiting = _Turns()
-        self._receiving: dict[ArrivingCall, float] = {}  # since when (monotonic seconds), the first one first
+        self._waiting_slow = _Turns()  # of connections whose last request was too slow
         self._taken = 0  # calls that are received, or have a thread, or wait for one with their request there
         self._held: dict[ArrivingCall, int] = {}  # bytes of requests that are there and not yet answered
         self._held_bytes = 0
         self._other: tuple[Callable[[bytes], bool], CallPool] | None = None
-        self._timer: threading.Timer | None = None
 
     def hands_over(self, which: Callable[[bytes], bool], other: CallPool) -> None:
         """Calls with such requests are answered in the other pool. Call before the first call comes."""
@@ -84,12 +80,12 @@ class CallPool(ThreadPoolExecutor):
     @property
     def waiting(self) -> int:
         """Calls that nothing was done for yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._waiting_slow)
 
     @property
     def unanswered(self) -> int:
         """Calls that no thread has begun to answer, and that are not being received either."""
-        return len(self._waiting) + self._work_queue.qsize()
+        return self.waiting + self._work_queue.qsize()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Called by grpcio for each call, in the thread that tells of events; does not wait."""
@@ -103,7 +99,12 @@ class CallPool(ThreadPoolExecutor):
 
     def _go_on(self) -> None:
         """Begins to receive calls that wait, as far as there is room."""
-        while (call := self._next()) is not None:
+        while self._has_room() and self._receiving.reserve(self._go_on):
+            call = self._next()
+            if call is None:
+                self._receiving.give_back()
+                return
+            self._receiving.begin(call)
             if not call.is_there():
                 self._end(call, ended=True)
             elif not call.needs_request:
@@ -111,25 +112,38 @@ class CallPool(ThreadPoolExecutor):
             else:
                 call.receive(lambda call=call: self._received(call))  # type: ignore[misc]
 
+    def _has_room(self) -> bool:
+        with self._lock:
+            return self._may_take()
+
+    def _may_take(self) -> bool:
+        """Called with the lock."""
+        return self.waiting > 0 and self._taken <= self._threads_count and self._held_bytes < self._most_held_bytes
+
     def _next(self) -> ArrivingCall | None:
         with self._lock:
-            if not self._waiting:
-                return None
-            if len(self._receiving) >= self._receiving_count:
-                self._look_later()
-                return None
-            if self._taken >= self._threads_count + self._receiving_count or self._held_bytes >= MOST_HELD_BYTES:
-                return None
-            call = self._waiting.take()
-            self._taken += 1
-            self._receiving[call] = time.monotonic()
+            call = self._whose_turn() if self._may_take() else None
+            self._taken += call is not None
             return call
+
+    def _whose_turn(self) -> ArrivingCall | None:
+        """Called with the lock, and with a place."""
+        if self._waiting_slow and self._receiving.may_take_slow(others_wait=len(self._waiting) > 0):
+            return self._waiting_slow.take()
+        while self._waiting:
+            call = self._waiting.take()
+            if not self._receiving.is_slow(call):
+                return call
+            self._waiting_slow.add(call)
+        if self._waiting_slow and self._receiving.may_take_slow(others_wait=False):
+            return self._waiting_slow.take()
+        return None
 
     def _received(self, call: ArrivingCall) -> None:
         with self._lock:
-            self._receiving.pop(call, None)
             self._held[call] = len(call.request or b"")
             self._held_bytes += self._held[call]
+        self._receiving.end(call)
         try:
             super().submit(self._answer, call)
         except RuntimeError:  # shut down
@@ -152,31 +166,12 @@ class CallPool(ThreadPoolExecutor):
             self._go_on()
 
     def _end(self, call: ArrivingCall, *, ended: bool = False) -> None:
+        self._receiving.end(call)
         with self._lock:
-            self._receiving.pop(call, None)
-            self._held_bytes -= self._held.pop(call, 0)
+            held = self._held.pop(call, 0)
+            self._held_bytes -= held
             self._taken -= 1
+        if held >= LARGE_BYTES:
+            give_back()
         if ended:
             call.ended.set_result(None)
-
-    def _look_later(self) -> None:
-        """Has the slowest request looked at once its time is over. Called with the lock."""
-        if self._timer is None:
-            slowest = next(iter(self._receiving.values()))
-            left = max(0.0, slowest + self._patience_seconds - time.monotonic())
-            self._timer = threading.Timer(left, self._refuse_slow)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def _refuse_slow(self) -> None:
-        """Refuses requests whose time is over, while calls wait for their places."""
-        latest = time.monotonic() - self._patience_seconds
-        with self._lock:
-            self._timer = None
-            slow = [call for call, since in self._receiving.items() if since <= latest] if self._waiting else []
-        for call in slow:
-            call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_SLOW)  # its place is free when gRPC tells of its end
-        with self._lock:
-            if self._waiting and len(self._receiving) >= self._receiving_count:
-                self._look_later()
-        self._go_on()

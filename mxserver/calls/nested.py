@@ -12,11 +12,12 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 def has_more_messages(data: bytes, descriptor: Descriptor, most: int) -> bool:
     """Whether the serialised message has more than `most` messages inside, at any depth. Fields that the descriptor
-    does not have may be messages: each counts as one.
+    does not have may be messages: each counts as one. Ten times as many fields of any kind count as too many as well.
 
     Where it is not well-formed, counting ends; the parser says what is wrong.
     """
     left = most
+    fields_left = 10 * most + 1000  # each takes time, if not memory
     todo = [(descriptor, 0, len(data))]
     nested: dict[Descriptor, dict[int, Descriptor | None]] = {}
     while todo:
@@ -25,6 +26,9 @@ def has_more_messages(data: bytes, descriptor: Descriptor, most: int) -> bool:
         if inside is None:
             inside = nested[kind] = {one.number: one.message_type for one in kind.fields}
         while at < end:
+            fields_left -= 1
+            if fields_left < 0:
+                return True
             tag, at = _varint(data, at, end)
             wire = tag & 7
             if wire == _LENGTH:
@@ -47,6 +51,39 @@ def has_more_messages(data: bytes, descriptor: Descriptor, most: int) -> bool:
             else:
                 return False
     return False
+
+
+def split_off(data: bytes, number: int) -> tuple[bytes, bytes | None]:
+    """A serialised message without its field of this number, which is of bytes or a message; and that field's content,
+    None without one.
+
+    Several such fields are one message, as by protobuf's rules. Where the message is not well-formed, its rest comes as
+    it is: the parser says what is wrong.
+    """
+    rest: list[bytes] = []
+    found: list[bytes] = []
+    at, end = 0, len(data)
+    while at < end:
+        begin = at
+        tag, at = _varint(data, at, end)
+        wire = tag & 7
+        if wire == _LENGTH:
+            size, at = _varint(data, at, end)
+            if size > end - at:
+                return b"".join([*rest, data[begin:]]), None
+            if tag >> 3 == number:
+                found.append(data[at : at + size])
+                at += size
+                continue
+            at += size
+        elif wire == _VARINT:
+            _, at = _varint(data, at, end)
+        elif wire in (_FIXED64, _FIXED32):
+            at += 8 if wire == _FIXED64 else 4
+        else:
+            return b"".join([*rest, data[begin:]]), None
+        rest.append(data[begin:at])
+    return b"".join(rest), (found[0] if len(found) == 1 else b"".join(found)) if found else None
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from mxserver.calls.call_pool import PATIENCE_SECONDS, CallPool
+from mxserver.calls.arriving import Request
+from mxserver.calls.call_pool import CallPool
 from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, made_handler
 from mxserver.calls.nested import has_more_messages
+from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import refuse
 from mxserver.limits import DEFAULT, ServerLimits
 
@@ -33,23 +35,34 @@ class Kind(NamedTuple):
 
     threads: int
     methods: frozenset[str]
-    receiving: int = 2  # requests that are received at the same time
-    patience_seconds: float = PATIENCE_SECONDS
+    receives: str = "small"
 
 
 POOLS: dict[str, Kind] = {
-    "heartbeats": Kind(16, frozenset({_UPDATE, f"{_PROBE}Heartbeat"})),
+    "heartbeats": Kind(16, frozenset({_UPDATE, f"{_PROBE}Heartbeat"}), "heartbeats"),
     "health": Kind(
         4,
         frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check", f"{_PROBE}Call"}),
     ),
     "listings": Kind(16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
-    "publishes": Kind(64, frozenset({_PUBLISH}), 2, 5.0),  # wait for a disk: as many as one commit can take
+    "publishes": Kind(64, frozenset({_PUBLISH}), "publishes"),  # wait for a disk: as many as one commit can take
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
     "models": Kind(16, frozenset()),  # the cache's other calls, and what models have beside their streams
     "others": Kind(16, frozenset()),  # named nowhere
 }
 """Name -> its kind of calls."""
+
+
+def places() -> dict[str, Receiving]:
+    """Where requests are received, by name: publishes may be large, and come one at a time; others wait for a moment,
+    and heartbeats for no others.
+    """
+    return {
+        "heartbeats": Receiving(2, PATIENCE_SECONDS),
+        "small": Receiving(3, PATIENCE_SECONDS),
+        "publishes": Receiving(1, 3.0),
+    }
+
 
 COUNTED_FROM_BYTES = 256 * 1024  # parts of smaller requests cannot take much memory
 
@@ -71,11 +84,9 @@ class PoolInterceptor(HandlerInterceptor):
         """`update_waits`: whether an update of a status will wait for a disk; that is a publish's way then."""
         super().__init__()
         self._limits = limits
+        receiving = places()
         self._pools = {
-            name: CallPool(
-                kind.threads, f"call-{name}", receiving=kind.receiving, patience_seconds=kind.patience_seconds
-            )
-            for name, kind in POOLS.items()
+            name: CallPool(kind.threads, f"call-{name}", receiving[kind.receives]) for name, kind in POOLS.items()
         }
         self._pools["heartbeats"].hands_over(update_waits, self._pools["publishes"])
 
@@ -117,7 +128,8 @@ def _parsing(method: str, handler: Handler, limits: ServerLimits) -> Callable[..
     assert parse is not None  # noqa: S101 - asked before
     most_bytes = "publish_bytes" if method == _PUBLISH else "request_bytes"
 
-    def parsed(request: bytes, context: grpc.ServicerContext) -> Any:
+    def parsed(taken: bytes | Request, context: grpc.ServicerContext) -> Any:
+        request = taken.take() if isinstance(taken, Request) else taken
         if len(request) > getattr(limits, most_bytes):
             reason = limits.refusal(most_bytes, f"this request of {method} has {len(request)} bytes")
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
@@ -126,19 +138,21 @@ def _parsing(method: str, handler: Handler, limits: ServerLimits) -> Callable[..
         ):
             reason = limits.refusal("request_parts", f"this request of {method} has more parts (entries of lists)")
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        whole = [request]
+        del request
         try:
-            return parse(request)
+            return parse(whole.pop())  # nobody else has it: a parser that needs it no more frees it
         except Exception as error:  # noqa: BLE001 - whatever a parser raises
             refuse(context, grpc.StatusCode.INTERNAL, f"the request of {method} cannot be parsed: {error}")
 
     if handler.response_streaming:
 
-        def answers(request: bytes, context: grpc.ServicerContext) -> Any:
+        def answers(request: bytes | Request, context: grpc.ServicerContext) -> Any:
             yield from behaviour(parsed(request, context), context)
 
         return answers
 
-    def answer(request: bytes, context: grpc.ServicerContext) -> Any:
+    def answer(request: bytes | Request, context: grpc.ServicerContext) -> Any:
         return behaviour(parsed(request, context), context)
 
     return answer

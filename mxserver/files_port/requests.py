@@ -1,7 +1,10 @@
 """GET of one file of a cached model, whole or a range of it: /files/PROVIDER/MODEL/REVISION/PATH, each part quoted.
 
-An answer has the file's digest as its ETag, for If-Range. With `MX-Want-Digest: xxh3-64` it has `MX-Digest` too: of the
-very bytes of the range, as they were read. A refusal has `MX-Status`, the status that gRPC has for it.
+An answer has the file's digest as its ETag, for If-Range. With `MX-Want-Digest: xxh3-64` it comes in chunks of up to
+8 MiB, which end at multiples of 8 MiB of the file; behind each, in the line of the next, its digest is a chunk
+extension (RFC 9112, 7.1.1, made for "per-chunk metadata (such as a signature or hash)"). So the first bytes go out
+before the last ones were hashed, and one request brings as much as its client has room for. `Cache-Control: no-cache`
+has digests made afresh. A refusal has `MX-Status`, the status that gRPC has for it.
 """
 
 from __future__ import annotations
@@ -10,14 +13,16 @@ import contextlib
 import http.server
 import os
 import re
+import socket
 import ssl
+import threading
 from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import grpc
-import xxhash
 
+from mxserver.files_port.range_digests import RangeDigests, read_blocks
 from mxserver.models import (
     FileDamaged,
     FileRecord,
@@ -29,10 +34,9 @@ from mxserver.models import (
 )
 from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated, bearer_token
 from mxserver.wire import MxError, path_problem
-from mxserver.wire.files import FILES_FOLDER, MOST_DIGESTED_BYTES
+from mxserver.wire.files import DIGEST_OF_LAST, FILES_FOLDER, MOST_DIGESTED_BYTES
 from mxserver.wire.proto import model_pb2
 
-_BLOCK_BYTES = 1024 * 1024
 _RANGE = re.compile(r"bytes=(\d{1,19})-(\d{0,19})")
 _PROVIDERS = set(model_pb2.ModelProvider.keys())
 _NOT_FOUND = (errors.ModelNotCached, errors.RevisionNotFound)
@@ -43,6 +47,32 @@ class Shared(NamedTuple):
 
     opened: OpenCache
     authenticator: Authenticator | None
+    digests: RangeDigests
+    answers: Answers
+    silence_seconds: float  # how long a client may be without a request, and take no byte of an answer
+
+
+class Answers:
+    """The answers under way. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self.are_last = False  # of their connections: the server drains
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Until there is none; returns whether that was so within the time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._count, seconds)
 
 
 class Refusal(Exception):
@@ -63,12 +93,12 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "mxserver"
     sys_version = ""
-    timeout = 10.0  # s without a request, or without a byte that the client takes
     disable_nagle_algorithm = True
     wbufsize = 0
 
     def setup(self) -> None:
         self._shared: Shared = self.server.shared  # type: ignore[attr-defined]
+        self.request.settimeout(self._shared.silence_seconds)
         self._model = contextlib.ExitStack()  # what keeps the model in the cache
         self._of: tuple[str, ...] = ()
         self._files: dict[str, FileRecord] = {}
@@ -85,6 +115,11 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        with self._shared.answers:
+            self._do_get()
+            self.close_connection = self.close_connection or self._shared.answers.are_last
+
+    def _do_get(self) -> None:
         try:
             self._admit()
             file = self._file()
@@ -162,27 +197,47 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
         return begin, last + 1, True
 
     def _answer(self, file: FileRecord, opened: Any, begin: int, end: int, *, is_range: bool) -> None:
-        digest = ""
-        if self.headers.get("mx-want-digest") == "xxh3-64" and end - begin <= MOST_DIGESTED_BYTES:
-            digest = _digest(opened.fileno(), begin, end)
+        with_digests = self.headers.get("mx-want-digest") == "xxh3-64" and self.request_version != "HTTP/1.0"
         self.send_response(HTTPStatus.PARTIAL_CONTENT if is_range else HTTPStatus.OK)
-        self.send_header("Content-Length", str(end - begin))
+        if with_digests:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(end - begin))
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", _etag(file))
         if is_range:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{file.size}")
-        if digest:
-            self.send_header("MX-Digest", digest)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if isinstance(self.connection, ssl.SSLSocket):
-            sent = _send_through(self.connection, opened.fileno(), begin, end)
-        else:
-            sent = self.connection.sendfile(opened, begin, end - begin) if end > begin else 0
-        if sent < end - begin:
+        if not (self._send_chunks if with_digests else self._send)(opened, begin, end):
             self.close_connection = True  # the file was truncated: the client sees that the answer ends early
+
+    def _send_chunks(self, opened: Any, begin: int, end: int) -> bool:
+        afresh = self.headers.get("cache-control") == "no-cache"
+        before = ""
+        while begin < end:
+            stop = min(end, (begin // MOST_DIGESTED_BYTES + 1) * MOST_DIGESTED_BYTES)
+            self._write(f"{stop - begin:x}{before}\r\n", is_more=True)
+            if not self._send(opened, begin, stop):
+                return False
+            before = f";{DIGEST_OF_LAST}={self._shared.digests.of(opened.fileno(), begin, stop, afresh=afresh)}"
+            self._write("\r\n", is_more=True)
+            begin = stop
+        self._write(f"0{before}\r\n\r\n")
+        return True
+
+    def _write(self, text: str, *, is_more: bool = False) -> None:
+        """`is_more`: it need not be a packet of its own."""
+        flags = socket.MSG_MORE if is_more and not isinstance(self.connection, ssl.SSLSocket) else 0
+        self.connection.sendall(text.encode(), flags)
+
+    def _send(self, opened: Any, begin: int, end: int) -> bool:
+        """Whether the file had all these bytes."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            return read_blocks(opened.fileno(), begin, end, self.connection.sendall) == end - begin
+        return begin == end or self.connection.sendfile(opened, begin, end - begin) == end - begin
 
     def _refuse(self, code: HTTPStatus, status: grpc.StatusCode, text: str) -> None:
         body = f"{text}\n".encode(errors="replace")
@@ -199,22 +254,3 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
 
 def _etag(file: FileRecord) -> str:
     return f'"{file.digest}"'
-
-
-def _digest(handle: int, begin: int, end: int) -> str:
-    hasher = xxhash.xxh3_64()
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    while begin < end and (count := os.preadv(handle, [block[: end - begin]], begin)):
-        hasher.update(block[:count])
-        begin += count
-    return hasher.hexdigest()
-
-
-def _send_through(connection: ssl.SSLSocket, handle: int, begin: int, end: int) -> int:
-    """Sends a stretch of a file through TLS; returns how many bytes."""
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    at = begin
-    while at < end and (count := os.preadv(handle, [block[: end - at]], at)):
-        connection.sendall(block[:count])
-        at += count
-    return at - begin

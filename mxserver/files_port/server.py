@@ -15,7 +15,8 @@ import threading
 from collections import Counter
 from typing import Any
 
-from mxserver.files_port.requests import FileRequests, Shared
+from mxserver.files_port.range_digests import RangeDigests
+from mxserver.files_port.requests import Answers, FileRequests, Shared
 from mxserver.models import OpenCache
 from mxserver.security import Authenticator
 from mxserver.wire.credentials import ServerTls, server_context
@@ -38,10 +39,15 @@ class FilesPort:
         tls: ServerTls | None = None,
         authenticator: Authenticator | None = None,
         most_per_host: int,
+        silence_seconds: float = 10.0,
     ) -> None:
-        """`most_per_host`: connections that one host may have open. Raises OSError when it cannot listen there."""
+        """`most_per_host`: connections that one host may have open; `silence_seconds`: a connection is closed that has
+        no request for so long, or whose client takes no byte. Raises OSError when it cannot listen there.
+        """
         context = server_context(tls, ask_clients=True) if tls is not None else None
-        self._server = _Server(host, port, Shared(opened, authenticator), context, most_per_host)
+        self._answers = Answers()
+        shared = Shared(opened, authenticator, RangeDigests(), self._answers, silence_seconds)
+        self._server = _Server(host, port, shared, context, most_per_host)
         self.port = int(self._server.server_address[1])
         self._thread: threading.Thread | None = None
 
@@ -51,12 +57,17 @@ class FilesPort:
         self._thread.start()
 
     def drain(self) -> None:
-        """Takes no new connections; those that are open go on. Idempotent."""
+        """Takes no new connections; those that are open have one more answer. Idempotent."""
+        self._answers.are_last = True
         thread, self._thread = self._thread, None
         if thread is not None:
             self._server.shutdown()
             thread.join()
         self._server.server_close()
+
+    def wait(self, seconds: float) -> bool:
+        """Until no answer is under way; returns whether that was so within the time."""
+        return self._answers.wait(seconds)
 
     def stop(self) -> None:
         """Cuts what is open, and releases the port. Idempotent."""
@@ -105,7 +116,7 @@ class _Server(socketserver.ThreadingTCPServer):
         if self._context is None:
             FileRequests(request, client_address, self)
             return
-        request.settimeout(FileRequests.timeout)
+        request.settimeout(self.shared.silence_seconds)
         with contextlib.suppress(OSError), self._context.wrap_socket(request.dup(), server_side=True) as secured:
             FileRequests(secured, client_address, self)
 

@@ -135,6 +135,12 @@ class OpenCache:
 
     def _keep(self, cache: ModelCache) -> None:
         """Cleans up after other replicas and keeps the limits, which others may exceed: the disk is shared."""
+        if cache.leases.is_read_only:
+            _LOG.warning(
+                "the cache folder is read-only: what it has is served, nothing else folder=%s", cache.layout.root
+            )
+            self._show_state(True)
+            return
         while True:
             try:
                 cache.sweep()

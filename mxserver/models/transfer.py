@@ -170,9 +170,16 @@ class Transfer:
             linked.unlink(missing_ok=True)
             try:
                 linked.hardlink_to(real)
-            except OSError as error:
-                _LOG.debug("file is fetched again place=%s reason=%s", real, error)
-                continue
+            except OSError as error:  # of another user (fs.protected_hardlinks), or on another disk
+                _LOG.info("file is copied, since it cannot be linked place=%s reason=%s", real, error)
+                try:
+                    self._cache.make_room(self._lease, real.stat().st_size)
+                    shutil.copyfile(real, linked)
+                except OSError as unread:
+                    if is_disk_full(unread):
+                        raise
+                    _LOG.warning("file is fetched again, since it cannot be read place=%s reason=%s", real, unread)
+                    continue
             record = known.get(str(real.relative_to(layout.root)))
             if record and record.size == linked.stat().st_size and file.size in (None, record.size):
                 return self._keep(file, linked, record.size, record.digest, file.blob or _blob_name(record.digest))

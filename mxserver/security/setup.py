@@ -17,6 +17,7 @@ from mxserver.wire.credentials import ServerTls, is_loopback
 
 LONGEST_CONNECTION_SECONDS = 3600
 MOST_CALLS_A_CONNECTION = 128
+UNASKED_BYTES = 64 * 1024
 
 
 def authenticator(settings: ServerSettings) -> Authenticator | None:
@@ -52,6 +53,10 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
         "grpc.max_send_message_length": settings.max_message_bytes,
         "grpc.max_receive_message_length": min(settings.max_message_bytes, settings.limits.publish_bytes),
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
+        # gRPC holds this much of a request that nothing here has begun to receive; by default it guesses how much
+        # the connection could bring, which was 110 MiB each of four. What is received comes as fast as it can.
+        "grpc.http2.bdp_probe": 0,
+        "grpc.http2.lookahead_bytes": UNASKED_BYTES,
         # Connections of hosts that vanished end, and all end some time: for certificates that were revoked, and so that
         # replicas share the load. Running calls go on.
         "grpc.keepalive_permit_without_calls": 1,

@@ -19,7 +19,7 @@ import grpc
 from mxserver.calls import refuse, refuses
 from mxserver.security import current_owner
 from mxserver.store import Clock, NotOwner, Query, SourceStore, StoreUnavailable, SystemClock, require_owner
-from mxserver.telemetry import Doubts
+from mxserver.telemetry import Doubts, Refusals
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2
 
 __all__ = ["ElectionKey", "FleetService", "StorageElections"]
@@ -28,16 +28,18 @@ _LOG = logging.getLogger(__name__)
 
 LEASE_SECONDS = 6.0
 EVERYBODY_SECONDS = 60.0
+_LONGEST_DOMAIN = 256
 _SHORTEST_RETRY_SECONDS = 0.25
 _RETRY_SECONDS_A_WAITER = 0.005  # 200 questions a second in all, however many wait
 _LONGEST_RETRY_SECONDS = 5.0
 
 
 class ElectionKey(NamedTuple):
-    """The workers that one reader serves: all with these weights and this rank."""
+    """The workers that one reader serves: all with these weights and this rank, where they may share them."""
 
     source_id: str
     worker_rank: int
+    domain: str = ""
 
 
 @dataclass
@@ -77,7 +79,12 @@ class StorageElections:
             if reader is None:
                 self._epoch += 1
                 reader = self._readers[key] = _Reader(worker_id, max(epoch, self._epoch), now)
-                _LOG.info("storage reader elected source=%s rank=%d worker=%s epoch=%d", *key, worker_id, reader.epoch)
+                _LOG.info(
+                    "storage reader elected source=%s rank=%d domain=%r worker=%s epoch=%d",
+                    *key,
+                    worker_id,
+                    reader.epoch,
+                )
             reader.until = now + LEASE_SECONDS
             self._waiting.get(key, {}).pop(worker_id, None)
             return mx_pb2.TakeStorageTurnResponse(
@@ -96,7 +103,7 @@ class StorageElections:
             del self._readers[key]
             if not shared:
                 self._everybody[key] = self._clock.monotonic_seconds() + EVERYBODY_SECONDS
-        _LOG.info("storage reader done source=%s rank=%d worker=%s shared=%s", *key, worker_id, shared)
+        _LOG.info("storage reader done source=%s rank=%d domain=%r worker=%s shared=%s", *key, worker_id, shared)
         return True
 
     def _wait(self, key: ElectionKey, worker_id: str, reader: str, now: float) -> mx_pb2.TakeStorageTurnResponse:
@@ -109,7 +116,9 @@ class StorageElections:
 
     def _forget(self, now: float) -> None:
         for key in [key for key, reader in self._readers.items() if reader.until < now]:
-            _LOG.warning("storage reader lost source=%s rank=%d worker=%s", *key, self._readers.pop(key).worker_id)
+            _LOG.warning(
+                "storage reader lost source=%s rank=%d domain=%r worker=%s", *key, self._readers.pop(key).worker_id
+            )
         for key in [key for key, until in self._everybody.items() if until < now]:
             del self._everybody[key]
         for key, waiting in list(self._waiting.items()):
@@ -125,9 +134,10 @@ _refuses = refuses({StoreUnavailable: grpc.StatusCode.UNAVAILABLE, NotOwner: grp
 class FleetService(mx_pb2_grpc.FleetServiceServicer):
     """Thread-safe, as far as the store is."""
 
-    def __init__(self, store: SourceStore, doubts: Doubts, clock: Clock | None = None) -> None:
+    def __init__(self, store: SourceStore, doubts: Doubts, refusals: Refusals, clock: Clock | None = None) -> None:
         self._store = store
         self._doubts = doubts
+        self._refusals = refusals
         self._elections = StorageElections(clock)
         self._started_ms = (clock or SystemClock()).unix_ms()
 
@@ -164,7 +174,10 @@ class FleetService(mx_pb2_grpc.FleetServiceServicer):
     def ListDoubts(  # noqa: N802
         self, request: mx_pb2.ListDoubtsRequest, context: grpc.ServicerContext
     ) -> mx_pb2.ListDoubtsResponse:
-        return mx_pb2.ListDoubtsResponse(doubts=self._doubts.newest(request.mx_source_id))
+        source_id = request.mx_source_id
+        return mx_pb2.ListDoubtsResponse(
+            doubts=self._doubts.newest(source_id), refusals=self._refusals.newest(source_id)
+        )
 
     def _require_own(self, request: mx_pb2.TakeStorageTurnRequest | mx_pb2.EndStorageTurnRequest) -> None:
         """Raises NotOwner where the worker's record is another caller's: nobody reads, or stops to read, for others."""
@@ -189,4 +202,7 @@ def _key(
 ) -> ElectionKey:
     if not request.mx_source_id or not request.worker_id:
         refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "mx_source_id or worker_id is missing")
-    return ElectionKey(request.mx_source_id, request.worker_rank)
+    if len(request.domain) > _LONGEST_DOMAIN:
+        reason = f"domain has {len(request.domain)} characters, at most {_LONGEST_DOMAIN} are taken"
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+    return ElectionKey(request.mx_source_id, request.worker_rank, request.domain)

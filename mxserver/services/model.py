@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import grpc
 
-from mxserver.calls import CallPool, Statuses, in_pool, refuse_for, refuses
+from mxserver.calls import PATIENCE_SECONDS, CallPool, Receiving, Statuses, in_pool, refuse_for, refuses
 from mxserver.models import (
     DownloadJob,
     FileDamaged,
@@ -71,8 +71,8 @@ class ModelService:
     def __init__(self, opened: OpenCache) -> None:
         self._opened = opened
         self.files_port = 0  # where the files are by HTTP; 0: nowhere
-        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure", receiving=2)
-        self._streaming = CallPool(MAX_STREAMS, "stream", receiving=2)
+        self._waiting = CallPool(MAX_WAITING_CALLERS, "ensure", Receiving(1, PATIENCE_SECONDS))
+        self._streaming = CallPool(MAX_STREAMS, "stream", Receiving(1, PATIENCE_SECONDS))
 
     def add_to(self, server: grpc.Server) -> None:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from google.protobuf.message import DecodeError
 from mxserver.calls import refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
+from mxserver.services.nearest_sources import nearest
+from mxserver.services.publish_request import PublishRequest
 from mxserver.store import (
     Leases,
     NotOwner,
@@ -40,6 +43,7 @@ from mxserver.wire.proto import p2p_pb2, record_pb2
 _LOG = logging.getLogger(__name__)
 
 _UNKNOWN = p2p_pb2.SOURCE_STATUS_UNKNOWN
+_CHOSEN_FROM = 256  # the newest ones, when the nearest are asked for
 _STATUSES = (p2p_pb2.SOURCE_STATUS_INITIALIZING, p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE)
 
 
@@ -70,26 +74,27 @@ class P2pService:
 
     def add_to(self, server: grpc.Server) -> None:
         methods: dict[str, tuple[Any, Any, Any]] = {
-            "PublishMetadata": (self.PublishMetadata, record_pb2.PublishRequest, p2p_pb2.PublishMetadataResponse),
-            "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest, p2p_pb2.ListSourcesResponse),
-            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest, record_pb2.RecordResponse),
-            "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest, p2p_pb2.UpdateStatusResponse),
+            "PublishMetadata": (self.PublishMetadata, PublishRequest.parse, p2p_pb2.PublishMetadataResponse),
+            "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest.FromString, p2p_pb2.ListSourcesResponse),
+            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest.FromString, record_pb2.RecordResponse),
+            "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest.FromString, p2p_pb2.UpdateStatusResponse),
         }
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            name: grpc.unary_unary_rpc_method_handler(method, asked.FromString, answered.SerializeToString)
-            for name, (method, asked, answered) in methods.items()
+            name: grpc.unary_unary_rpc_method_handler(method, parse, answered.SerializeToString)
+            for name, (method, parse, answered) in methods.items()
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     @_refuses
     def PublishMetadata(  # noqa: N802
-        self, request: record_pb2.PublishRequest, context: grpc.ServicerContext
+        self, published: PublishRequest, context: grpc.ServicerContext
     ) -> p2p_pb2.PublishMetadataResponse:
+        request = published.facts
         if missing := _missing_to_publish(request):
             return p2p_pb2.PublishMetadataResponse(success=False, message=f"{missing} is missing")
         if too_long := _too_long_to_publish(request, self._limits):
             return p2p_pb2.PublishMetadataResponse(success=False, message=too_long)
-        record = self._store.publish(_publication(request))
+        record = self._store.publish(_publication(request, published.worker))
         self._loads.published(record.key, request)
         pod = (request.pod_namespace, request.pod_name) if request.pod_name else ()
         _LOG.info(
@@ -116,7 +121,12 @@ class P2pService:
         if request.min_training_step > 0:
             # An empty list would say that nobody has reached it.
             refuse(context, grpc.StatusCode.UNIMPLEMENTED, "min_training_step: records have no training step here")
-        records = self._store.find(_query(request, self._limits.listing_rows))
+        query = _query(request, self._limits.listing_rows)
+        if request.near_worker_id and query.limit is not None:
+            found = self._store.find(replace(query, limit=max(query.limit, _CHOSEN_FROM)))
+            records = nearest(found, request.near_worker_id, request.near_topology, request.near_levels)[: query.limit]
+        else:
+            records = self._store.find(query)
         return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
 
     def _within_limit(self, references: Iterable[p2p_pb2.SourceInstanceRef]) -> Iterator[p2p_pb2.SourceInstanceRef]:
@@ -166,7 +176,8 @@ class P2pService:
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
-        self._loads.updated(key, request, self._model_name(key) if request.HasField("load_report") else "")
+        tells = request.HasField("load_report") or request.refusals
+        self._loads.updated(key, request, self._model_name(key) if tells else "")
         if leaves:
             _LOG.info("left source=%s worker=%s rank=%d", *key)
         else:
@@ -229,24 +240,24 @@ def _too_long_to_publish(request: record_pb2.PublishRequest, limits: ServerLimit
         ("worker_id", len(request.worker_id.encode()), "worker_id_bytes"),
         ("identity", request.identity.ByteSize(), "identity_bytes"),
         ("worker.accelerator", len(request.worker.accelerator.encode()), "worker_id_bytes"),
+        ("worker.worker_grpc_endpoint", len(request.worker.worker_grpc_endpoint.encode()), "worker_id_bytes"),
         ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), "topology_bytes"),
     )
     over = next(((name, size, limit) for name, size, limit in sizes if size > getattr(limits, limit)), None)
     return limits.refusal(over[2], f"{over[0]} has {over[1]} bytes") if over else None
 
 
-def _publication(request: record_pb2.PublishRequest) -> Publication:
+def _publication(request: record_pb2.PublishRequest, metadata: bytes) -> Publication:
     worker = request.worker
     status = worker.status if worker.status in _STATUSES else _UNKNOWN
-    worker.ClearField("status")
-    worker.ClearField("updated_at")
     return Publication(
         key=RecordKey(source_id(request.identity), request.worker_id, worker.worker_rank),
         identity=request.identity.SerializeToString(),
-        worker=worker.SerializeToString(),
+        worker=metadata,
         model_name=request.identity.model_name,
         accelerator=worker.accelerator,
         topology=dict(worker.topology),
+        endpoint=worker.worker_grpc_endpoint,
         status=status,
         epoch=request.epoch,
         owner=current_owner(),
@@ -275,4 +286,5 @@ def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
         updated_at=record.updated_at_ms,
         topology=record.topology,
         source_load=record.source_load,
+        worker_grpc_endpoint=record.endpoint,
     )

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from mxserver.calls import CallPool, in_pool
+from mxserver.calls import PATIENCE_SECONDS, CallPool, Receiving, in_pool
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -43,7 +43,7 @@ class StandardHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # gr
         self._store_works = True
         self._cache_works = True
         # Twice as many threads: a watcher too many is told so, and does not wait for another one to leave.
-        self.Watch = in_pool(self._watch, CallPool(2 * MOST_WATCHERS, "health-watch", receiving=1))
+        self.Watch = in_pool(self._watch, CallPool(2 * MOST_WATCHERS, "health-watch", Receiving(1, PATIENCE_SECONDS)))
 
     def show_store(self, *, works: bool) -> bool:
         """Sets the state of the services that need the store. Returns whether it changed.

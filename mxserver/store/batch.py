@@ -97,6 +97,7 @@ class Batch:
             model_name=publication.model_name,
             accelerator=publication.accelerator,
             topology=publication.topology,
+            endpoint=publication.endpoint,
             source_load=current.source_load if current else None,
             owner=publication.owner or (current.owner if current else ""),
             payload_bytes=payload_bytes,

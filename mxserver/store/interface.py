@@ -53,10 +53,11 @@ class SourceRecord:
     life: int  # the epoch with which this life of the worker began
     updated_at_ms: int
     identity: bytes  # SourceIdentity, serialised
-    worker: bytes  # WorkerMetadata, serialised, without status and updated_at
+    worker: bytes  # WorkerMetadata as it was published; its status and updated_at count no more
     model_name: str
     accelerator: str
     topology: Mapping[str, str]
+    endpoint: str = ""  # of its gRPC services, while it serves
     source_load: float | None = None
     owner: str = ""  # who published it; empty: callers were not identified then
     payload_bytes: int = 0  # of identity and worker together, as published
@@ -73,6 +74,7 @@ class Publication:
     model_name: str
     accelerator: str
     topology: Mapping[str, str]
+    endpoint: str = ""
     status: Status = p2p_pb2.SOURCE_STATUS_UNKNOWN
     epoch: int = 0
     owner: str = ""

@@ -25,6 +25,7 @@ SCHEMA_VERSION = 2
 
 _WAL_KEEP_BYTES = 64 * 1024 * 1024
 _LOCK_WAIT_SECONDS = 2.0
+_WRITTEN_IN_PARTS_BYTES = 1024 * 1024
 
 # The status is apart from the payload so that a transition does not rewrite megabytes of metadata.
 _SCHEMA = f"""
@@ -70,6 +71,8 @@ ON CONFLICT DO UPDATE SET epoch = excluded.epoch, life = excluded.life, owner = 
     status = excluded.status, updated_at_ms = excluded.updated_at_ms
 """
 _PUT_PAYLOAD = f"INSERT OR REPLACE INTO payload SELECT id, ?, ? FROM source WHERE {_KEY}"  # noqa: S608
+_PUT_EMPTY_PAYLOAD = f"INSERT OR REPLACE INTO payload SELECT id, ?, zeroblob(?) FROM source WHERE {_KEY}"  # noqa: S608
+_ROW = f"SELECT id FROM source WHERE {_KEY}"  # noqa: S608
 _DELETE = f"DELETE FROM source WHERE {_KEY}"  # noqa: S608
 _PUT_EPOCH = "INSERT OR REPLACE INTO counter VALUES ('epoch', ?)"
 _READ_WORKER = f"SELECT worker FROM source JOIN payload ON payload.source = source.id WHERE {_KEY} AND epoch = ?"  # noqa: S608
@@ -158,6 +161,7 @@ class SqliteFile:
                 model_name=p2p_pb2.SourceIdentity.FromString(identity).model_name,
                 accelerator=metadata.accelerator,
                 topology=dict(metadata.topology),
+                endpoint=metadata.worker_grpc_endpoint,
                 payload_bytes=len(identity) + len(worker),
             )
             yield without_large_parts(record)
@@ -191,12 +195,24 @@ class SqliteFile:
                     continue
                 run(_PUT_SOURCE, (*key, record.epoch, record.life, record.owner, record.status, record.updated_at_ms))
                 if key in batch.published:
-                    run(_PUT_PAYLOAD, (record.identity, record.worker, *key))
+                    self._put_payload(key, record)
             run("COMMIT")
         except Exception as error:  # of the values too (OverflowError): the writer thread must outlive it
             if self._connection.in_transaction:  # after some errors SQLite has rolled back by itself
                 self._connection.rollback()
             raise StoreUnavailable(f"writing to {self.path} failed: {error}") from error
+
+    def _put_payload(self, key: RecordKey, record: SourceRecord) -> None:
+        """SQLite takes three times the memory of a value that it is given whole, so a large one is written in parts."""
+        run = self._connection.execute
+        if len(record.worker) < _WRITTEN_IN_PARTS_BYTES:
+            run(_PUT_PAYLOAD, (record.identity, record.worker, *key))
+            return
+        run(_PUT_EMPTY_PAYLOAD, (record.identity, len(record.worker), *key))
+        ((row,),) = run(_ROW, key)
+        with self._connection.blobopen("payload", "worker", row) as blob, memoryview(record.worker) as worker:
+            for at in range(0, len(worker), _WRITTEN_IN_PARTS_BYTES):
+                blob.write(worker[at : at + _WRITTEN_IN_PARTS_BYTES])
 
     def try_transaction(self) -> None:
         """Begins a transaction and ends it: nothing is written. Raises StoreUnavailable."""

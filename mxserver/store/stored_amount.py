@@ -49,6 +49,11 @@ def without_large_parts(record: SourceRecord) -> SourceRecord:
     """The record as it is kept in memory: of large metadata only what the server itself reads."""
     if record.worker_is_cut or len(record.worker) <= LARGE_BYTES:
         return record
-    facts = record_pb2.WorkerFacts.FromString(record.worker)
+    return replace(record, worker=small_part(record.worker), worker_is_cut=True)
+
+
+def small_part(worker: bytes) -> bytes:
+    """What the server itself reads of a worker's metadata."""
+    facts = record_pb2.WorkerFacts.FromString(worker)
     facts.DiscardUnknownFields()
-    return replace(record, worker=facts.SerializeToString(), worker_is_cut=True)
+    return facts.SerializeToString()

@@ -6,11 +6,23 @@ from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
 from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics, telling_status
-from mxserver.telemetry.metrics import DEFINITIONS, STATES, CacheObservation, Metrics, Observation, ServerObservation
+from mxserver.telemetry.metrics import (
+    DEFINITIONS,
+    REASONS,
+    SIDES,
+    STATES,
+    CacheObservation,
+    Metrics,
+    Observation,
+    ServerObservation,
+)
 from mxserver.telemetry.observed_store import ObservedStore
+from mxserver.telemetry.refusals import Refusals
 
 __all__ = [
     "DEFINITIONS",
+    "REASONS",
+    "SIDES",
     "STATES",
     "CacheObservation",
     "Doubts",
@@ -21,6 +33,7 @@ __all__ = [
     "Observation",
     "ObservedStore",
     "ObservingInterceptor",
+    "Refusals",
     "RunningLoad",
     "ServerObservation",
     "bounded",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mxserver.store import Clock
 
-EventKind = Literal["store", "epoch", "lease", "fallback", "call", "download", "doubt"]
+EventKind = Literal["store", "epoch", "lease", "fallback", "call", "download", "doubt", "refusal"]
 
 KEPT_EVENTS = 50
 LONGEST_TEXT = 300

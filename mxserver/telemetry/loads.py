@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from mxserver.store import Clock, RecordKey, Status
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.metrics import Metrics, path_label
+from mxserver.telemetry.refusals import Refusals
 from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
 RATE_WINDOW_SECONDS = 10.0
@@ -75,8 +76,17 @@ class _Running:
 class Loads:
     """What workers report. Thread-safe. The caller has checked that the record is known and its epoch is right."""
 
-    def __init__(self, metrics: Metrics, events: Events, clock: Clock, *, forget_seconds: float) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        events: Events,
+        clock: Clock,
+        *,
+        forget_seconds: float,
+        refusals: Refusals | None = None,
+    ) -> None:
         """A load without a report for `forget_seconds` is no longer shown."""
+        self._refusals = refusals or Refusals(metrics, events, clock)
         self._metrics = metrics
         self._events = events
         self._clock = clock
@@ -92,8 +102,10 @@ class Loads:
             self._finish(key, request.load_report, request.identity.model_name)
 
     def updated(self, key: RecordKey, request: p2p_pb2.UpdateStatusRequest, model_name: str = "") -> None:
-        """Takes the load report and progress in a worker's status update."""
+        """Takes the load report, progress and refusals in a worker's status update."""
         status: Status = request.status
+        if request.refusals:
+            self._refusals.told(key, request.refusals, model_name)
         if request.HasField("load_report"):
             self._finish(key, request.load_report, model_name)
         if request.HasField("load_progress") and status != _STALE:
@@ -143,6 +155,8 @@ class Loads:
                 self._counted.popitem(last=False)
             load = _finished(key, report, model_name, self._clock.unix_ms())
             self._finished.appendleft(load)
+        if load.path.startswith("peer_"):
+            self._refusals.shared(load.model_name)
         self._metrics.loads.labels(load.path).inc()
         self._metrics.load_bytes.labels(load.path).inc(load.bytes)
         self._metrics.load_seconds.labels(load.path).observe(load.seconds)

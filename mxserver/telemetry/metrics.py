@@ -50,6 +50,15 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_chunks_verified_total", "counter", (), "chunks whose digest was checked in these loads"),
     Definition("mxserver_load_fallbacks_total", "counter", ("path",), "paths that loads tried and left"),
     Definition("mxserver_doubts_total", "counter", ("kind",), "doubts about weights that workers told, by kind"),
+    Definition(
+        "mxserver_refusals_total", "counter", ("side", "reason"), "weights that workers did not offer or did not take"
+    ),
+    Definition(
+        "mxserver_models_not_shared",
+        "gauge",
+        (),
+        "models of which weights were refused within the last hour while no worker got any from another",
+    ),
     Definition("mxserver_downloads_running", "gauge", (), "models that the server downloads at the moment"),
     Definition("mxserver_downloads_total", "counter", ("result",), "downloads that ended: done, failed"),
     Definition("mxserver_download_bytes_total", "counter", (), "bytes that downloads fetched from providers"),
@@ -94,6 +103,15 @@ DOUBTS: dict[mx_pb2.DoubtKind.ValueType, str] = {
 }
 
 
+SIDES: dict[load_pb2.RefusalSide.ValueType, str] = {
+    number: name.removeprefix("REFUSAL_SIDE_").lower() for name, number in load_pb2.RefusalSide.items() if number
+}
+
+REASONS: dict[load_pb2.RefusalReason.ValueType, str] = {
+    number: name.removeprefix("REFUSAL_REASON_").lower() for name, number in load_pb2.RefusalReason.items() if number
+}
+
+
 def path_label(path: int) -> str:
     """The label of a LoadPath; "unknown" for one that this version has no name for."""
     return PATHS.get(path, UNKNOWN)  # type: ignore[call-overload,no-any-return] # an enum's number off the wire
@@ -113,6 +131,7 @@ class Metrics:
         self.chunks_verified = self._counter("mxserver_chunks_verified_total")
         self.load_fallbacks = self._counter("mxserver_load_fallbacks_total")
         self.doubts = self._counter("mxserver_doubts_total")
+        self.refusals = self._counter("mxserver_refusals_total")
         self.downloads = self._counter("mxserver_downloads_total")
         self.download_bytes = self._counter("mxserver_download_bytes_total")
         self.call_seconds = self._histogram("mxserver_call_duration_seconds")
@@ -125,6 +144,9 @@ class Metrics:
         self._gauge("mxserver_build_info").labels(__version__).set(1)
         for kind in (*DOUBTS.values(), UNKNOWN):
             self.doubts.labels(kind)
+        for side in SIDES.values():
+            for reason in (*REASONS.values(), UNKNOWN):
+                self.refusals.labels(side, reason)
         for result in ("done", "failed"):
             self.downloads.labels(result)
         for path in (*PATHS.values(), UNKNOWN):  # rate() needs a series to exist before its first event
@@ -180,6 +202,7 @@ class Observation(NamedTuple):
     models: int | None
     loads_running: int
     cache: CacheObservation | None = None  # None while the cache has not been used
+    models_not_shared: int = 0
 
 
 class ServerObservation(NamedTuple):
@@ -198,6 +221,7 @@ _CACHE = (
 )
 _SCRAPED = (
     *("mxserver_ready", "mxserver_sources", "mxserver_models", "mxserver_loads_running"),
+    "mxserver_models_not_shared",
     *("mxserver_calls_waiting", "mxserver_certificate_not_after_seconds", *_CACHE),
 )
 
@@ -212,6 +236,7 @@ class _Lookup(Collector):
         seen = self._look()
         yield self._value("mxserver_ready", int(seen.ready))
         yield self._value("mxserver_loads_running", seen.loads_running)
+        yield self._value("mxserver_models_not_shared", seen.models_not_shared)
         for name, value in zip(_CACHE, seen.cache or (), strict=False):
             yield self._value(name, value)
         if seen.sources is not None and seen.models is not None:

@@ -14,15 +14,16 @@ from typing import Any
 
 from mxserver import __version__
 from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
-from mxserver.telemetry import STATES, Events, FinishedLoad, Loads, Observation, RunningLoad
+from mxserver.telemetry import REASONS, SIDES, STATES, Events, FinishedLoad, Loads, Observation, Refusals, RunningLoad
 from mxserver.web.cache_view import CacheView
-from mxserver.wire.proto import mx_pb2, p2p_pb2, record_pb2
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2, record_pb2
 
 Json = dict[str, Any]
 
 DEFAULT_WORKERS = 50
 MOST_WORKERS = 10_000
 SHOWN_LOADS = 100
+SHOWN_REFUSALS = 100
 
 # Probes, scrapes and open pages share one read of the store in this time.
 LOOK_SECONDS = 1.0
@@ -53,6 +54,7 @@ class StatusView:
         not_ready: Callable[[], str | None],
         facts: Json,
         cache: CacheView | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         """`not_ready` says why the server is not ready, or None; `facts` are shown about the server as they are."""
         self._store = store
@@ -62,6 +64,7 @@ class StatusView:
         self._not_ready = not_ready
         self._facts = facts
         self._cache = cache
+        self._refusals = refusals
         self._started = time.monotonic()
         self._looking = threading.Lock()
         self._look: _Look | None = None
@@ -71,11 +74,12 @@ class StatusView:
         look = self._current_look()
         ready = self._not_ready() is None
         cache = self._cache.observation() if self._cache else None
+        not_shared = len(self._refusals.not_shared()) if self._refusals else 0
         if look.records is None:
-            return Observation(ready, None, None, self._loads.running_count(), cache)
+            return Observation(ready, None, None, self._loads.running_count(), cache, not_shared)
         sources = Counter(STATES[record.status] for record in look.records if record.status in STATES)
         models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
-        return Observation(ready, sources, len(models), self._loads.running_count(), cache)
+        return Observation(ready, sources, len(models), self._loads.running_count(), cache, not_shared)
 
     def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS) -> Json:
         """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work."""
@@ -84,6 +88,7 @@ class StatusView:
         now_ms = self._clock.unix_ms()
         records = look.records or []
         running = self._loads.running()
+        refusals = self._refusals.newest() if self._refusals else []
         model_of = {record.key: record.model_name for record in records}
         states = Counter(STATES[record.status] for record in records if record.status in STATES)
         return {
@@ -102,6 +107,8 @@ class StatusView:
                 "loads_running": len(running),
             },
             "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet),
+            "refusals": [_refusal(count) for count in refusals[:SHOWN_REFUSALS]],
+            "not_shared": self._refusals.not_shared() if self._refusals else [],
             "loads": [_running(load, model_of.get(load.key, "")) for load in running[:SHOWN_LOADS]],
             "finished_loads": [_finished(load, model_of.get(load.key, "")) for load in self._loads.finished()],
             "downloads": self._cache.downloads() if self._cache else [],
@@ -208,4 +215,17 @@ def _finished(load: FinishedLoad, model_name: str) -> Json:
         "from_worker_id": load.from_worker_id,
         "chunks_verified": load.chunks_verified,
         "fallbacks": list(load.fallbacks),
+    }
+
+
+def _refusal(count: load_pb2.RefusalCount) -> Json:
+    return {
+        "model_name": count.model_name,
+        "source_id": count.mx_source_id,
+        "side": SIDES.get(count.side, "unknown"),
+        "reason": REASONS.get(count.reason, "unknown"),
+        "count": count.count,
+        "text": count.text,
+        "worker_id": count.worker_id,
+        "at_ms": count.at_unix_ms,
     }

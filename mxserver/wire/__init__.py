@@ -27,6 +27,7 @@ from mxserver.wire.errors import (
     WireError,
 )
 from mxserver.wire.extras import install_command
+from mxserver.wire.file_locks import locks_work
 from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
@@ -54,6 +55,7 @@ __all__ = [
     "is_host",
     "is_kubernetes_value",
     "left_out",
+    "locks_work",
     "misspelt",
     "nearest",
     "open_regular_below",

@@ -170,6 +170,19 @@ VARIABLES: tuple[Variable, ...] = (
         "worker",
         "auto: weights go by TLS between workers that have certificates; off: in clear, as without certificates",
     ),
+    Variable(
+        "MX_TOPOLOGY",
+        "worker",
+        "where this worker is: zone=a,rack=r7,host=n3, or a file or folder of Kubernetes' downward API with such "
+        "labels; near sources are taken first (docs/swarm.md)",
+    ),
+    Variable(
+        "MX_TOPOLOGY_REQUIRED", "worker", "the level, such as zone, that sources must share; others are not taken"
+    ),
+    Variable("MX_P2P_TOPOLOGY", "worker", "as MX_TOPOLOGY, as a JSON object"),
+    Variable("MX_P2P_TOPOLOGY_LEVELS", "worker", "names of the levels of a place, from broad to narrow"),
+    Variable("MX_P2P_TOPOLOGY_DOMAIN", "worker", "as MX_TOPOLOGY_REQUIRED"),
+    Variable("MX_P2P_TOPOLOGY_ENFORCEMENT", "worker", "preferred: that level is not required"),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),

@@ -75,10 +75,15 @@ UNUSED: tuple[Unused, ...] = (
         "UCX chooses; `UCX_NET_DEVICES` narrows it",
     ),
     Unused(
-        ("MX_P2P_SOURCE_SELECTOR", "MX_P2P_LOAD_WEIGHT", "MX_P2P_RUNTIME_METRICS_URL", "MX_P2P_TOPOLOGY*"),
+        (
+            "MX_P2P_SOURCE_SELECTOR",
+            "MX_P2P_LOAD_WEIGHT",
+            "MX_P2P_RUNTIME_METRICS_URL",
+            "MX_P2P_TOPOLOGY_LOAD_WEIGHT",
+        ),
         "worker",
         "which source a worker takes",
-        "chunks come from all sources at once, rarest first (docs/swarm.md)",
+        "chunks come from all sources at once, near ones first, rarest first (docs/swarm.md)",
     ),
     Unused(("MX_DISABLE_DRAFT_P2P",), "worker", "draft models", "they are never exchanged"),
     Unused(

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,9 @@ from torch import nn  # noqa: E402
 
 from mxcore.engine.weights import Built, Fit, MarkUninitialised, Weights  # noqa: E402
 from mxcore.engine.weights.evidence import bytes_by_name, packed_away  # noqa: E402
-from mxcore.engine.weights.offered import Receive  # noqa: E402
 from mxcore.engine.weights.structure import STRUCTURE_PREFIX, structure_rows  # noqa: E402
 from mxcore.errors import LayoutMismatch, LayoutUnsupported  # noqa: E402
-from mxcore.transfer.layout import CHUNK_BYTES, Manifest  # noqa: E402
+from tests.engine.in_memory import received_from  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -77,22 +75,6 @@ def weights_of(model: Layer, change: Callable[[Layer], None]) -> Any:
 
 def named(found: Any) -> set[str]:
     return {tensor.name for tensor in found.tensors}
-
-
-def received_from(source: Weights) -> Receive:
-    """Memory to memory, as a transfer would."""
-
-    def receive(fit: Fit) -> Any:
-        assert source.layout is not None
-        assert source.placement is not None
-        placement = fit(Manifest(source.layout, dict(source.scalars), CHUNK_BYTES))
-        for to, come, size in zip(
-            placement.addresses, source.placement.addresses, source.layout.extent_bytes, strict=True
-        ):
-            ctypes.memmove(to, come, size)
-        return SimpleNamespace(scalars=dict(source.scalars))
-
-    return receive
 
 
 RAW = {"weight", "weight_again", "norm", "statistics"}

@@ -22,7 +22,7 @@ from mxcore.errors import FenceFailed, LoadPathsExhausted, NoSource  # noqa: E40
 from mxcore.storage.remote import LocalFolder, listing_commit, place_of_state  # noqa: E402
 from mxcore.transfer.receive.receiver import Receiver, never_freed  # noqa: E402
 from mxserver.wire.calls import ServerClient  # noqa: E402
-from mxserver.wire.proto import mx_pb2  # noqa: E402
+from mxserver.wire.proto import load_pb2, mx_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
@@ -162,6 +162,40 @@ def test_a_transfer_that_fails_leaves_nothing_behind(
     assert engine.watched, "it offers what it has loaded"
 
 
+def refused(server: str, model: Path) -> list[tuple[str, str, int]]:
+    """What the server has counted of weights of this model that are not shared."""
+    with ServerClient(server) as client:
+        return [
+            (
+                load_pb2.RefusalSide.Name(count.side).removeprefix("REFUSAL_SIDE_").lower(),
+                load_pb2.RefusalReason.Name(count.reason).removeprefix("REFUSAL_REASON_"),
+                count.count,
+            )
+            for count in client.refusals()
+            if count.model_name == str(model)
+        ]
+
+
+def test_weights_that_are_not_taken_are_counted_by_reason(server: str, folder: Path, expected: str) -> None:
+    """The source is READY and so is who could not take its weights: only the count tells that nothing is shared."""
+    report = folder.parent / "report.json"
+    other = PlainEngine(folder, options(server), size=SIZE // 2)
+    other.fill = lambda model, *_: len([weight.fill_(1) for weight in model.parameters()])  # type: ignore[method-assign]
+    load(other, ROLES["both"])
+    engine = PlainEngine(folder, options(server, report_path=str(report)))
+    assert answer(load(engine, ROLES["both"])) == expected
+    told = json.loads(report.read_text())
+    assert (told["path"], told["serving"]) == ("storage", True)
+    assert told["refusals"] == {"receive": {"layout_mismatch": 1}}
+    assert refused(server, folder) == [("receive", "LAYOUT_MISMATCH", 1)]
+
+
+def test_a_mode_in_which_memory_moves_is_counted(server: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlainEngine, "loses_memory", lambda self: "the mode of this test")
+    load(PlainEngine(folder, options(server)), ROLES["both"])
+    assert refused(server, folder) == [("offer", "MEMORY_MOVES", 1)]
+
+
 @pytest.mark.parametrize("uri", [False, True])
 def test_storage_alone(folder: Path, expected: str, uri: bool, tmp_path: Path) -> None:
     """Without a server; from the model's own folder and from MX_MODEL_URI."""
@@ -209,6 +243,8 @@ def test_weights_that_are_packed_away_are_refused_by_name(
     (fallback,) = report["fallbacks"]
     assert "0.weight" in fallback
     assert "MX_LAYOUT_UNSUPPORTED" in fallback
+    assert report["refusals"] == {"offer": {"layout_unsupported": 1}}
+    assert refused(server, folder) == [("offer", "LAYOUT_UNSUPPORTED", 1)]
 
 
 @pytest.mark.parametrize("processed", [False, True])
@@ -305,6 +341,7 @@ def test_a_checkpoint_replaced_meanwhile_is_offered_as_what_was_read_or_not_at_a
     given = answer(load(first, ROLES["both"]))
     assert (given == old) == (when == "reading")
     assert json.loads(report.read_text())["serving"] == (when == "joined")
+    assert refused(server, folder) == [("offer", "FILE_CHANGED", 1)] * (when == "reading")
     new = answer(load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"]))
     assert new != old
     assert json.loads(report.read_text())["path"] == path

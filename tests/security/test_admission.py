@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -80,6 +81,18 @@ def test_tensors_are_not_parsed(start_process: Callable[..., ServerProcess]) -> 
     ).SerializeToString()
     assert raw_call(server.port, request) == grpc.StatusCode.OK
     assert peak_mib(server) - before < 100
+
+
+def test_large_messages_are_received_one_at_a_time(start_process: Callable[..., ServerProcess]) -> None:
+    """What existing clients may send costs a few times its bytes, however many send it."""
+    server = start_process("--store", "memory")
+    blob = p2p_pb2.WorkerMetadata(nixl_metadata=bytes(90 * MiB))
+    request = p2p_pb2.PublishMetadataRequest(identity=IDENTITY, worker_id="w", worker=blob).SerializeToString()
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = list(threads.map(lambda _: raw_call(server.port, request), range(4)))
+    assert grpc.StatusCode.OK in outcomes
+    assert set(outcomes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}  # the slow ones of a slow machine
+    assert peak_mib(server) < 512
 
 
 def test_requests_are_limited_by_method_and_named(start_server: StartServer) -> None:

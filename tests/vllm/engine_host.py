@@ -27,7 +27,10 @@ command_state: dict[str, Any] = {}
 
 
 def load(command: dict[str, Any]) -> dict[str, Any]:
-    """Starts an engine, asks it, ends it; the result has its answers, or those of its workers' method `ask`."""
+    """Starts an engine, asks it, ends it; the result has its answers, or those of its workers' method `ask`.
+
+    Of a model that classifies the answers are its probabilities. `requests` are made beside, at once.
+    """
     import vllm
 
     end({})
@@ -46,10 +49,15 @@ def load(command: dict[str, Any]) -> dict[str, Any]:
     try:
         if command["ask"] is not None:
             answers = llm.collective_rpc(command["ask"])
+        elif options.get("convert") == "classify":
+            answers = [llm.classify([prompt], use_tqdm=False)[0].outputs.probs for prompt in PROMPTS]
         elif options.get("runner") == "pooling":
             answers = [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
         else:
             answers = [_complete(llm, prompt) for prompt in PROMPTS]
+        if command["requests"]:
+            sampling = vllm.SamplingParams(temperature=0, max_tokens=2)
+            llm.generate([f"{PROMPTS[0]} {index}" for index in range(command["requests"])], sampling, use_tqdm=False)
     finally:
         command_state["engine"] = llm
         del llm
@@ -167,10 +175,27 @@ def fork_workers(command: dict[str, Any]) -> dict[str, Any]:
     """Workers of this process' engines begin as copies of it, and import nothing: for a host that has no threads."""
     import multiprocessing
 
+    from vllm.v1.engine import utils
     from vllm.v1.executor import multiproc_executor
 
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    for module in (multiproc_executor, utils):
+        module.get_mp_context = lambda: multiprocessing.get_context("fork")
     return {}
+
+
+def call(command: dict[str, Any]) -> dict[str, Any]:
+    """A function of the tests, `module:name`, in this process, which has vLLM and is warm."""
+    import importlib
+
+    module, _, name = command["function"].partition(":")
+    return {"result": getattr(importlib.import_module(module), name)(**command.get("arguments", {}))}
+
+
+def compiled(command: dict[str, Any]) -> dict[str, Any]:
+    """How many graphs torch's compiler has made of models in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return {"graphs": counters["stats"]["unique_graphs"]}
 
 
 def corrupt(command: dict[str, Any]) -> dict[str, Any]:
@@ -318,6 +343,8 @@ COMMANDS = {
         plain_linear,
         hiding,
         fork_workers,
+        call,
+        compiled,
         corrupt,
         look,
         seen,

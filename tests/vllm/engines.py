@@ -101,11 +101,13 @@ class EngineHost:
         extra: dict[str, Any] | None = None,
         keep: bool = False,
         ask: str | None = None,
+        requests: int = 0,
         **options: Any,
     ) -> Loaded:
         """Starts an engine, asks it, and ends it unless it is to be kept until the command `end`.
 
-        `extra` goes into the loader's extra configuration; `ask` is a method of its workers, to be asked instead.
+        `extra` goes into the loader's extra configuration; `ask` is a method of its workers, to be asked instead;
+        `requests` are that many more, whose answers nobody looks at.
         """
         report = self.folder / f"{self.name}-{self._loads}.json"
         self._loads += 1
@@ -113,7 +115,15 @@ class EngineHost:
             settings = {"server_address": self.server} if self.server else {}
             options["model_loader_extra_config"] = {**settings, "report_path": str(report), **(extra or {})}
         before = self.log.stat().st_size
-        answer = self.ask("load", model=str(model), load_format=load_format, keep=keep, ask=ask, options=options)
+        answer = self.ask(
+            "load",
+            model=str(model),
+            load_format=load_format,
+            keep=keep,
+            ask=ask,
+            requests=requests,
+            options=options,
+        )
         log = self.log.read_bytes()[before:].decode(errors="replace")
         told = json.loads(report.read_text()) if report.exists() else {}
         return Loaded(answer["answers"], told, log, report, answer["steps"])

@@ -97,12 +97,79 @@ SPECIAL = {
 }
 """Models whose modules depend on the engine's options, or keep what requests write."""
 
+_TEXT: dict[str, Any] = {**_DECODER, "model_type": "gemma", "head_dim": 32}
+_VISION: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+    "projection_dim": 128,
+    "vision_use_head": False,
+}
+
+
+def classifier(folder: Path) -> Path:
+    """A decoder with a classifier's head and none for tokens, as transformers write it; returns `folder`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    models.generate(folder, "qwen3", {**_DECODER, "head_dim": 32, "tie_word_embeddings": True})
+    shards = models.weight_files(folder)
+    tensors = {
+        name: tensor for file in shards if file.suffix == ".safetensors" for name, tensor in load_file(file).items()
+    }
+    tensors["score.weight"] = torch.randn(3, 128, generator=torch.Generator().manual_seed(20)).to(torch.bfloat16)
+    for file in shards:
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    labels = {"id2label": {str(index): f"label {index}" for index in range(3)}}
+    _add(folder, {"architectures": ["Qwen3ForSequenceClassification"], "pad_token_id": 0, **labels})
+    return folder
+
+
+def sees(folder: Path) -> Path:
+    """A model for text and pictures, PaliGemma's small sister; returns `folder`."""
+    if (folder / "ready").exists():
+        return folder
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder.mkdir(parents=True)
+    vocabulary = models.write_tokenizer(folder)
+    config = AutoConfig.for_model(
+        "paligemma",
+        text_config={**_TEXT, "vocab_size": vocabulary + 64},
+        vision_config=_VISION,
+        projection_dim=128,
+        image_token_index=vocabulary,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
+    models.fill(model, seed=20)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    settings = {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "image_seq_length": 4,
+        "size": {"height": 32, "width": 32},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "ready").touch()
+    return folder
+
+
+def _add(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
 
 def generate(folder: Path, name: str, *, seed: int = 20) -> Path:
     """Writes the checkpoint of a family; returns `folder`."""
     family = (FAMILIES | SPECIAL)[name]
     models.generate(folder, family.model_type, family.shape, seed=seed)
-    if family.also:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **family.also}))
+    _add(folder, family.also)
     return folder

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.demo.models import weight_files
+from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
 
@@ -79,6 +80,27 @@ def test_raw_weights_do_not_depend_on_kernels(ask: Any) -> None:
 
 def test_a_variable_set_to_its_default_is_one_that_is_not_set(ask: Any) -> None:
     assert ask(environ={"VLLM_USE_DEEP_GEMM": "1", "VLLM_BATCH_INVARIANT": "0"})["source_id"] == ask()["source_id"]
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_same_checkpoint_at_three_paths_is_one(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """MX_MODEL_NAME_OVERRIDE and MX_MODEL_REVISION where the folders differ; the hub's cache needs neither."""
+    llama = model_paths["llama"]
+    named = {"model_name_override": "org/name", "model_revision": COMMIT}
+    first = source.load(llama, extra=named)
+    assert (first.report["path"], first.report["serving"]) == ("storage", True)
+    hub = tmp_path / "models--org--name" / "snapshots" / COMMIT
+    for path, extra in ((tmp_path / "copy", named), (hub, {})):
+        shutil.copytree(llama, path)
+        loaded = target.load(path, extra=extra)
+        assert loaded.answers == first.answers == references.of(llama)
+        assert (loaded.report["path"], loaded.report["fallbacks"]) == ("p2p", [])
+        assert loaded.report["source_id"] == first.report["source_id"]
+        target.ask("leave")
 
 
 def test_a_checkpoint_that_differs_in_one_byte_is_another(

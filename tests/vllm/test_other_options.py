@@ -20,16 +20,22 @@ PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 NOT_EAGER: dict[str, Any] = {"enforce_eager": False}
 LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8}
 POOLING: dict[str, Any] = {"runner": "pooling"}
+CLASSES: dict[str, Any] = {**POOLING, "convert": "classify"}
 FAST: dict[str, Any] = {"kv_sharing_fast_prefill": True}
+TEXT_ALONE: dict[str, Any] = {"language_model_only": True}
 
 
 class Pair(NamedTuple):
-    """A model, and options of source and target. Kinds of weights that they share; None: both."""
+    """A model, and options of source and target. Kinds of weights that they share; None: both.
+
+    `requests` are made of the source, beside the prompts, before the target takes its weights.
+    """
 
     model: str
     source: dict[str, Any]
     target: dict[str, Any]
     kind: str | None = None
+    requests: int = 0
 
 
 PAIRS = {
@@ -39,16 +45,23 @@ PAIRS = {
     "longrope beyond its limit, within": Pair("phi3", {"max_model_len": 128}, {"max_model_len": 64}),
     "longrope within its limit, beyond": Pair("phi3", {"max_model_len": 64}, {"max_model_len": 128}),
     "fast prefill and 256 tokens at once, 512": Pair("gemma3n", FAST, {**FAST, "max_num_batched_tokens": 512}),
+    "fast prefill after 100 requests, 512 tokens at once": Pair(
+        "gemma3n", FAST, {**FAST, "max_num_batched_tokens": 512}, requests=100
+    ),
     "4 requests at once, 8": Pair("llama", {}, {"max_num_seqs": 8}),
     "decoder as embedding, the same": Pair("qwen3", POOLING, POOLING),
+    "decoder as classifier, the same": Pair("classifier", CLASSES, CLASSES),
+    "language model alone, the same": Pair("sees", TEXT_ALONE, TEXT_ALONE),
     "KV cache as the model, in fp8": Pair("llama", {}, {"kv_cache_dtype": "fp8"}, "raw"),
 }
 
 
 @pytest.fixture(scope="module")
 def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
-    made = {name: families.generate(folder / "options" / name, name) for name in families.SPECIAL}
-    return {**model_paths, **made}
+    place = folder / "options"
+    made = {name: families.generate(place / name, name) for name in families.SPECIAL}
+    others = {"classifier": families.classifier(place / "classifier"), "sees": families.sees(place / "sees")}
+    return {**model_paths, **made, **others}
 
 
 @pytest.mark.parametrize(
@@ -58,18 +71,46 @@ def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
 def test_they_share_weights(
     pair: str, kind: str, source: EngineHost, target: EngineHost, unpacked: None, models: dict[str, Path]
 ) -> None:
-    model, theirs, ours, _ = PAIRS[pair]
+    model, theirs, ours, _, requests = PAIRS[pair]
     if "kv_cache_dtype" in ours and "avx512f" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("vLLM's CPU build has no KV cache in fp8 for this processor, which lacks AVX-512")
     expected = target.load(models[model], "auto", **ours).answers
 
-    first = source.load(models[model], extra={"layout": kind}, **theirs)
+    first = source.load(models[model], extra={"layout": kind}, requests=requests, **theirs)
     with files_away(weight_files(models[model])):
         second = target.load(models[model], extra={"layout": kind}, **ours)
 
     assert first.report["fallbacks"] == second.report["fallbacks"] == []
     assert (second.report["path"], second.report["layout"]) == ("p2p", kind)
     assert second.answers == expected
+
+
+def test_flags_of_context_parallelism_and_two_batches_stay_the_targets_own(
+    source: EngineHost, target: EngineHost, unpacked: None, folder: Path
+) -> None:
+    """Finding A1: taken from a source without, the flags made vLLM end the engine. It does not run with them."""
+    model = families.generate(folder / "options" / "qwen3_moe", "qwen3_moe")
+    flags: dict[str, Any] = {"worker_cls": "tests.vllm.flags_worker.FlagsWorker", "ask": "flags"}
+    expected = target.load(model, "auto", **flags).answers
+    first = source.load(model, extra={"layout": "processed"})
+    with files_away(weight_files(model)):
+        second = target.load(model, extra={"layout": "processed"}, **flags)
+
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []
+    assert second.report["path"] == "p2p"
+    assert second.answers == expected
+    assert expected[0][:2] == [[True], [True]]
+
+
+def test_gptq_as_marlin_has_it(source: EngineHost) -> None:
+    """Finding B3: the empty zero points, which Marlin does not use, were taken for packed away."""
+    done = source.ask("call", function="tests.vllm.marlin:exchange")["result"]
+    names = [f"layers.0.{name}" for name in ("qweight", "qzeros", "scales")]
+    assert set(names) <= set(done["moved"])
+    assert done["empty"]
+    assert sorted(done["equal"]) == sorted({*done["equal"], *names})
+    assert {"layers.0.qweight", "layers.0.scales"} <= set(done["changed"])
+    assert done["structure"]
 
 
 def test_another_kernel_at_equal_shapes_is_refused_by_its_class(

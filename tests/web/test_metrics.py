@@ -13,7 +13,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mxserver.calls import CallPool
+from mxserver.calls import CallPool, Receiving
 from mxserver.store import SystemClock
 from mxserver.telemetry import DEFINITIONS, Events, Metrics, ObservingInterceptor, call_metrics, measured_calls
 from mxserver.telemetry.metrics import PATHS, UNKNOWN, path_label
@@ -186,7 +186,7 @@ def test_time_in_the_queue_is_part_of_a_call(monkeypatch: pytest.MonkeyPatch) ->
     """The caller saw 23 s, the metric 3 ms (proofs/server/p21.py)."""
     now = [1000.0]
     monkeypatch.setattr(measured_calls.time, "perf_counter", lambda: now[0])
-    metrics, held, pool = Metrics(), Held(), CallPool(1, "test", receiving=2)
+    metrics, held, pool = Metrics(), Held(), CallPool(1, "test", Receiving(2, 1.0))
     around, on_unknown = call_metrics(metrics, Events(SystemClock()))
     server = grpc.server(pool, interceptors=[ObservingInterceptor([around], on_unknown)])
     server.add_generic_rpc_handlers((held,))

@@ -97,10 +97,20 @@ class PeerRung(Rung[Loaded]):
     def _nobody(self) -> str:
         failed = self._tried.failed
         others = f" but those that failed ({', '.join(sorted(failed))})" if failed else ""
-        return f"no worker{others} has these weights for rank {self._context.rank}"
+        membership = self._membership()
+        nearest = membership.nearest() if membership is not None else ""
+        told = f"; {nearest}" if nearest else ""
+        return f"no worker{others} has these weights for rank {self._context.rank}{told}"
 
     def load(self) -> Loaded:
         """A model with the sources' weights; raises TransferError, and whatever building a model raises."""
+        try:
+            return self._loaded()
+        except Exception as error:
+            self._context.refused("receive", error)
+            raise
+
+    def _loaded(self) -> Loaded:
         context, is_raw = self._context, self._kind == "raw"
         weights, keeping = Weights(self._kind, context.engine.device), Keeping(context)
         attempt = self._attempt = _Attempt(weights)

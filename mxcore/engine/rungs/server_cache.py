@@ -35,6 +35,7 @@ class CacheRung(Rung[Loaded]):
         self._client: ModelClient | None = None
         self._listed: ModelFiles | None = None
         self._shared: Path | None = None
+        self._asked: str | None = None  # the revision that the rung began with
 
     @property
     def _model(self) -> str:
@@ -54,8 +55,9 @@ class CacheRung(Rung[Loaded]):
             return skip("no server is set")
         if Path(self._model).is_absolute():
             return skip(f"{self._model} is a folder of this machine, and no model that the server could have")
+        self._asked = self._revision
         try:
-            self._listed = self._opened().list_files(self._model, revision=self._revision)
+            self._listed = self._opened().list_files(self._model, revision=self._asked)
         except ModelNotFound:
             self._listed = None
         if self._listed is None or not has_weights(self._listed):
@@ -85,8 +87,8 @@ class CacheRung(Rung[Loaded]):
     def _stored(self, progress: Progress) -> Stored:
         client = self._opened()
         if self._listed is None:
-            client.ensure(self._model, revision=self._revision)
-            self._listed = client.list_files(self._model, revision=self._revision)
+            commit = client.ensure(self._model, revision=self._asked) or self._asked
+            self._listed = client.list_files(self._model, revision=commit)  # a branch may have moved meanwhile
         folder = self._shared
         if folder is None and self._context.settings.cache_weights:
             folder = self._fetched(client, self._listed, progress)
@@ -111,7 +113,9 @@ class CacheRung(Rung[Loaded]):
 
         cache = hub_cache(self._context.engine.download_dir)
         try:
-            return client.fetch_to_hub_cache(self._model, cache, revision=self._revision, on_bytes=on_bytes)
+            return client.fetch_to_hub_cache(
+                self._model, cache, revision=listed.revision, ref=self._asked or "main", on_bytes=on_bytes
+            )
         except (DiskFull, OSError) as error:
             _log.warning("the weights go straight into the model, as with MX_CACHE_WEIGHTS=0: %s", error)
             self._context.fallbacks.append(f"{self.name}, past the disk: {error}")

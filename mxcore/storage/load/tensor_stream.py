@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+from mxcore.errors import HostMemoryLimit
 from mxcore.memory import HostBuffer
 from mxcore.storage.checkpoint import (
     Checkpoint,
@@ -56,9 +58,9 @@ def stream(
 
     A tensor lies in the ring, without a copy. Who keeps one keeps its batch's memory: that is left to it, and the ring
     gets new memory, so a kept tensor stays what it is. The ring counts against `memory`, which makes batches smaller;
-    a tensor that does not fit at all raises HostMemoryLimit. Raises as `load`, and CheckpointError
-    (`refuse_unknown`). One thread at a time; ends its thread
-    and frees the ring when it is exhausted, closed or has raised.
+    where two do not fit, nothing is read ahead; a tensor that does not fit at all raises HostMemoryLimit. Raises as
+    `load`, and CheckpointError (`refuse_unknown`). One thread at a time; ends its thread and frees the ring when it is
+    exhausted, closed or has raised.
     """
     ceiling = memory or budget()
     room = max(_LEAST_BATCH_BYTES, min(batch_bytes, ceiling.free_bytes // 3))
@@ -139,11 +141,12 @@ class _BatchRing:
         self._next: tuple[HostBuffer, Future[object]] | None = None
 
     def take(self, batch: _Batch, following: _Batch | None) -> TensorViews:
-        """The batch, read; the following one is being read from now on."""
+        """The batch, read; the following one is being read from now on, where there is room for both."""
         buffer, filled = self._next or self._start(batch)
         self._next, self._used = None, buffer
         if following is not None:
-            self._next = self._start(following)
+            with suppress(HostMemoryLimit):  # no room for two: it is read when this one is used up
+                self._next = self._start(following)
         filled.result()
         return TensorViews(buffer, self._framework)
 

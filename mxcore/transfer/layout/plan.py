@@ -125,6 +125,7 @@ class GrantCounts:
 @dataclass
 class _HolderState:
     have: int
+    distance: int = 0
     in_flight: int = 0
     bytes_per_second: float = 0.0  # 0: not measured yet
     busy_since: float = 0.0  # the start of what is being measured
@@ -179,12 +180,12 @@ class SwarmPlan:
         """The set of chunks that are neither done nor in flight."""
         return self._missing
 
-    def add_holder(self, holder: str, have: int) -> None:
-        """Adds a holder, or updates what it has."""
-        if (state := self._holders.get(holder)) is not None:
-            state.have = have
-        else:
-            self._holders[holder] = _HolderState(have)
+    def add_holder(self, holder: str, have: int, distance: int | None = None) -> None:
+        """Adds a holder, or updates what it has. Chunks that one at a smaller `distance` has are left to that one."""
+        state = self._holders.setdefault(holder, _HolderState(0))
+        state.have = have
+        if distance is not None:
+            state.distance = distance
 
     def drop_holder(self, holder: str) -> int:
         """Forgets a holder; returns the set of chunks that are missing again because of it."""
@@ -209,10 +210,10 @@ class SwarmPlan:
         most = max(FEWEST_AT_MOST, min(MOST_IN_FLIGHT, sensible))
         return max(FIRST_IN_FLIGHT, min(most, ceil(speed * AHEAD_SECONDS / self.chunk_bytes)))
 
-    def wanted(self, holder: str) -> ChunkRequest:
+    def wanted(self, holder: str, now: float) -> ChunkRequest:
         """What to ask `holder` for now; `most` is 0 when it may get nothing, or has nothing that is missing."""
         state = self._holders[holder]
-        chunks = self._missing & state.have
+        chunks = self._missing & state.have & ~self._left_to_nearer(state, now)
         room = self.limit(holder) - state.in_flight.bit_count()
         if not chunks or room <= 0:
             return ChunkRequest(0, 0, 0)
@@ -319,6 +320,16 @@ class SwarmPlan:
             if name not in slow and state.bytes_per_second:
                 others |= state.have
         return [name for name, in_flight in slow.items() if not in_flight & ~others]
+
+    def _left_to_nearer(self, state: _HolderState, now: float) -> int:
+        """What holders that are nearer than this one have and give: those that are not far slower, and do not hang."""
+        left = 0
+        for other in self._holders.values():
+            if other.distance >= state.distance or (other.in_flight and now - other.busy_since > _SLOW_SECONDS):
+                continue
+            if not other.bytes_per_second or other.bytes_per_second >= _SLOW_SHARE * state.bytes_per_second:
+                left |= other.have
+        return left
 
     def _end(self, state: _HolderState, chunk: int) -> None:
         if not state.in_flight >> chunk & 1:

@@ -5,5 +5,17 @@ from __future__ import annotations
 from mxcore.transfer.member.directory import Directory
 from mxcore.transfer.member.manifest import manifest_of
 from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, PROTOCOL_VERSION, Membership
+from mxcore.transfer.member.place import current_place
+from mxcore.transfer.member.refusals import Refusal, Side, refusals_of
 
-__all__ = ["CHECKPOINT_PARAMETER", "PROTOCOL_VERSION", "Directory", "Membership", "manifest_of"]
+__all__ = [
+    "CHECKPOINT_PARAMETER",
+    "PROTOCOL_VERSION",
+    "Directory",
+    "Membership",
+    "Refusal",
+    "Side",
+    "current_place",
+    "manifest_of",
+    "refusals_of",
+]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
+from mxcore.transfer.member.differences import differences
+from mxcore.transfer.member.place import Place
 from mxcore.transfer.move import Source
+from mxserver.wire import WireError
 from mxserver.wire.calls import ServerClient, canonical_json
 from mxserver.wire.proto import p2p_pb2
 
@@ -19,13 +23,20 @@ CHECKPOINT_PARAMETER = "checkpoint"
 
 _ENDPOINT_SECONDS = 5.0  # before a record is asked for again, unless it was updated
 _CANDIDATES = 16  # of each status: workers whose records are asked for
+_NEAREST = 4  # workers with other identities whose records are compared with this one's
 
 
 class Directory:
-    """Lists holders of one rank, except this worker. Thread-safe. All calls raise WireError."""
+    """Lists holders of one rank, except this worker and those that its `place` does not allow. Thread-safe.
 
-    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int) -> None:
+    All calls raise WireError. Our server lists the nearest with their endpoints, in one call; of one that does not say
+    where they are, each record is asked for.
+    """
+
+    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int, place: Callable[[], Place]) -> None:
         self._client = client
+        self._place = place
+        self._told_problem = False
         self._worker_id = worker_id
         self._worker_rank = worker_rank
         self._lock = threading.Lock()
@@ -33,19 +44,27 @@ class Directory:
         self._refused: set[str] = set()  # checkpoints of the last warning, none of which was taken
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
-        """Complete holders with exactly this identity, the least loaded first, then the newest."""
-        refs = self._client.list_sources(
-            identity, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=self._worker_rank, limit=_CANDIDATES
-        )
-        found = [source for ref in refs if (source := self._source(ref)) is not None]
-        return sorted(found, key=lambda source: (source.load, -source.updated_at_ms))
+        """Complete holders with exactly this identity, the nearest first, of these the least loaded."""
+        return self._listed(identity, p2p_pb2.SOURCE_STATUS_READY)
 
     def receiving(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
         """Workers with this identity that serve what they have received so far."""
+        return self._listed(identity, p2p_pb2.SOURCE_STATUS_INITIALIZING)
+
+    def _listed(self, identity: p2p_pb2.SourceIdentity, status: p2p_pb2.SourceStatus.ValueType) -> list[Source]:
+        place = self._place()
+        if place.problem:
+            logger.log(logging.DEBUG if self._told_problem else logging.WARNING, "%s", place.problem)
+            self._told_problem = True
+            return []
+        near = place.near(self._worker_id or "reader")
         refs = self._client.list_sources(
-            identity, status=p2p_pb2.SOURCE_STATUS_INITIALIZING, worker_rank=self._worker_rank, limit=_CANDIDATES
+            identity, status=status, worker_rank=self._worker_rank, limit=_CANDIDATES, near=near
         )
-        return [source for ref in refs if (source := self._source(ref, receiving=True)) is not None]
+        receiving = status == p2p_pb2.SOURCE_STATUS_INITIALIZING
+        found = [self._source(ref, place, receiving=receiving) for ref in refs if place.allows(ref.topology)]
+        # The server's order among equals stays.
+        return sorted((source for source in found if source is not None), key=lambda s: (s.distance, s.load))
 
     def holders(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
         """Complete ones, then those that are receiving."""
@@ -57,22 +76,48 @@ class Directory:
         refs = [ref for status in statuses for ref in self._client.list_sources(identity, status=status)]
         return {ref.worker_rank for ref in refs}
 
+    def nearest(self, identity: p2p_pb2.SourceIdentity) -> str:
+        """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
+
+        Empty if there is none, or if the server does not say; raises nothing.
+        """
+        try:
+            refs = self._client.list_sources(
+                model_name=identity.model_name,
+                status=p2p_pb2.SOURCE_STATUS_READY,
+                worker_rank=self._worker_rank,
+                limit=_NEAREST,
+            )
+            others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != self._worker_id}
+            records = {name: self._client.get_metadata(source_id, name) for name, source_id in others.items()}
+        except WireError as error:
+            logger.debug("who else has %s is not known: %s", identity.model_name, error)
+            return ""
+        found = [
+            (len(told), f"worker {name} has {', '.join(told)}")
+            for name, record in records.items()
+            if record is not None and (told := differences(record.identity, identity))
+        ]
+        return min(found, default=(0, ""))[1]
+
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The identity of complete holders that equals `identity` in all but the checkpoint.
 
         None when there is none, or when there are several, which a worker without weight files cannot choose from: a
         warning says so, once for the same ones.
         """
+        place = self._place()
         refs = self._client.list_sources(
             model_name=identity.model_name,
             status=p2p_pb2.SOURCE_STATUS_READY,
             worker_rank=self._worker_rank,
             limit=_CANDIDATES,
+            near=place.near(self._worker_id),
         )
         ours = _without_checkpoint(identity)
         found: dict[str, p2p_pb2.SourceIdentity] = {}
         for ref in refs:
-            if ref.worker_id == self._worker_id:
+            if ref.worker_id == self._worker_id or not place.allows(ref.topology):
                 continue
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
             if record is None or not record.worker.worker_grpc_endpoint:
@@ -92,19 +137,13 @@ class Directory:
             return None
         return next(iter(found.values()), None)
 
-    def _source(self, ref: p2p_pb2.SourceInstanceRef, *, receiving: bool = False) -> Source | None:
+    def _source(self, ref: p2p_pb2.SourceInstanceRef, place: Place, *, receiving: bool) -> Source | None:
         if ref.worker_id == self._worker_id:
             return None
-        key = (ref.mx_source_id, ref.worker_id)
-        with self._lock:
-            endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
-        if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
-            record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
-            if record is None or not record.worker.worker_grpc_endpoint:
-                return None
-            endpoint = record.worker.worker_grpc_endpoint
-            with self._lock:
-                self._endpoints[key] = (endpoint, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
+        told = ref.HasField("worker_grpc_endpoint")
+        endpoint = ref.worker_grpc_endpoint if told else self._endpoint(ref)
+        if not endpoint:
+            return None
         return Source(
             source_id=ref.mx_source_id,
             worker_id=ref.worker_id,
@@ -113,7 +152,21 @@ class Directory:
             updated_at_ms=ref.updated_at,
             load=ref.source_load,
             receiving=receiving,
+            distance=place.distance(ref.topology),
         )
+
+    def _endpoint(self, ref: p2p_pb2.SourceInstanceRef) -> str:
+        """Its endpoint by its record, for a server that lists none; empty: it serves nothing."""
+        key = (ref.mx_source_id, ref.worker_id)
+        with self._lock:
+            endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
+        if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
+            record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
+            endpoint = record.worker.worker_grpc_endpoint if record is not None else ""
+            if endpoint:
+                with self._lock:
+                    self._endpoints[key] = (endpoint, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
+        return endpoint
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:

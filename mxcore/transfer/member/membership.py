@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -14,7 +13,10 @@ from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
+from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.refusals import Refusal
+from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
@@ -29,7 +31,7 @@ from mxcore.transfer.receive import (
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
 from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
-from mxserver.wire import MxError, ServerRefused, WireError
+from mxserver.wire import MxError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
@@ -41,8 +43,6 @@ PROTOCOL_VERSION = "mx-2"
 """`mx_version` of our identities: workers of all releases that use this protocol exchange weights."""
 
 _FAILED_DRAIN_SECONDS = 5.0  # for readers of what a failed receive relayed
-_FIRST_RETRY_SECONDS = 0.5
-_SERVER_AWAY_SECONDS = 15.0  # while waiting for a source; then weights come from storage
 
 
 class Membership:
@@ -70,6 +70,7 @@ class Membership:
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         tls, progress_thread = self._policy.serving(accelerator)
         early = tls if self._policy.needs_agent(accelerator) else None
+        self._place = partial(current_place, settings)
         self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
         self._client = (
             ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
@@ -84,13 +85,12 @@ class Membership:
             accelerator,
             heartbeat_interval_seconds=settings.heartbeat_interval_seconds,
             served=self._served,
+            topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
         )
-        self._lock = (
-            threading.RLock()
-        )  # guards what is served; never held around calls to the record, which calls `_served`
+        self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
-        self._directory = Directory(self._client, self.worker_id, worker_rank) if self._client else None
+        self._directory = Directory(self._client, self.worker_id, worker_rank, self._place) if self._client else None
         self._election: StorageElection | None = None
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
@@ -149,9 +149,8 @@ class Membership:
     def find_sources(self, *, match_any_checkpoint: bool = False, receiving: bool = False) -> list[Source]:
         """READY holders of this worker's rank with its identity, the least loaded first, then the newest.
 
-        With `receiving`, also those that are still receiving and serve what they have, at the end. With
-        `match_any_checkpoint`, this worker has no weight files to tell checkpoints apart: holders that are equal in
-        everything else are taken if they all have the same checkpoint, which becomes this worker's.
+        With `receiving`, also those that still receive, at the end. With `match_any_checkpoint`, this worker has no
+        weight files: holders that are equal in all else are taken if all have one checkpoint, which becomes its own.
         """
         with self._listing:
             return self._listed(match_any_checkpoint=match_any_checkpoint, receiving=receiving)
@@ -169,6 +168,10 @@ class Membership:
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
+    def nearest(self) -> str:
+        """In what complete holders of this model differ, of the one that differs least; empty if there is none."""
+        return self._directory.nearest(self.identity) if self._directory else ""
+
     def wait_for_source(
         self,
         *,
@@ -183,43 +186,22 @@ class Membership:
         within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
         ends early, with nothing, when `stopped()` says so.
         """
-        began = heard = time.monotonic()
-        told = away = False
-        while not self._leaving.is_set() and not stopped():
-            pause = _FIRST_RETRY_SECONDS
-            try:
-                listed = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-                found = [source for source in listed if source.worker_id not in avoid]
-                if any(not source.receiving for source in found):
-                    return found
-                answer = self._stand_for_election()
-                if answer is None:
-                    return []
-                pause = answer.retry_ms / 1000
-                heard = time.monotonic()
-            except WireError as error:  # others may have the weights all the same
-                known = told or self._record.published
-                if isinstance(error, ServerRefused) or not known or time.monotonic() - heard > _SERVER_AWAY_SECONDS:
-                    logger.warning("nobody can be waited for, weights come from storage: %s", error)
-                    return []
-                if not away:
-                    logger.warning("the server is waited for, at most %g s: %s", _SERVER_AWAY_SECONDS, error)
-                away = True
-            else:
-                away = False
-                if not told:
-                    logger.info(
-                        "worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another"
-                    )
-                told = True
-            if time.monotonic() - began > self.settings.source_wait_seconds:
-                logger.warning(
-                    "nobody had the weights within %g s (MX_SOURCE_WAIT_SECS): they come from storage",
-                    self.settings.source_wait_seconds,
-                )
-                return []
-            self._leaving.wait(pause)
-        return []
+        if problem := self._place().problem:
+            logger.warning("%s", problem)
+            return []
+
+        def listed() -> list[Source]:
+            found = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            return [source for source in found if source.worker_id not in avoid]
+
+        return wait_for_source(
+            listed,
+            self._stand_for_election,
+            wait_seconds=self.settings.source_wait_seconds,
+            known=lambda: self._record.published,
+            leaving=self._leaving,
+            stopped=stopped,
+        )
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
@@ -238,6 +220,10 @@ class Membership:
         the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
+
+    def refused(self, refusals: Iterable[Refusal]) -> None:
+        """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""
+        self._record.refusals.add(refusals)
 
     def receive(
         self,
@@ -297,11 +283,8 @@ class Membership:
 
         `digests`: those of a ReceiveReport; None: they are computed. `origin`: who made them, as Holder has it.
         `keep_alive` is kept until nobody reads any more.
-        Raises TransferError when it serves already.
-
-        Raises:
-            LayoutUnsupported, SettingError: nothing is served.
-            NixlMissing, NixlError: nor where readers could take nothing without an agent (device memory).
+        Raises TransferError when it serves already. Nothing is served after LayoutUnsupported, SettingError, nor after
+        NixlMissing and NixlError, where readers could take nothing without an agent (device memory).
         """
         require_movable(placement)
         with self._lock:
@@ -380,7 +363,8 @@ class Membership:
         """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id)
+        domain = self._place().domain
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, domain)
         answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             with self._lock:

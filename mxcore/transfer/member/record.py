@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
+from mxcore.transfer.member.refusals import PendingRefusals
 from mxcore.transfer.receive import LoadReporter, logged
 from mxcore.transfer.serve import Origin
 from mxserver.wire import ServerRefused, StaleEpoch, WireError
@@ -31,9 +32,9 @@ class Served(NamedTuple):
 class WorkerRecord:
     """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
 
-    `served` is called at each publish and heartbeat, `superseded_by_newer` on the heartbeat's thread when a newer
-    process of this worker has taken over the record: then nothing more is written. Without a client nothing is
-    published at all.
+    `served` is called at each publish and heartbeat, `topology` (where the worker is) at each publish,
+    `superseded_by_newer` on the heartbeat's thread when a newer process of this worker has taken over the record: then
+    nothing more is written. Without a client nothing is published at all.
     """
 
     def __init__(
@@ -46,16 +47,19 @@ class WorkerRecord:
         *,
         heartbeat_interval_seconds: float,
         served: Callable[[], Served],
+        topology: Callable[[], Mapping[str, str]],
         superseded_by_newer: Callable[[], None],
     ) -> None:
         self.identity = p2p_pb2.SourceIdentity()
         self.identity.CopyFrom(identity)
         self.loads = LoadReporter(self._tell_progress)
+        self.refusals = PendingRefusals()
         self._client = client
         self._worker_id = worker_id
         self._worker_rank = worker_rank
         self._accelerator = accelerator
         self._served = served
+        self._topology = topology
         self._superseded_by_newer = superseded_by_newer
         self._lock = threading.RLock()
         self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
@@ -108,6 +112,7 @@ class WorkerRecord:
                 agent_name=served.agent_name,
                 worker_grpc_endpoint=served.endpoint,
                 accelerator=self._accelerator,
+                topology=self._topology(),
                 digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
                 received_from=served.origin.received_from if served.origin is not None else (),
             )
@@ -198,7 +203,11 @@ class WorkerRecord:
             readers = self._served().readers
             load = float(readers) if readers is not None else None
             key = (self.source_id, self._worker_id, self._worker_rank)
-            self._client.update_status(*key, self._status, epoch=self._epoch, source_load=load, load_report=report)
+            refusals = self.refusals.pending()
+            self._client.update_status(
+                *key, self._status, epoch=self._epoch, source_load=load, load_report=report, refusals=refusals
+            )
+            self.refusals.told(refusals)
 
     def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
         """On the thread of the loads' reporter. Raises WireError."""

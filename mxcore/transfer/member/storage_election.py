@@ -23,8 +23,12 @@ class StorageElection:
     as well.
     """
 
-    def __init__(self, client: ServerClient, source_id: str, worker_rank: int, worker_id: str) -> None:
+    def __init__(
+        self, client: ServerClient, source_id: str, worker_rank: int, worker_id: str, domain: str = ""
+    ) -> None:
+        """`domain`: where workers are that may take weights from each other; empty: everywhere."""
         self.source_id = source_id
+        self._domain = domain
         self._client = client
         self._worker_rank = worker_rank
         self._worker_id = worker_id
@@ -34,7 +38,7 @@ class StorageElection:
 
     def stand(self) -> mx_pb2.TakeStorageTurnResponse:
         """Asks to be elected; once elected, this worker stays so until `end`. Raises WireError."""
-        answer = self._client.take_storage_turn(self.source_id, self._worker_rank, self._worker_id)
+        answer = self._take(0)
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
             self._epoch = answer.epoch
             pause = answer.lease_ms / 1000 / _LEASE_FRACTION
@@ -50,15 +54,25 @@ class StorageElection:
         self._thread.join()
         try:
             self._client.end_storage_turn(
-                self.source_id, self._worker_rank, self._worker_id, self._epoch, shared=shared
+                self.source_id,
+                self._worker_rank,
+                self._worker_id,
+                self._epoch,
+                shared=shared,
+                domain=self._domain,
             )
         except WireError as error:  # it expires by itself
             logger.info("the election to read storage expires by itself: %s", error)
 
+    def _take(self, epoch: int) -> mx_pb2.TakeStorageTurnResponse:
+        return self._client.take_storage_turn(
+            self.source_id, self._worker_rank, self._worker_id, epoch, domain=self._domain
+        )
+
     def _keep(self, pause: float) -> None:
         while not self._stepped_down.wait(pause):
             try:
-                answer = self._client.take_storage_turn(self.source_id, self._worker_rank, self._worker_id, self._epoch)
+                answer = self._take(self._epoch)
             except WireError as error:
                 logger.info("the election to read storage was not renewed: %s", error)
                 continue

@@ -40,6 +40,7 @@ class Source:
     updated_at_ms: int = 0
     load: float = 0.0
     receiving: bool = False  # it has only a part yet
+    distance: int = 0  # by place (member/place.py); 0 is the nearest
 
 
 class SourceClient(Closing):

@@ -236,7 +236,7 @@ class HolderPull:
 
     def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
-        self._received.join(name)
+        self._received.join(name, self.source.distance)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
         verifying = _Verifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))

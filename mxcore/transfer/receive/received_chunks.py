@@ -172,10 +172,10 @@ class ReceivedChunks:
             self.content = found
             return True
 
-    def join(self, holder: str) -> None:
-        """Adds a holder that can be asked; what it has is not known yet."""
+    def join(self, holder: str, distance: int = 0) -> None:
+        """Adds a holder that can be asked, at this distance; what it has is not known yet."""
         with self.changed:
-            self._plan.add_holder(holder, 0)
+            self._plan.add_holder(holder, 0, distance)
             self.news = time.monotonic()
 
     def has(self, holder: str, have: int) -> None:
@@ -187,7 +187,7 @@ class ReceivedChunks:
     def wanted(self, holder: str) -> ChunkRequest:
         """What to ask a holder for."""
         with self.changed:
-            return self._plan.wanted(holder)
+            return self._plan.wanted(holder, time.monotonic())
 
     def limit(self, holder: str) -> int:
         """How many chunks may be in flight at a holder."""

@@ -268,7 +268,10 @@ class Receiver:
             self._received.changed.notify_all()
 
     def _startable(self, now: float) -> list[Source]:
-        """Holders that could be asked: complete ones first, then by load with some randomness."""
+        """Holders that could be asked: near ones first, of these complete ones, then by load with some randomness.
+
+        But for a complete one that is far: without any, those that are near might have nothing to give.
+        """
         with self._received.changed:
             candidates = list(self._candidates.values())
         found = [
@@ -276,7 +279,12 @@ class Receiver:
             for source in candidates
             if source.worker_id not in self._pulls and self._not_before.get(source.worker_id, 0.0) <= now
         ]
-        return sorted(found, key=lambda source: (source.receiving, source.load + _LOAD_SPREAD * self._chance.random()))
+        load = {source.worker_id: source.load + _LOAD_SPREAD * self._chance.random() for source in found}
+        found.sort(key=lambda source: (source.distance, source.receiving, load[source.worker_id]))
+        if all(pull.source.receiving for pull in self._pulls.values()):
+            complete = next((source for source in found if not source.receiving), None)
+            found.sort(key=lambda source: source is not complete)
+        return found
 
     def _start(self, now: float) -> None:
         for source in self._startable(now)[: max(0, _HOLDERS_AT_ONCE - len(self._pulls))]:

@@ -7,7 +7,7 @@ from mxcore.transfer.route.device_proof import ProvenDevice, nixl_device, proven
 from mxcore.transfer.route.rdma_devices import pinnable_bytes, pinning_advice, pins_too_little, rdma_ports, usable_ports
 from mxcore.transfer.route.routes import Operation, Route, UcxPolicy, choose_route, ucx_environment
 from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_read, device_offer
-from mxcore.transfer.route.same_host import ProbeTarget, can_read
+from mxcore.transfer.route.same_host import ProbeTarget, can_read, host_identity
 
 __all__ = [
     "DeviceProbeTarget",
@@ -22,6 +22,7 @@ __all__ = [
     "choose_route",
     "device_offer",
     "digester_of",
+    "host_identity",
     "nixl_device",
     "pinnable_bytes",
     "pinning_advice",

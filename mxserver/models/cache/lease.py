@@ -2,8 +2,9 @@
 
 Both are files that a living process touches (only the file system's clock is read) and holds a flock on. A file is dead
 if it was not touched for the lease's time. It is dead at once if it was made under the same running kernel and nobody
-holds the flock. Locks count only within one machine, because some network file systems keep them local. On a full disk
-the file stays empty: then its age alone counts, so that models can still be read and removed.
+holds the flock. Locks count only within one machine, because some network file systems keep them local, and only where
+they hold at all. On a full disk the file stays empty: then its age alone counts, so that models can still be read and
+removed. Replicas may run as several users: the file of another one is opened to read alone.
 
 A lease is a chain of files KEY.1, KEY.2 … that only grows: making the next one is exclusive (link(2), which is also
 atomic over NFS), the highest one is the lease, its number is the fencing token.
@@ -19,11 +20,12 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mxserver.models.errors import LeaseLost
 from mxserver.models.sources import is_disk_full, write_all
+from mxserver.wire import locks_work
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,9 +44,10 @@ class _LiveFile:
         """Raises FileExistsError if the name is taken."""
         self.path = folder / name
         made = folder / f".{uuid.uuid4().hex}"
-        self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # no locks here: the file's age counts
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write(self._handle, json.dumps({"kernel": kernel, "pid": os.getpid()}).encode())
             os.link(made, self.path)
         except BaseException:
@@ -86,6 +89,14 @@ def _write(handle: int, text: bytes) -> bool:
     return True
 
 
+def _opened(path: Path) -> int:
+    """Opened, so that NFS does not answer from its cache; to write where that is permitted, as flock over NFS wants."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class Lease:
     """The right to download or remove one model, until `release` or until it is lost."""
 
@@ -119,7 +130,9 @@ class LeaseFolder:
     """The leases and use marks of one cache folder, and those that this process keeps alive. Thread-safe."""
 
     def __init__(self, folder: Path, lease_seconds: float, *, kernel: str | None = None) -> None:
-        """Tests pass another `kernel` to act as another machine."""
+        """Tests pass another `kernel` to act as another machine. Raises OSError; a read-only disk that has the folders
+        does, which `is_read_only` tells.
+        """
         self._leases = folder / "leases"
         self._uses = folder / "uses"
         for made in (self._leases, self._uses):
@@ -127,7 +140,14 @@ class LeaseFolder:
         self._lease_seconds = lease_seconds
         self._kernel = kernel or kernel_id()
         self._clock = self._uses / f".clock-{uuid.uuid4().hex}"
-        self._clock.touch()
+        self._locks_work = self.is_read_only = False
+        try:
+            self._clock.touch()
+            self._locks_work = locks_work(self._uses)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            self.is_read_only = True
         self._lock = threading.Lock()
         self._held: set[_LiveFile] = set()
         self._marks: dict[str, tuple[_LiveFile, int]] = {}
@@ -241,7 +261,8 @@ class LeaseFolder:
             file.let_go(remove=True)
         for file in held:
             file.let_go(remove=False)
-        self._clock.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or on a disk that became read-only
+            self._clock.unlink(missing_ok=True)
 
     def _forget(self, file: _LiveFile) -> None:
         with self._lock:
@@ -249,7 +270,7 @@ class LeaseFolder:
 
     def _is_alive(self, path: Path) -> bool:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # opened, so that NFS does not answer from its cache
+            handle = _opened(path)
         except FileNotFoundError:
             return False
         try:
@@ -261,7 +282,7 @@ class LeaseFolder:
         text = os.pread(handle, 4096, 0)
         if text == _RELEASED:
             return False
-        if f'"{self._kernel}"'.encode() in text:
+        if self._locks_work and f'"{self._kernel}"'.encode() in text:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

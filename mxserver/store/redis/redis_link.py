@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,12 +69,26 @@ class RedisLink:
 
     def run(self, script: str, *arguments: str | bytes) -> Any:
         """What the script returns. Raises StoreUnavailable."""
-        self._require_turn()
         known = self._scripts.get(script)
         if known is None:
             known = self._scripts[script] = self._redis.register_script(script)
+        return self._answer(lambda: known(args=arguments))
+
+    def names(self, key: str, several: int) -> Iterator[list[bytes]]:
+        """What is in a sorted set, about `several` at a time; what comes or goes meanwhile may be missing, and some may
+        come twice. Raises StoreUnavailable.
+        """
+        cursor = 0
+        while True:
+            cursor, found = self._answer(lambda at=cursor: self._redis.zscan(key, at, count=several))  # type: ignore[misc]
+            yield [name for name, _ in found]
+            if not cursor:
+                return
+
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        self._require_turn()
         try:
-            answer = known(args=arguments)
+            answer = ask()
         except redis.RedisError as error:
             raise self._failed(error) from error
         if self._failure is not None:

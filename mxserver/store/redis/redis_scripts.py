@@ -13,12 +13,15 @@ in:STATUS:SOURCE    zset    record names; INITIALIZING and READY by when they we
 of:WORKER           set     record names of one worker of one source: its ranks
 due                 zset    record names by when a sweep has to look at them again, at the earliest
 rec:NAME            hash    e epoch, f life, s status, u updated_at (Unix ms), r renewed, t stale since, l load,
-                            o owner, m model (lower case), k source id, w WORKER, i identity, d metadata
+                            o owner, m model (lower case), k source id, w WORKER, i identity, d metadata,
+                            c what the server reads of large metadata
 ==================  ======  =======================================================================================
 
-A heartbeat writes one hash and one sorted set. A search walks the sorted sets of the source ids that it asks for,
-newest first, and stops at its limit; nothing walks all keys. NAME begins with the rank. The scripts make the names of
-keys by themselves: one Redis (with replicas, behind Sentinel, or managed), not a Redis Cluster.
+A heartbeat writes one hash and one sorted set. A search for a few records of a source walks its sorted sets, newest
+first, and stops at its limit; others, and the first server after a time without any, take names first, and then the
+records of some hundred names a script, so that no script is long. Nothing walks all keys. NAME begins with the rank.
+The scripts make the names of keys by themselves: one Redis (with replicas, behind Sentinel, or managed), not a Redis
+Cluster.
 """
 
 from __future__ import annotations
@@ -161,7 +164,8 @@ if current and epoch > 0 then life = tonumber(old[1]) end
 if owner == '' then owner = old[2] or '' end
 if old[4] and old[4] ~= model then redis.call('SREM', P .. 'model:' .. old[4], source) end
 redis.call('HSET', P .. 'rec:' .. name, 'e', number(next_epoch), 'f', number(life), 'u', number(unix), 'r',
-  number(lease_now), 'l', old[3] or '', 'o', owner, 'm', model, 'k', source, 'w', worker, 'i', ARGV[14], 'd', ARGV[15])
+  number(lease_now), 'l', old[3] or '', 'o', owner, 'm', model, 'k', source, 'w', worker, 'i', ARGV[14], 'd', ARGV[15],
+  'c', ARGV[20])
 set_status(name, source, kept, status, math.min(since or now, now))
 redis.call('SADD', P .. 'sources', source)
 redis.call('SADD', P .. 'model:' .. model, source)
@@ -203,14 +207,62 @@ return answers
 ROWS = (
     _PRELUDE
     + """
--- The rows of these names, with what was published: identity and metadata.
+-- The rows of these names, with what was published: identity and metadata, of which large ones are cut.
 local rows = {}
 for i = 7, #ARGV do
   local one = row(ARGV[i])
   if one then
-    local payload = redis.call('HMGET', P .. 'rec:' .. ARGV[i], 'i', 'd')
-    one[9], one[10] = payload[1], payload[2]
+    local payload = redis.call('HMGET', P .. 'rec:' .. ARGV[i], 'i', 'c')
+    local cut = payload[2] and payload[2] ~= ''
+    one[9], one[10] = payload[1], cut and payload[2] or redis.call('HGET', P .. 'rec:' .. ARGV[i], 'd')
+    one[11] = cut and '1' or ''
     rows[#rows + 1] = one
+  end
+end
+return rows
+"""
+)
+
+METADATA = (
+    _PRELUDE
+    + """
+-- The whole metadata that a record published with this epoch.
+local rec = redis.call('HMGET', P .. 'rec:' .. ARGV[7], 'e', 'd')
+return rec[1] == ARGV[8] and rec[2] or false
+"""
+)
+
+NAMES = (
+    _PRELUDE
+    + """
+-- The names of a source's records, in any state.
+local names = {}
+for status = 1, 3 do
+  for _, name in ipairs(redis.call('ZRANGE', index(status, ARGV[7]), 0, -1)) do names[#names + 1] = name end
+end
+return names
+"""
+)
+
+SOURCES_OF_MODEL = (
+    _PRELUDE
+    + """
+return redis.call('SMEMBERS', P .. 'model:' .. ARGV[7])
+"""
+)
+
+FITTING = (
+    _PRELUDE
+    + """
+-- 7 model, 8 status, 9 rank, 10 least updated_at; empty: any. The rows, of the names that follow, that fit.
+local rows = {}
+for i = 11, #ARGV do
+  if ARGV[9] == '' or string.match(ARGV[i], '^%d+') == ARGV[9] then
+    local one = row(ARGV[i])
+    if one and (ARGV[8] == '' or one[2] == ARGV[8]) and (ARGV[7] == '' or one[8] == ARGV[7])
+      and tonumber(one[5]) >= (tonumber(ARGV[10]) or -1) then
+      rows[#rows + 1] = one
+    end
   end
 end
 return rows
@@ -231,17 +283,9 @@ return rows
 FIND = (
     _PRELUDE
     + """
--- 7 source id, 8 model, 9 status, 10 rank, 11 least updated_at, 12 limit; empty: any.
+-- 7 source id, 8 model, 9 status, 10 rank, 11 least updated_at; empty: any. 12 limit: a few records.
 local source, model, wanted, rank = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local least, limit = tonumber(ARGV[11]) or -1, tonumber(ARGV[12]) or math.huge
-local sources
-if source ~= '' then
-  sources = {source}
-elseif model ~= '' then
-  sources = redis.call('SMEMBERS', P .. 'model:' .. model)
-else
-  sources = redis.call('SMEMBERS', P .. 'sources')
-end
+local least, limit = tonumber(ARGV[11]) or -1, tonumber(ARGV[12])
 
 local rows = {}
 local function fits(one)
@@ -267,15 +311,8 @@ local function walk(key, high, most)
   end
 end
 
-for _, id in ipairs(sources) do
-  for status = 1, 2 do
-    if wanted == '' or wanted == tostring(status) then
-      walk(index(status, id), '+inf', limit)
-    elseif wanted == STALE then  -- those that became STALE by time and were not swept yet
-      walk(index(status, id), number(now - HEARTBEAT), math.huge)
-    end
-  end
-  if wanted == '' or wanted == STALE then walk(index(STALE, id), '+inf', math.huge) end
+for status = 1, 2 do
+  if wanted == '' or wanted == tostring(status) then walk(index(status, source), '+inf', limit) end
 end
 return rows
 """
@@ -312,24 +349,18 @@ return {stale, gone, #due}
 JOIN = (
     _PRELUDE
     + """
--- 7 this replica, 8 silence in ms after which another replica counts as gone; returns the names to renew.
+-- 7 this replica, 8 silence in ms after which another replica counts as gone; returns whether all are to be renewed.
 redis.call('ZREMRANGEBYSCORE', P .. 'replicas', '-inf', number(now - tonumber(ARGV[8])))
 local others = redis.call('ZCARD', P .. 'replicas')
 redis.call('ZADD', P .. 'replicas', number(now), ARGV[7])
-local names = {}
 if others == 0 then
   -- No heartbeat could arrive since the clock was last written: that time does not count.
   local silent = now - (tonumber(anchor[1]) or now)
   extended = extended + math.max(0, silent)
   redis.call('HSET', CLOCK, 'x', number(extended))
-  for _, source in ipairs(redis.call('SMEMBERS', P .. 'sources')) do
-    for status = 1, 3 do
-      for _, name in ipairs(redis.call('ZRANGE', index(status, source), 0, -1)) do names[#names + 1] = name end
-    end
-  end
 end
 keep_clock(true)
-return names
+return others == 0
 """
 )
 

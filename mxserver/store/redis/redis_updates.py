@@ -18,7 +18,7 @@ from mxserver.store.errors import StoreUnavailable
 Update: TypeAlias = tuple[str | bytes, ...]
 Run: TypeAlias = Callable[[Sequence[Update]], Sequence[Any]]
 
-MOST_TOGETHER = 32  # half of the threads that answer calls; when this many wait, the script runs at once
+MOST_TOGETHER = 12  # fewer than threads answer heartbeats; when this many wait, the script runs at once
 
 
 ANSWER_SECONDS = 20.0  # more than Redis' own time-outs together; below the 30 s that clients wait

@@ -16,20 +16,20 @@ import math
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.store.batch import CLOCK_SET_BACK_MS
 from mxserver.store.clock import Clock
 from mxserver.store.errors import StoreUnavailable
-from mxserver.store.index import never_given, not_owner, stale_epoch, unknown
+from mxserver.store.index import STALE, never_given, not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.redis import redis_scripts as scripts
 from mxserver.store.redis.redis_link import RedisLink
 from mxserver.store.redis.redis_updates import Update, Updates
-from mxserver.store.stored_amount import full
+from mxserver.store.stored_amount import LARGE_BYTES, full, small_part
 from mxserver.wire.proto import p2p_pb2, record_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -50,12 +50,17 @@ class _Payload:
     model_name: str
     accelerator: str
     topology: dict[str, str]
+    endpoint: str
+    is_cut: bool = False  # of `worker` there is only what the server reads
 
     @classmethod
-    def parse(cls, identity: bytes, worker: bytes) -> _Payload:
+    def parse(cls, identity: bytes, worker: bytes, *, is_cut: bool = False) -> _Payload:
+        if len(worker) > LARGE_BYTES:
+            worker, is_cut = small_part(worker), True
         metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
-        return cls(identity, worker, model_name, metadata.accelerator, dict(metadata.topology))
+        topology, endpoint = dict(metadata.topology), metadata.worker_grpc_endpoint
+        return cls(identity, worker, model_name, metadata.accelerator, topology, endpoint, is_cut)
 
     @property
     def size_bytes(self) -> int:
@@ -105,6 +110,7 @@ class _Row(NamedTuple):
     model: bytes
     identity: bytes = b""
     worker: bytes = b""
+    is_cut: bytes = b""
 
 
 class RedisStore(SourceStore):
@@ -149,6 +155,7 @@ class RedisStore(SourceStore):
 
     def publish(self, publication: Publication) -> SourceRecord:
         key = publication.key
+        cut = small_part(publication.worker) if len(publication.worker) > LARGE_BYTES else b""
         outcome, *details = self._run(
             scripts.PUBLISH,
             _name(key),
@@ -162,6 +169,7 @@ class RedisStore(SourceStore):
             publication.worker,
             *(str(most) for most in (self._limits.records, self._limits.records_per_worker, self._limits.stored_bytes)),
             str(CLOCK_SET_BACK_MS),
+            cut,
         )
         self._require_ok(outcome, details, key, publication.epoch, publication.owner)
         row = _Row(*details[0])
@@ -171,8 +179,10 @@ class RedisStore(SourceStore):
             publication.model_name,
             publication.accelerator,
             dict(publication.topology),
+            publication.endpoint,
         )
-        self._payloads.put(row.name, int(row.epoch), payload)
+        kept = replace(payload, worker=cut, is_cut=True) if cut else payload
+        self._payloads.put(row.name, int(row.epoch), kept)
         return _record(row, payload)
 
     def update_status(
@@ -183,19 +193,28 @@ class RedisStore(SourceStore):
         self._require_ok(outcome, details, key, epoch, owner)
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
-        return min(records, key=lambda record: record.key.worker_rank, default=None)
+        while True:
+            records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
+            record = min(records, key=lambda record: record.key.worker_rank, default=None)
+            if record is None or not record.worker_is_cut:
+                return record
+            worker = self._run(scripts.METADATA, _name(record.key), str(record.epoch))
+            if worker is not None:  # else it was published anew meanwhile
+                return replace(record, worker=worker, worker_is_cut=False)
 
     def find(self, query: Query) -> list[SourceRecord]:
         if query.source_id == "" or query.model_name == "":
-            return []  # no record has such a name; the script treats an empty name as missing
-        filters = (query.status, query.worker_rank, query.min_updated_at_ms, query.limit)
-        rows = self._run(
-            scripts.FIND,
-            query.source_id or "",
-            (query.model_name or "").lower(),
-            *("" if value is None else str(value) for value in filters),
-        )
+            return []  # no record has such a name; the scripts treat an empty name as missing
+        source, model = query.source_id or "", (query.model_name or "").lower()
+        wanted = (query.status, query.worker_rank, query.min_updated_at_ms)
+        filters = [model, *("" if value is None else str(value) for value in wanted)]
+        few = query.limit is not None and query.limit <= RECORDS_PER_SCRIPT and query.status not in (None, STALE)
+        if source and few:
+            rows = self._run(scripts.FIND, source, *filters, str(query.limit))
+        else:
+            rows = []
+            for names in self._names(source, model):
+                rows += self._run(scripts.FITTING, *filters, *names)
         # Records that had to be fetched are as new as the fetch.
         records = [record for record in self._records(rows) if query.status in (None, record.status)]
         records.sort(key=_age_order, reverse=True)
@@ -226,9 +245,25 @@ class RedisStore(SourceStore):
 
     def _join(self) -> None:
         """Registers this replica. The first replica after a time without any renews all leases."""
-        names: Sequence[bytes] = self._run(scripts.JOIN, self._replica, self._silence)
-        for start in range(0, len(names), RECORDS_PER_SCRIPT):
-            self._run(scripts.RENEW, *names[start : start + RECORDS_PER_SCRIPT])
+        if self._run(scripts.JOIN, self._replica, self._silence):
+            for names in self._names("", ""):
+                self._run(scripts.RENEW, *names)
+
+    def _names(self, source: str, model: str) -> Iterator[list[bytes]]:
+        """Names of records, each once, some hundred at a time: those of a source, else of a model, else all."""
+        if source:
+            several = iter([self._run(scripts.NAMES, source)])
+        elif model:
+            sources: Sequence[bytes] = self._run(scripts.SOURCES_OF_MODEL, model)
+            several = (self._run(scripts.NAMES, each) for each in sources)
+        else:
+            several = self._link.names(f"{self._fixed[0]}due", RECORDS_PER_SCRIPT)  # which has all of them
+        known: set[bytes] = set()
+        for found in several:
+            names = list(dict.fromkeys(name for name in found if name not in known))
+            known.update(names)
+            for start in range(0, len(names), RECORDS_PER_SCRIPT):
+                yield names[start : start + RECORDS_PER_SCRIPT]
 
     def _keep_updates(self, updates: Sequence[Update]) -> Sequence[Any]:
         answers: Sequence[Any] = self._run(scripts.UPDATE, *(argument for update in updates for argument in update))
@@ -267,7 +302,7 @@ class RedisStore(SourceStore):
                 records.append(_record(row, payload))
         for start in range(0, len(missing), RECORDS_PER_SCRIPT):
             for row in (_Row(*p) for p in self._run(scripts.ROWS, *missing[start : start + RECORDS_PER_SCRIPT])):
-                payload = _Payload.parse(row.identity, row.worker)
+                payload = _Payload.parse(row.identity, row.worker, is_cut=bool(row.is_cut))
                 self._payloads.put(row.name, int(row.epoch), payload)
                 records.append(_record(row, payload))
         return records
@@ -306,8 +341,10 @@ def _record(row: _Row, payload: _Payload) -> SourceRecord:
         model_name=payload.model_name,
         accelerator=payload.accelerator,
         topology=payload.topology,
+        endpoint=payload.endpoint,
         source_load=load if load is None or math.isfinite(load) else None,
         owner=row.owner.decode(),
+        worker_is_cut=payload.is_cut,
     )
 
 

@@ -232,6 +232,22 @@ function drawErrors(errors, nowMs) {
     });
 }
 
+const SIDES = { offer: "not offered", receive: "not taken" };
+
+function drawRefusals(refusals, notShared, nowMs) {
+  byId("refused").hidden = refusals.length === 0;
+  byId("not-shared").hidden = notShared.length === 0;
+  setText(byId("not-shared"), `Within the last hour no worker got weights of ${notShared.join(", ")} from another.`);
+  keepList(byId("refusals"), refusals, (one) => `${one.source_id}/${one.side}/${one.reason}`,
+    () => make("li", "", make("span", "tag"), make("span", "text"), make("span", "soft")),
+    (row, one) => {
+      setText(row.children[0], one.reason.replaceAll("_", " "));
+      setText(row.children[1], `${one.model_name}, ${SIDES[one.side] || one.side}: ${one.text}`);
+      row.children[1].title = `${one.source_id}, worker ${one.worker_id}`;
+      setText(row.children[2], `${one.count > 1 ? `${one.count} times, ` : ""}${ago((nowMs - one.at_ms) / 1000)}`);
+    });
+}
+
 function draw(status) {
   document.body.classList.remove("lost");
   drawHeader(status);
@@ -240,6 +256,7 @@ function draw(status) {
   drawDownloads(status.downloads);
   drawFleets(status.fleets, status.server.port);
   drawFinished(status.finished_loads, status.server.now_ms);
+  drawRefusals(status.refusals, status.not_shared, status.server.now_ms);
   drawErrors(status.errors, status.server.now_ms);
   setText(byId("updated"), `updated ${new Date().toLocaleTimeString([], { hour12: false })}`);
 }

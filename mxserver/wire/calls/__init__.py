@@ -13,7 +13,7 @@ from mxserver.wire.calls.channels import (
     open_channel,
     server_credentials,
 )
-from mxserver.wire.calls.client import ERROR_CODE_METADATA, ServerClient
+from mxserver.wire.calls.client import ERROR_CODE_METADATA, Near, ServerClient
 from mxserver.wire.calls.closing import Closing
 from mxserver.wire.calls.patience import Patience
 from mxserver.wire.calls.source_ids import canonical_json, source_id
@@ -25,6 +25,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "NO_ANSWER",
     "Closing",
+    "Near",
     "Patience",
     "ServerChannel",
     "ServerClient",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import grpc
 
@@ -12,6 +12,15 @@ from mxserver.wire.calls.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
 from mxserver.wire.proto import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+
+
+class Near(NamedTuple):
+    """Who asks for sources, and where it is: `levels` names those of `topology` that count, from broad to narrow."""
+
+    worker_id: str
+    topology: Mapping[str, str]
+    levels: Sequence[str]
+
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -79,14 +88,22 @@ class ServerClient(Closing):
         model_name: str | None = None,
         worker_rank: int | None = None,
         limit: int | None = None,
+        near: Near | None = None,
     ) -> list[p2p_pb2.SourceInstanceRef]:
-        """The workers that fit all filters, newest sign of life first; None leaves a filter out."""
+        """The workers that fit all filters, newest sign of life first; None leaves a filter out.
+
+        With `near`, a `limit` leaves the nearest, least loaded ones, and they come in this order; from servers that do
+        not know it, as without.
+        """
         request = p2p_pb2.ListSourcesRequest(
             identity=identity,
             status_filter=status,
             model_name_filter=model_name,
             worker_rank_filter=worker_rank,
             limit=limit,
+            near_worker_id=near.worker_id if near else "",
+            near_topology=near.topology if near else None,
+            near_levels=near.levels if near else (),
         )
         return list(self._call("ListSources", self._p2p.ListSources, request).instances)
 
@@ -107,11 +124,12 @@ class ServerClient(Closing):
         source_load: float | None = None,
         load_progress: load_pb2.LoadProgress | None = None,
         load_report: load_pb2.LoadReport | None = None,
+        refusals: Iterable[load_pb2.Refusal] = (),
     ) -> None:
         """Sets the status and renews the lease: the heartbeat.
 
-        `load_progress` also tells how far a load is, `load_report` how one has ended. Both are shown to people; servers
-        that do not know them ignore them.
+        `load_progress` also tells how far a load is, `load_report` how one has ended, `refusals` what of the weights is
+        not shared. They are shown to people; servers that do not know them ignore them.
 
         Raises:
             StaleEpoch: a newer process of this worker has published.
@@ -126,6 +144,7 @@ class ServerClient(Closing):
             epoch=epoch,
             load_progress=load_progress,
             load_report=load_report,
+            refusals=refusals,
         )
         response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
         if not response.success:
@@ -151,21 +170,28 @@ class ServerClient(Closing):
         )
 
     def take_storage_turn(
-        self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0
+        self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0, *, domain: str = ""
     ) -> mx_pb2.TakeStorageTurnResponse:
-        """Storage reader election: asks whether this worker reads storage for all with its weights and rank.
+        """Storage reader election: asks whether this worker reads storage for all with its weights, rank and domain.
 
         With `epoch`, the elected reader extends its lease. Servers without elections raise ServerRefused.
         """
         request = mx_pb2.TakeStorageTurnRequest(
-            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch
+            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, domain=domain
         )
         return self._call("TakeStorageTurn", self._fleet.TakeStorageTurn, request)
 
-    def end_storage_turn(self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool) -> None:
+    def end_storage_turn(
+        self, source_id: str, worker_rank: int, worker_id: str, epoch: int, *, shared: bool, domain: str = ""
+    ) -> None:
         """Ends an elected reader's lease. Without `shared`, the others are told to read for themselves."""
         request = mx_pb2.EndStorageTurnRequest(
-            mx_source_id=source_id, worker_rank=worker_rank, worker_id=worker_id, epoch=epoch, shared=shared
+            mx_source_id=source_id,
+            worker_rank=worker_rank,
+            worker_id=worker_id,
+            epoch=epoch,
+            shared=shared,
+            domain=domain,
         )
         self._call("EndStorageTurn", self._fleet.EndStorageTurn, request)
 
@@ -175,8 +201,14 @@ class ServerClient(Closing):
 
     def doubts(self, source_id: str = "") -> list[mx_pb2.Doubt]:
         """What doubts about weights workers told lately, newest first. Servers that keep none raise ServerRefused."""
-        request = mx_pb2.ListDoubtsRequest(mx_source_id=source_id)
-        return list(self._call("ListDoubts", self._fleet.ListDoubts, request).doubts)
+        return list(self._told(source_id).doubts)
+
+    def refusals(self, source_id: str = "") -> list[load_pb2.RefusalCount]:
+        """Weights that workers do not share, by reason, newest first. Servers that keep none raise ServerRefused."""
+        return list(self._told(source_id).refusals)
+
+    def _told(self, source_id: str) -> mx_pb2.ListDoubtsResponse:
+        return self._call("ListDoubts", self._fleet.ListDoubts, mx_pb2.ListDoubtsRequest(mx_source_id=source_id))
 
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""

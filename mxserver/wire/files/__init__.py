@@ -6,12 +6,14 @@ from mxserver.wire.files.disk_room import full_disk_is_told
 from mxserver.wire.files.file_reader import FileReader
 from mxserver.wire.files.file_source import FileSource, PortState
 from mxserver.wire.files.model_client import ModelClient, ModelFiles, provider_of
-from mxserver.wire.files.partial_file import has_content
-from mxserver.wire.files.pieces import FILES_FOLDER, MOST_DIGESTED_BYTES
+from mxserver.wire.files.partial_file import FileInfo, has_content
+from mxserver.wire.files.pieces import DIGEST_OF_LAST, FILES_FOLDER, MOST_DIGESTED_BYTES
 
 __all__ = [
+    "DIGEST_OF_LAST",
     "FILES_FOLDER",
     "MOST_DIGESTED_BYTES",
+    "FileInfo",
     "FileReader",
     "FileSource",
     "ModelClient",

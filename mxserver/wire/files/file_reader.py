@@ -106,7 +106,9 @@ class FileReader(Closing):
     def _check_digest(self, piece: Piece) -> None:
         if piece.digest is None:
             self.bytes_unverified += len(piece.data)
-        elif (digest := xxhash.xxh3_64_intdigest(piece.data)) != piece.digest:
+            return
+        digest = xxhash.xxh3_64_intdigest(piece.data) if piece.received is None else piece.received
+        if digest != piece.digest:
             raise FileRefused(
                 f"{piece.path} from {piece.offset}: {len(piece.data)} bytes have the digest {digest:016x}, not "
                 f"{piece.digest:016x}"

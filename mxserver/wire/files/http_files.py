@@ -6,18 +6,22 @@ import http.client
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 from urllib.parse import quote
 
 import grpc
+import xxhash
 
 from mxserver.wire.address import split_scheme
 from mxserver.wire.calls import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS
 from mxserver.wire.credentials import ClientCredentials
-from mxserver.wire.files.pieces import BLOCK_BYTES, MOST_DIGESTED_BYTES, CallFailed, FilesPlace, Piece
+from mxserver.wire.files.pieces import BLOCK_BYTES, DIGEST_OF_LAST, CallFailed, FilesPlace, Piece
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = (KEEPALIVE_INTERVAL_MS + KEEPALIVE_TIMEOUT_MS) / 1000
 _LONGEST_REFUSAL_BYTES = 64 * 1024
+_LONGEST_LINE_BYTES = 4096
+_READ_BYTES = 256 * 1024  # fits in a core's cache, so that hashing costs little
 
 
 class NotThere(Exception):
@@ -37,6 +41,8 @@ class HttpFiles:
         self._host = target.rpartition(":")[0].removeprefix("[").removesuffix("]")
         self._http: http.client.HTTPConnection | None = None
         self.has_worked = False
+        self._is_busy = False  # with an answer that was not read to its end
+        self._has_mismatch = False
         self._socket: socket.socket | None = None
 
     def blocks(self, path: str, offset: int, length: int, file_digest: str) -> Iterator[Piece]:
@@ -51,36 +57,84 @@ class HttpFiles:
         while done < length:
             data = block[: length - done]
             self._fill(answer, data)
-            yield Piece(path, offset + done, data, None)
             done += len(data)
+            self._is_busy = done < length
+            yield Piece(path, offset + done - len(data), data, None)
 
     def pieces(self, path: str, offset: int, into: memoryview) -> Iterator[Piece]:
-        """Fills `into` with the file's bytes from `offset` on, in ranges of which the server tells the digest.
+        """Fills `into` with the file's bytes from `offset` on, in pieces of which the server tells the digest.
 
         Raises NotThere before the first byte, and CallFailed.
         """
+        headers = {"MX-Want-Digest": "xxh3-64"}
+        if self._has_mismatch:  # the server may remember a digest of bytes that it read wrong
+            headers["Cache-Control"] = "no-cache"
+        answer = self._asked(path, offset, len(into), headers)
         done = 0
+        count, _ = self._chunk_line(answer)
         while done < len(into):
-            data = into[done : done + MOST_DIGESTED_BYTES]
-            try:
-                answer = self._asked(path, offset + done, len(data), {"MX-Want-Digest": "xxh3-64"})
-            except NotThere as error:
-                if not done:
-                    raise
-                raise CallFailed(grpc.StatusCode.UNAVAILABLE, str(error)) from error
-            self._fill(answer, data)
-            digest = answer.getheader("MX-Digest")
-            yield Piece(path, offset + done, data, int(digest, 16) if digest else None)
+            if not 0 < count <= len(into) - done:
+                self.close()
+                raise CallFailed(grpc.StatusCode.UNAVAILABLE, f"a chunk has {count} bytes, not {len(into) - done}")
+            data = into[done : done + count]
+            hasher = xxhash.xxh3_64()
+            self._fill(answer.fp, data, hasher)
+            self._line(answer)
+            count, digest = self._chunk_line(answer)
+            if count == 0:
+                self._line(answer)
+                answer.close()
+                self._is_busy = False
+            if digest is None:
+                self.close()
+                raise (
+                    NotThere("a proxy on the way drops the digests")
+                    if not done
+                    else CallFailed(grpc.StatusCode.UNAVAILABLE, "a chunk came without its digest")
+                )
+            self.has_worked = True
+            received = hasher.intdigest()
+            self._has_mismatch = received != digest
+            yield Piece(path, offset + done, data, digest, received)
             done += len(data)
+
+    def _chunk_line(self, answer: Any) -> tuple[int, int | None]:
+        """The size of the next chunk, and the digest of the one before."""
+        size, *more = self._line(answer).split(b";")
+        known = dict(part.strip().partition(b"=")[::2] for part in more)
+        digest = known.get(DIGEST_OF_LAST.encode())
+        try:
+            return int(size, 16), int(digest, 16) if digest is not None else None
+        except ValueError as error:
+            self.close()
+            raise CallFailed(grpc.StatusCode.UNAVAILABLE, f"a chunk begins with {size[:20]!r}") from error
+
+    def _line(self, answer: Any) -> bytes:
+        try:
+            line: bytes = answer.fp.readline(_LONGEST_LINE_BYTES)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise CallFailed(grpc.StatusCode.UNAVAILABLE, _text(error)) from error
+        if not line.endswith(b"\n"):
+            self.close()
+            raise CallFailed(grpc.StatusCode.UNAVAILABLE, "the answer ended early")
+        return line.rstrip(b"\r\n")
 
     def _asked(self, path: str, offset: int, count: int, more: dict[str, str]) -> http.client.HTTPResponse:
         headers = {"Range": f"bytes={offset}-{offset + count - 1}", "Accept-Encoding": "identity", **more}
         if token := self._credentials.authorization(self._address):
             headers["Authorization"] = token
+        if self._is_busy:  # with the rest of an answer that nobody wants any more
+            self.close()
+        self._is_busy = True
         answer = self._answered(self._place.path + quote(path), headers)
-        if answer.status == http.HTTPStatus.PARTIAL_CONTENT and answer.length == count:
-            self.has_worked = True
-            return answer
+        if answer.status == http.HTTPStatus.PARTIAL_CONTENT:
+            if "MX-Want-Digest" in more:
+                if answer.chunked and _has_range(answer, offset, count):
+                    return answer
+            elif answer.length == count and _has_range(answer, offset, count):
+                self.has_worked = True
+                return answer
         if answer.status == http.HTTPStatus.OK and "If-Range" in more:
             self.close()
             raise CallFailed(grpc.StatusCode.FAILED_PRECONDITION, f"{path} has changed since it was listed")
@@ -124,13 +178,16 @@ class HttpFiles:
             self._http, self._socket = made, made.sock
         return self._http
 
-    def _fill(self, answer: http.client.HTTPResponse, into: memoryview) -> None:
+    def _fill(self, answer: Any, into: memoryview, hasher: xxhash.xxh3_64 | None = None) -> None:
+        """`hasher` takes the bytes while they are in the core's cache."""
         done = 0
         try:
             while done < len(into):
-                count = answer.readinto(into[done : done + BLOCK_BYTES])
+                count = answer.readinto(into[done : done + _READ_BYTES])
                 if not count:
                     raise http.client.IncompleteRead(b"", len(into) - done)
+                if hasher is not None:
+                    hasher.update(into[done : done + count])
                 done += count
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
@@ -145,8 +202,13 @@ class HttpFiles:
     def close(self) -> None:
         """Idempotent; another read connects again."""
         made, self._http, self._socket = self._http, None, None
+        self._is_busy = False
         if made is not None:
             made.close()
+
+
+def _has_range(answer: http.client.HTTPResponse, offset: int, count: int) -> bool:
+    return (answer.getheader("Content-Range") or "").startswith(f"bytes {offset}-{offset + count - 1}/")
 
 
 def _text(error: BaseException) -> str:

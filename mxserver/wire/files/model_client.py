@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from mxserver.wire.errors import (
     ServerUnreachable,
     WireError,
 )
+from mxserver.wire.file_locks import locks_work
 from mxserver.wire.files.disk_room import check_room, full_disk_is_told
 from mxserver.wire.files.file_reader import FileReader
 from mxserver.wire.files.file_source import PortState
@@ -31,7 +33,7 @@ from mxserver.wire.files.partial_file import FileInfo, has_content, partial_path
 from mxserver.wire.files.pieces import FilesPlace
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.relative_path import path_problem
-from mxserver.wire.unique_path import unique_beside
+from mxserver.wire.unique_path import remove_leftovers, unique_beside
 
 __all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles", "provider_of"]
 
@@ -211,8 +213,7 @@ class ModelClient(Closing):
         """
         listed = self.list_files(name, revision=revision, ignore_weights=ignore_weights)
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / PARTIAL_FOLDER
-        with full_disk_is_told(folder, listed.size_bytes), _locked(beside):
+        with full_disk_is_told(folder, listed.size_bytes), _locked(folder / PARTIAL_FOLDER) as beside:
             return self._fetch(name, listed, folder, beside, streams, chunk_bytes, on_bytes)
 
     def fetch_to_hub_cache(
@@ -221,14 +222,16 @@ class ModelClient(Closing):
         cache: Path,
         *,
         revision: str | None = None,
+        ref: str | None = None,
         ignore_weights: bool = False,
         streams: int = 4,
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> Path:
         """Brings a model of the hub into a folder in the hub's cache layout, and returns its snapshot's folder.
 
-        HF_HUB_OFFLINE=1 finds it there, under its commit and under the revision that was asked for. A snapshot
-        appears only once it is complete.
+        HF_HUB_OFFLINE=1 finds it there, under its commit and under `ref`, which is `revision` unless given. Who asks
+        more than once gives the commit that the first answer named as `revision`, and the branch as `ref`: a branch
+        may move between two requests. A snapshot appears only once it is complete.
 
         Raises:
             FileRefused, DiskFull, OSError: as `fetch`.
@@ -238,24 +241,28 @@ class ModelClient(Closing):
         commit = listed.revision or ""
         if len(commit) != 40 or not set(commit) <= set("0123456789abcdef"):
             raise ServerRefused(f"{self.address} names no commit of {name}, but {commit[:100]!r}")
-        if ("/" in name and path_problem(name)) or (revision and path_problem(revision)):
-            raise ServerRefused(f"{name}@{revision} is not a name of the hub")
+        named = ref or revision or "main"
+        if ("/" in name and path_problem(name)) or path_problem(named):
+            raise ServerRefused(f"{name}@{named} is not a name of the hub")
         repository = cache / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / commit
-        beside = repository / PARTIAL_FOLDER
-        with full_disk_is_told(cache, listed.size_bytes), _locked(beside):
+        with full_disk_is_told(cache, listed.size_bytes), _locked(repository / PARTIAL_FOLDER) as beside:
             whole = snapshot if snapshot.exists() else beside / commit
             whole.mkdir(parents=True, exist_ok=True)
             self._fetch(name, listed, whole, beside, streams, 0, on_bytes)
             if whole != snapshot:
                 snapshot.parent.mkdir(exist_ok=True)
-                whole.rename(snapshot)
-            ref = repository / "refs" / (revision or "main")
-            if ref.name != commit:
-                ref.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    whole.rename(snapshot)
+                except OSError:
+                    if not snapshot.is_dir():
+                        raise  # else another process was first: possible where locks do not hold
+            place = repository / "refs" / named
+            if named != commit:
+                place.parent.mkdir(parents=True, exist_ok=True)
                 made = unique_beside(beside / "ref")
                 made.write_text(commit)
-                made.replace(ref)
+                made.replace(place)
         return snapshot
 
     def _fetch(
@@ -367,12 +374,23 @@ def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, by a lock that ends with the process."""
+def _locked(folder: Path) -> Iterator[Path]:
+    """Where incomplete files lie: in `folder`, for one process at a time, by a lock that ends with the process. Where
+    locks do not hold, in a folder of this process alone, which goes at the end: others bring the same files beside it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if not locks_work(folder):
+        own = unique_beside(folder / "own")
+        own.mkdir()
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+        return
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield folder
     finally:
         os.close(handle)

@@ -9,7 +9,9 @@ import grpc
 FILES_FOLDER = "/files/"
 BLOCK_BYTES = 1024 * 1024
 MOST_DIGESTED_BYTES = 8 * 1024 * 1024
-"""The longest range by HTTP of which the server tells a digest."""
+"""The longest stretch of a file by HTTP of which the server tells a digest; each ends at a multiple of it."""
+DIGEST_OF_LAST = "xxh3-64"
+"""The chunk extension with the digest of the chunk before."""
 
 
 class FilesPlace(NamedTuple):
@@ -20,12 +22,15 @@ class FilesPlace(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of a file, and their XXH3-64 as the server read them; None where it tells none."""
+    """Bytes of a file, and their XXH3-64 as the server read them; None where it tells none. `received` is that of the
+    bytes as they are here, where it was made when they came.
+    """
 
     path: str
     offset: int
     data: memoryview
     digest: int | None
+    received: int | None = None
 
 
 class CallFailed(grpc.RpcError):

@@ -24,19 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x1emxserver/wire/proto/load.proto\x12\x10model_express.mx\"\x9b\x01\n\x0cLoadProgress\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12(\n\x04path\x18\x02 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x16\n\x0e\x66rom_worker_id\x18\x05 \x01(\t\x12\x0f\n\x07holders\x18\x06 \x01(\r\"D\n\x08\x46\x61llback\x12(\n\x04path\x18\x01 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xc7\x01\n\nLoadReport\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12(\n\x04path\x18\x02 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x66rom_worker_id\x18\x05 \x01(\t\x12\x17\n\x0f\x63hunks_verified\x18\x06 \x01(\x04\x12-\n\tfallbacks\x18\x07 \x03(\x0b\x32\x1a.model_express.mx.Fallback*\xbd\x01\n\x08LoadPath\x12\x19\n\x15LOAD_PATH_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOAD_PATH_PEER_SAME_HOST\x10\x01\x12\x16\n\x12LOAD_PATH_PEER_TCP\x10\x02\x12\x17\n\x13LOAD_PATH_PEER_RDMA\x10\x03\x12\x15\n\x11LOAD_PATH_STORAGE\x10\x04\x12\x1a\n\x16LOAD_PATH_OBJECT_STORE\x10\x05\x12\x14\n\x10LOAD_PATH_SERVER\x10\x06\x62\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n\x1emxserver/wire/proto/load.proto\x12\x10model_express.mx\"\x9b\x01\n\x0cLoadProgress\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12(\n\x04path\x18\x02 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x16\n\x0e\x66rom_worker_id\x18\x05 \x01(\t\x12\x0f\n\x07holders\x18\x06 \x01(\r\"D\n\x08\x46\x61llback\x12(\n\x04path\x18\x01 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xc7\x01\n\nLoadReport\x12\x0f\n\x07load_id\x18\x01 \x01(\t\x12(\n\x04path\x18\x02 \x01(\x0e\x32\x1a.model_express.mx.LoadPath\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x66rom_worker_id\x18\x05 \x01(\t\x12\x17\n\x0f\x63hunks_verified\x18\x06 \x01(\x04\x12-\n\tfallbacks\x18\x07 \x03(\x0b\x32\x1a.model_express.mx.Fallback\"\x81\x01\n\x07Refusal\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x04side\x18\x02 \x01(\x0e\x32\x1d.model_express.mx.RefusalSide\x12/\n\x06reason\x18\x03 \x01(\x0e\x32\x1f.model_express.mx.RefusalReason\x12\x0c\n\x04text\x18\x04 \x01(\t\"\xda\x01\n\x0cRefusalCount\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12+\n\x04side\x18\x03 \x01(\x0e\x32\x1d.model_express.mx.RefusalSide\x12/\n\x06reason\x18\x04 \x01(\x0e\x32\x1f.model_express.mx.RefusalReason\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x11\n\tworker_id\x18\x07 \x01(\t\x12\x12\n\nat_unix_ms\x18\x08 \x01(\x03*\xbd\x01\n\x08LoadPath\x12\x19\n\x15LOAD_PATH_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOAD_PATH_PEER_SAME_HOST\x10\x01\x12\x16\n\x12LOAD_PATH_PEER_TCP\x10\x02\x12\x17\n\x13LOAD_PATH_PEER_RDMA\x10\x03\x12\x15\n\x11LOAD_PATH_STORAGE\x10\x04\x12\x1a\n\x16LOAD_PATH_OBJECT_STORE\x10\x05\x12\x14\n\x10LOAD_PATH_SERVER\x10\x06*]\n\x0bRefusalSide\x12\x1c\n\x18REFUSAL_SIDE_UNSPECIFIED\x10\x00\x12\x16\n\x12REFUSAL_SIDE_OFFER\x10\x01\x12\x18\n\x14REFUSAL_SIDE_RECEIVE\x10\x02*\x8e\x07\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14REFUSAL_REASON_OTHER\x10\x01\x12\x1f\n\x1bREFUSAL_REASON_FILE_CHANGED\x10\x02\x12\x1f\n\x1bREFUSAL_REASON_MEMORY_MOVES\x10\x03\x12!\n\x1dREFUSAL_REASON_MEMORY_DAMAGED\x10\x04\x12!\n\x1dREFUSAL_REASON_SIBLING_FAILED\x10\x05\x12\x1a\n\x16REFUSAL_REASON_SETTING\x10\x06\x12\"\n\x1eREFUSAL_REASON_LAYOUT_MISMATCH\x10\n\x12%\n!REFUSAL_REASON_LAYOUT_UNSUPPORTED\x10\x0b\x12\"\n\x1eREFUSAL_REASON_DIGEST_MISMATCH\x10\x0c\x12!\n\x1dREFUSAL_REASON_CHUNKS_MISSING\x10\r\x12\x1f\n\x1bREFUSAL_REASON_FENCE_FAILED\x10\x0e\x12\x1b\n\x17REFUSAL_REASON_TRANSFER\x10\x0f\x12#\n\x1fREFUSAL_REASON_TRANSFER_STALLED\x10\x10\x12\x1e\n\x1aREFUSAL_REASON_SOURCE_SLOW\x10\x11\x12!\n\x1dREFUSAL_REASON_SOURCE_REFUSED\x10\x12\x12\x1e\n\x1aREFUSAL_REASON_SOURCE_BUSY\x10\x13\x12%\n!REFUSAL_REASON_SOURCE_UNREACHABLE\x10\x14\x12 \n\x1cREFUSAL_REASON_NOT_ONE_SIDED\x10\x15\x12 \n\x1cREFUSAL_REASON_NO_CHUNK_PORT\x10\x16\x12 \n\x1cREFUSAL_REASON_NOT_ENCRYPTED\x10\x17\x12\x1e\n\x1aREFUSAL_REASON_HOLDER_BUSY\x10\x18\x12\"\n\x1eREFUSAL_REASON_HOLDER_DRAINING\x10\x19\x12\x1e\n\x1aREFUSAL_REASON_LEASE_ENDED\x10\x1a\x12\x17\n\x13REFUSAL_REASON_NIXL\x10\x1b\x12\x1f\n\x1bREFUSAL_REASON_NIXL_MISSING\x10\x1c\x12\x1c\n\x18REFUSAL_REASON_PEER_LOST\x10\x1d\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mxserver.wire.proto.load_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADPATH']._serialized_start=483
-  _globals['_LOADPATH']._serialized_end=672
+  _globals['_LOADPATH']._serialized_start=836
+  _globals['_LOADPATH']._serialized_end=1025
+  _globals['_REFUSALSIDE']._serialized_start=1027
+  _globals['_REFUSALSIDE']._serialized_end=1120
+  _globals['_REFUSALREASON']._serialized_start=1123
+  _globals['_REFUSALREASON']._serialized_end=2033
   _globals['_LOADPROGRESS']._serialized_start=53
   _globals['_LOADPROGRESS']._serialized_end=208
   _globals['_FALLBACK']._serialized_start=210
   _globals['_FALLBACK']._serialized_end=278
   _globals['_LOADREPORT']._serialized_start=281
   _globals['_LOADREPORT']._serialized_end=480
+  _globals['_REFUSAL']._serialized_start=483
+  _globals['_REFUSAL']._serialized_end=612
+  _globals['_REFUSALCOUNT']._serialized_start=615
+  _globals['_REFUSALCOUNT']._serialized_end=833
 # @@protoc_insertion_point(module_scope)

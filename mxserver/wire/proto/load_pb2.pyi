@@ -52,6 +52,97 @@ LOAD_PATH_SERVER: LoadPath.ValueType  # 6
 """file streams of the server's model cache"""
 global___LoadPath = LoadPath
 
+class _RefusalSide:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RefusalSideEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_RefusalSide.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    REFUSAL_SIDE_UNSPECIFIED: _RefusalSide.ValueType  # 0
+    REFUSAL_SIDE_OFFER: _RefusalSide.ValueType  # 1
+    """this worker loaded weights, and does not offer them"""
+    REFUSAL_SIDE_RECEIVE: _RefusalSide.ValueType  # 2
+    """this worker wanted weights of workers that were there, and did not get or take them"""
+
+class RefusalSide(_RefusalSide, metaclass=_RefusalSideEnumTypeWrapper): ...
+
+REFUSAL_SIDE_UNSPECIFIED: RefusalSide.ValueType  # 0
+REFUSAL_SIDE_OFFER: RefusalSide.ValueType  # 1
+"""this worker loaded weights, and does not offer them"""
+REFUSAL_SIDE_RECEIVE: RefusalSide.ValueType  # 2
+"""this worker wanted weights of workers that were there, and did not get or take them"""
+global___RefusalSide = RefusalSide
+
+class _RefusalReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RefusalReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_RefusalReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    REFUSAL_REASON_UNSPECIFIED: _RefusalReason.ValueType  # 0
+    REFUSAL_REASON_OTHER: _RefusalReason.ValueType  # 1
+    REFUSAL_REASON_FILE_CHANGED: _RefusalReason.ValueType  # 2
+    """nobody can say which files were read"""
+    REFUSAL_REASON_MEMORY_MOVES: _RefusalReason.ValueType  # 3
+    """a mode of the engine in which weights vanish or move"""
+    REFUSAL_REASON_MEMORY_DAMAGED: _RefusalReason.ValueType  # 4
+    REFUSAL_REASON_SIBLING_FAILED: _RefusalReason.ValueType  # 5
+    REFUSAL_REASON_SETTING: _RefusalReason.ValueType  # 6
+    REFUSAL_REASON_LAYOUT_MISMATCH: _RefusalReason.ValueType  # 10
+    REFUSAL_REASON_LAYOUT_UNSUPPORTED: _RefusalReason.ValueType  # 11
+    REFUSAL_REASON_DIGEST_MISMATCH: _RefusalReason.ValueType  # 12
+    REFUSAL_REASON_CHUNKS_MISSING: _RefusalReason.ValueType  # 13
+    REFUSAL_REASON_FENCE_FAILED: _RefusalReason.ValueType  # 14
+    REFUSAL_REASON_TRANSFER: _RefusalReason.ValueType  # 15
+    REFUSAL_REASON_TRANSFER_STALLED: _RefusalReason.ValueType  # 16
+    REFUSAL_REASON_SOURCE_SLOW: _RefusalReason.ValueType  # 17
+    REFUSAL_REASON_SOURCE_REFUSED: _RefusalReason.ValueType  # 18
+    REFUSAL_REASON_SOURCE_BUSY: _RefusalReason.ValueType  # 19
+    REFUSAL_REASON_SOURCE_UNREACHABLE: _RefusalReason.ValueType  # 20
+    REFUSAL_REASON_NOT_ONE_SIDED: _RefusalReason.ValueType  # 21
+    REFUSAL_REASON_NO_CHUNK_PORT: _RefusalReason.ValueType  # 22
+    REFUSAL_REASON_NOT_ENCRYPTED: _RefusalReason.ValueType  # 23
+    REFUSAL_REASON_HOLDER_BUSY: _RefusalReason.ValueType  # 24
+    REFUSAL_REASON_HOLDER_DRAINING: _RefusalReason.ValueType  # 25
+    REFUSAL_REASON_LEASE_ENDED: _RefusalReason.ValueType  # 26
+    REFUSAL_REASON_NIXL: _RefusalReason.ValueType  # 27
+    REFUSAL_REASON_NIXL_MISSING: _RefusalReason.ValueType  # 28
+    REFUSAL_REASON_PEER_LOST: _RefusalReason.ValueType  # 29
+
+class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
+    """Why, by the code of the error (MX_LAYOUT_MISMATCH and so on); a worker's other reasons are OTHER."""
+
+REFUSAL_REASON_UNSPECIFIED: RefusalReason.ValueType  # 0
+REFUSAL_REASON_OTHER: RefusalReason.ValueType  # 1
+REFUSAL_REASON_FILE_CHANGED: RefusalReason.ValueType  # 2
+"""nobody can say which files were read"""
+REFUSAL_REASON_MEMORY_MOVES: RefusalReason.ValueType  # 3
+"""a mode of the engine in which weights vanish or move"""
+REFUSAL_REASON_MEMORY_DAMAGED: RefusalReason.ValueType  # 4
+REFUSAL_REASON_SIBLING_FAILED: RefusalReason.ValueType  # 5
+REFUSAL_REASON_SETTING: RefusalReason.ValueType  # 6
+REFUSAL_REASON_LAYOUT_MISMATCH: RefusalReason.ValueType  # 10
+REFUSAL_REASON_LAYOUT_UNSUPPORTED: RefusalReason.ValueType  # 11
+REFUSAL_REASON_DIGEST_MISMATCH: RefusalReason.ValueType  # 12
+REFUSAL_REASON_CHUNKS_MISSING: RefusalReason.ValueType  # 13
+REFUSAL_REASON_FENCE_FAILED: RefusalReason.ValueType  # 14
+REFUSAL_REASON_TRANSFER: RefusalReason.ValueType  # 15
+REFUSAL_REASON_TRANSFER_STALLED: RefusalReason.ValueType  # 16
+REFUSAL_REASON_SOURCE_SLOW: RefusalReason.ValueType  # 17
+REFUSAL_REASON_SOURCE_REFUSED: RefusalReason.ValueType  # 18
+REFUSAL_REASON_SOURCE_BUSY: RefusalReason.ValueType  # 19
+REFUSAL_REASON_SOURCE_UNREACHABLE: RefusalReason.ValueType  # 20
+REFUSAL_REASON_NOT_ONE_SIDED: RefusalReason.ValueType  # 21
+REFUSAL_REASON_NO_CHUNK_PORT: RefusalReason.ValueType  # 22
+REFUSAL_REASON_NOT_ENCRYPTED: RefusalReason.ValueType  # 23
+REFUSAL_REASON_HOLDER_BUSY: RefusalReason.ValueType  # 24
+REFUSAL_REASON_HOLDER_DRAINING: RefusalReason.ValueType  # 25
+REFUSAL_REASON_LEASE_ENDED: RefusalReason.ValueType  # 26
+REFUSAL_REASON_NIXL: RefusalReason.ValueType  # 27
+REFUSAL_REASON_NIXL_MISSING: RefusalReason.ValueType  # 28
+REFUSAL_REASON_PEER_LOST: RefusalReason.ValueType  # 29
+global___RefusalReason = RefusalReason
+
 @typing.final
 class LoadProgress(google.protobuf.message.Message):
     """A load that runs, about once a second: with a heartbeat of a worker that is INITIALIZING, or by itself with status
@@ -147,3 +238,68 @@ class LoadReport(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "chunks_verified", b"chunks_verified", "fallbacks", b"fallbacks", "from_worker_id", b"from_worker_id", "load_id", b"load_id", "path", b"path", "seconds", b"seconds"]) -> None: ...
 
 global___LoadReport = LoadReport
+
+@typing.final
+class Refusal(google.protobuf.message.Message):
+    """Weights that a worker does not share. With any status update; counted once for each id, so that a call may be repeated."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    SIDE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    side: global___RefusalSide.ValueType
+    reason: global___RefusalReason.ValueType
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        side: global___RefusalSide.ValueType = ...,
+        reason: global___RefusalReason.ValueType = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "reason", b"reason", "side", b"side", "text", b"text"]) -> None: ...
+
+global___Refusal = Refusal
+
+@typing.final
+class RefusalCount(google.protobuf.message.Message):
+    """What of the weights under one source id was refused lately, as the server has counted it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    SIDE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    AT_UNIX_MS_FIELD_NUMBER: builtins.int
+    mx_source_id: builtins.str
+    model_name: builtins.str
+    side: global___RefusalSide.ValueType
+    reason: global___RefusalReason.ValueType
+    count: builtins.int
+    text: builtins.str
+    """of the last one"""
+    worker_id: builtins.str
+    at_unix_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        mx_source_id: builtins.str = ...,
+        model_name: builtins.str = ...,
+        side: global___RefusalSide.ValueType = ...,
+        reason: global___RefusalReason.ValueType = ...,
+        count: builtins.int = ...,
+        text: builtins.str = ...,
+        worker_id: builtins.str = ...,
+        at_unix_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_unix_ms", b"at_unix_ms", "count", b"count", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "reason", b"reason", "side", b"side", "text", b"text", "worker_id", b"worker_id"]) -> None: ...
+
+global___RefusalCount = RefusalCount

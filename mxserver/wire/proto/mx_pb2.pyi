@@ -20,6 +20,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import mxserver.wire.proto.load_pb2
 import sys
 import typing
 
@@ -684,11 +685,14 @@ class TakeStorageTurnRequest(google.protobuf.message.Message):
     WORKER_RANK_FIELD_NUMBER: builtins.int
     WORKER_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     worker_id: builtins.str
     epoch: builtins.int
     """of the turn that is extended; 0: a new one is wanted"""
+    domain: builtins.str
+    """where workers must be to take weights from each other (a zone); one reads in each"""
     def __init__(
         self,
         *,
@@ -696,8 +700,9 @@ class TakeStorageTurnRequest(google.protobuf.message.Message):
         worker_rank: builtins.int = ...,
         worker_id: builtins.str = ...,
         epoch: builtins.int = ...,
+        domain: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["domain", b"domain", "epoch", b"epoch", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___TakeStorageTurnRequest = TakeStorageTurnRequest
 
@@ -737,12 +742,14 @@ class EndStorageTurnRequest(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     SHARED_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     worker_id: builtins.str
     epoch: builtins.int
     shared: builtins.bool
     """false: it cannot be shared, nobody need wait for it"""
+    domain: builtins.str
     def __init__(
         self,
         *,
@@ -751,8 +758,9 @@ class EndStorageTurnRequest(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         epoch: builtins.int = ...,
         shared: builtins.bool = ...,
+        domain: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "mx_source_id", b"mx_source_id", "shared", b"shared", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["domain", b"domain", "epoch", b"epoch", "mx_source_id", b"mx_source_id", "shared", b"shared", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___EndStorageTurnRequest = EndStorageTurnRequest
 
@@ -887,15 +895,21 @@ class ListDoubtsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DOUBTS_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     @property
     def doubts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Doubt]:
+        """the newest first"""
+
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mxserver.wire.proto.load_pb2.RefusalCount]:
         """the newest first"""
 
     def __init__(
         self,
         *,
         doubts: collections.abc.Iterable[global___Doubt] | None = ...,
+        refusals: collections.abc.Iterable[mxserver.wire.proto.load_pb2.RefusalCount] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["doubts", b"doubts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["doubts", b"doubts", "refusals", b"refusals"]) -> None: ...
 
 global___ListDoubtsResponse = ListDoubtsResponse

@@ -890,6 +890,7 @@ class SourceInstanceRef(google.protobuf.message.Message):
     LAYOUT_SIGNATURE_FIELD_NUMBER: builtins.int
     TOPOLOGY_FIELD_NUMBER: builtins.int
     SOURCE_LOAD_FIELD_NUMBER: builtins.int
+    WORKER_GRPC_ENDPOINT_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_id: builtins.str
     model_name: builtins.str
@@ -899,6 +900,8 @@ class SourceInstanceRef(google.protobuf.message.Message):
     training_step: builtins.int
     layout_signature: builtins.str
     source_load: builtins.float
+    worker_grpc_endpoint: builtins.str
+    """ours: as published; empty while it serves nothing"""
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     def __init__(
@@ -914,21 +917,40 @@ class SourceInstanceRef(google.protobuf.message.Message):
         layout_signature: builtins.str | None = ...,
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         source_load: builtins.float | None = ...,
+        worker_grpc_endpoint: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "layout_signature", b"layout_signature", "source_load", b"source_load", "training_step", b"training_step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "accelerator", b"accelerator", "layout_signature", b"layout_signature", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "topology", b"topology", "training_step", b"training_step", "updated_at", b"updated_at", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "_worker_grpc_endpoint", b"_worker_grpc_endpoint", "layout_signature", b"layout_signature", "source_load", b"source_load", "training_step", b"training_step", "worker_grpc_endpoint", b"worker_grpc_endpoint"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "_worker_grpc_endpoint", b"_worker_grpc_endpoint", "accelerator", b"accelerator", "layout_signature", b"layout_signature", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "topology", b"topology", "training_step", b"training_step", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_layout_signature", b"_layout_signature"]) -> typing.Literal["layout_signature"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_source_load", b"_source_load"]) -> typing.Literal["source_load"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_training_step", b"_training_step"]) -> typing.Literal["training_step"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_worker_grpc_endpoint", b"_worker_grpc_endpoint"]) -> typing.Literal["worker_grpc_endpoint"] | None: ...
 
 global___SourceInstanceRef = SourceInstanceRef
 
 @typing.final
 class ListSourcesRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class NearTopologyEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     IDENTITY_FIELD_NUMBER: builtins.int
     STATUS_FILTER_FIELD_NUMBER: builtins.int
@@ -937,14 +959,27 @@ class ListSourcesRequest(google.protobuf.message.Message):
     MIN_TRAINING_STEP_FIELD_NUMBER: builtins.int
     MIN_UPDATED_AT_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    NEAR_WORKER_ID_FIELD_NUMBER: builtins.int
+    NEAR_TOPOLOGY_FIELD_NUMBER: builtins.int
+    NEAR_LEVELS_FIELD_NUMBER: builtins.int
     status_filter: global___SourceStatus.ValueType
     model_name_filter: builtins.str
     worker_rank_filter: builtins.int
     min_training_step: builtins.int
     min_updated_at: builtins.int
     limit: builtins.int
+    near_worker_id: builtins.str
+    """ours: who asks. Then a limit leaves those that are nearest to it, of these the least loaded, of these others for
+    each asker. Without `near_worker_id` it leaves the newest.
+    """
     @property
     def identity(self) -> global___SourceIdentity: ...
+    @property
+    def near_topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    @property
+    def near_levels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """names of the topology, from broad to narrow"""
+
     def __init__(
         self,
         *,
@@ -955,9 +990,12 @@ class ListSourcesRequest(google.protobuf.message.Message):
         min_training_step: builtins.int | None = ...,
         min_updated_at: builtins.int | None = ...,
         limit: builtins.int | None = ...,
+        near_worker_id: builtins.str = ...,
+        near_topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        near_levels: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_limit", b"_limit", "_min_training_step", b"_min_training_step", "_min_updated_at", b"_min_updated_at", "_model_name_filter", b"_model_name_filter", "_status_filter", b"_status_filter", "_worker_rank_filter", b"_worker_rank_filter", "identity", b"identity", "limit", b"limit", "min_training_step", b"min_training_step", "min_updated_at", b"min_updated_at", "model_name_filter", b"model_name_filter", "status_filter", b"status_filter", "worker_rank_filter", b"worker_rank_filter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_limit", b"_limit", "_min_training_step", b"_min_training_step", "_min_updated_at", b"_min_updated_at", "_model_name_filter", b"_model_name_filter", "_status_filter", b"_status_filter", "_worker_rank_filter", b"_worker_rank_filter", "identity", b"identity", "limit", b"limit", "min_training_step", b"min_training_step", "min_updated_at", b"min_updated_at", "model_name_filter", b"model_name_filter", "status_filter", b"status_filter", "worker_rank_filter", b"worker_rank_filter"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_limit", b"_limit", "_min_training_step", b"_min_training_step", "_min_updated_at", b"_min_updated_at", "_model_name_filter", b"_model_name_filter", "_status_filter", b"_status_filter", "_worker_rank_filter", b"_worker_rank_filter", "identity", b"identity", "limit", b"limit", "min_training_step", b"min_training_step", "min_updated_at", b"min_updated_at", "model_name_filter", b"model_name_filter", "near_levels", b"near_levels", "near_topology", b"near_topology", "near_worker_id", b"near_worker_id", "status_filter", b"status_filter", "worker_rank_filter", b"worker_rank_filter"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_limit", b"_limit"]) -> typing.Literal["limit"] | None: ...
     @typing.overload
@@ -1053,6 +1091,7 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     LOAD_PROGRESS_FIELD_NUMBER: builtins.int
     LOAD_REPORT_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_rank: builtins.int
     status: global___SourceStatus.ValueType
@@ -1068,6 +1107,10 @@ class UpdateStatusRequest(google.protobuf.message.Message):
     def load_report(self) -> mxserver.wire.proto.load_pb2.LoadReport:
         """ours"""
 
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[mxserver.wire.proto.load_pb2.Refusal]:
+        """ours"""
+
     def __init__(
         self,
         *,
@@ -1079,9 +1122,10 @@ class UpdateStatusRequest(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         load_progress: mxserver.wire.proto.load_pb2.LoadProgress | None = ...,
         load_report: mxserver.wire.proto.load_pb2.LoadReport | None = ...,
+        refusals: collections.abc.Iterable[mxserver.wire.proto.load_pb2.Refusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_source_load", b"_source_load", "load_progress", b"load_progress", "load_report", b"load_report", "source_load", b"source_load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "load_progress", b"load_progress", "load_report", b"load_report", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_source_load", b"_source_load", "epoch", b"epoch", "load_progress", b"load_progress", "load_report", b"load_report", "mx_source_id", b"mx_source_id", "refusals", b"refusals", "source_load", b"source_load", "status", b"status", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_source_load", b"_source_load"]) -> typing.Literal["source_load"] | None: ...
 
 global___UpdateStatusRequest = UpdateStatusRequest

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -210,3 +212,60 @@ def test_a_full_disk_has_leases_and_marks_all_the_same(small_disk: SmallDisk) ->
     finally:
         one.close()
         other.close()
+
+
+NOBODY = 20_002  # a user id; needs root to become it
+
+
+def as_another_user(function: Callable[[], None]) -> int:
+    """Calls it in a process of another user; 0 when it raised nothing."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            function()
+        except BaseException:  # noqa: BLE001 - the exit status tells
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+DIES = f"""
+import os, sys
+from pathlib import Path
+from mxserver.models.cache.lease import LeaseFolder
+os.umask(int(sys.argv[2], 8))
+folder = LeaseFolder(Path(sys.argv[1]), 600.0)
+assert folder.try_acquire("{KEY}")
+folder.in_use("{KEY}").__enter__()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("umask", ["002", "022"])
+def test_a_dead_replica_of_another_user_is_taken_over(umask: str) -> None:
+    """With umask 022 the other one's files cannot be written, only read.
+
+    Not below pytest's own folder: each session of pytest on this machine closes that to other users again.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o777)
+        for name in ("leases", "uses"):
+            (folder / name).mkdir()
+            (folder / name).chmod(0o777)
+        subprocess.run([sys.executable, "-c", DIES, str(folder), umask], check=True)
+
+        def take_over() -> None:
+            theirs = LeaseFolder(folder, 600.0)
+            assert not theirs.is_used(KEY)
+            lease = theirs.try_acquire(KEY)
+            assert lease
+            assert lease.generation == 2
+            theirs.close()
+
+        assert as_another_user(take_over) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,6 +238,30 @@ def test_a_disk_that_became_read_only(
         small_disk.read_only(False)
         client.ensure("org/r1")
         client.delete("org/r0")
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_a_server_over_a_read_only_cache_serves_what_is_there(
+    start_server: StartServer, small_disk: SmallDisk, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """As an image or a volume that is mounted read-only, filled by another server (findings, row 16)."""
+    for number in range(2):
+        hub.add(f"org/r{number}", {"model.safetensors": pattern(MB, 70 + number)})
+    before = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder))
+    with ModelClient(before.address) as client:
+        client.ensure("org/r0")
+    before.close()
+    small_disk.read_only(True)
+    server = start_server(MODEL_EXPRESS_CACHE_DIRECTORY=str(small_disk.folder))
+    with ModelClient(server.address) as client:
+        client.ensure("org/r0")
+        client.fetch("org/r0", tmp_path / "fetched")
+        assert files_below(tmp_path / "fetched") == digests_of({"model.safetensors": pattern(MB, 70)})
+        with pytest.raises(ModelDownloadError, match=r"Read-only file system.*MX_CACHE_UNUSABLE"):
+            client.ensure("org/r1")
+    server.wait_for("the cache folder is read-only: what it has is served")
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
     assert not [line for line in server.lines if "Traceback" in line]
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import cast
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 
 from mxserver.calls.arriving import ArrivingCall
 from mxserver.calls.call_pool import _Turns
-from mxserver.calls.nested import has_more_messages
+from mxserver.calls.nested import has_more_messages, split_off
 from mxserver.calls.pools import POOLS
+from mxserver.calls.receiving import Receiving
 from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient
@@ -126,3 +128,82 @@ def test_parts_at_the_limit(parts: int, most: int, more: bool) -> None:
 @pytest.mark.parametrize("data", [b"\x12", b"\x12\xff", b"\x12\x05\x1a", b"\x0f", b"\x12\x02\x1a\x7f", b"\x80" * 30])
 def test_counting_ends_where_nothing_is_well_formed(data: bytes) -> None:
     assert not has_more_messages(data, p2p_pb2.PublishMetadataRequest.DESCRIPTOR, 100)
+
+
+@pytest.mark.parametrize("data", [b"\x08\x01" * 20_000, b"\x09" + bytes(8)])
+def test_fields_that_are_no_messages_take_time_as_well(data: bytes) -> None:
+    assert has_more_messages(data, p2p_pb2.PublishMetadataRequest.DESCRIPTOR, 100) is (len(data) > 9)
+
+
+def test_a_field_is_split_off_and_comes_together_again() -> None:
+    """Two of it are one, as by protobuf's rules; what is cut off stays for the parser."""
+    first, second = p2p_pb2.WorkerMetadata(worker_rank=3), p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 300)
+    whole = p2p_pb2.PublishMetadataRequest(
+        identity=p2p_pb2.SourceIdentity(model_name="m"), worker=first, worker_id="w", epoch=2**60
+    )
+    data = whole.SerializeToString() + b"\x12" + _varint(second.ByteSize()) + second.SerializeToString()
+    rest, worker = split_off(data, 2)
+    whole.ClearField("worker")
+    assert p2p_pb2.PublishMetadataRequest.FromString(rest) == whole
+    assert worker is not None
+    assert p2p_pb2.WorkerMetadata.FromString(worker) == p2p_pb2.WorkerMetadata(worker_rank=3, nixl_metadata=b"x" * 300)
+    assert split_off(rest, 2) == (rest, None)
+    for cut in (data[:-1], data + b"\x0f"):
+        with pytest.raises(DecodeError):
+            p2p_pb2.PublishMetadataRequest.FromString(split_off(cut, 2)[0])
+
+
+class Slow:
+    """A call whose request does not come."""
+
+    def __init__(self, connection: str, request: bytes | None = None) -> None:
+        self.connection, self.request = connection, request
+        self.refused = threading.Event()
+
+    def after_events(self, then: Callable[[], None]) -> None:
+        self.then = then
+        then()
+
+    def refuse(self, status: grpc.StatusCode, reason: str) -> None:
+        self.refused.set()
+
+
+def test_a_connection_that_was_too_slow_has_one_place_until_a_request_came() -> None:
+    receiving, free = Receiving(2, 0.0), threading.Event()
+    slow = [Slow("slow"), Slow("slow")]
+    for one in slow:
+        assert receiving.reserve(free.set)
+        receiving.begin(cast(ArrivingCall, one))
+    assert not receiving.reserve(free.set)
+    assert slow[0].refused.wait(60)
+    assert slow[1].refused.wait(60)
+    receiving.end(cast(ArrivingCall, slow[0]))
+    assert free.wait(60)
+    assert receiving.is_slow(cast(ArrivingCall, slow[0]))
+    assert not receiving.may_take_slow(others_wait=False)
+    receiving.end(cast(ArrivingCall, slow[1]))
+    assert receiving.may_take_slow(others_wait=True)
+    came = cast(ArrivingCall, Slow("slow", b"request"))
+    assert receiving.reserve(free.set)
+    receiving.begin(came)
+    receiving.end(came)
+    assert not receiving.is_slow(came)
+
+
+def test_a_request_that_had_come_when_it_was_looked_at_is_not_refused() -> None:
+    """Only we had not noticed: the thread that is told was late."""
+    receiving, free, looked = Receiving(1, 0.0), threading.Event(), threading.Event()
+    call = Slow("a", b"request")
+
+    def told_late(then: Callable[[], None]) -> None:
+        receiving.end(cast(ArrivingCall, call))
+        then()
+        looked.set()
+
+    call.after_events = told_late  # type: ignore[method-assign]
+    assert receiving.reserve(free.set)
+    receiving.begin(cast(ArrivingCall, call))
+    assert not receiving.reserve(free.set)
+    assert looked.wait(60)
+    assert free.wait(60)
+    assert not call.refused.is_set()

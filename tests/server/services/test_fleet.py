@@ -45,6 +45,7 @@ def test_one_reads_and_the_others_wait(turns: StorageElections) -> None:
     assert (second.turn, second.reader_worker_id) == (mx_pb2.STORAGE_TURN_WAIT, "a")
     assert second.retry_ms > 0
     assert take(turns, "c", key=ElectionKey(KEY.source_id, 1)).turn == mx_pb2.STORAGE_TURN_YOURS
+    assert take(turns, "d", key=ElectionKey(KEY.source_id, 0, "zone=b")).turn == mx_pb2.STORAGE_TURN_YOURS
     assert take(turns, "a", first.epoch).epoch == first.epoch
 
 

@@ -15,7 +15,6 @@ from grpc_health.v1 import health_pb2 as standard_pb2
 from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
-from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.store import SqliteStore
@@ -86,6 +85,7 @@ def test_published_metadata_comes_back_whole(client: ServerClient) -> None:
         updated_at=response.worker.updated_at,
         topology={"zone": "a"},
         source_load=0.5,
+        worker_grpc_endpoint=WORKER.worker_grpc_endpoint,
     )
     response.worker.ClearField("status")
     response.worker.ClearField("updated_at")
@@ -248,19 +248,14 @@ def test_load_that_is_no_number_is_left_out(p2p: p2p_pb2_grpc.P2pServiceStub, lo
     assert not reference.HasField("source_load")
 
 
-def test_messages_of_100_mib_pass_where_the_limit_is_raised() -> None:
+def test_messages_of_100_mib_pass(tmp_path: Path) -> None:
     metadata = os.urandom(1024) * (99 * 1024)
-    flags = {"host": "127.0.0.1", "port": "0", "store": "memory", "limits": "publish_bytes=100MiB"}
+    flags = {"host": "127.0.0.1", "port": "0", "store": "sqlite", "store_path": str(tmp_path / "state.sqlite3")}
     with contextlib.closing(Server(load_settings(flags))) as server, ServerClient(f"127.0.0.1:{server.port}") as client:
         client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=metadata), "big")
         response = client.get_metadata(SOURCE, "big")
         assert response is not None
         assert response.worker.nixl_metadata == metadata
-
-
-def test_messages_over_the_limit_are_refused(client: ServerClient) -> None:
-    with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
-        client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=bytes(DEFAULT.publish_bytes)), "big")
 
 
 def test_ping(channel: grpc.Channel) -> None:
@@ -370,6 +365,7 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
         ({"extra_parameters": {"k": "v" * 70_000}}, {}, "w", "identity has"),
         ({}, {"accelerator": "a" * 257}, "w", "worker.accelerator"),
         ({}, {"topology": {"zone": "z" * 20_000}}, "w", "worker.topology"),
+        ({}, {"worker_grpc_endpoint": "h" * 20_000}, "w", "worker.worker_grpc_endpoint"),
     ],
 )
 def test_what_is_in_every_listing_is_bounded(

@@ -78,6 +78,18 @@ def test_the_ring_is_bounded(made: Maker) -> None:
         list(stream(checkpoint, memory=MemoryBudget(100_000, "a test")))
 
 
+def test_tensors_of_which_two_do_not_fit_come_one_by_one(made: Maker) -> None:
+    """As in a container of 512 MiB, whose quarter holds one tensor of 64 MiB but not two."""
+    written = {f"t{i}": torch.full((300_000,), float(i)) for i in range(4)}
+    memory = MemoryBudget(2_000_000, "a test")
+    most = 0
+    for name, tensor in stream(made(written), memory=memory, mode="buffered"):
+        assert same(tensor, written[name])
+        most = max(most, memory.held_bytes)
+    assert 1_200_000 <= most <= 2_000_000
+    assert memory.held_bytes == 0
+
+
 def test_a_stream_that_is_left_early_frees_its_ring(checkpoint: Checkpoint) -> None:
     running = stream(checkpoint, batch_bytes=3000)
     name, tensor = next(running)

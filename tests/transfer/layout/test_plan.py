@@ -40,9 +40,9 @@ def new_plan(count: int, **have: int) -> SwarmPlan:
 
 def test_the_rarest_are_preferred() -> None:
     plan = new_plan(6, seed=all_chunks(6), a=chunk_set([0, 1, 2]), b=chunk_set([0, 1]), c=chunk_set([0]))
-    assert plan.wanted("seed") == ChunkRequest(all_chunks(6), chunk_set([3, 4, 5]), FIRST_IN_FLIGHT)
-    assert plan.wanted("a").preferred == chunk_set([2])
-    assert plan.wanted("c").preferred == chunk_set([0])
+    assert plan.wanted("seed", 0.0) == ChunkRequest(all_chunks(6), chunk_set([3, 4, 5]), FIRST_IN_FLIGHT)
+    assert plan.wanted("a", 0.0).preferred == chunk_set([2])
+    assert plan.wanted("c", 0.0).preferred == chunk_set([0])
 
 
 def test_what_is_granted_is_in_flight_once() -> None:
@@ -50,8 +50,8 @@ def test_what_is_granted_is_in_flight_once() -> None:
     assert plan.claim("a", [0, 1], 0.0) == ([0, 1], [])
     assert plan.claim("b", [1, 2, 99], 0.0) == ([2], [1, 99])
     assert plan.missing == chunk_set([3])
-    assert plan.wanted("a") == NOTHING
-    assert plan.wanted("b") == ChunkRequest(chunk_set([3]), chunk_set([3]), FIRST_IN_FLIGHT - 1)
+    assert plan.wanted("a", 0.0) == NOTHING
+    assert plan.wanted("b", 0.0) == ChunkRequest(chunk_set([3]), chunk_set([3]), FIRST_IN_FLIGHT - 1)
     plan.done("a", 0, 1.0)
     assert plan.completed == 1
     assert plan.drop_holder("a") == chunk_set([1])
@@ -78,7 +78,7 @@ def test_a_fast_holder_is_asked_for_more(count: int, most: int) -> None:
     plan.done("slow", 2, 10.0)
     assert plan.limit("fast") == most
     assert plan.limit("slow") == FIRST_IN_FLIGHT
-    assert plan.wanted("fast").most == most
+    assert plan.wanted("fast", 0.0).most == most
 
 
 def test_a_burst_does_not_make_a_holder_look_fast() -> None:
@@ -127,6 +127,25 @@ def test_who_is_far_slower_than_the_others_is_named_at_any_time() -> None:
         plan.add_holder(name, all_chunks(100))
     assert plan.drop_holder("slow") == chunk_set([0, 1])
     assert plan.missing & chunk_set([0, 1]) == chunk_set([0, 1])  # for the others
+
+
+def test_what_a_near_holder_has_is_left_to_it() -> None:
+    plan = SwarmPlan(10, 1 << 20)
+    plan.add_holder("near", chunk_set(range(4)), 0)
+    plan.add_holder("far", all_chunks(10), 3)
+    assert plan.wanted("near", 0.0).chunks == chunk_set(range(4))
+    assert plan.wanted("far", 0.0).chunks == chunk_set(range(4, 10))
+    plan.claim("near", [0], 0.0)
+    assert plan.wanted("far", 5.0).chunks == chunk_set(range(1, 10))  # it hangs
+    plan.done("near", 0, 10.0)  # 0.1 MB/s
+    assert plan.wanted("far", 10.0).chunks == chunk_set(range(4, 10))
+    plan.claim("far", [4], 10.0)
+    plan.done("far", 4, 10.1)  # a hundred times as fast
+    assert plan.wanted("far", 10.1).chunks == chunk_set([1, 2, 3, 5, 6, 7, 8, 9])
+    plan.drop_holder("near")
+    plan.add_holder("far", all_chunks(10))  # its distance stays
+    plan.add_holder("other", all_chunks(10), 4)
+    assert plan.wanted("other", 10.1) == NOTHING
 
 
 def test_less_than_a_megabyte_a_second_is_slow_whatever_others_give() -> None:
@@ -191,7 +210,7 @@ def test_every_plan_ends_with_every_chunk_once(count: int, holders: int, chance:
             plan.drop_holder(name)
             left.remove(name)
             continue
-        wanted = plan.wanted(name)
+        wanted = plan.wanted(name, 0.0)
         taken, declined = plan.claim(name, givers[name].grant(wanted.chunks, wanted.preferred, wanted.most), now)
         assert declined == []
         assert len(taken) <= wanted.most
@@ -208,7 +227,7 @@ def test_a_plan_of_some_chunks_ends_with_these() -> None:
     plan = SwarmPlan(8, 100, only=chunk_set([2, 5]))
     plan.add_holder("a", chunk_set([2, 3]))
     plan.add_holder("b", all_chunks(8))
-    assert plan.wanted("a").chunks == chunk_set([2])
+    assert plan.wanted("a", 0.0).chunks == chunk_set([2])
     assert plan.claim("a", [2, 3], 0.0) == ([2], [3])  # what is not wanted is declined
     plan.done("a", 2, 1.0)
     assert not plan.finished

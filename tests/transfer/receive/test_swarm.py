@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_is_not_waited_for_long(
 ) -> None:
     alone = new_member()
     alone.membership.join()
-    monkeypatch.setattr("mxcore.transfer.member.membership._SERVER_AWAY_SECONDS", 1.0)
+    monkeypatch.setattr("mxcore.transfer.member.source_wait._SERVER_AWAY_SECONDS", 1.0)
 
     def away(self: ServerClient, *args: Any, **kwargs: Any) -> Any:
         raise ServerUnreachable("no answer within 3 s")

@@ -1,0 +1,69 @@
+"""The wait of a worker for one that reads storage for all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from mxcore.transfer.move import Source
+from mxserver.wire import ServerRefused, WireError
+from mxserver.wire.proto import mx_pb2
+
+__all__ = ["wait_for_source"]
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.5
+_SERVER_AWAY_SECONDS = 15.0  # then weights come from storage
+
+
+def wait_for_source(
+    listed: Callable[[], list[Source]],
+    stand_for_election: Callable[[], mx_pb2.TakeStorageTurnResponse | None],
+    *,
+    wait_seconds: float,
+    known: Callable[[], bool],
+    leaving: threading.Event,
+    stopped: Callable[[], bool],
+) -> list[Source]:
+    """What is `listed` once one of them is complete; empty: read storage now.
+
+    `stand_for_election` answers None to whoever is to read storage. Both may raise WireError: a server that this worker
+    is `known` to, or that has answered here, is waited for; another is not. Ends early, with nothing, when `leaving` is
+    set or `stopped()` says so.
+    """
+    began = heard = time.monotonic()
+    told = away = False
+    while not leaving.is_set() and not stopped():
+        pause = _FIRST_RETRY_SECONDS
+        try:
+            found = listed()
+            if any(not source.receiving for source in found):
+                return found
+            answer = stand_for_election()
+            if answer is None:
+                return []
+            pause = answer.retry_ms / 1000
+            heard = time.monotonic()
+        except WireError as error:  # others may have the weights all the same
+            silent = time.monotonic() - heard > _SERVER_AWAY_SECONDS
+            if isinstance(error, ServerRefused) or not (told or known()) or silent:
+                logger.warning("nobody can be waited for, weights come from storage: %s", error)
+                return []
+            if not away:
+                logger.warning("the server is waited for, at most %g s: %s", _SERVER_AWAY_SECONDS, error)
+            away = True
+        else:
+            away = False
+            if not told:
+                logger.info("worker %s reads the weights from storage: waiting", answer.reader_worker_id or "another")
+            told = True
+        if time.monotonic() - began > wait_seconds:
+            logger.warning(
+                "nobody had the weights within %g s (MX_SOURCE_WAIT_SECS): they come from storage", wait_seconds
+            )
+            return []
+        leaving.wait(pause)
+    return []

@@ -1,0 +1,30 @@
+"""Whether locks of files hold: some file systems have none, and some grant each one without holding it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from mxserver.wire.unique_path import unique_beside
+
+
+def locks_work(folder: Path) -> bool:
+    """Whether a lock of a file in this folder is seen by another opening of it. Raises OSError: nothing can be made."""
+    probe = unique_beside(folder / "lock")
+    first = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        second = os.open(probe, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(second)
+    finally:
+        os.close(first)
+        probe.unlink(missing_ok=True)
+    return False
