@@ -53,7 +53,13 @@ def install_tools() -> None:
 
 
 def copy_tree(tree: Path) -> None:
-    """What git tracks, as it is in the working tree: no module of this tree's own builds, no file that git ignores."""
+    """What git tracks, as it is in the working tree: no module of this tree's own builds, no file that git ignores.
+
+    Raises WheelError where the packages have files that git was not told of: the wheel would lack them.
+    """
+    others = run("git", "ls-files", "--others", "--exclude-standard", "mxcore", "mxserver", "vllm_plugin").split()
+    if others:
+        raise WheelError(f"git does not track {others[0]} (and {len(others) - 1} more): add it, or remove it")
     shutil.rmtree(tree, ignore_errors=True)
     for name in filter(None, run("git", "ls-files", "-z").split("\0")):
         source, copy = ROOT / name, tree / name
