@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ class Rates:
     one_descriptor: list[float] = field(default_factory=list)
     one_verified: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # seconds of both processes for 10^9 bytes
 
 
 class Pair:
@@ -68,6 +70,7 @@ class Pair:
             "tells": False,
         }
         self._bytes = total_bytes(shape)
+        self.cpu_seconds_per_gb = 0.0  # of both processes, of the last receive
         self.source = fleet.add(
             {**task, "role": "seed"}, transport=transport, environ={**(both or {}), **(source or {})}
         )
@@ -77,11 +80,14 @@ class Pair:
 
     def receive(self, *, verified: bool) -> tuple[float, float]:
         """10^9 bytes a second: while moving, and over all."""
+        before = _process_cpu_seconds(self.source)
         self._target.send("verify on" if verified else "verify off")
         self._target.send("start")
         done = self._target.expect("done")
         if not done["right"] or done["path"] != "p2p":
             raise click.ClickException(f"the transfer failed: {done}")
+        cpu_seconds = done["cpu_seconds"] + _process_cpu_seconds(self.source) - before
+        self.cpu_seconds_per_gb = cpu_seconds / self._bytes * 1e9
         self._target.send("again")
         self._target.expect("ready")
         return tuple(self._bytes / done[name] / 1e9 for name in ("moving_seconds", "receive_seconds"))  # type: ignore[return-value]
@@ -124,6 +130,7 @@ def by_tls(shape: Shape, repeats: int) -> tuple[Rates, Rates]:
                 if number:  # the first one also imports and connects
                     rates.moving.append(moving)
                     rates.whole.append(whole)
+                    rates.cpu.append(pair.cpu_seconds_per_gb)
     return found
 
 
@@ -150,7 +157,14 @@ def idle_worker_share(transport: str, seconds: float) -> float:
         return (_cpu_seconds(source) - before) / (time.monotonic() - started)
 
 
+def _process_cpu_seconds(process: Process) -> float:
+    """Of all its threads, those that have ended too."""
+    fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _cpu_seconds(process: Process) -> float:
+    """Of its threads that live, to the nanosecond."""
     tasks = Path(f"/proc/{process.popen.pid}/task").glob("*/schedstat")
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
@@ -188,6 +202,7 @@ def figures_of(
         "tcp_vs_raw_socket": median(few["tcp"].moving) / median(few["tcp"].limit),
         "same_host_vs_memcpy": median(few["same-host"].moving) / median(few["same-host"].limit),
         "tls_vs_plain": machine["tls_vs_plain"],
+        "tls_vs_plain_by_cpu": machine["tls_vs_plain_by_cpu"],
         "idle_agent_core_share": machine["idle_agent_core_share"],
         **{f"verify_overhead_ratio_cores_busy_{way.replace('-', '_')}": overhead(few[way]) for way in TRANSPORTS},
         **each,
@@ -211,7 +226,8 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
     `…_vs_one_descriptor` is without digests on both sides: what many tensors cost. `_ours_verified` is the product as
     it runs against NIXL, which verifies nothing; `_both_verified` has digests of the one descriptor, once it is there.
 
-    `tls_vs_plain` is what is left of the rate by TLS, with certificates on both sides.
+    `tls_vs_plain` is what is left of the rate by TLS, with certificates on both sides; `_by_cpu` compares the seconds
+    that processors worked for it, on both sides, which other load on the machine changes little.
     """
     machine: dict[str, float] = {}
     size = int(1000 * MIB * scale)
@@ -236,6 +252,8 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
     few = scaled(SHAPES["few"][0], scale)
     in_clear, encrypted = by_tls(few, repeats)
     machine["tls_vs_plain"] = median(encrypted.moving) / median(in_clear.moving)
+    machine["tls_vs_plain_by_cpu"] = median(in_clear.cpu) / median(encrypted.cpu)
+    machine["tls_cpu_seconds_per_gb"], machine["plain_cpu_seconds_per_gb"] = median(encrypted.cpu), median(in_clear.cpu)
     machine["tls_gbps"], machine["tls_plain_gbps"] = median(encrypted.moving), median(in_clear.moving)
     linked = {way: behind_a_link(way, few, max(repeats, VERIFY_ROUNDS)) for way in TRANSPORTS}
     figures = {name: round(value, 4) for name, value in figures_of(rates, linked, machine).items()}

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -19,7 +19,7 @@ from mxcore.load_ladder import RUNGS, chosen_rungs
 from mxcore.storage.plan import parse_bytes
 from mxserver.wire import SettingError, environment, is_host, nearest, parse_server_address, split_scheme
 
-__all__ = ["WorkerSettings", "load_settings"]
+__all__ = ["OwnAddress", "WorkerSettings", "load_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,19 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2*
 _SECRET = re.compile(r"//[^/]*@")
 TOPOLOGY_LEVELS = ("region", "zone", "datacenter", "block", "rack", "host")
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+
+
+class OwnAddress(NamedTuple):
+    """A host, and whether it is a guess: there is no way to the server yet (its name may resolve later)."""
+
+    host: str
+    guessed: bool = False
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is reached from this host alone; a guess never counts as that."""
+        local = self.host in _LOOPBACK_NAMES or self.host.startswith("127.") or self.host == "::1"
+        return local and not self.guessed
 
 
 class WorkerSettings(BaseModel):
@@ -122,15 +135,14 @@ class WorkerSettings(BaseModel):
         match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
         return float(match[1]) * _UNITS[match[2].upper()] if match else value
 
-    def advertised_host(self) -> str:
-        """The host that other workers call: MX_WORKER_HOST, or this host's address towards the server."""
-        return self.worker_host or _address_towards(self.server_address)
+    def own_address(self) -> OwnAddress:
+        """What other workers call: MX_WORKER_HOST, or this host's address towards the server. May wait for DNS."""
+        return OwnAddress(self.worker_host) if self.worker_host else _address_towards(self.server_address)
 
     @property
     def shares_only_this_host(self) -> bool:
         """Whether nothing beyond the loopback interface needs to reach this worker."""
-        host = self.advertised_host()
-        return host in _LOOPBACK_NAMES or host.startswith("127.") or host == "::1"
+        return self.own_address().is_loopback
 
 
 def load_settings(
@@ -221,15 +233,24 @@ def _validated(values: dict[str, object], named: Mapping[str, str], refused: lis
         return WorkerSettings.model_validate(good)
 
 
-def _address_towards(server_address: str | None) -> str:
-    """The local address of packets to the server; loopback without one. Sends nothing (a connected UDP socket)."""
+_ANYWHERE = ("192.0.2.1", "2001:db8::1")  # RFC 5737 and 3849: nobody has them, so the default route leads there
+
+
+def _address_towards(server_address: str | None) -> OwnAddress:
+    """The local address of packets to the server, else of those that leave this host; loopback without a server."""
     host, _, port = split_scheme(server_address or "127.0.0.1:1")[1].rpartition(":")
-    host = host.strip("[]")
+    if found := _local_address(host.strip("[]"), int(port)):
+        return OwnAddress(found)
+    return OwnAddress(next(filter(None, (_local_address(place, 9) for place in _ANYWHERE)), "127.0.0.1"), guessed=True)
+
+
+def _local_address(host: str, port: int) -> str:
+    """This host's address of packets to `host`; empty without a way. Sends nothing (a connected UDP socket)."""
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError as error:
-        logger.warning("no way to %s (%s): this worker advertises 127.0.0.1; set MX_WORKER_HOST", host, error)
-        return "127.0.0.1"
+        logger.debug("no way to %s: %s", host, error)
+        return ""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor, give_large_parts_back
+from mxserver.calls import PoolInterceptor, StalledStreams, give_large_parts_back
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -106,6 +106,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._stalled = StalledStreams()
         self._tls = settings.tls
         self._health = StandardHealth()
         self._clock = HeardClock(settings.heartbeat_timeout_seconds)
@@ -150,6 +151,7 @@ class Server:
         self._operations.readiness.look()
         self._ticker.start()
         self._looker.start()
+        self._stalled.start()
         self._operations.open()
 
     def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int | None:
@@ -203,7 +205,7 @@ class Server:
         threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards, self._pools],
+            interceptors=[*self._operations.interceptors, self._draining, *guards, self._stalled, self._pools],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
@@ -253,6 +255,7 @@ class Server:
             self._files.stop()
         self._looker.stop()
         self._grpc.stop(0).wait()
+        self._stalled.stop()
         self._pools.close()
         self._models.close()
         self._cache.close()

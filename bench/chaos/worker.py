@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -112,7 +111,7 @@ class ChaosWorker(FleetWorker):
         settings = self.member.settings
         self.memory.fill(1)
         if cancelled:
-            self.member.settings = replace(settings, transfer_timeout_seconds=chance.uniform(0.001, 0.03))
+            self.member.settings = settings.model_copy(update={"transfer_timeout_seconds": chance.uniform(0.001, 0.03)})
         try:
             self.member.receive(self.layout, self.placement, {}, sources)
         except TransferError as error:

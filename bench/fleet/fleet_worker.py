@@ -173,7 +173,7 @@ class FleetWorker:
     def start(self) -> None:
         task = self.task
         self.told = -1
-        started = time.monotonic()
+        started, cpu_seconds = time.monotonic(), time.process_time()
         report, failures, avoid = None, [], set[str]()
         for _ in range(3):
             sources = self.member.wait_for_source(avoid=avoid)
@@ -189,7 +189,7 @@ class FleetWorker:
             except TransferError as error:
                 failures.append(str(error)[:300])
                 avoid |= {source.worker_id for source in sources}
-        seconds = time.monotonic() - started
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_seconds
         if report is None:
             self.from_storage()
         right = self.is_right()
@@ -202,6 +202,7 @@ class FleetWorker:
             right=right,
             path="p2p" if report else "storage",
             seconds=seconds,
+            cpu_seconds=cpu_seconds,
             receive_seconds=report.seconds if report else 0.0,
             moving_seconds=report.moving_seconds if report else 0.0,
             started=started,

@@ -9,6 +9,7 @@ from mxserver.calls.nested import split_off
 from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
+from mxserver.calls.stalled import StalledStreams
 
 __all__ = [
     "PATIENCE_SECONDS",
@@ -17,6 +18,7 @@ __all__ = [
     "Handler",
     "PoolInterceptor",
     "Receiving",
+    "StalledStreams",
     "Statuses",
     "WrappingInterceptor",
     "give_large_parts_back",

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from bench.free_ports import free_port
+from mxserver.limits import DEFAULT
 from mxserver.settings import FLAGS, ServerSettings
 from mxserver.wire import BY_NAME
 from mxserver.wire.environment import PREFIXES
@@ -176,6 +177,13 @@ def probe_as_in(file: str, server: WebServer) -> None:
         get = one[probe]["httpGet"]  # where the server has a certificate, `scheme: HTTPS` is all that changes
         assert get["port"] == "http"
         assert ask(server.url + get["path"]).status == 200
+
+
+@pytest.mark.parametrize("file", ["server.yaml", "server-secured.yaml"])
+def test_a_full_state_file_on_a_slow_volume_is_no_reason_to_kill(file: str) -> None:
+    """It is checked and read before the port opens, at 4 MiB/s in the worst case; then the pod would start for ever."""
+    probe = container(file)["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] > 2 * DEFAULT.stored_bytes / (4 * 1024 * 1024)
 
 
 def grpc_probe(server: WebServer) -> None:

@@ -11,6 +11,7 @@ from bench.bench_transfer import TRANSPORTS, Rates, figures_of
 from bench.chaos.faults import CUTS, FAULTS
 from bench.chaos.flips import CHUNKS, flip_bytes
 from bench.chaos.liars import receive_from_liars
+from bench.chaos.soak import Course, soak
 from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
 from bench.transfer import registration
@@ -44,6 +45,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
         "registration_ratio": 20.0,
         "idle_agent_core_share": 0.004,
         "tls_vs_plain": 0.4,
+        "tls_vs_plain_by_cpu": 0.3,
     }
     linked = {
         "tcp": Rates(moving=[9.0, 10.0, 11.0], unverified=[10.2, 10.1, 99.0]),
@@ -62,7 +64,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
     assert figures["tcp_vs_raw_socket"] == 0.5
     assert figures["same_host_vs_memcpy"] == 0.25
     assert figures["idle_agent_core_share"] == 0.004
-    assert figures["tls_vs_plain"] == 0.4
+    assert (figures["tls_vs_plain"], figures["tls_vs_plain_by_cpu"]) == (0.4, 0.3)
 
 
 def test_the_figures_of_chaos() -> None:
@@ -83,6 +85,21 @@ def test_strangers_make_a_worker_hold_little() -> None:
     beset = strangers_beside(1.0, seed=1)
     assert beset.calls > 0 == beset.wrong
     assert beset.growth_mib <= 64
+
+
+def test_fifty_transfers_leave_no_thread_and_no_descriptor() -> None:
+    figures = soak(50, seed=1, ways={"sockets": ("tcp", False, 1.0)}).figures()
+    assert figures["soak_transfers"] == 50
+    assert (figures["soak_wrong"], figures["soak_refused"]) == (0, 0)
+    assert (figures["soak_threads_more"], figures["soak_descriptors_more"]) == (0, 0)
+    assert figures["soak_rss_growth_mib"] < 4
+
+
+def test_a_leak_is_seen_and_a_thread_about_to_end_is_none() -> None:
+    course = Course(
+        [80.0, 90.0, *(100.0 + i for i in range(8))], [3, 3, 3, 3, 5, 3, 3, 3, 5, 3], [4, 4, 4, 4, 5, 5, 6, 7, 8, 9]
+    )
+    assert course.grown() == {"rss_mib": 5.0, "rss_noise_mib": 0.0, "threads": 0, "descriptors": 2}
 
 
 def test_which_faults_are_chosen() -> None:

@@ -27,7 +27,8 @@ def test_every_setting_is_in_the_table_of_names() -> None:
     aliases = {field.alias for field in WorkerSettings.model_fields.values()}
     assert aliases <= BY_NAME.keys()
     with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both")}
-    assert with_effect == aliases | {"MODEL_EXPRESS_URL", *WORKER_NAMES}
+    upstream = {"MODEL_EXPRESS_URL", "MX_P2P_TOPOLOGY", "MX_P2P_TOPOLOGY_DOMAIN", "MX_P2P_TOPOLOGY_ENFORCEMENT"}
+    assert with_effect == aliases | {*upstream, *WORKER_NAMES}
 
 
 def test_everything_comes_from_the_environment() -> None:
@@ -52,6 +53,9 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_DRAIN_TIMEOUT_SECS": "0",
             "MX_ON_BAD_MEMORY": "end",
             "MX_TRANSPORT": "rdma",
+            "MX_TOPOLOGY": "zone=a",
+            "MX_TOPOLOGY_REQUIRED": "zone",
+            "MX_P2P_TOPOLOGY_LEVELS": "zone, host",
             "MX_LAYOUT": "raw",
             "MX_NIXL_BACKEND": "LIBFABRIC",
             "MX_STORAGE_READER": "engine",
@@ -93,6 +97,9 @@ def test_everything_comes_from_the_environment() -> None:
         "drain_timeout_seconds": 0.0,
         "on_bad_memory": "end",
         "transport": "rdma",
+        "topology": "zone=a",
+        "topology_required": "zone",
+        "topology_levels": ("zone", "host"),
         "layout": "raw",
         "nixl_backend": "LIBFABRIC",
         "storage_reader": "engine",
@@ -218,12 +225,12 @@ def test_names_that_are_not_ours_warn(caplog: pytest.LogCaptureFixture) -> None:
         ({"MX_SERVER_ADDRESS": "127.0.0.1:8001"}, "127.0.0.1", True),
         ({"MX_SERVER_ADDRESS": "localhost"}, None, True),
         ({"MX_WORKER_HOST": "worker-3"}, "worker-3", False),
-        ({"MX_SERVER_ADDRESS": "no-such-host.invalid"}, "127.0.0.1", True),
+        ({"MX_SERVER_ADDRESS": "no-such-host.invalid"}, None, False),
     ],
 )
 def test_what_is_advertised(changes: dict[str, object], host: str | None, only_here: bool) -> None:
     settings = load_settings(changes, {})
-    assert host is None or settings.advertised_host() == host
+    assert host is None or settings.own_address() == (host, False)
     assert settings.shares_only_this_host is only_here
 
 

@@ -102,6 +102,26 @@ def test_flags_of_context_parallelism_and_two_batches_stay_the_targets_own(
     assert expected[0][:2] == [[True], [True]]
 
 
+def test_attention_layers_for_a_cache_in_fp8_are_no_reason(
+    source: EngineHost, target: EngineHost, model_paths: dict[str, Path]
+) -> None:
+    """Where no engine runs with it: vLLM's layers, built for it, have the same raw weights."""
+    model = model_paths["llama"]
+    cache: dict[str, Any] = {"worker_cls": "tests.vllm.flags_worker.CacheWorker", "ask": "caches"}
+    expected = target.load(model, "auto", **cache).answers
+    first = source.load(model)
+    with files_away(weight_files(model)):
+        second = target.load(model, **cache)
+        source.ask("leave")
+        third = source.load(model)
+
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []
+    assert (second.report["path"], third.report["path"]) == ("p2p", "p2p")
+    assert second.answers == expected
+    assert expected[0][0] == ["fp8"]
+    assert third.answers == first.answers
+
+
 def test_gptq_as_marlin_has_it(source: EngineHost) -> None:
     """Finding B3: the empty zero points, which Marlin does not use, were taken for packed away."""
     done = source.ask("call", function="tests.vllm.marlin:exchange")["result"]

@@ -98,6 +98,7 @@ class Membership:
         self._server: WorkerServer | None = None
         self._check: SelfCheck | None = None
         self._bad_memory = ""
+        self._address_guessed = False  # until there is a way to the server
         self.on_bad_memory: Callable[[str], None] = lambda what: None
         """Called on a thread of its own when the weights that are served are found changed; set it before `serve`."""
 
@@ -410,6 +411,15 @@ class Membership:
 
     def _listen(self, holder: Holder) -> WorkerServer:
         settings = self.settings
+        address = settings.own_address()
+        self._address_guessed = address.guessed
+        if address.guessed:
+            logger.warning(
+                "there is no way to %s yet: this worker listens everywhere and advertises %s until there is one "
+                "(MX_WORKER_HOST says it once and for all)",
+                settings.server_address,
+                address.host,
+            )
         return WorkerServer(
             holder,
             self._policy,
@@ -417,10 +427,10 @@ class Membership:
             worker_id=self.worker_id,
             worker_rank=self.worker_rank,
             accelerator=self.accelerator,
-            host=settings.advertised_host(),
+            host=address.host,
             port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
             chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
-            loopback=settings.shares_only_this_host,
+            loopback=address.is_loopback,
             doubted=self._doubted,
             chunk_tls=settings.chunk_tls != "off",
         )
@@ -455,7 +465,12 @@ class Membership:
             self._holder = None
 
     def _served(self) -> Served:
+        found = self.settings.own_address() if self._address_guessed else None  # not with the lock: DNS may be slow
         with self._lock:
+            if found is not None and not found.guessed and self._server is not None:
+                self._address_guessed = False
+                self._server.advertise(found.host)
+                self._record.mark_changed()
             holder = self._holder
             if holder is None:
                 return Served()

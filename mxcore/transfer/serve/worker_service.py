@@ -392,8 +392,12 @@ class WorkerServer:
         self._transfers = _TransferService(identity, policy, port, doubted, chunk_tls=bool(tls and chunk_tls))
         mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(holder), self._server)
-        self.endpoint = f"{_bracketed(host)}:{self.port}"
+        self.advertise(host)
         self._server.start()
+
+    def advertise(self, host: str) -> None:
+        """From now on others are told to call `host`; it listens where it did."""
+        self.endpoint = f"{_bracketed(host)}:{self.port}"
 
     def stop(self) -> None:
         """Ends all calls, and accepts no more connections. Idempotent."""
