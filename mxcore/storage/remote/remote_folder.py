@@ -25,6 +25,7 @@ from mxcore.storage.checkpoint import (
     group_digest,
     groups_of,
     index_part,
+    known_by_versions,
     weight_map_of,
 )
 from mxcore.storage.load import stream
@@ -162,8 +163,12 @@ def _read(folder: RemoteFolder, groups: Sequence[Sequence[tuple[str, int, int]]]
 def remote_digest(folder: RemoteFolder) -> str:
     """What `checkpoint_digest` gives for the same files in a local folder: workers of either kind meet.
 
-    Reads the headers and 4096 bytes of each tensor. Raises as `open_remote`.
+    Reads the headers and 4096 bytes of each tensor, once a node while the listing stays. Raises as `open_remote`.
     """
+    return known_by_versions(f"remote {folder.name}", folder.files, lambda: _sampled(folder))
+
+
+def _sampled(folder: RemoteFolder) -> str:
     whole = cache(folder.whole)  # index and modules.json are looked at, and digested
     chosen, files = _chosen(folder, whole)
     weights = sorted([*files, *(file for file in folder.files if file.path in chosen.of_modules)])
