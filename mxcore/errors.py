@@ -19,6 +19,9 @@
     │       ├── ObjectTruncated   MX_OBJECT_TRUNCATED     fewer bytes than the listing promised
     │       └── StreamerMissing   MX_STREAMER_MISSING     the packages for this kind of store are not installed
     ├── CheckpointError       MX_CHECKPOINT           the files are not one checkpoint
+    ├── SignatureError        MX_SIGNATURE            a model that has to be signed cannot be verified
+    │   ├── SignatureInvalid  MX_SIGNATURE_INVALID    no signature, or none by the key that is trusted
+    │   └── SignedFileMismatch MX_SIGNED_FILE_MISMATCH a file is not what was signed, or was not signed
     ├── DestinationMismatch   MX_DESTINATION_MISMATCH a tensor does not fit where it is to go
     ├── HostMemoryError       MX_HOST_MEMORY          the machine gives no (more) host memory
     │   └── HostMemoryLimit   MX_HOST_MEMORY_LIMIT    more host memory than the user's ceiling allows
@@ -165,6 +168,24 @@ class CheckpointError(MxError):
     """The files are not one checkpoint: no index, an index that does not fit them, one name twice, no files."""
 
     code = "MX_CHECKPOINT"
+
+
+class SignatureError(MxError):
+    """A model that has to be signed (MX_MODEL_SIGNATURE) cannot be verified: no place after this one is tried."""
+
+    code = "MX_SIGNATURE"
+
+
+class SignatureInvalid(SignatureError):
+    """There is no signature, or it is not by the key that is trusted."""
+
+    code = "MX_SIGNATURE_INVALID"
+
+
+class SignedFileMismatch(SignatureError):
+    """A file is not what was signed; the message has the file and both digests. Or one was added, or is missing."""
+
+    code = "MX_SIGNED_FILE_MISMATCH"
 
 
 class DestinationMismatch(MxError, ValueError):

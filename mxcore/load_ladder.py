@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from mxcore.agreement import Agreement, SiblingFailed
-from mxcore.errors import LoadPathsExhausted
+from mxcore.errors import LoadPathsExhausted, SignatureError
 from mxserver.wire import MxError, nearest
 
 __all__ = ["RUNGS", "Ladder", "PollResult", "Rung", "Step", "chosen_rungs", "reason_of", "skip", "take"]
@@ -149,7 +149,7 @@ class Ladder(Generic[T]):
         """What the first rung gives that loads.
 
         Raises LoadPathsExhausted with the reason of every rung when none does; if the last of them is a last resort
-        and was tried, what that raised.
+        and was tried, what that raised. SignatureError of any rung ends the climb.
         """
         for rung, is_last in self._attempts():
             must_try = is_last and rung.is_last_resort
@@ -175,7 +175,7 @@ class Ladder(Generic[T]):
                 if not self._agreement.trouble:
                     self._agreement.agree(reason_of(error))
                 self._note(Step(rung.name, "failed", reason_of(error), seconds), error)
-                if must_try:
+                if must_try or isinstance(error, SignatureError):  # what is not as signed is no matter of another place
                     raise
             else:
                 rung.done()
@@ -203,6 +203,8 @@ class Ladder(Generic[T]):
     def _poll(self, rung: Rung[T]) -> PollResult:
         try:
             return rung.poll()
+        except SignatureError:
+            raise
         except Exception as error:  # noqa: BLE001 - the next rung may work
             self._failed(Step(rung.name, "failed", reason_of(error)))
             return skip(f"it could not be asked: {reason_of(error)}")

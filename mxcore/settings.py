@@ -86,6 +86,10 @@ class WorkerSettings(BaseModel):
     object_connections: int = Field(16, alias="MX_OBJECT_CONNECTIONS", ge=1, le=256)
     object_timeout_seconds: float = Field(30.0, alias="MX_OBJECT_TIMEOUT_SECS", ge=1, le=3600)
     no_shared_storage: bool = Field(False, alias="MODEL_EXPRESS_NO_SHARED_STORAGE")
+    model_signature: Literal["off", "require"] = Field("off", alias="MX_MODEL_SIGNATURE")
+    model_signature_file: str = Field("model.sig", alias="MX_MODEL_SIGNATURE_FILE", min_length=1)
+    model_signature_key: str = Field("", alias="MX_MODEL_SIGNATURE_KEY")
+    model_signature_ca: str = Field("", alias="MX_MODEL_SIGNATURE_CA")
     cache_weights: bool = Field(True, alias="MX_CACHE_WEIGHTS")
     source_keep: Literal["processed", "raw", "both"] | None = Field(None, alias="MX_SOURCE_KEEP")
     model_name: str = Field("", alias="MODEL_NAME")
@@ -109,6 +113,12 @@ class WorkerSettings(BaseModel):
         if value is not None and not is_host(value):
             raise ValueError("it must be a name or an address alone, such as worker-3, 10.0.0.7 or fd00::7")
         return value
+
+    @field_validator("model_signature", mode="before")
+    @classmethod
+    def _off_only_by_name(cls, value: object) -> object:
+        """A word that is misspelt must not open what it was to close: it counts as `require`."""
+        return "off" if isinstance(value, str) and value.strip().lower() == "off" else "require"
 
     @field_validator("topology_levels", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ import grpc
 from mxserver import __version__
 from mxserver.calls import Around
 from mxserver.telemetry import telling_status
-from mxserver.wire import SettingError
+from mxserver.wire import SettingError, install_command
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -50,7 +50,7 @@ def otlp_provider() -> TracerProvider:
     except ImportError as error:
         raise SettingError(
             f"traces cannot be sent: {error}; install the extra packages with "
-            "`pip install 'mx-modelexpress[otel]'`, or leave traces off"
+            f"`{install_command('otel')}`, or leave traces off"
         ) from error
     resource = Resource.create({SERVICE_NAME: "mxserver", "service.version": __version__})
     provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))

@@ -61,6 +61,7 @@ ORDER = (
     "mxcore.settings",
     "mxcore.storage.load",
     "mxcore.storage.remote",
+    "mxcore.storage.signed",
     "mxcore.storage.access",
     "mxcore.transfer.layout",
     "mxcore.transfer.route",

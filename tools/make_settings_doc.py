@@ -37,8 +37,8 @@ A flag wins over the environment, the environment over the file, the file over t
 unset, and so does a value that Kubernetes injects for a service of the same name
 (`MODEL_EXPRESS_SERVER_PORT=tcp://10.0.0.7:8001`).
 Names that begin with `MX_` or `MODEL_EXPRESS_` and are none of these are warned about, with the right one where one is
-near. One that looks as if it were to protect something (`AUTH`, `TLS`, `SECURITY`) is not ignored: the server does not
-start, and a worker calls nobody.
+near. One that looks as if it were to protect something (`AUTH`, `TLS`, `SECURITY`, `SIGNATURE`) is not ignored: the
+server does not start, and a worker calls nobody.
 """
 
 SERVER = """\

@@ -17,7 +17,7 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from mxcore.engine import Files, Source, Streamed, lazy_weights
-from mxcore.errors import CheckpointError
+from mxcore.errors import CheckpointError, SignatureError
 from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint, open_checkpoint
 from mxcore.storage.plan import SETTING, Progress, ProgressDisplay, budget, parse_bytes
@@ -57,7 +57,8 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
     def _get_weights_iterator(self, source: Any) -> Any:
         if isinstance(self._source, Streamed) and source.model_or_path == self._model:
             return ((source.prefix + name, tensor) for name, tensor in self._streamed(self._source))
-        if self._settings.storage_reader == "engine":
+        verified = self._source.verified
+        if self._settings.storage_reader == "engine" and verified is None:
             return super()._get_weights_iterator(source)
         with compat.reading_safetensors_with(self._weights):
             return super()._get_weights_iterator(source)
@@ -89,17 +90,26 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
     def _weights(self, theirs: Callable[..., Weights], files: list[str], *args: Any, **kwargs: Any) -> Weights:
         """What vLLM's own iterator over safetensors files gives, which is `theirs`; that itself where we cannot."""
         if (foreign := compat.load_strategy(args, kwargs)) is not None:
+            self._refuse_unverified(f"vLLM's strategy {foreign!r} reads the weights")
             _log.info("the weights are read by vLLM's strategy %r", foreign)
             return theirs(files, *args, **kwargs)
         try:
             checkpoint = opened_as_by_vllm([Path(file) for file in sorted(files)])
         except (MxError, OSError) as error:
+            self._refuse_unverified(f"our reader cannot read these weights ({error})")
             _log.warning("our reader cannot read these weights: %s; the engine's own does", error)
             return theirs(files, *args, **kwargs)
         names = compat.wanted_names(checkpoint, args, kwargs)
         if names is None:
+            self._refuse_unverified("vLLM reads a part of the weights that is not known here")
             return theirs(files, *args, **kwargs)
         return self._ours(checkpoint, names, bool(args[0] if args else kwargs.get("use_tqdm_on_load", False)))
+
+    def _refuse_unverified(self, what: str) -> None:
+        if self._source.verified is not None:
+            raise SignatureError(
+                f"{self._model}: {what}, so nothing would be verified (MX_MODEL_SIGNATURE): not loaded"
+            )
 
     def _ours(self, checkpoint: Checkpoint, names: list[str], show: bool) -> Weights:
         total_bytes = sum(checkpoint[name].size_bytes for name in names)
@@ -117,6 +127,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
                 needed=self._source.needed if isinstance(self._source, Files) else None,
                 record=self._source.record if isinstance(self._source, Files) else None,
                 read=count,
+                verified=self._source.verified,
             )
 
 

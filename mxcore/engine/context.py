@@ -15,6 +15,7 @@ from mxcore.engine.report import Fallbacks
 from mxcore.engine.weights import Kind
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
+from mxcore.storage.signed import SignedManifest
 from mxcore.transfer.member import Membership, Refusal, Side, refusals_of
 from mxcore.transfer.receive import LoadPath
 from mxserver.wire.proto import p2p_pb2
@@ -44,8 +45,8 @@ class LoadContext:
     `fallbacks` takes a line for what does not go as wanted, `at_end` what is to be closed when the rungs are through.
     Without a membership `alone` says why. `cannot_receive` is why no worker can help, whoever it is. With
     `any_checkpoint` there are no weight files here that could tell checkpoints apart. `uri_digest` is that of the
-    checkpoint at `uri`, if it was found. `agreement` is with the engine's other processes. `refusals` takes what is not
-    shared (`refused`).
+    checkpoint at `uri`, if it was found. `signed` is what has to be verified before anything is used. `agreement` is
+    with the engine's other processes. `refusals` takes what is not shared (`refused`).
     """
 
     engine: Engine
@@ -61,6 +62,7 @@ class LoadContext:
     alone: str = "this worker could not join"
     cannot_receive: str = ""
     any_checkpoint: bool = False
+    signed: SignedManifest | None = None
     agreement: Agreement = field(default_factory=Agreement)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -122,7 +124,8 @@ class LoadContext:
 
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
         """This worker at the server, not joined yet."""
-        return Membership(self.settings, identity, self.rank, self.engine.accelerator)
+        signed = self.signed.digest if self.signed is not None else ""
+        return Membership(self.settings, identity, self.rank, self.engine.accelerator, signed_manifest=signed)
 
     def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""

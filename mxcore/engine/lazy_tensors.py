@@ -16,10 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import safe_open
 
+from mxcore.engine.signed_model import verified_weights
 from mxcore.errors import CudaError, FileChanged, HostMemoryError, TruncatedRead
 from mxcore.storage.checkpoint import DTYPES, Checkpoint, TensorInfo, refuse_unknown
 from mxcore.storage.load import STRAIGHT, LoadReport, Reader, ReadRecord, load, stream
 from mxcore.storage.plan import Box, Want, merged, parts_of
+from mxcore.storage.signed import VerifiedFiles
 from mxserver.wire import MxError
 
 __all__ = ["LazyTensor", "lazy_weights"]
@@ -332,6 +334,7 @@ def lazy_weights(
     read: Callable[[int], None] = lambda count: None,
     gpudirect_storage: str | None = None,
     record: ReadRecord | None = None,
+    verified: VerifiedFiles | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in file order: large ones lazily, small ones read, many at a time, through a ring.
 
@@ -342,7 +345,13 @@ def lazy_weights(
     with safetensors, and a warning: a tensor raises what that raises, and FileChanged or TruncatedRead for a file that
     is not what it was when its header was read. Raises StorageError if the files cannot be opened, when the first
     tensor is asked for, and CheckpointError for a type that torch does not have.
+
+    With `verified` nothing is lazy: files are read in order and whole, and each byte is hashed before it is handed over
+    (`VerifiedFiles.stream`); what fails raises, and `needed` and `record` have no effect.
     """
+    if verified is not None:
+        yield from verified_weights(checkpoint, names, verified, mode=mode, told=told, read=read)
+        return
     chosen = [info for name, info in checkpoint.tensors.items() if names is None or name in names]
     refuse_unknown(chosen, "torch")
     least_bytes = lazy_least_bytes if needed is None else 0

@@ -7,22 +7,26 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
+from mxcore.engine.model_files import find_checkpoint
 from mxcore.engine.protocol import Files, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Built, MarkUninitialised, Weights
-from mxcore.errors import MemoryDamaged
+from mxcore.errors import MemoryDamaged, SignatureError
 from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
+from mxcore.storage.remote import LocalFolder
+from mxcore.storage.signed import VerifiedFiles
 from mxcore.transfer.member import Refusal
 from mxcore.transfer.receive import LoadPath
 
-__all__ = ["Keeping", "Loaded", "Stored", "built", "load_stored"]
+__all__ = ["Keeping", "Loaded", "Stored", "built", "load_stored", "verified_of"]
 
 _log = logging.getLogger(__name__)
 _COMPARE_THREADS = 4
@@ -153,6 +157,25 @@ def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
     )
 
 
+def verified_of(context: LoadContext, folder: Path | None) -> VerifiedFiles | None:
+    """What files of a folder, or the engine's own, are verified by, its small ones verified; None where none need be.
+
+    Raises SignatureError, and what reading raises.
+    """
+    if context.signed is None:
+        return None
+    engine = context.engine
+    folder = folder or find_checkpoint(engine.model, engine.revision, engine.download_dir).folder
+    if folder is None:
+        raise SignatureError(
+            f"{engine.model} is not on this machine, and what is downloaded while it loads is not verified: "
+            "download it first"
+        )
+    verified = VerifiedFiles(context.signed, LocalFolder(folder))
+    verified.check_others()
+    return verified
+
+
 def load_stored(
     context: LoadContext,
     path: StoredPath,
@@ -174,7 +197,8 @@ def load_stored(
         before = look()
         record = ReadRecord() if keeping.compares_reads else None
         if isinstance(source, Files):
-            source = replace(source, record=record)
+            source = replace(source, record=record, verified=verified_of(context, source.folder))
+        verified = source.verified
 
         def fill(model: nn.Module) -> None:
             nonlocal seconds
@@ -182,6 +206,9 @@ def load_stored(
             began = time.monotonic()
             context.engine.fill(model, source, context.settings, progress)
             seconds = time.monotonic() - began
+            if verified is not None:
+                verified.finish()
+                _log.info("%s", verified.told(seconds))
             keeping.filled(model, before)
             if record is not None:
                 keeping.compare(record)

@@ -2,7 +2,7 @@
 
 The engine never ends because of us: what our part raises becomes a line in the log and in the report, and the next
 rung does the load, into a model built anew; the last one is the engine's own loader. Only what that raises reaches the
-engine, and LoadPathsExhausted if MX_LOAD_PATHS leaves that loader out.
+engine, LoadPathsExhausted if MX_LOAD_PATHS leaves that loader out, and SignatureError where MX_MODEL_SIGNATURE=require.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from mxcore.engine.model_files import UriPlace
 from mxcore.engine.protocol import Engine
 from mxcore.engine.report import Fallbacks, LoadReport, StepSeconds
 from mxcore.engine.rungs import Wait, rungs_of, wait_for_ranks
+from mxcore.engine.signed_model import signed_manifest
 from mxcore.engine.weights import Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
 from mxcore.settings import load_settings
+from mxcore.storage.signed import SignedManifest
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, Refusal
 from mxcore.transfer.serve import Origin
 from mxserver.wire import MxError, SettingError
@@ -48,10 +50,12 @@ def load(engine: Engine, role: Role) -> nn.Module:
     context = LoadContext(engine, role, load_settings({}, {}), fallbacks, ExitStack())
     context = replace(context, agreement=_agreement(context))
     context.at_end.callback(context.agreement.close)
-    with steps.step("join"), fallbacks.attempt("joining"):  # after a failure there is what was found before it
+    with steps.step("join"):  # after a failure there is what was found before it
         context = _with_settings(context)
-        context = replace(context, rank=engine.rank())
-        context = _with_membership(context)
+        context = replace(context, signed=_signed(context))
+        with fallbacks.attempt("joining"):
+            context = replace(context, rank=engine.rank())
+            context = _with_membership(context)
     context.agreement.stall_seconds = max(LEAST_STALL_SECONDS, context.settings.stall_timeout_seconds)
     ladder = Ladder(
         rungs_of(context),
@@ -118,6 +122,16 @@ def _with_settings(context: LoadContext) -> LoadContext:
         uri = UriPlace(settings.model_uri, settings)
         context.at_end.callback(uri.close)
     return replace(context, settings=settings, report_path=report_path, uri=uri)
+
+
+def _signed(context: LoadContext) -> SignedManifest | None:
+    """What has to be verified. Raises SignatureError: nothing is loaded then."""
+    engine = context.engine
+    try:
+        return signed_manifest(context.settings, engine.model, engine.revision, engine.download_dir, context.uri)
+    except BaseException:
+        context.at_end.close()
+        raise
 
 
 def _with_membership(context: LoadContext) -> LoadContext:

@@ -18,6 +18,7 @@ from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
+from mxcore.storage.signed import VerifiedFiles
 from mxserver.wire.proto import p2p_pb2
 
 __all__ = ["Engine", "Files", "Fill", "Source", "Streamed"]
@@ -29,12 +30,13 @@ Fill: TypeAlias = Callable[[nn.Module], None]
 class Files:
     """Weight files: the engine's own, or those of `folder`. With `needed` (`lazy_weights`), only that is read.
 
-    `record` is for `lazy_weights`, which notes there what it read.
+    `record` is for `lazy_weights`, which notes there what it read, and `verified` too: it verifies what was signed.
     """
 
     folder: Path | None = None
     needed: Needed | None = None
     record: ReadRecord | None = None
+    verified: VerifiedFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Streamed:
     """A checkpoint that is elsewhere.
 
     `tensors(names, progress)` yields (name, tensor) of the names, or of all for None; each tensor is good until the
-    next but one is asked for.
+    next but one is asked for. `verified` verifies them, where they have to be what was signed.
     """
 
     checkpoint: Checkpoint
     tensors: Callable[[Collection[str] | None, Progress], Iterator[tuple[str, torch.Tensor]]]
+    verified: VerifiedFiles | None = None
 
 
 Source: TypeAlias = Files | Streamed

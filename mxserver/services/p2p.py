@@ -157,6 +157,7 @@ class P2pService:
             worker_id=record.key.worker_id,
             identity=record.identity,
             epoch=record.epoch,
+            owner=record.owner,
         )
 
     @_refuses
@@ -287,4 +288,5 @@ def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
         topology=record.topology,
         source_load=record.source_load,
         worker_grpc_endpoint=record.endpoint,
+        owner=record.owner,
     )

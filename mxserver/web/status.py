@@ -180,6 +180,7 @@ def _worker(record: SourceRecord, now_ms: int) -> Json:
         if worker.digest_origin in mx_pb2.DigestOrigin.values()
         else "unknown",
         "received_from": list(worker.received_from),
+        "signed_manifest": worker.signed_manifest,
         "silent_seconds": max(0.0, (now_ms - record.updated_at_ms) / 1000),
     }
 

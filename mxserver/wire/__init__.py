@@ -26,6 +26,7 @@ from mxserver.wire.errors import (
     StaleEpoch,
     WireError,
 )
+from mxserver.wire.extras import install_command
 from mxserver.wire.file_locks import locks_work
 from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
@@ -50,6 +51,7 @@ __all__ = [
     "WeightFiles",
     "WireError",
     "environment",
+    "install_command",
     "is_host",
     "is_kubernetes_value",
     "left_out",

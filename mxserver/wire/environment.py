@@ -200,6 +200,17 @@ VARIABLES: tuple[Variable, ...] = (
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
     ),
     Variable("MX_CACHE_WEIGHTS", "worker", "0: weights from the server go into the model without touching the disk"),
+    Variable(
+        "MX_MODEL_SIGNATURE",
+        "worker",
+        "require: nothing is loaded, taken or served but files that were signed (docs/signing.md); off; any other word "
+        "counts as require",
+    ),
+    Variable(
+        "MX_MODEL_SIGNATURE_FILE", "worker", "the signature: a name in the model's folder, or a path of this machine"
+    ),
+    Variable("MX_MODEL_SIGNATURE_KEY", "worker", "PEM public key of who signs models"),
+    Variable("MX_MODEL_SIGNATURE_CA", "worker", "PEM certificates that the signer's certificate comes from, instead"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     Variable(
         "MX_SOURCE_KEEP",
@@ -277,7 +288,7 @@ def _nearest(name: str) -> str | None:
     return None if near is None else stems[near]
 
 
-_PROTECTING = {"AUDIENCE", "AUDIENCES", "AUTH", "MTLS", "SECURITY", "SSL", "TLS"}
+_PROTECTING = {"AUDIENCE", "AUDIENCES", "AUTH", "MTLS", "SECURITY", "SIGNATURE", "SSL", "TLS"}
 
 
 def unprotected(environ: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mxcore.storage.checkpoint import checkpoint_digest, content_digest, known_digests
+from mxcore.storage.checkpoint import checkpoint_digest, content_digest, known_by_versions, known_digests
 from tests.core.test_checkpoint_digest import DATA_BYTES, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +193,16 @@ def test_what_is_kept_is_bounded(tmp_path: Path, reads: Reads, node: Path, monke
         os.utime(files[0], ns=(number, number))
         reads.digest(files)
     assert len(list(next(node.iterdir()).iterdir())) == 3
+
+
+def test_what_lies_elsewhere_is_known_by_its_versions(node: Path) -> None:
+    made: list[str] = []
+
+    def digest(place: str, *files: tuple[str, int, str]) -> tuple[str, int]:
+        known = known_by_versions(place, files, lambda: made.append("") or f"{len(made):016x}")
+        return known, len(made)
+
+    assert digest("s3://a", ("m", 1, "e1")) == digest("s3://a", ("m", 1, "e1")) == (f"{1:016x}", 1)
+    assert digest("s3://a", ("m", 1, "e2"))[1] == 2
+    assert digest("s3://b", ("m", 1, "e1"))[1] == 3
+    assert [digest("s3://a", ("m", 1, "e1"), ("n", 1, ""))[1] for _ in range(2)] == [4, 5], "one has no version"

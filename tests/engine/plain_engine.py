@@ -107,6 +107,7 @@ class PlainEngine:
                 needed=source.needed,
                 record=source.record,
                 read=reads.append,
+                verified=source.verified,
             )
         else:
             tensors = source.tensors(None, progress)

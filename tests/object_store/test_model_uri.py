@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mxcore.storage.remote import (
     remote_digest,
 )
 from mxcore.storage.remote.remote_folder import is_small
-from mxserver.wire import SettingError
+from mxserver.wire import SettingError, install_command
 from tests.object_store.conftest import make_checkpoint
 
 
@@ -62,11 +63,11 @@ def test_the_extra_is_named_where_packages_lack(scheme: str, extra: str, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "runai" in name else find(name, *rest))
     uri = parse_model_uri(f"{scheme}://bucket/x")
     assert missing_packages(uri) == ""
-    assert f"pip install 'mx-modelexpress[{extra}]'" in missing_packages(uri, streamer=True)
+    assert install_command(extra) in missing_packages(uri, streamer=True)
     with pytest.raises(StreamerMissing, match="runai_model_streamer"):
         ObjectFolder(uri, ObjectOptions("runai"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(StreamerMissing, match=rf"obstore is not installed: pip install 'mx-modelexpress\[{extra}\]'"):
+    with pytest.raises(StreamerMissing, match=f"obstore is not installed: {re.escape(install_command(extra))}"):
         ObjectFolder(uri)
 
 

@@ -307,7 +307,7 @@ def test_a_store_without_partial_answers_by_obstore_alone(server: S3Server, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "runai" in name else find(name, *rest))
     folder = opened(reader="auto")
     try:
-        with pytest.raises(StreamerMissing, match=r"\(206\).*pip install 'mx-modelexpress\[s3\]'"):
+        with pytest.raises(StreamerMissing, match=r"\(206\).*pip install 'obstore>=0.12' 'runai-model-streamer-s3"):
             open_remote(folder)
     finally:
         folder.close()

@@ -176,6 +176,13 @@ def test_worker_changes_only_its_own_record(client_with: Callable[[str | None], 
     assert [r.worker_id for r in theirs.list_sources(IDENTITY, status=READY)] == ["w"]
 
 
+def test_a_record_carries_the_name_that_published_it(client_with: Callable[[str | None], ServerClient]) -> None:
+    client_with(TOKENS["worker"]).publish(IDENTITY, WORKER, "w")
+    record = client_with(TOKENS["reader"]).get_metadata(SOURCE, "w")
+    assert record is not None
+    assert record.owner == "worker"
+
+
 # The access file
 
 

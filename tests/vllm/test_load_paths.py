@@ -167,6 +167,32 @@ def test_a_name_of_the_hub_with_the_files_of_the_store(
     assert not list((folder / "hf-home").rglob("*.safetensors"))
 
 
+def test_where_vllm_forks_its_engine(
+    stored: EngineHost,
+    references: References,
+    model_paths: dict[str, Path],
+    folder: Path,
+    server: str,
+    proxy: TcpProxy,
+) -> None:
+    """As source and as target. Finding A5: a store's client, used before the fork, hung after it for ever."""
+    environ = {"HF_HOME": str(folder / "hf-forking"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "MX_MODEL_URI": URI}
+    forking = EngineHost("forking", folder, server, {**environment(proxy.address), **environ})
+    forking.ask("fork_workers")
+    stored.ask("setenv", environ={"MX_MODEL_URI": URI})
+    try:
+        first = forking.load("org/forked", keep=True)
+        second = stored.load("org/forked")
+        third = forking.load("org/forked")
+    finally:
+        stored.ask("setenv", environ={"MX_MODEL_URI": None})
+        forking.close()
+    assert first.answers == second.answers == third.answers == references.of(model_paths["llama"])
+    assert [loaded.report["path"] for loaded in (first, second, third)] == ["uri", "p2p", "p2p"]
+    assert second.report["source_worker"] == first.report["worker_id"]
+    assert third.report["source_worker"] == second.report["worker_id"]
+
+
 def test_an_object_truncated_in_the_middle_of_a_load_leaves_nothing_behind(
     stored: EngineHost, references: References, model_paths: dict[str, Path], bucket: Path, proxy: TcpProxy
 ) -> None:

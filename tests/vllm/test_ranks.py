@@ -72,10 +72,11 @@ def test_one_bad_rank_sends_all_ranks_to_storage(
     ("name", "formats", "options"),
     [
         ("llama", FIXED, {"tensor_parallel_size": 2}),
+        ("llama", FIXED, {"tensor_parallel_size": 4}),
         ("llama", FIXED, {"pipeline_parallel_size": 2, **WORKER}),
         ("qwen3_moe", PROCESSED, {"tensor_parallel_size": 2, "enable_expert_parallel": True, **WORKER}),
     ],
-    ids=["tensor", "pipeline", "expert"],
+    ids=["tensor", "four", "pipeline", "expert"],
 )
 def test_workers_take_from_their_own_rank(
     name: str,
@@ -85,7 +86,7 @@ def test_workers_take_from_their_own_rank(
     model_paths: dict[str, Path],
     experts: Path,
 ) -> None:
-    """Two workers an engine: each rank of the target has the bytes of the same rank of the source.
+    """Two workers an engine, or four: each rank of the target has the bytes of the same rank of the source.
 
     With fixed roles the barriers are on: ranks of the source are offered together, those of the target begin together.
     """
@@ -93,6 +94,7 @@ def test_workers_take_from_their_own_rank(
     model = experts if name == "qwen3_moe" else model_paths[name]
     (first_format, first_extra), (second_format, second_extra) = formats
     expected = source.load(model, "auto", **options).answers
+    count = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
 
     first = source.load(model, first_format, first_extra, keep=True, **options)
     try:
@@ -102,16 +104,16 @@ def test_workers_take_from_their_own_rank(
         source.ask("end")
 
     assert first.answers == second.answers == expected
-    ranks = [first.ranks(2), second.ranks(2)]
-    assert [[report["rank"] for report in reports] for reports in ranks] == [[0, 1], [0, 1]]
+    ranks = [first.ranks(count), second.ranks(count)]
+    assert [[report["rank"] for report in reports] for reports in ranks] == [list(range(count))] * 2
     assert {report["path"] for report in ranks[1]} == {"p2p"}
     assert [report["source_worker"] for report in ranks[1]] == [report["worker_id"] for report in ranks[0]]
     offered = {report["source_id"] for report in ranks[0]}
     assert len(offered) == 1
     assert offered != {""}
     if formats is FIXED:
-        assert "waiting for all 2 ranks of this source" in first.log
-        assert [report["serving"] for report in ranks[1]] == [False, False]  # a target offers nothing
+        assert f"waiting for all {count} ranks of this source" in first.log
+        assert not any(report["serving"] for report in ranks[1])  # a target offers nothing
 
 
 @pytest.fixture

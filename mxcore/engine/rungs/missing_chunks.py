@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mxcore.engine.context import LoadContext
+from mxcore.engine.loaded import verified_of
 from mxcore.engine.protocol import Files
 from mxcore.errors import ReceivedInPart
 
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 def fill_missing(partial: ReceivedInPart, model: nn.Module, context: LoadContext) -> int:
     """Reads what is missing of `model`, whose memory `partial` is about; how many bytes. Then comes `partial.complete`.
 
+    Where files have to be verified they are read whole: then all of the model comes from them.
+
     Raises what the engine's loader raises: then the model is to be built anew.
     """
     _log.warning(
@@ -33,8 +36,12 @@ def fill_missing(partial: ReceivedInPart, model: nn.Module, context: LoadContext
         partial.missing_bytes,
         partial.total_bytes,
     )
-    source = Files(needed=MissingBytes(partial.missing_stretches()).rows)
-    return context.engine.fill(model, source, context.settings, lambda done_bytes, total_bytes: None)
+    verified = verified_of(context, None)
+    source = Files(needed=MissingBytes(partial.missing_stretches()).rows, verified=verified)
+    count = context.engine.fill(model, source, context.settings, lambda done_bytes, total_bytes: None)
+    if verified is not None:
+        verified.finish()
+    return count
 
 
 class MissingBytes:

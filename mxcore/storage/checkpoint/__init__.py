@@ -19,6 +19,7 @@ from mxcore.storage.checkpoint.content_digest import (
     index_part,
 )
 from mxcore.storage.checkpoint.dtypes import DTYPES
+from mxcore.storage.checkpoint.known_digests import known_by_versions
 from mxcore.storage.checkpoint.tensor_memory import Memory, memory_of
 from mxcore.storage.checkpoint.tensor_views import Framework, TensorViews, chosen_framework, refuse_unknown
 
@@ -38,6 +39,7 @@ __all__ = [
     "group_digest",
     "groups_of",
     "index_part",
+    "known_by_versions",
     "memory_of",
     "open_checkpoint",
     "refuse_unknown",

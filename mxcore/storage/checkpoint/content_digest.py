@@ -17,7 +17,7 @@ from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
 from mxcore.reading import read_ranges
 from mxcore.safetensors import Header, read_header
-from mxcore.storage.checkpoint.known_digests import SampledFile, known_or_made
+from mxcore.storage.checkpoint.known_digests import DIGEST_FORMAT, SampledFile, known_or_made
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,7 +39,6 @@ BLOCKS_PER_FILE = 64  # of a file without a header, whose tensors are not known
 _READER_THREADS = 64  # small reads from what may be a network file system: it is latency that is shared
 _FILES_AT_ONCE = 8  # each holds one group
 _GROUP_RANGES = 4096  # that are digested together: 16 MiB at most, however many tensors a file has
-_FORMAT = "checkpoint-digest-2"
 Range = tuple[int, int]  # offset and length, bytes of the file
 
 
@@ -79,7 +78,7 @@ def checkpoint_digest(
 
 @lru_cache(maxsize=32)
 def _digest(weights: tuple[SampledFile, ...], others: tuple[SampledFile, ...]) -> str:
-    return known_or_made(f"{_FORMAT} {len(weights)}", weights + others, lambda: _made(weights, others))
+    return known_or_made(f"files {len(weights)}", weights + others, lambda: _made(weights, others))
 
 
 def _made(weights: Sequence[SampledFile], others: Sequence[SampledFile]) -> str:
@@ -91,7 +90,7 @@ def _made(weights: Sequence[SampledFile], others: Sequence[SampledFile]) -> str:
 
 def digest_of_parts(index: str, files: Sequence[str]) -> str:
     """The digest, out of the `index_part`s ("" without any) and the `file_part`s sorted by name."""
-    text = "\0".join([_FORMAT, index, *files])  # no name has a NUL
+    text = "\0".join([DIGEST_FORMAT, index, *files])  # no name has a NUL
     return f"{xxh3_64(text.encode('utf-8', 'surrogateescape')):016x}"
 
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from mxserver.wire import remove_leftovers, unique_beside
 
-__all__ = ["SampledFile", "known_or_made"]
+__all__ = ["DIGEST_FORMAT", "SampledFile", "known_by_versions", "known_or_made"]
 
+DIGEST_FORMAT = "checkpoint-digest-2"
 NODE_FOLDER = Path("/dev/shm")  # noqa: S108 - in a folder of this user's own; it ends with the machine or the container
 SETTLED_SECONDS = 2.0  # a file that was written to just now may be written to again within one tick of its times
 WAIT_SECONDS = 20.0  # for another process of this node; then this one reads for itself
@@ -64,17 +65,34 @@ def known_or_made(what: str, files: Sequence[SampledFile], make: Callable[[], st
     """
     hub = _hub_repository(files)
     named = [_of_hub(file) for file in files] if hub is not None else [tuple(map(str, file)) for file in files]
-    key = hashlib.sha256(repr([what, named]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    newest = max(max(file.mtime_ns, file.ctime_ns) for file in files)
+    settled = time.time_ns() - newest > SETTLED_SECONDS * 1e9
+    return _known_or_made([what, named], hub, make, lambda: settled and _are_as_they_were(files))
+
+
+def known_by_versions(what: str, files: Sequence[tuple[str, int, str]], make: Callable[[], str]) -> str:
+    """As `known_or_made`, for files that lie elsewhere: name, size, and a version that changes with the content.
+
+    `what` names the place too. Where a file has no version, nothing is known or kept.
+    """
+    if not all(version for _, _, version in files):
+        return make()
+    return _known_or_made([what, *map(tuple, files)], None, make, lambda: True)
+
+
+def _known_or_made(
+    named: Sequence[object], beside: Path | None, make: Callable[[], str], may: Callable[[], bool]
+) -> str:
+    key = hashlib.sha256(repr([DIGEST_FORMAT, *named]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     node = _own_folder()
-    folders = [folder for folder in (hub, node) if folder is not None]
+    folders = [folder for folder in (beside, node) if folder is not None]
     if known := _read(folders, key):
         return known
     with _turn(node, key):
         if known := _read(folders, key):
             return known
-        settled = time.time_ns() - max(max(file.mtime_ns, file.ctime_ns) for file in files) > SETTLED_SECONDS * 1e9
         made = make()
-        if settled and _are_as_they_were(files):
+        if may():
             for folder in folders:
                 _keep(folder, key, made)
         return made

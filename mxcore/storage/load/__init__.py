@@ -9,9 +9,10 @@ from mxcore.storage.load.device_load import read_open_files, read_rows_to_device
 from mxcore.storage.load.device_ring import release_rings
 from mxcore.storage.load.host_load import STRAIGHT, LoadReport, Reader, load
 from mxcore.storage.load.read_record import ReadRecord
-from mxcore.storage.load.tensor_stream import load_file, stream
+from mxcore.storage.load.tensor_stream import BATCH_BYTES, load_file, stream
 
 __all__ = [
+    "BATCH_BYTES",
     "STRAIGHT",
     "LoadReport",
     "ReadRecord",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,6 +61,16 @@ class LoadReport:
     ring_bytes: int = 0
     bytes_by_way: dict[str, int] = field(default_factory=dict)
     digests: list[int] = field(default_factory=list)
+
+    def add(self, other: LoadReport) -> None:
+        """What another read did, after this one."""
+        self.wanted_bytes += other.wanted_bytes
+        self.read_bytes += other.read_bytes
+        self.seconds += other.seconds
+        self.ring_bytes = max(self.ring_bytes, other.ring_bytes)
+        for way, count in other.bytes_by_way.items():
+            self.bytes_by_way[way] = self.bytes_by_way.get(way, 0) + count
+        self.digests += other.digests
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -115,8 +127,28 @@ def read_rows(
     groups: array[int] | None = None,
     stamps: Sequence[FileStamp | None] = (),
 ) -> LoadReport:
-    """Reads parts as the plan gives them (mxcore.storage.plan.read_plan); raises as `load`. `stamps`: see FileSet."""
+    """Reads parts as the plan gives them (mxcore.storage.plan.read_plan); raises as `load`. `stamps`: see FileSet.
+
+    Of more files than a quarter of those that this process may have open, so many are opened at once, unless `groups`
+    (digests over files) asks for all: then some are read before others are looked at.
+    """
     started = time.perf_counter()
+    if groups is None and len(parts := _of_few_files(rows, _most_files())) > 1:
+        whole, total_bytes = LoadReport(), sum(part[2] * part[4] for part in rows)
+        for some in parts:
+            told = None if progress is None else _behind(progress, whole.wanted_bytes, total_bytes)
+            whole.add(
+                read_rows(
+                    files,
+                    some,
+                    mode=mode,
+                    progress=told,
+                    leave_cache_clean=leave_cache_clean,
+                    memory=memory,
+                    stamps=stamps,
+                )
+            )
+        return whole
     used = sorted({part[0] for part in rows})
     place_of = {file: place for place, file in enumerate(used)}
     known = [stamps[file] for file in used] if stamps else []
@@ -127,6 +159,29 @@ def read_rows(
             reader.drop_from_cache()
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _most_files() -> int:
+    """How many files one read opens at once: each may need two handles, and others need some."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+
+
+def _of_few_files(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """The rows in their order, cut where one more file would be too many."""
+    parts: list[list[Row]] = [[]]
+    seen: set[int] = set()
+    for part in rows:
+        if part[0] not in seen and len(seen) == most:
+            parts.append([])
+            seen = set()
+        seen.add(part[0])
+        parts[-1].append(part)
+    return parts
+
+
+def _behind(progress: Progress, before_bytes: int, total_bytes: int) -> Progress:
+    return lambda done_bytes, _: progress(before_bytes + done_bytes, total_bytes)
 
 
 class Reader:

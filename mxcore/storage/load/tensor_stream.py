@@ -22,7 +22,7 @@ from mxcore.storage.checkpoint import (
 from mxcore.storage.load.host_load import read_rows
 from mxcore.storage.plan import MemoryBudget, Progress, Row, budget, merged
 
-__all__ = ["load_file", "stream"]
+__all__ = ["BATCH_BYTES", "load_file", "stream"]
 
 BATCH_BYTES = 64 * 1024 * 1024
 _LEAST_BATCH_BYTES = 1024 * 1024

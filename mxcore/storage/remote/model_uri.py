@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from mxserver.wire import SettingError
+from mxserver.wire import SettingError, install_command
 
 __all__ = ["EXTRAS", "OBJECT_SCHEMES", "ModelUri", "missing_packages", "parse_model_uri"]
 
@@ -75,5 +75,5 @@ def missing_packages(uri: ModelUri, *, streamer: bool = False) -> str:
     absent = [name for name in wanted if importlib.util.find_spec(name) is None]
     if not absent:
         return ""
-    install = f"pip install 'mx-modelexpress[{EXTRAS[uri.scheme]}]'"
+    install = install_command(EXTRAS[uri.scheme])
     return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: {install}"

@@ -25,6 +25,7 @@ from mxcore.storage.checkpoint import (
     group_digest,
     groups_of,
     index_part,
+    known_by_versions,
     weight_map_of,
 )
 from mxcore.storage.load import stream
@@ -162,8 +163,12 @@ def _read(folder: RemoteFolder, groups: Sequence[Sequence[tuple[str, int, int]]]
 def remote_digest(folder: RemoteFolder) -> str:
     """What `checkpoint_digest` gives for the same files in a local folder: workers of either kind meet.
 
-    Reads the headers and 4096 bytes of each tensor. Raises as `open_remote`.
+    Reads the headers and 4096 bytes of each tensor, once a node while the listing stays. Raises as `open_remote`.
     """
+    return known_by_versions(f"remote {folder.name}", folder.files, lambda: _sampled(folder))
+
+
+def _sampled(folder: RemoteFolder) -> str:
     whole = cache(folder.whole)  # index and modules.json are looked at, and digested
     chosen, files = _chosen(folder, whole)
     weights = sorted([*files, *(file for file in folder.files if file.path in chosen.of_modules)])
@@ -191,10 +196,12 @@ def stream_remote(
     batch_bytes: int = BATCH_BYTES,
     progress: Progress | None = None,
     memory: MemoryBudget | None = None,
+    through: Callable[..., Iterator[tuple[str, Any]]] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yields (name, tensor) in file order, through two buffers of at most `batch_bytes`; see `stream`.
 
-    `read` reads instead of the folder itself (`shared_reads`). At the end the folder is asked whether it is the same.
+    `read` reads instead of the folder itself (`shared_reads`). `through(read_rows, names, batch_bytes=, progress=)`
+    yields instead of `stream`, and verifies. At the end the folder is asked whether it is the same.
     """
     paths = [str(file) for file in checkpoint.files]
     into = read or folder.read_into
@@ -202,6 +209,10 @@ def stream_remote(
     def read_rows(rows: Sequence[Row]) -> None:
         into([RemoteRange(paths[row[0]], row[1], row[2], row[5]) for row in rows])
 
+    if through is not None:
+        yield from through(read_rows, names, batch_bytes=batch_bytes, progress=progress)
+        folder.check_unchanged()
+        return
     options: dict[str, Any] = {"framework": framework, "batch_bytes": batch_bytes, "memory": memory}
     yield from stream(checkpoint, names, progress=progress, read=read_rows, **options)
     folder.check_unchanged()

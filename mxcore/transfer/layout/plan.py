@@ -38,6 +38,8 @@ _STRAGGLER_SECONDS = 2.0  # but not for less than this
 _SLOW_SHARE = 1 / 8  # of the other holders' median rate: who gives less loses its chunks to them
 _SLOW_BYTES_PER_SECOND = 1e6  # and who gives less than this, whatever the others give
 _SLOW_SECONDS = 4.0  # but a busy machine may keep it for so long
+_DRIP_SECONDS = 10.0  # of what all holders together give: less than 1 MB/s for so long is of no use,
+_DRIP_REST_SECONDS = 30.0  # where the rest would take longer than this
 
 
 def all_chunks(count: int) -> int:
@@ -156,6 +158,8 @@ class SwarmPlan:
     _missing: int = field(init=False)
     _done: int = field(default=0, init=False)
     _holders: dict[str, _HolderState] = field(default_factory=dict, init=False)
+    _window_began: float = field(default=0.0, init=False)  # of `drips`
+    _window_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._missing = self.everything
@@ -229,6 +233,8 @@ class SwarmPlan:
                 taken.append(chunk)
             else:
                 declined.append(chunk)
+        if taken and not any(other.in_flight for other in self._holders.values()):
+            self._window_began, self._window_bytes = now, 0
         if taken and not state.in_flight:
             state.busy_since = now
         state.in_flight |= chunk_set(taken)
@@ -239,6 +245,7 @@ class SwarmPlan:
         state = self._holders[holder]
         self._end(state, chunk)
         self._done |= 1 << chunk
+        self._window_bytes += self.chunk_bytes
         seconds = max(now - state.busy_since, 1e-6)
         speed = self.chunk_bytes / seconds
         before = state.bytes_per_second
@@ -296,6 +303,24 @@ class SwarmPlan:
             if rest > _STRAGGLER_SECONDS + _STRAGGLER_FACTOR * left / max(rivals):
                 found.append(name)
         return found
+
+    def drips(self, now: float) -> bool:
+        """Whether all holders together give too little to be of use: nobody else is there to take their chunks.
+
+        Below 1 MB/s for ten seconds, or for the time of two chunks at that rate, with more than 30 s to go. A pause in
+        which nothing is in flight (a source's rate limit) does not count.
+        """
+        if not any(state.in_flight for state in self._holders.values()):
+            return False
+        seconds = now - self._window_began
+        if seconds < max(_DRIP_SECONDS, 2 * self.chunk_bytes / _SLOW_BYTES_PER_SECOND):
+            return False
+        rate = (self._window_bytes + self.chunk_bytes) / seconds  # one more may be there in part
+        left = (self.everything & ~self._done).bit_count() * self.chunk_bytes
+        if rate < _SLOW_BYTES_PER_SECOND and left / rate > _DRIP_REST_SECONDS:
+            return True
+        self._window_began, self._window_bytes = now, 0
+        return False
 
     def _slow(self, now: float) -> list[str]:
         """Holders that take longer for what is in flight than at an eighth of the others' median rate, or at 1 MB/s.

@@ -30,17 +30,27 @@ class Directory:
     """Lists holders of one rank, except this worker and those that its `place` does not allow. Thread-safe.
 
     All calls raise WireError. Our server lists the nearest with their endpoints, in one call; of one that does not say
-    where they are, each record is asked for.
+    where they are, each record is asked for. With a `signed_manifest` each record is asked for too, and those alone are
+    listed whose records name it; the others are named in a warning, once.
     """
 
-    def __init__(self, client: ServerClient, worker_id: str, worker_rank: int, place: Callable[[], Place]) -> None:
+    def __init__(
+        self,
+        client: ServerClient,
+        worker_id: str,
+        worker_rank: int,
+        place: Callable[[], Place],
+        signed_manifest: str = "",
+    ) -> None:
         self._client = client
         self._place = place
         self._told_problem = False
         self._worker_id = worker_id
         self._worker_rank = worker_rank
+        self._signed_manifest = signed_manifest
         self._lock = threading.Lock()
         self._endpoints: dict[tuple[str, str], tuple[str, int, float]] = {}  # with the record's time, and until when
+        self._told_unsigned: set[tuple[str, str]] = set()  # worker and manifest of a warning
         self._refused: set[str] = set()  # checkpoints of the last warning, none of which was taken
 
     def ready(self, identity: p2p_pb2.SourceIdentity) -> list[Source]:
@@ -120,7 +130,7 @@ class Directory:
             if ref.worker_id == self._worker_id or not place.allows(ref.topology):
                 continue
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
-            if record is None or not record.worker.worker_grpc_endpoint:
+            if record is None or not record.worker.worker_grpc_endpoint or not self._is_signed(record):
                 continue
             if _without_checkpoint(record.identity) == ours:
                 found[record.identity.extra_parameters[CHECKPOINT_PARAMETER]] = record.identity
@@ -140,7 +150,7 @@ class Directory:
     def _source(self, ref: p2p_pb2.SourceInstanceRef, place: Place, *, receiving: bool) -> Source | None:
         if ref.worker_id == self._worker_id:
             return None
-        told = ref.HasField("worker_grpc_endpoint")
+        told = ref.HasField("worker_grpc_endpoint") and not self._signed_manifest
         endpoint = ref.worker_grpc_endpoint if told else self._endpoint(ref)
         if not endpoint:
             return None
@@ -152,21 +162,43 @@ class Directory:
             updated_at_ms=ref.updated_at,
             load=ref.source_load,
             receiving=receiving,
+            owner=ref.owner,
             distance=place.distance(ref.topology),
         )
 
     def _endpoint(self, ref: p2p_pb2.SourceInstanceRef) -> str:
-        """Its endpoint by its record, for a server that lists none; empty: it serves nothing."""
+        """Its endpoint by its record, for a server that lists none; empty: it serves nothing that may be taken."""
         key = (ref.mx_source_id, ref.worker_id)
         with self._lock:
             endpoint, told_ms, until = self._endpoints.get(key, ("", 0, 0.0))
         if until < time.monotonic() or told_ms != ref.updated_at:  # it may have stopped serving, or moved
             record = self._client.get_metadata(ref.mx_source_id, ref.worker_id)
-            endpoint = record.worker.worker_grpc_endpoint if record is not None else ""
+            if record is None or not self._is_signed(record):
+                return ""
+            endpoint = record.worker.worker_grpc_endpoint
             if endpoint:
                 with self._lock:
                     self._endpoints[key] = (endpoint, ref.updated_at, time.monotonic() + _ENDPOINT_SECONDS)
         return endpoint
+
+    def _is_signed(self, record: p2p_pb2.GetMetadataResponse) -> bool:
+        """Whether what it serves was verified against the manifest that this worker trusts, as its record says."""
+        named = record.worker.signed_manifest
+        if not self._signed_manifest or named == self._signed_manifest:
+            return True
+        key = (record.worker_id, named)
+        with self._lock:
+            known = key in self._told_unsigned
+            self._told_unsigned.add(key)
+        if not known:
+            logger.warning(
+                "worker %s (%s) is refused: its weights were verified against %s, this worker trusts the manifest %s",
+                record.worker_id,
+                record.worker.worker_grpc_endpoint,
+                f"manifest {named}" if named else "no signature",
+                self._signed_manifest,
+            )
+        return False
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:

@@ -60,23 +60,22 @@ class Membership:
         *,
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
+        signed_manifest: str = "",
     ) -> None:
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
         self.worker_id = uuid.uuid4().hex
         self._chunk_bytes = chunk_bytes
+        self._signed = signed_manifest  # what served bytes were verified against, and those taken have to be
         self._lease_seconds = lease_seconds
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         tls, progress_thread = self._policy.serving(accelerator)
         early = tls if self._policy.needs_agent(accelerator) else None
         self._place = partial(current_place, settings)
         self._ahead = SessionAhead(settings, self.worker_id, early, progress_thread)
-        self._client = (
-            ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds)
-            if settings.server_address
-            else None
-        )
+        address = settings.server_address
+        self._client = ServerClient(address, timeout_seconds=settings.server_timeout_seconds) if address else None
         self._record = WorkerRecord(
             self._client,
             identity,
@@ -90,7 +89,9 @@ class Membership:
         )
         self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
-        self._directory = Directory(self._client, self.worker_id, worker_rank, self._place) if self._client else None
+        self._directory = (
+            Directory(self._client, self.worker_id, worker_rank, self._place, self._signed) if self._client else None
+        )
         self._election: StorageElection | None = None
         self._listing = RecentErrors(logger, "sources cannot be listed")
         self._leaving = threading.Event()
@@ -474,7 +475,7 @@ class Membership:
             holder = self._holder
             if holder is None:
                 return Served()
-            return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin)
+            return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin, self._signed)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""

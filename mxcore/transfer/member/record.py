@@ -27,6 +27,7 @@ class Served(NamedTuple):
     endpoint: str = ""  # host:port of its gRPC services
     readers: int | None = None  # leases that are taken
     origin: Origin | None = None  # who vouches for the bytes
+    signed_manifest: str = ""  # what they were verified against
 
 
 class WorkerRecord:
@@ -115,6 +116,7 @@ class WorkerRecord:
                 topology=self._topology(),
                 digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
                 received_from=served.origin.received_from if served.origin is not None else (),
+                signed_manifest=served.signed_manifest,
             )
             report = self.loads.report() if self.ready else None
             answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)

@@ -31,7 +31,10 @@ class _Method(Protocol[Response]):
 
 @dataclass(frozen=True)
 class Source:
-    """A worker that has weights, as the server lists it. `endpoint` is host:port of its gRPC services."""
+    """A worker that has weights, as the server lists it. `endpoint` is host:port of its gRPC services.
+
+    `owner` is the name that the server knows it by; empty where callers have none.
+    """
 
     source_id: str
     worker_id: str
@@ -40,6 +43,7 @@ class Source:
     updated_at_ms: int = 0
     load: float = 0.0
     receiving: bool = False  # it has only a part yet
+    owner: str = ""
     distance: int = 0  # by place (member/place.py); 0 is the nearest
 
 

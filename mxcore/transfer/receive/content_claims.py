@@ -41,11 +41,16 @@ class Content:
 @dataclass
 class _Claim:
     content: Content
-    made_by: set[str]  # holders that made these digests of what they read from storage themselves
+    made_by: dict[str, str]  # holders that made these digests of what they read from storage themselves → their names
     repeated_by: set[str]  # holders that received them, or the raw weights
 
+    @property
+    def makers(self) -> int:
+        """Those that made them, each under another name."""
+        return len(set(self.made_by.values()))
+
     def __str__(self) -> str:
-        return f"made by {_names(self.made_by)}, repeated by {_names(self.repeated_by)}"
+        return f"made by {_names(set(self.made_by))}, repeated by {_names(self.repeated_by)}"
 
 
 class ContentClaims:
@@ -55,28 +60,35 @@ class ContentClaims:
         self._claims: list[_Claim] = []
         self._heard: set[str] = set()
 
-    def note(self, holder: str, content: Content, *, made_here: bool) -> None:
-        """Records a holder's content; only its first counts. `made_here`: it read storage itself."""
+    def note(self, holder: str, content: Content, *, made_here: bool, owner: str = "") -> None:
+        """Records a holder's content; only its first counts. `made_here`: it read storage itself.
+
+        `owner` is the name that the server has authenticated, which counts once, however many holders have it; without
+        any, each holder counts.
+        """
         if holder in self._heard:
             return
         self._heard.add(holder)
         claim = next((claim for claim in self._claims if claim.content.same_as(content)), None)
         if claim is None:
-            claim = _Claim(content, set(), set())
+            claim = _Claim(content, {}, set())
             self._claims.append(claim)
-        (claim.made_by if made_here else claim.repeated_by).add(holder)
+        if made_here:
+            claim.made_by[holder] = f"owner {owner}" if owner else f"worker {holder}"
+        else:
+            claim.repeated_by.add(holder)
 
     def discredit(self, holder: str) -> None:
         """Drops the claim of a holder that does not have what its own digests promise."""
         for claim in self._claims:
-            claim.made_by.discard(holder)
+            claim.made_by.pop(holder, None)
             claim.repeated_by.discard(holder)
         self._claims = [claim for claim in self._claims if claim.made_by or claim.repeated_by]
 
     @property
     def holders(self) -> list[str]:
         """Whose claims there are."""
-        return sorted(set().union(*(claim.made_by | claim.repeated_by for claim in self._claims)))
+        return sorted(set().union(*({*claim.made_by, *claim.repeated_by} for claim in self._claims)))
 
     @property
     def disputed(self) -> bool:
@@ -108,9 +120,9 @@ class ContentClaims:
             return None
         if not self.disputed:
             return self._claims[0].content
-        most = max(self._claims, key=lambda claim: len(claim.made_by))
-        makers = sum(len(claim.made_by) for claim in self._claims)
-        count = len(most.made_by)
+        most = max(self._claims, key=lambda claim: claim.makers)
+        makers = sum(claim.makers for claim in self._claims)
+        count = most.makers
         return most.content if count >= _FEWEST_BELIEVED and 2 * count > makers else None
 
     def __str__(self) -> str:

@@ -159,7 +159,7 @@ class HolderPull:
 
     def _receive(self) -> None:
         answer = self._client.get_layout(self._received.layout.fingerprint)
-        self._received.admit(self.source.worker_id, answer)
+        self._received.admit(self.source.worker_id, answer, owner=self.source.owner)
         self.heard = True
         with self._received.changed:
             self._received.changed.notify_all()

@@ -107,8 +107,10 @@ class ReceivedChunks:
         with self.changed:
             return list(chunks_of(self._plan.everything & ~self._plan.completed))
 
-    def admit(self, holder: str, answer: mx_pb2.GetLayoutResponse) -> None:
+    def admit(self, holder: str, answer: mx_pb2.GetLayoutResponse, *, owner: str = "") -> None:
         """Compares what a holder has with what is wanted here; the first holder's content becomes ours.
+
+        `owner` is the name that the server knows the holder by, where it knows one.
 
         Raises LayoutMismatch, SourceRefused, DigestMismatch, ContentMismatch.
         """
@@ -134,7 +136,7 @@ class ReceivedChunks:
                     f"which have {self.content.digests.kind}, cannot be told"
                 )
             made_here = answer.digest_origin in _READ_THEMSELVES
-            self.claims.note(holder, content, made_here=made_here)
+            self.claims.note(holder, content, made_here=made_here, owner=owner)
             if not self.content.same_as(content):
                 raise ContentMismatch(
                     f"{where} has other bytes under the same identity and layout than the content that is received"
@@ -268,6 +270,11 @@ class ReceivedChunks:
         """Holders that delay completion."""
         with self.changed:
             return self._plan.stragglers(time.monotonic())
+
+    def drips(self) -> bool:
+        """Whether all holders together give too little to be of use."""
+        with self.changed:
+            return self._plan.drips(time.monotonic())
 
     def recheck(self) -> list[int]:
         """Verifies all verified chunks again, after a fence; returns those that are wrong and so missing again."""

@@ -255,6 +255,9 @@ class Receiver:
                 self._start(now)
                 self._drop_stragglers()
                 self._make_room(now)
+                if self._received.drips() and self._decide():
+                    self._failures.append(SourceSlow(f"{', '.join(self._pulls)}: less than 1 MB/s from all holders"))
+                    raise self._failed()
                 if self._nobody_left(now) and self._decide():
                     raise self._failed()
             with self._received.changed:
@@ -419,7 +422,7 @@ class Receiver:
             return SourceUnreachable("there is no worker to receive weights from")
         if not why and len(self._failures) == 1 and not self._received.verified:
             only = self._failures[0]
-            if not isinstance(only, DigestMismatch):  # of which bytes came
+            if not isinstance(only, DigestMismatch | SourceSlow):  # of which bytes came
                 return only
         missing = self._received.missing
         names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.sources.source import RemoteFile, RemoteModel, is_disk_full, write_all
+from mxserver.wire import install_command
 from mxserver.wire.proto import model_pb2
 from mxserver.wire.stores import cause_of, listed_objects
 
@@ -120,7 +121,7 @@ def _open(model: ModelName) -> tuple[S3Store | GCSStore | AzureStore, str]:
     except ImportError as error:
         extra = {model_pb2.S3: "s3", model_pb2.GCS: "gcs", model_pb2.AZURE: "azure"}[model.provider]
         raise DownloadFailed(
-            f"{model.name} needs obstore ({error}); install it with: pip install 'mx-modelexpress[{extra}]'"
+            f"{model.name} needs obstore ({error}); install it with: {install_command(extra)}"
         ) from error
     bucket, prefix = model.name.partition("://")[2].partition("/")[0], prefix_of(model)
     # Plain HTTP is refused unless the server's environment names such an endpoint.

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mxserver.store.errors import StoreUnavailable, StoreUnusable
-from mxserver.wire import SettingError
+from mxserver.wire import SettingError, install_command
 
 try:
     import redis
@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise SettingError(
         f"the store redis needs the package redis, which cannot be imported ({error}); install it with "
-        "pip install 'mx-modelexpress[redis]'"
+        + install_command("redis")
     ) from error
 
 _LOG = logging.getLogger(__name__)

@@ -363,6 +363,7 @@ class WorkerMetadata(google.protobuf.message.Message):
     ARTIFACT_SOURCE_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
+    SIGNED_MANIFEST_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     nixl_metadata: builtins.bytes
     transfer_engine_session_id: builtins.str
@@ -375,6 +376,8 @@ class WorkerMetadata(google.protobuf.message.Message):
     accelerator: builtins.str
     digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
     """ours: who vouches for the bytes"""
+    signed_manifest: builtins.str
+    """ours: SHA-256 (lower hex) of the signed manifest that the bytes were verified against"""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorDescriptor]: ...
     @property
@@ -405,9 +408,10 @@ class WorkerMetadata(google.protobuf.message.Message):
         artifact_source: global___ArtifactSourceMetadata | None = ...,
         digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
+        signed_manifest: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "nixl_metadata", b"nixl_metadata", "source_payload", b"source_payload", "tensor_source", b"tensor_source", "transfer_engine_session_id", b"transfer_engine_session_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "signed_manifest", b"signed_manifest", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["backend_metadata", b"backend_metadata"]) -> typing.Literal["nixl_metadata", "transfer_engine_session_id"] | None: ...
     @typing.overload
@@ -891,6 +895,7 @@ class SourceInstanceRef(google.protobuf.message.Message):
     TOPOLOGY_FIELD_NUMBER: builtins.int
     SOURCE_LOAD_FIELD_NUMBER: builtins.int
     WORKER_GRPC_ENDPOINT_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_id: builtins.str
     model_name: builtins.str
@@ -902,6 +907,8 @@ class SourceInstanceRef(google.protobuf.message.Message):
     source_load: builtins.float
     worker_grpc_endpoint: builtins.str
     """ours: as published; empty while it serves nothing"""
+    owner: builtins.str
+    """ours: the authenticated name that published it; empty where callers have none"""
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     def __init__(
@@ -918,9 +925,10 @@ class SourceInstanceRef(google.protobuf.message.Message):
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         source_load: builtins.float | None = ...,
         worker_grpc_endpoint: builtins.str | None = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "_worker_grpc_endpoint", b"_worker_grpc_endpoint", "layout_signature", b"layout_signature", "source_load", b"source_load", "training_step", b"training_step", "worker_grpc_endpoint", b"worker_grpc_endpoint"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "_worker_grpc_endpoint", b"_worker_grpc_endpoint", "accelerator", b"accelerator", "layout_signature", b"layout_signature", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "source_load", b"source_load", "topology", b"topology", "training_step", b"training_step", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_layout_signature", b"_layout_signature", "_source_load", b"_source_load", "_training_step", b"_training_step", "_worker_grpc_endpoint", b"_worker_grpc_endpoint", "accelerator", b"accelerator", "layout_signature", b"layout_signature", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "owner", b"owner", "source_load", b"source_load", "topology", b"topology", "training_step", b"training_step", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_layout_signature", b"_layout_signature"]) -> typing.Literal["layout_signature"] | None: ...
     @typing.overload
@@ -1055,11 +1063,14 @@ class GetMetadataResponse(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     IDENTITY_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     found: builtins.bool
     mx_source_id: builtins.str
     worker_id: builtins.str
     epoch: builtins.int
     """ours"""
+    owner: builtins.str
+    """ours: the authenticated name that published it; empty where callers have none"""
     @property
     def worker(self) -> global___WorkerMetadata: ...
     @property
@@ -1073,9 +1084,10 @@ class GetMetadataResponse(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         identity: global___SourceIdentity | None = ...,
         epoch: builtins.int = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["identity", b"identity", "worker", b"worker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "owner", b"owner", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
 
 global___GetMetadataResponse = GetMetadataResponse
 

@@ -48,6 +48,7 @@ class WorkerFacts(google.protobuf.message.Message):
     TOPOLOGY_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
+    SIGNED_MANIFEST_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     status: mxserver.wire.proto.p2p_pb2.SourceStatus.ValueType
     updated_at: builtins.int
@@ -55,6 +56,7 @@ class WorkerFacts(google.protobuf.message.Message):
     worker_grpc_endpoint: builtins.str
     accelerator: builtins.str
     digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
+    signed_manifest: builtins.str
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     @property
@@ -70,8 +72,9 @@ class WorkerFacts(google.protobuf.message.Message):
         topology: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
+        signed_manifest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "digest_origin", b"digest_origin", "received_from", b"received_from", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "digest_origin", b"digest_origin", "received_from", b"received_from", "signed_manifest", b"signed_manifest", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___WorkerFacts = WorkerFacts
 
@@ -129,12 +132,14 @@ class RecordResponse(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     IDENTITY_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     found: builtins.bool
     worker: builtins.bytes
     mx_source_id: builtins.str
     worker_id: builtins.str
     identity: builtins.bytes
     epoch: builtins.int
+    owner: builtins.str
     def __init__(
         self,
         *,
@@ -144,7 +149,8 @@ class RecordResponse(google.protobuf.message.Message):
         worker_id: builtins.str = ...,
         identity: builtins.bytes = ...,
         epoch: builtins.int = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "found", b"found", "identity", b"identity", "mx_source_id", b"mx_source_id", "owner", b"owner", "worker", b"worker", "worker_id", b"worker_id"]) -> None: ...
 
 global___RecordResponse = RecordResponse

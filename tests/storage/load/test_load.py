@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,23 @@ def test_ranges_are_read_by_many_at_once(halves: list[Path], content: np.ndarray
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(40)))
+
+
+def test_more_files_than_the_process_may_open(tmp_path: Path) -> None:
+    """300 shards with names of 250 bytes where 200 files may be open: some are opened at a time."""
+    names = {f"t{number:03}": f"{'x' * 235}{number:03}.safetensors" for number in range(300)}
+    for number, (name, file) in enumerate(names.items()):
+        save_file({name: torch.full((3,), float(number))}, tmp_path / file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told: list[tuple[int, int]] = []
+    taken = {name: np.empty(3, np.float32) for name in names}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200 + len(list(Path("/proc/self/fd").iterdir())), hard))
+    try:
+        checkpoint = open_checkpoint(tmp_path)
+        report = load(checkpoint, taken, progress=lambda *now: told.append(now))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all((array == number).all() for number, array in enumerate(taken.values()))
+    assert report.wanted_bytes == 3600
+    assert told[-1] == (3600, 3600)
+    assert told == sorted(told)

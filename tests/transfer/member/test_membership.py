@@ -25,11 +25,13 @@ NewMember = Callable[..., Membership]
 def new_member(server: RunningServer) -> Iterator[NewMember]:
     members: list[Membership] = []
 
-    def make(checkpoint: str = "c0ffee", rank: int = 0, **changes: Any) -> Membership:
+    def make(checkpoint: str = "c0ffee", rank: int = 0, signed: str = "", **changes: Any) -> Membership:
         names = {"MX_SERVER_ADDRESS": server.address, "MX_WORKER_GRPC_PORT": 0, "MX_TRANSPORT": "tcp"}
         names |= {"MX_HEARTBEAT_INTERVAL_SECS": 0.05, "MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5}
         settings = load_settings({**names, **changes}, {})
-        members.append(Membership(settings, identity(checkpoint), rank, "cpu", chunk_bytes=65536))
+        members.append(
+            Membership(settings, identity(checkpoint), rank, "cpu", chunk_bytes=65536, signed_manifest=signed)
+        )
         return members[-1]
 
     yield make
@@ -254,3 +256,22 @@ def test_a_closing_member_never_raises(new_member: NewMember, server_process: Se
     server_process.stop()
     member.close()
     assert member.endpoint is None
+
+
+def test_with_a_signed_manifest_those_alone_are_taken_from_whose_record_names_it(
+    new_member: NewMember, client: ServerClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, trusted = new_member(signed="a" * 64), new_member(signed="a" * 64)
+    others = [new_member(), new_member(signed="b" * 64)]
+    for member in (*others, trusted):
+        serve(member)
+    assert wait_for(lambda: len(client.list_sources(trusted.identity, status=p2p_pb2.SOURCE_STATUS_READY)) == 3)
+    record = record_of(client, trusted)
+    assert record is not None
+    assert record.worker.signed_manifest == "a" * 64
+    for _ in range(2):
+        assert [source.worker_id for source in target.find_sources(receiving=True)] == [trusted.worker_id]
+    refused = [line for entry in caplog.records if "is refused" in (line := entry.getMessage())]
+    assert len(refused) == 2
+    assert all(any(member.worker_id in line for line in refused) for member in others)
+    assert {source.worker_id for source in others[0].find_sources()} == {others[1].worker_id, trusted.worker_id}

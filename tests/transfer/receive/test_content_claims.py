@@ -162,3 +162,17 @@ def test_who_is_believed() -> None:
     assert "made by a, c, repeated by nobody" in str(claims)
     claims.discredit("d")  # it has not what its own digests promise
     assert claims.believed() is right
+
+
+def test_a_majority_is_one_of_authenticated_names() -> None:
+    """However many holders somebody publishes under one name."""
+    right, wrong = (Content(ChunkDigests(bytes([i]) * 8, XXH3), "", {}) for i in range(2))
+    claims = ContentClaims()
+    for holder in ("liar1", "liar2", "liar3"):
+        claims.note(holder, wrong, made_here=True, owner="token-of-one-pod")
+    claims.note("a", right, made_here=True, owner="pod-a")
+    assert claims.believed() is None
+    claims.note("b", right, made_here=True, owner="pod-b")
+    assert claims.believed() is right
+    claims.discredit("b")
+    assert claims.believed() is None

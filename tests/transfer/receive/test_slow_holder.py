@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 
+from mxcore.errors import ChunksMissing, SourceSlow
 from mxcore.transfer.layout import plan
 from mxcore.transfer.move import ChunkTls, SourceClient, cut_off, tcp
 from tests.transfer.conftest import StartWorker
@@ -89,3 +90,43 @@ def test_a_holder_that_drips_loses_its_chunks_to_another(
     assert report.bytes_from == {other.worker_id: report.bytes}
     assert report.bytes_again > 0
     assert any("MX_SOURCE_SLOW" in failure for failure in report.failures)
+
+
+def test_a_sole_holder_that_drips_ends_as_a_straggler(
+    start_worker: StartWorker, drips: list[tuple[str, list[Drip]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends all the time, and there is nobody to compare it with; what comes next has what it gave."""
+    monkeypatch.setattr(plan, "_DRIP_SECONDS", 0.3)
+    monkeypatch.setattr(plan, "_DRIP_REST_SECONDS", 0.3)
+    dripping = start_worker("tcp", seed=SEED).serve()
+    drips.append((dripping.worker_id, []))
+    target = Target("tcp", MX_TCP_CONNECTIONS=1)
+    with pytest.raises(ChunksMissing, match="less than 1 MB/s from all holders") as caught:
+        target.receive(dripping)
+    assert [type(failure) for failure in caught.value.failures] == [SourceSlow]
+
+
+def test_holders_that_give_enough_together_are_kept_and_those_that_do_not_are_told() -> None:
+    """By the plan's own clock: 0.6 MB/s of each of two holders, then of one alone, then a source that rests."""
+    swarm = plan.SwarmPlan(1000, 100_000)
+    for name in ("a", "b"):
+        swarm.add_holder(name, plan.all_chunks(1000))
+    swarm.claim("a", [0], 0.0)
+    swarm.claim("b", [1], 0.0)
+    for turn in range(1, 91):
+        now = turn / 6
+        for place, name in enumerate("ab"):
+            swarm.claim(name, [2 * turn + place], now)
+            swarm.done(name, 2 * (turn - 1) + place, now)
+        assert not swarm.drips(now)
+    assert swarm.drop_holder("b")
+    told = []
+    for turn in range(91, 300):
+        now = turn / 6
+        swarm.claim("a", [2 * turn], now)
+        swarm.done("a", 2 * (turn - 1), now)
+        told.append(swarm.drips(now))
+    assert any(told)
+    swarm.done("a", 2 * 299, now)
+    swarm.claim("a", [999], now + 1000)
+    assert not swarm.drips(now + 1009)
