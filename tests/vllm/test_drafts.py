@@ -14,6 +14,7 @@ import pytest
 
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
+from tests.vllm import drafts
 from tests.vllm.engines import EngineHost, Loaded
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
@@ -29,12 +30,25 @@ class Pair(NamedTuple):
     kinds: tuple[str, ...] = ("raw",)
 
 
-PAIRS = {"a draft model": Pair("llama", "draft_model", "llama", ("raw", "processed"))}
+PAIRS = {
+    "a draft model": Pair("llama", "draft_model", "llama", ("raw", "processed")),
+    "an EAGLE head": Pair("llama", "eagle", "eagle"),
+    "an EAGLE head with an embedding": Pair("llama", "eagle", "eagle-own", ("raw", "processed")),
+    "an EAGLE 3 head": Pair("llama", "eagle3", "eagle3"),
+    "multi-token prediction": Pair("mtp", "mtp", None, ("raw", "processed")),
+}
 
 
 @pytest.fixture(scope="module")
-def models(model_paths: dict[str, Path]) -> dict[str, Path]:
-    return {"llama": model_paths["llama"]}
+def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
+    llama, place = model_paths["llama"], folder / "drafts"
+    return {
+        "llama": llama,
+        "eagle": drafts.eagle(place / "eagle", llama),
+        "eagle-own": drafts.eagle(place / "eagle-own", llama, own_embedding=True),
+        "eagle3": drafts.eagle3(place / "eagle3", llama),
+        "mtp": drafts.with_mtp(place / "mtp"),
+    }
 
 
 def start(host: EngineHost, pair: str, models: dict[str, Path], load_format: str, **extra: Any) -> Loaded:
@@ -98,6 +112,29 @@ def test_a_draft_comes_from_a_worker_that_has_it(
     assert (second.report["path"], of_draft(second)["path"]) == ("p2p", "p2p")
     assert second.report["source_id"] != of_draft(second)["source_id"]
     assert second.answers == first.answers == wanted
+
+
+def test_a_target_without_files_starts_with_its_draft(
+    source: EngineHost, target: EngineHost, models: dict[str, Path]
+) -> None:
+    pair = "multi-token prediction"
+    first = start(source, pair, models, "mx-source")
+    with files_away(all_files_away(models, pair)):
+        second = start(target, pair, models, "mx-target")
+
+    assert second.answers == first.answers
+    assert (of_draft(second)["path"], of_draft(second)["layout"], of_draft(second)["serving"]) == ("p2p", "raw", False)
+
+
+def test_a_target_whose_source_has_no_draft_reads_it(
+    source: EngineHost, target: EngineHost, unpacked: None, models: dict[str, Path], expected: dict[str, list[Any]]
+) -> None:
+    pair = "an EAGLE head"
+    source.load(models["llama"], "mx-source")
+    second = start(target, pair, models, "mx-target")
+
+    assert (second.report["path"], of_draft(second)["path"]) == ("p2p", "storage")
+    assert second.answers == of_the_default_loader(expected, target, pair, models)
 
 
 def test_the_pages_rows_of_drafts_are_these() -> None:
