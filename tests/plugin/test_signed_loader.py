@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys
 from vllm.config import LoadConfig
-from vllm_plugin import compat
+from vllm_plugin import drafts
 from vllm_plugin.loader import MxModelLoader
 
 said = []
@@ -30,9 +30,9 @@ for options in ({"model_signature": "require"}, {"MX_MODEL_SIGNATURE": "requre"}
     loader = MxModelLoader(LoadConfig(load_format="auto", model_loader_extra_config=options))
     tell(lambda: loader.load_weights(None, None))
     tell(lambda: next(loader.get_all_weights(None, None)))
-    compat.is_draft = lambda *configs: True
+    drafts.is_draft = lambda *configs: True
     tell(lambda: loader.load_model(None, None))
-    compat.is_draft = lambda *configs: False
+    drafts.is_draft = lambda *configs: False
     sys.modules["vllm_plugin.engine"] = None
     tell(lambda: loader.load_model(None, None))
 print(json.dumps(said))
