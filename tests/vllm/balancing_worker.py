@@ -14,10 +14,11 @@ from vllm_plugin import compat
 class BalancingWorker(compat.platform_worker()):  # type: ignore[misc]  # which one is known only here
     """For `EngineHost.load(ask="move_experts")`. Its layers are balanced ones; it computes no tokens."""
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def init_device(self) -> None:
         """On a CPU a configuration with balancing is refused when it is made, so it is switched on here."""
-        self.vllm_config.parallel_config.enable_eplb = True
-        super().load_model(*args, **kwargs)
+        parallel = self.vllm_config.parallel_config
+        parallel.enable_eplb, parallel.eplb_config.communicator = True, "torch_gloo"
+        super().init_device()
 
     def move_experts(self) -> dict[str, Any]:
         """vLLM's own state of balancing decides on other places. Offers before and after, and what stopped vLLM.
