@@ -41,6 +41,7 @@ class Kept:
             "cpu",
             heartbeat_interval_seconds=interval_seconds,
             served=lambda: self.served,
+            topology=dict,
             superseded_by_newer=self.superseded.set,
         )
 
