@@ -85,7 +85,13 @@ UNUSED: tuple[Unused, ...] = (
         "which source a worker takes",
         "chunks come from all sources at once, near ones first, rarest first (docs/swarm.md)",
     ),
-    Unused(("MX_DISABLE_DRAFT_P2P",), "worker", "draft models", "they are never exchanged"),
+    Unused(
+        ("MX_DISABLE_DRAFT_P2P",),
+        "worker",
+        "draft models",
+        'they are exchanged as models are (docs/vllm.md, "Drafts"); `draft_load_config` in `--speculative-config` gives '
+        "them a load format of their own",
+    ),
     Unused(
         ("MX_INSTANT_TENSOR", "MX_MS_DISTRIBUTED", "MX_GDS_*"),
         "worker",
