@@ -89,8 +89,8 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_DISABLE_DRAFT_P2P",),
         "worker",
         "draft models",
-        'they are exchanged as models are (docs/vllm.md, "Drafts"); `draft_load_config` in `--speculative-config` gives '
-        "them a load format of their own",
+        'they are exchanged as models are (docs/vllm.md, "Drafts"); `draft_load_config` in `--speculative-config` '
+        "gives them a load format of their own",
     ),
     Unused(
         ("MX_INSTANT_TENSOR", "MX_MS_DISTRIBUTED", "MX_GDS_*"),
