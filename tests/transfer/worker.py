@@ -31,7 +31,7 @@ def answer(**values: Any) -> None:
 class Worker:
     def __init__(self, task: dict[str, Any]) -> None:
         self.tensors = HostTensors(model_specs(task.get("megabytes", 4), task.get("prefix", "")), task.get("seed"))
-        self.layout, self.placement = build_layout("raw", self.tensors.local_tensors())
+        self.layout, self.placement = build_layout(task.get("kind", "raw"), self.tensors.local_tensors())
         self.membership = Membership(
             load_settings(
                 {"MX_WORKER_GRPC_PORT": 0, "MX_STALL_TIMEOUT_SECS": PATIENT_SECONDS, **task.get("settings", {})}

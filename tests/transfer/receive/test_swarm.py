@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from mxcore.errors import HolderBusy, NixlError, NixlMissing, SourceUnreachable, TransferError
-from mxcore.transfer.layout import ChunkRequest, all_chunks
+from mxcore.transfer.layout import ChunkRequest, all_chunks, build_layout
 from mxcore.transfer.move import Source
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
@@ -53,6 +53,33 @@ def test_a_lost_holder_costs_what_was_in_flight(
     report = target.receive(sources, progress)
     assert target.is_right
     assert report.bytes_again <= 0.1 * report.bytes
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_what_came_in_part_is_finished_from_a_holder_that_came_later(
+    kind: Literal["raw", "processed"], start_worker: StartWorker, new_member: NewMember
+) -> None:
+    """The first one is killed at half, and nobody else was there; what came of it is not asked for again."""
+    settings = {"MX_SOURCE_RATE_LIMIT": "8 MB"}
+    dying, later, target = start_worker("tcp", seed=SEED, kind=kind, settings=settings), new_member(SEED), new_member()
+    for member in (later, target):
+        member.layout, member.placement = build_layout(kind, member.tensors.local_tensors())
+    source, half = dying.serve(), threading.Event()
+
+    def replaced() -> None:
+        assert half.wait(60)
+        dying.kill()
+        later.serve()
+
+    replacing = threading.Thread(target=replaced)
+    replacing.start()
+    target.membership.join()
+    report = target.receive([source], lambda done, total: half.set() if done >= total / 2 else None)
+    replacing.join()
+    assert target.is_right
+    assert report.bytes_from.keys() == {source.worker_id, later.membership.worker_id}
+    assert sum(report.bytes_from.values()) == report.bytes
+    assert report.bytes_from[source.worker_id] >= report.bytes / 2
 
 
 def test_a_receiver_gives_away_what_it_has(new_member: NewMember, client: ServerClient) -> None:
