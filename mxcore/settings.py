@@ -75,6 +75,8 @@ class WorkerSettings(BaseModel):
     topology: str = Field("", alias="MX_TOPOLOGY", max_length=65536)
     topology_required: str = Field("", alias="MX_TOPOLOGY_REQUIRED", max_length=64)
     topology_levels: tuple[str, ...] = Field(TOPOLOGY_LEVELS, alias="MX_P2P_TOPOLOGY_LEVELS", min_length=1)
+    nic_pin: str = Field("", alias="MX_RDMA_NIC_PIN", max_length=4096)
+    nic_pin_least_gbps: float | None = Field(None, alias="MX_RDMA_NIC_PIN_MIN_RATE_GBPS", ge=0)
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
     storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
     read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from mxcore.agreement import LEAST_STALL_SECONDS, Agreement, Gather
+from mxcore.cuda import driver as cuda_driver
 from mxcore.engine import serving
 from mxcore.engine.context import LoadContext, Role
 from mxcore.engine.departure import Record
@@ -27,9 +28,10 @@ from mxcore.engine.signed_model import signed_manifest
 from mxcore.engine.weights import Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder
-from mxcore.settings import load_settings
+from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.signed import SignedManifest
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, Refusal
+from mxcore.transfer.route import choose_nic, pin_nic
 from mxcore.transfer.serve import Origin
 from mxserver.wire import MxError, SettingError
 
@@ -117,11 +119,24 @@ def _with_settings(context: LoadContext) -> LoadContext:
     if report_path and context.engine.part:
         report_path += f".{context.engine.part}"
     settings = load_settings(options, refused=context.fallbacks)
+    if settings.nic_pin and context.engine.device.type == "cuda":
+        with context.fallbacks.attempt("choosing a network card (MX_RDMA_NIC_PIN)"):
+            _pin_nic(settings, context.engine.device.index or 0)
     uri: UriPlace | None = None
     if settings.model_uri and context.role.reads_storage:
         uri = UriPlace(settings.model_uri, settings)
         context.at_end.callback(uri.close)
     return replace(context, settings=settings, report_path=report_path, uri=uri)
+
+
+def _pin_nic(settings: WorkerSettings, device_index: int) -> None:
+    """Before the first agent is made. Raises CudaError, OSError."""
+    address = cuda_driver.Device(device_index).pci_bus_id
+    choice = choose_nic(address, settings.nic_pin, least_gbps=settings.nic_pin_least_gbps)
+    level = logging.INFO if choice.port else logging.WARNING
+    _log.log(level, "device %s uses %s: %s", address, choice.port or "the RDMA ports that UCX chooses", choice.because)
+    if choice.port:
+        pin_nic(choice.port)
 
 
 def _signed(context: LoadContext) -> SignedManifest | None:

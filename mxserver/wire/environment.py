@@ -183,6 +183,13 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_P2P_TOPOLOGY_LEVELS", "worker", "names of the levels of a place, from broad to narrow"),
     Variable("MX_P2P_TOPOLOGY_DOMAIN", "worker", "as MX_TOPOLOGY_REQUIRED"),
     Variable("MX_P2P_TOPOLOGY_ENFORCEMENT", "worker", "preferred: that level is not required"),
+    Variable(
+        "MX_RDMA_NIC_PIN",
+        "worker",
+        "auto: each device uses the RDMA port that is near to it, and no other device's where there are enough; or "
+        "names of ports, in the order of the devices' PCI addresses. UCX chooses unless set",
+    ),
+    Variable("MX_RDMA_NIC_PIN_MIN_RATE_GBPS", "worker", "ports below it are left out; unless set all but the fastest"),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
     Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),

@@ -69,12 +69,6 @@ UNUSED: tuple[Unused, ...] = (
         "neighbouring tensors are always registered as one region",
     ),
     Unused(
-        ("MX_RDMA_NIC_PIN*",),
-        "worker",
-        "which network card goes with which device",
-        "UCX chooses; `UCX_NET_DEVICES` narrows it",
-    ),
-    Unused(
         (
             "MX_P2P_SOURCE_SELECTOR",
             "MX_P2P_LOAD_WEIGHT",

@@ -68,10 +68,10 @@ def test_environment_names() -> None:
 
 
 def test_names_without_effect_are_one_note() -> None:
-    environ = {"MX_SERVER_ADDRESS": "h:1", "MX_METADATA_PORT": "5555", "MX_RDMA_NIC_PIN": "auto", "MX_SOMETHING": "1"}
+    environ = {"MX_SERVER_ADDRESS": "h:1", "MX_METADATA_PORT": "5555", "MX_POOL_REG": "1", "MX_SOMETHING": "1"}
     unknown, unused = doctor_server.environment(environ)
     assert (unknown.fact, unknown.do) == ("MX_SOMETHING is no setting", "unset it")
-    assert (unused.state, unused.fact) == ("note", "without effect on a worker: MX_METADATA_PORT, MX_RDMA_NIC_PIN")
+    assert (unused.state, unused.fact) == ("note", "without effect on a worker: MX_METADATA_PORT, MX_POOL_REG")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ EXAMPLES = {
     for example in tomllib.loads((Path(__file__).parent / "published_examples.toml").read_text())["example"]
 }
 _ADDRESS = re.compile(r"[\w.-]+:\d+$")
-WITHOUT_EFFECT = {"llm-d": "MX_METADATA_PORT, MX_RDMA_NIC_PIN have no effect here"}
+WITHOUT_EFFECT = {"llm-d": "MX_METADATA_PORT has no effect here"}
 
 
 class PublishedWorker(Worker):

@@ -100,11 +100,11 @@ def test_names_of_other_versions_are_known_and_said_to_have_no_effect() -> None:
 
 
 def test_warnings_are_one_line_a_misspelt_name_and_one_for_all_without_effect() -> None:
-    environ = {"MX_LAYUOT": "raw", "MX_QUITE_ELSE": "1", "MX_METADATA_PORT": "1", "MX_RDMA_NIC_PIN": "auto"}
+    environ = {"MX_LAYUOT": "raw", "MX_QUITE_ELSE": "1", "MX_METADATA_PORT": "1", "MX_POOL_REG": "1"}
     assert environment.warnings_for(environ, "worker") == [
         "MX_LAYUOT is no setting; the nearest one is MX_LAYOUT",
         "MX_QUITE_ELSE is no setting",
-        "MX_METADATA_PORT, MX_RDMA_NIC_PIN have no effect here (docs/settings.md says why)",
+        "MX_METADATA_PORT, MX_POOL_REG have no effect here (docs/settings.md says why)",
     ]
     assert environment.warnings_for({"MX_METADATA_NAMESPACE": "n"}, "server") == [
         "MX_METADATA_NAMESPACE has no effect here (docs/settings.md says why)"

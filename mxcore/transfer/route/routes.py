@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mxcore.process import c_getenv, c_setenv
+from mxcore.transfer.route.nic_pinning import net_devices
 from mxcore.transfer.route.rdma_devices import pins_too_little, usable_ports
 from mxcore.transfer.route.same_device import cannot_read
 from mxcore.transfer.route.same_host import can_read
@@ -257,11 +258,12 @@ class UcxPolicy:
 def ucx_environment(tls: str) -> Iterator[None]:
     """UCX's environment while an agent is created; restored afterwards, for other users of UCX in this process.
 
-    Where the user has set one of UCX_DEFAULTS, that stays. UCX reads the environment when a backend is created; the
-    lock lets one agent at a time be made. `os.environ` does not see the changes.
+    Where the user has set one of UCX_DEFAULTS, or UCX_NET_DEVICES, that stays. UCX reads the environment when a backend
+    is created; the lock lets one agent at a time be made. `os.environ` does not see the changes.
     """
     with _environment_lock:
-        meant = {name: value for name, value in UCX_DEFAULTS.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
+        defaults = UCX_DEFAULTS | ({"UCX_NET_DEVICES": pinned} if (pinned := net_devices()) else {})
+        meant = {name: value for name, value in defaults.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
         before = {name: c_getenv(name) for name in meant}
         try:
             for name, value in meant.items():
