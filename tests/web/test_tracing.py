@@ -23,7 +23,7 @@ from mxserver.services import HealthService, P2pService
 from mxserver.store import Leases, MemoryStore
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
-from mxserver.wire.proto import health_pb2, health_pb2_grpc, p2p_pb2_grpc
+from mxserver.wire.proto import health_pb2, health_pb2_grpc
 from tests.web.conftest import WebServer, publish
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -38,7 +38,7 @@ def traced() -> Iterator[tuple[str, InMemorySpanExporter, MemoryStore]]:
     store = MemoryStore()
     operations = Operations(store, lease_seconds=90, provider=provider)
     server = grpc.server(ThreadPoolExecutor(4), interceptors=operations.interceptors)
-    p2p_pb2_grpc.add_P2pServiceServicer_to_server(P2pService(operations.store, Leases(), operations.loads), server)
+    P2pService(operations.store, Leases(), operations.loads).add_to(server)
     health_pb2_grpc.add_HealthServiceServicer_to_server(HealthService(lambda: None), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

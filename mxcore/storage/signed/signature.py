@@ -17,6 +17,7 @@ from typing import Any
 
 from mxcore.errors import SignatureError, SignatureInvalid
 from mxcore.storage.signed.manifest import SignedManifest
+from mxserver.wire import install_command
 
 __all__ = ["trusted_manifest"]
 
@@ -62,9 +63,7 @@ def trusted_manifest(
     try:
         verifying: Any = import_module("model_signing.verifying")  # heavy, and an extra
     except ImportError as error:
-        raise SignatureError(
-            f"signatures cannot be verified: {error}: pip install 'mx-modelexpress[signing]'"
-        ) from error
+        raise SignatureError(f"signatures cannot be verified: {error}: {install_command('signing')}") from error
     trusted = key or certificates
     try:
         config = verifying.Config()
