@@ -137,6 +137,7 @@ def test_drain_ends_answers_first(port: Callable[..., Port]) -> None:
     draining = port(silence_seconds=120)  # the idle connection is not cut for its silence, however slow the machine
     busy, idle = draining.connected(), draining.connected()
     assert body_of(idle, draining.path + "config.json") == FILES["config.json"]
+    assert draining.files.wait(60)  # that answer is over, and not one that the drain meets
     busy.request("GET", draining.path + "big.bin")
     answer = busy.getresponse()
     draining.files.drain()
