@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from mxserver.store import SourceRecord
+from mxserver.wire.calls import shared_levels
 
 __all__ = ["nearest"]
 
@@ -22,13 +23,6 @@ def nearest(
 
     def order(record: SourceRecord) -> tuple[int, float, bytes]:
         spread = hashlib.blake2b(f"{asker}/{record.key.worker_id}".encode(), digest_size=8).digest()
-        return -_shared(record.topology, topology, levels), record.source_load or 0.0, spread
+        return -shared_levels(record.topology, topology, levels), record.source_load or 0.0, spread
 
     return sorted(records, key=order)
-
-
-def _shared(one: Mapping[str, str], other: Mapping[str, str], levels: Sequence[str]) -> int:
-    """How narrow the narrowest level is that both have in common; 0: they share none."""
-    return max(
-        (depth for depth, level in enumerate(levels, 1) if one.get(level, "") == other.get(level) != ""), default=0
-    )

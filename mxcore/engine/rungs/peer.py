@@ -98,7 +98,7 @@ class PeerRung(Rung[Loaded]):
         failed = self._tried.failed
         others = f" but those that failed ({', '.join(sorted(failed))})" if failed else ""
         membership = self._membership()
-        nearest = membership.nearest() if membership is not None else ""
+        nearest = membership.differs_least() if membership is not None else ""
         told = f"; {nearest}" if nearest else ""
         return f"no worker{others} has these weights for rank {self._context.rank}{told}"
 

@@ -164,19 +164,20 @@ def _turn(folder: Path | None, key: str) -> Iterator[None]:
     if folder is None:
         yield
         return
-    place, handle = folder / f"{key}.lock", -1
+    place, handle, ours = folder / f"{key}.lock", -1, False
     try:
         deadline = time.monotonic() + WAIT_SECONDS
         try:
             handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            while not _locked(handle) and time.monotonic() < deadline:
+            while not (ours := _locked(handle)) and time.monotonic() < deadline:
                 time.sleep(_PAUSE_SECONDS)
         except OSError as error:
             _log.debug("no lock at %s: %s", place, error)
         yield
     finally:
-        with suppress(OSError):
-            place.unlink(missing_ok=True)  # who waits has it open, and looks again
+        if ours:  # who gave up waiting leaves it to its owner, or a third one would read beside that
+            with suppress(OSError):
+                place.unlink(missing_ok=True)  # who waits has it open, and looks again
         if handle >= 0:
             os.close(handle)
 

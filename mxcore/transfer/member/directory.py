@@ -86,7 +86,7 @@ class Directory:
         refs = [ref for status in statuses for ref in self._client.list_sources(identity, status=status)]
         return {ref.worker_rank for ref in refs}
 
-    def nearest(self, identity: p2p_pb2.SourceIdentity) -> str:
+    def differs_least(self, identity: p2p_pb2.SourceIdentity) -> str:
         """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
 
         Empty if there is none, or if the server does not say; raises nothing.

@@ -170,9 +170,9 @@ class Membership:
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
-    def nearest(self) -> str:
+    def differs_least(self) -> str:
         """In what complete holders of this model differ, of the one that differs least; empty if there is none."""
-        return self._directory.nearest(self.identity) if self._directory else ""
+        return self._directory.differs_least(self.identity) if self._directory else ""
 
     def wait_for_source(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.route import host_identity
-from mxserver.wire.calls import Near
+from mxserver.wire.calls import Near, shared_levels
 
 __all__ = ["Place", "current_place"]
 
@@ -39,12 +39,11 @@ class Place:
 
     def distance(self, topology: Mapping[str, str]) -> int:
         """0: the narrowest level is the same; one more for each level that is broader; the most: none is the same."""
-        shared = [depth for depth, level in enumerate(self.levels, 1) if self._same(level, topology)]
-        return len(self.levels) - max(shared, default=0)
+        return len(self.levels) - shared_levels(self.topology, topology, self.levels)
 
     def allows(self, topology: Mapping[str, str]) -> bool:
         """Whether a source there may be taken. False also where either does not know its own required level."""
-        return not self.required or self._same(self.required, topology)
+        return not self.required or shared_levels(self.topology, topology, (self.required,)) > 0
 
     @property
     def domain(self) -> str:
@@ -64,9 +63,6 @@ class Place:
     def near(self, worker_id: str) -> Near:
         """What the server is told, so that it lists the nearest."""
         return Near(worker_id, self.topology, self.levels)
-
-    def _same(self, level: str, topology: Mapping[str, str]) -> bool:
-        return topology.get(level, "") == self.topology.get(level) != ""
 
 
 def current_place(settings: WorkerSettings) -> Place:

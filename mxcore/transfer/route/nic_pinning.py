@@ -77,8 +77,10 @@ def net_devices(root: Path = _ROOT) -> str | None:
     """What UCX_NET_DEVICES is to be: the pinned port, and all interfaces, for TCP. None: nothing is pinned."""
     with _lock:
         pinned = list(_pinned)
+    if not pinned:
+        return None
     interfaces = sorted(path.name for path in (root / "sys/class/net").glob("*") if path.is_dir())
-    return ",".join(pinned + interfaces) if pinned else None
+    return ",".join(pinned + interfaces)
 
 
 def _told(own: str, devices: Sequence[str], names: Sequence[str], usable: Sequence[str]) -> NicChoice:

@@ -13,7 +13,7 @@ from mxserver.wire.calls.channels import (
     open_channel,
     server_credentials,
 )
-from mxserver.wire.calls.client import ERROR_CODE_METADATA, Near, ServerClient
+from mxserver.wire.calls.client import ERROR_CODE_METADATA, Near, ServerClient, shared_levels
 from mxserver.wire.calls.closing import Closing
 from mxserver.wire.calls.patience import Patience
 from mxserver.wire.calls.source_ids import canonical_json, source_id
@@ -34,5 +34,6 @@ __all__ = [
     "channel_options",
     "open_channel",
     "server_credentials",
+    "shared_levels",
     "source_id",
 ]

@@ -22,6 +22,15 @@ class Near(NamedTuple):
     levels: Sequence[str]
 
 
+def shared_levels(one: Mapping[str, str], other: Mapping[str, str], levels: Sequence[str]) -> int:
+    """How narrow the narrowest of `levels` is at which two places are the same; 0: at none. Unknown is never the same.
+
+    The one rule for the server, which lists the nearest, and for workers, which take from them.
+    """
+    same = (depth for depth, level in enumerate(levels, 1) if one.get(level, "") == other.get(level) != "")
+    return max(same, default=0)
+
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 

@@ -66,16 +66,16 @@ def status_of(client: ServerClient, member: Membership) -> int | None:
 
 def test_what_the_nearest_worker_has_else(new_member: NewMember) -> None:
     ours = new_member("c0ffee")
-    assert ours.nearest() == ""
+    assert ours.differs_least() == ""
     far, near = new_member("decaf"), new_member("decaf")
     far.identity.dtype = "float64"
     for member in (far, near):
         member.join()
         serve(member)
-    assert ours.nearest() == f"worker {near.worker_id} has other weight files"
+    assert ours.differs_least() == f"worker {near.worker_id} has other weight files"
     near.close()
     here = ours.identity.dtype
-    assert ours.nearest() == f"worker {far.worker_id} has other weight files, dtype float64 (here {here})"
+    assert ours.differs_least() == f"worker {far.worker_id} has other weight files, dtype float64 (here {here})"
 
 
 def test_from_joining_to_goodbye(new_member: NewMember, client: ServerClient) -> None:
