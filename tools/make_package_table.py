@@ -1,6 +1,6 @@
-"""Writes the table of packages and their sizes in docs/ARCHITECTURE.md: `python tools/make_package_table.py`.
+"""Writes the table of packages in docs/ARCHITECTURE.md: `python tools/make_package_table.py`.
 
-tests/test_layers.py holds packages and modules to the code; the lines are those of the day on which this ran.
+tests/test_layers.py holds it to the code. Sizes are not in it: they would change with every commit.
 """
 
 from __future__ import annotations
@@ -13,28 +13,21 @@ PAGE = ROOT / "docs" / "ARCHITECTURE.md"
 BEGIN = "<!-- packages:"
 END = "<!-- end -->"
 _LAYERS = ("vllm_plugin", "mxcore", "mxserver", "bench")
-_CODE = {".py", ".pyx", ".pxd", ".pyi", ".h", ".cu", ".proto"}
 
 
-def _lines(files: list[Path]) -> int:
-    return sum(len(path.read_text().splitlines()) for path in files)
-
-
-def rows() -> list[tuple[str, str, int, int]]:
-    """Package, what is in it, modules, lines (stubs that are made of .proto files left out)."""
+def rows() -> list[tuple[str, str]]:
+    """Package, and what is in it by the first sentence of its docstring."""
     found = []
     for init in sorted(init for layer in _LAYERS for init in (ROOT / layer).rglob("__init__.py")):
-        files = [path for path in init.parent.iterdir() if path.suffix in _CODE and "_pb2" not in path.name]
-        names = {path.stem for path in files if path.suffix in {".py", ".pyx", ".proto"}} - {"__init__"}
         said = (ast.get_docstring(ast.parse(init.read_text())) or "").replace("\n", " ").partition(". ")[0].rstrip(".")
-        found.append((str(init.parent.relative_to(ROOT)), said, len(names), _lines(files)))
+        found.append((str(init.parent.relative_to(ROOT)), said))
     return sorted(found, key=lambda row: (_LAYERS.index(row[0].split("/")[0]), row[0]))
 
 
 def table() -> str:
     """One row a package."""
-    lines = ["| package | what is in it | modules | lines |", "|---|---|---:|---:|"]
-    lines += [f"| `{package}` | {said} | {modules} | {count:,} |" for package, said, modules, count in rows()]
+    lines = ["| package | what is in it |", "|---|---|"]
+    lines += [f"| `{package}` | {said} |" for package, said in rows()]
     return "\n".join(lines) + "\n"
 
 
