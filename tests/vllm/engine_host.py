@@ -228,8 +228,8 @@ def look(command: dict[str, Any]) -> dict[str, Any]:
             "tensors": {name: f"{digest(tensor):x}" for name, tensor in found.kept.items()},
             "numbers": found.scalars,
             "weights": sorted(self.found.kept),
-            "sent": {name: value for name, value in self.scalars.items() if not name.startswith("structure: ")},
-            "structure": sorted(name for name in self.scalars if name.startswith("structure: ")),
+            "sent": {name: value for name, value in self.scalars.items() if value is not None},
+            "structure": sorted(name for name, value in self.scalars.items() if value is None),
         }
 
     Weights._take = taken  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLine
 from vllm.model_executor.layers.quantization import auto_gptq
 
 from mxcore.engine.weights import Built, MarkUninitialised, Weights
-from mxcore.engine.weights.structure import STRUCTURE_PREFIX
+from mxcore.engine.weights.structure import structure_of
 from tests.engine.in_memory import received_from
 
 CPU = torch.device("cpu")
@@ -90,5 +90,5 @@ def exchange() -> dict[str, Any]:
         "empty": sorted(name for name, tensor in theirs.items() if not tensor.numel()),
         "equal": [name for name in theirs if torch.equal(theirs[name], ours[name])],
         "changed": [name for name in ours if not torch.equal(before[name], ours[name])],
-        "structure": [name.removeprefix(STRUCTURE_PREFIX) for name in offered.scalars if "Marlin" in name],
+        "structure": [row for row in structure_of(offered.scalars) if "Marlin" in row],
     }

@@ -15,13 +15,14 @@ from mxcore.engine.weights.collect import Collected
 from mxcore.engine.weights.evidence import Built, bytes_by_name, packed_away, some
 from mxcore.engine.weights.structure import (
     FLAG_PREFIX,
-    STRUCTURE_PREFIX,
     flags_of,
+    numbers_of,
     require_same_structure,
+    structure_of,
     structure_rows,
 )
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
-from mxcore.transfer.layout import ChunkDigests, Chunks, Layout, Manifest, Placement, build_layout, chunk_set
+from mxcore.transfer.layout import ChunkDigests, Chunks, Layout, Manifest, Placement, Scalars, build_layout, chunk_set
 from mxcore.transfer.receive import ReceiveReport
 from mxcore.transfer.route import memory_digests
 
@@ -47,7 +48,7 @@ class Weights:
         self.kind = kind
         self.device = device
         self.found = Collected()
-        self.scalars: dict[str, float] = {}  # what the manifest says beside tensors: numbers, and the structure
+        self.scalars: Scalars = {}  # what the manifest says beside tensors: numbers, and the structure
         self.layout: Layout | None = None
         self.placement: Placement | None = None
         self.received: ReceiveReport | None = None
@@ -128,26 +129,24 @@ class Weights:
         weights.require_movable()
         if not any(bytes_by_name(weights).values()):
             raise LayoutUnsupported("loading wrote no weight: there is nothing to offer")
-        structure = structure_rows(weights, self._flags) if self.kind == "processed" else {}
+        structure = structure_rows(weights, self._flags) if self.kind == "processed" else set()
         self.layout, self.placement = build_layout(self.kind, weights.tensors)
         synchronize(self.device)
         self.found = weights
         flags = {FLAG_PREFIX + name: float(value) for name, value in self._flags.items()}
-        self.scalars = {**weights.scalars, **structure, **flags}
+        self.scalars = {**weights.scalars, **dict.fromkeys(structure), **flags}
 
     def _receive(self, model: nn.Module, found: Collected, built: Built, receive: Receive) -> None:
         ours = built.weights(found)
         ours.require_movable()
-        structure = set(structure_rows(ours, self._flags)) if self.kind == "processed" else set()
+        structure = structure_rows(ours, self._flags) if self.kind == "processed" else set()
         flags: dict[str, bool] = {}
 
         def fit(manifest: Manifest) -> Placement:
-            theirs = {name for name in manifest.scalars if name.startswith(STRUCTURE_PREFIX)}
-            require_same_structure(theirs, structure)
+            require_same_structure(structure_of(manifest.scalars), structure)
             flags.clear()
             flags.update(flags_of(manifest.scalars, model))
-            numbers = {name for name in manifest.scalars if not name.startswith((STRUCTURE_PREFIX, FLAG_PREFIX))}
-            if unknown := sorted(numbers - found.scalars.keys()):
+            if unknown := sorted(numbers_of(manifest.scalars).keys() - found.scalars.keys()):
                 raise LayoutMismatch(f"{len(unknown)} of the holder's numbers are not in this model: {unknown[:5]}")
             chosen = built.chosen(found, manifest.layout)
             layout, placement = build_layout(self.kind, chosen.tensors)
@@ -163,8 +162,7 @@ class Weights:
             return placement
 
         self.received = receive(fit)
-        prefixes = (STRUCTURE_PREFIX, FLAG_PREFIX)
-        numbers = {name: value for name, value in self.scalars.items() if not name.startswith(prefixes)}
+        numbers = numbers_of(self.scalars)
         found.set_scalars(numbers)
         for name, value in flags.items():
             setattr(model, name, value)

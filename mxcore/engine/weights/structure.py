@@ -14,21 +14,21 @@ from torch import nn
 
 from mxcore.engine.weights.collect import Collected
 from mxcore.errors import LayoutMismatch
+from mxcore.transfer.layout import Scalars
 
-__all__ = ["FLAG_PREFIX", "STRUCTURE_PREFIX", "flags_of", "require_same_structure", "structure_rows"]
-
-STRUCTURE_PREFIX = "structure: "
-"""Of names in a manifest that carry no number."""
+__all__ = ["FLAG_PREFIX", "flags_of", "numbers_of", "require_same_structure", "structure_of", "structure_rows"]
 
 FLAG_PREFIX = "loaded: "
 """Of names in a manifest of flags that loading set on the model: what of it a checkpoint has (`has_own_lm_head`)."""
 
-_DIGEST_PREFIX = STRUCTURE_PREFIX + "sha256 "
+_DIGEST_PREFIX = "sha256 "
 _NAMED = 4
 
 
-def structure_rows(weights: Collected, flags: Mapping[str, bool] = {}) -> dict[str, float]:
-    """Names without a number. Layers alike are one row, so that what differs can be told; a digest has them all.
+def structure_rows(weights: Collected, flags: Mapping[str, bool] = {}) -> set[str]:
+    """What a manifest names without a number.
+
+    Layers alike are one row, so that what differs can be told; a digest has them all.
 
     `flags` loading has set: they travel, and are left out unless processing changed them.
     """
@@ -36,11 +36,20 @@ def structure_rows(weights: Collected, flags: Mapping[str, bool] = {}) -> dict[s
     rows += [f"{path} = {text}" for path, text in weights.decided.items() if text != str(flags.get(path))]
     rows += [f"{path} is {where}" for path, where in weights.functions.items()]
     whole = hashlib.sha256("\0".join(sorted(rows)).encode()).hexdigest()
-    short = sorted({re.sub(r"\b\d+\b", "*", row) for row in rows})
-    return {**{STRUCTURE_PREFIX + row: 0.0 for row in short}, _DIGEST_PREFIX + whole: 0.0}
+    return {*(re.sub(r"\b\d+\b", "*", row) for row in rows), _DIGEST_PREFIX + whole}
 
 
-def flags_of(manifest: Mapping[str, float], model: nn.Module) -> dict[str, bool]:
+def structure_of(manifest: Scalars) -> set[str]:
+    """The `structure_rows` of a manifest."""
+    return {name for name, value in manifest.items() if value is None}
+
+
+def numbers_of(manifest: Scalars) -> dict[str, float]:
+    """What of a manifest is a weight."""
+    return {name: value for name, value in manifest.items() if value is not None and not name.startswith(FLAG_PREFIX)}
+
+
+def flags_of(manifest: Scalars, model: nn.Module) -> dict[str, bool]:
     """The flags of a manifest. Raises LayoutMismatch with the name of one that is no flag of this model."""
     flags = {
         name.removeprefix(FLAG_PREFIX): bool(value) for name, value in manifest.items() if name.startswith(FLAG_PREFIX)
@@ -54,10 +63,10 @@ def flags_of(manifest: Mapping[str, float], model: nn.Module) -> dict[str, bool]
 
 
 def require_same_structure(theirs: set[str], ours: set[str]) -> None:
-    """Raises LayoutMismatch with what differs; both are names of `structure_rows`."""
+    """Raises LayoutMismatch with what differs; both are `structure_rows`."""
     if theirs == ours:
         return
-    there = sorted(row.removeprefix(STRUCTURE_PREFIX) for row in theirs - ours if not row.startswith(_DIGEST_PREFIX))
-    here = sorted(row.removeprefix(STRUCTURE_PREFIX) for row in ours - theirs if not row.startswith(_DIGEST_PREFIX))
+    there = sorted(row for row in theirs - ours if not row.startswith(_DIGEST_PREFIX))
+    here = sorted(row for row in ours - theirs if not row.startswith(_DIGEST_PREFIX))
     rows = f"there {there[:_NAMED]}, here {here[:_NAMED]}" if there or here else "the same parts in other layers"
     raise LayoutMismatch(f"the holder's model is made otherwise, of other kernels or by other options: {rows}")

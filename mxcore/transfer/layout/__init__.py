@@ -25,7 +25,7 @@ from mxcore.transfer.layout.plan import (
     set_to_bytes,
 )
 from mxcore.transfer.layout.regions import Regions, merge_regions
-from mxcore.transfer.layout.scalars import scalars_digest, scalars_from_proto, scalars_to_proto
+from mxcore.transfer.layout.scalars import Scalars, scalars_digest, scalars_from_proto, scalars_to_proto
 
 __all__ = [
     "CHUNK_BYTES",
@@ -45,6 +45,7 @@ __all__ = [
     "Manifest",
     "Placement",
     "Regions",
+    "Scalars",
     "SwarmPlan",
     "all_chunks",
     "build_layout",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
+from mxcore.transfer.layout.scalars import Scalars
 from mxserver.wire.proto import mx_pb2
 
 __all__ = ["Kind", "Layout", "LayoutTensor", "LocalTensor", "Manifest", "Placement", "build_layout"]
@@ -153,10 +154,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a holder says that its weights are: the layout, numbers that are no tensors, and the size of its chunks."""
+    """What a holder says that its weights are: the layout, what is no tensor, and the size of its chunks."""
 
     layout: Layout
-    scalars: Mapping[str, float]
+    scalars: Scalars
     chunk_bytes: int
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, all_chunks
+from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, Scalars, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Served, WorkerRecord
@@ -231,7 +231,7 @@ class Membership:
         self,
         layout: Layout,
         placement: Placement,
-        scalars: Mapping[str, float],
+        scalars: Scalars,
         sources: Sequence[Source],
         progress: ProgressCallback | None = None,
         *,
@@ -276,7 +276,7 @@ class Membership:
         self,
         layout: Layout,
         placement: Placement,
-        scalars: Mapping[str, float],
+        scalars: Scalars,
         digests: ChunkDigests | None = None,
         keep_alive: object = None,
         origin: Origin | None = None,
@@ -377,7 +377,7 @@ class Membership:
         self,
         layout: Layout,
         placement: Placement,
-        scalars: Mapping[str, float],
+        scalars: Scalars,
         digests: ChunkDigests | None,
         keep_alive: object,
         have: int | None = None,

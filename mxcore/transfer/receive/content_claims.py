@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mxcore.transfer.layout import DIGEST_BYTES, ChunkDigests
+from mxcore.transfer.layout import DIGEST_BYTES, ChunkDigests, Scalars
 
 __all__ = ["Content", "ContentClaims"]
 
@@ -22,7 +22,7 @@ class Content:
 
     digests: ChunkDigests
     scalars_digest: str
-    scalars: dict[str, float]
+    scalars: Scalars
 
     def same_as(self, other: Content) -> bool:
         """Whether chunks of both have the same bytes."""

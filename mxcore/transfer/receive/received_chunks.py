@@ -19,6 +19,7 @@ from mxcore.transfer.layout import (
     Chunks,
     Layout,
     Placement,
+    Scalars,
     SwarmPlan,
     chunk_digests,
     chunk_set,
@@ -295,7 +296,7 @@ class ReceivedChunks:
             self._plan.adopt(chunks)
             self._bytes_done += sum(map(self.chunks.bytes_of, chunks_of(chunks)))
 
-    def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> dict[str, float]:
+    def _check_scalars(self, where: str, answer: mx_pb2.GetLayoutResponse) -> Scalars:
         scalars = scalars_from_proto(answer.scalars)
         if scalars.keys() != self._scalar_names:
             missing = sorted(self._scalar_names - scalars.keys())

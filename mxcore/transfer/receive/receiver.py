@@ -29,7 +29,7 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
+from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, Scalars
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
@@ -81,7 +81,7 @@ class ReceiveReport:
     source_worker_id: str
     operation: str
     transport: str
-    scalars: dict[str, float]
+    scalars: Scalars
     digests: ChunkDigests = field(repr=False)
     failures: tuple[str, ...] = ()
     bytes_from: Mapping[str, int] = field(default_factory=dict)

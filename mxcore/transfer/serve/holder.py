@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from mxcore.transfer.layout import (
     GrantCounts,
     Layout,
     Placement,
+    Scalars,
     all_chunks,
     chunk_digests,
 )
@@ -113,7 +114,7 @@ class Holder:
         placement: Placement,
         make_session: Callable[[], AgentSession],
         *,
-        scalars: Mapping[str, float] | None = None,
+        scalars: Scalars | None = None,
         digests: ChunkDigests | None = None,
         keep_alive: object = None,
         chunk_bytes: int = CHUNK_BYTES,
@@ -171,9 +172,7 @@ class Holder:
         """What readers were allowed to fetch so far."""
         return self._bytes_sent
 
-    def serves(
-        self, layout: Layout, placement: Placement, scalars: Mapping[str, float], digests: ChunkDigests | None
-    ) -> bool:
+    def serves(self, layout: Layout, placement: Placement, scalars: Scalars, digests: ChunkDigests | None) -> bool:
         """Whether it serves exactly these weights, and is not draining."""
         ours = (self.layout.fingerprint, self.placement, self.scalars, self.digests)
         return ours == (layout.fingerprint, placement, dict(scalars), digests) and not self._draining

@@ -213,13 +213,16 @@ class Scalar(google.protobuf.message.Message):
     VALUE_FIELD_NUMBER: builtins.int
     name: builtins.str
     value: builtins.float
+    """absent: the name is all there is to say, and is compared"""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
-        value: builtins.float = ...,
+        value: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "value", b"value"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_value", b"_value", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_value", b"_value", "name", b"name", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_value", b"_value"]) -> typing.Literal["value"] | None: ...
 
 global___Scalar = Scalar
 
