@@ -44,7 +44,7 @@ POOLS: dict[str, Kind] = {
         4,
         frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check", f"{_PROBE}Call"}),
     ),
-    "listings": Kind(16, frozenset({f"{_P2P}ListSources"})),
+    "listings": Kind(4, frozenset({f"{_P2P}ListSources"})),
     "records": Kind(8, frozenset({f"{_P2P}GetMetadata"})),  # wait for room, where they are large
     "publishes": Kind(64, frozenset({_PUBLISH}), "publishes"),  # wait for a disk: as many as one commit can take
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
