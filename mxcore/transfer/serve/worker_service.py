@@ -66,13 +66,13 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
         self._identity = identity
         self._holder = identity.holder
 
-    def GetTensorManifest(  # noqa: N802 - the protocol's name, as all below
+    def GetTensorManifest(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: p2p_pb2.GetTensorManifestRequest, context: grpc.ServicerContext
     ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         return self._identity.manifest
 
-    def PrepareTensorRead(  # noqa: N802
+    def PrepareTensorRead(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: p2p_pb2.PrepareTensorReadRequest, context: grpc.ServicerContext
     ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
@@ -171,7 +171,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         if self._device_probe is not None:
             self._device_probe.close()
 
-    def GetLayout(  # noqa: N802
+    def GetLayout(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
     ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
