@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
-from vllm.distributed import get_world_group
+from vllm.distributed import get_world_group, parallel_state
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -119,7 +119,8 @@ class VllmEngine:
 
     @property
     def configuration(self) -> Sequence[object]:
-        return self._vllm_config, self._model_config
+        groups = [held for held in vars(parallel_state).values() if isinstance(held, parallel_state.GroupCoordinator)]
+        return self._vllm_config, self._model_config, current_platform, *groups
 
     @property
     def processed_weights_move(self) -> bool:

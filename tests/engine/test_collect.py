@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
+from mxcore.engine.weights import Built
 from mxcore.engine.weights.collect import MAXIMUM_DEPTH, Collected, collect, shown
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import build_layout
@@ -105,11 +107,32 @@ def test_too_deep_is_refused_not_left_out() -> None:
     assert "nested deeper" in reason
 
 
-def test_run_time_state_is_skipped() -> None:
+def test_scratch_memory_goes_by_its_name() -> None:
+    """Nothing else would tell: made by processing as a weight is, and written by kernels after it was looked at."""
     model = nn.Linear(1, 1)
-    model.kv_cache = torch.ones(100)
-    model.register_buffer("workspace", torch.ones(100))
-    assert names(collect(model, CPU)) == ["weight", "bias"]
+    built = Built(model, CPU)
+    model.register_buffer("workspace", torch.zeros(100))
+    model.another = torch.zeros(100)
+    assert names(built.weights(built.look(model))) == ["weight", "bias", "another"]
+
+
+def test_a_cache_is_as_the_constructor_left_it() -> None:
+    """vLLM's KV cache is empty until the engine has its weights: it needs no name."""
+    model = nn.Linear(1, 1)
+    model.kv_cache = [torch.tensor([])]
+    model.register_buffer("other_cache", torch.ones(100))
+    built = Built(model, CPU)
+    assert names(built.weights(built.look(model))) == ["weight", "bias"]
+
+
+def test_what_leads_out_of_the_model_is_not_followed() -> None:
+    """Compiled code has the model's weights under other names; a logger knows all others, whatever was imported."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.runs = fx.Interpreter(fx.symbolic_trace(model[0]))
+    model.log = logging.getLogger("a model's")
+    found = collect(model, CPU)
+    assert names(found) == ["0.weight", "0.bias"]
+    assert set(found.classes) == {"", "0"}
 
 
 def test_names_and_order_do_not_depend_on_the_order_of_attributes() -> None:

@@ -26,22 +26,12 @@ from torch import nn
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import LocalTensor
 
-# Written while the engine runs, so never part of its weights: the KV cache, and kernels' scratch memory and locks.
-RUN_TIME_STATE = frozenset({"kv_cache", "workspace", "_workspace", "workspace_buffer", "_workspace_buffer"})
-# Objects of these modules are the machinery of a process; weights never live there, and they lead everywhere.
-NOT_WEIGHTS = (
-    "torch",
-    "transformers",
-    "triton",
-    "logging",
-    "threading",
-    "ctypes",
-    "vllm.distributed",
-    "vllm.compilation",
-    "vllm.platforms",
-    "vllm.forward_context",
-    "vllm.tokenizers",
-)
+# Kernels' locks and scratch memory. Processing makes them, as it makes weights, and each launch writes them, long after
+# they were looked at: nothing but the name that all kernels give them tells the two apart.
+SCRATCH = frozenset({"workspace", "_workspace", "workspace_buffer", "_workspace_buffer"})
+# Objects of these libraries, modules and tensors aside, lead out of the model: to each logger of the process, or to
+# compiled code, which names the model's weights once more. What of an engine's own is left out, it says by identity.
+MACHINERY = ("torch", "transformers", "triton", "logging", "threading", "ctypes")
 MAXIMUM_DEPTH = 16  # below a module; what lies deeper is refused
 MAXIMUM_HOST_VALUES = 64  # elements of a host tensor beside an accelerator's weights that travel as scalars
 MAXIMUM_NAMES_SHOWN = 8
@@ -104,7 +94,8 @@ def shown(reasons: Mapping[str, str]) -> str:
 def collect(model: nn.Module, device: torch.device, configuration: Sequence[object] = ()) -> Collected:
     """All that `model` holds, whose place is `device`. Refusals are recorded, not raised: `require_movable`.
 
-    What hangs on the objects of `configuration` describes the run, is at each worker another, and is left out.
+    What hangs on the objects of `configuration` is left out: it describes the run, or carries it out (groups of
+    processes), and is another one at each worker.
     """
     return _Walk(model, device, _hanging_on(configuration)).run()
 
@@ -155,13 +146,13 @@ class _Walk:
         self.found.classes[prefix.rstrip(".")] = _class_of(module)
         self.found.parameters.update(prefix + name for name in module._parameters)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in RUN_TIME_STATE:
+            if tensor is not None and name not in SCRATCH:
                 self.value(tensor, prefix + name, _fixed(prefix + name), depth)
         self.attributes(module, prefix, depth)
 
     def attributes(self, owner: Any, prefix: str, depth: int) -> None:
         for name, value in _attributes(owner):
-            if name in RUN_TIME_STATE:
+            if name in SCRATCH:
                 continue
             if isinstance(value, int) and isinstance(owner, nn.Module | torch.Tensor):
                 self.found.decided[prefix + name] = repr(value)
@@ -285,7 +276,7 @@ def _local(name: str, tensor: torch.Tensor) -> LocalTensor:
     )
 
 
-def _may_hold(value: Any, left_out: Sequence[str] = NOT_WEIGHTS) -> bool:
+def _may_hold(value: Any, left_out: Sequence[str] = MACHINERY) -> bool:
     if value is None or isinstance(value, int | str | bytes | complex | enum.Enum | type | torch.dtype | torch.device):
         return False
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | range | set | frozenset):
