@@ -7,6 +7,7 @@ from mxserver.calls.freed_memory import give_large_parts_back
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
 from mxserver.calls.nested import split_off
 from mxserver.calls.pools import PoolInterceptor, in_pool
+from mxserver.calls.pushed import PushedStream, without_thread
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 from mxserver.calls.stalled import StalledStreams
@@ -17,6 +18,7 @@ __all__ = [
     "CallPool",
     "Handler",
     "PoolInterceptor",
+    "PushedStream",
     "Receiving",
     "StalledStreams",
     "Statuses",
@@ -29,4 +31,5 @@ __all__ = [
     "refusing",
     "split_off",
     "with_behaviour",
+    "without_thread",
 ]

@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -18,6 +18,7 @@ from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
+from mxcore.transfer.member.watched_sources import LAG_SECONDS, WatchedSources
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
@@ -192,18 +193,30 @@ class Membership:
             logger.warning("%s", problem)
             return []
 
-        def listed() -> list[Source]:
-            found = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-            return [source for source in found if source.worker_id not in avoid]
+        with ExitStack() as opened:
+            watched = None if match_any_checkpoint else self._watching(opened, wants_turn=True)
 
-        return wait_for_source(
-            listed,
-            self._stand_for_election,
-            wait_seconds=self.settings.source_wait_seconds,
-            known=lambda: self._record.published,
-            leaving=self._leaving,
-            stopped=stopped,
-        )
+            def listed() -> list[Source]:
+                told = watched.holders() if watched is not None and watched.is_told else None
+                if told is None:
+                    told = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+                return [source for source in told if source.worker_id not in avoid]
+
+            return wait_for_source(
+                listed,
+                self._stand_for_election,
+                wait_seconds=self.settings.source_wait_seconds,
+                known=lambda: self._record.published,
+                leaving=self._leaving,
+                stopped=stopped,
+                watched=watched,
+            )
+
+    def _watching(self, opened: ExitStack, *, wants_turn: bool = False) -> WatchedSources | None:
+        """What the server tells of this worker's identity until `opened` ends; None where it does not know it."""
+        if self._client is None or self._directory is None or not self._record.published:
+            return None
+        return opened.enter_context(WatchedSources(self._client, self._directory, self.identity, wants_turn=wants_turn))
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
@@ -262,12 +275,12 @@ class Membership:
             tell_doubt=self._record.tell_doubt_soon,
             keep_alive=keep_alive,
             only=only,
+            lag_seconds=LAG_SECONDS,
         )
         try:
-            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
-                lists = self._directory if self._record.published else None
-                find_more = partial(lists.holders, self.identity) if lists is not None else None
-                return receiver.receive(sources, find_more, step)
+            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step, ExitStack() as opened:
+                watched = self._watching(opened)
+                return receiver.receive(sources, watched.holders if watched is not None else None, step)
         except BaseException:
             self.withdraw(_FAILED_DRAIN_SECONDS)
             raise

@@ -44,7 +44,8 @@ __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay", "never_freed"]
 
 logger = logging.getLogger(__name__)
 
-FindMore: TypeAlias = Callable[[], Sequence[Source]]
+FindMore: TypeAlias = Callable[[], Sequence[Source] | None]
+"""Other holders, as the server knows them; None: it was not asked anew. May raise WireError."""
 TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
 """Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
 
@@ -113,7 +114,8 @@ class Receiver:
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
     chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
     chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
-    `keep_alive` keeps the memory. `tell_doubt` hears of holders that differ, and of those that gave wrong chunks.
+    `keep_alive` keeps the memory. What other holders there are may be known `lag_seconds` late. `tell_doubt` hears of
+    holders that differ, and of those that gave wrong chunks.
     """
 
     def __init__(
@@ -131,9 +133,11 @@ class Receiver:
         keep_alive: object = None,
         tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
         only: int | None = None,
+        lag_seconds: float = 0.0,
     ) -> None:
         require_movable(placement)
         self._settings = settings
+        self._lag_seconds = lag_seconds
         self._tell_doubt = tell_doubt
         self._keep_alive = keep_alive
         self._relay = relay
@@ -469,9 +473,10 @@ class Receiver:
             asked_at = time.monotonic()
             with errors:
                 found = find_more()
-                with self._received.changed:
-                    self._add(found)
-                    self._listed_at = asked_at
+                if found is not None:
+                    with self._received.changed:
+                        self._add(found)
+                        self._listed_at = asked_at - self._lag_seconds
             pause = min(2 * pause, _FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mxserver.services.fleet import EVERYBODY_SECONDS, LEASE_SECONDS, ElectionKey, StorageElections
+from mxserver.waiting.elections import EVERYBODY_SECONDS, LEASE_SECONDS, ElectionKey, StorageElections
 from mxserver.wire.proto import mx_pb2
 
 KEY = ElectionKey("0123456789abcdef", 0)
