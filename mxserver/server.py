@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor, StalledStreams, give_large_parts_back
+from mxserver.calls import AnswersUnderWay, PoolInterceptor, StalledStreams, give_large_parts_back
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.models.cache import Limits
@@ -109,6 +109,7 @@ class Server:
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
         self._stalled = StalledStreams()
+        self._answers = AnswersUnderWay(settings.limits)
         self._tls = settings.tls
         self._health = StandardHealth()
         self._clock = HeardClock(settings.heartbeat_timeout_seconds)
@@ -120,7 +121,7 @@ class Server:
             store.close()
             raise
         self._store: SourceStore = self._operations.store
-        self._elections = StorageElections(self._clock)
+        self._elections = StorageElections(self._store.turns)
         self._watches = Watches(self._store, self._elections, self._operations.doubts.newest, settings.limits)
         self._pools = PoolInterceptor(functools.partial(update_waits, self._store), settings.limits)
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
@@ -210,12 +211,20 @@ class Server:
         threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards, self._stalled, self._pools],
+            interceptors=[
+                *self._operations.interceptors,
+                self._draining,
+                *guards,
+                self._stalled,
+                self._answers,
+                self._pools,
+            ],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
         loads, doubts, refusals = self._operations.loads, self._operations.doubts, self._operations.refusals
-        P2pService(self._store, leases, loads, settings.limits, self._watches.record_changed).add_to(server)
+        changed = self._watches.record_changed
+        P2pService(self._store, leases, loads, settings.limits, self._answers, changed).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
             FleetService(self._store, self._elections, doubts, refusals, self._clock, self._watches.changed), server
         )

@@ -12,6 +12,7 @@ from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import RecordIndex
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store.turns import MemoryTurns
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class MemoryStore(SourceStore):
     ) -> None:
         self._limits = limits
         self._clock = clock or SystemClock()
+        self.turns = MemoryTurns(self._clock)
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._epochs = EpochCounter(self._clock.unix_ms())
         self._changing = threading.Lock()
@@ -42,6 +44,9 @@ class MemoryStore(SourceStore):
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self.check()
         return self._index.get_lowest(source_id, worker_id)
+
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        return record.worker
 
     def find(self, query: Query) -> list[SourceRecord]:
         self.check()

@@ -17,6 +17,7 @@ class ObservedStore(SourceStore):
 
     def __init__(self, store: SourceStore, metrics: Metrics, events: Events) -> None:
         self._store = store
+        self.turns = store.turns
         self._metrics = metrics
         self._events = events
         self._seconds = {name: metrics.store_seconds.labels(name) for name in _OPERATIONS}
@@ -35,6 +36,10 @@ class ObservedStore(SourceStore):
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         with self._observed("get"):
             return self._store.get(source_id, worker_id)
+
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        with self._observed("whole_worker"):
+            return self._store.whole_worker(record)
 
     def find(self, query: Query) -> list[SourceRecord]:
         with self._observed("find"):
@@ -76,4 +81,4 @@ class ObservedStore(SourceStore):
             self._seconds[operation].observe(time.perf_counter() - started)
 
 
-_OPERATIONS = ("publish", "update_status", "get", "find", "sweep", "check")
+_OPERATIONS = ("publish", "update_status", "get", "whole_worker", "find", "sweep", "check")

@@ -117,8 +117,7 @@ class Membership:
     @property
     def endpoint(self) -> str | None:
         """host:port of this worker's gRPC services while it serves."""
-        server = self._server
-        return server.endpoint if server is not None else None
+        return server.endpoint if (server := self._server) is not None else None
 
     @property
     def holder(self) -> Holder | None:
@@ -186,22 +185,19 @@ class Membership:
 
         When no worker is READY, the server elects one of those with these weights and this rank to read storage; the
         others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one is elected
-        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
-        ends early, with nothing, when `stopped()` says so.
+        within seconds. The elected one stays so until `serve` or `close`. The wait ends early, with nothing, when
+        `stopped()` says so.
         """
         if problem := self._place().problem:
             logger.warning("%s", problem)
             return []
 
+        def listed(told: list[Source] | None) -> list[Source]:
+            if told is None:
+                told = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            return [source for source in told if source.worker_id not in avoid]
+
         with ExitStack() as opened:
-            watched = None if match_any_checkpoint else self._watching(opened, wants_turn=True)
-
-            def listed() -> list[Source]:
-                told = watched.holders() if watched is not None and watched.is_told else None
-                if told is None:
-                    told = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-                return [source for source in told if source.worker_id not in avoid]
-
             return wait_for_source(
                 listed,
                 self._stand_for_election,
@@ -209,7 +205,7 @@ class Membership:
                 known=lambda: self._record.published,
                 leaving=self._leaving,
                 stopped=stopped,
-                watched=watched,
+                watched=None if match_any_checkpoint else self._watching(opened, wants_turn=True),
             )
 
     def _watching(self, opened: ExitStack, *, wants_turn: bool = False) -> WatchedSources | None:
@@ -343,9 +339,8 @@ class Membership:
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Takes no new readers and waits for those that read; False when some did not end in time. Idempotent."""
         self._record.goodbye()
-        holder = self._holder
         wait_seconds = self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds
-        return holder is None or holder.drain(wait_seconds)
+        return (holder := self._holder) is None or holder.drain(wait_seconds)
 
     def close(self) -> None:
         """Drains, says goodbye (STALE), destroys the agent, lets go of the memory. Idempotent; never raises."""
@@ -378,12 +373,11 @@ class Membership:
         """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        domain = self._place().domain
-        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, domain)
+        place = self._place()
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, place.domain)
         answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
-            with self._lock:
-                self._election = election
+            self._election = election
         return answer if answer.turn == mx_pb2.STORAGE_TURN_WAIT else None
 
     def _offer(
@@ -456,9 +450,7 @@ class Membership:
                 self._check.start()
 
     def _doubted(self, chunks: Sequence[int]) -> None:
-        """On a thread of a reader's call."""
-        check = self._check
-        if check is not None:
+        if (check := self._check) is not None:
             check.doubt(chunks)
 
     def _memory_is_bad(self, chunks: Sequence[int]) -> None:
@@ -466,8 +458,7 @@ class Membership:
         what = f"chunks {list(chunks[:8])} of the weights in memory are not what their digests promise"
         self._bad_memory = f": {what}"
         logger.critical("worker %s serves no more, its engine's answers may be wrong: %s", self.worker_id, what)
-        holder = self._holder
-        if holder is not None:
+        if (holder := self._holder) is not None:
             holder.drain(0)
         self._record.goodbye()
         self._record.tell_doubt(mx_pb2.DOUBT_KIND_OWN_MEMORY, [self.worker_id], len(chunks), what)
@@ -485,16 +476,15 @@ class Membership:
                 self._address_guessed = False
                 self._server.advertise(found.host)
                 self._record.mark_changed()
-            holder = self._holder
-            if holder is None:
+            if (holder := self._holder) is None:
                 return Served()
             return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin, self._signed)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""
         with logged("stopping its services"):
-            if self._holder is not None:
-                self._holder.drain(self.settings.drain_timeout_seconds)
+            if (holder := self._holder) is not None:
+                holder.drain(self.settings.drain_timeout_seconds)
             self._stop_serving()
 
     def _stop_serving(self) -> None:

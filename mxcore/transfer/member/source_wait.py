@@ -22,7 +22,7 @@ _SERVER_AWAY_SECONDS = 15.0  # then weights come from storage
 
 
 def wait_for_source(
-    listed: Callable[[], list[Source]],
+    listed: Callable[[list[Source] | None], list[Source]],
     stand_for_election: Callable[[], mx_pb2.TakeStorageTurnResponse | None],
     *,
     wait_seconds: float,
@@ -31,7 +31,7 @@ def wait_for_source(
     stopped: Callable[[], bool],
     watched: WatchedSources | None = None,
 ) -> list[Source]:
-    """What is `listed` once one of them is complete; empty: read storage now.
+    """What is `listed` once one of them is complete; empty: read storage now. `listed` takes what was told, if it was.
 
     `stand_for_election` answers None to whoever is to read storage. Both may raise WireError: a server that this worker
     is `known` to, or that has answered here, is waited for; another is not. Ends early, with nothing, when `leaving` is
@@ -44,7 +44,7 @@ def wait_for_source(
     while not leaving.is_set() and not stopped():
         pause = _FIRST_RETRY_SECONDS
         try:
-            found = listed()
+            found = listed(watched.holders() if watched is not None and watched.is_told else None)
             if any(not source.receiving for source in found):
                 return found
             reader = watched.reader if watched is not None else ""

@@ -11,8 +11,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 from mxcore.errors import (
@@ -29,13 +29,14 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
+from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
+from mxcore.transfer.receive.receive_report import ReceiveReport
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
 from mxserver.wire.proto import mx_pb2
@@ -62,39 +63,6 @@ _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for ano
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
 _LOAD_SPREAD = 4.0  # random readers added to a holder's load, so that not all receivers choose the same one
-
-
-@dataclass(frozen=True)
-class ReceiveReport:
-    """What `receive` did. With its `digests`, serving needs no second pass over the memory.
-
-    `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has all.
-    `bytes_again` were asked for more than once, because a holder was lost. `seconds` are those of the whole receive,
-    `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
-    `bytes_otherwise` came from elsewhere: see `PartialReceive`. `in_clear`: some came over a network in clear although
-    this worker has certificates.
-    """
-
-    bytes: int
-    tensors: int
-    chunks_verified: int
-    seconds: float
-    source_worker_id: str
-    operation: str
-    transport: str
-    scalars: dict[str, float]
-    digests: ChunkDigests = field(repr=False)
-    failures: tuple[str, ...] = ()
-    bytes_from: Mapping[str, int] = field(default_factory=dict)
-    bytes_again: int = 0
-    moving_seconds: float = 0.0
-    bytes_otherwise: int = 0
-    in_clear: bool = False
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """10^9 bytes a second, from the first call to the last verified chunk."""
-        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
 
 class Relay(Protocol):
@@ -222,8 +190,8 @@ class Receiver:
                 self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
-            path, verified = peer_path(report.transport), report.chunks_verified
-            step.ended(path, report.bytes, report.seconds, report.source_worker_id, verified)
+            source, path = report.source_worker_id, peer_path(report.transport)
+            step.ended(path, report.bytes, report.seconds, source, report.chunks_verified)
         return report
 
     def progress(self) -> Progress:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -20,6 +20,7 @@ from mxserver.waiting.watches import UNREAD_SECONDS
 from mxserver.wire import MethodMissing, ServerRefused, ServerUnreachable, WireError
 from mxserver.wire.calls import OpenWatch, ServerClient, source_id
 from mxserver.wire.proto import mx_pb2, p2p_pb2, watch_pb2, watch_pb2_grpc
+from tests.server.redis_process import shared_redis
 
 IDENTITY = p2p_pb2.SourceIdentity(model_name="test/watched")
 SOURCE = source_id(IDENTITY)
@@ -134,7 +135,7 @@ def test_a_hundred_streams_hold_no_thread(
     shared: ServerClient, shared_server: Server, watch: Callable[..., Iterator[watch_pb2.SourcesNow]]
 ) -> None:
     next(watch("warm", rank=5))
-    with contextlib.ExitStack() as opened:
+    with ExitStack() as opened:
         # Streams without an iterating thread on this side either: the first message says that each has begun.
         channel = opened.enter_context(grpc.insecure_channel(f"127.0.0.1:{shared_server.port}"))
         stub = watch_pb2_grpc.WatchServiceStub(channel)
@@ -182,6 +183,36 @@ def test_streams_have_a_limit_for_each_host(tmp_path: Path) -> None:
             again.cancel()
     finally:
         running.close()
+
+
+def test_what_one_replica_hears_is_told_by_the_other() -> None:
+    common = {"host": "127.0.0.1", "port": "0", "store": "redis", "redis_url": shared_redis().url}
+    servers = [Server(load_settings(common)) for _ in range(2)]
+    identity = p2p_pb2.SourceIdentity(model_name="test/replicas")
+    source = source_id(identity)
+    try:
+        with ExitStack() as opened:
+            here, there = (opened.enter_context(ServerClient(f"127.0.0.1:{each.port}")) for each in servers)
+            asks = [
+                here.watch_sources(watch_pb2.WatchSourcesRequest(mx_source_id=source, worker_id=name, wants_turn=True))
+                for name in ("a", "b")
+            ]
+            for each in asks:
+                opened.callback(each.cancel)
+            news = iter(asks[1])
+            next(news)
+            turn = there.take_storage_turn(source, 0, "reads")
+            assert here.take_storage_turn(source, 0, "b").turn == mx_pb2.STORAGE_TURN_WAIT
+            until(news, lambda now: now.reader_worker_id == "reads")
+            record = p2p_pb2.WorkerMetadata(status=READY, worker_grpc_endpoint="h:1")
+            there.publish(identity, record, "reads")
+            there.end_storage_turn(source, 0, "reads", turn.epoch, shared=True)
+            assert names(until(news, lambda now: bool(now.ready)).ready) == {"reads"}
+            there.update_status(source, "reads", 0, STALE)
+            until(news, lambda now: not now.ready)
+    finally:
+        for each in servers:
+            each.close()
 
 
 class _Unread:
