@@ -85,6 +85,22 @@ class RedisLink:
             if not cursor:
                 return
 
+    def put_part(self, key: str, number: int, part: bytes, keep_seconds: float) -> None:
+        """Writes a part of a large value, which ends by itself after this time. Raises StoreUnavailable."""
+        several = self._redis.pipeline(transaction=False)
+        several.hset(key, str(number), part)
+        several.pexpire(key, round(keep_seconds * 1000))
+        self._answer(several.execute)
+
+    def part(self, key: str, number: int) -> bytes | None:
+        """A part of a large value; None without it. Raises StoreUnavailable."""
+        found: bytes | None = self._answer(lambda: self._redis.hget(key, str(number)))
+        return found
+
+    def drop(self, key: str) -> None:
+        """Removes a value. Raises StoreUnavailable."""
+        self._answer(lambda: self._redis.unlink(key))
+
     def _answer(self, ask: Callable[[], Any]) -> Any:
         self._require_turn()
         try:
