@@ -101,5 +101,5 @@ def open_regular_below(folder: Path, path: Path) -> int:
 
 
 def _place(handle: int) -> str:
-    """Where an open file really is, as the kernel knows it: one call, where realpath looks at each folder on the way."""
+    """Where an open file really is, as the kernel knows it: realpath would look at each folder on the way."""
     return os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115 - Path costs as much as all the rest
