@@ -12,10 +12,10 @@ from pathlib import Path
 from mxserver.models.cache import Limits, ModelCache, SharedLocks
 from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
-from mxserver.models.names import Provider
 from mxserver.models.sources import AllowedSources, FolderSource, HubSource, ModelSource, ObjectSource
 from mxserver.models.transfer import RetryPolicy
 from mxserver.wire import left_out
+from mxserver.wire.files import Provider
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
