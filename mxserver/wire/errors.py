@@ -7,6 +7,7 @@
     ├── WireError
     │   ├── ServerUnreachable   MX_SERVER_UNREACHABLE
     │   ├── ServerRefused       MX_SERVER_REFUSED     the server answered, and said no
+    │   ├── MethodMissing       MX_METHOD_MISSING     an older server, which does not know the call
     │   ├── StaleEpoch          MX_STALE_EPOCH        a newer process of this worker has published
     │   ├── ModelNotFound       MX_MODEL_NOT_FOUND    the server, or its provider, has no such model, revision or file
     │   ├── ModelDownloadError  MX_MODEL_DOWNLOAD     the server could not download the model
@@ -18,17 +19,28 @@
 
 from __future__ import annotations
 
+import re
+
+_CODE_AT_END = re.compile(r" \[MX_[A-Z0-9_]+\]$")
+
 
 class MxError(Exception):
     """An error with a stable code.
 
-    The message says what failed, where, with which values, and, where there is one, what to do next.
+    The message says what failed, where, with which values, and, where there is one, what to do next. Its text ends with
+    the code; where the message repeats what a server said, with the code of the server's error, which says more.
     """
 
     code: str = "MX_ERROR"
 
+    @property
+    def stable_code(self) -> str:
+        """The code that the text ends with."""
+        return str(self).rpartition(" [")[2].removesuffix("]")
+
     def __str__(self) -> str:
-        return f"{super().__str__()} [{self.code}]"
+        text = super().__str__()
+        return text if _CODE_AT_END.search(text) else f"{text} [{self.code}]"
 
 
 class SettingError(MxError):
@@ -53,6 +65,12 @@ class ServerRefused(WireError):
     """The server answered and refused; the message carries its reason."""
 
     code = "MX_SERVER_REFUSED"
+
+
+class MethodMissing(ServerRefused):
+    """The server does not know this call: it is older than its caller, or another program."""
+
+    code = "MX_METHOD_MISSING"
 
 
 class StaleEpoch(ServerRefused):
