@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mxcore.cli.engine_identities import engine_identities
+from mxcore.cli.explain.engine_identities import engine_identities
 from mxcore.cli.main import mx
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2

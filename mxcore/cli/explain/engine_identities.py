@@ -26,7 +26,7 @@ def engine_identities(model: str, arguments: Sequence[str]) -> list[p2p_pb2.Sour
     if not entry_points(group=GROUP):
         return []
     read, write = os.pipe()
-    code = "from mxcore.cli.engine_identities import tell; tell()"
+    code = "from mxcore.cli.explain.engine_identities import tell; tell()"
     with os.fdopen(read, "rb") as answers:
         ran = subprocess.Popen(
             [sys.executable, "-c", code, str(write), model, *arguments],

@@ -41,7 +41,7 @@ def explain(
 
     With an engine installed it also says in what the nearest source differs from a worker with these arguments.
     """
-    from mxcore.cli.load_probes import Probe, probe
+    from mxcore.cli.explain.load_probes import Probe, probe
     from mxcore.load_ladder import RUNGS
     from mxcore.settings import load_settings
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mxcore.cli.engine_identities import engine_identities
+from mxcore.cli.explain.engine_identities import engine_identities
 from mxcore.load_ladder import reason_of
 from mxcore.settings import WorkerSettings
 from mxcore.storage.remote import missing_packages, parse_model_uri
