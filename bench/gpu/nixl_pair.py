@@ -38,7 +38,8 @@ def load_runtime() -> None:
 def _agent(name: str, buffer: DeviceBuffer) -> NixlAgent:
     if not cuda_driver.is_stand_in():
         load_runtime()
-    os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")  # else UCX reads so over NVLink alone
+    os.environ["UCX_CUDA_IPC_ENABLE_GET_ZCOPY"] = "on"  # else UCX reads so over NVLink alone
+    os.environ["UCX_WARN_UNUSED_ENV_VARS"] = "n"  # where there is no CUDA
     with ucx_settings(STAND_IN_TLS if cuda_driver.is_stand_in() else TLS) as told:
         agent = NixlAgent(name, backend_params=told)
     device: dict[str, Any] = nixl_device(buffer.context.index)

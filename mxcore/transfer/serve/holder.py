@@ -169,6 +169,10 @@ class Holder:
         """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
 
+    def never_free(self) -> None:
+        """Keeps the memory for ever: somebody reads it, and does not end."""
+        _never_freed.append(self._keep_alive)
+
     def update(self, have: int) -> None:
         """Sets which chunks are there and verified, while the worker is still receiving."""
         with self._changed:
@@ -440,7 +444,7 @@ class Holder:
             over = False
             logger.critical("readers may still reach weights that are no longer served: %s", error)
         if not over:
-            _never_freed.append(self._keep_alive)
+            self.never_free()
         self._keep_alive = None
 
     def _expire(self) -> None:

@@ -35,6 +35,7 @@ _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
 _SPARE_THREADS = 24  # besides those that push: 16 may wait for new chunks, the others answer
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
+_STOP_SECONDS = 30.0  # a call may be inside a library that never returns
 _MESSAGE_BYTES = 256 << 10  # of any message of a reader, and besides:
 _EXTENT_MESSAGE_BYTES = 512  # its place, and what NIXL's metadata says of its region: 44 bytes, more with many ports
 _CHUNK_MESSAGE_BYTES = 8  # a number, and two bits
@@ -397,7 +398,7 @@ class WorkerServer:
         """Ends all calls, and accepts no more connections. Idempotent."""
         if self._chunks is not None:
             self._chunks.close()
-        self._server.stop(_STOP_GRACE_SECONDS).wait()
+        self._server.stop(_STOP_GRACE_SECONDS).wait(_STOP_SECONDS)
         self._transfers.close()
 
 
