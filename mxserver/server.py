@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
 from mxserver.calls import AnswersUnderWay, PoolInterceptor, StalledStreams, give_large_parts_back
 from mxserver.files_port import FilesPort
-from mxserver.models import CacheSettings, OpenCache
+from mxserver.models import CacheSettings, OpenCache, SharedLocks
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
 from mxserver.periodic import Periodic
@@ -81,7 +81,17 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         settings.model_sources,
         ignore=_ignored(settings.download_ignore),
         allow=settings.download_allow,
+        shared_locks=_shared_locks(settings),
     )
+
+
+def _shared_locks(settings: ServerSettings) -> SharedLocks | None:
+    """Locks of the servers that share Redis; None without it."""
+    if settings.store != "redis":
+        return None
+    from mxserver.store.redis import RedisLocks
+
+    return RedisLocks(settings.effective_redis_url)
 
 
 def _ignored(patterns: tuple[str, ...]) -> tuple[str, ...] | None:
