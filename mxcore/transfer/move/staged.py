@@ -100,6 +100,8 @@ class StagedMover(Closing):
         if self._awaited.chunks and not self._awaited.interrupted:
             self._news.wait(self._awaited.seconds_left)
         self._news.clear()
+        if self._awaited.interrupted:
+            self._awaited.check()
         for slot in [slot for slot, (_, call) in self._calls.items() if call.done]:
             chunk, call = self._calls.pop(slot)
             call.result()
