@@ -72,7 +72,7 @@ class AnswersUnderWay(HandlerInterceptor):
                 known.bytes = size_bytes
                 return
             latest = time.monotonic() + PATIENCE_SECONDS
-            while not self._has_room(size_bytes) and not refused:
+            while not self._has_room(size_bytes) and context.is_active() and not refused:
                 wait = min(self._make_room(size_bytes), latest) - time.monotonic()
                 self._changed.wait(max(0.01, wait))
                 refused = time.monotonic() >= latest
@@ -84,6 +84,7 @@ class AnswersUnderWay(HandlerInterceptor):
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, self._limits.refusal("answer_bytes", found))
         if not context.add_callback(lambda: self._ended(context)):
             self._ended(context)
+            refuse(context, grpc.StatusCode.CANCELLED, "nobody waits for this answer any more")
 
     def _has_room(self, size_bytes: int) -> bool:
         """Called with the lock. One that is larger than all room may go alone."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from unittest.mock import create_autospec
 
+import grpc
 import pytest
 
 from mxserver.calls import answers
@@ -66,6 +68,18 @@ def test_records_that_nobody_takes_are_limited(server: Server) -> None:
         for one in hostile:
             one.close()
         until(lambda: under_way.bytes_under_way == 0)
+
+
+def test_an_answer_whose_caller_left_while_it_waited_is_not_made() -> None:
+    """All that waited would be made at once, without room, when a hostile connection ends."""
+    gone = create_autospec(grpc.ServicerContext, instance=True)
+    gone.is_active.return_value = gone.add_callback.return_value = False
+    gone.abort.side_effect = InterruptedError
+    under_way = answers.AnswersUnderWay()
+    with pytest.raises(InterruptedError):
+        under_way.reserve(gone, 95 * MIB)
+    assert gone.abort.call_args.args[0] is grpc.StatusCode.CANCELLED
+    assert under_way.bytes_under_way == 0
 
 
 def test_an_answer_that_finds_no_room_is_refused_with_the_limit(
