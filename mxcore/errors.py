@@ -368,6 +368,8 @@ class SourceBusy(SourceRefused):
     """The holder has as many readers as it takes; it may have room later."""
 
     code = "MX_SOURCE_BUSY"
+    again_seconds: float = 0.0
+    """When the holder wants to be asked again; 0: it did not say."""
 
 
 class ReceivedInPart(Protocol):

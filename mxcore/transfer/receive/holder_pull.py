@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -23,6 +23,7 @@ from mxcore.errors import (
     NotEncrypted,
     NotOneSided,
     PeerLost,
+    SourceBusy,
     SourceRefused,
     SourceUnreachable,
     TransferError,
@@ -85,9 +86,14 @@ class HolderPull:
     """
 
     def __init__(
-        self, received: ReceivedChunks, source: Source, settings: WorkerSettings, sessions: SessionAhead
+        self,
+        received: ReceivedChunks,
+        source: Source,
+        settings: WorkerSettings,
+        sessions: SessionAhead,
+        client: SourceClient | None = None,
     ) -> None:
-        """`sessions` are those of the receiver, with its memory registered."""
+        """`sessions` are those of the receiver, with its memory registered; `client` is the `kept_client` of before."""
         self.source = source
         self.failure: TransferError | None = None
         self.route: Route | None = None
@@ -99,7 +105,8 @@ class HolderPull:
         self._settings = settings
         self._sessions = sessions
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
-        self._client = SourceClient(
+        self.kept_client: SourceClient | None = None  # after the end, where the holder was full: to ask it again
+        self._client = client or SourceClient(
             source,  # a call times out before the stall time-out does
             timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
         )
@@ -111,6 +118,7 @@ class HolderPull:
         self._given_up: TransferError | None = None
         self._anything_came = False
         self._mover: Mover | None = None
+        self._lease_id = ""
         self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
 
     @property
@@ -142,8 +150,15 @@ class HolderPull:
 
     def _run(self) -> None:
         try:
-            with self._client:
-                self._receive()
+            with ExitStack() as closing_it:
+                closing_it.enter_context(self._client)
+                try:
+                    self._receive()
+                except SourceBusy:
+                    if not self._stopped.is_set():
+                        closing_it.pop_all()
+                        self.kept_client = self._client
+                    raise
         except TransferError as error:
             if isinstance(error, FenceFailed):
                 self.failure = error
@@ -158,6 +173,20 @@ class HolderPull:
                 self._received.changed.notify_all()
 
     def _receive(self) -> None:
+        """Takes a lease first: a holder that is full says no more than that."""
+        self._lease_id = self._client.prepare()
+        try:
+            self._receive_what_it_has()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        lease_id, self._lease_id = self._lease_id, ""
+        with suppress(TransferError):  # the lease ends by itself
+            if lease_id:
+                self._client.release(lease_id)
+
+    def _receive_what_it_has(self) -> None:
         answer = self._client.get_layout(self._received.layout.fingerprint)
         self._received.admit(self.source.worker_id, answer, owner=self.source.owner)
         self.heard = True
@@ -225,14 +254,11 @@ class HolderPull:
         return over_rdma and not self._anything_came and self._given_up is None
 
     def _under_lease(self, route: Route, offer: mx_pb2.TransportOffer) -> None:
-        lease_id = self._client.prepare()
+        lease_id = self._lease_id = self._lease_id or self._client.prepare()
         try:
             self._transfer(lease_id, route, offer)
         finally:
-            try:
-                self._client.release(lease_id)
-            except TransferError as error:  # the lease ends by itself
-                logger.debug("%s", error)
+            self._release()
 
     def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
