@@ -14,7 +14,7 @@ from mxserver.wire import WireError
 from mxserver.wire.calls import ServerClient, canonical_json, source_id
 from mxserver.wire.proto import p2p_pb2, watch_pb2
 
-__all__ = ["CHECKPOINT_PARAMETER", "Directory"]
+__all__ = ["CHECKPOINT_PARAMETER", "Directory", "differs_least"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,28 +121,12 @@ class Directory:
         return {ref.worker_rank for ref in refs}
 
     def differs_least(self, identity: p2p_pb2.SourceIdentity) -> str:
-        """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
-
-        Empty if there is none, or if the server does not say; raises nothing.
-        """
+        """As the function of this name; empty if the server does not say. Raises nothing."""
         try:
-            refs = self._client.list_sources(
-                model_name=identity.model_name,
-                status=p2p_pb2.SOURCE_STATUS_READY,
-                worker_rank=self._worker_rank,
-                limit=_NEAREST,
-            )
-            others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != self._worker_id}
-            records = {name: self._client.get_metadata(source, name) for name, source in others.items()}
+            return differs_least(self._client, identity, self._worker_rank, self._worker_id)
         except WireError as error:
             logger.debug("who else has %s is not known: %s", identity.model_name, error)
             return ""
-        found = [
-            (len(told), f"worker {name} has {', '.join(told)}")
-            for name, record in records.items()
-            if record is not None and (told := differences(record.identity, identity))
-        ]
-        return min(found, default=(0, ""))[1]
 
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The identity of complete holders that equals `identity` in all but the checkpoint.
@@ -233,6 +217,24 @@ class Directory:
                 self._signed_manifest,
             )
         return False
+
+
+def differs_least(client: ServerClient, identity: p2p_pb2.SourceIdentity, worker_rank: int, worker_id: str = "") -> str:
+    """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
+
+    Empty if there is none that differs; `worker_id` is left out. Raises WireError.
+    """
+    refs = client.list_sources(
+        model_name=identity.model_name, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=worker_rank, limit=_NEAREST
+    )
+    others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != worker_id}
+    records = {name: client.get_metadata(source, name) for name, source in others.items()}
+    found = [
+        (len(told), f"worker {name} has {', '.join(told)}")
+        for name, record in records.items()
+        if record is not None and (told := differences(record.identity, identity))
+    ]
+    return min(found, default=(0, ""))[1]
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:
