@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 
 from mxcore.cuda import context_of
 from mxcore.errors import (
-    DigestMismatch,
     FenceFailed,
     NixlError,
     NoChunkPort,
@@ -49,6 +46,7 @@ from mxcore.transfer.move import (
     StagedMover,
     TcpMover,
 )
+from mxcore.transfer.receive.chunk_verifier import ChunkVerifier
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, choose_route
 from mxserver.wire import SettingError
@@ -59,7 +57,6 @@ __all__ = ["END_SECONDS", "HolderPull"]
 
 logger = logging.getLogger(__name__)
 
-_VERIFY_THREADS = 1
 _NEWS_WAIT_SECONDS = 0.25
 END_SECONDS = 1.5 * FENCE_SECONDS  # the fence, and what comes before it
 _NOTHING = ChunkRequest(0, 0, 0)
@@ -267,7 +264,7 @@ class HolderPull:
         self._received.join(name, self.source.distance)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
-        verifying = _Verifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
+        verifying = ChunkVerifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
@@ -295,7 +292,7 @@ class HolderPull:
                 self.clean = self.clean and fenced and ended_well
                 self._received.drop(name)
 
-    def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: _Verifier) -> None:
+    def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: ChunkVerifier) -> None:
         """Asks, fetches and verifies; takes what arrives while it waits for an answer.
 
         Without a `lease`, what is fetched renews it.
@@ -474,51 +471,3 @@ def _tell_in_clear(transport: str) -> None:
         "for the fleet alone (docs/threat-model.md)",
         transport,
     )
-
-
-class _Verifier:
-    """Compares chunks with their digests while others arrive, and records those that are right."""
-
-    def __init__(self, received: ReceivedChunks, holder: str, doubt: Callable[[int], None]) -> None:
-        """`doubt` is called for each wrong chunk, on any thread."""
-        self._received = received
-        self._holder = holder
-        self._doubt = doubt
-        self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
-        self._running: set[Future[None]] = set()
-
-    def submit(self, chunk: int, digest: bytes | None, then: Callable[[], None]) -> None:
-        """Takes a chunk that has arrived, with its digest if there is one; then it may raise DigestMismatch.
-
-        The holder's first wrong chunk is missing again, the second one raises. Without a digest, `then` is called
-        once the chunk is verified or refused.
-        """
-        if digest is not None:
-            self._record(chunk, self._received.verify(chunk, digest))
-            return
-        running = self._pool.submit(self._verify, chunk)
-        self._running.add(running)
-        running.add_done_callback(lambda _: then())
-
-    def collect(self, *, wait: bool) -> None:
-        """Raises what verifying raised (DigestMismatch); with `wait`, after all chunks are verified."""
-        for running in [running for running in self._running if wait or running.done()]:
-            self._running.remove(running)
-            running.result()
-
-    def _verify(self, chunk: int) -> None:
-        self._record(chunk, self._received.verify(chunk))
-
-    def _record(self, chunk: int, right: bool) -> None:
-        if right:
-            self._received.accept(self._holder, chunk)
-            return
-        self._doubt(chunk)
-        message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
-        if not self._received.refuse(self._holder, chunk):
-            raise DigestMismatch(f"{message}, and is not the first one")
-        logger.warning("%s and asked for once more", message)
-
-    def close(self) -> None:
-        """Waits for the verification that runs: nothing reads the memory afterwards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
