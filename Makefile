@@ -100,7 +100,7 @@ $(VENV)/.packages: $(REQUIREMENTS) tools/make_venv.sh
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.packages pyproject.toml
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e . 1>&2
+	@MX_COMPILE=0 $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e . 1>&2
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

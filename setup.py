@@ -1,7 +1,8 @@
 """Builds the compiled core: every .pyx below mxcore/ becomes an extension module of the same name.
 
 One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
-free-threaded builds). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
+free-threaded builds). MX_COMPILE=0 compiles nothing (the Makefile compiles in place, and lets pip only note where the
+packages are). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
 Extensions are compiled side by side, as many as there are cores.
 """
 
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+SOURCES = sorted((ROOT / "mxcore").rglob("*.pyx")) if os.environ.get("MX_COMPILE", "1") != "0" else []
 MORE_FLAGS = shlex.split(os.environ.get("MX_CFLAGS", ""))
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", *MORE_FLAGS]  # Python's own flags begin with -g
 INCLUDED = re.compile(r'^\s*(?:#include|cdef extern from) "([\w/]+\.h)"|^from (mxcore[\w.]*) cimport', re.MULTILINE)
@@ -67,7 +69,7 @@ class BuildSideBySide(build_ext):
 setup(
     cmdclass={"build_ext": BuildSideBySide},
     ext_modules=cythonize(
-        [extension(source) for source in sorted((ROOT / "mxcore").rglob("*.pyx"))],
+        [extension(source) for source in SOURCES],
         build_dir="build/cython",
         language_level=3,
         compiler_directives={"binding": True, "embedsignature": True, "embedsignature.format": "python"},

@@ -3,6 +3,10 @@
 Servers run on one core (with Redis, which shares it), simulated workers on the others. Each worker has a connection
 of its own. In the storm, so many workers at once join, list, get one record, publish and become ready, as fast as
 they are answered: the rate is what one core sustains. Then all of them send heartbeats every 30 s.
+
+At last each hostile client of `make test-adversary` is at a server of its own, which has all cores, with honest
+workers beside it: `adversary_p99_seconds` is the worst 99th percentile of a heartbeat or listing, during an attack and
+after it, and `adversary_machine_p99_seconds` that of a call to a server of a few lines which nobody attacks.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ CALLS_PER_WORKER = 5
 @click.option("--store", type=click.Choice(["sqlite", "redis", "memory"]), default="sqlite", show_default=True)
 @click.option("--replicas", type=int, help="Servers (default: 2 over Redis, otherwise 1).")
 @click.option("--processes", default=4, show_default=True, help="Processes of simulated workers.")
+@click.option("--attack-seconds", default=10.0, show_default=True, help="Of each hostile client; 0: none.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -46,10 +51,11 @@ def command(
     store: str,
     replicas: int | None,
     processes: int,
+    attack_seconds: float,
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """A start-up storm of workers, then their heartbeats, against a server on one core."""
+    """A start-up storm of workers, then their heartbeats, against a server on one core; then hostile clients."""
     replicas = replicas or (2 if store == "redis" else 1)
     if replicas > 1 and store != "redis":
         raise click.UsageError("only servers over Redis share their state; give --store redis")
@@ -58,6 +64,18 @@ def command(
         result = _measure(
             stack, Path(place), store, replicas, processes, workers, shape, (idle_seconds, heartbeat_seconds)
         )
+    if attack_seconds:
+        from bench.control.adversary import attacks_on
+
+        with tempfile.TemporaryDirectory(prefix="mx-bench-", dir=folder) as place:
+            attacks = attacks_on(Path(place), store, attack_seconds)
+        result["attacks"] = [attack._asdict() for attack in attacks]
+        result["figures"] |= {
+            "adversary_p99_seconds": round(max(attack.p99_seconds for attack in attacks), 4),
+            "adversary_machine_p99_seconds": round(max(attack.machine_p99_seconds for attack in attacks), 4),
+            "adversary_rss_mib": round(max(attack.rss_mib for attack in attacks), 1),
+            "adversary_failures": sum(len(attack.failures) for attack in attacks),
+        }
     if as_json:
         click.echo(json.dumps(result))
         return

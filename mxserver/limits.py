@@ -34,6 +34,7 @@ class ServerLimits:
     stored_bytes: int = _limit(768 * _MiB, "identities and metadata of all records")
     listing_rows: int = _limit(20_000, "workers in one answer of ListSources")
     listing_bytes: int = _limit(16 * _MiB, "one answer of ListSources")
+    answer_bytes: int = _limit(128 * _MiB, "answers under way, that their clients have not taken yet, together")
 
     def refusal(self, name: str, found: str) -> str:
         """What a refusal says: `found` what is over, the limit's name and value, and the setting that raises it."""

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health_pb2_grpc as standard_health_pb2_grpc
 
-from mxserver.calls import PoolInterceptor, StalledStreams, give_large_parts_back
+from mxserver.calls import AnswersUnderWay, PoolInterceptor, StalledStreams, give_large_parts_back
 from mxserver.files_port import FilesPort
-from mxserver.models import CacheSettings, OpenCache
+from mxserver.models import CacheSettings, OpenCache, SharedLocks
 from mxserver.models.cache import Limits
 from mxserver.operations import Operations
 from mxserver.periodic import Periodic
@@ -81,7 +81,17 @@ def cache_settings(settings: ServerSettings) -> CacheSettings:
         settings.model_sources,
         ignore=_ignored(settings.download_ignore),
         allow=settings.download_allow,
+        shared_locks=_shared_locks(settings),
     )
+
+
+def _shared_locks(settings: ServerSettings) -> SharedLocks | None:
+    """Locks of the servers that share Redis; None without it."""
+    if settings.store != "redis":
+        return None
+    from mxserver.store.redis import RedisLocks
+
+    return RedisLocks(settings.effective_redis_url)
 
 
 def _ignored(patterns: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -107,6 +117,7 @@ class Server:
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
         self._stalled = StalledStreams()
+        self._answers = AnswersUnderWay(settings.limits)
         self._tls = settings.tls
         self._health = StandardHealth()
         self._clock = HeardClock(settings.heartbeat_timeout_seconds)
@@ -205,11 +216,18 @@ class Server:
         threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="call")
         server = grpc.server(
             threads,
-            interceptors=[*self._operations.interceptors, self._draining, *guards, self._stalled, self._pools],
+            interceptors=[
+                *self._operations.interceptors,
+                self._draining,
+                *guards,
+                self._stalled,
+                self._answers,
+                self._pools,
+            ],
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
-        P2pService(self._store, leases, self._operations.loads, settings.limits).add_to(server)
+        P2pService(self._store, leases, self._operations.loads, settings.limits, self._answers).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
             FleetService(self._store, self._operations.doubts, self._operations.refusals, self._clock), server
         )

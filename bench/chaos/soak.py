@@ -166,10 +166,11 @@ def _until_quiet(holder: Process) -> None:
 @click.command()
 @click.option("--transfers", default=1000, show_default=True, help="In all, split over the ways.")
 @click.option("--seed", default=1, show_default=True, help="Of orders, and of the moments of kills.")
+@click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="This one alone, with its share.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(transfers: int, seed: int, as_json: bool) -> None:
+def command(transfers: int, seed: int, ways: tuple[str, ...], as_json: bool) -> None:
     """Many transfers between the same two processes, by each way; what came on top after warming up."""
-    soaked = soak(transfers, seed)
+    soaked = soak(transfers, seed, {name: WAYS[name] for name in ways} or None)
     if as_json:
         grown = {name: course.grown() for name, course in soaked.courses.items()}
         json.dump({"bench": "soak", "figures": soaked.figures(), "processes": grown}, sys.stdout)

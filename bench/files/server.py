@@ -37,3 +37,4 @@ def running_server(cache: Path, sources: Path, *flags: str) -> Iterator[tuple[in
         process.send_signal(signal.SIGTERM)
         process.wait()
         drained.join()
+        process.stderr.close()

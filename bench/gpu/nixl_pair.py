@@ -20,7 +20,7 @@ from mxcore.cuda import Context, DeviceBuffer, DeviceDigest, context_of
 from mxcore.cuda import driver as cuda_driver
 from mxcore.nixl import NixlAgent
 from mxcore.transfer.move import TcpByteCounter
-from mxcore.transfer.route import nixl_device, ucx_environment
+from mxcore.transfer.route import nixl_device, ucx_settings
 
 TLS = "cuda_ipc,cuda_copy,tcp,self"  # tcp makes the connection
 STAND_IN_TLS = "tcp,cma,self"
@@ -39,8 +39,9 @@ def load_runtime() -> None:
 def _agent(name: str, buffer: DeviceBuffer) -> NixlAgent:
     if not cuda_driver.is_stand_in():
         load_runtime()
-    with ucx_environment(STAND_IN_TLS if cuda_driver.is_stand_in() else TLS):
-        agent = NixlAgent(name)
+    os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")  # else UCX reads so over NVLink alone
+    with ucx_settings(STAND_IN_TLS if cuda_driver.is_stand_in() else TLS) as told:
+        agent = NixlAgent(name, backend_params=told)
     device: dict[str, Any] = nixl_device(buffer.context.index)
     agent.register(array("Q", [buffer.address]), array("Q", [buffer.size_bytes]), **device)
     return agent

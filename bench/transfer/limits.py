@@ -20,7 +20,7 @@ from mxcore.digest import xxh3_64, xxh3_64_many
 from mxcore.nixl import NixlAgent
 from mxcore.transfer.layout import CHUNK_BYTES
 from mxcore.transfer.move import AgentSession, Move
-from mxcore.transfer.route import ucx_environment
+from mxcore.transfer.route import ucx_settings
 
 MIB = 1 << 20
 _ROUNDS = 3
@@ -179,8 +179,8 @@ def _register(session: AgentSession, memory: np.ndarray[Any, Any]) -> None:
 
 def idle_agent_share(seconds: float) -> float:
     """The share of a core that this process takes with an agent that does nothing."""
-    with ucx_environment("tcp,self"):
-        agent = NixlAgent("mx-bench-idle")
+    with ucx_settings("tcp,self") as told:
+        agent = NixlAgent("mx-bench-idle", backend_params=told)
     before, started = time.process_time(), time.monotonic()
     threading.Event().wait(seconds)
     share = (time.process_time() - before) / (time.monotonic() - started)

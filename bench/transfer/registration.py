@@ -13,7 +13,7 @@ import numpy as np
 from bench.transfer.shapes import GAP_BYTES
 from mxcore.nixl import NixlAgent
 from mxcore.transfer.layout import Placement, merge_regions
-from mxcore.transfer.route import ucx_environment
+from mxcore.transfer.route import ucx_settings
 
 _ROUNDS = 5
 
@@ -52,8 +52,8 @@ def _timed(register: Callable[[NixlAgent], None]) -> tuple[float, int]:
     """The median of some, each with an agent of its own."""
     seconds, metadata_bytes = [], 0
     for _ in range(_ROUNDS):
-        with ucx_environment("tcp,self"):
-            agent = NixlAgent("mx-bench-registration")
+        with ucx_settings("tcp,self") as told:
+            agent = NixlAgent("mx-bench-registration", backend_params=told)
         started = time.perf_counter()
         register(agent)
         seconds.append(time.perf_counter() - started)

@@ -7,7 +7,8 @@ import logging
 
 import click
 
-from mxcore.cli.server_calls import json_option, table
+from mxcore.cli.server_calls import json_option
+from mxcore.cli.tables import table
 
 EPILOG = """
 \b

@@ -7,11 +7,13 @@ that `mx --help` imports nothing).
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
+from mxcore.cli.failures import EXIT_INTERRUPTED, end, tell, tell_as_json
 from mxserver.wire import MxError
 
 
@@ -22,6 +24,7 @@ class Subcommand(NamedTuple):
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand("mxcore.cli.bench:bench", "Measure, from a source checkout (JSON with --json)."),
+    "completion": Subcommand("mxcore.cli.completion:completion", "The script that completes mx in a shell."),
     "doctor": Subcommand("mxcore.cli.doctor.command:doctor", "What works on this machine, what does not, and why."),
     "explain": Subcommand("mxcore.cli.explain:explain", "Where a worker here would take weights from, and why."),
     "models": Subcommand("mxcore.cli.models:models", "The server's model cache: get, list, rm, pin, validate."),
@@ -33,6 +36,11 @@ COMMANDS: dict[str, Subcommand] = {
 
 class LazyGroup(click.Group):
     """A click group whose commands come from a table and are imported at their first use."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        if os.environ.get("NO_COLOR"):  # no-color.org; click has no such rule
+            more["color"] = False
+        return super().make_context(*arguments, **more)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -59,9 +67,18 @@ def mx() -> None:
 
 
 def main() -> None:
-    """Runs `mx`; an expected error is one line on stderr and exit code 1 (click's usage errors: 2)."""
+    """Runs `mx`. What goes wrong is one line on stderr, and with --json an object on stdout (`failures`); Ctrl-C is
+    exit code 130."""
+    as_json = "--json" in sys.argv[1:]
     try:
-        mx(prog_name="mx")
+        sys.exit(mx.main(prog_name="mx", standalone_mode=False))
+    except click.Abort:
+        tell("interrupted", "MX_INTERRUPTED", EXIT_INTERRUPTED, as_json=as_json)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        if as_json:
+            tell_as_json(error.format_message(), "MX_USAGE", error.exit_code)
+        sys.exit(error.exit_code)
     except MxError as error:
-        click.echo(f"mx: {error}", err=True)
-        sys.exit(1)
+        end(error, as_json=as_json)

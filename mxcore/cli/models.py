@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxcore.cli.server_calls import EXIT_DAMAGED, MODEL_EXIT_CODES, bytes_text, exiting_on_errors, json_option
+from mxcore.cli.failures import EXIT_DAMAGED, ending_on_errors
+from mxcore.cli.server_calls import json_option
+from mxcore.cli.tables import bytes_text, short_id, table, terminal_width
 
 if TYPE_CHECKING:
     from mxserver.wire.files import ModelClient
@@ -55,7 +57,16 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_own
 
 
-name_argument = click.argument("name")
+def _checked_name(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    """Before a server is asked, or waited for."""
+    from mxserver.wire.files import name_problem, provider_of
+
+    if problem := name_problem(provider_of(name), name):
+        raise click.BadParameter(problem)
+    return name
+
+
+name_argument = click.argument("name", callback=_checked_name)
 revision_option = click.option("--revision", metavar="REVISION", help="A branch, tag or commit. [default: main]")
 
 
@@ -66,7 +77,7 @@ def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterat
 
     connection: Connection = context.obj
     with (
-        exiting_on_errors(MODEL_EXIT_CODES),
+        ending_on_errors(),
         ModelClient(
             connection.address, patience_seconds=patience_seconds, credentials=connection.credentials
         ) as client,
@@ -74,8 +85,11 @@ def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterat
         yield client
 
 
+_MARKS = {"pinned": "pinned", "in_use": "in use", "weights": "without weights"}
+
+
 def _print(as_json: bool, data: dict[str, Any], text: str) -> None:
-    click.echo(json.dumps(data, indent=1) if as_json else text)
+    click.echo(json.dumps(data) if as_json else text)
 
 
 @models.command()
@@ -106,7 +120,12 @@ def get(
     started = time.monotonic()
     with _client(context, patience_seconds=wait) as client, _Bar(name) as bar:
         commit = client.ensure(
-            name, revision=revision, ignore_weights=ignore_weights, pin=pin_it, on_update=bar.show_update
+            name,
+            revision=revision,
+            ignore_weights=ignore_weights,
+            pin=pin_it,
+            on_update=bar.show_update,
+            on_wait=lambda error: bar.tell_wait(error, wait),
         )
         listed = client.list_files(name, revision=commit, ignore_weights=ignore_weights)
         data: dict[str, Any] = {
@@ -155,7 +174,7 @@ def list_models(context: click.Context, as_json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
             "name": model.model_name,
-            "provider": model_pb2.ModelProvider.Name(model.provider),
+            "provider": model_pb2.ModelProvider.Name(model.provider).lower(),
             "revision": model.revision,
             "bytes": model.size_bytes,
             "files": model.file_count,
@@ -168,20 +187,27 @@ def list_models(context: click.Context, as_json: bool) -> None:
     ]
     data: dict[str, Any] = {"models": rows}
     data |= {name: getattr(answer, name) for name in ("used_bytes", "max_bytes", "free_bytes", "min_free_bytes")}
-    lines = [
-        f"{row['name']}  {str(row['revision'])[:12]}  {bytes_text(row['bytes'])}  {row['files']} files"
-        + "".join(f"  {mark}" for mark in ("pinned", "in_use") if row[mark])
-        + ("" if row["weights"] else "  without weights")
+    head = ("MODEL", "REVISION", "SIZE", "FILES", "")
+    cells = [
+        (
+            str(row["name"]),
+            short_id(str(row["revision"])),
+            bytes_text(row["bytes"]),
+            str(row["files"]),
+            ", ".join(text for name, text in _MARKS.items() if row[name] is (name != "weights")),
+        )
         for row in rows
     ]
+    lines = [table(head, cells, width=terminal_width(), may_shrink={"MODEL"}), ""] if cells else []
     limit = f" of {bytes_text(answer.max_bytes)}" if answer.max_bytes else ""
-    lines.append(f"{len(rows)} models, {bytes_text(answer.used_bytes)}{limit}; {bytes_text(answer.free_bytes)} free")
+    room = f"{bytes_text(answer.used_bytes)}{limit}; {bytes_text(answer.free_bytes)} free"
+    lines.append(f"{len(rows)} model{'s' * (len(rows) != 1)}, {room}")
     _print(as_json, data, "\n".join(lines))
 
 
 @models.command()
 @name_argument
-@revision_option
+@click.option("--revision", metavar="REVISION", help="This branch, tag or commit alone. [default: all]")
 @click.option("--force", is_flag=True, help="Pinned ones too.")
 @json_option
 @server_options
@@ -204,7 +230,11 @@ def pin(context: click.Context, name: str, revision: str | None, off: bool, as_j
     """Keeps a model in the server's cache, whatever the limits say."""
     with _client(context) as client:
         commit = client.pin(name, revision=revision, pinned=not off)
-    _print(as_json, {"name": name, "revision": commit, "pinned": not off}, f"{name}@{commit}: pinned={not off}")
+    _print(
+        as_json,
+        {"name": name, "revision": commit, "pinned": not off},
+        f"{name}@{commit} is {'not pinned any more' if off else 'pinned'}",
+    )
 
 
 @models.command()
@@ -238,6 +268,7 @@ class _Bar:
         self._terminal = sys.stderr.isatty()
         self._shown_at = time.monotonic()
         self._done = 0
+        self._told_wait = False
         self.fetched_bytes = 0
 
     def __enter__(self) -> _Bar:
@@ -246,6 +277,12 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         if self._terminal:
             click.echo("\r\x1b[K", nl=False, err=True)
+
+    def tell_wait(self, error: Exception, seconds: float) -> None:
+        """Once."""
+        if not self._told_wait and seconds > 0:
+            self._told_wait = True
+            click.echo(f"mx: {error}; waiting for it, at most {seconds:g} s", err=True)
 
     def show_update(self, update: model_pb2.ModelStatusUpdate) -> None:
         progress = update.progress

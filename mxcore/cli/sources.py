@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxcore.cli.server_calls import duration, json_option, refusal_lines, server_client, table
+from mxcore.cli.server_calls import json_option, server_client, wide_option
 from mxcore.cli.status import STATE_NAMES, instances_by_state
+from mxcore.cli.tables import duration, refusal_lines, short_id, table, terminal_width
 
 if TYPE_CHECKING:
     from mxserver.wire.calls import ServerClient
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 EPILOG = """
 \b
-Exit codes: 0 the server answered (also with none), 1 it refused, 2 usage, 3 it does not answer.
+Exit codes: 0 the server answered (also with none), 2 usage, 3 it does not answer, 5 it refused.
 \b
 Examples:
   mx sources
@@ -33,9 +34,16 @@ Examples:
 @click.option("--state", type=click.Choice(STATE_NAMES), help="Only workers in this state.")
 @click.option("--rank", type=click.IntRange(min=0), help="Only this worker rank.")
 @click.option("--identities", is_flag=True, help="Also print what each source id stands for.")
+@wide_option
 @json_option
 def sources(
-    connection: Connection, model: str | None, state: str | None, rank: int | None, identities: bool, as_json: bool
+    connection: Connection,
+    model: str | None,
+    state: str | None,
+    rank: int | None,
+    identities: bool,
+    wide: bool,
+    as_json: bool,
 ) -> None:
     """The workers that the server knows, newest sign of life first."""
     with server_client(connection) as client:
@@ -53,7 +61,7 @@ def sources(
     facts: dict[str, Any] = {"server": client.address, "sources": rows, **told}
     if known is not None:
         facts["identities"] = known
-    click.echo(json.dumps(facts) if as_json else as_text(facts))
+    click.echo(json.dumps(facts) if as_json else as_text(facts, whole=wide))
 
 
 def _source(instance: p2p_pb2.SourceInstanceRef, state: str, now_ms: int) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _identities(client: ServerClient, rows: list[dict[str, Any]]) -> dict[str, A
     return known
 
 
-def as_text(facts: dict[str, Any]) -> str:
+def as_text(facts: dict[str, Any], *, whole: bool = False) -> str:
     if not facts["sources"]:
         return f"no worker at {facts['server']} fits{_told_lines(facts)}"
     head = ("MODEL", "SOURCE ID", "WORKER", "RANK", "STATE", "ACCELERATOR", "LOAD", "HEARD")
@@ -132,7 +140,7 @@ def as_text(facts: dict[str, Any]) -> str:
         (
             row["model_name"],
             row["source_id"],
-            row["worker_id"],
+            short_id(row["worker_id"], whole=whole),
             str(row["worker_rank"]),
             row["state"],
             row["accelerator"],
@@ -141,7 +149,7 @@ def as_text(facts: dict[str, Any]) -> str:
         )
         for row in facts["sources"]
     ]
-    text = table(head, rows)
+    text = table(head, rows, width=None if whole else terminal_width(), may_shrink={"MODEL", "ACCELERATOR"})
     for source, identity in facts.get("identities", {}).items():
         text += f"\n\n{source}\n" + "\n".join(f"  {name}: {value}" for name, value in identity.items())
     return text + _told_lines(facts)

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import click
 
 from mxcore.cli.connection import Connection, connection_options
-from mxcore.cli.server_calls import bytes_text, duration, json_option, refusal_lines, server_client, table
+from mxcore.cli.server_calls import json_option, server_client, wide_option
+from mxcore.cli.tables import bytes_text, duration, refusal_lines, short_id, table, terminal_width
 from mxserver.wire import split_scheme
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SHOWN_ERRORS = 5
 
 EPILOG = """
 \b
-Exit codes: 0 the server is well, 1 it answers and is not, 2 usage, 3 it does not answer.
+Exit codes: 0 the server is well, 1 it answers and is not, 2 usage, 3 it does not answer, 5 it refused.
 Progress of loads is on the status page; where that port cannot be reached, the rest is shown without it.
 \b
 Examples:
@@ -43,8 +44,9 @@ Examples:
 @click.command(epilog=EPILOG)
 @connection_options
 @click.option("--page", metavar="URL", help="The status page. [default: port 9401 of the server]")
+@wide_option
 @json_option
-def status(connection: Connection, page: str | None, as_json: bool) -> None:
+def status(connection: Connection, page: str | None, wide: bool, as_json: bool) -> None:
     """The server's health, its models, and the loads that run."""
     with server_client(connection) as client:
         health = client.health()
@@ -66,7 +68,7 @@ def status(connection: Connection, page: str | None, as_json: bool) -> None:
         "not_shared": None if data is None else data.get("not_shared", []),
         "page_problem": problem,
     }
-    click.echo(json.dumps(facts) if as_json else as_text(facts))
+    click.echo(json.dumps(facts) if as_json else as_text(facts, whole=wide))
     sys.exit(0 if well else EXIT_NOT_WELL)
 
 
@@ -119,6 +121,8 @@ def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, An
     except urllib.error.HTTPError as error:
         with error:
             return None, f"{url.geturl()}: HTTP {error.code}: {error.read(200).decode(errors='replace').strip()}"
+    except urllib.error.URLError as error:
+        return None, f"{url.geturl()}: {getattr(error.reason, 'strerror', None) or error.reason}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         return None, f"{url.geturl()}: {error}"
     if "loads" not in data or "server" not in data:
@@ -126,7 +130,8 @@ def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, An
     return data, ""
 
 
-def as_text(facts: dict[str, Any]) -> str:
+def as_text(facts: dict[str, Any], *, whole: bool = False) -> str:
+    width = None if whole else terminal_width()
     server = facts["server"]
     lines = [
         f"{server['address']}  version {server['version']}  up {duration(server['uptime_seconds'])}  "
@@ -137,12 +142,14 @@ def as_text(facts: dict[str, Any]) -> str:
             (model["model_name"], model["source_id"], *(str(model[state]) for state in STATE_NAMES))
             for model in facts["models"]
         ]
-        lines += ["", table(("MODEL", "SOURCE ID", "READY", "LOADING", "STALE"), rows)]
+        head: tuple[str, ...] = ("MODEL", "SOURCE ID", "READY", "LOADING", "STALE")
+        lines += ["", table(head, rows, width=width, may_shrink={"MODEL"})]
     else:
         lines += ["", "no worker has published yet"]
     if facts["loads"]:
         head = ("LOADING", "WORKER", "RANK", "DONE", "RATE", "LEFT", "PATH", "FROM")
-        lines += ["", table(head, [_load_row(load) for load in facts["loads"]])]
+        loads = [_load_row(load, whole=whole) for load in facts["loads"]]
+        lines += ["", table(head, loads, width=width, may_shrink={"LOADING"})]
     if facts["loads"] is None:
         lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
     if facts["not_shared"]:
@@ -155,7 +162,7 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load_row(load: dict[str, Any]) -> tuple[str, ...]:
+def _load_row(load: dict[str, Any], *, whole: bool) -> tuple[str, ...]:
     total = load["bytes_total"]
     done = (
         f"{min(100, 100 * load['bytes_done'] // total)} % of {bytes_text(total)}"
@@ -165,11 +172,11 @@ def _load_row(load: dict[str, Any]) -> tuple[str, ...]:
     rate = load["bytes_per_second"]
     return (
         load["model_name"] or load["source_id"],
-        load["worker_id"],
+        short_id(load["worker_id"], whole=whole),
         str(load["worker_rank"]),
         done,
         "" if rate is None else f"{bytes_text(rate)}/s",
         "" if load["eta_seconds"] is None else duration(load["eta_seconds"]),
         load["path"],
-        load["from_worker_id"],
+        short_id(load["from_worker_id"], whole=whole),
     )

@@ -146,6 +146,23 @@ cdef int check_files(FileSet files, bint mapped) except -1:
     return 0
 
 
+cdef int run(mx_work* work, slots, bint mapped, DeviceRing device) except -1:
+    if mapped and mx_bus_guard_begin() != 0:
+        raise StorageError(f"SIGBUS cannot be caught: {os.strerror(errno)}")
+    view = memoryview(slots) if slots is not None else None  # nobody closes it meanwhile
+    try:
+        with nogil:
+            mx_run_work(work)
+    finally:
+        if device is not None:
+            device.load.reads = NULL
+        if mapped:
+            mx_bus_guard_end()
+        if view is not None:
+            view.release()
+    return 0
+
+
 def slot_bytes(JobList jobs not None):
     return min(jobs.limits.piece_bytes, <int64_t>MOST_SLOT_BYTES) + 2 * PAGE_BYTES
 
@@ -205,25 +222,17 @@ def read_jobs(JobList jobs not None, order, *, way, other_way=-1, threads=1, lan
     pulse.caller = <void*>caller
     caller.work = &work
     caller.progress = progress
-    if mapped and mx_bus_guard_begin() != 0:
-        raise StorageError(f"SIGBUS cannot be caught: {os.strerror(errno)}")
-    view = memoryview(slots) if slots is not None else None  # nobody closes it meanwhile
+    files.begin()
     try:
-        with nogil:
-            mx_run_work(&work)
-    finally:
+        run(&work, slots, mapped, device)
+        if caller.error is not None:
+            raise caller.error
         if device is not None:
-            device.load.reads = NULL
-        if mapped:
-            mx_bus_guard_end()
-        if view is not None:
-            view.release()
-    if caller.error is not None:
-        raise caller.error
-    if device is not None:
-        device.raise_failure()
-    if work.stopped:
-        raise failure(files, &work)
+            device.raise_failure()
+        if work.stopped:
+            raise failure(files, &work)
+    finally:
+        files.end()
     return {
         "straight_bytes": straight.reads.bytes if straight is not None else 0,
         "left": array.array("q", straight.left() if straight is not None else ()),

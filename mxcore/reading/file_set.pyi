@@ -1,6 +1,6 @@
 """The files of one read: descriptors, mappings, and whether they stay what they were, compiled.
 
-Not to be closed while another thread reads from it; otherwise any thread may use it.
+Any thread may use it.
 """
 
 import os
@@ -38,7 +38,11 @@ class FileSet:
         """Raises TruncatedRead if a file is shorter than when it was opened, FileChanged if it was written to."""
 
     def close(self) -> None:
-        """Closes and unmaps everything; idempotent."""
+        """Closes and unmaps everything; idempotent.
+
+        While other threads read from it, the last of them does: its descriptors are not given to other files before.
+        Nothing new is begun meanwhile (ValueError).
+        """
 
     def __enter__(self) -> Self: ...
     def __exit__(

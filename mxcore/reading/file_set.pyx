@@ -116,9 +116,25 @@ cdef class FileSet:
             raise self.changed(index, expected[0], status.st_size, "since its header was read")
         return expected
 
+    cdef int begin(self) except -1:
+        """A read begins, for which the files have to stay open: `end` it."""
+        if self.closing:
+            raise ValueError("these files are closed")
+        self.readers += 1
+        return 0
+
+    cdef void end(self) noexcept:
+        self.readers -= 1
+        if self.closing:
+            self.release()
+
     cdef void release(self) noexcept:
+        """Closes everything, or has the last read do so: a descriptor that is closed under it may be another file's."""
         global live_descriptors, live_maps
         cdef size_t index
+        self.closing = True
+        if self.readers:
+            return
         for index in range(self.count):
             if self.files[index].map != NULL:
                 munmap(self.files[index].map, <size_t>self.sizes[index])
@@ -143,7 +159,7 @@ cdef class FileSet:
         return self.count
 
     cdef int require(self, size_t index) except -1:
-        if index >= self.count or self.files[index].fd < 0:
+        if self.closing or index >= self.count or self.files[index].fd < 0:
             raise ValueError(f"file {index} is not open")
         return 0
 

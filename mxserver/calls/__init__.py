@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from mxserver.calls.answers import AnswersUnderWay
 from mxserver.calls.call_pool import CallPool
 from mxserver.calls.freed_memory import give_large_parts_back
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.nested import split_off
+from mxserver.calls.nested import length_delimited, split_off
 from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
@@ -13,6 +14,7 @@ from mxserver.calls.stalled import StalledStreams
 
 __all__ = [
     "PATIENCE_SECONDS",
+    "AnswersUnderWay",
     "Around",
     "CallPool",
     "Handler",
@@ -23,6 +25,7 @@ __all__ = [
     "WrappingInterceptor",
     "give_large_parts_back",
     "in_pool",
+    "length_delimited",
     "refuse",
     "refuse_for",
     "refuses",

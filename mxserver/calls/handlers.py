@@ -31,13 +31,20 @@ def behaviour_of(handler: Handler) -> Callable[..., Any]:
 
 def with_behaviour(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
     """A handler of the same kind with the same serializers, answered by another function."""
-    return made_handler(handler, behaviour, request_deserializer=handler.request_deserializer)
+    return made_handler(
+        handler,
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
-def made_handler(handler: Handler, behaviour: Callable[..., Any], *, request_deserializer: Any) -> Handler:
-    """As `with_behaviour`, with another deserializer for requests; None: they stay bytes."""
+def made_handler(
+    handler: Handler, behaviour: Callable[..., Any], *, request_deserializer: Any, response_serializer: Any
+) -> Handler:
+    """As `with_behaviour`, with other serializers; None: requests stay bytes, and answers are bytes."""
     made: Handler = _KINDS[handler.request_streaming, handler.response_streaming][1](
-        behaviour, request_deserializer=request_deserializer, response_serializer=handler.response_serializer
+        behaviour, request_deserializer=request_deserializer, response_serializer=response_serializer
     )
     return made
 

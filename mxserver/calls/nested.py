@@ -86,6 +86,19 @@ def split_off(data: bytes, number: int) -> tuple[bytes, bytes | None]:
     return b"".join(rest), (found[0] if len(found) == 1 else b"".join(found)) if found else None
 
 
+def length_delimited(number: int, size: int) -> bytes:
+    """What stands before the content of a field of bytes or of a message, of this number and size."""
+    return _as_varint(number << 3 | _LENGTH) + _as_varint(size)
+
+
+def _as_varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*found, value))
+
+
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     """The number at this place, and the place behind it; the end where it is cut off."""
     value = shift = 0

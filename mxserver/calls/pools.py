@@ -44,7 +44,8 @@ POOLS: dict[str, Kind] = {
         4,
         frozenset({"/model_express.health.HealthService/GetHealth", "/grpc.health.v1.Health/Check", f"{_PROBE}Call"}),
     ),
-    "listings": Kind(16, frozenset({f"{_P2P}ListSources", f"{_P2P}GetMetadata"})),
+    "listings": Kind(4, frozenset({f"{_P2P}ListSources"})),
+    "records": Kind(8, frozenset({f"{_P2P}GetMetadata"})),  # wait for room, where they are large
     "publishes": Kind(64, frozenset({_PUBLISH}), "publishes"),  # wait for a disk: as many as one commit can take
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
     "models": Kind(16, frozenset()),  # the cache's other calls, and what models have beside their streams
@@ -99,7 +100,12 @@ class PoolInterceptor(HandlerInterceptor):
         if not handler.request_streaming and handler.request_deserializer is not None:
             behaviour = _parsing(method, handler, self._limits)
         pool = self._pools[pool_of(method)] if own is None else own
-        return made_handler(handler, in_pool(behaviour, pool), request_deserializer=None)
+        return made_handler(
+            handler,
+            in_pool(behaviour, pool),
+            request_deserializer=None,
+            response_serializer=handler.response_serializer,
+        )
 
     def pools(self) -> dict[str, CallPool]:
         """The threads of all kinds, by name."""

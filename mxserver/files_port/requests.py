@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import threading
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from mxserver.wire.proto import model_pb2
 
 _RANGE = re.compile(r"bytes=(\d{1,19})-(\d{0,19})")
 _PROVIDERS = set(model_pb2.ModelProvider.keys())
+SMALL_BYTES = 16 * 1024
 _NOT_FOUND = (errors.ModelNotCached, errors.RevisionNotFound)
 
 
@@ -94,11 +96,15 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
     server_version = "mxserver"
     sys_version = ""
     disable_nagle_algorithm = True
-    wbufsize = 0
+    wbufsize = 2 * SMALL_BYTES  # the head and a small body are one packet
 
     def setup(self) -> None:
         self._shared: Shared = self.server.shared  # type: ignore[attr-defined]
+        seconds, rest = divmod(self._shared.silence_seconds, 1)
         self.request.settimeout(self._shared.silence_seconds)
+        self.request.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1_000_000))
+        )
         self._model = contextlib.ExitStack()  # what keeps the model in the cache
         self._of: tuple[str, ...] = ()
         self._files: dict[str, FileRecord] = {}
@@ -219,25 +225,36 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
         before = ""
         while begin < end:
             stop = min(end, (begin // MOST_DIGESTED_BYTES + 1) * MOST_DIGESTED_BYTES)
-            self._write(f"{stop - begin:x}{before}\r\n", is_more=True)
+            self.wfile.write(f"{stop - begin:x}{before}\r\n".encode())
             if not self._send(opened, begin, stop):
                 return False
             before = f";{DIGEST_OF_LAST}={self._shared.digests.of(opened.fileno(), begin, stop, afresh=afresh)}"
-            self._write("\r\n", is_more=True)
+            self.wfile.write(b"\r\n")
             begin = stop
-        self._write(f"0{before}\r\n\r\n")
+        self.wfile.write(f"0{before}\r\n\r\n".encode())
         return True
-
-    def _write(self, text: str, *, is_more: bool = False) -> None:
-        """`is_more`: it need not be a packet of its own."""
-        flags = socket.MSG_MORE if is_more and not isinstance(self.connection, ssl.SSLSocket) else 0
-        self.connection.sendall(text.encode(), flags)
 
     def _send(self, opened: Any, begin: int, end: int) -> bool:
         """Whether the file had all these bytes."""
+        if end - begin <= SMALL_BYTES:
+            return read_blocks(opened.fileno(), begin, end, self.wfile.write) == end - begin
+        self.wfile.flush()
         if isinstance(self.connection, ssl.SSLSocket):
             return read_blocks(opened.fileno(), begin, end, self.connection.sendall) == end - begin
-        return begin == end or self.connection.sendfile(opened, begin, end - begin) == end - begin
+        return self._send_file(opened.fileno(), begin, end)
+
+    def _send_file(self, handle: int, begin: int, end: int) -> bool:
+        """By sendfile, which sends all that it is asked to where the socket waits in the kernel (SO_SNDTIMEO)."""
+        self.connection.settimeout(None)
+        try:
+            while begin < end:
+                count = os.sendfile(self.connection.fileno(), handle, begin, end - begin)
+                if not count:
+                    return False
+                begin += count
+        finally:
+            self.connection.settimeout(self._shared.silence_seconds)
+        return True
 
     def _refuse(self, code: HTTPStatus, status: grpc.StatusCode, text: str) -> None:
         body = f"{text}\n".encode(errors="replace")

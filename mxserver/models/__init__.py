@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxserver.models import errors
+from mxserver.models.cache import SharedLocks
 from mxserver.models.completeness import missing_of
 from mxserver.models.digests import digest_fd
 from mxserver.models.downloads import DownloadJob, JobState
@@ -22,6 +23,7 @@ __all__ = [
     "ModelName",
     "ModelRecord",
     "OpenCache",
+    "SharedLocks",
     "Stopped",
     "checked_revision",
     "chunk_bytes",

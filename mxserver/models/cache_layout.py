@@ -12,8 +12,8 @@
         refs/MODEL/NAME                as the hub's refs, for those
         records/KEY.json               what is complete: nothing else makes a model visible
         pins/KEY
-        leases/ uses/                  see lease.py
-        staging/KEY.GENERATION/        what is being downloaded, or deleted
+        leases/ uses/ folder-id        see lease.py
+        staging/KEY.TOKEN/             what is being downloaded, or deleted
 """
 
 from __future__ import annotations

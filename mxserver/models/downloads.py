@@ -26,11 +26,12 @@ from mxserver.models.errors import (
     ModelError,
     ModelNotCached,
 )
-from mxserver.models.names import ModelKey, ModelName, Provider, is_commit, is_weight
+from mxserver.models.names import ModelKey, ModelName, is_commit, is_weight
 from mxserver.models.record import ModelRecord
 from mxserver.models.sources import AllowedSources, ModelSource, RemoteModel, is_disk_full
 from mxserver.models.transfer import NO_PROGRESS, Progress, RetryPolicy, Stopped, Transfer
 from mxserver.wire import left_out
+from mxserver.wire.files import Provider
 
 _LOG = logging.getLogger(__name__)
 

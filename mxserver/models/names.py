@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from mxserver.models.errors import BadModelName
 from mxserver.wire import path_problem
+from mxserver.wire.files import SCHEMES, Provider, name_problem
 from mxserver.wire.proto import model_pb2
-
-Provider: TypeAlias = model_pb2.ModelProvider.ValueType
-
-SCHEMES: dict[Provider, tuple[str, ...]] = {
-    model_pb2.S3: ("s3",),
-    model_pb2.GCS: ("gs",),
-    model_pb2.AZURE: ("az", "abfss"),
-    model_pb2.FILE: ("file",),
-}
-"""Providers whose models are named by URL; the rest are repositories of the Hugging Face Hub."""
 
 DEFAULT_REVISION = "main"
 
-_REPO_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_BUCKET = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._@-]{0,251}[A-Za-z0-9])?")
 
 
 class ModelName(NamedTuple):
@@ -68,40 +57,13 @@ def model_name(provider: int, name: str) -> ModelName:
     Raises:
         BadModelName: says which rule is broken.
     """
-    if provider == model_pb2.HUGGING_FACE:
-        _check_repository(name)
-        return ModelName(model_pb2.HUGGING_FACE, name)
-    known = next((known for known in SCHEMES if known == provider), None)
+    known = next((known for known in (model_pb2.HUGGING_FACE, *SCHEMES) if known == provider), None)
     if known is None:
         label = "NGC" if provider == model_pb2.NGC else f"number {provider}"
         raise BadModelName(f"provider {label} is not served; there are HUGGING_FACE, GCS, S3, AZURE and FILE")
-    return ModelName(known, _checked_url(known, name))
-
-
-def _check_repository(name: str) -> None:
-    parts = name.split("/")
-    if len(parts) > 2 or not all(_REPO_PART.fullmatch(part) for part in parts) or "--" in name or ".." in name:
-        raise BadModelName(
-            f"model name {name[:200]!r} is not a repository of the hub: it must be NAME or ORGANISATION/NAME of "
-            "letters, digits, '.', '_' and '-', without '--' and '..'"
-        )
-
-
-def _checked_url(provider: Provider, name: str) -> str:
-    schemes = SCHEMES[provider]
-    form = f"{schemes[0]}:///folder" if provider == model_pb2.FILE else f"{schemes[0]}://bucket/prefix"
-    scheme, separator, rest = name.partition("://")
-    if not separator or scheme not in schemes:
-        raise BadModelName(f"model name {name[:200]!r} must look like {form}")
-    bucket, _, prefix = rest.rstrip("/").partition("/")
-    if provider == model_pb2.FILE:
-        if bucket or not prefix:
-            raise BadModelName(f"model name {name[:200]!r} must look like {form}")
-    elif not _BUCKET.fullmatch(bucket) or ".." in bucket:
-        raise BadModelName(f"model name {name[:200]!r}: {bucket[:100]!r} is not a bucket; it must look like {form}")
-    if prefix and (problem := path_problem(prefix)):
-        raise BadModelName(f"model name {name[:200]!r}: {problem}")
-    return f"{scheme}://{bucket}/{prefix}" if prefix else f"{scheme}://{bucket}"
+    if problem := name_problem(known, name):
+        raise BadModelName(problem)
+    return ModelName(known, name if known == model_pb2.HUGGING_FACE else name.rstrip("/"))
 
 
 def checked_revision(model: ModelName, revision: str) -> str:

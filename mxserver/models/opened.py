@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mxserver.models.cache import Limits, ModelCache
+from mxserver.models.cache import Limits, ModelCache, SharedLocks
 from mxserver.models.downloads import DownloadJob, Downloads
 from mxserver.models.errors import CacheFull, CacheUnusable, LeaseLost
-from mxserver.models.names import Provider
 from mxserver.models.sources import AllowedSources, FolderSource, HubSource, ModelSource, ObjectSource
 from mxserver.models.transfer import RetryPolicy
 from mxserver.wire import left_out
+from mxserver.wire.files import Provider
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class CacheSettings:
     retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
     ignore: tuple[str, ...] | None = None  # of `left_out`
     allow: tuple[str, ...] = ()
+    shared_locks: SharedLocks | None = None  # of servers on several machines
 
 
 class OpenCache:
@@ -110,7 +111,12 @@ class OpenCache:
             if self._closed:
                 raise CacheUnusable("the server is stopping")
             if self._opened is None:
-                cache = ModelCache(self.settings.root, self.settings.limits, lease_seconds=self.settings.lease_seconds)
+                cache = ModelCache(
+                    self.settings.root,
+                    self.settings.limits,
+                    lease_seconds=self.settings.lease_seconds,
+                    shared_locks=self.settings.shared_locks,
+                )
                 objects = ObjectSource()
                 sources: dict[Provider, ModelSource] = {
                     model_pb2.HUGGING_FACE: HubSource(cache.layout),

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from mxserver.calls import refuse, refuses
+from mxserver.calls import AnswersUnderWay, length_delimited, refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
 from mxserver.services.nearest_sources import nearest
@@ -66,8 +66,16 @@ class P2pService:
     What it only passes on, such as tensors, is not parsed: see record.proto.
     """
 
-    def __init__(self, store: SourceStore, leases: Leases, loads: Loads, limits: ServerLimits = DEFAULT) -> None:
+    def __init__(
+        self,
+        store: SourceStore,
+        leases: Leases,
+        loads: Loads,
+        limits: ServerLimits = DEFAULT,
+        answers: AnswersUnderWay | None = None,
+    ) -> None:
         self._limits = limits
+        self._answers = answers or AnswersUnderWay(limits)
         self._store = store
         self._loads = loads
         self._lease_ms = round(leases.heartbeat_seconds * 1000)
@@ -76,13 +84,15 @@ class P2pService:
         methods: dict[str, tuple[Any, Any, Any]] = {
             "PublishMetadata": (self.PublishMetadata, PublishRequest.parse, p2p_pb2.PublishMetadataResponse),
             "ListSources": (self.ListSources, p2p_pb2.ListSourcesRequest.FromString, p2p_pb2.ListSourcesResponse),
-            "GetMetadata": (self.GetMetadata, p2p_pb2.GetMetadataRequest.FromString, record_pb2.RecordResponse),
             "UpdateStatus": (self.UpdateStatus, p2p_pb2.UpdateStatusRequest.FromString, p2p_pb2.UpdateStatusResponse),
         }
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(method, parse, answered.SerializeToString)
             for name, (method, parse, answered) in methods.items()
         }
+        handlers["GetMetadata"] = grpc.unary_unary_rpc_method_handler(
+            self.GetMetadata, p2p_pb2.GetMetadataRequest.FromString
+        )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     @_refuses
@@ -140,25 +150,29 @@ class P2pService:
             yield reference
 
     @_refuses
-    def GetMetadata(  # noqa: N802
-        self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext
-    ) -> record_pb2.RecordResponse:
+    def GetMetadata(self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext) -> bytes:  # noqa: N802
+        """A serialised RecordResponse: it may have a hundred MiB, and would be copied once more as a message."""
         record = self._store.get(request.mx_source_id, request.worker_id)
-        if record is None:
-            return record_pb2.RecordResponse(
-                found=False, mx_source_id=request.mx_source_id, worker_id=request.worker_id
-            )
-        # Two messages one after the other are one with the fields of both.
-        now = record_pb2.WorkerFacts(status=record.status, updated_at=record.updated_at_ms)
-        return record_pb2.RecordResponse(
+        if record is not None:
+            self._answers.reserve(context, record.payload_bytes)  # before it is read
+        worker = None
+        while record is not None and (worker := self._store.whole_worker(record)) is None:
+            record = self._store.get(request.mx_source_id, request.worker_id)  # it changed meanwhile
+        if record is None or worker is None:
+            missing = record_pb2.RecordResponse(mx_source_id=request.mx_source_id, worker_id=request.worker_id)
+            return missing.SerializeToString()
+        answer = record_pb2.RecordResponse(
             found=True,
-            worker=record.worker + now.SerializeToString(),
             mx_source_id=record.key.source_id,
             worker_id=record.key.worker_id,
             identity=record.identity,
             epoch=record.epoch,
             owner=record.owner,
         )
+        # Two messages one after the other are one with the fields of both.
+        now = record_pb2.WorkerFacts(status=record.status, updated_at=record.updated_at_ms).SerializeToString()
+        head = length_delimited(record_pb2.RecordResponse.WORKER_FIELD_NUMBER, len(worker) + len(now))
+        return b"".join((answer.SerializeToString(), head, worker, now))
 
     @_refuses
     def UpdateStatus(  # noqa: N802

@@ -61,7 +61,7 @@ class SourceRecord:
     source_load: float | None = None
     owner: str = ""  # who published it; empty: callers were not identified then
     payload_bytes: int = 0  # of identity and worker together, as published
-    worker_is_cut: bool = False  # `worker` has only what record.proto's WorkerFacts name; `SourceStore.get` has all
+    worker_is_cut: bool = False  # `worker` has only record.proto's WorkerFacts; `SourceStore.whole_worker` has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,11 @@ class SourceStore(ABC):
 
     @abstractmethod
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        """The worker's record; of several ranks under one worker id, the lowest."""
+        """The worker's record; of several ranks under one worker id, the lowest. Large metadata is cut as in `find`."""
+
+    @abstractmethod
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        """The metadata that this record was published with; None where the record has changed since."""
 
     @abstractmethod
     def find(self, query: Query) -> list[SourceRecord]:

@@ -43,6 +43,9 @@ class MemoryStore(SourceStore):
         self.check()
         return self._index.get_lowest(source_id, worker_id)
 
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        return record.worker
+
     def find(self, query: Query) -> list[SourceRecord]:
         self.check()
         return self._index.find(query)

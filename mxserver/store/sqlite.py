@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,14 +96,13 @@ class SqliteStore(SourceStore):
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
         self._require_open()
-        record = self._index.get_lowest(source_id, worker_id)
-        while record is not None and record.worker_is_cut:
-            # Large metadata is in the file alone, and only one thread touches that. It may change meanwhile.
-            worker = self._change(functools.partial(self._read_worker, record.key, record.epoch), only_reads=True)
-            if worker is not None:
-                return replace(record, worker=worker, worker_is_cut=False)
-            record = self._index.get_lowest(source_id, worker_id)
-        return record
+        return self._index.get_lowest(source_id, worker_id)
+
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        if not record.worker_is_cut:
+            return record.worker
+        # Large metadata is in the file alone, and only one thread touches that.
+        return self._change(functools.partial(self._read_worker, record.key, record.epoch), only_reads=True)
 
     def _read_worker(self, key: RecordKey, epoch: int, _: Batch) -> bytes | None:
         return self._file.worker(key, epoch)

@@ -36,6 +36,10 @@ class ObservedStore(SourceStore):
         with self._observed("get"):
             return self._store.get(source_id, worker_id)
 
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        with self._observed("whole_worker"):
+            return self._store.whole_worker(record)
+
     def find(self, query: Query) -> list[SourceRecord]:
         with self._observed("find"):
             return self._store.find(query)
@@ -76,4 +80,4 @@ class ObservedStore(SourceStore):
             self._seconds[operation].observe(time.perf_counter() - started)
 
 
-_OPERATIONS = ("publish", "update_status", "get", "find", "sweep", "check")
+_OPERATIONS = ("publish", "update_status", "get", "whole_worker", "find", "sweep", "check")

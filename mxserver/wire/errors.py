@@ -18,17 +18,28 @@
 
 from __future__ import annotations
 
+import re
+
+_CODE_AT_END = re.compile(r" \[MX_[A-Z0-9_]+\]$")
+
 
 class MxError(Exception):
     """An error with a stable code.
 
-    The message says what failed, where, with which values, and, where there is one, what to do next.
+    The message says what failed, where, with which values, and, where there is one, what to do next. Its text ends with
+    the code; where the message repeats what a server said, with the code of the server's error, which says more.
     """
 
     code: str = "MX_ERROR"
 
+    @property
+    def stable_code(self) -> str:
+        """The code that the text ends with."""
+        return str(self).rpartition(" [")[2].removesuffix("]")
+
     def __str__(self) -> str:
-        return f"{super().__str__()} [{self.code}]"
+        text = super().__str__()
+        return text if _CODE_AT_END.search(text) else f"{text} [{self.code}]"
 
 
 class SettingError(MxError):

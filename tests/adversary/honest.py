@@ -40,7 +40,7 @@ class Seen:
     most_rss_mib: float = 0.0
 
     def p99(self, name: str) -> float:
-        times = sorted(self.seconds[name])
+        times = sorted(self.seconds.get(name, ())) or [float("inf")]  # not one call has ended
         return times[min(len(times) - 1, int(len(times) * 0.99))]
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ MODEL is one that the server may read. TOKEN is one of a worker (role publish), 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from typing import Any
 
 import grpc
 
+from mxserver.wire.calls import source_id
 from mxserver.wire.proto import cache_pb2, health_pb2, load_pb2, model_pb2, mx_pb2, p2p_pb2
 
 P2P = "/model_express.p2p.P2pService/"
@@ -109,7 +111,9 @@ def never_reads(hostile: Hostile) -> None:
             for method, request in asked
             for _ in range(100)
         ]
-        held = [Closed(hostile, 1000) for _ in range(8)]
+        held = [Closed(hostile.place, hostile.metadata) for _ in range(8)]
+        for one in held:
+            one.ask(f"{P2P}ListSources", b"", 1000)
         hostile.until_end()
         for call in calls:
             call.cancel()
@@ -120,17 +124,25 @@ def never_reads(hostile: Hostile) -> None:
 class Closed:
     """A connection whose window for answers is 0, with calls whose answers are not taken."""
 
-    def __init__(self, hostile: Hostile, calls: int) -> None:
-        self._socket = socket.create_connection(hostile.place)
+    def __init__(self, place: tuple[str, int], metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
+        self._streams = itertools.count(1, 2)
+        self._socket = socket.create_connection(place)
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, struct.pack(">HI", 4, 0)))
         self._socket.sendall(_frame(4, 1, 0))
-        fields = [(":method", "POST"), (":scheme", "http"), (":path", f"{P2P}ListSources"), (":authority", "x")]
-        fields += [("te", "trailers"), ("content-type", "application/grpc"), *hostile.metadata]
+
+    def ask(self, method: str, request: bytes, calls: int) -> bool:
+        """False if the server has closed the connection."""
+        fields = [(":method", "POST"), (":scheme", "http"), (":path", method), (":authority", "x")]
+        fields += [("te", "trailers"), ("content-type", "application/grpc"), *self._metadata]
         block = b"".join(b"\x00" + _literal(name) + _literal(value) for name, value in fields)
-        with contextlib.suppress(OSError):
-            for number in range(calls):
-                stream = 2 * number + 1
-                self._socket.sendall(_frame(1, 4, stream, block) + _frame(0, 1, stream, bytes(5)))
+        message = bytes(1) + struct.pack(">I", len(request)) + request
+        try:
+            for stream in itertools.islice(self._streams, calls):
+                self._socket.sendall(_frame(1, 4, stream, block) + _frame(0, 1, stream, message))
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         self._socket.close()
@@ -144,6 +156,31 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 def _literal(text: str) -> bytes:
     """RFC 7541, 5.2, without Huffman; shorter than 127 bytes."""
     return bytes((len(text),)) + text.encode()
+
+
+def never_reads_records(hostile: Hostile) -> None:
+    """Asks again and again for a record of 95 MiB and for listings, and takes none of it."""
+    identity = p2p_pb2.SourceIdentity(model_name="large")
+    with hostile.channel() as channel:
+        hostile.unary(
+            channel,
+            f"{P2P}PublishMetadata",
+            p2p_pb2.PublishMetadataRequest(
+                identity=identity, worker_id="large", worker=p2p_pb2.WorkerMetadata(nixl_metadata=bytes(95 * MIB))
+            ),
+            seconds=60,
+        )
+    request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id(identity), worker_id="large").SerializeToString()
+    held: list[Closed] = []
+    while not hostile.ending.is_set():
+        held = [
+            one for one in held if one.ask(f"{P2P}GetMetadata", request, 4) and one.ask(f"{P2P}ListSources", b"", 4)
+        ]
+        while len(held) < 16:
+            held.append(Closed(hostile.place, hostile.metadata))
+        hostile.ending.wait(0.5)
+    for one in held:
+        one.close()
 
 
 def never_ends(hostile: Hostile) -> None:
@@ -427,6 +464,7 @@ HOSTILE = {
     one.__name__: one
     for one in (
         never_reads,
+        never_reads_records,
         never_ends,
         sends_100_mib,
         integer_edges,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 from mxcore.cli import bench as bench_module
+from mxcore.cli.failures import exit_code
 from mxcore.cli.main import COMMANDS, main, mx
-from mxserver.wire import ServerUnreachable
+from mxserver.wire import (
+    FileRefused,
+    ModelDownloadError,
+    ModelNotFound,
+    ServerRefused,
+    ServerUnreachable,
+    SettingError,
+)
+from tests.cli.mx_process import mx as run_mx
 
 HEAVY = ("torch", "vllm", "grpc", "numpy", "huggingface_hub")
 
@@ -48,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_expected_error_is_one_line_and_exit_1(
+def test_expected_error_is_one_line_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @click.command()
@@ -59,8 +70,79 @@ def test_expected_error_is_one_line_and_exit_1(
     monkeypatch.setattr(sys, "argv", ["mx", "bench"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == "mx: no answer from localhost:1 within 2 s [MX_SERVER_UNREACHABLE]\n"
+    assert stopped.value.code == 3
+    assert (
+        capsys.readouterr().err.splitlines()[0] == "mx: no answer from localhost:1 within 2 s [MX_SERVER_UNREACHABLE]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SettingError("x"), 2),
+        (ServerUnreachable("x"), 3),
+        (ModelNotFound("x"), 4),
+        (ServerRefused("x"), 5),
+        (FileRefused("x"), 6),
+        (ModelDownloadError("x"), 1),
+        (OSError("x"), 1),
+    ],
+)
+def test_one_exit_code_for_each_cause(error: Exception, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_usage_is_told_as_json_too() -> None:
+    ran = run_mx("models", "get", "org/model", "--streams", "0", "--json")
+    error = ran.json()["error"]
+    assert (ran.code, error["code"], error["exit_code"]) == (2, "MX_USAGE", 2)
+    assert "--streams" in error["message"]
+    assert "Usage: mx models get" in ran.err
+
+
+def test_a_code_of_the_server_stands_alone() -> None:
+    error = ServerRefused("it is pinned [MX_MODEL_IN_USE]")
+    assert (str(error), error.stable_code) == ("it is pinned [MX_MODEL_IN_USE]", "MX_MODEL_IN_USE")
+    assert ServerRefused("no").stable_code == "MX_SERVER_REFUSED"
+
+
+def test_interrupt_is_130() -> None:
+    """While it waits for a server that does not answer, as a shell's Ctrl-C does it: SIGINT to the process."""
+    code = "from mxcore.cli.main import main; main()"
+    arguments = ["models", "get", "org/model", "--wait", "600", "--server", "127.0.0.1:1", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert "waiting for it, at most 600 s" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said, told = process.stderr.read(), process.stdout.read()
+    assert process.returncode == 130
+    assert said.strip().endswith("mx: interrupted")
+    assert json.loads(told)["error"]["exit_code"] == 130
+
+
+@pytest.mark.parametrize("name", ["s3://", "ftp://x/y", "a/b/c", "file://relative"])
+def test_names_are_checked_before_a_server_is_waited_for(name: str) -> None:
+    ran = run_mx("models", "get", name, "--server", "127.0.0.1:1", "--wait", "600")
+    assert ran.code == 2
+    assert "model name" in ran.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    ran = run_mx("completion", shell)
+    assert ran.code == 0
+    assert "_MX_COMPLETE" in ran.out
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    def printed(value: str) -> str:
+        return CliRunner().invoke(mx, ["doctor", "--no-server"], color=True, env={"NO_COLOR": value}).output
+
+    assert "\x1b[" in printed("")
+    assert "\x1b[" not in printed("1")
 
 
 def test_bench_outside_a_checkout_says_where_benches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_all_of_it_by_the_environment(place: Place) -> None:
 def test_without_a_token_it_is_refused_and_doctor_says_what_to_do(place: Place) -> None:
     flags = place.flags[: place.flags.index("--token-file")]
     ran = mx("sources", "--server", place.address, *flags)
-    assert (ran.code, "MX_AUTH_TOKEN_PATH" in ran.err) == (1, True)
+    assert (ran.code, "MX_AUTH_TOKEN_PATH" in ran.err) == (5, True)
     doctor = mx("doctor", "--server", place.address, *flags, "--json")
     assert doctor.code == 1
     state, do = findings(doctor)["access"]

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mxcore.cli.server_calls import bytes_text, duration, table
+from mxcore.cli.tables import bytes_text, duration, short_id, table
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
 from tests.cli.mx_process import mx
@@ -66,6 +68,8 @@ def test_without_the_page_the_rest_is_shown(web: WebServer) -> None:
     assert ran.code == 0
     assert "no worker has published yet" in ran.out
     assert "progress of loads is not known" in ran.out
+    closed = mx("status", "--server", web.address, "--page", "http://127.0.0.1:1")
+    assert "http://127.0.0.1:1/status?workers=0: Connection refused" in closed.out
 
 
 def test_store_that_fails_is_exit_1(web: WebServer, tmp_path: Path) -> None:
@@ -79,8 +83,13 @@ def test_no_server_is_exit_3_and_names_the_next_command() -> None:
     ran = mx("status", "--server", "127.0.0.1:1")
     assert ran.code == 3
     assert ran.out == ""
-    assert "MX_SERVER_UNREACHABLE" in ran.err
+    assert "Connection refused [MX_SERVER_UNREACHABLE]" in ran.err
     assert "`mx doctor`" in ran.err
+    assert "last error" not in ran.err
+    with_json = mx("status", "--server", "127.0.0.1:1", "--json")
+    error = with_json.json()["error"]
+    assert (with_json.code, error["code"], error["exit_code"]) == (3, "MX_SERVER_UNREACHABLE", 3)
+    assert "127.0.0.1:1" in error["message"]
 
 
 @pytest.mark.parametrize("arguments", [("--server", "ftp://x"), ("--page", "file:///etc/passwd"), ("--nope",)])
@@ -135,3 +144,27 @@ def test_figures_for_people(make: Callable[[float], str], value: float, text: st
 
 def test_table_has_no_trailing_blanks() -> None:
     assert table(("A", "B"), [("long", ""), ("x", "y")]) == "A     B\nlong\nx     y"
+
+
+@given(
+    cells=st.lists(st.tuples(st.text("abc", max_size=60), st.text("xyz", max_size=60)), min_size=1),
+    width=st.integers(30, 130),
+)
+def test_table_fits(cells: list[tuple[str, str]], width: int) -> None:
+    lines = table(("A", "B"), cells, width=width, may_shrink={"A", "B"}).split("\n")
+    assert all(len(line) <= width for line in lines)
+    for line, (a, b) in zip(lines[1:], cells, strict=True):
+        if len(a) <= 12 and len(b) <= 12:  # nothing shorter is cut
+            assert line.split() == [*a.split(), *b.split()]
+
+
+def test_a_column_that_may_not_shrink_is_whole() -> None:
+    assert table(("A", "B"), [("a" * 40, "b" * 40)], width=60, may_shrink={"A"}).splitlines()[1] == (
+        "a" * 8 + "…" + "a" * 9 + "  " + "b" * 40
+    )
+
+
+def test_only_long_hexadecimal_ids_are_shortened() -> None:
+    assert short_id("0123456789abcdef" * 2) == "0123456789ab"
+    assert short_id("0123456789abcdef" * 2, whole=True) == "0123456789abcdef" * 2
+    assert short_id("worker-of-a-readable-name") == "worker-of-a-readable-name"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 
 from mxcore.errors import StorageError
 from mxcore.safetensors.errors import HeaderBeyondFile, RangeBeyondFile
-from mxcore.storage.checkpoint import checkpoint_digest
+from mxcore.storage.checkpoint import checkpoint_digest, content_digest
 from mxcore.storage.checkpoint.content_digest import BLOCK_BYTES
+from mxcore.storage.checkpoint.known_digests import SampledFile
 from tests.core.safetensors.headers import entry, file_of
 
 DATA_BYTES = 300_000
@@ -217,3 +219,23 @@ def test_errors(checkpoint: tuple[list[Path], Path], tmp_path: Path) -> None:
     os.truncate(files[0], 20)
     with pytest.raises(HeaderBeyondFile):
         checkpoint_digest(files, index)
+
+
+def test_groups_of_one_file_are_read_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of several files: a model in one file would otherwise wait for each group in turn."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(
+        file_of({f"t{number}": entry("U8", [8], 8 * number, 8 * number + 8) for number in range(8)}, bytes(64))
+    )
+    together = threading.Barrier(8)
+    read_ranges = content_digest.read_ranges
+
+    def waited(files: Sequence[Path], ranges: list[tuple[int, int, int, int]], *, threads: int) -> None:
+        if [length for _, _, length, _ in ranges] == [8]:
+            together.wait(60)
+        read_ranges(files, ranges, threads=threads)
+
+    monkeypatch.setattr(content_digest, "read_ranges", waited)
+    monkeypatch.setattr(content_digest, "_GROUP_RANGES", 1)
+    assert content_digest._made([SampledFile.of(file.name, file)], [])
+    assert together.n_waiting == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_list_shows_limits_and_marks(server: str) -> None:
     (model,) = listed["models"]
     light = sum(len(content) for path, content in FILES.items() if path not in WEIGHTS)
     assert (model["provider"], model["weights"], model["pinned"], model["in_use"]) == (
-        "HUGGING_FACE",
+        "hugging_face",
         False,
         True,
         False,
@@ -65,7 +66,7 @@ def test_rm_of_one_revision_and_by_force(server: str, hub: HubStandIn) -> None:
     assert [model["revision"] for model in data(mx(server, "list", "--json"))["models"]] == [new]
     refused = mx(server, "rm", REPOSITORY, "--json")
     assert refused.exit_code == 5
-    assert not refused.stdout
+    assert json.loads(refused.stdout)["error"]["code"] == "MX_MODEL_IN_USE"
     assert "mx models pin --off" in refused.stderr
     assert mx(server, "rm", REPOSITORY, "--force").exit_code == 0
     gone = mx(server, "rm", REPOSITORY)
@@ -78,7 +79,7 @@ def test_rm_of_one_revision_and_by_force(server: str, hub: HubStandIn) -> None:
 def test_commands_on_what_is_not_there(server: str, command: str) -> None:
     missing = mx(server, command, "org/none", "--json")
     assert missing.exit_code == 4
-    assert not missing.stdout
+    assert json.loads(missing.stdout)["error"]["exit_code"] == 4
     assert "org/none" in missing.stderr
     assert missing.stderr.startswith("mx: ")
     assert missing.stderr.count("\n") == 1
@@ -89,7 +90,7 @@ def test_model_that_cannot_fit(server: str, hub: HubStandIn) -> None:
     failed = mx(server, "get", "org/huge", "--json")
     assert failed.exit_code == 1
     assert "MX_CACHE_MAX_BYTES" in failed.stderr
-    assert not failed.stdout
+    assert "MX_CACHE_MAX_BYTES" in json.loads(failed.stdout)["error"]["message"]
 
 
 def test_folder_that_cannot_be_written(server: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from mxcore.cli.main import mx
 
 ARGUMENTS = ["bench", "control", "--workers", "40", "--fleet-workers", "20", "--processes", "2", "--idle-seconds", "2"]
+ARGUMENTS += ["--attack-seconds", "0"]  # make test-adversary has them
 
 
 @pytest.mark.parametrize(("store", "replicas"), [("sqlite", 1), ("redis", 2)])

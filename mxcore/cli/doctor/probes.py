@@ -133,12 +133,12 @@ def _agent() -> None:
     from mxcore.memory import HostBuffer
     from mxcore.nixl import NixlAgent, load_library
     from mxcore.settings import load_settings
-    from mxcore.transfer.route import UcxPolicy, ucx_environment
+    from mxcore.transfer.route import UcxPolicy, ucx_settings
 
     library = load_library()
-    with ucx_environment(UcxPolicy.from_environment("auto").tls):
-        backend = load_settings({}).nixl_backend
-        agent = NixlAgent("mx-doctor", backend=backend)
+    backend = load_settings({}).nixl_backend
+    with ucx_settings(UcxPolicy.from_environment("auto").tls, backend) as parameters:
+        agent = NixlAgent("mx-doctor", backend=backend, backend_params=parameters)
     buffer = HostBuffer(1 << 20)
     try:
         agent.register(array("Q", [buffer.address]), array("Q", [buffer.size_bytes]))

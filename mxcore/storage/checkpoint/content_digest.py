@@ -6,9 +6,9 @@ cost more than the transfer saves. So some bytes of every tensor are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +36,9 @@ __all__ = [
 
 BLOCK_BYTES = 4096
 BLOCKS_PER_FILE = 64  # of a file without a header, whose tensors are not known
-_READER_THREADS = 64  # small reads from what may be a network file system: it is latency that is shared
-_FILES_AT_ONCE = 8  # each holds one group
 _GROUP_RANGES = 4096  # that are digested together: 16 MiB at most, however many tensors a file has
+_AT_ONCE = 8  # groups, or headers
+_THREADS_A_GROUP = 16  # small reads from what may be a network file system: it is latency that is shared
 Range = tuple[int, int]  # offset and length, bytes of the file
 
 
@@ -60,7 +60,7 @@ def checkpoint_digest(
     It does not see a change of a few elements in place: a tensor that was replaced, trained, merged or requantised is
     seen, an element that was edited is not. It is XXH3-64: a guard against mix-ups, not against an attacker.
 
-    Files are read by at most 64 threads, eight at a time with 16 MiB each, and once a node while their size, inode and
+    At most 128 reads are under way, of eight groups of at most 16 MiB, and once a node while their size, inode and
     times stay (`known_digests`). Safe from any thread. Raises StorageError or TruncatedRead for a file that cannot be
     read, a subclass of SafetensorsError for a broken header, and ValueError if two files have one name.
     """
@@ -82,9 +82,18 @@ def _digest(weights: tuple[SampledFile, ...], others: tuple[SampledFile, ...]) -
 
 
 def _made(weights: Sequence[SampledFile], others: Sequence[SampledFile]) -> str:
-    at_once = min(_FILES_AT_ONCE, len(weights))
-    with ThreadPoolExecutor(at_once) as pool:
-        parts = list(pool.map(partial(_read_part, threads=_READER_THREADS // at_once), weights))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        groups = list(pool.map(_groups, weights))
+        each = [
+            (file.path, ranges)
+            for file, ranges_of_file in zip(weights, groups, strict=True)
+            for ranges in ranges_of_file
+        ]
+        digests = iter(list(pool.map(_group, each)))
+    parts = [
+        file_part(file.name, file.size_bytes, [next(digests) for _ in of_file])
+        for file, of_file in zip(weights, groups, strict=True)
+    ]
     return digest_of_parts("".join(_index_part(file.path) for file in others), parts)
 
 
@@ -151,21 +160,21 @@ def _index_part(file: Path) -> str:
         raise StorageError(f"{file}: cannot be read: {error.strerror}", file=str(file)) from error
 
 
-def _read_part(file: SampledFile, *, threads: int) -> str:
+def _groups(file: SampledFile) -> list[list[Range]]:
     header = read_header(file.path) if file.path.name.endswith(".safetensors") else None
-    return file_part(file.name, file.size_bytes, _digests(file.path, groups_of(header, file.size_bytes), threads))
+    return groups_of(header, file.size_bytes)
 
 
-def _digests(path: Path, groups: Sequence[Sequence[Range]], threads: int) -> Iterator[str]:
-    for ranges in groups:
-        total_bytes = sum(length for _, length in ranges)
-        if not total_bytes:
-            yield group_digest(b"")
-            continue
-        with HostBuffer(total_bytes, huge_pages=False) as buffer:
-            reads, at = [], buffer.address
-            for offset, length in ranges:
-                reads.append((0, offset, length, at))
-                at += length
-            read_ranges([path], reads, threads=threads)
-            yield group_digest(buffer)
+def _group(what: tuple[Path, Sequence[Range]]) -> str:
+    """The digest of one group's bytes."""
+    path, ranges = what
+    total_bytes = sum(length for _, length in ranges)
+    if not total_bytes:
+        return group_digest(b"")
+    with HostBuffer(total_bytes, huge_pages=False) as buffer:
+        reads, at = [], buffer.address
+        for offset, length in ranges:
+            reads.append((0, offset, length, at))
+            at += length
+        read_ranges([path], reads, threads=_THREADS_A_GROUP)
+        return group_digest(buffer)

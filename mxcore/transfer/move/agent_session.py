@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mxcore.errors import CudaError, FenceFailed, NixlError, TransferStalled
 from mxcore.memory import merge_adjoining
-from mxcore.nixl import Mailbox, NixlAgent, Transfer, notifies
+from mxcore.nixl import Mailbox, NixlAgent, Transfer, load_library, notifies
 from mxcore.transfer.layout import Layout, Placement, Regions, merge_regions
 from mxcore.transfer.route import (
     Operation,
@@ -25,7 +25,7 @@ from mxcore.transfer.route import (
     pins_too_little,
     proven_device,
     require_movable,
-    ucx_environment,
+    ucx_settings,
 )
 from mxserver.wire.calls import Closing
 
@@ -75,9 +75,13 @@ class AgentSession(Closing):
         self.stall_timeout_seconds = stall_timeout_seconds
         self._device: ProvenDevice | None = None  # that the registered memory is on
         self._local: dict[str, int | bool] = {"device_index": 0, "device_memory": False}
-        with ucx_environment(tls):
+        load_library()  # takes longest the first time, and reads no settings
+        with ucx_settings(tls, backend) as parameters:
             self._agent = NixlAgent(
-                f"mx-{worker_id}-{secrets.token_hex(6)}", backend=backend, progress_thread=progress_thread
+                f"mx-{worker_id}-{secrets.token_hex(6)}",
+                backend=backend,
+                backend_params=parameters,
+                progress_thread=progress_thread,
             )
         self._fence_timeout_seconds = fence_timeout_seconds
         self._fence_lock = threading.Lock()

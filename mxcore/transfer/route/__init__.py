@@ -6,7 +6,7 @@ from mxcore.transfer.route.device_memory import allocation_regions, digester_of,
 from mxcore.transfer.route.device_proof import ProvenDevice, nixl_device, proven_device, release_devices
 from mxcore.transfer.route.nic_pinning import choose_nic, pin_nic
 from mxcore.transfer.route.rdma_devices import pinnable_bytes, pinning_advice, pins_too_little, rdma_ports, usable_ports
-from mxcore.transfer.route.routes import Operation, Route, UcxPolicy, choose_route, ucx_environment
+from mxcore.transfer.route.routes import Operation, Route, UcxPolicy, choose_route, ucx_settings
 from mxcore.transfer.route.same_device import DeviceProbeTarget, cannot_read, device_offer
 from mxcore.transfer.route.same_host import ProbeTarget, can_read, host_identity
 
@@ -35,6 +35,6 @@ __all__ = [
     "rdma_ports",
     "release_devices",
     "require_movable",
-    "ucx_environment",
+    "ucx_settings",
     "usable_ports",
 ]

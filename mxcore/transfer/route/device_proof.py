@@ -22,7 +22,7 @@ from mxcore.memory import HostBuffer
 from mxcore.nixl import NixlAgent
 from mxcore.transfer.layout import MIXSUM, Placement
 from mxcore.transfer.route.device_digests import DeviceDigester
-from mxcore.transfer.route.routes import UcxPolicy, ucx_environment
+from mxcore.transfer.route.routes import UcxPolicy, ucx_settings
 
 __all__ = ["ProvenDevice", "nixl_device", "proven_device", "release_devices"]
 
@@ -116,8 +116,11 @@ def _try_nixl(digester: DeviceDigester, source: DeviceBuffer, target: DeviceBuff
     kind = {
         f"{side}_{name}": device[name] for side in ("local", "remote") for name in ("device_index", "device_memory")
     }
-    with ucx_environment(UcxPolicy.from_environment("auto").device_fenceable):
-        agents = [NixlAgent(f"mx-proof-{side}-{time.monotonic_ns()}") for side in ("source", "target")]
+    with ucx_settings(UcxPolicy.from_environment("auto").device_fenceable) as parameters:
+        agents = [
+            NixlAgent(f"mx-proof-{side}-{time.monotonic_ns()}", backend_params=parameters)
+            for side in ("source", "target")
+        ]
     try:
         size = array("Q", [_TEST_BYTES])
         for agent, buffer in zip(agents, (source, target), strict=True):

@@ -27,28 +27,24 @@ from mxcore.transfer.route.same_device import cannot_read
 from mxcore.transfer.route.same_host import can_read
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "ucx_environment"]
+__all__ = ["Operation", "Route", "Transport", "UcxPolicy", "choose_route", "ucx_settings"]
 
 Transport = Literal["auto", "same-host", "tcp", "rdma"]
 Operation = Literal["read", "write"]
 
-UCX_DEFAULTS = {
+UCX_DEFAULTS = {  # as NIXL's backend takes them: without UCX_
     # The default of 8 KiB halves the throughput of TCP.
-    "UCX_TCP_TX_SEG_SIZE": "256k",
-    "UCX_TCP_RX_SEG_SIZE": "256k",
+    "TCP_TX_SEG_SIZE": "256k",
+    "TCP_RX_SEG_SIZE": "256k",
     # Threads that wait for each other sleep; by default they spin, on a core that the other side needs.
-    "UCX_USE_MT_MUTEX": "y",
+    "USE_MT_MUTEX": "y",
     # A cut link is an error after this long, instead of never.
-    "UCX_TCP_USER_TIMEOUT": "4s",
+    "TCP_USER_TIMEOUT": "4s",
     # A dead RDMA peer is an error after 0.3 s, instead of 47.
-    "UCX_RC_TIMEOUT": "50ms",
-    "UCX_RC_RETRY_COUNT": "3",
-    "UCX_RC_VERBS_TIMEOUT": "50ms",
-    "UCX_RC_VERBS_RETRY_COUNT": "3",
-    # Without this, UCX reads device memory by cuda_ipc only over NVLink, and else silently over TCP.
-    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
-    # UCX complains about the above on machines without RDMA.
-    "UCX_WARN_UNUSED_ENV_VARS": "n",
+    "RC_TIMEOUT": "50ms",
+    "RC_RETRY_COUNT": "3",
+    "RC_VERBS_TIMEOUT": "50ms",
+    "RC_VERBS_RETRY_COUNT": "3",
 }
 
 _TLS_OF_TRANSPORT: dict[Transport, str] = {"tcp": "tcp,self", "same-host": "tcp,cma,self", "rdma": "^tcp,sysv,posix"}
@@ -255,20 +251,32 @@ class UcxPolicy:
 
 
 @contextmanager
-def ucx_environment(tls: str) -> Iterator[None]:
-    """UCX's environment while an agent is created; restored afterwards, for other users of UCX in this process.
+def ucx_settings(tls: str, backend: str = "UCX") -> Iterator[dict[str, str]]:
+    """UCX's settings for one agent: yields the parameters of NIXL's backend; make the agent within it.
 
-    Where the user has set one of UCX_DEFAULTS, or UCX_NET_DEVICES, that stays. UCX reads the environment when a backend
-    is created; the lock lets one agent at a time be made. `os.environ` does not see the changes.
+    What others in this process set for UCX stays, and wins over our defaults. NIXL hands our settings on, unless they
+    are lists: it parts them at commas. So UCX_TLS, where it is a list or the user has set one, and UCX_NET_DEVICES,
+    where several are pinned, are in the process' environment meanwhile, and restored afterwards; UCX reads them when a
+    backend is created. The lock lets one agent at a time be made. `os.environ` does not see the changes.
     """
+    if backend != "UCX":
+        yield {}
+        return
+    meant = UCX_DEFAULTS | {"TLS": tls}
+    if (pinned := net_devices()) and c_getenv("UCX_NET_DEVICES") is None:
+        meant["NET_DEVICES"] = pinned
+    by_environment = {
+        f"UCX_{name}": value
+        for name, value in meant.items()
+        if "," in value or (name == "TLS" and c_getenv("UCX_TLS") is not None)
+    }
+    parameters = [f"{name}={value}" for name, value in meant.items() if f"UCX_{name}" not in by_environment]
     with _environment_lock:
-        defaults = UCX_DEFAULTS | ({"UCX_NET_DEVICES": pinned} if (pinned := net_devices()) else {})
-        meant = {name: value for name, value in defaults.items() if c_getenv(name) is None} | {"UCX_TLS": tls}
-        before = {name: c_getenv(name) for name in meant}
+        before = {name: c_getenv(name) for name in by_environment}
         try:
-            for name, value in meant.items():
+            for name, value in by_environment.items():
                 c_setenv(name, value)
-            yield
+            yield {"engine_config": ",".join(parameters)}
         finally:
             for name, was in before.items():
                 c_setenv(name, was)

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from functools import cached_property
 from typing import NoReturn
 
 import grpc
@@ -22,6 +21,7 @@ from mxcore.transfer.move import chunk_server_context
 from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
+from mxcore.transfer.serve.worker_identity import WorkerIdentity, refuse
 from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
 from mxserver.wire.credentials import worker_tls
@@ -42,67 +42,46 @@ _LAST_PORT = 65535
 _MOST_DOUBTED = 64  # chunks of one call
 
 
-class _Identity:
-    """Who this worker is, and the checks that every call begins with."""
+def _serialised(server: grpc.Server, worker: _WorkerService, transfers: _TransferService) -> None:
+    """Has these calls' answers sent as the bytes that they are: a message may be cut into several, one after the other.
 
-    def __init__(self, holder: Holder, source_id: str, worker_id: str, worker_rank: int, accelerator: str) -> None:
-        self.holder = holder
-        self.source_id = source_id
-        self.worker_id = worker_id
-        self.worker_rank = worker_rank
-        self.accelerator = accelerator
-
-    def check(self, context: grpc.ServicerContext, source_id: str, worker_id: str) -> None:
-        if source_id != self.source_id:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"mx_source_id {source_id!r} is not mine")
-        if worker_id and worker_id != self.worker_id:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"worker_id {worker_id!r} is not mine")
-
-    @cached_property  # 20,000 tensors take 40 ms, and each reader is sent it with its lease
-    def manifest(self) -> p2p_pb2.GetTensorManifestResponse:
-        layout, placement = self.holder.layout, self.holder.placement
-        descriptors = []
-        for tensor in layout.tensors:
-            if tensor.extent is None:
-                continue
-            address = placement.addresses[tensor.extent] + tensor.offset_bytes
-            descriptors.append(
-                p2p_pb2.TensorDescriptor(
-                    name=tensor.name,
-                    addr=address,
-                    size=layout.extent_bytes[tensor.extent] - tensor.offset_bytes,
-                    device_id=placement.device_indices[tensor.extent],
-                    dtype=tensor.dtype,
-                )
-            )
-        return p2p_pb2.GetTensorManifestResponse(
-            tensors=descriptors,
-            mx_source_id=self.source_id,
-            agent_name=self.holder.agent.name,
-            worker_rank=self.worker_rank,
-            accelerator=self.accelerator,
-            worker_id=self.worker_id,
-        )
+    So what is long, and the same for all callers, is serialised once.
+    """
+    unary = grpc.unary_unary_rpc_method_handler
+    server.add_registered_method_handlers(
+        p2p_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+        {
+            "GetTensorManifest": unary(worker.GetTensorManifest, p2p_pb2.GetTensorManifestRequest.FromString),
+            "PrepareTensorRead": unary(worker.PrepareTensorRead, p2p_pb2.PrepareTensorReadRequest.FromString),
+        },
+    )
+    server.add_registered_method_handlers(
+        mx_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
+        {"GetLayout": unary(transfers.GetLayout, mx_pb2.GetLayoutRequest.FromString)},
+    )
 
 
 class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, identity: _Identity) -> None:
+    def __init__(self, identity: WorkerIdentity) -> None:
         self._identity = identity
         self._holder = identity.holder
 
-    def GetTensorManifest(  # noqa: N802 - the protocol's name, as all below
+    def GetTensorManifest(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: p2p_pb2.GetTensorManifestRequest, context: grpc.ServicerContext
-    ) -> p2p_pb2.GetTensorManifestResponse:
+    ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         return self._identity.manifest
 
-    def PrepareTensorRead(  # noqa: N802
+    def PrepareTensorRead(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: p2p_pb2.PrepareTensorReadRequest, context: grpc.ServicerContext
-    ) -> p2p_pb2.PrepareTensorReadResponse:
+    ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         with _as_status(context):
             lease = self._holder.grant(_reader_of(context))
-        return p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id, manifest=self._identity.manifest)
+        return (
+            p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id).SerializeToString()
+            + self._identity.leased_manifest
+        )
 
     def ReleaseTensorRead(  # noqa: N802
         self, request: p2p_pb2.ReleaseTensorReadRequest, context: grpc.ServicerContext
@@ -126,9 +105,7 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
 
     def _no_artifact(self, request, context: grpc.ServicerContext) -> NoReturn:  # type: ignore[no-untyped-def]
         self._identity.check(context, request.mx_source_id, "")
-        _refuse(
-            context, grpc.StatusCode.NOT_FOUND, f"artifact {request.artifact_id!r}: this worker serves weights only"
-        )
+        refuse(context, grpc.StatusCode.NOT_FOUND, f"artifact {request.artifact_id!r}: this worker serves weights only")
 
 
 def _reader_of(context: grpc.ServicerContext) -> str:
@@ -142,7 +119,7 @@ def _device_of(context: grpc.ServicerContext, request: mx_pb2.OpenTransferReques
     """The one device that the receiver's extents are on."""
     devices = sorted({extent.device_id for extent in request.extents})
     if len(devices) != 1:
-        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"extents on devices {devices}: one is supported")
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"extents on devices {devices}: one is supported")
     return devices[0]
 
 
@@ -162,7 +139,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # grpc_heal
 class _TransferService(mx_pb2_grpc.TransferServiceServicer):
     def __init__(
         self,
-        identity: _Identity,
+        identity: WorkerIdentity,
         policy: UcxPolicy,
         chunk_port: int,
         doubted: Callable[[Sequence[int]], None],
@@ -189,26 +166,21 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
                 logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
 
-    @cached_property  # 50 ms and 1.5 MB for 20,000 tensors, which strangers can ask for
-    def _layout(self) -> mx_pb2.Layout:
-        return self._holder.layout.to_proto()
-
     def close(self) -> None:
         """Frees the probe for other processes. Idempotent."""
         if self._device_probe is not None:
             self._device_probe.close()
 
-    def GetLayout(  # noqa: N802
+    def GetLayout(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: mx_pb2.GetLayoutRequest, context: grpc.ServicerContext
-    ) -> mx_pb2.GetLayoutResponse:
+    ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         holder = self._holder
         if holder.draining:
-            _refuse(context, grpc.StatusCode.UNAVAILABLE, "this worker is leaving; ask another one")
+            refuse(context, grpc.StatusCode.UNAVAILABLE, "this worker is leaving; ask another one")
         same = request.fingerprint == holder.layout.fingerprint
-        return mx_pb2.GetLayoutResponse(
+        answer = mx_pb2.GetLayoutResponse(
             fingerprint=holder.layout.fingerprint,
-            layout=None if same else self._layout,
             chunk_bytes=holder.chunks.chunk_bytes,
             digest_kind=holder.digests.kind,
             digests=holder.digests.values,
@@ -217,7 +189,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             transport=self._offer(),
             digest_origin=holder.origin.kind,
             received_from=holder.origin.received_from,
-        )
+        ).SerializeToString()
+        return answer if same else answer + self._identity.layout
 
     def _offer(self) -> mx_pb2.TransportOffer:
         offer = self._policy.to_proto(self._probe.to_proto())
@@ -239,7 +212,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self._identity.check(context, request.mx_source_id, request.worker_id)
         holder = self._holder
         if request.fingerprint != holder.layout.fingerprint:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
         if request.operation == mx_pb2.OPERATION_SEND:
             return self._open_sending(request, context)
         on_device = holder.placement.device_type != "cpu"
@@ -248,7 +221,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         ipc = self._device_probe is not None and request.device_memory
         rdma = self._policy.rdma_only or self._policy.reads_by_rdma
         if reads and not (attach or ipc or rdma):
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:
                 holder.renew(request.lease_id)
@@ -278,7 +251,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self, request: mx_pb2.OpenTransferRequest, context: grpc.ServicerContext
     ) -> mx_pb2.OpenTransferResponse:
         if not self._chunk_port:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "this worker has no chunk port")
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "this worker has no chunk port")
         with _as_status(context):
             token = self._holder.open_sending(request.lease_id)
         return mx_pb2.OpenTransferResponse(
@@ -315,7 +288,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         self, request: mx_pb2.PushChunksRequest, context: grpc.ServicerContext
     ) -> Iterator[mx_pb2.ChunkResult]:
         if not self._streams.acquire(blocking=False):
-            _refuse(
+            refuse(
                 context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._holder.most_readers} receivers are being served"
             )
         try:
@@ -373,7 +346,7 @@ class WorkerServer:
         doubted: Callable[[Sequence[int]], None] = lambda chunks: None,
         chunk_tls: bool = True,
     ) -> None:
-        identity = _Identity(holder, source_id, worker_id, worker_rank, accelerator)
+        identity = WorkerIdentity(holder, source_id, worker_id, worker_rank, accelerator)
         threads = _STREAMS_A_READER * holder.most_readers + _SPARE_THREADS
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="mx-worker-service"),
@@ -383,7 +356,8 @@ class WorkerServer:
         listen = _bracketed(host) if loopback else "[::]"
         tls = worker_tls()
         self.port = _bind(self._server, listen, port, server_credentials(tls) if tls else None)
-        p2p_pb2_grpc.add_WorkerServiceServicer_to_server(_WorkerService(identity), self._server)
+        worker = _WorkerService(identity)
+        p2p_pb2_grpc.add_WorkerServiceServicer_to_server(worker, self._server)
         self._chunks: ChunkListener | None = None
         if policy.sends and holder.placement.device_type == "cpu":
             context = chunk_server_context(tls) if tls and chunk_tls else None
@@ -391,6 +365,7 @@ class WorkerServer:
         port = self._chunks.port if self._chunks else 0
         self._transfers = _TransferService(identity, policy, port, doubted, chunk_tls=bool(tls and chunk_tls))
         mx_pb2_grpc.add_TransferServiceServicer_to_server(self._transfers, self._server)
+        _serialised(self._server, worker, self._transfers)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(holder), self._server)
         self.advertise(host)
         self._server.start()
@@ -410,12 +385,15 @@ class WorkerServer:
 def _server_options(holder: Holder) -> list[tuple[str, int]]:
     """Those of all servers, but no message is longer than a reader's longest: OpenTransfer's, or all chunks' numbers.
 
-    With the bound on calls this is what strangers can make the process hold.
+    With the bound on calls this is what strangers can make the process hold; and the windows for what is on its way
+    stay at HTTP/2's 64 KiB. gRPC makes them as large as it finds the network to be fast, which a stranger that sends
+    what is refused unread turned into 40 MiB; nothing that workers are sent needs it.
     """
     extents, chunks = len(holder.layout.extent_bytes), len(holder.chunks)
     longest_bytes = _MESSAGE_BYTES + _EXTENT_MESSAGE_BYTES * extents + _CHUNK_MESSAGE_BYTES * chunks
     name = "grpc.max_receive_message_length"
-    return [option for option in channel_options() if option[0] != name] + [(name, longest_bytes)]
+    others = [option for option in channel_options() if option[0] != name]
+    return [*others, (name, longest_bytes), ("grpc.http2.bdp_probe", 0)]
 
 
 def _bind(server: grpc.Server, listen: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
@@ -455,17 +433,12 @@ def _as_status(context: grpc.ServicerContext) -> Iterator[None]:
     try:
         yield
     except HolderDraining as error:
-        _refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        refuse(context, grpc.StatusCode.UNAVAILABLE, str(error))
     except HolderBusy as error:
-        _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except LeaseEnded as error:
-        _refuse(context, grpc.StatusCode.NOT_FOUND, str(error))
+        refuse(context, grpc.StatusCode.NOT_FOUND, str(error))
     except ValueError as error:
-        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except TransferError as error:
-        _refuse(context, grpc.StatusCode.ABORTED, str(error))
-
-
-def _refuse(context: grpc.ServicerContext, status: grpc.StatusCode, reason: str) -> NoReturn:
-    context.abort(status, reason)
-    raise AssertionError("abort raises")
+        refuse(context, grpc.StatusCode.ABORTED, str(error))

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from mxserver.models.cache.cache import ModelCache
 from mxserver.models.cache.eviction import Limits
-from mxserver.models.cache.lease import Lease
+from mxserver.models.cache.lease import Lease, SharedLocks
 
-__all__ = ["Lease", "Limits", "ModelCache"]
+__all__ = ["Lease", "Limits", "ModelCache", "SharedLocks"]

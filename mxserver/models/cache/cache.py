@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
-from mxserver.models.cache.lease import Lease, LeaseFolder
+from mxserver.models.cache.lease import Lease, LeaseFolder, SharedLocks
 from mxserver.models.cache.record_index import RecordIndex, read_record
 from mxserver.models.cache.removal import remove_empty_folders_below, remove_file_below, remove_link_below
 from mxserver.models.cache_layout import CacheLayout, model_id
@@ -31,13 +31,15 @@ ABANDONED_SECONDS = 86_400
 class ModelCache:
     """One cache folder, shared with other replicas. Thread-safe; `close` must be called."""
 
-    def __init__(self, root: Path, limits: Limits, *, lease_seconds: float = 30.0, kernel: str | None = None) -> None:
-        """Raises CacheUnusable."""
+    def __init__(
+        self, root: Path, limits: Limits, *, lease_seconds: float = 30.0, shared_locks: SharedLocks | None = None
+    ) -> None:
+        """`shared_locks`, which it closes, are those of servers on several machines. Raises CacheUnusable."""
         self.layout = CacheLayout(root)
         self.limits = limits
         try:
             self.layout.make()
-            self.leases = LeaseFolder(self.layout.state, lease_seconds, kernel=kernel)
+            self.leases = LeaseFolder(self.layout.state, lease_seconds, shared_locks)
         except OSError as error:
             raise CacheUnusable(
                 f"the cache folder {root} cannot be used ({error.strerror}); set MODEL_EXPRESS_CACHE_DIRECTORY to one "

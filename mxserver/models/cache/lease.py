@@ -1,181 +1,129 @@
-"""Leases and use marks in a folder that replicas share: one replica downloads, and none removes what another reads.
+"""Leases and use marks: one server downloads or removes a model at a time, and none removes what another reads.
 
-Both are files that a living process touches (only the file system's clock is read) and holds a flock on. A file is dead
-if it was not touched for the lease's time. It is dead at once if it was made under the same running kernel and nobody
-holds the flock. Locks count only within one machine, because some network file systems keep them local, and only where
-they hold at all. On a full disk the file stays empty: then its age alone counts, so that models can still be read and
-removed. Replicas may run as several users: the file of another one is opened to read alone.
-
-A lease is a chain of files KEY.1, KEY.2 … that only grows: making the next one is exclusive (link(2), which is also
-atomic over NFS), the highest one is the lease, its number is the fencing token.
+Both are files that are locked while they count, by `filelock`: between processes of one machine, and between machines
+where the file system holds locks for all of them. A lock ends with its process. Where servers share Redis, what they
+hold is known there as well (`SharedLocks`), which holds between machines on any file system.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
 
 from mxserver.models.errors import LeaseLost
-from mxserver.models.sources import is_disk_full, write_all
-from mxserver.wire import locks_work
+from mxserver.periodic import Periodic
+from mxserver.wire import locks_work, unique_beside
 
 _LOG = logging.getLogger(__name__)
 
-_RELEASED = b'{"released": true}'
+_FILE_MODE = 0o666  # servers of several users share the folder
+_LOOK_SECONDS = 0.02  # another one may have a file locked for a moment, to see whether it is
 
 
-def kernel_id() -> str:
-    """The id of the running kernel, different after every boot and on every machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+class SharedLocks(Protocol):
+    """Locks that servers on several machines share. Each ends by itself unless it is extended. Thread-safe."""
 
+    def acquire(self, name: str, token: str, seconds: float) -> bool:
+        """Whether the lock is this token's from now on. False also where nobody can say."""
 
-class _LiveFile:
-    """A file that this process keeps alive until `let_go`."""
+    def extend(self, name: str, token: str, seconds: float) -> bool | None:
+        """Whether the lock is still this token's, for this time from now on; None where nobody can say."""
 
-    def __init__(self, folder: Path, name: str, kernel: str) -> None:
-        """Raises FileExistsError if the name is taken."""
-        self.path = folder / name
-        made = folder / f".{uuid.uuid4().hex}"
-        self._handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with suppress(OSError):  # no locks here: the file's age counts
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write(self._handle, json.dumps({"kernel": kernel, "pid": os.getpid()}).encode())
-            os.link(made, self.path)
-        except BaseException:
-            os.close(self._handle)
-            raise
-        finally:
-            made.unlink()
-        self._lock = threading.Lock()
-        self._held = True
+    def release(self, name: str, token: str) -> None:
+        """Idempotent; whatever the lock is."""
 
-    def touch(self) -> None:
-        with self._lock:
-            if self._held:
-                os.utime(self._handle)
+    def is_held(self, name: str) -> bool:
+        """Whether anybody has the lock. True where nobody can say."""
 
-    def let_go(self, *, remove: bool) -> None:
+    def close(self) -> None:
         """Idempotent."""
-        with self._lock:
-            if not self._held:
-                return
-            self._held = False
-            if remove:
-                self.path.unlink(missing_ok=True)
-            elif not _write(self._handle, _RELEASED):
-                os.utime(self._handle, (0, 0))  # nobody has touched it for long
-            os.close(self._handle)
 
 
-def _write(handle: int, text: bytes) -> bool:
-    """Replaces the file's content. On a full disk the file is left empty, and False returned. Raises OSError."""
-    os.ftruncate(handle, 0)
-    try:
-        write_all(handle, text, 0)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        os.ftruncate(handle, 0)
-        return False
-    return True
+class _Held:
+    """What this process holds under a name, until `let_go`. Made by LeaseFolder."""
 
+    def __init__(self, name: str, lock: FileLock | None) -> None:
+        self.name = name
+        self.token = uuid.uuid4().hex
+        self.extended_at = time.monotonic()
+        self.is_lost = False
+        self._lock = lock
 
-def _opened(path: Path) -> int:
-    """Opened, so that NFS does not answer from its cache; to write where that is permitted, as flock over NFS wants."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def let_go(self) -> None:
+        if self._lock is not None:
+            with suppress(OSError):  # on a disk that became read-only, the file stays
+                self._lock.release()
 
 
 class Lease:
-    """The right to download or remove one model, until `release` or until it is lost."""
+    """The right to download or remove one model, until `LeaseFolder.release` or until it is lost."""
 
-    def __init__(self, file: _LiveFile, folder: Path, key: str, generation: int) -> None:
+    def __init__(self, folder: LeaseFolder, key: str, held: _Held) -> None:
         self.key = key
-        self.generation = generation
-        self._file = file
         self._folder = folder
+        self._held = held
 
     @property
     def token(self) -> str:
         """A name that no other holder of this or another lease ever has."""
-        return f"{self.key}.{self.generation}"
+        return f"{self.key}.{self._held.token}"
 
     def check(self) -> None:
-        """Raises LeaseLost when another replica has taken over."""
-        if (newest := _newest(self._folder, self.key)) != self.generation:
-            raise LeaseLost(f"lease {self.key} is at {newest}, this replica had {self.generation}")
-
-    def release(self) -> None:
-        """Idempotent."""
-        self._file.let_go(remove=False)
-
-
-def _newest(folder: Path, key: str) -> int:
-    numbers = (path.name.rpartition(".") for path in folder.iterdir())
-    return max((int(number) for name, _, number in numbers if name == key and number.isdigit()), default=0)
+        """Raises LeaseLost when another server may have taken over."""
+        if self._folder.is_lost(self._held):
+            raise LeaseLost(f"lease {self.key} was not extended in time, so another server may have it")
 
 
 class LeaseFolder:
-    """The leases and use marks of one cache folder, and those that this process keeps alive. Thread-safe."""
+    """The leases and use marks of one cache folder, and those that this process holds. Thread-safe."""
 
-    def __init__(self, folder: Path, lease_seconds: float, *, kernel: str | None = None) -> None:
-        """Tests pass another `kernel` to act as another machine. Raises OSError; a read-only disk that has the folders
-        does, which `is_read_only` tells.
+    def __init__(self, folder: Path, lease_seconds: float, shared: SharedLocks | None = None) -> None:
+        """With `shared`, a server that is not heard for `lease_seconds` loses what it holds.
+
+        Raises OSError; a read-only disk that has the folders does not, which `is_read_only` tells.
         """
         self._leases = folder / "leases"
         self._uses = folder / "uses"
         for made in (self._leases, self._uses):
             made.mkdir(parents=True, exist_ok=True)
         self._lease_seconds = lease_seconds
-        self._kernel = kernel or kernel_id()
-        self._clock = self._uses / f".clock-{uuid.uuid4().hex}"
         self._locks_work = self.is_read_only = False
         try:
-            self._clock.touch()
             self._locks_work = locks_work(self._uses)
+            self._prefix = f"{_id_of(folder)}:" if shared is not None else ""
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            self.is_read_only = True
+            self.is_read_only, shared = True, None
+        self._shared = shared
+        if not self._locks_work and shared is None and not self.is_read_only:
+            _LOG.warning(
+                "locks of files do not hold in %s: no other server may use it, unless all share Redis "
+                "(MX_METADATA_BACKEND=redis)",
+                folder,
+            )
         self._lock = threading.Lock()
-        self._held: set[_LiveFile] = set()
-        self._marks: dict[str, tuple[_LiveFile, int]] = {}
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
-        self._thread.start()
+        self._held: dict[Path, _Held] = {}
+        self._marks: dict[str, tuple[Path, int]] = {}
+        self._keeper = Periodic("leases", lease_seconds / 3, self._extend)
+        if shared is not None:
+            self._keeper.start()
 
     def try_acquire(self, key: str) -> Lease | None:
         """The lease, or None while another holder has it."""
-        newest = _newest(self._leases, key)
-        if newest and self._is_alive(self._leases / f"{key}.{newest}"):
-            return None
-        try:
-            file = _LiveFile(self._leases, f"{key}.{newest + 1}", self._kernel)
-        except FileExistsError:
-            return None
-        if _newest(self._leases, key) != newest + 1:
-            # Others took later numbers since we looked, and deleted this one: its name was free again.
-            file.let_go(remove=True)
-            return None
-        with self._lock:
-            self._held.add(file)
-        for older in range(newest, 0, -1):
-            try:
-                (self._leases / f"{key}.{older}").unlink()
-            except FileNotFoundError:
-                break
-        return Lease(file, self._leases, key, newest + 1)
+        held = self._hold(self._leases / key)
+        return None if held is None else Lease(self, key, held)
 
     @contextmanager
     def acquired(self, key: str, stopping: threading.Event) -> Iterator[Lease]:
@@ -193,115 +141,157 @@ class LeaseFolder:
             self.release(lease)
 
     def release(self, lease: Lease) -> None:
-        lease.release()
-        self._forget(lease._file)
+        """Idempotent."""
+        self._let_go(self._leases / lease.key, lease._held)
 
     @contextmanager
     def in_use(self, key: str) -> Iterator[None]:
-        """Marks a model as being read by this replica. Does nothing on a read-only disk, where nobody can remove it."""
+        """Marks a model as being read by this server. Does nothing on a read-only disk, where nobody can remove it."""
         with self._lock:
-            file, count = self._marks.get(key, (None, 0))
-            if file is None:
-                try:
-                    file = _LiveFile(self._uses, f"{key}.{uuid.uuid4().hex}", self._kernel)
-                except OSError as error:
-                    if error.errno != errno.EROFS:
-                        raise
-                else:
-                    self._held.add(file)
-            if file is not None:
-                self._marks[key] = (file, count + 1)
-        if file is None:
-            yield
-            return
+            path, count = self._marks.get(key, (self._uses / f"{key}.{uuid.uuid4().hex}", 0))
+            self._marks[key] = path, count + 1
+            try:
+                if not count and not self.is_read_only:
+                    self._hold_locked(path, must_be_shared=False)
+            except OSError as error:
+                self._marks.pop(key)
+                if error.errno != errno.EROFS:  # the disk became one meanwhile
+                    raise
+                self._marks[key] = path, count + 1
         try:
             yield
         finally:
             with self._lock:
-                file, count = self._marks.pop(key)
+                path, count = self._marks.pop(key)
+                held = self._held.get(path) if count == 1 else None
                 if count > 1:
-                    self._marks[key] = (file, count - 1)
-                else:
-                    self._held.discard(file)
-                    file.let_go(remove=True)
+                    self._marks[key] = path, count - 1
+            if held is not None:
+                self._let_go(path, held)
 
     def is_used(self, key: str) -> bool:
-        """Whether any replica reads the model."""
+        """Whether any server reads the model."""
         marks = [path for path in self._uses.iterdir() if path.name.rpartition(".")[0] == key]
-        alive = [self._is_alive(mark) for mark in marks]
+        alive = [self._is_held(mark) for mark in marks]
         for mark, lives in zip(marks, alive, strict=True):
             if not lives:
                 mark.unlink(missing_ok=True)
         return any(alive)
 
     def is_leased(self, key: str) -> bool:
-        """Whether any replica holds the lease."""
-        newest = _newest(self._leases, key)
-        return newest > 0 and self._is_alive(self._leases / f"{key}.{newest}")
+        """Whether any server holds the lease."""
+        return self._is_held(self._leases / key)
 
     def busy(self) -> set[str]:
-        """The keys that any replica reads or has leased, by one look at each folder."""
-        newest: dict[str, int] = {}
-        for path in self._leases.iterdir():
-            key, _, number = path.name.rpartition(".")
-            if number.isdigit():
-                newest[key] = max(newest.get(key, 0), int(number))
-        found = {key for key, number in newest.items() if self._is_alive(self._leases / f"{key}.{number}")}
+        """The keys that any server reads or has leased, by one look at each folder."""
+        found = {path.name for path in self._leases.iterdir() if self._is_held(path)}
         marked = {path.name.rpartition(".")[0] for path in self._uses.iterdir()}
         return found | {key for key in marked - found if key and self.is_used(key)}
 
+    def is_lost(self, held: _Held) -> bool:
+        """Whether another server may hold it by now."""
+        if self._shared is None:
+            return False
+        return held.is_lost or time.monotonic() > held.extended_at + self._lease_seconds
+
     def close(self) -> None:
         """Releases everything. Idempotent."""
-        self._stopping.set()
-        self._thread.join()
+        self._keeper.stop()
         with self._lock:
-            held, self._held = self._held, set()
-            marks, self._marks = [file for file, _ in self._marks.values()], {}
-        for file in marks:
-            file.let_go(remove=True)
-        for file in held:
-            file.let_go(remove=False)
-        with suppress(OSError):  # gone, or on a disk that became read-only
-            self._clock.unlink(missing_ok=True)
+            held = list(self._held.items())
+        for path, one in held:
+            with suppress(OSError):  # the folder is gone, or on a disk that became read-only
+                self._let_go(path, one)
+        if self._shared is not None:
+            self._shared.close()
 
-    def _forget(self, file: _LiveFile) -> None:
+    def _hold(self, path: Path) -> _Held | None:
         with self._lock:
-            self._held.discard(file)
+            return self._hold_locked(path, must_be_shared=True)
 
-    def _is_alive(self, path: Path) -> bool:
-        try:
-            handle = _opened(path)
-        except FileNotFoundError:
-            return False
-        try:
-            return self._owner_lives(handle)
-        finally:
-            os.close(handle)
-
-    def _owner_lives(self, handle: int) -> bool:
-        text = os.pread(handle, 4096, 0)
-        if text == _RELEASED:
-            return False
-        if self._locks_work and f'"{self._kernel}"'.encode() in text:
+    def _hold_locked(self, path: Path, *, must_be_shared: bool) -> _Held | None:
+        """Called with the lock. Raises OSError."""
+        if path in self._held:
+            return None
+        lock = None
+        if self._locks_work:
+            lock = FileLock(path, timeout=_LOOK_SECONDS, mode=_FILE_MODE, thread_local=False)
             try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
-                return False
-        return self._now() - os.fstat(handle).st_mtime <= self._lease_seconds
+                lock.acquire(poll_interval=_LOOK_SECONDS / 4)
+            except Timeout:
+                return None
+        else:
+            path.touch(_FILE_MODE)  # a use mark is found by its name
+        held = _Held(path.name, lock)
+        name = self._prefix + path.name
+        if self._shared is not None and not self._shared.acquire(name, held.token, self._lease_seconds):
+            if must_be_shared:
+                held.let_go()
+                return None
+            held.is_lost = True  # not told yet: the keeper does
+        self._held[path] = held
+        return held
 
-    def _now(self) -> float:
-        """The file system's time: the time stamp of a file that is touched now."""
-        os.utime(self._clock)
-        return self._clock.stat().st_mtime
+    def _let_go(self, path: Path, held: _Held) -> None:
+        with self._lock:
+            if self._held.get(path) is not held:
+                return
+            del self._held[path]
+        if self._shared is not None:
+            self._shared.release(self._prefix + path.name, held.token)
+        held.let_go()
+        if path.parent == self._uses or not self._locks_work:
+            path.unlink(missing_ok=True)
 
-    def _keep_alive(self) -> None:
-        while not self._stopping.wait(self._lease_seconds / 3):
-            with self._lock:
-                held = list(self._held)
-            for file in held:
-                try:
-                    file.touch()
-                except OSError as error:
-                    _LOG.warning("cannot keep alive file=%s reason=%s", file.path.name, error)
+    def _is_held(self, path: Path) -> bool:
+        with self._lock:
+            if path in self._held:
+                return True
+        if self._locks_work and _is_locked(path):
+            return True
+        return self._shared is not None and self._shared.is_held(self._prefix + path.name)
+
+    def _extend(self) -> None:
+        """Has everything that this process holds last longer; a mark that could not be told before is told."""
+        assert self._shared is not None  # noqa: S101 - else it is not called
+        with self._lock:
+            held = list(self._held.items())
+        for path, one in held:
+            asked_at, name = time.monotonic(), self._prefix + path.name
+            is_ours = self._shared.extend(name, one.token, self._lease_seconds)
+            if is_ours is False and path.parent == self._uses:
+                is_ours = self._shared.acquire(name, one.token, self._lease_seconds) or None
+            if is_ours is not None:
+                one.is_lost = not is_ours
+            if is_ours:
+                one.extended_at = asked_at
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _id_of(folder: Path) -> str:
+    """What names this folder in Redis, however servers have mounted it; made once. Raises OSError."""
+    path = folder / "folder-id"
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    made = unique_beside(path)
+    made.write_text(uuid.uuid4().hex)
+    try:
+        os.link(made, path)  # one of several wins
+    except FileExistsError:
+        pass
+    finally:
+        made.unlink()
+    return path.read_text()

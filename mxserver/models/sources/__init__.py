@@ -6,7 +6,7 @@ from mxserver.models.sources.allowed import AllowedSources
 from mxserver.models.sources.folder_download import FolderSource
 from mxserver.models.sources.hub_download import HubSource
 from mxserver.models.sources.object_download import ObjectSource
-from mxserver.models.sources.source import ModelSource, RemoteFile, RemoteModel, is_disk_full, write_all
+from mxserver.models.sources.source import ModelSource, RemoteFile, RemoteModel, is_disk_full
 
 __all__ = [
     "AllowedSources",
@@ -17,5 +17,4 @@ __all__ = [
     "RemoteFile",
     "RemoteModel",
     "is_disk_full",
-    "write_all",
 ]

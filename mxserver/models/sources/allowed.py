@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from mxserver.models.errors import SourceNotAllowed
-from mxserver.models.names import SCHEMES, ModelName
+from mxserver.models.names import ModelName
+from mxserver.wire.files import SCHEMES
 from mxserver.wire.proto import model_pb2
 
 SETTING = "MX_MODEL_SOURCES"

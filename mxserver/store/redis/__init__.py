@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxserver.store.redis.locks import RedisLocks
 from mxserver.store.redis.store import RedisStore
 
-__all__ = ["RedisStore"]
+__all__ = ["RedisLocks", "RedisStore"]

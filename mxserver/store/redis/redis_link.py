@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mxserver.store.errors import StoreUnavailable, StoreUnusable
@@ -16,6 +16,7 @@ from mxserver.wire import SettingError, install_command
 try:
     import redis
     from redis.backoff import ConstantBackoff
+    from redis.lock import Lock
     from redis.retry import Retry
 except ImportError as error:
     raise SettingError(
@@ -24,6 +25,8 @@ except ImportError as error:
     ) from error
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 5.0  # below the 30 s that clients wait, so that they get the reason
@@ -72,7 +75,7 @@ class RedisLink:
         known = self._scripts.get(script)
         if known is None:
             known = self._scripts[script] = self._redis.register_script(script)
-        return self._answer(lambda: known(args=arguments))
+        return self.answer(lambda: known(args=arguments))
 
     def names(self, key: str, several: int) -> Iterator[list[bytes]]:
         """What is in a sorted set, about `several` at a time; what comes or goes meanwhile may be missing, and some may
@@ -80,12 +83,38 @@ class RedisLink:
         """
         cursor = 0
         while True:
-            cursor, found = self._answer(lambda at=cursor: self._redis.zscan(key, at, count=several))  # type: ignore[misc]
+            found: Any
+            cursor, found = self.answer(lambda at=cursor: self._redis.zscan(key, at, count=several))  # type: ignore[misc]
             yield [name for name, _ in found]
             if not cursor:
                 return
 
-    def _answer(self, ask: Callable[[], Any]) -> Any:
+    def put_part(self, key: str, number: int, part: bytes, keep_seconds: float) -> None:
+        """Writes a part of a large value, which ends by itself after this time. Raises StoreUnavailable."""
+        several = self._redis.pipeline(transaction=False)
+        several.hset(key, str(number), part)
+        several.pexpire(key, round(keep_seconds * 1000))
+        self.answer(several.execute)
+
+    def part(self, key: str, number: int) -> bytes | None:
+        """A part of a large value; None without it. Raises StoreUnavailable."""
+        found: Any = self.answer(lambda: self._redis.hget(key, str(number)))
+        return None if found is None else bytes(found)
+
+    def drop(self, key: str) -> None:
+        """Removes a value. Raises StoreUnavailable."""
+        self.answer(lambda: self._redis.unlink(key))
+
+    def lock(self, name: str, seconds: float) -> Lock:
+        """A lock that ends after this time; its calls go through `answer`."""
+        return Lock(self._redis, name, timeout=seconds, thread_local=False)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a key; through `answer`."""
+        return bool(self._redis.exists(name))
+
+    def answer(self, ask: Callable[[], T]) -> T:
+        """What `ask` makes of Redis. Raises StoreUnavailable."""
         self._require_turn()
         try:
             answer = ask()

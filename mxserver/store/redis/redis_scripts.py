@@ -14,7 +14,8 @@ of:WORKER           set     record names of one worker of one source: its ranks
 due                 zset    record names by when a sweep has to look at them again, at the earliest
 rec:NAME            hash    e epoch, f life, s status, u updated_at (Unix ms), r renewed, t stale since, l load,
                             o owner, m model (lower case), k source id, w WORKER, i identity, d metadata,
-                            c what the server reads of large metadata
+                            c what the server reads of large metadata, p and z whose parts it has and their bytes
+parts:TOKEN         hash    large metadata in parts, by their numbers; until a record names it, it ends by itself
 ==================  ======  =======================================================================================
 
 A heartbeat writes one hash and one sorted set. A search for a few records of a source walks its sorted sets, newest
@@ -78,7 +79,14 @@ end
 local function index(status, source) return P .. 'in:' .. status .. ':' .. source end
 
 local function payload_bytes(name)
-  return redis.call('HSTRLEN', P .. 'rec:' .. name, 'i') + redis.call('HSTRLEN', P .. 'rec:' .. name, 'd')
+  local rec = P .. 'rec:' .. name
+  local in_parts = tonumber(redis.call('HGET', rec, 'z')) or 0
+  return redis.call('HSTRLEN', rec, 'i') + redis.call('HSTRLEN', rec, 'd') + in_parts
+end
+
+local function drop_parts(name, unless)
+  local token = redis.call('HGET', P .. 'rec:' .. name, 'p')
+  if token and token ~= '' and token ~= unless then redis.call('UNLINK', P .. 'parts:' .. token) end
 end
 
 local function remove(name)
@@ -86,6 +94,7 @@ local function remove(name)
   if not rec[1] then return end
   local source = rec[2]
   if redis.call('DECRBY', P .. 'bytes', payload_bytes(name)) <= 0 then redis.call('DEL', P .. 'bytes') end
+  drop_parts(name)
   redis.call('ZREM', index(rec[1], source), name)
   redis.call('SREM', P .. 'of:' .. rec[3], name)
   redis.call('ZREM', P .. 'due', name)
@@ -134,6 +143,7 @@ PUBLISH = (
     + """
 local name, source, worker, model = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local status, epoch, owner = ARGV[11], tonumber(ARGV[12]), ARGV[13]
+-- 21 the token of metadata in parts, 22 how many, 23 their bytes; 24 not empty: only says whether it would be taken.
 -- 19 how far a clock may have been set back since an earlier database, which was lost, gave its epochs, in ms.
 local last = math.max(tonumber(redis.call('GET', P .. 'epoch')) or 0, unix + tonumber(ARGV[19]))
 if epoch > last then return {'never', number(last)} end
@@ -145,7 +155,8 @@ else
   remove(name)
 end
 -- 16 most records, 17 most of one worker, 18 most bytes of all.
-local more = #ARGV[14] + #ARGV[15] - payload_bytes(name)
+local token, in_parts = ARGV[21], tonumber(ARGV[23])
+local more = #ARGV[14] + #ARGV[15] + in_parts - payload_bytes(name)
 if not current and redis.call('ZCARD', P .. 'due') >= tonumber(ARGV[16]) then return {'full', 'records'} end
 if not current and redis.call('SCARD', P .. 'of:' .. worker) >= tonumber(ARGV[17]) then
   return {'full', 'records_per_worker'}
@@ -153,6 +164,12 @@ end
 if more > 0 and (tonumber(redis.call('GET', P .. 'bytes')) or 0) + more > tonumber(ARGV[18]) then
   return {'full', 'stored_bytes'}
 end
+if ARGV[24] ~= '' then return {'ok'} end
+if token ~= '' then
+  if redis.call('HLEN', P .. 'parts:' .. token) ~= tonumber(ARGV[22]) then return {'parts'} end
+  redis.call('PERSIST', P .. 'parts:' .. token)
+end
+drop_parts(name, token)
 redis.call('INCRBY', P .. 'bytes', more)
 if status == '0' then status = (not current or current == STALE) and '1' or current end
 -- Never below the time in ms, nor below what a live worker has: epochs grow even if Redis lost everything.
@@ -165,7 +182,7 @@ if owner == '' then owner = old[2] or '' end
 if old[4] and old[4] ~= model then redis.call('SREM', P .. 'model:' .. old[4], source) end
 redis.call('HSET', P .. 'rec:' .. name, 'e', number(next_epoch), 'f', number(life), 'u', number(unix), 'r',
   number(lease_now), 'l', old[3] or '', 'o', owner, 'm', model, 'k', source, 'w', worker, 'i', ARGV[14], 'd', ARGV[15],
-  'c', ARGV[20])
+  'c', ARGV[20], 'p', token, 'z', number(in_parts))
 set_status(name, source, kept, status, math.min(since or now, now))
 redis.call('SADD', P .. 'sources', source)
 redis.call('SADD', P .. 'model:' .. model, source)
@@ -212,10 +229,10 @@ local rows = {}
 for i = 7, #ARGV do
   local one = row(ARGV[i])
   if one then
-    local payload = redis.call('HMGET', P .. 'rec:' .. ARGV[i], 'i', 'c')
-    local cut = payload[2] and payload[2] ~= ''
+    local payload = redis.call('HMGET', P .. 'rec:' .. ARGV[i], 'i', 'c', 'p')
+    local cut = payload[2] and payload[2] ~= '' or payload[3] and payload[3] ~= ''
     one[9], one[10] = payload[1], cut and payload[2] or redis.call('HGET', P .. 'rec:' .. ARGV[i], 'd')
-    one[11] = cut and '1' or ''
+    one[11], one[12] = cut and '1' or '', number(payload_bytes(ARGV[i]))
     rows[#rows + 1] = one
   end
 end
@@ -226,9 +243,10 @@ return rows
 METADATA = (
     _PRELUDE
     + """
--- The whole metadata that a record published with this epoch.
-local rec = redis.call('HMGET', P .. 'rec:' .. ARGV[7], 'e', 'd')
-return rec[1] == ARGV[8] and rec[2] or false
+-- The whole metadata that a record published with this epoch, or the token of its parts.
+local rec = redis.call('HMGET', P .. 'rec:' .. ARGV[7], 'e', 'd', 'p')
+if rec[1] ~= ARGV[8] then return false end
+return {rec[2], rec[3] or ''}
 """
 )
 

@@ -27,6 +27,7 @@ from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import STALE, never_given, not_owner, stale_epoch, unknown
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.redis import redis_scripts as scripts
+from mxserver.store.redis.large_values import PART_BYTES, WHOLE, LargeValues, Written
 from mxserver.store.redis.redis_link import RedisLink
 from mxserver.store.redis.redis_updates import Update, Updates
 from mxserver.store.stored_amount import LARGE_BYTES, full, small_part
@@ -51,16 +52,17 @@ class _Payload:
     accelerator: str
     topology: dict[str, str]
     endpoint: str
+    published_bytes: int
     is_cut: bool = False  # of `worker` there is only what the server reads
 
     @classmethod
-    def parse(cls, identity: bytes, worker: bytes, *, is_cut: bool = False) -> _Payload:
+    def parse(cls, identity: bytes, worker: bytes, published_bytes: int, *, is_cut: bool = False) -> _Payload:
         if len(worker) > LARGE_BYTES:
             worker, is_cut = small_part(worker), True
         metadata = record_pb2.WorkerFacts.FromString(worker)
         model_name = p2p_pb2.SourceIdentity.FromString(identity).model_name
         topology, endpoint = dict(metadata.topology), metadata.worker_grpc_endpoint
-        return cls(identity, worker, model_name, metadata.accelerator, topology, endpoint, is_cut)
+        return cls(identity, worker, model_name, metadata.accelerator, topology, endpoint, published_bytes, is_cut)
 
     @property
     def size_bytes(self) -> int:
@@ -111,6 +113,7 @@ class _Row(NamedTuple):
     identity: bytes = b""
     worker: bytes = b""
     is_cut: bytes = b""
+    published_bytes: bytes = b"0"
 
 
 class RedisStore(SourceStore):
@@ -135,6 +138,7 @@ class RedisStore(SourceStore):
         self._limits = limits
         self._replica = secrets.token_hex(8)
         self._payloads = _Payloads(KNOWN_PAYLOAD_BYTES)
+        self._large = LargeValues(self._link, prefix)
         self._closed = False
         leases = leases or Leases()
         step_seconds = min(LONGEST_STEP_SECONDS, leases.heartbeat_seconds / 2)
@@ -154,8 +158,33 @@ class RedisStore(SourceStore):
             )
 
     def publish(self, publication: Publication) -> SourceRecord:
+        if len(publication.worker) <= PART_BYTES:
+            return self._publish(publication, publication.worker, WHOLE)
+        self._ask_to_publish(publication, b"", WHOLE._replace(bytes=len(publication.worker)), only_asks=True)
+        with self._large.written(publication.worker) as written:
+            return self._publish(publication, b"", written)
+
+    def _publish(self, publication: Publication, worker: bytes, written: Written) -> SourceRecord:
+        row = _Row(*self._ask_to_publish(publication, worker, written))
+        payload = _Payload(
+            publication.identity,
+            publication.worker,
+            publication.model_name,
+            publication.accelerator,
+            dict(publication.topology),
+            publication.endpoint,
+            len(publication.identity) + len(publication.worker),
+        )
+        is_large = len(publication.worker) > LARGE_BYTES
+        kept = replace(payload, worker=small_part(publication.worker), is_cut=True) if is_large else payload
+        self._payloads.put(row.name, int(row.epoch), kept)
+        return _record(row, payload)
+
+    def _ask_to_publish(
+        self, publication: Publication, worker: bytes, written: Written, *, only_asks: bool = False
+    ) -> Sequence[bytes]:
+        """The record's row, unless it only asks whether the record would be taken."""
         key = publication.key
-        cut = small_part(publication.worker) if len(publication.worker) > LARGE_BYTES else b""
         outcome, *details = self._run(
             scripts.PUBLISH,
             _name(key),
@@ -166,24 +195,17 @@ class RedisStore(SourceStore):
             str(publication.epoch),
             publication.owner,
             publication.identity,
-            publication.worker,
+            worker,
             *(str(most) for most in (self._limits.records, self._limits.records_per_worker, self._limits.stored_bytes)),
             str(CLOCK_SET_BACK_MS),
-            cut,
+            small_part(publication.worker) if len(publication.worker) > LARGE_BYTES else b"",
+            written.token,
+            str(written.parts),
+            str(written.bytes),
+            "1" if only_asks else "",
         )
         self._require_ok(outcome, details, key, publication.epoch, publication.owner)
-        row = _Row(*details[0])
-        payload = _Payload(
-            publication.identity,
-            publication.worker,
-            publication.model_name,
-            publication.accelerator,
-            dict(publication.topology),
-            publication.endpoint,
-        )
-        kept = replace(payload, worker=cut, is_cut=True) if cut else payload
-        self._payloads.put(row.name, int(row.epoch), kept)
-        return _record(row, payload)
+        return details[0] if details else ()
 
     def update_status(
         self, key: RecordKey, status: Status, *, epoch: int = 0, source_load: float | None = None, owner: str = ""
@@ -193,14 +215,20 @@ class RedisStore(SourceStore):
         self._require_ok(outcome, details, key, epoch, owner)
 
     def get(self, source_id: str, worker_id: str) -> SourceRecord | None:
-        while True:
-            records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
-            record = min(records, key=lambda record: record.key.worker_rank, default=None)
-            if record is None or not record.worker_is_cut:
-                return record
-            worker = self._run(scripts.METADATA, _name(record.key), str(record.epoch))
-            if worker is not None:  # else it was published anew meanwhile
-                return replace(record, worker=worker, worker_is_cut=False)
+        records = self._records(self._run(scripts.OF_WORKER, _worker(source_id, worker_id)))
+        return min(records, key=lambda record: record.key.worker_rank, default=None)
+
+    def whole_worker(self, record: SourceRecord) -> bytes | None:
+        if not record.worker_is_cut:
+            return record.worker
+        found = self._run(scripts.METADATA, _name(record.key), str(record.epoch))
+        if found is None:
+            return None
+        inline, token = found
+        if not token:
+            whole: bytes = inline
+            return whole
+        return self._large.read(token.decode(), record.payload_bytes - len(record.identity))
 
     def find(self, query: Query) -> list[SourceRecord]:
         if query.source_id == "" or query.model_name == "":
@@ -288,6 +316,8 @@ class RedisStore(SourceStore):
             raise never_given(key, epoch, int(details[0]))
         if outcome == b"owner":
             raise not_owner(key, owner)
+        if outcome == b"parts":
+            raise StoreUnavailable("parts of the metadata have ended before it was whole; publish it again")
         if outcome == b"full":
             raise full(self._limits, details[0].decode())
 
@@ -302,7 +332,7 @@ class RedisStore(SourceStore):
                 records.append(_record(row, payload))
         for start in range(0, len(missing), RECORDS_PER_SCRIPT):
             for row in (_Row(*p) for p in self._run(scripts.ROWS, *missing[start : start + RECORDS_PER_SCRIPT])):
-                payload = _Payload.parse(row.identity, row.worker, is_cut=bool(row.is_cut))
+                payload = _Payload.parse(row.identity, row.worker, int(row.published_bytes), is_cut=bool(row.is_cut))
                 self._payloads.put(row.name, int(row.epoch), payload)
                 records.append(_record(row, payload))
         return records
@@ -344,6 +374,7 @@ def _record(row: _Row, payload: _Payload) -> SourceRecord:
         endpoint=payload.endpoint,
         source_load=load if load is None or math.isfinite(load) else None,
         owner=row.owner.decode(),
+        payload_bytes=payload.published_bytes,
         worker_is_cut=payload.is_cut,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +21,12 @@ MAX_MESSAGE_BYTES = 100 * 1024 * 1024  # the protocol's limit, each way; gRPC's 
 KEEPALIVE_INTERVAL_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 
+# What gRPC puts before the reason of a connection that failed; our message names the address already.
+_CANNOT_CONNECT = re.compile(
+    r"^failed to connect to all addresses; last error: "
+    r"([A-Z_]+: )?(ipv[46]:\S+: )?(Failed to connect to remote host: )?"
+)
+
 NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 """The statuses of calls that the server did not answer."""
 
@@ -28,7 +35,8 @@ def call_failure(name: str, address: str, error: grpc.RpcError) -> tuple[grpc.St
     """The status of a failed call, and a message with advice where the address looks wrong."""
     call = cast("grpc.Call", error)  # every RpcError of an invocation is one
     status: grpc.StatusCode = call.code()
-    return status, f"{name} at {address} failed with {status.name}: {with_advice(call.details() or '', address)}"
+    said = _CANNOT_CONNECT.sub("", with_advice(call.details() or "", address))
+    return status, f"{name} at {address} failed with {status.name}: {said}"
 
 
 def channel_options() -> list[tuple[str, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -13,15 +12,12 @@ import grpc
 import xxhash
 
 from mxserver.wire.address import split_scheme
-from mxserver.wire.calls import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS
 from mxserver.wire.credentials import ClientCredentials
-from mxserver.wire.files.pieces import BLOCK_BYTES, DIGEST_OF_LAST, CallFailed, FilesPlace, Piece
+from mxserver.wire.files.file_connection import READ_BYTES, FileConnection, take_buffered
+from mxserver.wire.files.pieces import DIGEST_OF_LAST, CallFailed, FilesPlace, Piece
 
-CONNECT_SECONDS = 5.0
-SILENCE_SECONDS = (KEEPALIVE_INTERVAL_MS + KEEPALIVE_TIMEOUT_MS) / 1000
 _LONGEST_REFUSAL_BYTES = 64 * 1024
 _LONGEST_LINE_BYTES = 4096
-_READ_BYTES = 256 * 1024  # fits in a core's cache, so that hashing costs little
 
 
 class NotThere(Exception):
@@ -43,7 +39,7 @@ class HttpFiles:
         self.has_worked = False
         self._is_busy = False  # with an answer that was not read to its end
         self._has_mismatch = False
-        self._socket: socket.socket | None = None
+        self._connection: FileConnection | None = None
 
     def blocks(self, path: str, offset: int, length: int, file_digest: str) -> Iterator[Piece]:
         """The file's bytes [offset, offset + length), in blocks that are valid until the next one. If the file has
@@ -52,13 +48,15 @@ class HttpFiles:
         Raises NotThere before the first byte, and CallFailed.
         """
         answer = self._asked(path, offset, length, {"If-Range": f'"{file_digest}"'} if file_digest else {})
-        block = memoryview(bytearray(min(BLOCK_BYTES, length)))
+        block = memoryview(bytearray(min(READ_BYTES, length)))
         done = 0
         while done < length:
             data = block[: length - done]
             self._fill(answer, data)
             done += len(data)
-            self._is_busy = done < length
+            if done == length:
+                answer.close()
+                self._is_busy = False
             yield Piece(path, offset + done - len(data), data, None)
 
     def pieces(self, path: str, offset: int, into: memoryview) -> Iterator[Piece]:
@@ -78,7 +76,7 @@ class HttpFiles:
                 raise CallFailed(grpc.StatusCode.UNAVAILABLE, f"a chunk has {count} bytes, not {len(into) - done}")
             data = into[done : done + count]
             hasher = xxhash.xxh3_64()
-            self._fill(answer.fp, data, hasher)
+            self._fill(answer, data, hasher)
             self._line(answer)
             count, digest = self._chunk_line(answer)
             if count == 0:
@@ -162,28 +160,27 @@ class HttpFiles:
     def _connected(self) -> http.client.HTTPConnection:
         """Raises NotThere where nothing accepts the connection."""
         if self._http is None:
-            port = self._place.port
-            if self._tls:
-                context = self._credentials.ssl_context()
-                made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                    self._host, port, timeout=CONNECT_SECONDS, context=context
-                )
-            else:
-                made = http.client.HTTPConnection(self._host, port, timeout=CONNECT_SECONDS)
             try:
-                made.connect()
+                self._connection = FileConnection(
+                    self._host, self._place.port, self._credentials.ssl_context() if self._tls else None
+                )
             except OSError as error:
                 raise NotThere(_text(error)) from error
-            made.sock.settimeout(SILENCE_SECONDS)
-            self._http, self._socket = made, made.sock
+            self._http = http.client.HTTPConnection(self._host, self._place.port)
+            self._http.auto_open = 0
+            self._http.sock = self._connection
         return self._http
 
     def _fill(self, answer: Any, into: memoryview, hasher: xxhash.xxh3_64 | None = None) -> None:
         """`hasher` takes the bytes while they are in the core's cache."""
-        done = 0
         try:
+            if (connection := self._connection) is None:
+                raise ConnectionError("the connection was closed")
+            done = take_buffered(answer.fp, into)
+            if hasher is not None:
+                hasher.update(into[:done])
             while done < len(into):
-                count = answer.readinto(into[done : done + _READ_BYTES])
+                count = connection.recv_into(into[done : done + READ_BYTES])
                 if not count:
                     raise http.client.IncompleteRead(b"", len(into) - done)
                 if hasher is not None:
@@ -195,16 +192,18 @@ class HttpFiles:
 
     def abort(self) -> None:
         """Ends a read that runs in another thread: CallFailed there."""
-        if (connected := self._socket) is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+        if (connected := self._connection) is not None:
+            connected.abort()
 
     def close(self) -> None:
         """Idempotent; another read connects again."""
-        made, self._http, self._socket = self._http, None, None
+        made, self._http = self._http, None
+        connection, self._connection = self._connection, None
         self._is_busy = False
         if made is not None:
             made.close()
+        if connection is not None:
+            connection.end()
 
 
 def _has_range(answer: http.client.HTTPResponse, offset: int, count: int) -> bool:

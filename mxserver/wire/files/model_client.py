@@ -28,6 +28,7 @@ from mxserver.wire.file_locks import locks_work
 from mxserver.wire.files.disk_room import check_room, full_disk_is_told
 from mxserver.wire.files.file_reader import FileReader
 from mxserver.wire.files.file_source import PortState
+from mxserver.wire.files.model_names import provider_of
 from mxserver.wire.files.model_stream import FetchReport, FolderFetch
 from mxserver.wire.files.partial_file import FileInfo, has_content, partial_path
 from mxserver.wire.files.pieces import FilesPlace
@@ -35,24 +36,11 @@ from mxserver.wire.proto import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_
 from mxserver.wire.relative_path import path_problem
 from mxserver.wire.unique_path import remove_leftovers, unique_beside
 
-__all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles", "provider_of"]
+__all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles"]
 
 T = TypeVar("T")
 
-_SCHEMES: dict[str, model_pb2.ModelProvider.ValueType] = {
-    "s3": model_pb2.S3,
-    "gs": model_pb2.GCS,
-    "az": model_pb2.AZURE,
-    "abfss": model_pb2.AZURE,
-    "file": model_pb2.FILE,
-}
-
 PARTIAL_FOLDER = ".mx-partial"
-
-
-def provider_of(name: str) -> model_pb2.ModelProvider.ValueType:
-    """Which provider a model's name belongs to: that of its URL's scheme, or the hub."""
-    return _SCHEMES.get(name.partition("://")[0], model_pb2.HUGGING_FACE) if "://" in name else model_pb2.HUGGING_FACE
 
 
 class ModelFiles(NamedTuple):
@@ -124,9 +112,11 @@ class ModelClient(Closing):
         ignore_weights: bool = False,
         pin: bool = False,
         on_update: Callable[[model_pb2.ModelStatusUpdate], None] | None = None,
+        on_wait: Callable[[ServerUnreachable], None] | None = None,
     ) -> str | None:
         """Has the server download the model, unless it is there; returns the commit. Goes on after a restart of
-        the server. `on_update` is called with every message of the server.
+        the server. `on_update` is called with every message of the server, `on_wait` with each error that is waited
+        out.
 
         Raises:
             ModelDownloadError: the server could not get it.
@@ -144,6 +134,8 @@ class ModelClient(Closing):
                         on_update(last)
             except grpc.RpcError as error:
                 raised = self._as_error("EnsureModelDownloaded", error)
+                if isinstance(raised, ServerUnreachable) and on_wait:
+                    on_wait(raised)
                 if not isinstance(raised, ServerUnreachable) or not patience.wait():
                     raise raised from error
                 continue

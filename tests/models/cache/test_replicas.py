@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tests.models.conftest import (
     pattern,
 )
 from tests.models.hub_stand_in import Fault, HubStandIn
+from tests.server.redis_process import shared_redis
 
 LARGE = "model-00001-of-00002.safetensors"
 
@@ -170,14 +172,22 @@ def test_replica_takes_over_from_one_that_was_killed(
 
 
 def test_replica_that_was_stopped_too_long_publishes_nothing(
-    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path, tmp_path: Path
 ) -> None:
+    """Of replicas on two machines, whose locks of files do not meet, over one Redis."""
     gate = held_back(hub)
-    stopped = start_server()
+    (tmp_path / "flock.c").write_text("int flock(int handle, int operation) { return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "flock.so", "flock.c"], cwd=tmp_path, check=True)
+    elsewhere = {
+        "MX_METADATA_BACKEND": "redis",
+        "REDIS_URL": shared_redis().url,
+        "LD_PRELOAD": str(tmp_path / "flock.so"),
+    }
+    stopped = start_server(**elsewhere)
     first = Ensure(stopped.address)
     hub.wait_at_gate()
     os.kill(stopped.process.pid, signal.SIGSTOP)
-    second = Ensure(start_server().address)
+    second = Ensure(start_server(**elsewhere).address)
     commit = second.result()
     record = next((cache_folder / ".modelexpress" / "records").iterdir())
     written = record.stat().st_ino

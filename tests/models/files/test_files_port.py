@@ -194,6 +194,11 @@ def test_tls_and_tokens(start_server: StartServer, tmp_path: Path) -> None:
         assert listed.place
         client.fetch(REPOSITORY, tmp_path / "to")
         assert files_below(tmp_path / "to") == FILE_DIGESTS
+        into = bytearray(len(FILES[LARGE]))
+        with client.reader(REPOSITORY, revision=listed.revision, place=listed.place) as reader:
+            reader.read_into(LARGE, 0, memoryview(into))
+            assert not reader.bytes_unverified
+        assert digest_of(into) == FILE_DIGESTS[LARGE]
         assert not client._port.is_closed
     context = known["reader"].ssl_context()
     asking = http.client.HTTPSConnection("localhost", listed.place.port, timeout=60, context=context)

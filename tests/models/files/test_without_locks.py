@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.models.conftest import FILE_DIGESTS, REPOSITORY, files_below
+from tests.server.redis_process import RedisProcess, shared_redis
 
 SOURCE = """
 #include <errno.h>
@@ -23,24 +25,16 @@ int flock(int handle, int operation) {
 }
 """
 KEY = "0" * 32
-OWNER = f"""
-import sys
+HOLDER = f"""
+import logging, sys
 from pathlib import Path
 from mxserver.models.cache.lease import LeaseFolder
-folder = LeaseFolder(Path(sys.argv[1]), 600.0)
-assert folder.try_acquire("{KEY}")
-print("held", flush=True)
+from mxserver.store.redis import RedisLocks
+logging.basicConfig(stream=sys.stderr)
+url = sys.argv[2]
+folder = LeaseFolder(Path(sys.argv[1]), 600.0, RedisLocks(url, sys.argv[1]) if url else None)
+print("held" if folder.try_acquire("{KEY}") else "not held", flush=True)
 sys.stdin.readline()
-"""
-OTHER = f"""
-import os, sys
-from pathlib import Path
-from mxserver.models.cache.lease import LeaseFolder
-folder = LeaseFolder(Path(sys.argv[1]), 600.0)
-assert folder.try_acquire("{KEY}") is None, "a living owner was taken for dead"
-assert folder.is_leased("{KEY}")
-os.utime(Path(sys.argv[1], "leases", "{KEY}.1"), (0, 0))
-assert folder.try_acquire("{KEY}").generation == 2
 folder.close()
 """
 FETCH = """
@@ -67,21 +61,34 @@ def without_locks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 def started(code: str, *arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *arguments]
-    made = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    assert made.stdout is not None
-    assert made.stdout.readline() in ("held\n", "ready\n")
-    return made
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
-def test_a_lease_goes_by_its_age(without_locks: dict[str, str], tmp_path: Path) -> None:
-    owner = started(OWNER, str(tmp_path), env=without_locks)
-    subprocess.run([sys.executable, "-c", OTHER, str(tmp_path)], env=without_locks, check=True)
-    owner.communicate("\n", 120)
-    assert owner.returncode == 0
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize(("url", "second"), [("", "held\n"), (shared_redis, "not held\n")], ids=["alone", "Redis"])
+def test_servers_that_share_redis_need_no_locks_and_others_say_so(
+    without_locks: dict[str, str], tmp_path: Path, url: str | Callable[[], RedisProcess], second: str
+) -> None:
+    place = url if isinstance(url, str) else url().url
+    both = []
+    for expected in ("held\n", second):
+        both.append(started(HOLDER, str(tmp_path), place, env=without_locks))
+        assert said(both[-1]) == expected
+    for one in both:
+        errors = one.communicate("\n", 120)[1]
+        assert one.returncode == 0
+        assert ("no other server may use it, unless all share Redis" in errors) is (place == "")
 
 
 def test_fetches_at_once_to_one_hub_cache(warm_server: str, without_locks: dict[str, str], tmp_path: Path) -> None:
     both = [started(FETCH, warm_server, REPOSITORY, str(tmp_path), env=without_locks) for _ in range(2)]
+    assert [said(one) for one in both] == ["ready\n", "ready\n"]
     for one in both:
         assert one.stdin is not None
         one.stdin.write("\n")

@@ -50,7 +50,7 @@ def test_heartbeats_and_listings_do_not_wait_for_the_disk(client: ServerClient, 
 @pytest.mark.parametrize(
     ("service", "named"),
     [
-        (p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], {"heartbeats", "listings", "publishes"}),
+        (p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], {"heartbeats", "listings", "publishes", "records"}),
         (cache_pb2.DESCRIPTOR.services_by_name["CacheService"], {"validations", "models"}),
         (model_pb2.DESCRIPTOR.services_by_name["ModelService"], {"models"}),
     ],

@@ -15,14 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mxserver.store import Leases, Query, SourceStore, StoreUnavailable, UnknownRecord
 from mxserver.store.errors import StoreUnusable
-from mxserver.store.redis import RedisStore, redis_link
+from mxserver.store.redis import RedisStore, large_values, redis_link
 from mxserver.store.redis import store as store_module
+from mxserver.store.redis.large_values import PART_BYTES
 from mxserver.store.redis.redis_link import RedisLink, place_of
 from mxserver.store.redis.store import LINGER_SECONDS
 from mxserver.wire import ServerUnreachable, SettingError, StaleEpoch
@@ -440,10 +442,80 @@ def test_large_metadata_is_fetched_for_who_asks_for_it_alone(open_store: Callabl
         assert len(found.worker) < 100
         assert dict(found.topology) == {"zone": "a"}
         assert replica._payloads._bytes < 10_000
-        whole = replica.get(*key()[:2])
-        assert whole is not None
-        assert whole.worker == published.worker
+        assert replica.whole_worker(found) == published.worker
         assert replica._payloads._bytes < 10_000
+
+
+def test_metadata_of_many_mib_goes_in_parts(redis_server: RedisProcess, open_store: Callable[..., RedisStore]) -> None:
+    """Redis would answer nobody else while it takes or gives one value of 100 MiB."""
+    clock = HandClock()
+    one, other = open_store(clock=clock), open_store(clock=clock)
+    blob = bytes(range(256)) * (3 * 4096 + 1)  # three parts, and a little
+    published = publication(nixl_metadata=blob)
+    with redis_server.client() as client:
+        client.config_set("proto-max-bulk-len", PART_BYTES + 4096)  # larger values are refused
+        first = one.publish(published)
+        assert first.worker == published.worker
+        [found] = other.find(Query())
+        assert (found.worker_is_cut, found.payload_bytes) == (True, len(published.identity) + len(published.worker))
+        assert other.whole_worker(found) == published.worker
+        [parts] = client.keys("mx:parts:*")
+        assert (client.ttl(parts), client.hlen(parts)) == (-1, 4)
+        again = other.publish(publication(nixl_metadata=blob[::-1]))
+        assert one.whole_worker(found) is None
+        assert one.whole_worker(again) == again.worker
+        assert len(client.keys("mx:parts:*")) == 1
+        other.publish(publication())
+        assert client.keys("mx:parts:*") == []
+        assert int(client.get("mx:bytes")) < 1000
+        one.publish(published)
+        clock.advance(HEARTBEAT_SECONDS + COLLECT_SECONDS)
+        one.sweep()
+        assert sorted(client.keys("*")) == [b"mx:clock", b"mx:epoch", b"mx:replicas"]
+
+
+def test_parts_that_no_record_names_end_by_themselves(
+    redis_server: RedisProcess, open_store: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that dies amid them leaves nothing for long, and nobody sees half of it."""
+    store = open_store()
+    before = store.publish(publication(nixl_metadata=bytes(2 * PART_BYTES)))
+    put_part = RedisLink.put_part
+
+    def die(self: RedisLink, key: str, number: int, part: bytes, keep_seconds: float) -> None:
+        if number == 2:
+            raise SystemExit
+        put_part(self, key, number, part, keep_seconds)
+
+    monkeypatch.setattr(RedisLink, "put_part", die)
+    monkeypatch.setattr(RedisLink, "drop", lambda *_: None)
+    with pytest.raises(SystemExit):
+        store.publish(publication(nixl_metadata=bytes(4 * PART_BYTES)))
+    assert store.find(Query()) == [replace(before, worker=store.find(Query())[0].worker, worker_is_cut=True)]
+    assert store.whole_worker(store.find(Query())[0]) == before.worker
+    with redis_server.client() as client:
+        assert sorted(client.ttl(name) > 0 for name in client.keys("mx:parts:*")) == [False, True]
+
+
+def test_what_is_refused_writes_no_parts(
+    open_store: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    old = store.publish(publication()).epoch
+    store.publish(publication())
+    monkeypatch.setattr(RedisLink, "put_part", lambda *_: pytest.fail("a part was written"))
+    with pytest.raises(StaleEpoch):
+        store.publish(publication(epoch=old, nixl_metadata=bytes(2 * PART_BYTES)))
+
+
+def test_parts_that_have_ended_meanwhile_are_no_record(
+    redis_server: RedisProcess, open_store: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large_values, "KEEP_SECONDS", 0.001)
+    store = open_store()
+    with pytest.raises(StoreUnavailable, match="have ended before it was whole"):
+        store.publish(publication(nixl_metadata=bytes(2 * PART_BYTES)))
+    assert store.find(Query()) == []
 
 
 def test_records_that_are_gone_leave_nothing(redis_server: RedisProcess, open_store: Callable[..., RedisStore]) -> None:

@@ -110,8 +110,14 @@ def test_large_metadata_is_whole_where_one_asks_for_it(open_store: Open) -> None
     store.update_status(key(), READY)
     record = store.get(*key()[:2])
     assert record is not None
-    assert p2p_pb2.WorkerMetadata.FromString(record.worker).nixl_metadata == blob
-    assert (record.status, record.worker_is_cut, record.accelerator) == (READY, False, "cuda")
+    whole = store.whole_worker(record)
+    assert whole is not None
+    assert p2p_pb2.WorkerMetadata.FromString(whole).nixl_metadata == blob
+    assert (record.status, record.accelerator) == (READY, "cuda")
+    assert record.payload_bytes == len(published.identity) + len(published.worker)
+    store.publish(publication(nixl_metadata=blob))
+    if record.worker_is_cut:
+        assert store.whole_worker(record) is None  # it has changed
 
 
 def test_large_metadata_is_in_the_file_alone(tmp_path: Path) -> None:
@@ -130,7 +136,5 @@ def test_large_metadata_is_in_the_file_alone(tmp_path: Path) -> None:
         assert found.payload_bytes > 1_000_000
         assert dict(found.topology) == {"zone": "a"}
         assert store._index.amount().payload_bytes == found.payload_bytes
-        whole = store.get(*key()[:2])
-        assert whole is not None
-        assert whole.worker == published.worker
+        assert store.whole_worker(found) == published.worker
     store.close()

@@ -11,6 +11,7 @@ import pytest
 from mxcore.errors import TruncatedRead
 from mxcore.memory import HostBuffer
 from mxcore.reading import BUFFERED, DIRECT, MAPPED, URING, FileSet, JobList, checkpoint_reader
+from mxcore.reading.file_set import live_file_descriptors
 from mxcore.reading.read_jobs import PART_COLUMNS
 from mxcore.storage.plan import steps
 
@@ -136,3 +137,41 @@ def test_auto_maps_what_is_cached_and_tries_two_ways_when_it_is_much(files: File
     )
     assert all(count >= 4 * 4096 for count in outcome["bytes"])
     assert bytes(memory) == bytes(range(256)) * (SIZE // 256)
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", [BUFFERED, MAPPED])
+def test_files_that_are_closed_in_the_middle_of_a_read_stay_open_until_its_end(
+    files: FileSet, memory: HostBuffer, tmp_path: Path, way: int
+) -> None:
+    """Else the descriptor's number is another file's, whose bytes are read."""
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * SIZE)
+    before, number = live_file_descriptors(), files.descriptor(0)
+    rows = array("q", (0, 0, SIZE, 0, 1, memory.address, 0)) * 65_536  # more than anybody waits for
+    jobs = JobList(files, rows)
+    files.map(0)
+    looks = 0
+
+    def look(done_bytes: int) -> None:
+        nonlocal looks
+        looks += 1
+        files.close()
+        with other.open("rb") as opened:
+            assert opened.fileno() != number
+        assert live_file_descriptors() == before
+        if looks == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        checkpoint_reader.read_jobs(jobs, array("q", range(len(jobs))), way=way, progress=look)
+    assert live_file_descriptors() == before - 1
+    with memoryview(memory) as view:
+        assert bytes(view[:256]) == bytes(range(256))
+    with pytest.raises(ValueError, match="not open"):
+        files.descriptor(0)
+    with pytest.raises(ValueError, match="not open"):
+        checkpoint_reader.read_jobs(jobs, array("q", range(len(jobs))), way=way)

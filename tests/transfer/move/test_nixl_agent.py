@@ -21,7 +21,7 @@ from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.nixl.library import library_candidates
 from mxcore.process import c_getenv
 from mxcore.transfer.move import AgentSession, Move
-from mxcore.transfer.route import ucx_environment
+from mxcore.transfer.route import ucx_settings
 from tests.transfer.conftest import ROOT, StartWorker, wait_for
 
 SIZE = 1 << 20
@@ -35,8 +35,8 @@ class Pair:
     """Two agents over TCP, each with one registered buffer; `a` knows `b`."""
 
     def __init__(self) -> None:
-        with ucx_environment("tcp,self"):
-            self.a, self.b = NixlAgent("a"), NixlAgent("b")
+        with ucx_settings("tcp,self") as told:
+            self.a, self.b = NixlAgent("a", backend_params=told), NixlAgent("b", backend_params=told)
         self.a_memory = np.zeros(SIZE, np.uint8)
         self.b_memory = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
         self.a_address, self.b_address = self.a_memory.ctypes.data, self.b_memory.ctypes.data
@@ -218,10 +218,10 @@ def test_registrations_and_peers_can_be_dropped(pair: Pair) -> None:
 def test_an_agent_is_valid_or_does_not_exist() -> None:
     with pytest.raises(NixlMissing, match="no usable plugin 'NOSUCH'"):
         NixlAgent("x", backend="NOSUCH")
-    with ucx_environment("posix,self"), pytest.raises(NixlMissing, match="'UCX' does not start"):
+    with ucx_settings("posix,self"), pytest.raises(NixlMissing, match="'UCX' does not start"):
         NixlAgent("x")
-    with ucx_environment("tcp"), pytest.raises(NixlMissing, match="does not start"):
-        NixlAgent("x", backend_params={"ucx_error_handling_mode": "nonsense"})
+    with ucx_settings("tcp") as told, pytest.raises(NixlMissing, match="does not start"):
+        NixlAgent("x", backend_params={**told, "ucx_error_handling_mode": "nonsense"})
     assert live_agents() == 0
     with pytest.raises(TypeError):
         Transfer()  # type: ignore[call-arg]
@@ -269,8 +269,8 @@ def test_threads_may_use_it_while_it_is_destroyed(pair: Pair) -> None:
 
 
 def test_without_a_progress_thread_nothing_moves_but_in_progressing() -> None:
-    with ucx_environment("tcp,self"):
-        a, b = NixlAgent("a", progress_thread=False), NixlAgent("b", progress_thread=False)
+    with ucx_settings("tcp,self") as told:
+        a, b = (NixlAgent(name, backend_params=told, progress_thread=False) for name in "ab")
     try:
         memory = np.zeros(2 * SIZE, np.uint8)
         memory[:SIZE] = 7
@@ -344,7 +344,7 @@ def test_some_of_many_are_waited_for(pair: Pair) -> None:
 
 
 def test_destroying_an_agent_ends_its_progress() -> None:
-    with ucx_environment("tcp,self"):
+    with ucx_settings("tcp,self"):
         agent = NixlAgent("a", progress_thread=False)
     thread = threading.Thread(target=agent.keep_progressing, args=(Mailbox(),))
     thread.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mxcore.process import c_getenv
-from mxcore.transfer.route import choose_nic, nic_pinning, pin_nic, rdma_devices, ucx_environment
+from mxcore.transfer.route import choose_nic, nic_pinning, pin_nic, rdma_devices, ucx_settings
 
 
 @pytest.fixture(autouse=True)
@@ -117,14 +117,14 @@ def test_nothing_is_chosen_where_nothing_is_known(machine: Machine) -> None:
 def test_agents_are_made_with_the_pinned_port(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nobody else of this process sees it; what the user has set stays."""
     monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
-    with ucx_environment("all"):
+    with ucx_settings("all"):
         assert c_getenv("UCX_NET_DEVICES") is None
     pin_nic("mlx5_3:1")
-    with ucx_environment("all"):
+    with ucx_settings("all"):
         found = (c_getenv("UCX_NET_DEVICES") or "").split(",")
     assert found[0] == "mlx5_3:1"
     assert "lo" in found  # TCP goes on
     assert c_getenv("UCX_NET_DEVICES") is None
     monkeypatch.setenv("UCX_NET_DEVICES", "mlx5_0:1")
-    with ucx_environment("all"):
+    with ucx_settings("all"):
         assert c_getenv("UCX_NET_DEVICES") == "mlx5_0:1"

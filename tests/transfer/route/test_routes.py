@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from mxcore.process import c_getenv
-from mxcore.transfer.route import ProbeTarget, UcxPolicy, can_read, choose_route, ucx_environment
+from mxcore.transfer.route import ProbeTarget, UcxPolicy, can_read, choose_route, ucx_settings
 from mxcore.transfer.route import routes as transports
 from mxcore.transfer.route.routes import UCX_DEFAULTS, Transport
 from mxserver.wire.proto import mx_pb2
@@ -265,25 +268,62 @@ def test_without_proof_no_read() -> None:
     assert choose_route(policy("auto"), mx_pb2.TransportOffer(same_host_read=True)).operation == "write"
 
 
-def test_the_environment_of_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*UCX_DEFAULTS, "UCX_TLS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("UCX_TCP_TX_SEG_SIZE", "1m")
-    with ucx_environment("tcp"):
-        assert c_getenv("UCX_TLS") == "tcp"
-        assert c_getenv("UCX_TCP_TX_SEG_SIZE") == "1m"  # the user's
-        assert c_getenv("UCX_TCP_USER_TIMEOUT") == "4s"
-        assert c_getenv("UCX_CUDA_IPC_ENABLE_GET_ZCOPY") == "on"
-    assert [name for name in (*UCX_DEFAULTS, "UCX_TLS") if c_getenv(name)] == ["UCX_TCP_TX_SEG_SIZE"]
-    monkeypatch.setenv("UCX_TLS", "rc")
-    with ucx_environment("tcp"):
-        assert c_getenv("UCX_TLS") == "tcp"
-    assert c_getenv("UCX_TLS") == "rc"
-    with ucx_environment("tcp"):  # on another thread, say: what the user chose is still known
-        assert UcxPolicy.from_environment("auto").tls == "rc"
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*UCX_DEFAULTS, "TLS", "NET_DEVICES"):
+        monkeypatch.delenv(f"UCX_{name}", raising=False)
+
+
+def ucx_names() -> dict[str, str]:
+    """What another user of UCX in this process would read now."""
+    names = [f"UCX_{name}" for name in (*UCX_DEFAULTS, "TLS", "NET_DEVICES", "WARN_UNUSED_ENV_VARS")]
+    return {name: value for name in names if (value := c_getenv(name)) is not None}
+
+
+@pytest.mark.usefixtures("no_settings")
+@pytest.mark.parametrize(("tls", "seen"), [("^ib", {}), ("tcp", {}), ("tcp,self", {"UCX_TLS": "tcp,self"})])
+def test_other_users_of_ucx_see_their_own_environment(tls: str, seen: dict[str, str]) -> None:
+    with ucx_settings(tls) as parameters:
+        assert ucx_names() == seen  # a list cannot be told otherwise
+        told = dict(part.split("=") for part in parameters["engine_config"].split(","))
+    assert told == UCX_DEFAULTS | ({} if seen else {"TLS": tls})
+    assert ucx_names() == {}
+    with ucx_settings(tls, "GDS") as parameters:
+        assert (parameters, ucx_names()) == ({}, {})
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_what_the_user_set_for_ucx_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"UCX_TCP_TX_SEG_SIZE": "1m", "UCX_TLS": "rc"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with ucx_settings("tcp"):
+        assert ucx_names() == {**own, "UCX_TLS": "tcp"}  # which NIXL would leave as it is
+        assert UcxPolicy.from_environment("auto").tls == "rc"  # on another thread, say: what the user chose is known
+    assert ucx_names() == own
     monkeypatch.delenv("UCX_TLS")
-    with ucx_environment("tcp"):
+    with ucx_settings("tcp,self"):
         assert not UcxPolicy.from_environment("auto").chosen
+
+
+def test_nixl_hands_our_settings_to_ucx(tmp_path: Path) -> None:
+    """As NIXL's own log says; a setting of the user's it leaves alone."""
+    code = (
+        "from mxcore.transfer.move import AgentSession\nAgentSession('w', tls='tcp', progress_thread=False).fence()\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
+    log = tmp_path / "log"
+    with log.open("wb") as into:  # NIXL and UCX write to both
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            env={**environ, "NIXL_LOG_LEVEL": "debug", "UCX_NET_DEVICES": "lo", "UCX_RC_RETRY_COUNT": "2"},
+            stdout=into,
+            stderr=into,
+        )
+    told = set(re.findall(r"Modified UCX config: (\S+)", log.read_text()))
+    expected = {f"{name}={value}" for name, value in (UCX_DEFAULTS | {"TLS": "tcp"}).items()}
+    assert expected - told == {"RC_RETRY_COUNT=3"}
 
 
 @pytest.mark.parametrize(

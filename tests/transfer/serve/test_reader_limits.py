@@ -13,6 +13,8 @@ from mxcore.errors import HolderBusy, LeaseEnded
 from mxcore.transfer.layout import ChunkRequest, Layout, all_chunks, build_layout
 from mxcore.transfer.move import GREETING, TOKEN_BYTES, AgentSession, show_token
 from mxcore.transfer.serve import ChunkListener, Holder
+from mxcore.transfer.serve.worker_identity import WorkerIdentity
+from mxcore.transfer.serve.worker_service import _server_options
 from mxserver.wire.proto import mx_pb2, p2p_pb2
 from tests.transfer.memory import HostTensors, model_specs
 from tests.transfer.serve.test_chunk_port import exactly
@@ -47,6 +49,11 @@ def test_a_reader_that_is_written_to_gets_nothing_to_write_with(stubs: Stubs, ho
 def test_a_message_longer_than_any_reader_needs_is_refused_unread(stubs: Stubs) -> None:
     request = mx_pb2.AskChunksRequest(lease_id="nobody", wanted=b"\xff" * (1 << 20), most=1)
     assert status_of(lambda: stubs.transfer.AskChunks(request))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_windows_for_what_strangers_send_do_not_grow(holder: Holder) -> None:
+    """`mx bench chaos` measures what that saves: worker_rss_growth_mib."""
+    assert dict(_server_options(holder))["grpc.http2.bdp_probe"] == 0
 
 
 def test_a_lease_is_looked_up_before_anything_is_parsed(
@@ -166,3 +173,23 @@ def test_the_layout_is_made_once_whoever_asks(stubs: Stubs, holder: Holder, monk
         request = mx_pb2.GetLayoutRequest(mx_source_id=SOURCE_ID, fingerprint=f"other {number}")
         assert stubs.transfer.GetLayout(request).layout == real(holder.layout)
     assert len(made) == 1
+
+
+def test_the_manifest_is_serialised_once_whoever_asks(
+    stubs: Stubs, holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[WorkerIdentity] = []
+    real = WorkerIdentity._manifest
+    monkeypatch.setattr(WorkerIdentity, "_manifest", lambda identity: made.append(identity) or real(identity))
+    manifests = [
+        stubs.worker.GetTensorManifest(p2p_pb2.GetTensorManifestRequest(mx_source_id=SOURCE_ID)) for _ in range(2)
+    ]
+    leases = [
+        stubs.worker.PrepareTensorRead(p2p_pb2.PrepareTensorReadRequest(mx_source_id=SOURCE_ID)) for _ in range(2)
+    ]
+    assert len(made) == 1
+    assert len(manifests[0].tensors) == sum(tensor.extent is not None for tensor in holder.layout.tensors)
+    assert all(each == real(made[0]) for each in (*manifests, *(lease.manifest for lease in leases)))
+    assert len({lease.lease_id for lease in leases}) == 2
+    assert isinstance(made[0].leased_manifest, bytes)
+    assert made[0].leased_manifest is made[0].leased_manifest
