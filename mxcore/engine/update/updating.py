@@ -17,6 +17,7 @@ from mxcore.engine.update.replacement import Replacement
 from mxcore.engine.update.running import Running
 from mxcore.errors import UpdateFailed
 from mxcore.load_ladder import Rung, reason_of
+from mxserver.wire import MxError
 
 __all__ = ["Outcome", "update"]
 
@@ -52,13 +53,13 @@ def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, path
     Raises UpdateFailed; then the model has its old weights (`running.is_whole`), or it must not be used.
     """
     replacement = Replacement(running)
-    engine = new(replacement)
-    wanted = engine.wanted_digest()
-    if running.is_whole and wanted and wanted == running.checkpoint:
-        _log.info("version %s has the weights that this engine has: nothing is moved", version)
-        running.version, running.trouble = version, ""
-        return Outcome(False, {})
     try:
+        engine = new(replacement)
+        wanted = engine.wanted_digest()
+        if running.is_whole and wanted and wanted == running.checkpoint:
+            _log.info("version %s has the weights that this engine has: nothing is moved", version)
+            running.version, running.trouble = version, ""
+            return Outcome(False, {})
         engine.check_settings()
         report = _load(running, replacement, engine, paths)
     except Exception as error:
@@ -83,7 +84,7 @@ def _back(running: Running, old: EngineOf) -> None:
     replacement = Replacement(running)
     try:
         engine = old(replacement)
-        is_here = not running.checkpoint or engine.wanted_digest() == running.checkpoint
+        is_here = not running.checkpoint or _digest_here(engine) == running.checkpoint
         replacement.checkpoint = running.checkpoint
         report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if is_here else ("p2p",))
     except Exception as error:
@@ -94,6 +95,13 @@ def _back(running: Running, old: EngineOf) -> None:
         ) from error
     running.engine = engine
     running.report = report.to_json()
+
+
+def _digest_here(engine: UpdatedEngine) -> str:
+    try:
+        return engine.wanted_digest()
+    except (MxError, OSError):
+        return ""
 
 
 def _load(running: Running, replacement: Replacement, engine: Engine, paths: Sequence[str]) -> LoadReport:

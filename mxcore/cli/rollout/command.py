@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
-from mxcore.cli.server_calls import json_option, table
+from mxcore.cli.rollout.engines import ASK_SECONDS, EngineCalls, RunningEngine
+from mxcore.cli.server_calls import json_option
+from mxcore.cli.tables import table
 from mxcore.errors import EngineUnreachable
 from mxserver.wire import SettingError
 
-ASK_SECONDS = 30.0
 POLL_SECONDS = 0.2
 
 EPILOG = """
@@ -39,72 +37,15 @@ Examples:
 """
 
 
-class _Answer(NamedTuple):
-    status: int
-    body: dict[str, Any]
-
-
-@dataclass
-class _Engine:
-    """One engine, and what became of it."""
-
-    url: str
-    before: str = ""
-    version: str = ""
-    outcome: str = "to do"
-    seconds: float = 0.0
-    trouble: str = ""
-    place: dict[str, str] = field(default_factory=dict)
-    checkpoint: str = ""
-
-    def saw(self, body: Mapping[str, Any]) -> None:
-        """Takes what the engine says of itself."""
-        models = body.get("models") or [{}]
-        self.version = str(models[0].get("version", ""))
-        self.checkpoint = str(models[0].get("checkpoint", ""))
-        self.place = dict(models[0].get("place", {}))
-        self.trouble = str(body.get("trouble", ""))
-
-
-class _Calls:
-    """HTTP to engines. Thread-safe."""
-
-    def __init__(self, key: str, seconds: float) -> None:
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._seconds = seconds
-
-    def __call__(self, url: str, path: str, body: Mapping[str, Any] | None = None) -> _Answer:
-        """Raises EngineUnreachable."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {**self._headers, **({"Content-Type": "application/json"} if data else {})}
-        request = urllib.request.Request(url.rstrip("/") + path, data, headers)  # noqa: S310 - the user's own URLs
-        seconds = ASK_SECONDS if body is None else self._seconds
-        try:
-            with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - as above
-                return _Answer(answer.status, _parsed(answer.read()))
-        except urllib.error.HTTPError as error:
-            return _Answer(error.code, _parsed(error.read()))
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineUnreachable(f"{url}{path}: {error}") from error
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 class Rollout:
     """One call of the command. `told` is called with a line for whatever happens."""
 
-    def __init__(self, calls: _Calls, options: Mapping[str, Any], told: Callable[[str], None]) -> None:
+    def __init__(self, calls: EngineCalls, options: Mapping[str, Any], told: Callable[[str], None]) -> None:
         self._calls = calls
         self._options = options
         self._told = told
 
-    def look(self, engine: _Engine, model: str) -> None:
+    def look(self, engine: RunningEngine, model: str) -> None:
         """What the engine has. Raises EngineUnreachable, SettingError where it serves another model."""
         answer = self._calls(engine.url, "/mx/update")
         if answer.status != 200:
@@ -119,12 +60,12 @@ class Rollout:
         engine.saw(answer.body)
         engine.before = engine.version
 
-    def wave(self, engines: Sequence[_Engine], wanted: Mapping[str, str]) -> bool:
+    def wave(self, engines: Sequence[RunningEngine], wanted: Mapping[str, str]) -> bool:
         """Updates these engines, all at once; whether each has the version and is ready."""
         with ThreadPoolExecutor(len(engines)) as pool:
             return all(list(pool.map(lambda engine: self._update(engine, wanted), engines)))
 
-    def _update(self, engine: _Engine, wanted: Mapping[str, str]) -> bool:
+    def _update(self, engine: RunningEngine, wanted: Mapping[str, str]) -> bool:
         began = time.monotonic()
         self._told(f"{engine.url}: {engine.version} -> {wanted['version']}")
         try:
@@ -138,7 +79,7 @@ class Rollout:
         self._told(f"{engine.url}: {engine.outcome} after {engine.seconds:g} s {engine.trouble}".rstrip())
         return is_done
 
-    def _is_ready(self, engine: _Engine) -> bool:
+    def _is_ready(self, engine: RunningEngine) -> bool:
         deadline = time.monotonic() + ASK_SECONDS
         while True:
             status = self._calls(engine.url, "/health").status
@@ -192,22 +133,24 @@ def rollout(
     """Gives running engines of MODEL the weights of another version, wave by wave, without a restart."""
     key = Path(api_key_file).read_text().strip() if api_key_file else ""
     options = {"drain_seconds": drain_seconds, "on_drain_limit": on_drain_limit}
-    run = Rollout(_Calls(key, timeout_seconds), options, lambda line: click.echo(f"mx: {line}", err=True))
-    engines = [_Engine(url) for url in dict.fromkeys((*urls, *more))]
+    run = Rollout(EngineCalls(key, timeout_seconds), options, lambda line: click.echo(f"mx: {line}", err=True))
+    engines = [RunningEngine(url) for url in dict.fromkeys((*urls, *more))]
     wanted = wanted_of(to)
-    try:
-        with ThreadPoolExecutor(len(engines)) as pool:
-            list(pool.map(lambda engine: run.look(engine, model), engines))
-    except EngineUnreachable as error:
-        click.echo(f"mx: {error}", err=True)
-        context.exit(3)
+    with ThreadPoolExecutor(len(engines)) as pool:
+        list(pool.map(lambda engine: run.look(engine, model), engines))
     is_complete = _rolled(run, engines, wanted, at_once, back=back, dry_run=dry_run)
     _print(engines, wanted["version"], is_complete=is_complete, as_json=as_json)
     context.exit(0 if is_complete or dry_run else 1)
 
 
 def _rolled(
-    run: Rollout, engines: Sequence[_Engine], wanted: Mapping[str, str], at_once: int, *, back: bool, dry_run: bool
+    run: Rollout,
+    engines: Sequence[RunningEngine],
+    wanted: Mapping[str, str],
+    at_once: int,
+    *,
+    back: bool,
+    dry_run: bool,
 ) -> bool:
     """Whether all engines have the version at the end."""
     places = {engine.url: dict(engine.place) for engine in engines}
@@ -233,7 +176,7 @@ def _rolled(
     return True
 
 
-def _print(engines: Sequence[_Engine], version: str, *, is_complete: bool, as_json: bool) -> None:
+def _print(engines: Sequence[RunningEngine], version: str, *, is_complete: bool, as_json: bool) -> None:
     if as_json:
         told = [asdict(engine) for engine in engines]
         click.echo(json.dumps({"to": version, "complete": is_complete, "engines": told}))
