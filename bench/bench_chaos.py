@@ -64,8 +64,6 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
         attacked = attack_all()
         figures["bytes_written_by_readers"] = attacked.bytes_written
         figures["strangers_let_in_by_mtls"] = attacked.strangers_let_in
-        figures["bytes_written_by_cuda_ipc_readers"] = attacked.bytes_by_device_reader
-        figures["cuda_ipc_write_noticed_seconds"] = round(attacked.noticed_seconds, 2)
     if stranger_seconds:
         beset = strangers_beside(stranger_seconds, seed)
         figures["stranger_calls"], figures["worker_rss_growth_mib"] = beset.calls, round(beset.growth_mib, 1)

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from bench.control.processes import Redis, Server
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 from mxserver.wire import ServerUnreachable, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2

@@ -48,7 +48,7 @@
         ├── LayoutUnsupported MX_LAYOUT_UNSUPPORTED   tensors that cannot be moved
         ├── DigestMismatch    MX_DIGEST_MISMATCH      a chunk's bytes are not those of the manifest
         ├── SourceRefused     MX_SOURCE_REFUSED       the holder answered, and said no
-        │   ├── NotOneSided   MX_NOT_ONE_SIDED        a READ went over a transport that is not one-sided
+        │   ├── NotOneSided   MX_NOT_ONE_SIDED        cross-memory attach or cuda_ipc does not work
         │   ├── NoChunkPort   MX_NO_CHUNK_PORT        the holder's chunk port cannot be reached
         │   ├── NotEncrypted  MX_NOT_ENCRYPTED        it would send in clear, or TLS to it fails
         │   └── SourceBusy    MX_SOURCE_BUSY          the holder has as many readers as it takes
@@ -361,7 +361,7 @@ class SourceRefused(TransferError):
 
 
 class NotOneSided(SourceRefused):
-    """A READ that should go by cross-memory attach or cuda_ipc went another way; the holder can still WRITE."""
+    """Cross-memory attach or cuda_ipc does not work with this holder; it can still WRITE."""
 
     code = "MX_NOT_ONE_SIDED"
 

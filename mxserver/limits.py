@@ -34,6 +34,8 @@ class ServerLimits:
     stored_bytes: int = _limit(768 * _MiB, "identities and metadata of all records")
     listing_rows: int = _limit(20_000, "workers in one answer of ListSources")
     listing_bytes: int = _limit(16 * _MiB, "one answer of ListSources")
+    watches: int = _limit(20_000, "streams of workers that wait for weights or receive them")
+    watches_per_client: int = _limit(4_096, "of these, those of one host, and of one caller there")
     answer_bytes: int = _limit(128 * _MiB, "answers under way, that their clients have not taken yet, together")
 
     def refusal(self, name: str, found: str) -> str:

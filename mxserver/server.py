@@ -34,11 +34,13 @@ from mxserver.services import (
     P2pService,
     ProbeService,
     StandardHealth,
+    WatchService,
     update_waits,
 )
 from mxserver.settings import ServerSettings
 from mxserver.store import Clock, HeardClock, Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
 from mxserver.telemetry import ServerObservation
+from mxserver.waiting import StorageElections, Watches
 from mxserver.wire import MxError
 from mxserver.wire.credentials import certificate_not_after
 from mxserver.wire.proto import api_pb2_grpc, cache_pb2_grpc, health_pb2_grpc, mx_pb2_grpc
@@ -129,6 +131,8 @@ class Server:
             store.close()
             raise
         self._store: SourceStore = self._operations.store
+        self._elections = StorageElections(self._store.turns)
+        self._watches = Watches(self._store, self._elections, self._operations.doubts.newest, settings.limits)
         self._pools = PoolInterceptor(functools.partial(update_waits, self._store), settings.limits)
         self._cache = OpenCache(cache_settings(settings), self._health.show_cache, self._operations.download_ended)
         self._operations.show_cache(self._cache)
@@ -163,6 +167,7 @@ class Server:
         self._ticker.start()
         self._looker.start()
         self._stalled.start()
+        self._watches.start()
         self._operations.open()
 
     def _listen_http(self, settings: ServerSettings, judge: Authenticator | None) -> int | None:
@@ -227,10 +232,13 @@ class Server:
             options=setup.server_options(settings),
             maximum_concurrent_rpcs=settings.max_calls,
         )
-        P2pService(self._store, leases, self._operations.loads, settings.limits, self._answers).add_to(server)
+        loads, doubts, refusals = self._operations.loads, self._operations.doubts, self._operations.refusals
+        changed = self._watches.record_changed
+        P2pService(self._store, leases, loads, settings.limits, self._answers, changed).add_to(server)
         mx_pb2_grpc.add_FleetServiceServicer_to_server(
-            FleetService(self._store, self._operations.doubts, self._operations.refusals, self._clock), server
+            FleetService(self._store, self._elections, doubts, refusals, self._clock, self._watches.changed), server
         )
+        WatchService(self._watches, settings.limits).add_to(server)
         health_pb2_grpc.add_HealthServiceServicer_to_server(
             HealthService(lambda: self._operations.readiness.store_problem), server
         )
@@ -250,6 +258,7 @@ class Server:
         """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
         self._draining.drain()
+        self._watches.drain()
         self._cache.stop_downloads()
         calls: threading.Event = self._grpc.stop(self._drain_seconds)
         if self._files is None:
@@ -272,6 +281,7 @@ class Server:
         if self._files is not None:
             self._files.stop()
         self._looker.stop()
+        self._watches.stop()
         self._grpc.stop(0).wait()
         self._stalled.stop()
         self._pools.close()
@@ -299,7 +309,8 @@ class Server:
         """Finds out whether the server is ready; gRPC's health service says the same as the HTTP probes."""
         readiness = self._operations.readiness
         readiness.look()
-        self._health.show_store(works=readiness.not_ready() is None and self._ticker.problem is None)
+        problem = readiness.not_ready() or self._ticker.problem or self._watches.problem
+        self._health.show_store(works=problem is None)
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
-from mxcore.engine import CheckpointFiles, model_name
+from mxcore.engine import CheckpointFiles, find_checkpoint, model_name
 from mxcore.transfer.member import PROTOCOL_VERSION
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat, drafts
@@ -76,6 +76,21 @@ def source_identity(
         identity.cuda_version = torch.version.cuda or ""
         identity.gpu_arch = compat.architecture()
     return identity
+
+
+def identities_of(model: str, arguments: Sequence[str]) -> list[p2p_pb2.SourceIdentity]:
+    """Of a worker that `vllm serve MODEL ARGUMENTS…` would start here: of its raw weights, then of its processed ones.
+
+    Makes vLLM's configuration, and no engine. Raises what vLLM raises for arguments that it does not take.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", model, *arguments])
+    config = EngineArgs.from_cli_args(parsed).create_engine_config()
+    chosen = config.model_config
+    found = find_checkpoint(chosen.model, chosen.revision, config.load_config.download_dir)
+    return [source_identity(config, chosen, kind, found) for kind in ("raw", "processed")]
 
 
 def worker_rank(vllm_config: VllmConfig, model_config: ModelConfig) -> int:

@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from mxcore.cuda import OpenedMemory, Stream, address_range, context_of, copy_to_device
 from mxcore.cuda import driver as cuda_driver
 from mxcore.errors import MxError, SourceUnreachable
+from mxcore.memory import HostBuffer
 from mxcore.transfer.layout import ChunkRequest, Layout, Placement, all_chunks
 from mxcore.transfer.move import AgentSession, ChunkTls, Move, Source, SourceClient, show_token
 from mxserver.wire.calls import open_channel
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import mx_pb2, p2p_pb2, p2p_pb2_grpc
 
-OPERATIONS = (mx_pb2.OPERATION_SEND, mx_pb2.OPERATION_WRITE, mx_pb2.OPERATION_READ)
+OPERATIONS = (mx_pb2.OPERATION_SEND, mx_pb2.OPERATION_WRITE, mx_pb2.OPERATION_READ, mx_pb2.OPERATION_STAGE)
 SECONDS = 10.0
 JUNK_BYTES = 256 << 10
-FOUND = ("told_metadata", "told_addresses", "changed", "connections", "written_to", "refusals")
+FOUND = ("told_metadata", "told_addresses", "changed", "connections", "written_to", "mapped_bytes", "refusals")
 
 
 class HostileReader:
@@ -48,6 +50,7 @@ class HostileReader:
         self.changed = 0
         self.connections = 0  # to the chunk port, with a token
         self.written_to = 0  # chunks that the holder WROTE into this process
+        self.mapped_bytes = 0  # of the holder's device memory
         self.refusals: list[str] = []
 
     def attack(self, tls: str) -> None:
@@ -83,6 +86,8 @@ class HostileReader:
         self.told_addresses += len(answer.extents)
         if operation == mx_pb2.OPERATION_SEND:
             self._shout(lease, answer.token)
+        if operation == mx_pb2.OPERATION_STAGE:
+            self._overwrite(lease, answer.staging)
         if session is None:
             return
         if operation == mx_pb2.OPERATION_WRITE:  # the holder connects to this agent
@@ -110,6 +115,23 @@ class HostileReader:
             part.fill(0)
         list(session.run("read", [move], peer, in_flight_limit=1))
         self.changed += sum(int(np.count_nonzero(a != b)) for a, b in zip(before, self.memory, strict=True))
+
+    def _overwrite(self, lease: str, staging: mx_pb2.StagingBuffer) -> None:
+        """Writes to all that it may map, before, while and after chunks are put there."""
+        context = context_of(0)
+        with closing(OpenedMemory(context, staging.handle)) as memory, HostBuffer(JUNK_BYTES) as junk:
+            base, size_bytes = address_range(memory.address)
+            stream = Stream(context)
+            self.client.ask(lease, ChunkRequest(all_chunks(self.chunks), 0, self.chunks), self.chunks).result()
+            for chunk in range(self.chunks):
+                call = self.client.stage_chunk(lease, chunk, chunk % staging.slots)
+                for begin in range(base, base + size_bytes, JUNK_BYTES):
+                    length = min(JUNK_BYTES, base + size_bytes - begin)
+                    copy_to_device(begin, junk.address, length, stream)
+                stream.synchronize()
+                with suppress(MxError):
+                    call.result()
+            self.mapped_bytes += size_bytes
 
     def _shout(self, lease: str, token: bytes) -> None:
         """Over the chunk port: asks for what it was granted and more, and sends what is no request."""

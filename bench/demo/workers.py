@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.demo.processes import ENGINE_ENVIRONMENT, Child, DemoError
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 
 SERVER_READY_SECONDS = 60.0
 WORKER_READY_SECONDS = 420.0

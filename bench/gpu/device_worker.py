@@ -130,7 +130,7 @@ def main() -> None:
     if task["stand_in"]:
         cuda_driver._load_stand_in(task["stand_in"])
         ctypes.CDLL(task["stand_in"]).mx_stand_in_share(1)
-        for name in ("device_fenceable", "serving_device", "device_reading"):
+        for name in ("device_fenceable", "serving_device"):
             setattr(UcxPolicy, name, STAND_IN_TLS)
     else:
         load_runtime()

@@ -6,7 +6,7 @@ from mxcore.cuda import driver
 from mxcore.cuda.context import Context, context_of
 from mxcore.cuda.digest import PLAN_BYTES, DeviceDigest
 from mxcore.cuda.driver import address_range
-from mxcore.cuda.ipc import OpenedMemory, can_export, export_memory
+from mxcore.cuda.ipc import OpenedMemory, export_memory
 from mxcore.cuda.memory import DeviceBuffer, PinnedBuffer, Registration, copy_on_device, copy_to_device, copy_to_host
 from mxcore.cuda.stream import Event, Stream
 
@@ -21,7 +21,6 @@ __all__ = [
     "Registration",
     "Stream",
     "address_range",
-    "can_export",
     "context_of",
     "copy_on_device",
     "copy_to_device",

@@ -11,9 +11,6 @@ from mxcore.cuda.context import Context, ContextObject
 
 HANDLE_BYTES: int
 
-def can_export(address: int) -> bool:
-    """Whether the driver says that the allocation of an address of device memory can be exported. Raises CudaError."""
-
 def export_memory(context: Context, address: int) -> tuple[bytes, int]:
     """(handle of the allocation that the address is in, the address' place in it in bytes).
 

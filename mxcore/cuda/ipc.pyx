@@ -6,22 +6,13 @@ from libc.string cimport memcpy
 
 from mxcore.cuda.context cimport Context, ContextObject
 from mxcore.cuda.driver cimport (
-    MX_CUDA_SUCCESS, MX_IPC_LAZY_PEER_ACCESS, MX_POINTER_IPC_CAPABLE, check, cuda_table, mx_cuda_table,
+    MX_CUDA_SUCCESS, MX_IPC_LAZY_PEER_ACCESS, check, cuda_table, mx_cuda_table,
     mx_device_address, mx_ipc_handle,
 )
 
 from mxcore.cuda.driver import address_range
 
 HANDLE_BYTES = sizeof(mx_ipc_handle)
-
-
-def can_export(address):
-    cdef const mx_cuda_table* cuda = cuda_table()
-    cdef mx_device_address place = address
-    cdef int capable = 0
-    check(cuda.pointer_attribute(&capable, MX_POINTER_IPC_CAPABLE, place), "cuPointerGetAttribute",
-          f"address {place:#x}")
-    return bool(capable)
 
 
 def export_memory(Context context not None, address):

@@ -8,6 +8,7 @@ from mxserver.calls.freed_memory import give_large_parts_back
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
 from mxserver.calls.nested import length_delimited, split_off
 from mxserver.calls.pools import PoolInterceptor, in_pool
+from mxserver.calls.pushed import PushedStream, without_thread
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import Statuses, refuse, refuse_for, refuses, refusing
 from mxserver.calls.stalled import StalledStreams
@@ -19,6 +20,7 @@ __all__ = [
     "CallPool",
     "Handler",
     "PoolInterceptor",
+    "PushedStream",
     "Receiving",
     "StalledStreams",
     "Statuses",
@@ -32,4 +34,5 @@ __all__ = [
     "refusing",
     "split_off",
     "with_behaviour",
+    "without_thread",
 ]

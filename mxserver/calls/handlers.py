@@ -10,10 +10,13 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from mxserver.calls.pushed import is_without_thread
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stubs alone
 
 Around: TypeAlias = Callable[[str, grpc.ServicerContext], AbstractContextManager[None]]
-"""Called with the method's full name. Entered before the call is answered, left when the answer is complete."""
+"""Called with the method's full name. Entered before the call is answered, left when the answer is complete; where a
+stream needs no thread (pushed.py), when it has begun."""
 
 _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -63,6 +66,13 @@ def wrapped(method: str, handler: Handler, around: Around) -> Handler:
         with around(method, context):
             yield from behaviour(request, context)
 
+    @functools.wraps(behaviour)
+    def begin(request: Any, context: grpc.ServicerContext, send: Any) -> None:
+        with around(method, context):
+            behaviour(request, context, send)
+
+    if is_without_thread(behaviour):
+        return with_behaviour(handler, begin)
     return with_behaviour(handler, answers if handler.response_streaming else answer)
 
 

@@ -17,6 +17,7 @@ from mxserver.calls.arriving import Request
 from mxserver.calls.call_pool import CallPool
 from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, made_handler
 from mxserver.calls.nested import has_more_messages
+from mxserver.calls.pushed import is_without_thread
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
 from mxserver.calls.refusals import refuse
 from mxserver.limits import DEFAULT, ServerLimits
@@ -47,6 +48,7 @@ POOLS: dict[str, Kind] = {
     "listings": Kind(4, frozenset({f"{_P2P}ListSources"})),
     "records": Kind(8, frozenset({f"{_P2P}GetMetadata"})),  # wait for room, where they are large
     "publishes": Kind(64, frozenset({_PUBLISH}), "publishes"),  # wait for a disk: as many as one commit can take
+    "watches": Kind(4, frozenset({"/model_express.mx.WatchService/WatchSources"})),  # only begin: see pushed.py
     "validations": Kind(8, frozenset({f"{_CACHE}ValidateModel"})),  # each reads a whole model
     "models": Kind(16, frozenset()),  # the cache's other calls, and what models have beside their streams
     "others": Kind(16, frozenset()),  # named nowhere
@@ -121,8 +123,8 @@ def in_pool(behaviour: Callable[..., Any], pool: ThreadPoolExecutor) -> Callable
     """Has grpcio run a function that answers calls in these threads."""
 
     @functools.wraps(behaviour)
-    def call(request: Any, context: grpc.ServicerContext) -> Any:
-        return behaviour(request, context)
+    def call(request: Any, context: grpc.ServicerContext, *send: Any) -> Any:
+        return behaviour(request, context, *send)
 
     call.experimental_thread_pool = pool  # type: ignore[attr-defined] # grpcio reads the attribute
     return call
@@ -150,6 +152,14 @@ def _parsing(method: str, handler: Handler, limits: ServerLimits) -> Callable[..
             return parse(whole.pop())  # nobody else has it: a parser that needs it no more frees it
         except Exception as error:  # noqa: BLE001 - whatever a parser raises
             refuse(context, grpc.StatusCode.INTERNAL, f"the request of {method} cannot be parsed: {error}")
+
+    if is_without_thread(behaviour):
+
+        @functools.wraps(behaviour)
+        def begin(request: bytes | Request, context: grpc.ServicerContext, send: Any) -> None:
+            behaviour(parsed(request, context), context, send)
+
+        return begin
 
     if handler.response_streaming:
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, with_behaviour
+from mxserver.calls.pushed import is_without_thread
 from mxserver.periodic import Periodic
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class StalledStreams(HandlerInterceptor):
         self._looker.stop()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
-        return bool(handler.response_streaming)
+        return bool(handler.response_streaming) and not is_without_thread(behaviour_of(handler))
 
     def _replacement(self, method: str, handler: Handler) -> Handler:
         behaviour = behaviour_of(handler)

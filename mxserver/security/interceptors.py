@@ -120,6 +120,7 @@ def _subject_of_certificate(context: grpc.ServicerContext) -> str:
 
 _WAITS = ("/model_express.model.ModelService/EnsureModelDownloaded",)
 WAITING_PER_CLIENT = 256
+_LIMITED_BY_THEMSELVES = ("/grpc.health.v1.Health/", "/model_express.mx.WatchService/")
 
 
 class StreamLimit(WrappingInterceptor):
@@ -136,8 +137,9 @@ class StreamLimit(WrappingInterceptor):
         self._open: Counter[tuple[str, str]] = Counter()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
-        # Health's Watch has threads and a limit of its own, beyond which its callers must be told UNIMPLEMENTED.
-        return bool(handler.response_streaming) and not method.startswith("/grpc.health.v1.Health/")
+        # Health's Watch has threads and a limit of its own, beyond which its callers must be told UNIMPLEMENTED; what
+        # mxserver/waiting streams holds no thread, and has a limit there.
+        return bool(handler.response_streaming) and not method.startswith(_LIMITED_BY_THEMSELVES)
 
     @contextmanager
     def _around(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:

@@ -32,6 +32,7 @@ ROLE_OF_METHOD: dict[str, Role] = {
     _FLEET + "EndStorageTurn": Role.PUBLISH,
     _FLEET + "TellDoubt": Role.PUBLISH,
     _FLEET + "ListDoubts": Role.READ,
+    "/model_express.mx.WatchService/WatchSources": Role.READ,
     _MODEL + "ListModelFiles": Role.READ,
     _MODEL + "StreamModelFiles": Role.READ,
     _MODEL + "EnsureModelDownloaded": Role.PUBLISH,

@@ -10,6 +10,7 @@ from mxserver.services.p2p import P2pService, update_waits
 from mxserver.services.probe import ProbeService
 from mxserver.services.small import ApiService, HealthService
 from mxserver.services.standard_health import StandardHealth
+from mxserver.services.watch import WatchService
 
 __all__ = [
     "ApiService",
@@ -21,5 +22,6 @@ __all__ = [
     "P2pService",
     "ProbeService",
     "StandardHealth",
+    "WatchService",
     "update_waits",
 ]

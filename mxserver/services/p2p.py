@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from google.protobuf.message import DecodeError
 from mxserver.calls import AnswersUnderWay, length_delimited, refuse, refuses
 from mxserver.limits import DEFAULT, ServerLimits
 from mxserver.security import current_owner
-from mxserver.services.nearest_sources import nearest
 from mxserver.services.publish_request import PublishRequest
 from mxserver.store import (
     Leases,
@@ -27,7 +26,6 @@ from mxserver.store import (
     Publication,
     Query,
     RecordKey,
-    SourceRecord,
     SourceStore,
     StoreFull,
     StoreUnavailable,
@@ -36,6 +34,7 @@ from mxserver.store import (
     require_owner,
 )
 from mxserver.telemetry import Loads
+from mxserver.waiting import nearest, reference
 from mxserver.wire import StaleEpoch
 from mxserver.wire.calls import source_id
 from mxserver.wire.proto import p2p_pb2, record_pb2
@@ -73,7 +72,10 @@ class P2pService:
         loads: Loads,
         limits: ServerLimits = DEFAULT,
         answers: AnswersUnderWay | None = None,
+        changed: Callable[[RecordKey, p2p_pb2.SourceStatus.ValueType | None], None] = lambda key, status: None,
     ) -> None:
+        """`changed` hears of each publish (without a status) and of each update."""
+        self._changed = changed
         self._limits = limits
         self._answers = answers or AnswersUnderWay(limits)
         self._store = store
@@ -105,6 +107,7 @@ class P2pService:
         if too_long := _too_long_to_publish(request, self._limits):
             return p2p_pb2.PublishMetadataResponse(success=False, message=too_long)
         record = self._store.publish(_publication(request, published.worker))
+        self._changed(record.key, None)
         self._loads.published(record.key, request)
         pod = (request.pod_namespace, request.pod_name) if request.pod_name else ()
         _LOG.info(
@@ -137,17 +140,17 @@ class P2pService:
             records = nearest(found, request.near_worker_id, request.near_topology, request.near_levels)[: query.limit]
         else:
             records = self._store.find(query)
-        return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(_reference, records)))
+        return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(reference, records)))
 
     def _within_limit(self, references: Iterable[p2p_pb2.SourceInstanceRef]) -> Iterator[p2p_pb2.SourceInstanceRef]:
         """The newest ones, as many as one answer may have. Filters find the rest, which nobody can page to."""
         left = self._limits.listing_bytes
-        for reference in references:
-            left -= reference.ByteSize() + 8
+        for each in references:
+            left -= each.ByteSize() + 8
             if left < 0:
                 _LOG.warning("%s", self._limits.refusal("listing_bytes", "an answer of ListSources was cut"))
                 return
-            yield reference
+            yield each
 
     @_refuses
     def GetMetadata(self, request: p2p_pb2.GetMetadataRequest, context: grpc.ServicerContext) -> bytes:  # noqa: N802
@@ -191,6 +194,7 @@ class P2pService:
             self._store.update_status(key, request.status, epoch=request.epoch, source_load=load, owner=current_owner())
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
+        self._changed(key, request.status)
         tells = request.HasField("load_report") or request.refusals
         self._loads.updated(key, request, self._model_name(key) if tells else "")
         if leaves:
@@ -288,19 +292,4 @@ def _query(request: p2p_pb2.ListSourcesRequest, most: int) -> Query:
         worker_rank=request.worker_rank_filter if request.HasField("worker_rank_filter") else None,
         min_updated_at_ms=request.min_updated_at if request.HasField("min_updated_at") else None,
         limit=min(request.limit or most, most),
-    )
-
-
-def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
-    return p2p_pb2.SourceInstanceRef(
-        mx_source_id=record.key.source_id,
-        worker_id=record.key.worker_id,
-        model_name=record.model_name,
-        worker_rank=record.key.worker_rank,
-        accelerator=record.accelerator,
-        updated_at=record.updated_at_ms,
-        topology=record.topology,
-        source_load=record.source_load,
-        worker_grpc_endpoint=record.endpoint,
-        owner=record.owner,
     )

@@ -8,12 +8,15 @@ from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
+from mxserver.store.turns import LEASE_SECONDS, MemoryTurns, Turn, Turns
 
 __all__ = [
+    "LEASE_SECONDS",
     "Clock",
     "HeardClock",
     "Leases",
     "MemoryStore",
+    "MemoryTurns",
     "NotOwner",
     "Publication",
     "Query",
@@ -26,6 +29,8 @@ __all__ = [
     "StoreFull",
     "StoreUnavailable",
     "SystemClock",
+    "Turn",
+    "Turns",
     "UnknownRecord",
     "require_epoch",
     "require_owner",

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from mxserver.store.turns import Turns
 from mxserver.wire.proto import p2p_pb2
 
 Status: TypeAlias = p2p_pb2.SourceStatus.ValueType
@@ -98,6 +99,9 @@ class SourceStore(ABC):
     Every method but `close` raises StoreUnavailable when the store does not work; then nothing was changed, unless the
     error says that this is not known.
     """
+
+    turns: Turns
+    """Whose turn it is to read storage: for all servers over this store."""
 
     @abstractmethod
     def publish(self, publication: Publication) -> SourceRecord:

@@ -12,6 +12,7 @@ from mxserver.store.clock import Clock, SystemClock
 from mxserver.store.errors import StoreUnavailable
 from mxserver.store.index import RecordIndex
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
+from mxserver.store.turns import MemoryTurns
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class MemoryStore(SourceStore):
     ) -> None:
         self._limits = limits
         self._clock = clock or SystemClock()
+        self.turns = MemoryTurns(self._clock)
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._epochs = EpochCounter(self._clock.unix_ms())
         self._changing = threading.Lock()

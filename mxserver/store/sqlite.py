@@ -28,6 +28,7 @@ from mxserver.store.index import RecordIndex
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.sqlite_file import SqliteFile, unusable
 from mxserver.store.stored_amount import without_large_parts
+from mxserver.store.turns import MemoryTurns
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class SqliteStore(SourceStore):
         """Opens or makes the file. Raises StoreUnusable."""
         self._limits = limits
         self._clock = clock or SystemClock()
+        self.turns = MemoryTurns(self._clock)
         self._index = RecordIndex(leases or Leases(), self._clock)
         self._changes: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()

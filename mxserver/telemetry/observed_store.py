@@ -17,6 +17,7 @@ class ObservedStore(SourceStore):
 
     def __init__(self, store: SourceStore, metrics: Metrics, events: Events) -> None:
         self._store = store
+        self.turns = store.turns
         self._metrics = metrics
         self._events = events
         self._seconds = {name: metrics.store_seconds.labels(name) for name in _OPERATIONS}

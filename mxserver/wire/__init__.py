@@ -17,6 +17,7 @@ from mxserver.wire.environment import (
 from mxserver.wire.errors import (
     DiskFull,
     FileRefused,
+    MethodMissing,
     ModelDownloadError,
     ModelNotFound,
     MxError,
@@ -41,6 +42,7 @@ __all__ = [
     "VARIABLES",
     "DiskFull",
     "FileRefused",
+    "MethodMissing",
     "ModelDownloadError",
     "ModelNotFound",
     "MxError",

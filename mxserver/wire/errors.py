@@ -7,6 +7,7 @@
     ├── WireError
     │   ├── ServerUnreachable   MX_SERVER_UNREACHABLE
     │   ├── ServerRefused       MX_SERVER_REFUSED     the server answered, and said no
+    │   ├── MethodMissing       MX_METHOD_MISSING     an older server, which does not know the call
     │   ├── StaleEpoch          MX_STALE_EPOCH        a newer process of this worker has published
     │   ├── ModelNotFound       MX_MODEL_NOT_FOUND    the server, or its provider, has no such model, revision or file
     │   ├── ModelDownloadError  MX_MODEL_DOWNLOAD     the server could not download the model
@@ -64,6 +65,12 @@ class ServerRefused(WireError):
     """The server answered and refused; the message carries its reason."""
 
     code = "MX_SERVER_REFUSED"
+
+
+class MethodMissing(ServerRefused):
+    """The server does not know this call: it is older than its caller, or another program."""
+
+    code = "MX_METHOD_MISSING"
 
 
 class StaleEpoch(ServerRefused):

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from mxcore.cuda import context_of
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
@@ -17,7 +19,7 @@ from mxcore.transfer.member import Membership
 from mxcore.transfer.route import DeviceProbeTarget, UcxPolicy, release_devices
 from tests.cuda.device_tensors import DeviceTensors
 from tests.cuda.stand_in import StandIn
-from tests.transfer.memory import identity, model_specs
+from tests.transfer.memory import HostTensors, identity, model_specs
 
 CHUNK_BYTES = 65_536
 SEED = 5
@@ -28,11 +30,10 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def use_host_transports(tls: str, reading: str) -> None:
+def use_host_transports(tls: str) -> None:
     """What UCX is told on the stand-in, in this process: no CUDA."""
     for name in ("device_fenceable", "serving_device"):
         setattr(UcxPolicy, name, tls)
-    UcxPolicy.device_reading = reading  # type: ignore[method-assign,assignment]
 
 
 def member() -> Membership:
@@ -48,14 +49,18 @@ def probe() -> None:
 
 
 def serve(tls: str) -> None:
-    use_host_transports(tls, tls)
+    use_host_transports(tls)
     tensors = DeviceTensors(model_specs(1), SEED)
     membership = member()
     layout, placement = build_layout("raw", tensors.local_tensors())
     membership.serve(layout, placement, {}, keep_alive=tensors)
     found = {"source_id": membership.source_id, "worker_id": membership.worker_id, "endpoint": membership.endpoint}
     say(json.dumps(found))
-    sys.stdin.read()
+    for _ in sys.stdin:  # it asks what of the weights is another byte
+        tensors.fetch()
+        right = HostTensors(model_specs(1), SEED)
+        pairs = zip(tensors.storages.values(), right.storages.values(), strict=True)
+        say(json.dumps({"changed": sum(int(np.count_nonzero(ours != theirs)) for ours, theirs in pairs)}))
     membership.close()
     release_devices()
     tensors.close()

@@ -184,3 +184,11 @@ def test_an_archive_has_everything_in_it(tmp_path: Path) -> None:
     ]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert text == rendered("-f", str(VALUES / "monitoring.yaml"))
+
+
+@pytest.mark.parametrize(("values", "scheme"), [((), "http"), (("--set", "tls.secret=s"), "https")])
+def test_notes_give_dynamo_a_url(values: tuple[str, ...], scheme: str) -> None:
+    """Its operator refuses an address without a scheme."""
+    command = [str(helm()), "install", "rel", str(CHART), "-n", "models", "--dry-run=client", *values]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"--set dynamo-operator.modelExpressURL={scheme}://rel.models.svc:8001\n" in printed

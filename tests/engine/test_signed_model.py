@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mxserver.wire.calls import ServerClient  # noqa: E402
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 from tests.engine.test_plain_engine import options, started  # noqa: E402
+from tests.object_store.s3_server import S3Server, environment  # noqa: E402
 from tests.storage.signed.signing import Key  # noqa: E402
 
 
@@ -96,6 +98,28 @@ def test_storage_that_is_not_what_was_signed_ends_the_start(
         load(engine, ROLES["both"])
     assert engine.events.count("build") <= 1
     assert "process" not in engine.events
+
+
+@pytest.mark.parametrize("tampered", [None, "weights", "added", "missing"])
+def test_what_an_object_store_has_is_verified(
+    folder: Path, tmp_path: Path, key: Key, tampered: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signature and files of a real server's bucket; the engine's own folder has the configuration, signed too."""
+    expected = answer(load(PlainEngine(folder, {}), ROLES["both"]))
+    stored = shutil.copytree(folder, tmp_path / "s3" / "models" / "m")
+    if tampered is not None:
+        TAMPERED[tampered][0](stored)
+    given = signed(key, model_uri="s3://models/m")
+    with S3Server(tmp_path / "s3") as server:
+        for name, value in environment(server.address).items():
+            monkeypatch.setenv(name, value)
+        engine = PlainEngine(folder, given)
+        if tampered is None:
+            assert answer(load(engine, ROLES["both"])) == expected
+        else:
+            with pytest.raises(SignedFileMismatch, match=TAMPERED[tampered][1]):
+                load(engine, ROLES["both"])
+            assert "process" not in engine.events
 
 
 def test_no_signature_or_one_by_another_key_ends_the_start(folder: Path, tmp_path: Path, key: Key) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mxcore import Want, load, load_file, open_checkpoint, stream
-from mxcore.errors import ObjectMissing
+from mxcore.errors import ObjectMissing, SignatureError
 from mxcore.storage.access import RemoteCheckpoint
 from tests.object_store.conftest import URI
 from tests.object_store.s3_server import S3Server
@@ -46,3 +46,19 @@ def test_torch_takes_it_too(s3: S3Server, made: Made) -> None:
 def test_nothing_there_is_said(s3: S3Server) -> None:
     with pytest.raises(ObjectMissing, match="team/nothing"):
         open_checkpoint("s3://models/team/nothing")
+
+
+@pytest.mark.parametrize("word", ["require", "requre"])
+def test_nothing_is_opened_unverified_where_signatures_are_required(
+    s3: S3Server, made: Made, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Neither from a store nor from a folder: engines' loads alone verify them."""
+    checkpoint = open_checkpoint(URI)
+    monkeypatch.setenv("MX_MODEL_SIGNATURE", word)
+    folder = made[0] / "models" / URI.removeprefix("s3://models/")
+    for place in (URI, str(folder), folder):
+        for opens in (open_checkpoint, load_file, lambda place: load(place, {}), lambda place: list(stream(place))):
+            with pytest.raises(SignatureError, match="is not opened: MX_MODEL_SIGNATURE requires"):
+                opens(place)
+    monkeypatch.setenv("MX_MODEL_SIGNATURE", " OFF ")
+    assert list(open_checkpoint(folder)) == list(checkpoint)

@@ -255,7 +255,7 @@ def test_oldest_dependencies_will_do(oldest: Path, tmp_path: Path) -> None:
     """A vLLM image keeps what it has: a bound that is too low is a server, or a plugin, that does not start there."""
     with serving(oldest, tmp_path, "--traces", "otlp") as (page, address):
         code = (
-            "import redis\nimport vllm_plugin, mxserver.store.redis, mxcore.cli.explain\n"
+            "import redis\nimport vllm_plugin, mxserver.store.redis, mxcore.cli.explain.command\n"
             "from mxcore.settings import load_settings\nfrom mxcore.transfer.member.membership import Membership\n"
             "from mxserver.wire.proto import p2p_pb2\n"
             f"member = Membership(load_settings({{'server_address': {address!r}}}), "

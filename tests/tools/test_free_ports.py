@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import free_ports
-from bench.free_ports import free_port
+from bench.fleet import free_ports
+from bench.fleet.free_ports import free_port
 
 
 def test_nobody_else_is_given_it() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.demo.workers import Server
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 

@@ -18,7 +18,7 @@ import pytest
 
 from bench.demo.processes import ENGINE_ENVIRONMENT, Child
 from bench.demo.workers import Worker
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 
 EXAMPLES = {
     example["name"]: example

@@ -13,7 +13,7 @@ import pytest
 from bench.demo import models
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 from tests.vllm import families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from mxcore.errors import ModeUnavailable
+from mxcore.errors import ModeUnavailable, SignatureError
 from mxcore.memory import HostBuffer
 from mxcore.storage.access.remote_checkpoint import RemoteCheckpoint, open_at
 from mxcore.storage.checkpoint import Checkpoint, Framework, TensorViews, chosen_framework, refuse_unknown
@@ -33,8 +33,10 @@ def open_checkpoint(place: Place) -> Checkpoint:
     the store's own variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …). Safe from any thread.
 
     Raises StorageError (ObjectStoreError and its kin for a store), a SafetensorsError for a broken header,
-    CheckpointError for files that are not one checkpoint, SettingError for a URI that is none.
+    CheckpointError for files that are not one checkpoint, SettingError for a URI that is none; SignatureError where
+    MX_MODEL_SIGNATURE=require: engines' loads alone verify signatures.
     """
+    _refuse_unverified(place)
     if not isinstance(place, str) or "://" not in place:
         return open_local(place)
     from mxcore.storage.remote import parse_model_uri
@@ -96,6 +98,7 @@ def load_file(place: Place, *, framework: Framework | None = None, progress: Pro
     `framework` as for `stream`. Raises as `open_checkpoint` and `load`.
     """
     made_by = chosen_framework(framework)
+    _refuse_unverified(place)
     if not isinstance(place, str) or "://" not in place:
         return load_local_file(place, framework=made_by, progress=progress)
     with _Opened(place) as opened:
@@ -116,6 +119,15 @@ def load_file(place: Place, *, framework: Framework | None = None, progress: Pro
             return {info.name: views.tensor(info, at) for info, at in infos}
         finally:
             buffer.close_after_exports()
+
+
+def _refuse_unverified(place: Place) -> None:
+    """Where signatures are required nothing is read that nobody verifies. Whatever is not `off` requires them."""
+    if os.environ.get("MX_MODEL_SIGNATURE", "off").strip().lower() != "off":
+        raise SignatureError(
+            f"{place} is not opened: MX_MODEL_SIGNATURE requires signatures, which an engine's load verifies and these "
+            "functions do not; verify it by `model_signing verify`, and unset that for this process"
+        )
 
 
 class _Opened:

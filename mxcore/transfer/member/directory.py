@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mxcore.transfer.member.differences import differences
 from mxcore.transfer.member.place import Place
 from mxcore.transfer.move import Source
 from mxserver.wire import WireError
-from mxserver.wire.calls import ServerClient, canonical_json
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.calls import ServerClient, canonical_json, source_id
+from mxserver.wire.proto import p2p_pb2, watch_pb2
 
-__all__ = ["CHECKPOINT_PARAMETER", "Directory"]
+__all__ = ["CHECKPOINT_PARAMETER", "Directory", "differs_least"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +63,49 @@ class Directory:
 
     def _listed(self, identity: p2p_pb2.SourceIdentity, status: p2p_pb2.SourceStatus.ValueType) -> list[Source]:
         place = self._place()
-        if place.problem:
-            logger.log(logging.DEBUG if self._told_problem else logging.WARNING, "%s", place.problem)
-            self._told_problem = True
+        if not self._knows(place):
             return []
         near = place.near(self._worker_id or "reader")
         refs = self._client.list_sources(
             identity, status=status, worker_rank=self._worker_rank, limit=_CANDIDATES, near=near
         )
-        receiving = status == p2p_pb2.SOURCE_STATUS_INITIALIZING
+        return self._sources(refs, place, receiving=status == p2p_pb2.SOURCE_STATUS_INITIALIZING)
+
+    def told(self, now: watch_pb2.SourcesNow) -> list[Source]:
+        """The holders of what the server tells on a stream, as `holders` lists them."""
+        place = self._place()
+        if not self._knows(place):
+            return []
+        return [
+            *self._sources(now.ready, place, receiving=False),
+            *self._sources(now.receiving, place, receiving=True),
+        ]
+
+    def watch_request(
+        self, identity: p2p_pb2.SourceIdentity, *, wants_turn: bool = False
+    ) -> watch_pb2.WatchSourcesRequest:
+        """What the server is to tell this worker on a stream."""
+        place = self._place()
+        near = place.near(self._worker_id or "reader")
+        return watch_pb2.WatchSourcesRequest(
+            mx_source_id=source_id(identity),
+            worker_rank=self._worker_rank,
+            worker_id=near.worker_id,
+            topology=near.topology,
+            levels=near.levels,
+            limit=_CANDIDATES,
+            domain=place.domain,
+            wants_turn=wants_turn,
+        )
+
+    def _knows(self, place: Place) -> bool:
+        """Whether it is known where this worker may take weights from; if not, a warning says so, once."""
+        if place.problem:
+            logger.log(logging.DEBUG if self._told_problem else logging.WARNING, "%s", place.problem)
+            self._told_problem = True
+        return not place.problem
+
+    def _sources(self, refs: Iterable[p2p_pb2.SourceInstanceRef], place: Place, *, receiving: bool) -> list[Source]:
         found = [self._source(ref, place, receiving=receiving) for ref in refs if place.allows(ref.topology)]
         # The server's order among equals stays.
         return sorted((source for source in found if source is not None), key=lambda s: (s.distance, s.load))
@@ -87,28 +121,12 @@ class Directory:
         return {ref.worker_rank for ref in refs}
 
     def differs_least(self, identity: p2p_pb2.SourceIdentity) -> str:
-        """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
-
-        Empty if there is none, or if the server does not say; raises nothing.
-        """
+        """As the function of this name; empty if the server does not say. Raises nothing."""
         try:
-            refs = self._client.list_sources(
-                model_name=identity.model_name,
-                status=p2p_pb2.SOURCE_STATUS_READY,
-                worker_rank=self._worker_rank,
-                limit=_NEAREST,
-            )
-            others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != self._worker_id}
-            records = {name: self._client.get_metadata(source_id, name) for name, source_id in others.items()}
+            return differs_least(self._client, identity, self._worker_rank, self._worker_id)
         except WireError as error:
             logger.debug("who else has %s is not known: %s", identity.model_name, error)
             return ""
-        found = [
-            (len(told), f"worker {name} has {', '.join(told)}")
-            for name, record in records.items()
-            if record is not None and (told := differences(record.identity, identity))
-        ]
-        return min(found, default=(0, ""))[1]
 
     def fitting(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceIdentity | None:
         """The identity of complete holders that equals `identity` in all but the checkpoint.
@@ -199,6 +217,24 @@ class Directory:
                 self._signed_manifest,
             )
         return False
+
+
+def differs_least(client: ServerClient, identity: p2p_pb2.SourceIdentity, worker_rank: int, worker_id: str = "") -> str:
+    """`worker W has …`: in what complete holders of this model and rank differ, of the one that differs least.
+
+    Empty if there is none that differs; `worker_id` is left out. Raises WireError.
+    """
+    refs = client.list_sources(
+        model_name=identity.model_name, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=worker_rank, limit=_NEAREST
+    )
+    others = {ref.worker_id: ref.mx_source_id for ref in refs if ref.worker_id != worker_id}
+    records = {name: client.get_metadata(source, name) for name, source in others.items()}
+    found = [
+        (len(told), f"worker {name} has {', '.join(told)}")
+        for name, record in records.items()
+        if record is not None and (told := differences(record.identity, identity))
+    ]
+    return min(found, default=(0, ""))[1]
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:

@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -18,6 +18,7 @@ from mxcore.transfer.member.record import Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
+from mxcore.transfer.member.watched_sources import LAG_SECONDS, WatchedSources
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
@@ -116,8 +117,7 @@ class Membership:
     @property
     def endpoint(self) -> str | None:
         """host:port of this worker's gRPC services while it serves."""
-        server = self._server
-        return server.endpoint if server is not None else None
+        return server.endpoint if (server := self._server) is not None else None
 
     @property
     def holder(self) -> Holder | None:
@@ -185,25 +185,34 @@ class Membership:
 
         When no worker is READY, the server elects one of those with these weights and this rank to read storage; the
         others wait here until that one is READY, at most MX_SOURCE_WAIT_SECS. If it dies, another one is elected
-        within seconds. The elected one stays so until `serve`, or `close` (then nobody waits for it any more). The wait
-        ends early, with nothing, when `stopped()` says so.
+        within seconds. The elected one stays so until `serve` or `close`. The wait ends early, with nothing, when
+        `stopped()` says so.
         """
         if problem := self._place().problem:
             logger.warning("%s", problem)
             return []
 
-        def listed() -> list[Source]:
-            found = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
-            return [source for source in found if source.worker_id not in avoid]
+        def listed(told: list[Source] | None) -> list[Source]:
+            if told is None:
+                told = self._listed(match_any_checkpoint=match_any_checkpoint, receiving=True)
+            return [source for source in told if source.worker_id not in avoid]
 
-        return wait_for_source(
-            listed,
-            self._stand_for_election,
-            wait_seconds=self.settings.source_wait_seconds,
-            known=lambda: self._record.published,
-            leaving=self._leaving,
-            stopped=stopped,
-        )
+        with ExitStack() as opened:
+            return wait_for_source(
+                listed,
+                self._stand_for_election,
+                wait_seconds=self.settings.source_wait_seconds,
+                known=lambda: self._record.published,
+                leaving=self._leaving,
+                stopped=stopped,
+                watched=None if match_any_checkpoint else self._watching(opened, wants_turn=True),
+            )
+
+    def _watching(self, opened: ExitStack, *, wants_turn: bool = False) -> WatchedSources | None:
+        """What the server tells of this worker's identity until `opened` ends; None where it does not know it."""
+        if self._client is None or self._directory is None or not self._record.published:
+            return None
+        return opened.enter_context(WatchedSources(self._client, self._directory, self.identity, wants_turn=wants_turn))
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
@@ -262,12 +271,12 @@ class Membership:
             tell_doubt=self._record.tell_doubt_soon,
             keep_alive=keep_alive,
             only=only,
+            lag_seconds=LAG_SECONDS,
         )
         try:
-            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
-                lists = self._directory if self._record.published else None
-                find_more = partial(lists.holders, self.identity) if lists is not None else None
-                return receiver.receive(sources, find_more, step)
+            with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step, ExitStack() as opened:
+                watched = self._watching(opened)
+                return receiver.receive(sources, watched.holders if watched is not None else None, step)
         except BaseException:
             self.withdraw(_FAILED_DRAIN_SECONDS)
             raise
@@ -330,9 +339,8 @@ class Membership:
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Takes no new readers and waits for those that read; False when some did not end in time. Idempotent."""
         self._record.goodbye()
-        holder = self._holder
         wait_seconds = self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds
-        return holder is None or holder.drain(wait_seconds)
+        return (holder := self._holder) is None or holder.drain(wait_seconds)
 
     def close(self) -> None:
         """Drains, says goodbye (STALE), destroys the agent, lets go of the memory. Idempotent; never raises."""
@@ -365,12 +373,11 @@ class Membership:
         """The server's answer when this worker is to wait; None when it is to read storage. Raises WireError."""
         if self._client is None:
             return None
-        domain = self._place().domain
-        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, domain)
+        place = self._place()
+        election = StorageElection(self._client, self.source_id, self.worker_rank, self.worker_id, place.domain)
         answer = election.stand()
         if answer.turn == mx_pb2.STORAGE_TURN_YOURS:
-            with self._lock:
-                self._election = election
+            self._election = election
         return answer if answer.turn == mx_pb2.STORAGE_TURN_WAIT else None
 
     def _offer(
@@ -443,9 +450,7 @@ class Membership:
                 self._check.start()
 
     def _doubted(self, chunks: Sequence[int]) -> None:
-        """On a thread of a reader's call."""
-        check = self._check
-        if check is not None:
+        if (check := self._check) is not None:
             check.doubt(chunks)
 
     def _memory_is_bad(self, chunks: Sequence[int]) -> None:
@@ -453,8 +458,7 @@ class Membership:
         what = f"chunks {list(chunks[:8])} of the weights in memory are not what their digests promise"
         self._bad_memory = f": {what}"
         logger.critical("worker %s serves no more, its engine's answers may be wrong: %s", self.worker_id, what)
-        holder = self._holder
-        if holder is not None:
+        if (holder := self._holder) is not None:
             holder.drain(0)
         self._record.goodbye()
         self._record.tell_doubt(mx_pb2.DOUBT_KIND_OWN_MEMORY, [self.worker_id], len(chunks), what)
@@ -472,16 +476,15 @@ class Membership:
                 self._address_guessed = False
                 self._server.advertise(found.host)
                 self._record.mark_changed()
-            holder = self._holder
-            if holder is None:
+            if (holder := self._holder) is None:
                 return Served()
             return Served(holder.agent.name, self.endpoint or "", holder.live_leases, holder.origin, self._signed)
 
     def _superseded_by_newer(self) -> None:
         """Called on the heartbeat's thread."""
         with logged("stopping its services"):
-            if self._holder is not None:
-                self._holder.drain(self.settings.drain_timeout_seconds)
+            if (holder := self._holder) is not None:
+                holder.drain(self.settings.drain_timeout_seconds)
             self._stop_serving()
 
     def _stop_serving(self) -> None:

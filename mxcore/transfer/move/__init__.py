@@ -20,8 +20,8 @@ from mxcore.transfer.move.nixl_write import NixlWriteMover
 from mxcore.transfer.move.same_host import SameHostMover, threads_of
 from mxcore.transfer.move.session_ahead import SessionAhead
 from mxcore.transfer.move.source_client import PendingCall, Source, SourceClient
+from mxcore.transfer.move.staged import StagedMover
 from mxcore.transfer.move.tcp import TcpMover
-from mxcore.transfer.move.tcp_received import TcpByteCounter
 
 __all__ = [
     "FENCE_SECONDS",
@@ -39,7 +39,7 @@ __all__ = [
     "SessionAhead",
     "Source",
     "SourceClient",
-    "TcpByteCounter",
+    "StagedMover",
     "TcpMover",
     "chunk_server_context",
     "cut_off",

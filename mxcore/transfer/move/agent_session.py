@@ -109,7 +109,11 @@ class AgentSession(Closing):
 
     @contextmanager
     def progressing(self) -> Iterator[None]:
-        """Within it, a thread polls often, so that peers make progress. May be entered by any number of threads."""
+        """Within it, a thread polls often, so that peers make progress. May be entered by any number of threads.
+
+        Where a call of NIXL's does not return, it is waited for as long as a fence: that thread is left, and the fence
+        fails.
+        """
         if self._has_thread:
             yield
             return
@@ -126,7 +130,7 @@ class AgentSession(Closing):
                 self._progress_users -= 1
                 if not self._progress_users and self._progress is not None:
                     self._agent.stop_progressing()
-                    self._progress.join()
+                    self._progress.join(self._fence_timeout_seconds)
                     self._progress = None
 
     def _keep_progressing(self) -> None:

@@ -131,6 +131,11 @@ class SourceClient(Closing):
         request = mx_pb2.PushChunksRequest(lease_id=lease_id, chunks=chunks, notify=notify)
         return self._transfer.PushChunks(request, timeout=timeout_seconds)
 
+    def stage_chunk(self, lease_id: str, chunk: int, slot: int) -> PendingCall[mx_pb2.StageChunkResponse]:
+        """Asks the holder to copy a chunk into a slot of the lease's buffer."""
+        request = mx_pb2.StageChunkRequest(lease_id=lease_id, chunk=chunk, slot=slot)
+        return self._begin("StageChunk", self._transfer.StageChunk, request)
+
     def renew(self, lease_id: str) -> float:
         """Renews the lease; returns the seconds for which it holds."""
         request = mx_pb2.RenewLeaseRequest(lease_id=lease_id)

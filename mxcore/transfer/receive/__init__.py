@@ -5,8 +5,9 @@ from __future__ import annotations
 from mxcore.transfer.receive.change_log import RecentErrors, logged
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.load_progress import LoadPath, LoadReporter, LoadStep
+from mxcore.transfer.receive.receive_report import ReceiveReport
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
-from mxcore.transfer.receive.receiver import Receiver, ReceiveReport
+from mxcore.transfer.receive.receiver import Receiver
 
 __all__ = [
     "Content",

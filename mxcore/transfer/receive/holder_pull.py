@@ -15,6 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
+from mxcore.cuda import context_of
 from mxcore.errors import (
     DigestMismatch,
     FenceFailed,
@@ -23,6 +24,7 @@ from mxcore.errors import (
     NotEncrypted,
     NotOneSided,
     PeerLost,
+    SourceBusy,
     SourceRefused,
     SourceUnreachable,
     TransferError,
@@ -44,7 +46,7 @@ from mxcore.transfer.move import (
     SessionAhead,
     Source,
     SourceClient,
-    TcpByteCounter,
+    StagedMover,
     TcpMover,
 )
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
@@ -170,7 +172,8 @@ class HolderPull:
         on_device = device is not None or answer.transport.device_memory
         self.route = choose_route(self._policy, answer.transport, device_index=device)
         if self.route.because:
-            logger.info("worker %s WRITEs by %s: %s", self.source.worker_id, self.route.transport, self.route.because)
+            instead = f"{self.route.operation} by {self.route.transport} instead of cuda_ipc"
+            logger.info("worker %s: %s: %s", self.source.worker_id, instead, self.route.because)
         without_rdma = without_sockets = False
         while True:
             try:
@@ -262,8 +265,8 @@ class HolderPull:
                 fenced = True
             finally:
                 verifying.close()
-                # Over connections that are closed nothing arrives any more: there it is clean whatever happened.
-                ended_well = done or self._received.finished or route.operation == "send"
+                # Nothing arrives on connections that are closed, nor by copies of our own: then it is clean anyhow.
+                ended_well = done or self._received.finished or route.operation in ("send", "stage")
                 self.clean = self.clean and fenced and ended_well
                 self._received.drop(name)
 
@@ -350,6 +353,8 @@ class HolderPull:
     def _open(self, lease_id: str, route: Route, session: AgentSession | None, offer: mx_pb2.TransportOffer) -> Mover:
         if route.operation == "send":
             return self._connect(lease_id, offer)
+        if route.operation == "stage":
+            return self._map(lease_id)
         placement = self._received.placement
         extents = [
             mx_pb2.Extent(address=address, device_id=device)
@@ -387,12 +392,32 @@ class HolderPull:
                 stall_timeout_seconds=self._settings.stall_timeout_seconds,
                 threads=self._settings.same_host_threads,
             )
-        tcp = TcpByteCounter() if route.transport == "cuda-ipc" else None
         peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
         if len(devices) > 1:
             raise SourceRefused(f"worker {self.source.worker_id} has weights on devices {sorted(devices)}")
-        return NixlReadMover(session, peer, chunks, self._received.addresses, remote, next(iter(devices), None), tcp)
+        return NixlReadMover(session, peer, chunks, self._received.addresses, remote, next(iter(devices), None))
+
+    def _map(self, lease_id: str) -> Mover:
+        received = self._received
+        fingerprint = received.layout.fingerprint
+        try:
+            answer = self._client.open_transfer(
+                lease_id, fingerprint, b"", (), mx_pb2.OPERATION_STAGE, device_memory=True
+            )
+        except SourceBusy:
+            raise
+        except SourceRefused as error:
+            raise NotOneSided(f"it has no buffer: {error}") from error
+        return StagedMover(
+            self._client,
+            lease_id,
+            answer.staging,
+            context_of(received.placement.device_indices[0]),
+            received.chunks,
+            received.addresses,
+            stall_timeout_seconds=self._settings.stall_timeout_seconds,
+        )
 
     def _connect(self, lease_id: str, offer: mx_pb2.TransportOffer) -> Mover:
         try:

@@ -11,8 +11,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 from mxcore.errors import (
@@ -29,13 +29,14 @@ from mxcore.errors import (
     TransferStalled,
 )
 from mxcore.settings import WorkerSettings
-from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement
+from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.partial import PartialReceive
+from mxcore.transfer.receive.receive_report import ReceiveReport
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
 from mxserver.wire.proto import mx_pb2
@@ -44,7 +45,8 @@ __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay", "never_freed"]
 
 logger = logging.getLogger(__name__)
 
-FindMore: TypeAlias = Callable[[], Sequence[Source]]
+FindMore: TypeAlias = Callable[[], Sequence[Source] | None]
+"""Other holders, as the server knows them; None: it was not asked anew. May raise WireError."""
 TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
 """Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
 
@@ -61,39 +63,6 @@ _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for ano
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
 _LOAD_SPREAD = 4.0  # random readers added to a holder's load, so that not all receivers choose the same one
-
-
-@dataclass(frozen=True)
-class ReceiveReport:
-    """What `receive` did. With its `digests`, serving needs no second pass over the memory.
-
-    `source_worker_id`, `operation` and `transport` are those of the holder that gave most; `bytes_from` has all.
-    `bytes_again` were asked for more than once, because a holder was lost. `seconds` are those of the whole receive,
-    `moving_seconds` from the first chunk asked for to the last one verified: the rest is connecting and registering.
-    `bytes_otherwise` came from elsewhere: see `PartialReceive`. `in_clear`: some came over a network in clear although
-    this worker has certificates.
-    """
-
-    bytes: int
-    tensors: int
-    chunks_verified: int
-    seconds: float
-    source_worker_id: str
-    operation: str
-    transport: str
-    scalars: dict[str, float]
-    digests: ChunkDigests = field(repr=False)
-    failures: tuple[str, ...] = ()
-    bytes_from: Mapping[str, int] = field(default_factory=dict)
-    bytes_again: int = 0
-    moving_seconds: float = 0.0
-    bytes_otherwise: int = 0
-    in_clear: bool = False
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """10^9 bytes a second, from the first call to the last verified chunk."""
-        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
 
 class Relay(Protocol):
@@ -113,7 +82,8 @@ class Receiver:
     thread. `relay` may serve verified chunks while the others come. With `files_decide` the caller reads the missing
     chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
     chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
-    `keep_alive` keeps the memory. `tell_doubt` hears of holders that differ, and of those that gave wrong chunks.
+    `keep_alive` keeps the memory. What other holders there are may be known `lag_seconds` late. `tell_doubt` hears of
+    holders that differ, and of those that gave wrong chunks.
     """
 
     def __init__(
@@ -131,9 +101,11 @@ class Receiver:
         keep_alive: object = None,
         tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
         only: int | None = None,
+        lag_seconds: float = 0.0,
     ) -> None:
         require_movable(placement)
         self._settings = settings
+        self._lag_seconds = lag_seconds
         self._tell_doubt = tell_doubt
         self._keep_alive = keep_alive
         self._relay = relay
@@ -218,8 +190,8 @@ class Receiver:
                 self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
-            path, verified = peer_path(report.transport), report.chunks_verified
-            step.ended(path, report.bytes, report.seconds, report.source_worker_id, verified)
+            source, path = report.source_worker_id, peer_path(report.transport)
+            step.ended(path, report.bytes, report.seconds, source, report.chunks_verified)
         return report
 
     def progress(self) -> Progress:
@@ -469,9 +441,10 @@ class Receiver:
             asked_at = time.monotonic()
             with errors:
                 found = find_more()
-                with self._received.changed:
-                    self._add(found)
-                    self._listed_at = asked_at
+                if found is not None:
+                    with self._received.changed:
+                        self._add(found)
+                        self._listed_at = asked_at - self._lag_seconds
             pause = min(2 * pause, _FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:

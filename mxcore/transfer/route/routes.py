@@ -2,10 +2,11 @@
 
 A READ over TCP is emulated by UCX: the holder's process answers it, can die when the receiver vanishes, and its bytes
 may still be written after the receiver gave up. So a receiver READs only where that is one-sided for certain: on one
-host by cross-memory attach, or by cuda_ipc where both have device memory (each proven by a real read, `same_host` and
-`same_device`), or where both sides have an RDMA port, by an agent without TCP and without shared memory, over which UCX
-emulates a READ as well. Where that fails before the first byte, and everywhere else, host memory is sent over TCP
-connections of our own; the holder WRITEs by UCX what lies on a device, and where its chunk port is not reached.
+host by cross-memory attach (proven by a real read, `same_host`), or where both sides have an RDMA port, by an agent
+without TCP and without shared memory, over which UCX emulates a READ as well. Where that fails before the first byte,
+and everywhere else, host memory is sent over TCP connections of our own; the holder WRITEs by UCX what lies on a
+device, and where its chunk port is not reached. Between devices of one host it STAGEs chunks in a buffer that the
+receiver maps (cuda_ipc, proven by `same_device`): who maps weights could write there.
 
 A WRITE by cross-memory attach could not be fenced: the holder's kernel writes into the receiver's memory without the
 receiver's agent. A receiver that wants WRITE therefore makes its agent without these transports.
@@ -73,16 +74,16 @@ class Route:
     Within one host there is no agent, nor where the holder sends; `process` is the holder's on this host.
     """
 
-    operation: Literal["read", "write", "send"]
+    operation: Literal["read", "write", "send", "stage"]
     transport: Literal["same-host", "cuda-ipc", "tcp", "rdma"]
     tls: str
     process: int = 0
-    because: str = ""  # why device memory is not READ within this host
+    because: str = ""  # why device memory does not come by cuda_ipc within this host
 
     @property
     def by_nixl(self) -> bool:
         """Whether it needs an agent on both sides, and a fence when a transfer is abandoned."""
-        return self.transport != "same-host" and self.operation != "send"
+        return self.transport != "same-host" and self.operation not in ("send", "stage")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class UcxPolicy:
     def likely_tls(self, *, same_host: bool, device_memory: bool = False) -> str | None:
         """The UCX_TLS that a receiver's agent will most likely need, before a holder is asked; None: no agent."""
         if device_memory:
-            if same_host and self.reads_devices:
-                return self.device_reading
+            if same_host and self.maps_devices:
+                return None
         elif same_host and self.attaches:
             return None
         if self.rdma_only or self.reads_by_rdma:
@@ -212,19 +213,13 @@ class UcxPolicy:
         """The UCX_TLS for an agent that serves device memory."""
         if self.tls.startswith("^") or self.tls == _ALL:
             return self.tls
-        wanted = [_CUDA_COPY, _CUDA_IPC] if self.reads_devices else [_CUDA_COPY]
-        return ",".join([self.tls, *(name for name in wanted if not self.allows(name))])
+        return self.tls if self.allows(_CUDA_COPY) else f"{self.tls},{_CUDA_COPY}"
 
     @property
-    def reads_devices(self) -> bool:
-        """Whether device memory may be READ within this host, by cuda_ipc: the user's list, if there is one, has it."""
+    def maps_devices(self) -> bool:
+        """Whether chunks may go by cuda_ipc within this host: the user's list of UCX_TLS, if there is one, has it."""
         allowed = self.allows(_CUDA_IPC) if self.chosen else True
         return allowed and self.transport in ("auto", "same-host")
-
-    @property
-    def device_reading(self) -> str:
-        """The UCX_TLS for READs of device memory within this host; TCP connects the two agents."""
-        return self.tls if self.chosen else f"{_CUDA_IPC},{_CUDA_COPY},tcp,self"
 
     @property
     def device_fenceable(self) -> str:
@@ -285,18 +280,19 @@ def ucx_settings(tls: str, backend: str = "UCX") -> Iterator[dict[str, str]]:
 def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_index: int | None = None) -> Route:
     """The route to a holder that offers `offer`; reads the holder's probe where that is on this host.
 
-    `device_index`: where the receiver's memory is, None for the host. With device memory on both sides of one host it
-    is READ by cuda_ipc. With it on one side only there is RDMA, or WRITEs that pass the receiver's own agent:
-    cross-memory attach does not reach a device, and a WRITE by cuda_ipc cannot be fenced by the receiver.
+    `device_index`: where the receiver's memory is, None for the host. With device memory on both sides of one host the
+    holder STAGEs chunks in a buffer that the receiver maps by cuda_ipc. With it on one side only there is RDMA, or
+    WRITEs that pass the receiver's own agent: cross-memory attach does not reach a device, and a WRITE by cuda_ipc
+    cannot be fenced by the receiver.
     """
     on_device = device_index is not None or offer.device_memory
     because = ""
     if policy.rdma_only and offer.rdma_only:
         return Route("read", "rdma", policy.one_sided(device_memory=on_device))
     if on_device:
-        because = _no_device_read(policy, offer, device_index)
+        because = _no_staging(policy, offer, device_index)
         if not because:
-            return Route("read", "cuda-ipc", policy.device_reading)
+            return Route("stage", "cuda-ipc", "")
     elif policy.attaches and offer.same_host_read and can_read(offer.probe):
         return Route("read", "same-host", "", process=offer.probe.pid)
     if policy.reads_by_rdma and offer.rdma_device:
@@ -305,11 +301,11 @@ def choose_route(policy: UcxPolicy, offer: mx_pb2.TransportOffer, *, device_inde
     return replace(otherwise, because=because)
 
 
-def _no_device_read(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:
+def _no_staging(policy: UcxPolicy, offer: mx_pb2.TransportOffer, device_index: int | None) -> str:
     if device_index is None or not offer.device_memory:
         return "only one side's memory is on a device"
-    if not policy.reads_devices:
+    if not policy.maps_devices:
         return "the settings of this worker (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
-    if not offer.HasField("device_probe"):
-        return offer.no_device_read or "the holder offers none"
-    return cannot_read(offer.device_probe, device_index)
+    if not offer.HasField("staging_probe"):
+        return offer.no_device_read or "the holder offers none, or is of a release that only lets its weights be mapped"
+    return cannot_read(offer.staging_probe, device_index)

@@ -1,16 +1,14 @@
-"""Proof that one process may read another's device memory on this machine (cuda_ipc).
+"""Proof that one process can map device memory of another one on this machine (cuda_ipc).
 
-UCX reads device memory of another process by cuda_ipc where it can, and silently over TCP otherwise; and it ends the
-process when a handle that it expects to work does not open. So a receiver READs device memory only after it has opened
-an allocation of the holder itself and found the holder's random bytes there. What the driver does not export (memory
-of cuMemCreate) is found out first.
+The holder shows random bytes in an allocation of their own, and the receiver maps it and finds them there, before any
+chunk is to come that way.
 """
 
 from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from mxcore.cuda import (
     Context,
@@ -18,7 +16,6 @@ from mxcore.cuda import (
     OpenedMemory,
     Stream,
     address_range,
-    can_export,
     context_of,
     copy_to_device,
     copy_to_host,
@@ -30,7 +27,7 @@ from mxcore.transfer.layout import Placement
 from mxcore.transfer.route.same_host import host_identity
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["DeviceProbeTarget", "cannot_export", "cannot_read", "device_offer"]
+__all__ = ["DeviceProbeTarget", "cannot_read", "device_offer"]
 
 NONCE_BYTES = 32
 # The driver's unit of allocation: a smaller one shares it with others, which would be opened as well.
@@ -71,27 +68,11 @@ class DeviceProbeTarget:
 
 
 def device_offer(placement: Placement) -> tuple[DeviceProbeTarget | None, str]:
-    """The probe for other processes of this machine that READ device memory, or None and why they cannot."""
+    """The probe for other processes of this machine that have device memory, or None and why there is none."""
     try:
-        because = cannot_export(placement.addresses)
-        return (None, because) if because else (DeviceProbeTarget(context_of(placement.device_indices[0])), "")
+        return DeviceProbeTarget(context_of(placement.device_indices[0])), ""
     except CudaError as error:
         return None, str(error)
-
-
-def cannot_export(addresses: Iterable[int]) -> str:
-    """Why another process cannot read the allocations of these addresses by cuda_ipc; empty if it can.
-
-    Raises CudaError.
-    """
-    listed = sorted({address_range(address)[0] for address in addresses})
-    refused = [address for address in listed if not can_export(address)]
-    if not refused:
-        return ""
-    return (
-        f"{len(refused)} of {len(listed)} allocations, the first at {refused[0]:#x}, were made by cuMemCreate "
-        "(expandable_segments of PYTORCH_CUDA_ALLOC_CONF, or the engine's sleep mode), which cuda_ipc does not export"
-    )
 
 
 def cannot_read(probe: mx_pb2.DeviceProbe, device_index: int) -> str:

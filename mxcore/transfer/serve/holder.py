@@ -17,8 +17,6 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 from mxcore.errors import FenceFailed, HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
 from mxcore.sockets import ChunkSender
@@ -37,10 +35,13 @@ from mxcore.transfer.layout import (
 from mxcore.transfer.move import FENCE_SECONDS, GREETING, TOKEN_BYTES, AgentSession, Move, cut_off
 from mxcore.transfer.route import digester_of, require_movable
 from mxcore.transfer.serve.holder_agent import HolderAgent
+from mxcore.transfer.serve.lease import AskAnswer, Lease
 from mxcore.transfer.serve.origin import Origin
 from mxcore.transfer.serve.rate_limit import RateLimit
+from mxcore.transfer.serve.staging import Staging
+from mxserver.wire.proto import mx_pb2
 
-__all__ = ["MOST_CONNECTIONS", "AskAnswer", "Holder", "Lease"]
+__all__ = ["MOST_CONNECTIONS", "Holder"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,51 +52,12 @@ _IDLE_LEASES = 2.0  # times a lease's seconds without anything read, then anothe
 _MOST_TIMES_GRANTED = 2  # each chunk, to one lease; a wrong one is asked for again
 _MORE_GRANTED = 16  # of a small model
 _PUSHES_IN_FLIGHT = 4  # chunks of one receiver
-_PUSHED_BYTES_IN_FLIGHT = (
-    32 << 20
-)  # enough for the longest link; UCX completes all that is begun at about the same time
+_PUSHED_BYTES_IN_FLIGHT = 32 << 20  # enough for any link; UCX completes all that is begun at about the same time
 _MOST_WAITING = 16  # readers that wait for new chunks; more are answered at once
 _UNASKED_PAUSE_SECONDS = 0.1
 
 
 _never_freed: list[object] = []  # memory that readers may still reach (FenceFailed)
-
-
-@dataclass
-class Lease:
-    """One receiver's right to read. The holder's lock guards it."""
-
-    lease_id: str
-    deadline: float  # monotonic seconds; extended by every call of the receiver
-    peer: str | None = None  # the receiver's agent, once a transfer is open
-    remote_addresses: array[int] = field(default_factory=lambda: array("Q"))  # of every segment, there
-    reader: str = ""  # who has it: its address, and the name in its certificate
-    read_at: float = 0.0  # monotonic seconds: when it last was granted something
-    granted: int = 0  # chunks, those that it declined taken off
-    sender: ChunkSender | None = None  # sends what it was granted
-    remote_device: int | None = None  # that they are on, as its process counts; None: host memory
-    pushes: int = 0  # streams that are running
-    turn: threading.Lock = field(default_factory=threading.Lock)  # held by the stream that begins chunks
-    token: bytes = b""  # that its connections to the chunk port show, once a transfer is open that sends
-    connections: set[socket.socket] = field(default_factory=set)  # to the chunk port, shut down when it ends
-    connecting: ExitStack = field(default_factory=ExitStack)  # from the opening to the end of the first stream
-    ended: bool = False
-
-
-@dataclass(frozen=True)
-class AskAnswer:
-    """What a reader is told: the chunks that it may fetch now, and what is there as of `version`.
-
-    With nothing granted, `pause_seconds` says when to ask again (0: at any time). A `leaving` holder still serves its
-    readers for a while; those that can do without it end.
-    """
-
-    granted: list[int]
-    version: int
-    have: int
-    complete: bool
-    leaving: bool = False
-    pause_seconds: float = 0.0
 
 
 class Holder:
@@ -130,6 +92,7 @@ class Holder:
         self.scalars = dict(scalars or {})
         self.chunks = Chunks(layout, chunk_bytes)
         self.addresses = self.chunks.local_addresses(placement)
+        self.staging = Staging(self.chunks, self.addresses, placement)
         self.origin = origin or (Origin.own(layout) if digests is None else Origin.received({}))
         self.digests = digests or chunk_digests(digester_of(placement), self.chunks, self.addresses)
         if len(self.digests.values) != DIGEST_BYTES * len(self.chunks):
@@ -206,11 +169,16 @@ class Holder:
         """Keeps another object alive as well until it is closed."""
         self._keep_alive = (self._keep_alive, keep_alive)
 
+    def never_free(self) -> None:
+        """Keeps the memory for ever: somebody reads it, and does not end."""
+        _never_freed.append(self._keep_alive)
+
     def update(self, have: int) -> None:
         """Sets which chunks are there and verified, while the worker is still receiving."""
         with self._changed:
             if have != self._have:
                 if self._have & ~have:
+                    self.staging.forbid_all()
                     for lease in self._leases.values():
                         if lease.sender is not None:
                             lease.sender.forbid_all()
@@ -258,6 +226,7 @@ class Holder:
             lease.granted += len(granted)
             if lease.sender is not None:
                 lease.sender.allow(granted)
+            self.staging.allow(lease.lease_id, granted)
 
     def _wait_for_news(self, lease: Lease, known_version: int, wait_seconds: float) -> float:
         """Waits for another version; returns the seconds to pause where too many wait already."""
@@ -348,6 +317,11 @@ class Holder:
             if lease.sender is None:
                 lease.sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
             return lease.token
+
+    def open_staging(self, lease_id: str) -> mx_pb2.StagingBuffer:
+        """The buffer that the lease's chunks come through. Raises LeaseEnded, CudaError."""
+        with self._changed:
+            return self.staging.open(self.renew(lease_id).lease_id)
 
     def send_chunks(self, token: bytes, connection: socket.socket) -> None:
         """Greets the receiver that showed `token`, and sends the chunks that it was granted, once each.
@@ -463,13 +437,14 @@ class Holder:
             for lease in list(self._leases.values()):
                 self._end(lease)
             over = self._changed.wait_for(lambda: not self._sending, FENCE_SECONDS)  # shut down: they end at once
+        over = self.staging.close(FENCE_SECONDS) and over
         try:
             self.agent.close()
         except FenceFailed as error:
             over = False
             logger.critical("readers may still reach weights that are no longer served: %s", error)
         if not over:
-            _never_freed.append(self._keep_alive)
+            self.never_free()
         self._keep_alive = None
 
     def _expire(self) -> None:
@@ -484,6 +459,7 @@ class Holder:
         for connection in lease.connections:
             cut_off(connection)
         lease.connecting.close()
+        self.staging.end(lease.lease_id)
         self._disconnect(lease)
         self._changed.notify_all()
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from mxcore.transfer.move import FENCE_SECONDS
 from mxcore.transfer.serve.holder import Holder
 from mxserver.wire import MxError
 
@@ -45,6 +46,7 @@ class SelfCheck:
         self._changed = threading.Condition()
         self._doubted: dict[int, None] = {}
         self._stopped = False
+        self._longest_seconds = FENCE_SECONDS
         self._thread = threading.Thread(target=self._run, name="mx-self-check", daemon=True)
 
     def start(self) -> None:
@@ -59,12 +61,17 @@ class SelfCheck:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Ends it and waits for the digests that are being made, except on its own thread. Idempotent."""
+        """Ends it and waits for the digests that are being made, except on its own thread. Idempotent.
+
+        A device may never end them: then the holder's memory is never freed.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(self._longest_seconds)
+            if self._thread.is_alive():
+                self._holder.never_free()
 
     def _run(self) -> None:
         try:

@@ -14,7 +14,7 @@ from typing import NoReturn
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mxcore.errors import HolderBusy, HolderDraining, LeaseEnded, TransferError
+from mxcore.errors import CudaError, HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
 from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
 from mxcore.transfer.move import chunk_server_context
@@ -35,6 +35,7 @@ _STREAMS_A_READER = 2  # of PushChunks: one begins while the other ends
 _SPARE_THREADS = 24  # besides those that push: 16 may wait for new chunks, the others answer
 _LONGEST_WAIT_MS = 2000
 _STOP_GRACE_SECONDS = 1.0
+_STOP_SECONDS = 30.0  # a call may be inside a library that never returns
 _MESSAGE_BYTES = 256 << 10  # of any message of a reader, and besides:
 _EXTENT_MESSAGE_BYTES = 512  # its place, and what NIXL's metadata says of its region: 44 bytes, more with many ports
 _CHUNK_MESSAGE_BYTES = 8  # a number, and two bits
@@ -160,10 +161,10 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             allow_attaching()
         self._device_probe: DeviceProbeTarget | None = None
         self._no_device_read = "the settings of the holder (MX_TRANSPORT, UCX_TLS) leave cuda_ipc out"
-        if self._holder.placement.device_type != "cpu" and policy.reads_devices:
+        if self._holder.placement.device_type != "cpu" and policy.maps_devices:
             self._device_probe, self._no_device_read = device_offer(self._holder.placement)
             if self._no_device_read:
-                logger.info("workers on this machine do not READ these weights: %s", self._no_device_read)
+                logger.info("workers on this machine get no chunks by cuda_ipc: %s", self._no_device_read)
         self._streams = threading.BoundedSemaphore(_STREAMS_A_READER * self._holder.most_readers)
 
     def close(self) -> None:
@@ -203,7 +204,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             offer.ClearField("probe")
             offer.no_device_read = self._no_device_read
             if self._device_probe is not None:
-                offer.device_probe.CopyFrom(self._device_probe.to_proto())
+                offer.staging_probe.CopyFrom(self._device_probe.to_proto())
         return offer
 
     def OpenTransfer(  # noqa: N802
@@ -215,12 +216,13 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "another layout: ask GetLayout for the difference")
         if request.operation == mx_pb2.OPERATION_SEND:
             return self._open_sending(request, context)
+        if request.operation == mx_pb2.OPERATION_STAGE:
+            return self._open_staging(request, context)
         on_device = holder.placement.device_type != "cpu"
         reads = request.operation == mx_pb2.OPERATION_READ
         attach = self._policy.allows("cma") and not (on_device or request.device_memory)
-        ipc = self._device_probe is not None and request.device_memory
         rdma = self._policy.rdma_only or self._policy.reads_by_rdma
-        if reads and not (attach or ipc or rdma):
+        if reads and not (attach or rdma):
             refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:
@@ -230,7 +232,7 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
                 device = _device_of(context, request) if request.device_memory else None
                 holder.open_transfer(request.lease_id, request.nixl_metadata, addresses, device)
             # Whoever has the metadata may write to the weights: only a reader that READs by an agent is given it.
-            by_agent = reads and request.nixl_metadata and (ipc or rdma)
+            by_agent = reads and request.nixl_metadata and rdma
             metadata = holder.agent.session().metadata() if by_agent else b""
         placement = holder.placement
         return mx_pb2.OpenTransferResponse(
@@ -257,6 +259,24 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         return mx_pb2.OpenTransferResponse(
             operation=request.operation, token=token, lease_ms=int(self._holder.lease_seconds * 1000)
         )
+
+    def _open_staging(
+        self, request: mx_pb2.OpenTransferRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.OpenTransferResponse:
+        if self._device_probe is None:
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"no cuda_ipc: {self._no_device_read}")
+        with _as_status(context):
+            staging = self._holder.open_staging(request.lease_id)
+        lease_ms = int(self._holder.lease_seconds * 1000)
+        return mx_pb2.OpenTransferResponse(operation=request.operation, staging=staging, lease_ms=lease_ms)
+
+    def StageChunk(  # noqa: N802
+        self, request: mx_pb2.StageChunkRequest, context: grpc.ServicerContext
+    ) -> mx_pb2.StageChunkResponse:
+        with _as_status(context):
+            self._holder.renew(request.lease_id)
+            self._holder.staging.fill(request.lease_id, request.chunk, request.slot)
+        return mx_pb2.StageChunkResponse()
 
     def AskChunks(  # noqa: N802
         self, request: mx_pb2.AskChunksRequest, context: grpc.ServicerContext
@@ -378,7 +398,7 @@ class WorkerServer:
         """Ends all calls, and accepts no more connections. Idempotent."""
         if self._chunks is not None:
             self._chunks.close()
-        self._server.stop(_STOP_GRACE_SECONDS).wait()
+        self._server.stop(_STOP_GRACE_SECONDS).wait(_STOP_SECONDS)
         self._transfers.close()
 
 
@@ -440,5 +460,5 @@ def _as_status(context: grpc.ServicerContext) -> Iterator[None]:
         refuse(context, grpc.StatusCode.NOT_FOUND, str(error))
     except ValueError as error:
         refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except TransferError as error:
+    except (TransferError, CudaError) as error:
         refuse(context, grpc.StatusCode.ABORTED, str(error))

@@ -3,7 +3,7 @@
 Keys, below the prefix:
 
 ==================  ======  =======================================================================================
-clock               hash    the time that leases are judged by (see `_CLOCK`)
+clock               hash    the time that leases are judged by (see `CLOCK`)
 epoch               string  the last epoch that was handed out
 bytes               string  the bytes of what all records have published
 replicas            zset    servers that are there, by when they were last heard (clock)
@@ -11,6 +11,7 @@ sources             set     all source ids
 model:MODEL         set     source ids by model name (lower case)
 in:STATUS:SOURCE    zset    record names; INITIALIZING and READY by when they were renewed, STALE by since when
 of:WORKER           set     record names of one worker of one source: its ranks
+turn:KEY            hash    a turn: redis_turns
 due                 zset    record names by when a sweep has to look at them again, at the earliest
 rec:NAME            hash    e epoch, f life, s status, u updated_at (Unix ms), r renewed, t stale since, l load,
                             o owner, m model (lower case), k source id, w WORKER, i identity, d metadata,
@@ -27,7 +28,7 @@ Cluster.
 
 from __future__ import annotations
 
-_CLOCK = """
+CLOCK = """
 -- Arguments of every script: 1 prefix, 2 heartbeat ms, 3 collect ms, 4 longest step ms, 5 and 6 the two times, where
 -- the caller turns the clocks by hand (tests), or empty.
 local P, HEARTBEAT, COLLECT, STEP = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -136,7 +137,7 @@ local function refusal(name, epoch, owner)
 end
 """
 
-_PRELUDE = _CLOCK + _RECORDS
+_PRELUDE = CLOCK + _RECORDS
 
 PUBLISH = (
     _PRELUDE

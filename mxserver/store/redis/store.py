@@ -29,6 +29,7 @@ from mxserver.store.interface import Leases, Publication, Query, RecordKey, Sour
 from mxserver.store.redis import redis_scripts as scripts
 from mxserver.store.redis.large_values import PART_BYTES, WHOLE, LargeValues, Written
 from mxserver.store.redis.redis_link import RedisLink
+from mxserver.store.redis.redis_turns import RedisTurns
 from mxserver.store.redis.redis_updates import Update, Updates
 from mxserver.store.stored_amount import LARGE_BYTES, full, small_part
 from mxserver.wire.proto import p2p_pb2, record_pb2
@@ -151,6 +152,7 @@ class RedisStore(SourceStore):
             self._link.close()
             raise
         self._updates = Updates(self._keep_updates, linger_seconds)
+        self.turns = RedisTurns(self._run)
         if not self._link.is_lasting():
             _LOG.warning(
                 "Redis at %s may lose what it has acknowledged when it ends: set appendonly yes and appendfsync always",

@@ -13,7 +13,7 @@ from mxserver.wire.calls.channels import (
     open_channel,
     server_credentials,
 )
-from mxserver.wire.calls.client import ERROR_CODE_METADATA, Near, ServerClient, shared_levels
+from mxserver.wire.calls.client import ERROR_CODE_METADATA, Near, OpenWatch, ServerClient, shared_levels
 from mxserver.wire.calls.closing import Closing
 from mxserver.wire.calls.patience import Patience
 from mxserver.wire.calls.source_ids import canonical_json, source_id
@@ -26,6 +26,7 @@ __all__ = [
     "NO_ANSWER",
     "Closing",
     "Near",
+    "OpenWatch",
     "Patience",
     "ServerChannel",
     "ServerClient",

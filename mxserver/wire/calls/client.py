@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import grpc
 
 from mxserver.wire.calls.channels import NO_ANSWER, ServerChannel, call_failure
 from mxserver.wire.calls.closing import Closing
 from mxserver.wire.credentials import ClientCredentials
-from mxserver.wire.errors import ServerRefused, ServerUnreachable, SettingError, StaleEpoch, WireError
-from mxserver.wire.proto import health_pb2, health_pb2_grpc, load_pb2, mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
+from mxserver.wire.errors import (
+    MethodMissing,
+    ServerRefused,
+    ServerUnreachable,
+    SettingError,
+    StaleEpoch,
+    WireError,
+)
+from mxserver.wire.proto import (
+    health_pb2,
+    health_pb2_grpc,
+    load_pb2,
+    mx_pb2,
+    mx_pb2_grpc,
+    p2p_pb2,
+    p2p_pb2_grpc,
+    watch_pb2,
+    watch_pb2_grpc,
+)
 
 
 class Near(NamedTuple):
@@ -36,6 +54,24 @@ Response = TypeVar("Response")
 
 ERROR_CODE_METADATA = "mx-error-code"
 """Trailing metadata of our server's errors: the stable code of the error (`StaleEpoch.code`)."""
+
+
+class OpenWatch:
+    """A stream that the server tells news on: iterate in one thread, `cancel` in any."""
+
+    def __init__(self, call: Any, as_wire_error: Callable[[grpc.RpcError], WireError]) -> None:
+        self._call, self._as_wire_error = call, as_wire_error
+
+    def __iter__(self) -> Iterator[watch_pb2.SourcesNow]:
+        """Raises WireError when the stream breaks, or is cancelled."""
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise self._as_wire_error(error) from error
+
+    def cancel(self) -> None:
+        """Ends it. Idempotent."""
+        self._call.cancel()
 
 
 class ServerClient(Closing):
@@ -219,6 +255,16 @@ class ServerClient(Closing):
     def _told(self, source_id: str) -> mx_pb2.ListDoubtsResponse:
         return self._call("ListDoubts", self._fleet.ListDoubts, mx_pb2.ListDoubtsRequest(mx_source_id=source_id))
 
+    def watch_sources(self, request: watch_pb2.WatchSourcesRequest) -> OpenWatch:
+        """Opens the stream that tells what changes of weights and a rank. Its iteration raises as other calls do,
+        and MethodMissing at a server that has no such streams.
+        """
+        try:
+            stub = watch_pb2_grpc.WatchServiceStub(self._current_stubs()[0])
+            return OpenWatch(stub.WatchSources(request), partial(self._as_wire_error, "WatchSources"))
+        except (SettingError, ValueError) as error:  # an unusable token; a channel that was closed meanwhile
+            raise ServerUnreachable(f"WatchSources at {self.address}: {error}") from error
+
     def health(self) -> health_pb2.HealthResponse:
         """The server's version, status and uptime in seconds."""
         return self._call("GetHealth", self._health.GetHealth, health_pb2.HealthRequest())
@@ -269,4 +315,6 @@ class ServerClient(Closing):
             return ServerUnreachable(text)
         if dict(cast(grpc.Call, error).trailing_metadata() or ()).get(ERROR_CODE_METADATA) == StaleEpoch.code:
             return StaleEpoch(text)
+        if status is grpc.StatusCode.UNIMPLEMENTED:
+            return MethodMissing(text)
         return ServerRefused(text)

@@ -18,4 +18,6 @@ __all__ = [
     "p2p_pb2",
     "p2p_pb2_grpc",
     "record_pb2",
+    "watch_pb2",
+    "watch_pb2_grpc",
 ]

@@ -72,6 +72,8 @@ class _OperationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """the receiver READs, one-sided"""
     OPERATION_WRITE: _Operation.ValueType  # 2
     """the holder WRITEs what PushChunks asks for"""
+    OPERATION_STAGE: _Operation.ValueType  # 4
+    """the holder copies what StageChunk asks for into a buffer of its device, for the receiver to map"""
     OPERATION_SEND: _Operation.ValueType  # 3
     """the holder sends over TCP connections to its chunk_port; no agent on either side"""
 
@@ -82,6 +84,8 @@ OPERATION_READ: Operation.ValueType  # 1
 """the receiver READs, one-sided"""
 OPERATION_WRITE: Operation.ValueType  # 2
 """the holder WRITEs what PushChunks asks for"""
+OPERATION_STAGE: Operation.ValueType  # 4
+"""the holder copies what StageChunk asks for into a buffer of its device, for the receiver to map"""
 OPERATION_SEND: Operation.ValueType  # 3
 """the holder sends over TCP connections to its chunk_port; no agent on either side"""
 global___Operation = Operation
@@ -314,6 +318,7 @@ class TransportOffer(google.protobuf.message.Message):
     NO_DEVICE_READ_FIELD_NUMBER: builtins.int
     CHUNK_PORT_FIELD_NUMBER: builtins.int
     CHUNK_TLS_FIELD_NUMBER: builtins.int
+    STAGING_PROBE_FIELD_NUMBER: builtins.int
     same_host_read: builtins.bool
     """cross-memory attach is allowed here, if the probe can be read"""
     rdma_only: builtins.bool
@@ -332,7 +337,11 @@ class TransportOffer(google.protobuf.message.Message):
     def probe(self) -> global___SameHostProbe: ...
     @property
     def device_probe(self) -> global___DeviceProbe:
-        """another process of this machine may read them there (cuda_ipc), if this can be read"""
+        """of older releases, which let others map their weights; not used any more"""
+
+    @property
+    def staging_probe(self) -> global___DeviceProbe:
+        """STAGE is to be had on this machine (cuda_ipc), if this can be read"""
 
     def __init__(
         self,
@@ -346,9 +355,10 @@ class TransportOffer(google.protobuf.message.Message):
         no_device_read: builtins.str = ...,
         chunk_port: builtins.int = ...,
         chunk_tls: builtins.bool = ...,
+        staging_probe: global___DeviceProbe | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["device_probe", b"device_probe", "probe", b"probe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_port", b"chunk_port", "chunk_tls", b"chunk_tls", "device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["device_probe", b"device_probe", "probe", b"probe", "staging_probe", b"staging_probe"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk_port", b"chunk_port", "chunk_tls", b"chunk_tls", "device_memory", b"device_memory", "device_probe", b"device_probe", "no_device_read", b"no_device_read", "probe", b"probe", "rdma_device", b"rdma_device", "rdma_only", b"rdma_only", "same_host_read", b"same_host_read", "staging_probe", b"staging_probe"]) -> None: ...
 
 global___TransportOffer = TransportOffer
 
@@ -485,6 +495,7 @@ class OpenTransferResponse(google.protobuf.message.Message):
     LEASE_MS_FIELD_NUMBER: builtins.int
     DEVICE_MEMORY_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
+    STAGING_FIELD_NUMBER: builtins.int
     nixl_metadata: builtins.bytes
     """the holder's agent"""
     agent_name: builtins.str
@@ -499,6 +510,8 @@ class OpenTransferResponse(google.protobuf.message.Message):
     def extents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Extent]:
         """the holder's memory, in the layout's order"""
 
+    @property
+    def staging(self) -> global___StagingBuffer: ...
     def __init__(
         self,
         *,
@@ -509,10 +522,74 @@ class OpenTransferResponse(google.protobuf.message.Message):
         lease_ms: builtins.int = ...,
         device_memory: builtins.bool = ...,
         token: builtins.bytes = ...,
+        staging: global___StagingBuffer | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_name", b"agent_name", "device_memory", b"device_memory", "extents", b"extents", "lease_ms", b"lease_ms", "nixl_metadata", b"nixl_metadata", "operation", b"operation", "token", b"token"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["staging", b"staging"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agent_name", b"agent_name", "device_memory", b"device_memory", "extents", b"extents", "lease_ms", b"lease_ms", "nixl_metadata", b"nixl_metadata", "operation", b"operation", "staging", b"staging", "token", b"token"]) -> None: ...
 
 global___OpenTransferResponse = OpenTransferResponse
+
+@typing.final
+class StagingBuffer(google.protobuf.message.Message):
+    """Device memory of the holder's for the chunks of one lease, apart from its weights: slot i begins at
+    `offset + i * slot_bytes` of the allocation.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    SLOT_BYTES_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
+    handle: builtins.bytes
+    """CUipcMemHandle"""
+    offset: builtins.int
+    slot_bytes: builtins.int
+    slots: builtins.int
+    def __init__(
+        self,
+        *,
+        handle: builtins.bytes = ...,
+        offset: builtins.int = ...,
+        slot_bytes: builtins.int = ...,
+        slots: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "offset", b"offset", "slot_bytes", b"slot_bytes", "slots", b"slots"]) -> None: ...
+
+global___StagingBuffer = StagingBuffer
+
+@typing.final
+class StageChunkRequest(google.protobuf.message.Message):
+    """Answered when the chunk lies in the slot, its parts one behind the other. It has to be granted, and is staged once."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    SLOT_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    chunk: builtins.int
+    slot: builtins.int
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        chunk: builtins.int = ...,
+        slot: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "lease_id", b"lease_id", "slot", b"slot"]) -> None: ...
+
+global___StageChunkRequest = StageChunkRequest
+
+@typing.final
+class StageChunkResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___StageChunkResponse = StageChunkResponse
 
 @typing.final
 class AskChunksRequest(google.protobuf.message.Message):

@@ -54,6 +54,11 @@ class TransferServiceStub(object):
                 request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.PushChunksRequest.SerializeToString,
                 response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ChunkResult.FromString,
                 _registered_method=True)
+        self.StageChunk = channel.unary_unary(
+                '/model_express.mx.TransferService/StageChunk',
+                request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkRequest.SerializeToString,
+                response_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkResponse.FromString,
+                _registered_method=True)
         self.RenewLease = channel.unary_unary(
                 '/model_express.mx.TransferService/RenewLease',
                 request_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.RenewLeaseRequest.SerializeToString,
@@ -93,6 +98,12 @@ class TransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StageChunk(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewLease(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -127,6 +138,11 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     servicer.PushChunks,
                     request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.PushChunksRequest.FromString,
                     response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.ChunkResult.SerializeToString,
+            ),
+            'StageChunk': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageChunk,
+                    request_deserializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkRequest.FromString,
+                    response_serializer=mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkResponse.SerializeToString,
             ),
             'RenewLease': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewLease,
@@ -247,6 +263,33 @@ class TransferService(object):
             '/model_express.mx.TransferService/PushChunks',
             mxserver_dot_wire_dot_proto_dot_mx__pb2.PushChunksRequest.SerializeToString,
             mxserver_dot_wire_dot_proto_dot_mx__pb2.ChunkResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StageChunk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/model_express.mx.TransferService/StageChunk',
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkRequest.SerializeToString,
+            mxserver_dot_wire_dot_proto_dot_mx__pb2.StageChunkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,11 @@ class TransferServiceStub:
         mxserver.wire.proto.mx_pb2.ChunkResult,
     ]
 
+    StageChunk: grpc.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.StageChunkRequest,
+        mxserver.wire.proto.mx_pb2.StageChunkResponse,
+    ]
+
     RenewLease: grpc.UnaryUnaryMultiCallable[
         mxserver.wire.proto.mx_pb2.RenewLeaseRequest,
         mxserver.wire.proto.mx_pb2.RenewLeaseResponse,
@@ -79,6 +84,11 @@ class TransferServiceAsyncStub:
     PushChunks: grpc.aio.UnaryStreamMultiCallable[
         mxserver.wire.proto.mx_pb2.PushChunksRequest,
         mxserver.wire.proto.mx_pb2.ChunkResult,
+    ]
+
+    StageChunk: grpc.aio.UnaryUnaryMultiCallable[
+        mxserver.wire.proto.mx_pb2.StageChunkRequest,
+        mxserver.wire.proto.mx_pb2.StageChunkResponse,
     ]
 
     RenewLease: grpc.aio.UnaryUnaryMultiCallable[
@@ -119,6 +129,13 @@ class TransferServiceServicer(metaclass=abc.ABCMeta):
         request: mxserver.wire.proto.mx_pb2.PushChunksRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[mxserver.wire.proto.mx_pb2.ChunkResult], collections.abc.AsyncIterator[mxserver.wire.proto.mx_pb2.ChunkResult]]: ...
+
+    @abc.abstractmethod
+    def StageChunk(
+        self,
+        request: mxserver.wire.proto.mx_pb2.StageChunkRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[mxserver.wire.proto.mx_pb2.StageChunkResponse, collections.abc.Awaitable[mxserver.wire.proto.mx_pb2.StageChunkResponse]]: ...
 
     @abc.abstractmethod
     def RenewLease(

@@ -1,11 +1,11 @@
-"""Device memory of another process, on the stand-in: what is exported, proven, and READ; what is taken instead.
+"""Device memory of another process, on the stand-in: what is exported, proven and mapped; what is taken instead.
 
-Not shown: UCX's cuda_ipc, which wants a GPU. NIXL moves the stand-in's memory as host memory, by cross-memory attach or
-TCP; which of the two it was is found out as on a GPU.
+Where it is WRITten instead, NIXL moves the stand-in's memory as host memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from mxcore.cuda import DeviceBuffer, OpenedMemory, PinnedBuffer, can_export, context_of, export_memory
+from mxcore.cuda import DeviceBuffer, OpenedMemory, address_range, context_of, export_memory
 from mxcore.cuda.ipc import HANDLE_BYTES
-from mxcore.errors import CudaError
+from mxcore.errors import CudaError, SourceBusy, SourceRefused
 from mxcore.nixl.agent import live_agents
-from mxcore.transfer.layout import Placement, build_layout
-from mxcore.transfer.move import Source
+from mxcore.transfer.layout import ChunkRequest, Layout, Placement, all_chunks, build_layout
+from mxcore.transfer.move import Source, SourceClient, StagedMover
+from mxcore.transfer.receive import ReceiveReport
 from mxcore.transfer.route import (
     DeviceProbeTarget,
     UcxPolicy,
@@ -33,14 +34,13 @@ from mxcore.transfer.route import (
     same_device,
     same_host,
 )
-from mxcore.transfer.route.same_device import cannot_export
 from mxserver.wire.proto import mx_pb2
 from tests.cuda.device_tensors import MADE, DeviceTensors
 from tests.cuda.holder import SEED, member
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.transfer.memory import HostTensors, model_specs
 
-BY_ATTACHING, BY_TCP = "tcp,cma,self", "tcp,self"
+BY_TCP = "tcp,self"
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +51,19 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def holder(driver: StandIn, mode: str, *, share: bool = True, tls: str = BY_TCP) -> Iterator[str]:
-    """What a holder's process says, while it lives; it has to end well."""
-    task = json.dumps({"library": str(driver.path), "mode": mode, "share": share, "tls": tls})
+def holder(driver: StandIn, mode: str, *, share: bool = True, checked: bool = False) -> Iterator[str]:
+    """What a holder's process says, while it lives; it has to end well, if `checked` with the weights that it had."""
+    task = json.dumps({"library": str(driver.path), "mode": mode, "share": share, "tls": BY_TCP})
     command = [sys.executable, "-m", "tests.cuda.holder", task]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             yield process.stdout.readline()
+            if checked:
+                process.stdin.write("changed\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline()) == {"changed": 0}
         finally:
             process.stdin.close()
             assert process.wait(120) == 0
@@ -69,24 +73,15 @@ def probe_of(line: str) -> mx_pb2.DeviceProbe:
     return mx_pb2.DeviceProbe.FromString(bytes.fromhex(line))
 
 
-def test_the_driver_says_what_can_be_exported(driver: StandIn) -> None:
+def test_what_the_driver_does_not_export_is_an_error(driver: StandIn) -> None:
     context = context_of(0)
     mapped = DeviceBuffer(context, 5000)
     driver.share()
     allocated = DeviceBuffer(context, 5000)
-    assert not can_export(mapped.address)
-    assert can_export(allocated.address + 4999)
     handle, offset = export_memory(context, allocated.address + 100)
     assert (len(handle), offset) == (HANDLE_BYTES, 100) == (64, 100)
     with pytest.raises(CudaError, match="cuIpcGetMemHandle"):
         export_memory(context, mapped.address)
-    with pytest.raises(CudaError, match="cuPointerGetAttribute"):
-        can_export(64)
-    assert cannot_export([allocated.address, allocated.address + 8]) == ""
-    because = cannot_export([mapped.address, mapped.address + 8, allocated.address])
-    assert because.startswith(f"1 of 2 allocations, the first at {mapped.address:#x}, were made by cuMemCreate")
-    assert "expandable_segments" in because
-    assert "sleep mode" in because
     mapped.close()
     allocated.close()
 
@@ -182,37 +177,34 @@ def test_a_target_that_cannot_be_made_leaves_nothing(driver: StandIn, monkeypatc
 
 
 def test_what_a_holder_offers(driver: StandIn) -> None:
-    context = context_of(1)
-    mapped = DeviceBuffer(context, 5000)
-    target, because = same_device.device_offer(Placement((mapped.address,), (1,), "cuda"))
-    assert target is None
-    assert "cuMemCreate" in because
-    driver.share()
-    allocated = DeviceBuffer(context, 5000)
-    driver.fail("cuIpcGetMemHandle", 1)
-    target, because = same_device.device_offer(Placement((allocated.address,), (1,), "cuda"))
+    """Whatever made its weights: the memory that it shows, and stages chunks in, is an allocation of its own."""
+    mapped = DeviceBuffer(context_of(1), 5000)
+    weights = Placement((mapped.address,), (1,), "cuda")
+    target, because = same_device.device_offer(weights)
     assert target is None
     assert "cuIpcGetMemHandle failed" in because
-    target, because = same_device.device_offer(Placement((allocated.address,), (1,), "cuda"))
+    driver.share()
+    target, because = same_device.device_offer(weights)
     assert target is not None
     assert because == ""
     target.close()
     mapped.close()
-    allocated.close()
 
 
 def test_the_route_follows_the_proof(driver: StandIn) -> None:
     policy = UcxPolicy.from_environment("auto", {})
     with holder(driver, "probe") as line:
-        offer = mx_pb2.TransportOffer(device_memory=True, device_probe=probe_of(line), rdma_device=True)
+        offer = mx_pb2.TransportOffer(device_memory=True, staging_probe=probe_of(line), rdma_device=True)
         route = choose_route(policy, offer, device_index=0)
-        assert (route.operation, route.transport, route.tls, route.because) == (
-            "read", "cuda-ipc", "cuda_ipc,cuda_copy,tcp,self", "",
-        )  # fmt: skip
-        offer.device_probe.nonce = b"\1" * 32
+        assert (route.operation, route.transport, route.by_nixl, route.because) == ("stage", "cuda-ipc", False, "")
+        offer.staging_probe.nonce = b"\1" * 32
         route = choose_route(policy, offer, device_index=0)
         assert (route.operation, route.because) == ("write", "other bytes are there than it shows")
         assert not UcxPolicy("auto", route.tls).allows("cuda_ipc")
+        older = mx_pb2.TransportOffer(device_memory=True, device_probe=probe_of(line))
+        route = choose_route(policy, older, device_index=0)
+        assert route.operation == "write"
+        assert "of a release that only lets its weights be mapped" in route.because
 
 
 @pytest.fixture
@@ -226,12 +218,8 @@ def receiving(driver: StandIn) -> Iterator[DeviceTensors]:
 
 
 @pytest.mark.parametrize(
-    ("share", "reading", "expected", "said"),
-    [
-        (True, BY_ATTACHING, ("read", "cuda-ipc"), ""),
-        (True, BY_TCP, ("write", "tcp"), "came over TCP although cuda_ipc works here"),
-        (False, BY_ATTACHING, ("write", "tcp"), "WRITEs by tcp: 14 of 14 allocations"),
-    ],
+    ("share", "expected", "said"),
+    [(True, ("stage", "cuda-ipc"), ""), (False, ("write", "tcp"), "write by tcp instead of cuda_ipc: cuIpcGetMem")],
 )
 def test_weights_on_one_machine(
     driver: StandIn,
@@ -239,24 +227,94 @@ def test_weights_on_one_machine(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     share: bool,
-    reading: str,
     expected: tuple[str, str],
     said: str,
 ) -> None:
-    """READ where it is one-sided; where UCX takes TCP all the same, that is noticed, and the holder WRITEs."""
-    for name, tls in (("device_fenceable", BY_TCP), ("serving_device", BY_TCP), ("device_reading", reading)):
-        monkeypatch.setattr(UcxPolicy, name, tls)
-    with holder(driver, "serve", share=share, tls=reading) as line, caplog.at_level(logging.INFO):
-        source = json.loads(line)
-        membership = member()
-        found = Source(source["source_id"], source["worker_id"], 0, source["endpoint"])
-        report = membership.receive(*build_layout("raw", receiving.local_tensors()), {}, [found])
-        membership.close()
-    receiving.fetch()
-    assert receiving.equal_bytes(HostTensors(model_specs(1), SEED))
+    """Out of a buffer of the holder's, where that can be mapped; else the holder WRITEs."""
+    report = received(driver, receiving, monkeypatch, caplog, share=share)
     assert (report.operation, report.transport) == expected
     assert said in caplog.text
     caplog.clear()  # its records hold the error, and that the frames it went through
+
+
+@pytest.mark.parametrize("function", ["cuIpcOpenMemHandle_v2", "cuMemcpyDtoDAsync_v2"])
+def test_a_device_that_fails_meanwhile_is_written_to(
+    driver: StandIn,
+    receiving: DeviceTensors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+) -> None:
+    real = StagedMover.__init__
+
+    def fail_once(mover: StagedMover, *arguments: Any, **named: Any) -> None:
+        driver.fail(function, 719)
+        real(mover, *arguments, **named)
+
+    monkeypatch.setattr(StagedMover, "__init__", fail_once)
+    report = received(driver, receiving, monkeypatch, caplog)
+    assert (report.operation, report.transport) == ("write", "tcp")
+    assert "CUDA_ERROR_LAUNCH_FAILED" in caplog.text
+    caplog.clear()
+
+
+def received(
+    driver: StandIn,
+    receiving: DeviceTensors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    share: bool = True,
+) -> ReceiveReport:
+    """A receive from a holder in another process; the bytes were compared."""
+    for name in ("device_fenceable", "serving_device"):
+        monkeypatch.setattr(UcxPolicy, name, BY_TCP)
+    with holder(driver, "serve", share=share) as line, caplog.at_level(logging.INFO):
+        membership = member()
+        report = membership.receive(*build_layout("raw", receiving.local_tensors()), {}, [source_of(line)])
+        membership.close()
+    receiving.fetch()
+    assert receiving.equal_bytes(HostTensors(model_specs(1), SEED))
+    return report
+
+
+def source_of(line: str) -> Source:
+    return Source(worker_rank=0, **json.loads(line))
+
+
+def test_a_reader_maps_nothing_of_the_weights(driver: StandIn) -> None:
+    """Whatever it writes to what it maps, and whatever it asks for."""
+    with holder(driver, "serve", checked=True) as line, SourceClient(source_of(line), timeout_seconds=60) as client:
+        layout = client.get_layout("another")
+        chunks = -(-Layout.from_proto(layout.layout).total_bytes // layout.chunk_bytes)
+        lease = client.prepare()
+
+        def opened(operation: Any) -> mx_pb2.OpenTransferResponse:
+            return client.open_transfer(lease, layout.fingerprint, b"", (), operation, device_memory=True)
+
+        with pytest.raises(SourceRefused, match="would not be one-sided"):
+            opened(mx_pb2.OPERATION_READ)  # as older releases
+        with pytest.raises(SourceBusy, match="has no buffer for chunks"):
+            client.stage_chunk(lease, 0, 0).result()
+        answer = opened(mx_pb2.OPERATION_STAGE)
+        assert (answer.nixl_metadata, answer.agent_name, list(answer.extents)) == (b"", "", [])
+        assert opened(mx_pb2.OPERATION_STAGE).staging == answer.staging
+        memory = OpenedMemory(context_of(0), answer.staging.handle)
+        base, size_bytes = address_range(memory.address)
+        for granted, chunk, slot in ((False, 0, 0), (True, chunks, 0), (True, 0, 2)):
+            if granted:
+                client.ask(lease, ChunkRequest(all_chunks(chunks), 0, chunks), chunks).result()
+            with pytest.raises(SourceRefused, match="was not granted, or there is no such slot"):
+                client.stage_chunk(lease, chunk, slot).result()
+        for chunk in range(chunks):
+            ctypes.memset(base, 0xA5, size_bytes)
+            client.stage_chunk(lease, chunk, chunk % 2).result()
+            ctypes.memset(base, 0xA5, size_bytes)
+        with pytest.raises(SourceRefused, match="was not granted"):
+            client.stage_chunk(lease, 0, 0).result()  # once each
+        client.release(lease)
+        ctypes.memset(base, 0xA5, size_bytes)
+        memory.close()
 
 
 def test_a_fence_waits_for_the_device_before_the_agent_goes(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +340,3 @@ def test_a_fence_waits_for_the_device_before_the_agent_goes(driver: StandIn, mon
     session._agent.name = "tried"  # type: ignore[misc]
     session.fence()
     assert done == ["device", "agent", "device"]
-    pinned = PinnedBuffer(context_of(0), 16)  # host memory is nobody's to export
-    with pytest.raises(CudaError):
-        cannot_export([pinned.address])
-    pinned.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mxserver.services.fleet import EVERYBODY_SECONDS, LEASE_SECONDS, ElectionKey, StorageElections
+from mxserver.store import LEASE_SECONDS, MemoryTurns
+from mxserver.store.turns import EVERYBODY_SECONDS
+from mxserver.waiting import ElectionKey, StorageElections
 from mxserver.wire.proto import mx_pb2
 
 KEY = ElectionKey("0123456789abcdef", 0)
@@ -21,6 +23,10 @@ class TurnedClock:
         return round(self.seconds * 1000)
 
 
+def made(clock: TurnedClock) -> StorageElections:
+    return StorageElections(MemoryTurns(clock), clock.monotonic_seconds)
+
+
 @pytest.fixture
 def clock() -> TurnedClock:
     return TurnedClock()
@@ -28,7 +34,7 @@ def clock() -> TurnedClock:
 
 @pytest.fixture
 def turns(clock: TurnedClock) -> StorageElections:
-    return StorageElections(clock)
+    return made(clock)
 
 
 def take(
@@ -85,14 +91,14 @@ def test_what_cannot_be_shared_is_not_waited_for(turns: StorageElections, clock:
 
 
 def test_after_a_restart_living_readers_keep_their_turn(clock: TurnedClock) -> None:
-    before = take(StorageElections(clock), "a")
-    turns = StorageElections(clock)
+    before = take(made(clock), "a")
+    turns = made(clock)
     assert take(turns, "b", starting=True).turn == mx_pb2.STORAGE_TURN_WAIT
     after = take(turns, "a", before.epoch, starting=True)
     assert after.turn == mx_pb2.STORAGE_TURN_YOURS
     assert after.epoch >= before.epoch
     assert take(turns, "b").reader_worker_id == "a"
-    alone = StorageElections(clock)
+    alone = made(clock)
     assert take(alone, "b", starting=True).turn == mx_pb2.STORAGE_TURN_WAIT
     clock.seconds += LEASE_SECONDS
     assert take(alone, "b", starting=True).turn == mx_pb2.STORAGE_TURN_YOURS

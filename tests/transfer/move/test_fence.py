@@ -59,6 +59,20 @@ def test_an_agent_that_never_ends_is_waited_for_in_vain_but_not_for_ever(monkeyp
     real.destroy()
 
 
+def test_progress_that_never_ends_is_left_and_the_next_one_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    session = AgentSession("fence", tls="tcp,self", progress_thread=False, fence_timeout_seconds=0.05)
+    real = session._agent
+    stuck = SimpleNamespace(stop_progressing=lambda *_: None, keep_progressing=lambda _: go_on.wait(), name="fence")
+    monkeypatch.setattr(session, "_agent", stuck)
+    for _ in range(2):
+        with session.progressing():
+            pass
+    assert session._progress is None
+    go_on.set()
+    real.destroy()
+
+
 @pytest.mark.parametrize("when", ["of one of two", "of both"])
 def test_a_receive_whose_fence_fails_gives_its_memory_up(
     new_member: NewMember, monkeypatch: pytest.MonkeyPatch, when: str

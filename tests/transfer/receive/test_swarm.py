@@ -12,7 +12,7 @@ import pytest
 from mxcore.errors import HolderBusy, NixlError, NixlMissing, SourceUnreachable, TransferError
 from mxcore.transfer.layout import ChunkRequest, all_chunks, build_layout
 from mxcore.transfer.move import Source
-from mxserver.wire import ServerUnreachable
+from mxserver.wire import MethodMissing, ServerUnreachable
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.transfer.conftest import RunningServer, StartWorker, wait_for
@@ -202,12 +202,16 @@ def test_sources_that_cannot_be_listed_for_a_moment_are_waited_for(
     listed = ServerClient.list_sources
     left = iter(range(failures))
 
+    def no_stream(self: ServerClient, *args: Any) -> Any:
+        raise MethodMissing("WatchSources: an older server, so that sources are listed")
+
     def failing(self: ServerClient, *args: Any, **kwargs: Any) -> Any:
         if next(left, None) is not None:
             raise ServerUnreachable("ListSources: no answer within 3 s")
         return listed(self, *args, **kwargs)
 
     monkeypatch.setattr(ServerClient, "list_sources", failing)
+    monkeypatch.setattr(ServerClient, "watch_sources", no_stream)
     assert [source.worker_id for source in late.membership.wait_for_source()] == [served.worker_id]
     assert "come from storage" not in caplog.text
     assert caplog.text.count("the server is waited for") == 1

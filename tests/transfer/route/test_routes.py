@@ -327,36 +327,29 @@ def test_nixl_hands_our_settings_to_ucx(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "tls", "fenceable", "serving", "reading"),
+    ("transport", "tls", "fenceable", "serving", "maps"),
     [
-        ("auto", None, "^cma,knem,xpmem,cuda_ipc", "all", "cuda_ipc,cuda_copy,tcp,self"),
-        ("same-host", None, "tcp,self,cuda_copy", "tcp,cma,self,cuda_copy,cuda_ipc", "cuda_ipc,cuda_copy,tcp,self"),
-        ("tcp", None, "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
-        ("rdma", None, "^tcp,sysv,posix,cma,knem,xpmem,cuda_ipc", "^tcp,sysv,posix", None),
-        ("auto", "tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy", None),
-        (
-            "auto",
-            "tcp,cma,cuda_ipc,cuda_copy",
-            "tcp,cuda_copy",
-            "tcp,cma,cuda_ipc,cuda_copy",
-            "tcp,cma,cuda_ipc,cuda_copy",
-        ),
-        ("auto", "tcp,cuda", "tcp,cuda_copy", "tcp,cuda", "tcp,cuda"),
-        ("auto", "^tcp", "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp", "^tcp"),
-        ("auto", "^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc", None),
+        ("auto", None, "^cma,knem,xpmem,cuda_ipc", "all", True),
+        ("same-host", None, "tcp,self,cuda_copy", "tcp,cma,self,cuda_copy", True),
+        ("tcp", None, "tcp,self,cuda_copy", "tcp,self,cuda_copy", False),
+        ("rdma", None, "^tcp,sysv,posix,cma,knem,xpmem,cuda_ipc", "^tcp,sysv,posix", False),
+        ("auto", "tcp,self", "tcp,self,cuda_copy", "tcp,self,cuda_copy", False),
+        ("auto", "tcp,cma,cuda_ipc,cuda_copy", "tcp,cuda_copy", "tcp,cma,cuda_ipc,cuda_copy", True),
+        ("auto", "tcp,cuda", "tcp,cuda_copy", "tcp,cuda", True),
+        ("auto", "^tcp", "^tcp,cma,knem,xpmem,cuda_ipc", "^tcp", True),
+        ("auto", "^cuda_ipc", "^cuda_ipc,cma,knem,xpmem", "^cuda_ipc", False),
     ],
 )
 @pytest.mark.usefixtures("no_port")
-def test_device_memory_is_written_by_ways_that_can_be_fenced_and_read_where_the_settings_allow(
-    transport: str, tls: str | None, fenceable: str, serving: str, reading: str | None
+def test_device_memory_is_written_by_ways_that_can_be_fenced_or_staged_where_the_settings_allow(
+    transport: str, tls: str | None, fenceable: str, serving: str, maps: bool
 ) -> None:
     chosen = policy(transport, tls or "")
     assert chosen.device_fenceable == fenceable
     assert chosen.serving_device == serving
-    assert chosen.reads_devices == (reading is not None)
-    if reading is not None:
-        assert chosen.device_reading == reading
-        assert chosen.likely_tls(same_host=True, device_memory=True) == reading
+    assert chosen.maps_devices == maps
+    if maps:
+        assert chosen.likely_tls(same_host=True, device_memory=True) is None
     assert chosen.likely_tls(same_host=False, device_memory=True) == (
         "^tcp,sysv,posix" if transport == "rdma" else fenceable
     )
@@ -378,7 +371,7 @@ def test_device_memory_is_written_or_read_over_rdma(where: str) -> None:
 
 @pytest.mark.usefixtures("no_port")
 def test_settings_that_leave_cuda_ipc_out_are_named() -> None:
-    offer = mx_pb2.TransportOffer(device_memory=True, device_probe=mx_pb2.DeviceProbe(nonce=b"1" * 32))
+    offer = mx_pb2.TransportOffer(device_memory=True, staging_probe=mx_pb2.DeviceProbe(nonce=b"1" * 32))
     for transport, tls in (("tcp", ""), ("auto", "tcp,cuda_copy"), ("auto", "^cuda_ipc")):
         route = choose_route(policy(transport, tls), offer, device_index=0)
         assert (route.operation, "MX_TRANSPORT, UCX_TLS" in route.because) == ("write", True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.free_ports import free_port
+from bench.fleet.free_ports import free_port
 from mxcore.errors import LeaseEnded, NoChunkPort, PeerLost, TransferStalled
 from mxcore.nixl.agent import live_agents
 from mxcore.transfer.layout import ChunkRequest, all_chunks, build_layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 
 import grpc
@@ -127,3 +128,24 @@ def test_a_worker_whose_memory_changes_withdraws_and_is_not_well(
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert worker.ask(do="cpu")["process_seconds"] > 0  # the process goes on
     assert worker.ask(do="close") == {"agents": 0}
+
+
+def test_digests_that_never_end_keep_the_memory(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stuck(first: int, end: int) -> list[int]:
+        begun.set()
+        assert go_on.wait(60)
+        return []
+
+    monkeypatch.setattr(holder, "wrong_chunks", stuck)
+    monkeypatch.setattr(holder, "never_free", lambda: kept.append(holder))
+    check = SelfCheck(holder, lambda chunks: None)
+    check._longest_seconds = 0.05
+    check.start()
+    assert begun.wait(60)
+    check.stop()
+    assert kept == [holder]
+    go_on.set()
+    check.stop()

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mxserver.store import SourceRecord
 from mxserver.wire.calls import shared_levels
+from mxserver.wire.proto import p2p_pb2
 
-__all__ = ["nearest"]
+__all__ = ["nearest", "reference"]
 
 
 def nearest(
@@ -26,3 +27,19 @@ def nearest(
         return -shared_levels(record.topology, topology, levels), record.source_load or 0.0, spread
 
     return sorted(records, key=order)
+
+
+def reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
+    """What lists say of a record."""
+    return p2p_pb2.SourceInstanceRef(
+        mx_source_id=record.key.source_id,
+        worker_id=record.key.worker_id,
+        model_name=record.model_name,
+        worker_rank=record.key.worker_rank,
+        accelerator=record.accelerator,
+        updated_at=record.updated_at_ms,
+        topology=record.topology,
+        source_load=record.source_load,
+        worker_grpc_endpoint=record.endpoint,
+        owner=record.owner,
+    )

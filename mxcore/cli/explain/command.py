@@ -19,24 +19,35 @@ Exit codes: 0 some path can be taken, 1 none can, 2 usage.
 Examples:
   mx explain Qwen/Qwen3-32B
   MX_MODEL_URI=s3://models/qwen3 mx explain Qwen/Qwen3-32B
+  mx explain Qwen/Qwen3-32B -- --tensor-parallel-size 2 --dtype float16
   mx explain /models/qwen3 --json | jq '.paths[] | select(.verdict == "take")'
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("model", required=False)
+@click.argument("engine_arguments", nargs=-1, metavar="[-- ENGINE ARGUMENTS]")
 @click.option("--server", metavar="ADDRESS", help="As a worker with MODEL_EXPRESS_URL=ADDRESS.")
 @json_option
 @click.pass_context
-def explain(context: click.Context, model: str | None, server: str | None, as_json: bool) -> None:
-    """Where a worker here would take MODEL's weights from, in order, and why."""
-    from mxcore.cli.load_probes import Probe, probe
+def explain(
+    context: click.Context,
+    model: str | None,
+    engine_arguments: tuple[str, ...],
+    server: str | None,
+    as_json: bool,
+) -> None:
+    """Where a worker here would take MODEL's weights from, in order, and why.
+
+    With an engine installed it also says in what the nearest source differs from a worker with these arguments.
+    """
+    from mxcore.cli.explain.load_probes import Probe, probe
     from mxcore.load_ladder import RUNGS
     from mxcore.settings import load_settings
 
     logging.basicConfig(format="mx: %(message)s", level=logging.WARNING)
     settings = load_settings({"server_address": server} if server else {})
-    found: list[Probe] = [probe(name, model or "", settings) for name in settings.load_paths]
+    found: list[Probe] = [probe(name, model or "", settings, engine_arguments) for name in settings.load_paths]
     if as_json:
         paths = [{"rung": p.rung, "what": RUNGS[p.rung], "verdict": p.verdict, "reason": p.reason} for p in found]
         click.echo(json.dumps({"model": model, "server": settings.server_address, "paths": paths}))

@@ -1,19 +1,24 @@
-"""What each rung of the ladder would do now, without loading and without an engine (`mx explain`).
+"""What each rung of the ladder would do now, without loading (`mx explain`).
 
-An engine knows more: its identity, its rank, its own files. So `p2p` looks for any worker with the model's name.
+What a worker's weights would be called, the engine's plugin says where one is installed (`engine_identities`); then
+`p2p` knows who has just these, or in what the nearest source differs. Else it looks for any worker with the model's
+name.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mxcore.cli.explain.engine_identities import engine_identities
 from mxcore.load_ladder import reason_of
 from mxcore.settings import WorkerSettings
 from mxcore.storage.remote import missing_packages, parse_model_uri
+from mxcore.transfer.member import differs_least
+from mxserver.wire import SettingError
 
 __all__ = ["Probe", "probe"]
 
@@ -28,19 +33,21 @@ class Probe(NamedTuple):
     reason: str
 
 
-def probe(rung: str, model: str, settings: WorkerSettings) -> Probe:
-    """Probes one rung (a key of RUNGS). An error is a reason to skip; credentials never show in the reason."""
+def probe(rung: str, model: str, settings: WorkerSettings, arguments: Sequence[str] = ()) -> Probe:
+    """Probes one rung (a key of RUNGS) for an engine with these arguments.
+
+    An error is a reason to skip; credentials never show in the reason.
+    """
     if model and Path(model).is_dir():  # as for the engine: a folder is no name of the hub
         model = os.path.abspath(model)  # noqa: PTH100 - symbolic links are names as well
     try:
-        verdict, reason = _PROBES[rung](model, settings)
+        verdict, reason = _PROBES[rung](model, settings, arguments)
     except Exception as error:  # noqa: BLE001 - it is the answer
         verdict, reason = "skip", reason_of(error)
     return Probe(rung, verdict, reason)
 
 
-def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
-    from mxcore.nixl import load_library
+def _p2p(model: str, settings: WorkerSettings, arguments: Sequence[str]) -> tuple[Verdict, str]:
     from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
@@ -48,18 +55,28 @@ def _p2p(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
         return "skip", "no server is set (MODEL_EXPRESS_URL)"
     with ServerClient(settings.server_address, timeout_seconds=settings.server_timeout_seconds) as client:
         refs = client.list_sources(model_name=model or None, status=p2p_pb2.SOURCE_STATUS_READY, limit=100)
-    if not refs:
-        what = f"workers with {model}" if model else "workers"
-        return "skip", f"the server at {settings.server_address} knows no {what} that are READY"
-    load_library()  # raises NixlMissing
-    ranks = sorted({ref.worker_rank for ref in refs})
-    return (
-        "take",
-        f"{len(refs)} workers are READY (ranks {', '.join(map(str, ranks))}), if their layout is this worker's",
-    )
+        if not refs:
+            what = f"workers with {model}" if model else "workers"
+            return "skip", f"the server at {settings.server_address} knows no {what} that are READY"
+        ranks = sorted({ref.worker_rank for ref in refs})
+        there = f"{len(refs)} workers are READY (ranks {', '.join(map(str, ranks))})"
+        if not model:
+            return "take", f"{there}, if their layout is this worker's"
+        try:
+            identities = engine_identities(model, arguments)
+        except SettingError as error:
+            return "take", f"{there}, if their layout is this worker's, which is not known: {error}"
+        if not identities:
+            return "take", f"{there}, if their layout is this worker's (no engine is installed here to tell)"
+        for identity in identities:
+            if same := client.list_sources(identity, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=ranks[0]):
+                kind = identity.extra_parameters["layout"]
+                return "take", f"{len(same)} workers of rank {ranks[0]} have just these weights ({kind}); {there}"
+        nearest = [text for each in identities if (text := differs_least(client, each, ranks[0]))]
+    return "skip", f"{there}, and none has just these weights: {min(nearest, key=len, default='they have left')}"
 
 
-def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+def _fleet(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verdict, str]:
     from mxserver.wire.calls import ServerClient
     from mxserver.wire.proto import p2p_pb2
 
@@ -72,7 +89,7 @@ def _fleet(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     return "wait", "nobody loads now: of workers that start together one reads storage, and the others wait for it"
 
 
-def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+def _uri(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verdict, str]:
     from mxcore.storage.remote import LocalFolder, ObjectFolder, ObjectOptions, RemoteFolder, open_remote
 
     if not settings.model_uri:
@@ -90,7 +107,7 @@ def _uri(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     )
 
 
-def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+def _cache(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verdict, str]:
     from mxcore.storage.remote import has_weights, same_files_here
     from mxserver.wire import ModelNotFound
     from mxserver.wire.files import ModelClient
@@ -119,7 +136,7 @@ def _cache(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     return ("take" if shared else "skip"), reason
 
 
-def _engine(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
+def _engine(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verdict, str]:
     if importlib.util.find_spec("vllm") is None:
         return "skip", "vLLM is not installed here"
     if model and Path(model).is_absolute() and not Path(model).is_dir():
@@ -127,7 +144,7 @@ def _engine(model: str, settings: WorkerSettings) -> tuple[Verdict, str]:
     return "take", f"vLLM's default loader, files read by MX_STORAGE_READER={settings.storage_reader}"
 
 
-_PROBES: dict[str, Callable[[str, WorkerSettings], tuple[Verdict, str]]] = {
+_PROBES: dict[str, Callable[[str, WorkerSettings, Sequence[str]], tuple[Verdict, str]]] = {
     "p2p": _p2p,
     "fleet": _fleet,
     "uri": _uri,
