@@ -42,7 +42,7 @@ def process(model: nn.Module, staged: Staged, model_config: ModelConfig, device:
             method.process_weights_after_loading(layer)
             if hasattr(layer, "update_param_tp_status"):
                 layer.update_param_tp_status()
-        written = staged.commit(layer)
+        written = staged.commit(layer, makes_more=_is_attention(layer))  # MLA's W_UV and W_UK_T, below
         if holds and isinstance(method, QuantizeMethodBase):
             held.append(written)
         if _is_attention(layer):

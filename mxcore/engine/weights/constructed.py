@@ -193,23 +193,25 @@ class Staged:
         )
         self._constructed.built.put_back(found, set(registered), {})
 
-    def commit(self, module: nn.Module) -> list[torch.Tensor]:
+    def commit(self, module: nn.Module, *, makes_more: bool = False) -> list[torch.Tensor]:
         """Writes a module's new values into the tensors that it ran with, and puts those in their place.
 
-        Returns the tensors that the values came from. Raises LayoutMismatch where they came out in another form.
+        With `makes_more` the module makes some of its tensors of others afterwards, by itself. Returns the tensors that
+        the values came from. Raises LayoutMismatch where they came out in another form.
         """
         live = self._by_module[id(module)]
         state = vars(module)
         new_parameters, new_buffers = state["_parameters"], state["_buffers"]
         transient = live["_non_persistent_buffers_set"]
-        _write(module, live["_parameters"], new_parameters)
+        _write(module, live["_parameters"], new_parameters, makes_more=makes_more)
         values = self._as_built[id(module)]
         kept = {
             name
             for name, value in values.items()
             if name in transient and name in new_buffers and _same(new_buffers[name], value)
         }  # what only the constructor has valued: tables, and what the engine writes while it runs
-        _write(module, {n: b for n, b in live["_buffers"].items() if n not in kept}, new_buffers)
+        buffers = {name: buffer for name, buffer in live["_buffers"].items() if name not in kept}
+        _write(module, buffers, new_buffers, makes_more=makes_more)
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             state[name] = live[name]
         return [tensor for tensor in (*new_parameters.values(), *new_buffers.values()) if tensor is not None]
@@ -265,12 +267,15 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _write(module: nn.Module, live: dict[str, Any], new: Mapping[str, torch.Tensor | None]) -> None:
+def _write(
+    module: nn.Module, live: dict[str, Any], new: Mapping[str, torch.Tensor | None], *, makes_more: bool
+) -> None:
     where = type(module).__name__
     names = {name for name, tensor in live.items() if tensor is not None}
-    if missing := sorted(names - {name for name, tensor in new.items() if tensor is not None}):
+    there = {name for name, tensor in new.items() if tensor is not None}
+    if (missing := sorted(names - there)) and not makes_more:
         raise LayoutMismatch(f"{where} has {missing[:_NAMED]} and would not have it with the new weights")
-    for name in names:
+    for name in names & there:
         _copy(f"{where}.{name}", live[name], new[name])
 
 
