@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import click
 
-from mxcore.errors import EngineUnreachable
 from mxserver.wire import (
     FileRefused,
     ModelDownloadError,
@@ -32,7 +31,6 @@ EXIT_INTERRUPTED = 130  # as shells say it of SIGINT: 128 and the signal's numbe
 _EXIT_CODES: dict[type[MxError], int] = {
     SettingError: EXIT_USAGE,
     ServerUnreachable: EXIT_UNREACHABLE,
-    EngineUnreachable: EXIT_UNREACHABLE,
     ModelNotFound: EXIT_NOT_FOUND,
     ModelDownloadError: EXIT_FAILED,
     ServerRefused: EXIT_REFUSED,

@@ -18,7 +18,7 @@ from mxcore.engine.model_files import find_checkpoint
 from mxcore.engine.protocol import Files, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
 from mxcore.engine.weights import Built, Constructed, MarkUninitialised, Weights
-from mxcore.errors import MemoryDamaged, SignatureError
+from mxcore.errors import LayoutUnsupported, MemoryDamaged, SignatureError
 from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
 from mxcore.storage.remote import LocalFolder
@@ -141,6 +141,17 @@ class BuiltModel(NamedTuple):
     constructed: Constructed | None
 
 
+def _constructed(context: LoadContext, model: nn.Module) -> list[Constructed]:
+    """How the model was built; empty where it cannot be said, so that it cannot be updated, and nothing else."""
+    found: list[Constructed] = []
+    with context.fallbacks.attempt("noting how the model was built, for updates"):
+        try:
+            found.append(Constructed(model, context.engine.device, context.engine.configuration))
+        except LayoutUnsupported as error:
+            _log.info("this model takes no other version's weights while it runs: %s", error)
+    return found
+
+
 def built(context: LoadContext, fill: Fill, *, with_placeholder: bool = False) -> BuiltModel:
     """`Engine.build`, with the seconds of its steps. Raises what that raises. A placeholder is no weights.
 
@@ -154,8 +165,7 @@ def built(context: LoadContext, fill: Fill, *, with_placeholder: bool = False) -
     def timed(model: nn.Module) -> None:
         constructing.close()
         if context.keeps_constructed:
-            with context.fallbacks.attempt("noting how the model was built, for updates"):
-                noted[:] = [Constructed(model, context.engine.device, context.engine.configuration)]
+            noted.extend(_constructed(context, model))
         times.append(time.monotonic())
         fill(model)
         if noted and not with_placeholder:

@@ -1,1 +1,0 @@
-"""`mx rollout`: another version of a model for running engines, some at a time."""
