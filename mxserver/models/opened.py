@@ -160,5 +160,8 @@ class OpenCache:
             except OSError as error:
                 self._show_state(False)
                 _LOG.error("the cache folder does not work reason=%s", error)
+            except Exception:  # noqa: BLE001 - nobody expected it; without this thread, no limit would hold any more
+                self._show_state(False)
+                _LOG.exception("the cache cannot be kept within its limits")
             if cache.stopping.wait(self.settings.lease_seconds):
                 return

@@ -83,7 +83,8 @@ def application(
         text = request.query_params.get("workers", str(DEFAULT_WORKERS))
         if not (text.isascii() and text.isdigit() and len(text) < 9):
             return PlainTextResponse(f"workers={text!r} must be a whole number, 0 to {MOST_WORKERS}\n", 400)
-        return JSONResponse(view.as_json(min(int(text), MOST_WORKERS)))
+        of = request.query_params.getlist("of")
+        return JSONResponse(view.as_json(min(int(text), MOST_WORKERS), frozenset(of) if of else None))
 
     guarded = {"/": _asset(*PAGE), "/status": status}
     routes = [Route("/livez", probe(not_alive)), Route("/readyz", probe(not_ready)), Route("/metrics", metrics)]

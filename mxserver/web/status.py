@@ -5,10 +5,11 @@ Nothing in it is secret: no tokens, no store address with its password, no memor
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,11 @@ class StatusView:
         models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
         return Observation(ready, sources, len(models), self._loads.running_count(), cache, not_shared)
 
-    def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS) -> Json:
-        """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work."""
+    def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS, of: Collection[str] | None = None) -> Json:
+        """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work.
+
+        All fleets are counted. Workers are listed of the sources in `of`, or of all.
+        """
         look = self._current_look()
         reason = self._not_ready()
         now_ms = self._clock.unix_ms()
@@ -106,7 +110,7 @@ class StatusView:
                 **{state: states.get(state, 0) for state in STATES.values()},
                 "loads_running": len(running),
             },
-            "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet),
+            "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet, of),
             "refusals": [_refusal(count) for count in refusals[:SHOWN_REFUSALS]],
             "not_shared": self._refusals.not_shared() if self._refusals else [],
             "loads": [_running(load, model_of.get(load.key, "")) for load in running[:SHOWN_LOADS]],
@@ -134,19 +138,25 @@ class StatusView:
         return _Look(time.monotonic(), records, "")
 
 
-def _fleets(records: Iterable[SourceRecord], now_ms: int, workers_per_fleet: int) -> list[Json]:
+def _fleets(
+    records: Iterable[SourceRecord], now_ms: int, workers_per_fleet: int, of: Collection[str] | None
+) -> list[Json]:
     """One entry for each source id, by model name; loading workers come first."""
     by_source: dict[str, list[SourceRecord]] = defaultdict(list)
     for record in records:
         by_source[record.key.source_id].append(record)
-    fleets = [_fleet(source, members, now_ms, workers_per_fleet) for source, members in by_source.items()]
+    fleets = [
+        _fleet(source, members, now_ms, workers_per_fleet if of is None or source in of else 0)
+        for source, members in by_source.items()
+    ]
     return sorted(fleets, key=lambda fleet: (fleet["model_name"].lower(), fleet["source_id"]))
 
 
 def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per_fleet: int) -> Json:
     identity = p2p_pb2.SourceIdentity.FromString(members[0].identity)
     states = Counter(STATES[member.status] for member in members if member.status in STATES)
-    members = sorted(
+    listed = heapq.nsmallest(
+        workers_per_fleet,
         members,
         key=lambda m: (_STATE_ORDER.get(STATES.get(m.status, ""), 9), m.key.worker_rank, m.key.worker_id),
     )
@@ -162,7 +172,7 @@ def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per
         "layout": identity.extra_parameters.get("layout", ""),
         **{state: states.get(state, 0) for state in STATES.values()},
         "workers_total": len(members),
-        "workers": [_worker(member, now_ms) for member in members[:workers_per_fleet]],
+        "workers": [_worker(member, now_ms) for member in listed],
     }
 
 

@@ -162,7 +162,7 @@ def test_judge_that_does_not_answer_lets_nobody_in() -> None:
 
 def test_every_role_may_look() -> None:
     class View:
-        def as_json(self, workers: int) -> dict[str, int]:
+        def as_json(self, workers: int, of: object) -> dict[str, int]:
             return {"workers": workers}
 
     for role in Role:

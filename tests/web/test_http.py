@@ -141,6 +141,19 @@ def test_status_tells_fleets_by_state(web: WebServer, client: ServerClient) -> N
     assert status["server"]["store"] == "sqlite"
 
 
+def test_workers_are_listed_of_the_fleets_that_one_asks_for(web: WebServer, client: ServerClient) -> None:
+    """The finding M10: of a thousand fleets, the workers of all were megabytes each second for each open page."""
+    sources = [publish(client, f"w{n}", of=identity(f"m/{n}")).mx_source_id for n in range(3)]
+
+    def listed(query: str) -> dict[str, int]:
+        return {fleet["source_id"]: len(fleet["workers"]) for fleet in web.status(query)["fleets"]}
+
+    assert listed("?of=") == dict.fromkeys(sources, 0)
+    assert listed(f"?of={sources[1]}&of=nobody") == {sources[0]: 0, sources[1]: 1, sources[2]: 0}
+    assert listed("") == dict.fromkeys(sources, 1)
+    assert [fleet["workers_total"] for fleet in web.status("?of=")["fleets"]] == [1, 1, 1]
+
+
 def test_status_keeps_what_is_secret(web: WebServer, client: ServerClient) -> None:
     """Agent metadata is what another process needs to reach a worker's memory."""
     publish(client, "w0")

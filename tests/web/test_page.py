@@ -97,9 +97,26 @@ def test_closed_fleet_stays_closed_while_others_come(web: WebServer, client: Ser
     browser.wait_until(lambda: "m/second" in browser.text("#fleets"), "the fleet")
     browser.run("document.querySelector('#fleets summary').click()")  # few workers are open from the start
     publish(client, "two", of=identity("m/first"))
-    browser.wait_until(lambda: "m/first" in browser.text("#fleets"), "the other fleet")
+    browser.wait_until(lambda: "two · rank 0" in browser.text("#fleets"), "the other fleet and its worker")
     assert re.search(r"m/first.*two · rank 0.*m/second", browser.text("#fleets"), re.DOTALL)
     assert "one · rank 0" not in browser.text("#fleets")
+
+
+def test_many_fleets_are_closed_and_one_that_is_opened_is_asked_for(
+    web: WebServer, client: ServerClient, browser: Browser
+) -> None:
+    for n in range(21):
+        publish(client, f"worker-{n}", of=identity(f"m/{n:02}"))
+    browser.open(web.url)
+    browser.wait_until(lambda: browser.run("return document.querySelectorAll('#fleets > li').length") == 21, "fleets")
+    assert "1 ready" in browser.text("#fleets")
+    shown = "return document.querySelectorAll('#fleets tbody tr').length"
+    last = "document.querySelector('#fleets > li:last-child"
+    assert browser.run(shown) == 0
+    browser.run(f"{last} summary').click()")
+    browser.wait_until(lambda: "worker-20" in browser.text("#fleets"), "the worker of the fleet that was opened")
+    assert browser.run(shown) == 1
+    assert browser.console() == []
 
 
 def test_text_of_workers_is_never_markup(web: WebServer, client: ServerClient, browser: Browser) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 from mxserver.store.batch import take_waiting
-from mxserver.store.errors import StoreUnavailable
+from mxserver.store.errors import StoreEnded, StoreUnavailable
 
 Update: TypeAlias = tuple[str | bytes, ...]
 Run: TypeAlias = Callable[[Sequence[Update]], Sequence[Any]]
@@ -58,6 +58,11 @@ class Updates:
         except TimeoutError:
             kept = "nothing of it is kept" if answer.cancel() else "whether it is kept will show: ask again"
             raise StoreUnavailable(f"Redis did not answer within {ANSWER_SECONDS:g} s; {kept}") from None
+
+    def require_working(self) -> None:
+        """Raises StoreEnded where the thread has ended that writes updates."""
+        if self._thread is not None and not self._closed and not self._thread.is_alive():
+            raise StoreEnded("the thread that writes updates to Redis has ended; restart mxserver")
 
     def close(self) -> None:
         """Finishes what waits. Idempotent."""

@@ -260,6 +260,7 @@ class RedisStore(SourceStore):
                 return stale, gone
 
     def check(self) -> None:
+        self._updates.require_working()
         self._run(scripts.CHECK)
 
     def close(self) -> None:

@@ -8,6 +8,9 @@ const IDLE_MS = 3000;
 const LATE_MS = 10000;
 const SILENT_SECONDS = 15;
 const OPEN_WORKERS = 8;
+const OPEN_FLEETS = 20; // more are closed at first
+const ASKED_FLEETS = 100; // of those that are open
+const ASKED_WORKERS = 50;
 const PATHS = {
   peer_same_host: "same host", peer_tcp: "peer, TCP", peer_rdma: "peer, RDMA", storage: "storage",
   object_store: "object store", server: "server", unknown: "unknown",
@@ -150,7 +153,9 @@ function drawParts(line, parts) {
 function drawFleets(fleets, port) {
   setText(byId("own-address"), `${location.hostname}:${port}`);
   byId("no-fleets").hidden = fleets === null || fleets.length > 0;
-  keepList(byId("fleets"), fleets || [], (fleet) => fleet.source_id, createFleet, updateFleet);
+  const few = fleets !== null && fleets.length <= OPEN_FLEETS;
+  keepList(byId("fleets"), fleets || [], (fleet) => fleet.source_id, createFleet,
+    (card, fleet) => updateFleet(card, fleet, few));
 }
 
 function createFleet() {
@@ -160,15 +165,17 @@ function createFleet() {
     return cell;
   }));
   const table = make("table", "", make("thead", "", head), make("tbody", ""));
+  const details = make("details", "", make("summary", ""), make("div", "scroll", table), make("p", "soft more"));
+  details.addEventListener("toggle", () => { if (details.open) refresh(); });
   return make("li", "",
     make("div", "head", make("span", "name"), make("span", "id soft right")), make("div", "tags"), make("div", "share"),
-    make("details", "", make("summary", ""), make("div", "scroll", table), make("p", "soft more")));
+    details);
 }
 
-function updateFleet(card, fleet) {
+function updateFleet(card, fleet, few) {
   if (!card.dataset.seen) {
     card.dataset.seen = "yes";
-    card.querySelector("details").open = fleet.workers_total <= OPEN_WORKERS;
+    card.querySelector("details").open = few && fleet.workers_total <= OPEN_WORKERS;
   }
   setText(card.querySelector(".name"), fleet.model_name);
   setText(card.querySelector(".id"), fleet.source_id);
@@ -269,6 +276,13 @@ function drawLost(reason) {
   showAlarm(`The server does not answer (${reason}). What is below is old; trying again.`);
 }
 
+// Workers of the fleets that are open alone: of a thousand fleets they would be megabytes each second.
+function question() {
+  const open = Array.from(byId("fleets").children).filter((card) => card.querySelector("details").open);
+  const of = open.slice(0, ASKED_FLEETS).map((card) => ["of", card.dataset.key]);
+  return `${STATUS}?${new URLSearchParams([["workers", ASKED_WORKERS], ...(of.length ? of : [["of", ""]])])}`;
+}
+
 let timer = 0;
 let asking = false;
 
@@ -278,7 +292,7 @@ async function refresh() {
   clearTimeout(timer);
   let pause = IDLE_MS;
   try {
-    const answer = await fetch(STATUS, { cache: "no-store", signal: AbortSignal.timeout(LATE_MS) });
+    const answer = await fetch(question(), { cache: "no-store", signal: AbortSignal.timeout(LATE_MS) });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     const status = await answer.json();
     draw(status);

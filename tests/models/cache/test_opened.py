@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,24 @@ def test_keeper_that_loses_its_lease_says_nothing(
     assert met.wait(60)
     opened.close()
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_keeper_outlives_what_nobody_expected_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    fails = iter([True])
+
+    def sweep(_: ModelCache) -> None:
+        if next(fails, False):
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(ModelCache, "sweep", sweep)
+    opened = OpenCache(CacheSettings(tmp_path, lease_seconds=0.1), shown.put)
+    opened.open()
+    assert [shown.get(timeout=60) for _ in range(2)] == [False, True]
+    opened.close()
+    assert "cannot be kept within its limits" in caplog.text
 
 
 def test_folder_that_hangs_does_not_hold_up_the_end(

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from mxserver.store import Leases, Query, SourceStore, StoreUnavailable, UnknownRecord
-from mxserver.store.errors import StoreUnusable
+from mxserver.store.errors import StoreEnded, StoreUnusable
 from mxserver.store.redis import RedisStore, large_values, redis_link
 from mxserver.store.redis import store as store_module
 from mxserver.store.redis.large_values import PART_BYTES
@@ -385,6 +385,19 @@ def test_updates_that_wait_together_are_one_write(
     assert outcomes == {**dict.fromkeys(epochs, "kept"), "w3": "StaleEpoch", "nobody": "UnknownRecord"}
     assert scripts_run <= 8
     assert {r.key.worker_id for r in store.find(Query(status=READY))} == set(epochs) - {"w3"}
+
+
+def test_a_thread_of_updates_that_has_ended_ends_the_server(
+    open_store: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would notice: heartbeats would wait for it, and readiness would stay green."""
+    store = open_store()
+    store.check()
+    store._updates._waiting.put(None)  # what ends it
+    assert store._updates._thread is not None
+    store._updates._thread.join()
+    with pytest.raises(StoreEnded, match="restart mxserver"):
+        store.check()
 
 
 def test_more_updates_than_fit_together_are_all_answered(open_store: Callable[..., RedisStore]) -> None:
