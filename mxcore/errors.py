@@ -35,6 +35,7 @@
     │   └── CuFileMissing     MX_CUFILE_MISSING       no usable libcufile on this machine
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
     ├── NoSource              MX_NO_SOURCE            a worker that may only receive found no source
+    ├── UpdateFailed          MX_UPDATE_FAILED        a running engine did not take another version's weights
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -278,6 +279,12 @@ class NoSource(MxError):
     """A worker that may only receive (mx-target) got no weights; the message says for how long it waited and why."""
 
     code = "MX_NO_SOURCE"
+
+
+class UpdateFailed(MxError):
+    """A running engine did not take another version's weights; the message says which it has now."""
+
+    code = "MX_UPDATE_FAILED"
 
 
 class TransferError(MxError):
