@@ -9,6 +9,7 @@ import resource
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods 
 
 EXIT_CODE_MUST_END = 70  # EX_SOFTWARE of sysexits.h
 
+SWITCH_SECONDS = 0.001  # between threads that compute: a heartbeat waits so long for each of them, a few times
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
 
@@ -402,6 +404,7 @@ def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
     raise_file_limit()
     give_large_parts_back()
+    sys.setswitchinterval(SWITCH_SECONDS)
     signals = Signals()
     try:
         server = Server(settings, signals.listen)  # a call that it answers is one that a signal lets end
