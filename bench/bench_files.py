@@ -34,6 +34,7 @@ from mxserver.wire.proto import model_pb2
 
 MIB = 1024 * 1024
 STREAMS = (1, 4)
+SMALL_ROUNDS = 3  # at most, of many small files: seconds each
 SMALL_BYTES = 2000
 
 
@@ -134,6 +135,43 @@ def resent_after_cut(client: ModelClient, name: str, folder: Path, total_bytes: 
             passed.append(proxy.answered_bytes)
         shutil.rmtree(folder / f"cut-{cut}")
     return chunks, max(0.0, (passed[1] - passed[0]) / MIB)
+
+
+def many_files(address: str, name: str, count: int, scratch: Path) -> dict[str, float]:
+    """The ways that have no bare limit, once each: files a second over gRPC, by the remote reader, from the hub."""
+    from mxcore.storage.remote import ServerFolder, pull_small_files
+    from tests.models.hub_stand_in import hub_stand_in
+
+    figures = {}
+
+    def rate(what: str, run: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        run()
+        figures[f"small_{what}_a_second"] = count / (time.perf_counter() - started)
+        if sum(path.suffix == ".json" for path in (scratch / what).rglob("*")) != count:
+            raise click.ClickException(f"{what}: files are missing")
+        shutil.rmtree(scratch / what)
+
+    with ModelClient(address, files_port=0) as client:
+        rate("by_grpc", lambda: client.fetch(name, scratch / "by_grpc"))
+    with ModelClient(address) as client:
+        folder = ServerFolder(client, name, client.list_files(name))
+        rate("by_remote_reader", lambda: pull_small_files(folder, scratch / "by_remote_reader"))
+        folder.close()
+    with hub_stand_in() as hub:
+        hub.add("bench/small", {f"{number // 1000}/{number}.json": b"%d" % number for number in range(count)})
+        environ = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        with (
+            running_server(scratch / "from_hub", scratch, environ=environ) as (port, _),
+            ModelClient(f"127.0.0.1:{port}") as client,
+        ):
+            started = time.perf_counter()
+            client.ensure("bench/small")
+            figures["small_from_hub_a_second"] = count / (time.perf_counter() - started)
+            if len(client.list_files("bench/small").files) != count:
+                raise click.ClickException("from the hub: files are missing")
+    shutil.rmtree(scratch / "from_hub")
+    return figures
 
 
 class Bench:
@@ -246,7 +284,8 @@ def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]
         for _ in range(rounds):
             for streams in STREAMS:
                 taken[streams].append(bench.round(streams))
-            small.append(bench.small_round())
+            if len(small) < SMALL_ROUNDS:
+                small.append(bench.small_round())
         for streams, runs in taken.items():
             figures |= of_streams(streams, runs, total_bytes)
         for name in ("vs_sendfile", "tls_vs_ssl_pair"):
@@ -257,6 +296,7 @@ def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]
             bare.cpu_seconds / ours.cpu_seconds for bare, ours, _ in small
         )
         figures["small_to_folder_a_second"] = statistics.median(small_files / seconds for _, _, seconds in small)
+        figures |= many_files(bench.small.client.address, bench.small.name, small_files, bench.scratch)
         chunks, in_flight = resent_after_cut(
             bench.ours["http"].client, bench.ours["http"].name, bench.scratch, total_bytes
         )

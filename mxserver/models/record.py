@@ -12,6 +12,7 @@ from mxserver.wire import MxError, path_problem, unique_beside
 from mxserver.wire.proto import model_pb2
 
 VERSION = 1
+LONGEST_PLACE_BYTES = 3072  # a name as long as any, below the folders of its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ def record_from_json(text: str) -> ModelRecord:
             int(fields["created_ms"]),
             None if listed is None else tuple(map(str, listed)),
         )
-        problems = [problem for file in files for name in (file.path, file.place) if (problem := path_problem(name))]
+        problems = [problem for file in files if (problem := path_problem(file.path))]
+        problems += [problem for file in files if (problem := path_problem(file.place, LONGEST_PLACE_BYTES))]
         if (problem := path_problem(record.key.revision)) or "/" in record.key.revision:
             problems.append(f"revision {record.key.revision[:100]!r} is refused: {problem or 'it has a slash'}")
         problems += [f"size {file.size!r}" for file in files if type(file.size) is not int or file.size < 0]
@@ -96,11 +98,10 @@ def write_in_one_step(path: Path, text: str, scratch: Path) -> None:
     """
     beside = unique_beside(scratch / path.name)
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.write(handle, text.encode())
+    with os.fdopen(handle, "wb") as opened:
+        opened.write(text.encode())
+        opened.flush()
         os.fsync(handle)
-    finally:
-        os.close(handle)
     beside.replace(path)
     sync_folder(path.parent)
 

@@ -19,7 +19,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 
 
-def path_problem(name: str) -> str | None:
+def path_problem(name: str, longest_bytes: int = MAX_PATH_BYTES) -> str | None:
     """Why `name` cannot be a path below a folder, with `/` between its parts; None if it can.
 
     Refused: empty names and parts, `.` and `..`, absolute paths, drives, backslashes, colons, control characters,
@@ -31,8 +31,8 @@ def path_problem(name: str) -> str | None:
         return "it is not valid Unicode"
     if not name:
         return "it is empty"
-    if len(encoded) > MAX_PATH_BYTES:
-        return f"it is longer than {MAX_PATH_BYTES} bytes"
+    if len(encoded) > longest_bytes:
+        return f"it is longer than {longest_bytes} bytes"
     if any(ord(char) < 32 or ord(char) == 127 for char in name):
         return "it has control characters"
     if "\\" in name:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mxserver.models.cache.eviction import Candidate, Limits, Room, evictable_bytes, eviction_order
 from mxserver.models.cache.lease import Lease, LeaseFolder, SharedLocks
-from mxserver.models.cache.record_index import RecordIndex, read_record
+from mxserver.models.cache.record_index import RecordIndex
 from mxserver.models.cache.removal import remove_empty_folders_below, remove_file_below, remove_link_below
 from mxserver.models.cache_layout import CacheLayout, model_id
 from mxserver.models.errors import CacheFull, CacheUnusable, ModelInUse, ModelNotCached
@@ -71,7 +71,7 @@ class ModelCache:
         return record
 
     def record(self, key: ModelKey) -> ModelRecord | None:
-        return read_record(self.layout.record(key), key)
+        return self._index.record(key, self.layout.record(key))
 
     def records(self) -> list[ModelRecord]:
         """All models, in no order."""

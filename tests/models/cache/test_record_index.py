@@ -26,15 +26,21 @@ def cache(tmp_path: Path) -> Iterator[ModelCache]:
     opened.close()
 
 
-def test_records_are_read_once_and_again_when_they_change(cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    read_record = record_index.read_record
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that were parsed."""
+    texts: list[str] = []
+    real = record_index.record_from_json
 
-    def counted(path: Path) -> ModelRecord | None:
-        read.append(path.name)
-        return read_record(path)
+    def counted(text: str) -> ModelRecord:
+        texts.append(text)
+        return real(text)
 
-    monkeypatch.setattr(record_index, "read_record", counted)
+    monkeypatch.setattr(record_index, "record_from_json", counted)
+    return texts
+
+
+def test_records_are_parsed_once_and_again_when_they_change(cache: ModelCache, parsed: list[str]) -> None:
     for n in range(20):
         cache.layout.record(record(n).key).write_text(record(n).to_json())
     for _ in range(5):
@@ -42,11 +48,31 @@ def test_records_are_read_once_and_again_when_they_change(cache: ModelCache, mon
         assert len(cache.records()) == 20
         assert cache.enforce_limits() == 0
         assert len(cache._candidates()) == 20
-    assert len(read) == 20
+    assert len(parsed) == 20
     cache.publish_record(record(3, 200), cache.layout.staging)
     cache.layout.record(record(4).key).unlink()
     assert cache.room().used_bytes == 18 * 300 + 600
-    assert len(read) == 21
+    assert len(parsed) == 21
+
+
+def test_a_use_costs_no_parsing(cache: ModelCache, parsed: list[str]) -> None:
+    """Else a call for each of 10,000 files would parse 10,000 names."""
+    one = record(1)
+    cache.layout.record(one.key).write_text(one.to_json())
+    for _ in range(10):
+        with cache.reading(one.key.model, one.key.revision) as found:
+            assert found == one
+    assert len(parsed) == 1
+    cache.publish_record(record(1, 200), cache.layout.staging)
+    with cache.reading(one.key.model, one.key.revision) as found:
+        assert found == record(1, 200)
+    assert cache.room().used_bytes == 600
+
+
+def test_record_of_another_model_is_none(cache: ModelCache) -> None:
+    cache.layout.record(record(1).key).write_text(record(2).to_json())
+    assert cache.record(record(1).key) is None
+    assert cache.record(record(3).key) is None
 
 
 def test_damaged_record_is_told_once(cache: ModelCache, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,11 +20,11 @@ from mxserver.wire import ServerRefused
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import ModelClient
 from mxserver.wire.files.pieces import FilesPlace
-from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, digest_of, files_below
+from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, digest_of, digests_of, files_below
+from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy
 from tests.security.authority import Authority
 from tests.security.conftest import access_file
-from tests.server.conftest import ServerProcess
 
 LARGE = "model-00001-of-00002.safetensors"
 SLOWER = "come over gRPC, which is slower"
@@ -234,33 +234,45 @@ def test_clients_need_a_certificate_where_calls_do(start_server: StartServer, tm
     stranger.close()
 
 
-def test_long_names_and_few_handles(start_server: StartServer, tmp_path: Path) -> None:
-    """More names than one frame of HTTP/2 holds, more files than the client may open."""
-    source = tmp_path / "sources" / "many"
-    names = {f"{'n' * 200}/{'m' * 200}/{number:03}{'x' * 200}.json" for number in range(100)}
-    for name in names:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(name[-220:])
-    process: ServerProcess = start_server("--file-sources", str(source.parent))
-    code = """
+FETCHED = """
 import sys, pathlib
+from mxcore.storage.remote import ServerFolder, pull_small_files
 from mxserver.wire.files import ModelClient
-address, name, to, port = sys.argv[1:]
-with ModelClient(address, files_port=int(port) if port else None) as client:
-    client.ensure(name)
-    print(client.fetch(name, pathlib.Path(to)).files)
+address, name, to, count = sys.argv[1:]
+for way, port in (("http", None), ("grpc", 0)):
+    with ModelClient(address, files_port=port) as client:
+        client.ensure(name)
+        assert client.fetch(name, pathlib.Path(to, way)).files == int(count)
+        folder = ServerFolder(client, name, client.list_files(name))
+        assert pull_small_files(folder, pathlib.Path(to, way + "-reader")) == int(count)
+        folder.close()
+        client.delete(name)
 """
-    for port in ("", "0"):
-        to = tmp_path / f"to{port}"
-        done = subprocess.run(
-            [sys.executable, "-c", code, process.address, f"file://{source}", str(to), port],
-            capture_output=True,
-            text=True,
-            check=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96)),
-        )
-        assert done.stdout.strip() == "100"
-        assert set(files_below(to)) == names
+
+
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_long_names_and_few_handles(source: str, start_server: StartServer, hub: HubStandIn, tmp_path: Path) -> None:
+    """Names of 1,000 bytes, more than one message has room for; more files than the client may open."""
+    files = {
+        f"{'n' * 249}/{'m' * 249}/{'o' * 249}/{number:03}{'x' * 242}.json": b"%d" % number for number in range(100)
+    }
+    assert {len(name) for name in files} == {1000}
+    if source == "hub":
+        hub.add("org/many", files)
+        name = "org/many"
+    else:
+        (tmp_path / "sources" / Path(next(iter(files))).parent).mkdir(parents=True)
+        for file, data in files.items():
+            (tmp_path / "sources" / file).write_bytes(data)
+        name = f"file://{tmp_path / 'sources'}"
+    process = start_server("--file-sources", str(tmp_path / "sources"))
+    subprocess.run(
+        [sys.executable, "-c", FETCHED, process.address, name, str(tmp_path / "to"), str(len(files))],
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96)),
+    )
+    for way in ("http", "grpc", "http-reader", "grpc-reader"):
+        assert files_below(tmp_path / "to" / way) == digests_of(files)
 
 
 def test_file_that_was_cut_on_the_server(start_server: StartServer, cache_folder: Path, tmp_path: Path) -> None:
