@@ -120,6 +120,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._refuses = False  # new calls, heartbeats among them: from then on nobody's lease may run out here
         self._stalled = StalledStreams()
         self._answers = AnswersUnderWay(settings.limits)
         self._tls = settings.tls
@@ -259,6 +260,7 @@ class Server:
     def drain(self) -> threading.Event:
         """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
+        self._refuses = True
         self._draining.drain()
         self._watches.drain()
         self._cache.stop_downloads()
@@ -300,7 +302,7 @@ class Server:
 
     def _tick(self) -> None:
         """Sweeps the store, unless heartbeats cannot be heard at the moment."""
-        if not self._operations.readiness.hears:
+        if self._refuses or not self._operations.readiness.hears:
             return
         with contextlib.suppress(StoreUnavailable):  # readiness tells of it
             expired, deleted = self._store.sweep()
