@@ -35,6 +35,7 @@
     │   └── CuFileMissing     MX_CUFILE_MISSING       no usable libcufile on this machine
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
     ├── NoSource              MX_NO_SOURCE            a worker that may only receive found no source
+    ├── UpdateFailed          MX_UPDATE_FAILED        a running engine did not take another version's weights
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
         │   ├── NixlMissing   MX_NIXL_MISSING         no usable NIXL on this machine
@@ -280,6 +281,12 @@ class NoSource(MxError):
     code = "MX_NO_SOURCE"
 
 
+class UpdateFailed(MxError):
+    """A running engine did not take another version's weights; the message says which it has now."""
+
+    code = "MX_UPDATE_FAILED"
+
+
 class TransferError(MxError):
     """A transfer between workers failed; nothing of it may be used unless a later step verified it."""
 
@@ -368,6 +375,8 @@ class SourceBusy(SourceRefused):
     """The holder has as many readers as it takes; it may have room later."""
 
     code = "MX_SOURCE_BUSY"
+    again_seconds: float = 0.0
+    """When the holder wants to be asked again; 0: it did not say."""
 
 
 class ReceivedInPart(Protocol):

@@ -77,14 +77,14 @@ def register_loader(name: str, loader: type[BaseModelLoader]) -> None:
             "in Python, LLM(load_format=vllm_plugin.loader.MxModelLoader) is the same as mx"
         )
     taken = loader_of(name)
-    if taken is not None and name == "modelexpress" and taken.__module__.startswith("vllm.") and not _has_theirs():
+    if taken is not None and name == "modelexpress" and taken.__module__.startswith("vllm.") and not has_theirs():
         del model_loader._LOAD_FORMAT_TO_MODEL_LOADER[name]  # else vLLM warns that it is overwritten
         taken = None
     if taken is None:
         model_loader.register_model_loader(name)(loader)
 
 
-def _has_theirs() -> bool:
+def has_theirs() -> bool:
     """Whether NVIDIA's package can be imported; a folder that happens to have its name is no package."""
     found = importlib.util.find_spec("modelexpress")
     return found is not None and found.origin is not None
@@ -352,11 +352,12 @@ def engine_of(vllm_config: VllmConfig | None) -> str:
 
 
 FIRST_MOVE = "its first rearrangement of experts, --enable-eplb"
+_TRANSFERS = ("start_weight_update", "update_weights", "finish_weight_update")
+"""By weight transfer engines: ours ends offers itself, when the first byte is written."""
+
 _CHANGES = (
     "reload_weights",
-    "start_weight_update",
-    "update_weights",
-    "finish_weight_update",
+    *_TRANSFERS,
     "reset_weights",
     "discard",
     "checkpoint_prepare",
@@ -420,6 +421,8 @@ def _wrap(
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in _TRANSFERS and getattr(getattr(self, "weight_transfer_engine", None), "ends_offers", False):
+            return method(self, *args, **kwargs)
         engine = engine_of(getattr(self, "vllm_config", None))
         tell(before, engine, *args, **kwargs)
         result = method(self, *args, **kwargs)

@@ -22,7 +22,17 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
 
 from mxcore.agreement import Gather
-from mxcore.engine import EngineWatch, Fill, Kind, Role, Source, find_checkpoint, gather_over_gloo, load
+from mxcore.engine import (
+    EngineWatch,
+    Fill,
+    Kind,
+    Role,
+    Source,
+    find_checkpoint,
+    forget,
+    gather_over_gloo,
+    load_running,
+)
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
@@ -72,7 +82,9 @@ def load_model(
     engine, role = VllmEngine(load_config, vllm_config, model_config, prefix), role_of(load_config.load_format)
     if engine.part and role is MX_TARGET and engine.has_files:
         role = _DRAFT_WITH_FILES
-    return load(engine, role)
+    model = load_running(engine, role)
+    engine.watch(EngineWatch())
+    return model
 
 
 class VllmEngine:
@@ -202,7 +214,15 @@ class VllmEngine:
         return compat.may_lose_memory(self._vllm_config, self._model_config)
 
     def watch(self, watch: EngineWatch) -> None:
-        compat.watch_worker(self._vllm_config, watch)
+        compat.watch_worker(self._vllm_config, _Watch())
+
+
+class _Watch(EngineWatch):
+    """What this process' models are is forgotten when their engine ends."""
+
+    def ending(self, engine: str) -> None:
+        forget(engine)
+        super().ending(engine)
 
 
 class _Filled(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-checked

@@ -8,11 +8,12 @@ from __future__ import annotations
 from mxcore.engine.context import Role
 from mxcore.engine.lazy_tensors import lazy_weights
 from mxcore.engine.loading import load
-from mxcore.engine.model_files import CheckpointFiles, find_checkpoint, model_name
+from mxcore.engine.model_files import CheckpointFiles, UriPlace, find_checkpoint, model_name
 from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
 from mxcore.engine.serving import EngineWatch, leave
 from mxcore.engine.siblings import gather_over_gloo
-from mxcore.engine.weights import Kind, Weights
+from mxcore.engine.update import Replacement, Running, forget, load_running, running_of, update
+from mxcore.engine.weights import Kind, Staged, Weights
 
 __all__ = [
     "CheckpointFiles",
@@ -21,14 +22,22 @@ __all__ = [
     "Files",
     "Fill",
     "Kind",
+    "Replacement",
     "Role",
+    "Running",
     "Source",
+    "Staged",
     "Streamed",
+    "UriPlace",
     "Weights",
     "find_checkpoint",
+    "forget",
     "gather_over_gloo",
     "lazy_weights",
     "leave",
     "load",
+    "load_running",
     "model_name",
+    "running_of",
+    "update",
 ]

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from mxcore.agreement import Agreement
 from mxcore.engine.model_files import UriPlace
-from mxcore.engine.protocol import Engine
+from mxcore.engine.protocol import Engine, Fill
 from mxcore.engine.report import Fallbacks
-from mxcore.engine.weights import Kind
+from mxcore.engine.weights import Constructed, Kind
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
 from mxcore.storage.signed import SignedManifest
@@ -46,7 +48,9 @@ class LoadContext:
     Without a membership `alone` says why. `cannot_receive` is why no worker can help, whoever it is. With
     `any_checkpoint` there are no weight files here that could tell checkpoints apart. `uri_digest` is that of the
     checkpoint at `uri`, if it was found. `signed` is what has to be verified before anything is used. `agreement` is
-    with the engine's other processes. `refusals` takes what is not shared (`refused`).
+    with the engine's other processes. `refusals` takes what is not shared (`refused`). `check` is called with a model
+    that is filled, before the processes agree that they go on, and may raise. With `keeps_constructed` it is noted how
+    the model was built, for an update; `constructed` is that of a model which runs already.
     """
 
     engine: Engine
@@ -65,6 +69,9 @@ class LoadContext:
     signed: SignedManifest | None = None
     agreement: Agreement = field(default_factory=Agreement)
     refusals: list[Refusal] = field(default_factory=list)
+    check: Fill = lambda model: None
+    keeps_constructed: bool = False
+    constructed: Constructed | None = None
 
     @property
     def kind(self) -> Kind:
@@ -74,6 +81,10 @@ class LoadContext:
         if self.settings.layout != "auto":
             return self.settings.layout
         return "processed" if self.engine.processed_weights_move else "raw"
+
+    def device_of(self, kind: Kind) -> torch.device:
+        """Where weights of a kind are. Those that are to replace a model's are staged in host memory."""
+        return self.engine.device if self.constructed is None or kind == "processed" else torch.device("cpu")
 
     @property
     def kept_kinds(self) -> tuple[Kind, ...]:

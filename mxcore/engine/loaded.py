@@ -17,8 +17,8 @@ from mxcore.engine.context import LoadContext
 from mxcore.engine.model_files import find_checkpoint
 from mxcore.engine.protocol import Files, Fill, Source, Streamed
 from mxcore.engine.report import LoadedPart, StepSeconds, StoredPath
-from mxcore.engine.weights import Built, MarkUninitialised, Weights
-from mxcore.errors import MemoryDamaged, SignatureError
+from mxcore.engine.weights import Built, Constructed, MarkUninitialised, Weights
+from mxcore.errors import LayoutUnsupported, MemoryDamaged, SignatureError
 from mxcore.storage.load import ReadRecord
 from mxcore.storage.plan import Progress
 from mxcore.storage.remote import LocalFolder
@@ -26,7 +26,7 @@ from mxcore.storage.signed import VerifiedFiles
 from mxcore.transfer.member import Refusal
 from mxcore.transfer.receive import LoadPath
 
-__all__ = ["Keeping", "Loaded", "Stored", "built", "load_stored", "verified_of"]
+__all__ = ["BuiltModel", "Keeping", "Loaded", "Stored", "built", "load_stored", "verified_of"]
 
 _log = logging.getLogger(__name__)
 _COMPARE_THREADS = 4
@@ -37,13 +37,14 @@ class Loaded:
     """A model that is ready to run, what of it can be offered, and what the report says of it.
 
     `checkpoint` is the digest of what was loaded; None: of the engine's own files. `received_from`: the bytes that
-    each worker gave, by its id; empty for a model from storage.
+    each worker gave, by its id; empty for a model from storage. `constructed`: how it was built, where that was noted.
     """
 
     model: nn.Module
     kept: tuple[Weights, ...]
     checkpoint: str | None
     part: LoadedPart
+    constructed: Constructed | None = None
     received_from: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -68,7 +69,7 @@ class Keeping:
         found: list[Built] = []
         with self._context.offering("looking at the model before it is filled"):
             engine = self._context.engine
-            found.append(Built(model, engine.device, engine.configuration))
+            found.append(Built(model, self._context.device_of("raw"), engine.configuration))
         return found[0] if found else None
 
     def filled(self, model: nn.Module, built: Built | None, given: Weights | None = None) -> None:
@@ -80,9 +81,11 @@ class Keeping:
             elif kind == "raw" and given is not None:
                 context.fallbacks.append("keeping raw weights: this worker received processed ones")
             elif built is not None:
-                weights = Weights(kind, context.engine.device)
+                weights = Weights(kind, context.device_of(kind))
                 with context.offering(f"collecting {kind} weights"):
                     weights.loaded(model, built)
+                    if kind == "processed" and context.constructed is not None:
+                        weights.runs(model, context.constructed.built)
                     self._kept.append(weights)
 
     @property
@@ -130,19 +133,44 @@ class Keeping:
         return tuple(complete)
 
 
-def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
-    """`Engine.build`, with the seconds of its steps. Raises what that raises.
+class BuiltModel(NamedTuple):
+    """A model, the seconds of its steps, and how it was built, where that was to be noted and could be."""
+
+    model: nn.Module
+    steps: StepSeconds
+    constructed: Constructed | None
+
+
+def _constructed(context: LoadContext, model: nn.Module) -> list[Constructed]:
+    """How the model was built; empty where it cannot be said, so that it cannot be updated, and nothing else."""
+    found: list[Constructed] = []
+    with context.fallbacks.attempt("noting how the model was built, for updates"):
+        try:
+            found.append(Constructed(model, context.engine.device, context.engine.configuration))
+        except LayoutUnsupported as error:
+            _log.info("this model takes no other version's weights while it runs: %s", error)
+    return found
+
+
+def built(context: LoadContext, fill: Fill, *, with_placeholder: bool = False) -> BuiltModel:
+    """`Engine.build`, with the seconds of its steps. Raises what that raises. A placeholder is no weights.
 
     Processing, which may have collectives, begins when every process of the engine has filled its model; SiblingFailed
     where one could not.
     """
     times = [time.monotonic()]
     constructing = ExitStack()
+    noted: list[Constructed] = []
 
     def timed(model: nn.Module) -> None:
         constructing.close()
+        if context.keeps_constructed:
+            noted.extend(_constructed(context, model))
         times.append(time.monotonic())
         fill(model)
+        if noted and not with_placeholder:
+            noted[0].filled(model)
+        context.check(model)
         times.append(time.monotonic())
         if trouble := context.agreement.agree():
             raise SiblingFailed(trouble)
@@ -152,9 +180,10 @@ def built(context: LoadContext, fill: Fill) -> tuple[nn.Module, StepSeconds]:
         model = context.engine.build(timed)
     times.append(time.monotonic())
     names = ("build", "fill", "process")
-    return model, StepSeconds(
+    steps = StepSeconds(
         (name, round(ended - began, 6)) for name, began, ended in zip(names, times, times[1:], strict=False)
     )
+    return BuiltModel(model, steps, noted[0] if noted else None)
 
 
 def verified_of(context: LoadContext, folder: Path | None) -> VerifiedFiles | None:
@@ -213,7 +242,7 @@ def load_stored(
             if record is not None:
                 keeping.compare(record)
 
-        model, steps = built(context, fill)
+        model, steps, constructed = built(context, fill)
     if not reading_alone:
         seconds = time.monotonic() - started
     with steps.step("keep"):
@@ -225,7 +254,7 @@ def load_stored(
     part = LoadedPart(path=path, layout=context.kind, bytes=size_bytes, seconds=round(seconds, 6), steps=steps)
     if kept and kept[0].layout is not None:
         part = replace(part, tensors=len(kept[0].found.tensors), bytes=kept[0].layout.total_bytes)
-    return Loaded(model, kept, checkpoint, part)
+    return Loaded(model, kept, checkpoint, part, constructed)
 
 
 def _seen_again(context: LoadContext, before: str | None, look: Callable[[], str | None]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,13 +22,13 @@ from mxcore.engine.context import LoadContext, Role
 from mxcore.engine.departure import Record
 from mxcore.engine.loaded import Loaded
 from mxcore.engine.model_files import UriPlace
-from mxcore.engine.protocol import Engine
+from mxcore.engine.protocol import Engine, Fill
 from mxcore.engine.report import Fallbacks, LoadReport, StepSeconds
 from mxcore.engine.rungs import Wait, rungs_of, wait_for_ranks
 from mxcore.engine.signed_model import signed_manifest
-from mxcore.engine.weights import Weights
+from mxcore.engine.weights import Constructed, Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
-from mxcore.load_ladder import Ladder
+from mxcore.load_ladder import Ladder, Rung
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.signed import SignedManifest
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, Refusal
@@ -35,7 +36,7 @@ from mxcore.transfer.route import choose_nic, pin_nic
 from mxcore.transfer.serve import Origin
 from mxserver.wire import MxError, SettingError
 
-__all__ = ["load"]
+__all__ = ["load", "load_reported"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +47,32 @@ def load(engine: Engine, role: Role) -> nn.Module:
     Raises what the engine's own loader raises, and LoadPathsExhausted where that is left out; NoSource for a role that
     only pulls.
     """
+    return load_reported(engine, role)[0].model
+
+
+def load_reported(
+    engine: Engine,
+    role: Role,
+    *,
+    rungs: Callable[[LoadContext], list[Rung[Loaded]]] = rungs_of,
+    check: Fill = lambda model: None,
+    keeps_constructed: bool = False,
+    constructed: Constructed | None = None,
+) -> tuple[Loaded, LoadReport]:
+    """As `load`, by other rungs. `check` and what is known of how the model was built are LoadContext's."""
     started = time.monotonic()
     restore = engine.building_state()
     fallbacks, steps = Fallbacks(), StepSeconds()
-    context = LoadContext(engine, role, load_settings({}, {}), fallbacks, ExitStack())
+    context = LoadContext(
+        engine,
+        role,
+        load_settings({}, {}),
+        fallbacks,
+        ExitStack(),
+        check=check,
+        keeps_constructed=keeps_constructed,
+        constructed=constructed,
+    )
     context = replace(context, agreement=_agreement(context))
     context.at_end.callback(context.agreement.close)
     with steps.step("join"):  # after a failure there is what was found before it
@@ -60,7 +83,7 @@ def load(engine: Engine, role: Role) -> nn.Module:
             context = _with_membership(context)
     context.agreement.stall_seconds = max(LEAST_STALL_SECONDS, context.settings.stall_timeout_seconds)
     ladder = Ladder(
-        rungs_of(context),
+        rungs(context),
         restore=restore,
         failed=lambda step: fallbacks.append(str(step)),
         agreement=context.agreement,
@@ -93,12 +116,13 @@ def load(engine: Engine, role: Role) -> nn.Module:
         paths=[step.as_json() for step in ladder.steps],
         fallbacks=fallbacks,
         refusals=context.refusal_counts(),
+        checkpoint=loaded.checkpoint or "",
     )
     _log.info("%s", report.line())
     if context.report_path:
         with fallbacks.attempt("writing the report"):
             report.write(context.report_path)
-    return loaded.model
+    return loaded, report
 
 
 def _agreement(context: LoadContext) -> Agreement:
@@ -241,7 +265,7 @@ def _offer(context: LoadContext, joined: Membership, loaded: Loaded, weights: We
     context.engine.watch(serving.EngineWatch())
     address = context.settings.server_address or ""
     record = Record(address, membership.source_id, membership.worker_id, membership.worker_rank)
-    serving.stay(offer, record, context.engine.instance)
+    serving.stay(offer, record, context.engine.instance, context.engine.part)
     told = {"layout": weights.kind, "source_id": membership.source_id, "worker_id": membership.worker_id}
     return told | ({"until": until} if (until := context.engine.offers_until()) else {})
 

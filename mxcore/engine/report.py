@@ -84,8 +84,9 @@ class LoadReport(LoadedPart):
     `part_of_engine` is "draft" for a draft, whose report is written beside the model's, as `<report_path>.draft`.
     `paths` is what became of each rung of the ladder (mxcore.load_ladder.Step), `offers` what is served, the first of
     it under `source_id` and `worker_id`, `steps` the seconds of the load's parts (join, fill, keep, offer; build and
-    process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order. `refusals`
-    counts weights that are not shared, by side ("offer", "receive") and reason (load.proto).
+    process are the engine's), `fallbacks` one line for everything that did not go as wanted, in order, `checkpoint` the
+    digest of what was loaded, where that is known. `refusals` counts weights that are not shared, by side ("offer",
+    "receive") and reason (load.proto).
     """
 
     model: str
@@ -98,6 +99,7 @@ class LoadReport(LoadedPart):
     load_seconds: float = 0.0
     paths: Sequence[Mapping[str, Any]] = ()
     fallbacks: Sequence[str] = ()
+    checkpoint: str = ""
     refusals: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

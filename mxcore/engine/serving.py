@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from multiprocessing import util
-from typing import TypeAlias
+from typing import NamedTuple
 
 from mxcore.engine.departure import Departure, Record
 from mxcore.engine.weights import Weights, synchronize
@@ -84,13 +84,19 @@ class Offer:
         self._paused = self._weights = None
 
 
-_Entry: TypeAlias = tuple[Offer, Departure | None, str]  # the last one names the engine whose weights these are
+class _Entry(NamedTuple):
+    """An offer; whose weights it has: of which engine, and of which of its models."""
+
+    offer: Offer
+    departure: Departure | None
+    engine: str
+    part: str
 
 
-def stay(offer: Offer, record: Record, engine: str = "") -> None:
+def stay(offer: Offer, record: Record, engine: str = "", part: str = "") -> None:
     """Keeps an offer until its engine or this process ends, and sees to its goodbye however that comes.
 
-    `engine` is what `EngineWatch` is told. Thread-safe.
+    `engine` is what `EngineWatch` is told, `part` which of its models it is. Thread-safe.
     """
     try:
         departure = Departure(record)
@@ -102,12 +108,13 @@ def stay(offer: Offer, record: Record, engine: str = "") -> None:
             _offers.clear()
             _owner[:] = [os.getpid()]
             util.Finalize(None, leave, args=("the process ends",), exitpriority=100)
-        _offers.append((offer, departure, engine))
+        _offers.append(_Entry(offer, departure, engine, part))
 
 
-def leave(reason: str, engine: str = "") -> int:
-    """Ends the offers of an engine, or all of this process; how many. Idempotent, thread-safe, never raises."""
-    leaving = _of(engine)
+def leave(reason: str, engine: str = "", part: str | None = None) -> int:
+    """Ends the offers of an engine, of one of its models, or all of this process; how many. Idempotent, thread-safe,
+    never raises."""
+    leaving = _of(engine) if part is None else [entry for entry in _of("") if entry[2:] == (engine, part)]
     for entry in leaving:
         _log.info("no longer serving: %s", reason)
         _end(entry)
@@ -122,8 +129,8 @@ class EngineWatch:
         if level > 1:
             leave("the engine sleeps and drops its weights", engine)
             return
-        for offer, _departure, _engine in _of(engine):
-            drained = offer.pause()
+        for entry in _of(engine):
+            drained = entry.offer.pause()
             _log.info("not serving while the engine sleeps%s", "" if drained else "; readers were cut off")
 
     def awake(self, engine: str, tags: Sequence[str] | None) -> None:
@@ -132,7 +139,7 @@ class EngineWatch:
             return
         for entry in _of(engine):
             try:
-                is_same = entry[0].resume()
+                is_same = entry.offer.resume()
             except MxError as error:
                 _log.warning("serving again after sleep failed: %s", error)
                 is_same = False
@@ -164,7 +171,7 @@ def _of(engine: str) -> list[_Entry]:
     """What an engine offers; of one that is not known, everything: rather too little is served than what is gone."""
     with _lock:
         present = list(_offers) if os.getpid() in _owner else []
-    return [entry for entry in present if entry[2] == engine != ""] or present
+    return [entry for entry in present if entry.engine == engine != ""] or present
 
 
 def _end(entry: _Entry) -> None:
@@ -172,7 +179,6 @@ def _end(entry: _Entry) -> None:
         if entry not in _offers:
             return
         _offers.remove(entry)
-    offer, departure, _engine = entry
-    offer.close()
-    if departure is not None:
-        departure.revoke()
+    entry.offer.close()
+    if entry.departure is not None:
+        entry.departure.revoke()

@@ -133,7 +133,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_WORKER_HOST", "worker", "the host that this worker advertises to others"),
     Variable("MX_WORKER_GRPC_PORT", "worker", "port of the worker's gRPC service, plus the device's index"),
     Variable("MX_HEARTBEAT_INTERVAL_SECS", "worker", "time between two heartbeats"),
-    Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer than this is abandoned"),
+    Variable("MX_TRANSFER_TIMEOUT", "worker", "a transfer that takes longer and comes at less than 1 MB/s ends"),
     Variable("MX_STALL_TIMEOUT_SECS", "worker", "a transfer without progress for this long has failed"),
     Variable(
         "MX_ON_BAD_MEMORY",

@@ -60,8 +60,8 @@ def main(command: dict[str, Any]) -> None:
     if command.get("silent") == rank:
         serving.leave("it is told to")
     if command.get("bad") == rank:
-        ((offer, _departure, _engine),) = serving._offers
-        for tensor in offer._weights.found.kept.values() if offer._weights else ():
+        (entry,) = serving._offers
+        for tensor in entry.offer._weights.found.kept.values() if entry.offer._weights else ():
             with torch.no_grad():
                 tensor.view(-1)[:1].add_(1)
     sys.stdout.write(json.dumps(said) + "\n")

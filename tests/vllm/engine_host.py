@@ -47,14 +47,8 @@ def load(command: dict[str, Any]) -> dict[str, Any]:
     with steps_of_the_default_loader() as steps:
         llm = vllm.LLM(model=command["model"], load_format=command["load_format"], **options)
     try:
-        if command["ask"] is not None:
-            answers = llm.collective_rpc(command["ask"])
-        elif options.get("convert") == "classify":
-            answers = [llm.classify([prompt], use_tqdm=False)[0].outputs.probs for prompt in PROMPTS]
-        elif options.get("runner") == "pooling":
-            answers = [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
-        else:
-            answers = [_complete(llm, prompt) for prompt in PROMPTS]
+        command_state["options"] = options
+        given = answers_of(llm) if command["ask"] is None else llm.collective_rpc(command["ask"])
         if command["requests"]:
             sampling = vllm.SamplingParams(temperature=0, max_tokens=2)
             llm.generate([f"{PROMPTS[0]} {index}" for index in range(command["requests"])], sampling, use_tqdm=False)
@@ -64,7 +58,17 @@ def load(command: dict[str, Any]) -> dict[str, Any]:
         if not command["keep"]:
             with kept_serving():
                 end({})
-    return {"answers": answers, "steps": steps}
+    return {"answers": given, "steps": steps}
+
+
+def answers_of(llm: Any) -> list[Any]:
+    """To the prompts, by what the engine is for."""
+    options = command_state["options"]
+    if options.get("convert") == "classify":
+        return [llm.classify([prompt], use_tqdm=False)[0].outputs.probs for prompt in PROMPTS]
+    if options.get("runner") == "pooling":
+        return [llm.embed([prompt], use_tqdm=False)[0].outputs.embedding for prompt in PROMPTS]
+    return [_complete(llm, prompt) for prompt in PROMPTS]
 
 
 @contextlib.contextmanager
@@ -127,6 +131,36 @@ def reload(command: dict[str, Any]) -> dict[str, Any]:
     """The kept engine loads its weights anew, in place."""
     command_state["engine"].collective_rpc("reload_weights")
     return {}
+
+
+def update(command: dict[str, Any]) -> dict[str, Any]:
+    """The kept engine takes other weights, by the weight transfer engine; `error` is what was raised, if anything."""
+    llm = command_state["engine"]
+    error = ""
+    try:
+        llm.collective_rpc("start_draft_weight_update" if command.get("draft") else "start_weight_update")
+        llm.collective_rpc("update_weights", kwargs={"update_info": command["info"]})
+        llm.collective_rpc("finish_weight_update")
+    except Exception as failure:  # noqa: BLE001 - the test looks at it
+        traceback.print_exc()
+        error = f"{type(failure).__name__}: {failure}"
+    llm.reset_prefix_cache()
+    return {"error": error, "states": llm.collective_rpc("mx_update_state")}
+
+
+def answers(command: dict[str, Any]) -> dict[str, Any]:
+    """What the kept engine answers now, as `load` has it, and the digests of its workers' parameters and buffers."""
+    llm = command_state["engine"]
+    return {"answers": answers_of(llm), "digests": llm.collective_rpc(digests_of)}
+
+
+def digests_of(worker: Any) -> dict[str, str]:
+    """Of each parameter and buffer that has bytes."""
+    from mxcore.engine.weights.evidence import digest
+
+    model = worker.model_runner.get_model()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: f"{digest(tensor):x}" for name, tensor in named.items() if tensor.numel()}
 
 
 @contextlib.contextmanager
@@ -345,6 +379,8 @@ COMMANDS = {
         setenv,
         end,
         sleep,
+        update,
+        answers,
         wake_up,
         reload,
         plain_linear,

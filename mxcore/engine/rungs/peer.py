@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
-from mxcore.engine.loaded import Keeping, Loaded, built
+from mxcore.engine.loaded import BuiltModel, Keeping, Loaded, built
 from mxcore.engine.protocol import Fill
-from mxcore.engine.report import LoadedPart, StepSeconds
+from mxcore.engine.report import LoadedPart
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Built, Fit, Kind, Weights
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
@@ -112,8 +112,8 @@ class PeerRung(Rung[Loaded]):
 
     def _loaded(self) -> Loaded:
         context, is_raw = self._context, self._kind == "raw"
-        weights, keeping = Weights(self._kind, context.engine.device), Keeping(context)
-        attempt = self._attempt = _Attempt(weights)
+        weights, keeping = Weights(self._kind, context.device_of(self._kind)), Keeping(context)
+        attempt = self._begin(weights)
 
         def fill(model: nn.Module) -> None:
             before = Built(model, weights.device, context.engine.configuration, copies=True)
@@ -123,7 +123,7 @@ class PeerRung(Rung[Loaded]):
             weights.loaded(model, before, partial(self._receive, attempt, model) if is_raw else None)
             keeping.filled(model, before, weights)
 
-        model, steps = self._built(attempt, fill)
+        model, steps, constructed = self._built(attempt, fill, with_placeholder=not is_raw)
         with steps.step("fill"):
             if not is_raw:
                 weights.processed(model, partial(self._receive, attempt, None))
@@ -134,7 +134,16 @@ class PeerRung(Rung[Loaded]):
             context.fallbacks.append(f"{self.name}: weights came in clear, for UCX has no TLS (docs/threat-model.md)")
         with steps.step("keep"):
             kept = keeping.processed(model)
-        part = LoadedPart(
+        attempt.others_may_do = True  # if it comes to nothing, a sibling is why
+        part = self._part(attempt, received, steps)
+        return Loaded(model, kept, attempt.checkpoint, part, constructed, received.bytes_from)
+
+    def _begin(self, weights: Weights) -> _Attempt:
+        self._attempt = _Attempt(weights)
+        return self._attempt
+
+    def _part(self, attempt: _Attempt, received: ReceiveReport, steps: Mapping[str, float]) -> LoadedPart:
+        return LoadedPart(
             path="p2p",
             layout=self._kind,
             tensors=received.tensors,
@@ -147,16 +156,14 @@ class PeerRung(Rung[Loaded]):
             transport=received.transport,
             steps=steps,
         )
-        attempt.others_may_do = True  # if it comes to nothing, a sibling is why
-        return Loaded(model, kept, attempt.checkpoint, part, received.bytes_from)
 
     def done(self) -> None:
         """The copies of what building computed are freed."""
         self._attempt = None
 
-    def _built(self, attempt: _Attempt, fill: Fill) -> tuple[nn.Module, StepSeconds]:
+    def _built(self, attempt: _Attempt, fill: Fill, *, with_placeholder: bool) -> BuiltModel:
         try:
-            return built(self._context, fill)
+            return built(self._context, fill, with_placeholder=with_placeholder)
         except SiblingFailed:
             attempt.others_may_do = True
             raise
@@ -187,6 +194,7 @@ class PeerRung(Rung[Loaded]):
         has_files = unprocessed is not None and _files_are_the_same(context)
         try:
             manifest, placement = self._fitting(membership, fit)
+            self._before_receiving()
             try:
                 return membership.receive(
                     manifest.layout,
@@ -208,6 +216,9 @@ class PeerRung(Rung[Loaded]):
             self._tried.failed.update(source.worker_id for source in self._sources)
             attempt.others_may_do = True
             raise
+
+    def _before_receiving(self) -> None:
+        """When a holder's weights fit, before the first byte of them arrives. May raise."""
 
     def undo(self) -> None:
         """Nothing more is relayed; what building computed is back."""

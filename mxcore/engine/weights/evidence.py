@@ -39,7 +39,8 @@ _WORDS = (torch.int64, torch.uint64)
 class Built:
     """A model as its constructor left it, by name. Holds no tensor of the model; with `copies`, copies of some.
 
-    `copies` is for a model whose weights arrive from elsewhere: `put_back` undoes what was made of placeholders.
+    `copies` is for a model whose weights arrive from elsewhere: `put_back` undoes what was made of placeholders. With
+    `keeps_copies` it can do so again and again.
     `configuration` is what `collect` leaves out.
     """
 
@@ -50,8 +51,10 @@ class Built:
         configuration: Sequence[object] = (),
         *,
         copies: bool = False,
+        keeps_copies: bool = False,
     ) -> None:
         self._device = device
+        self._keeps_copies = keeps_copies
         self._configuration = configuration
         found = self.look(model)
         self._forms = {tensor.name: _form(tensor) for tensor in found.tensors}
@@ -127,7 +130,8 @@ class Built:
                     tensor.copy_(value)
         changed = _changed(found.scalars, self._numbers).keys() & self._numbers.keys()
         found.set_scalars({name: self._numbers[name] for name in changed - numbers.keys()})
-        self._copies.clear()
+        if not self._keeps_copies:
+            self._copies.clear()
 
     def _valued(self, found: Collected) -> list[str]:
         """Tensors that the constructor gave values, apart from parameters and what shares their memory."""

@@ -71,6 +71,11 @@ class Weights:
         elif self.layout is not None and self.placement is not None:
             self.digests = memory_digests(self.layout, self.placement)
 
+    def runs(self, model: nn.Module, built: Built) -> None:
+        """In place of `loaded`, for processed weights of a model that ran before: `built` is from when it was built."""
+        self._built = built
+        self._flags = built.flags(built.look(model))
+
     def processed(self, model: nn.Module, receive: Receive | None = None) -> None:
         """After processing. Processed: these are the weights. Raw: they must still be what they were."""
         built = self._built

@@ -19,11 +19,12 @@ from mxcore.transfer.move.nixl_read import NixlReadMover
 from mxcore.transfer.move.nixl_write import NixlWriteMover
 from mxcore.transfer.move.same_host import SameHostMover, threads_of
 from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.move.source_client import PendingCall, Source, SourceClient
+from mxcore.transfer.move.source_client import AGAIN_METADATA, PendingCall, Source, SourceClient
 from mxcore.transfer.move.staged import StagedMover
 from mxcore.transfer.move.tcp import TcpMover
 
 __all__ = [
+    "AGAIN_METADATA",
     "FENCE_SECONDS",
     "GREETING",
     "TOKEN_BYTES",

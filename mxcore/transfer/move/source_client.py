@@ -16,10 +16,14 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import Closing, open_channel
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
-__all__ = ["PendingCall", "Source", "SourceClient"]
+__all__ = ["AGAIN_METADATA", "PendingCall", "Source", "SourceClient"]
 
 Response = TypeVar("Response")
 
+AGAIN_METADATA = "mx-again-ms"
+"""Trailing metadata of a holder that is full: after how many milliseconds it wants to be asked again."""
+
+_LONGEST_AGAIN_MS = 60_000  # whatever a holder says
 _RELEASE_SECONDS = 1.0
 _CANCELLED_RELEASE_SECONDS = 0.3  # the holder may be gone
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
@@ -179,8 +183,13 @@ class SourceClient(Closing):
         if call.code() in _NO_ANSWER:
             return SourceUnreachable(text)
         # NOT_FOUND: the lease has ended, perhaps for another reader; there may be a place again.
-        again = call.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND)
-        return SourceBusy(text) if again else SourceRefused(text)
+        if call.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND):
+            return SourceRefused(text)
+        busy = SourceBusy(text)
+        told = dict(call.trailing_metadata() or ()).get(AGAIN_METADATA)
+        with suppress(TypeError, ValueError):
+            busy.again_seconds = min(max(int(told or 0), 0), _LONGEST_AGAIN_MS) / 1000
+        return busy
 
     def close(self) -> None:
         """Closes the channel; idempotent."""

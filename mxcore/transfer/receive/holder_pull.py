@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 
 from mxcore.cuda import context_of
 from mxcore.errors import (
-    DigestMismatch,
     FenceFailed,
     NixlError,
     NoChunkPort,
@@ -49,6 +46,7 @@ from mxcore.transfer.move import (
     StagedMover,
     TcpMover,
 )
+from mxcore.transfer.receive.chunk_verifier import ChunkVerifier
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
 from mxcore.transfer.route import Route, UcxPolicy, choose_route
 from mxserver.wire import SettingError
@@ -59,7 +57,6 @@ __all__ = ["END_SECONDS", "HolderPull"]
 
 logger = logging.getLogger(__name__)
 
-_VERIFY_THREADS = 1
 _NEWS_WAIT_SECONDS = 0.25
 END_SECONDS = 1.5 * FENCE_SECONDS  # the fence, and what comes before it
 _NOTHING = ChunkRequest(0, 0, 0)
@@ -87,9 +84,14 @@ class HolderPull:
     """
 
     def __init__(
-        self, received: ReceivedChunks, source: Source, settings: WorkerSettings, sessions: SessionAhead
+        self,
+        received: ReceivedChunks,
+        source: Source,
+        settings: WorkerSettings,
+        sessions: SessionAhead,
+        client: SourceClient | None = None,
     ) -> None:
-        """`sessions` are those of the receiver, with its memory registered."""
+        """`sessions` are those of the receiver, with its memory registered; `client` is the `kept_client` of before."""
         self.source = source
         self.failure: TransferError | None = None
         self.route: Route | None = None
@@ -101,7 +103,8 @@ class HolderPull:
         self._settings = settings
         self._sessions = sessions
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
-        self._client = SourceClient(
+        self.kept_client: SourceClient | None = None  # after the end, where the holder was full: to ask it again
+        self._client = client or SourceClient(
             source,  # a call times out before the stall time-out does
             timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
         )
@@ -113,6 +116,7 @@ class HolderPull:
         self._given_up: TransferError | None = None
         self._anything_came = False
         self._mover: Mover | None = None
+        self._lease_id = ""
         self._thread = threading.Thread(target=self._run, name=f"mx-pull-{source.worker_id[:8]}", daemon=True)
 
     @property
@@ -144,8 +148,15 @@ class HolderPull:
 
     def _run(self) -> None:
         try:
-            with self._client:
-                self._receive()
+            with ExitStack() as closing_it:
+                closing_it.enter_context(self._client)
+                try:
+                    self._receive()
+                except SourceBusy:
+                    if not self._stopped.is_set():
+                        closing_it.pop_all()
+                        self.kept_client = self._client
+                    raise
         except TransferError as error:
             if isinstance(error, FenceFailed):
                 self.failure = error
@@ -160,6 +171,20 @@ class HolderPull:
                 self._received.changed.notify_all()
 
     def _receive(self) -> None:
+        """Takes a lease first: a holder that is full says no more than that."""
+        self._lease_id = self._client.prepare()
+        try:
+            self._receive_what_it_has()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        lease_id, self._lease_id = self._lease_id, ""
+        with suppress(TransferError):  # the lease ends by itself
+            if lease_id:
+                self._client.release(lease_id)
+
+    def _receive_what_it_has(self) -> None:
         answer = self._client.get_layout(self._received.layout.fingerprint)
         self._received.admit(self.source.worker_id, answer, owner=self.source.owner)
         self.heard = True
@@ -228,21 +253,18 @@ class HolderPull:
         return over_rdma and not self._anything_came and self._given_up is None
 
     def _under_lease(self, route: Route, offer: mx_pb2.TransportOffer) -> None:
-        lease_id = self._client.prepare()
+        lease_id = self._lease_id = self._lease_id or self._client.prepare()
         try:
             self._transfer(lease_id, route, offer)
         finally:
-            try:
-                self._client.release(lease_id)
-            except TransferError as error:  # the lease ends by itself
-                logger.debug("%s", error)
+            self._release()
 
     def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
         self._received.join(name, self.source.distance)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
-        verifying = _Verifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
+        verifying = ChunkVerifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
@@ -270,7 +292,7 @@ class HolderPull:
                 self.clean = self.clean and fenced and ended_well
                 self._received.drop(name)
 
-    def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: _Verifier) -> None:
+    def _fetch(self, lease_id: str, lease: LeaseKeeper | None, mover: Mover, verifying: ChunkVerifier) -> None:
         """Asks, fetches and verifies; takes what arrives while it waits for an answer.
 
         Without a `lease`, what is fetched renews it.
@@ -449,51 +471,3 @@ def _tell_in_clear(transport: str) -> None:
         "for the fleet alone (docs/threat-model.md)",
         transport,
     )
-
-
-class _Verifier:
-    """Compares chunks with their digests while others arrive, and records those that are right."""
-
-    def __init__(self, received: ReceivedChunks, holder: str, doubt: Callable[[int], None]) -> None:
-        """`doubt` is called for each wrong chunk, on any thread."""
-        self._received = received
-        self._holder = holder
-        self._doubt = doubt
-        self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
-        self._running: set[Future[None]] = set()
-
-    def submit(self, chunk: int, digest: bytes | None, then: Callable[[], None]) -> None:
-        """Takes a chunk that has arrived, with its digest if there is one; then it may raise DigestMismatch.
-
-        The holder's first wrong chunk is missing again, the second one raises. Without a digest, `then` is called
-        once the chunk is verified or refused.
-        """
-        if digest is not None:
-            self._record(chunk, self._received.verify(chunk, digest))
-            return
-        running = self._pool.submit(self._verify, chunk)
-        self._running.add(running)
-        running.add_done_callback(lambda _: then())
-
-    def collect(self, *, wait: bool) -> None:
-        """Raises what verifying raised (DigestMismatch); with `wait`, after all chunks are verified."""
-        for running in [running for running in self._running if wait or running.done()]:
-            self._running.remove(running)
-            running.result()
-
-    def _verify(self, chunk: int) -> None:
-        self._record(chunk, self._received.verify(chunk))
-
-    def _record(self, chunk: int, right: bool) -> None:
-        if right:
-            self._received.accept(self._holder, chunk)
-            return
-        self._doubt(chunk)
-        message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
-        if not self._received.refuse(self._holder, chunk):
-            raise DigestMismatch(f"{message}, and is not the first one")
-        logger.warning("%s and asked for once more", message)
-
-    def close(self) -> None:
-        """Waits for the verification that runs: nothing reads the memory afterwards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -30,11 +30,12 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
-from mxcore.transfer.move import SessionAhead, Source
+from mxcore.transfer.move import SessionAhead, Source, SourceClient
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
+from mxcore.transfer.receive.pace import MEGABYTE, Pace
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.receive_report import ReceiveReport
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
@@ -57,7 +58,8 @@ _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
 _FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked soon
 _FIND_SECONDS = 1.0  # between two calls to the server
-_BUSY_SECONDS = 0.5  # before a holder that was full is asked again
+_BUSY_SECONDS = 0.5  # before a holder that was full is asked again; twice as long each time, unless it says when
+_LONGEST_BUSY_SECONDS = 8.0
 _AGAIN_SECONDS = 10.0  # before a holder that failed is trusted again
 _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for another
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
@@ -131,6 +133,8 @@ class Receiver:
         self._pulls: dict[str, HolderPull] = {}
         self._candidates: dict[str, Source] = {}
         self._not_before: dict[str, float] = {}
+        self._busy: dict[str, int] = {}  # how often a holder was full, since it gave something
+        self._clients: dict[str, SourceClient] = {}  # by endpoint, of holders that were full: their connections stay
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
         self._clean = True
@@ -140,6 +144,7 @@ class Receiver:
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
         self._over = threading.Event()
+        self._pace = Pace()
 
     def receive(
         self, sources: Sequence[Source], find_more: FindMore | None = None, step: LoadStep | None = None
@@ -187,6 +192,9 @@ class Receiver:
                     self._received.changed.notify_all()
                 for thread in background:
                     thread.join()
+                for client in [*self._clients.values(), *(pull.kept_client for pull in self._pulls.values())]:
+                    if client is not None:
+                        client.close()
                 self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
@@ -219,10 +227,9 @@ class Receiver:
                 logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
                 self._clean = True
             now = time.monotonic()
-            if now > deadline:
-                raise TransferStalled(
-                    f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s (MX_TRANSFER_TIMEOUT)"
-                )
+            rate = self._pace.bytes_per_second(now, self._received.bytes_done)
+            if now > deadline and rate < MEGABYTE:
+                raise self._too_long()
             if not self._received.finished:  # else the first answers of some holders are awaited
                 self._start(now)
                 self._drop_stragglers()
@@ -235,6 +242,15 @@ class Receiver:
             with self._received.changed:
                 if not (self._received.finished and self._all_heard()):
                     self._received.changed.wait(_POLL_SECONDS)
+
+    def _too_long(self) -> TransferError:
+        """What ends a transfer whose time is over, and of which little comes: what came is kept."""
+        late = TransferStalled(
+            f"the transfer took longer than {self._settings.transfer_timeout_seconds:g} s (MX_TRANSFER_TIMEOUT), and "
+            "less than 1 MB/s comes"
+        )
+        self._failures.append(late)
+        return self._failed() if self._received.verified and self._decide() else late
 
     def _add(self, sources: Sequence[Source]) -> None:
         with self._received.changed:
@@ -264,7 +280,8 @@ class Receiver:
     def _start(self, now: float) -> None:
         for source in self._startable(now)[: max(0, _HOLDERS_AT_ONCE - len(self._pulls))]:
             try:
-                pull = HolderPull(self._received, source, self._settings, self._sessions)
+                client = self._clients.pop(source.endpoint, None)
+                pull = HolderPull(self._received, source, self._settings, self._sessions, client)
             except TransferError as error:  # its address or its certificate is of no use
                 self._not_before[source.worker_id] = now + self._failed_holder(source, error, 0.0)
                 continue
@@ -293,6 +310,9 @@ class Receiver:
             self._in_clear |= pull.in_clear and name in self._received.bytes_from
             if pull.route is not None:
                 self._routes[name] = pull.route
+                self._busy.pop(name, None)
+            if (client := pull.kept_client) is not None:
+                self._clients[client.source.endpoint] = client
             if pull.failure is None:
                 self._not_before[name] = now + _IDLE_SECONDS
             else:
@@ -303,9 +323,10 @@ class Receiver:
         if isinstance(error, FenceFailed):
             raise error
         if isinstance(error, SourceBusy):
-            with self._received.changed:
-                self._received.news = time.monotonic()  # it is alive and gives to others
-            return _BUSY_SECONDS
+            seconds = self._busy_seconds(source, error)
+            with self._received.changed:  # it is alive and gives to others: until then nothing is missed
+                self._received.news = time.monotonic() + seconds
+            return seconds
         logger.warning(
             "worker %s (%s), asked for %.1f s, gives no (more) weights: %s",
             source.worker_id,
@@ -323,6 +344,12 @@ class Receiver:
             self._may_find or isinstance(error, SourceSlow)
         )
         return math.inf if final else _AGAIN_SECONDS
+
+    def _busy_seconds(self, source: Source, error: SourceBusy) -> float:
+        """Until a holder that was full is asked again: as it says, or longer each time; receivers scatter."""
+        times = self._busy[source.worker_id] = self._busy.get(source.worker_id, 0) + 1
+        least = error.again_seconds or min(_BUSY_SECONDS * 2 ** min(times - 1, 10), _LONGEST_BUSY_SECONDS)
+        return least * (0.75 + 0.5 * self._chance.random())
 
     def _nobody_left(self, now: float) -> bool:
         """Whether nothing can come: all failed for good and no other is listed, or no progress for too long."""

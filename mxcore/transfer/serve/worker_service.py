@@ -17,10 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mxcore.errors import CudaError, HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
 from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
-from mxcore.transfer.move import chunk_server_context
+from mxcore.transfer.move import AGAIN_METADATA, chunk_server_context
 from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
+from mxcore.transfer.serve.refused_readers import RefusedReaders
 from mxcore.transfer.serve.worker_identity import WorkerIdentity, refuse
 from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
@@ -66,6 +67,7 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
     def __init__(self, identity: WorkerIdentity) -> None:
         self._identity = identity
         self._holder = identity.holder
+        self._refused = RefusedReaders()
 
     def GetTensorManifest(  # type: ignore[override]  # noqa: N802 - see _serialised
         self, request: p2p_pb2.GetTensorManifestRequest, context: grpc.ServicerContext
@@ -78,7 +80,12 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
     ) -> bytes:
         self._identity.check(context, request.mx_source_id, request.worker_id)
         with _as_status(context):
-            lease = self._holder.grant(_reader_of(context))
+            try:
+                lease = self._holder.grant(_reader_of(context))
+            except HolderBusy:
+                again_ms = round(1000 * self._refused.again_seconds(context.peer()))
+                context.set_trailing_metadata(((AGAIN_METADATA, str(again_ms)),))
+                raise
         return (
             p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id).SerializeToString()
             + self._identity.leased_manifest

@@ -1,0 +1,9 @@
+"""New weights for a model that runs: staged beside it or taken straight into its memory, all of them or none."""
+
+from __future__ import annotations
+
+from mxcore.engine.update.replacement import Replacement
+from mxcore.engine.update.running import Running, forget, load_running, running_of
+from mxcore.engine.update.updating import update
+
+__all__ = ["Replacement", "Running", "forget", "load_running", "running_of", "update"]

@@ -1,0 +1,132 @@
+"""An update: the places that a version may come from, tried in order, and the old version again where none gives it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from mxcore.engine.context import LoadContext
+from mxcore.engine.loaded import Loaded
+from mxcore.engine.loading import load_reported
+from mxcore.engine.protocol import Engine
+from mxcore.engine.report import LoadReport
+from mxcore.engine.rungs import Tried, rungs_of
+from mxcore.engine.update.live_rung import LiveRung
+from mxcore.engine.update.replacement import Replacement
+from mxcore.engine.update.running import Running
+from mxcore.errors import UpdateFailed
+from mxcore.load_ladder import Rung, reason_of
+from mxserver.wire import MxError
+
+__all__ = ["Outcome", "update"]
+
+_log = logging.getLogger(__name__)
+
+
+class UpdatedEngine(Engine, Protocol):
+    """An engine whose `build` and `building_state` are a `Replacement`'s."""
+
+    def wanted_digest(self) -> str:
+        """Of the checkpoint whose weights it is to have; empty where nobody here knows it. Raises MxError."""
+
+    def check_settings(self) -> None:
+        """Raises UpdateFailed where that checkpoint is of a model that is made otherwise."""
+
+
+EngineOf: TypeAlias = Callable[[Replacement], UpdatedEngine]
+
+
+class Outcome(NamedTuple):
+    """What came of an update: whether weights were replaced (not where they are what they were), and its report."""
+
+    changed: bool
+    report: dict[str, Any]
+
+
+def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, paths: Sequence[str]) -> Outcome:
+    """Gives a running model the weights of `version`; on the engine's thread, while it computes nothing.
+
+    `new` makes the engine whose weights those are, `old` the one whose weights it has; `paths` are the names of the
+    rungs that have the new version. All processes of an engine call this together.
+
+    Raises UpdateFailed; then the model has its old weights (`running.is_whole`), or it must not be used.
+    """
+    replacement = Replacement(running)
+    try:
+        engine = new(replacement)
+        wanted = engine.wanted_digest()
+        if running.is_whole and wanted and wanted == running.checkpoint:
+            _log.info("version %s has the weights that this engine has: nothing is moved", version)
+            running.version, running.trouble = version, ""
+            return Outcome(False, {})
+        engine.check_settings()
+        report = _load(running, replacement, engine, paths)
+    except Exception as error:
+        running.trouble = f"{version}: {reason_of(error)}"
+        if running.is_whole:
+            raise UpdateFailed(
+                f"version {version} is not loaded, {running.version} still is: {reason_of(error)}"
+            ) from error
+        _back(running, old)
+        raise UpdateFailed(
+            f"version {version} is not loaded, {running.version} is again: {reason_of(error)}"
+        ) from error
+    running.engine, running.version, running.trouble = engine, version, ""
+    running.checkpoint = report.checkpoint
+    running.report = report.to_json()
+    return Outcome(True, running.report)
+
+
+def _back(running: Running, old: EngineOf) -> None:
+    """The old version again, from wherever it is to be had. Raises UpdateFailed."""
+    first = running.trouble
+    replacement = Replacement(running)
+    try:
+        engine = old(replacement)
+        is_here = not running.checkpoint or _digest_here(engine) == running.checkpoint
+        replacement.checkpoint = running.checkpoint
+        report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if is_here else ("p2p",))
+    except Exception as error:
+        running.trouble = f"{first}; and {running.version} could not be loaded again: {reason_of(error)}"
+        raise UpdateFailed(
+            f"this engine has weights of two versions and must not answer: {running.trouble}; update it again, or "
+            "restart it"
+        ) from error
+    running.engine = engine
+    running.report = report.to_json()
+
+
+def _digest_here(engine: UpdatedEngine) -> str:
+    try:
+        return engine.wanted_digest()
+    except (MxError, OSError):
+        return ""
+
+
+def _load(running: Running, replacement: Replacement, engine: Engine, paths: Sequence[str]) -> LoadReport:
+    def rungs(context: LoadContext) -> list[Rung[Loaded]]:
+        return _rungs(context, running, paths)
+
+    if running.constructed is None:
+        raise UpdateFailed("how this model was built is not known: it can only be loaded anew, by a restart")
+    with running.constructed.names():
+        _loaded, report = load_reported(
+            engine, running.role, rungs=rungs, check=replacement.check, constructed=running.constructed
+        )
+    running.is_whole = True
+    return report
+
+
+def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
+    """Those of a load, without the ones that have another version, and none of which is taken without the others."""
+    found: list[Rung[Loaded]] = []
+    for rung in rungs_of(context):
+        if rung.name not in (*paths, "fleet"):
+            continue
+        rung.is_last_resort = False
+        if rung.name == "p2p" and context.kind == "processed" and not any(other.name == "p2p" for other in found):
+            found.append(LiveRung(context, Tried(context.cannot_receive), running))
+            continue
+        found.append(rung)
+    return found

@@ -1,0 +1,178 @@
+"""Updates of a model that runs, by the smallest engine: all or nothing, and what the old version wrote is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mxcore.engine import Fill, Replacement, Role, Running, Staged, find_checkpoint, load_running, running_of, update
+from mxcore.errors import UpdateFailed
+from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
+
+BOTH = Role("mx", pulls=True, reads_storage=True, offers=True)
+PATHS = ("p2p", "engine")
+SIZE = 64
+
+
+class Scaled(nn.Module):
+    """A matrix, and a scale that a checkpoint may have: what processing makes of it lies in a number and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(SIZE, SIZE), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.register_buffer("limit", torch.ones(()))
+        self._scale_float = 1.0
+
+    def process(self) -> None:
+        if float(self.scale) != 1.0:
+            self._scale_float = float(self.scale)
+            self.limit.fill_(float(self.scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.weight * self._scale_float) * self.limit
+
+
+class ScaledEngine(PlainEngine):
+    """With `replacement`, an engine whose model runs. `breaks`: processing fails after its first layer, that often."""
+
+    def __init__(self, folder: Path, replacement: Replacement | None = None, breaks: list[int] | None = None) -> None:
+        super().__init__(folder, {}, size=SIZE)
+        self.replacement = replacement
+        self.breaks = breaks if breaks is not None else [0]
+
+    def building_state(self) -> Callable[[], None]:
+        return self.replacement.abandon if self.replacement else super().building_state()
+
+    def build(self, fill: Fill) -> nn.Module:
+        if self.replacement is not None:
+            return self.replacement.build(fill, self._process)
+        model = nn.Sequential(Scaled(), Scaled(), Scaled())
+        fill(model)
+        for layer in model:
+            layer.process()
+        return model.eval()
+
+    def _process(self, staged: Staged) -> None:
+        for place, module in enumerate(staged.modules):
+            if isinstance(module, Scaled):
+                module.process()
+            staged.commit(module)
+            if place == 1 and self.breaks[0]:
+                self.breaks[0] -= 1
+                raise RuntimeError("the kernel does not like it")
+
+    def wanted_digest(self) -> str:
+        return find_checkpoint(self.model).digest()
+
+    def check_settings(self) -> None:
+        """All checkpoints are of one model here."""
+
+
+def scaled(folder: Path, seed: int, scale: float | None) -> Path:
+    write_checkpoint(folder, seed, SIZE)
+    if scale is not None:
+        first = folder / "model-0.safetensors"
+        save_file({**load_file(first), "1.scale": torch.tensor(scale)}, first)
+    return folder
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> tuple[Path, Path]:
+    """The first one has a scale."""
+    return scaled(tmp_path / "one", 1, 0.5), scaled(tmp_path / "two", 2, None)
+
+
+def started(folder: Path) -> Running:
+    load_running(ScaledEngine(folder), BOTH)
+    running = running_of("plain")
+    assert running is not None
+    return running
+
+
+def to(running: Running, new: Path, old: Path, breaks: list[int] | None = None) -> bool:
+    return update(
+        running,
+        str(new),
+        lambda replacement: ScaledEngine(new, replacement, breaks),
+        lambda replacement: ScaledEngine(old, replacement, breaks),
+        paths=PATHS,
+    ).changed
+
+
+def fresh(folder: Path) -> str:
+    return answer(ScaledEngine(folder).build(lambda model: _fill(model, folder)), SIZE)
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    parameters = dict(model.named_parameters())
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            parameters[name].copy_(tensor)
+
+
+def test_what_the_old_version_wrote_and_the_new_one_leaves_is_the_constructors(versions: tuple[Path, Path]) -> None:
+    one, two = versions
+    running = started(one)
+    tensors = {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()}
+    layer = running.model[1]
+    assert layer._scale_float == float(layer.limit) == 0.5
+    for new, old in ((two, one), (one, two), (two, one)):
+        assert to(running, new, old)
+        assert answer(running.model, SIZE) == fresh(new)
+        assert running.state()["version"] == str(new)
+        assert {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()} == tensors
+    assert layer._scale_float == float(layer.limit) == float(layer.scale) == 1.0
+
+
+def test_equal_weights_move_nothing(versions: tuple[Path, Path]) -> None:
+    running = started(versions[0])
+    running.checkpoint = find_checkpoint(str(versions[0])).digest()
+    assert not to(running, versions[0], versions[0], breaks=[1])
+
+
+def test_before_the_first_byte_the_old_version_is_untouched(versions: tuple[Path, Path]) -> None:
+    one, two = versions
+    running = started(one)
+    (two / "model-1.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(UpdateFailed):
+        to(running, two, one)
+    assert running.is_whole
+    assert answer(running.model, SIZE) == fresh(one)
+
+
+def test_after_it_the_old_version_is_loaded_again(versions: tuple[Path, Path]) -> None:
+    one, two = versions
+    running = started(one)
+    with pytest.raises(UpdateFailed, match="is again"):
+        to(running, two, one, breaks=[1])
+    assert running.is_whole
+    assert answer(running.model, SIZE) == fresh(one)
+    assert to(running, two, one)
+    assert answer(running.model, SIZE) == fresh(two)
+
+
+def test_what_cannot_be_mended_is_not_whole_until_an_update_succeeds(versions: tuple[Path, Path]) -> None:
+    one, two = versions
+    running = started(one)
+    with pytest.raises(UpdateFailed, match="must not answer"):
+        to(running, two, one, breaks=[2])
+    assert not running.state()["ready"]
+    assert to(running, two, one)
+    assert running.is_whole
+    assert answer(running.model, SIZE) == fresh(two)
+
+
+def test_a_version_that_lacks_a_tensor_is_refused(versions: tuple[Path, Path]) -> None:
+    one, two = versions
+    running = started(one)
+    first = two / "model-1.safetensors"
+    save_file({name: tensor for name, tensor in load_file(first).items() if name != "2.weight"}, first)
+    with pytest.raises(UpdateFailed, match="no values for 1 tensors"):
+        to(running, two, one)
+    assert answer(running.model, SIZE) == fresh(one)

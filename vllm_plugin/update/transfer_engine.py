@@ -1,0 +1,134 @@
+"""The weight transfer engine `mx` of vLLM: `--weight-transfer-config '{"backend": "mx"}'` with `--load-format mx`.
+
+vLLM makes one in each worker. `start_weight_update`, then `update_weights` with one of `UpdateInfo`'s places, then
+`finish_weight_update`: all of the work is in the middle one, so that the processes of an engine cannot differ in
+whether an update is under way. Requests must be paused around it: `vllm_plugin.update.endpoint` does that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from mxcore.engine import Replacement, Running, running_of, update
+from mxcore.errors import UpdateFailed
+from vllm_plugin import compat
+from vllm_plugin.update.live_engine import LiveEngine, Version
+from vllm_plugin.update.registering import add_worker_method
+
+__all__ = ["InitInfo", "MxWeightTransferEngine", "UpdateInfo"]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing is to be said before the first update."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://).
+
+    `version` is what the version is called from then on, `checkpoint` the digest of its weights, which has to be known
+    for a `path` whose files are not on this machine (the state of an engine that has them says it).
+    """
+
+    path: str = ""
+    revision: str = ""
+    uri: str = ""
+    version: str = ""
+    checkpoint: str = ""
+
+
+class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLLM is not type-checked
+    """One worker's. All calls come from the worker's thread."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = True
+    ends_offers = True
+    """`compat.watch_worker`: offers end when the first byte is written, not with the first call."""
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, device: torch.device, model: nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._versions: dict[str, Version] = {}
+        add_worker_method(vllm_config, "mx_update_state", _state)
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Nothing."""
+
+    def start_weight_update(self) -> None:
+        """Nothing: what runs is whole until `update_weights`. Raises UpdateFailed for a model that is not ours."""
+        self._running()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Takes the weights, all of them or none. Raises UpdateFailed, which says what the model has now."""
+        running = self._running()
+        version = Version(
+            update_info.path, update_info.revision, update_info.uri, update_info.checkpoint, update_info.version
+        )
+        version.check()
+        part = running.engine.part
+        before = self._versions.get(part) or _first(running)
+
+        def engine(replacement: Replacement, of: Version) -> LiveEngine:
+            return LiveEngine(replacement, of, self.vllm_config.load_config, self.vllm_config, self.model_config)
+
+        update(
+            running,
+            version.name,
+            lambda replacement: engine(replacement, version),
+            lambda replacement: engine(replacement, before),
+            paths=version.paths,
+        )
+        self._versions[part] = version
+        running.place = version.place
+
+    def finish_weight_update(self) -> None:
+        """Raises UpdateFailed where the model is not whole."""
+        running = self._running()
+        if not running.is_whole:
+            raise UpdateFailed(running.trouble)
+
+    def shutdown(self) -> None:
+        """Nothing: what is served ends with the worker."""
+
+    def _running(self) -> Running:
+        instance = compat.engine_of(self.vllm_config)
+        part = "" if self.model is self._default_model else "draft"
+        running = running_of(instance, part)
+        if running is None:
+            raise UpdateFailed(
+                "this model was not loaded by ModelExpress: start the engine with --load-format mx beside "
+                '--weight-transfer-config \'{"backend": "mx"}\''
+            )
+        return running
+
+
+def _first(running: Running) -> Version:
+    """What the engine was started with."""
+    settings = running.engine.options
+    uri = str(settings.get("model_uri", settings.get("MX_MODEL_URI", "")) or "")
+    label = running.version
+    if uri:
+        return Version(uri=uri, label=label)
+    if running.engine.revision:
+        return Version(revision=running.engine.revision, label=label)
+    return Version(path=running.engine.model, label=label)
+
+
+def _state(worker: Any) -> dict[str, Any]:
+    """Of the worker's model and its draft: for `collective_rpc("mx_update_state")`."""
+    instance = compat.engine_of(worker.vllm_config)
+    found = [running for part in ("", "draft") if (running := running_of(instance, part)) is not None]
+    for running in found:
+        running.place = running.place or _first(running).place
+    return {"models": [running.state() for running in found]}
