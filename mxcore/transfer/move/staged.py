@@ -18,6 +18,8 @@ from mxserver.wire.proto import mx_pb2
 
 __all__ = ["StagedMover"]
 
+_MOST_SLOTS = 16  # that are used
+
 
 class StagedMover(Closing):
     """Asks the holder to fill a slot, and copies the chunk from there. See Mover.
@@ -43,7 +45,7 @@ class StagedMover(Closing):
         self._chunks = chunks
         self._local = local
         self._slot_bytes = staging.slot_bytes
-        self._free = deque(range(staging.slots))
+        self._free = deque(range(min(staging.slots, _MOST_SLOTS)))
         self._asked: deque[int] = deque()
         self._calls: dict[int, tuple[int, PendingCall[mx_pb2.StageChunkResponse]]] = {}  # by slot, with its chunk
         self._awaited = Awaited(f"worker {client.source.worker_id} copied none of", stall_timeout_seconds)
@@ -51,12 +53,13 @@ class StagedMover(Closing):
         try:
             self._stream = Stream(context)
             self._memory = OpenedMemory(context, staging.handle)
+            base, size_bytes = address_range(self._memory.address)
         except (CudaError, ValueError) as error:
             raise NotOneSided(f"the buffer of worker {client.source.worker_id} cannot be mapped: {error}") from error
-        base, size_bytes = address_range(self._memory.address)
         self._first = self._memory.address + staging.offset
         largest = max(map(chunks.bytes_of, range(len(chunks))))
-        if not self._free or largest > self._slot_bytes or self._first - base + len(self._free) * largest > size_bytes:
+        end = self._first - base + (staging.slots - 1) * self._slot_bytes + largest
+        if not self._free or largest > self._slot_bytes or end > size_bytes:
             self._memory.close()
             raise NotOneSided(
                 f"the buffer of worker {client.source.worker_id} has {staging.slots} slots of {self._slot_bytes} bytes "

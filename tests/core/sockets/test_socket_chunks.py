@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import socket
 import ssl
 import struct
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -396,3 +398,18 @@ def test_by_tls_nothing_lands_after_the_end(tmp_path: Path) -> None:
     assert end.read(1) == b""
     for each in (here, there, other, end):
         each.close()
+
+
+def test_sockets_that_nobody_else_holds_stay_open_while_they_are_read() -> None:
+    """Else their numbers are other connections' of the process, which would be read and shut down."""
+    near, far = socket.socketpair()
+    number, kept = near.fileno(), weakref.ref(near)
+    reads = SocketReads([near], hashed=False)
+    del near
+    gc.collect()
+    with far, socket.socket() as other:
+        assert other.fileno() != number
+        reads.close()
+        still = kept()
+        assert still is not None
+        still.close()

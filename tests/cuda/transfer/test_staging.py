@@ -123,7 +123,14 @@ def test_a_mover_ends_when_it_is_told_to(driver: StandIn, weights: DeviceTensors
         def mover(staging: mx_pb2.StagingBuffer) -> StagedMover:
             return StagedMover(client, lease, staging, context_of(0), chunks, local, stall_timeout_seconds=60)
 
-        for name, value in (("slots", 0), ("slots", 1 << 10), ("slot_bytes", 1), ("offset", 3 << 20), ("handle", b"x")):
+        for name, value in (
+            ("slots", 0),
+            ("slots", (1 << 32) - 1),
+            ("slot_bytes", 1),
+            ("slot_bytes", 1 << 40),
+            ("offset", 3 << 20),
+            ("handle", b"x"),
+        ):
             wrong = mx_pb2.StagingBuffer.FromString(told.SerializeToString())
             setattr(wrong, name, value)
             with pytest.raises(NotOneSided, match="the buffer of worker"):

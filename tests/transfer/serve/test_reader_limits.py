@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -163,6 +164,40 @@ def test_the_rate_limit_binds_who_asks_the_chunk_port_for_more() -> None:
     assert lease.sender.sent_bytes == holder.chunks.bytes_of(granted)
     listener.close()
     holder.close()
+
+
+def test_what_is_received_anew_is_not_sent_to_who_was_granted_it_before() -> None:
+    """The memory is about to be overwritten with other bytes (Receiver._start_anew)."""
+    holder = new_holder()
+    listener = ChunkListener(holder, "127.0.0.1", 0)
+    lease = holder.grant()
+    token = holder.open_sending(lease.lease_id)
+    [granted] = asked(holder, lease.lease_id, 1)
+    holder.update(0)
+    with socket.create_connection(("127.0.0.1", listener.port), 60) as connection:
+        show_token(connection, token, 60)
+        connection.sendall(struct.pack("<I", granted))
+        assert exactly(connection, 8) == struct.pack("<II", granted, 1)
+    listener.close()
+    holder.close()
+
+
+def test_a_lease_has_one_open_transfer_and_the_other_agent_is_forgotten(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[str] = []
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(AgentSession(name, tls=POLICY.fenceable, progress_thread=False)) for name in "ab"
+        )
+        lease = holder.grant()
+        holder.open_transfer(lease.lease_id, first.metadata(), holder.placement.addresses)
+        monkeypatch.setattr(holder.agent.session(), "disconnect", forgotten.append)
+        with pytest.raises(LeaseEnded, match="has an open transfer already"):
+            holder.open_transfer(lease.lease_id, second.metadata(), holder.placement.addresses)
+        assert (lease.peer, forgotten) == (first.name, [second.name])
+        monkeypatch.undo()
+        holder.release(lease.lease_id)
 
 
 def test_the_layout_is_made_once_whoever_asks(stubs: Stubs, holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
