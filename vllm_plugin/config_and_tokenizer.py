@@ -35,9 +35,14 @@ _log = logging.getLogger("vllm.modelexpress")
 
 
 def prepare(arguments: Any) -> None:
-    """Looks at vLLM's `EngineArgs` with one of our load formats; changes `model` where it has to be a folder here."""
+    """Looks at vLLM's `EngineArgs` with one of our load formats; changes `model` where it has to be a folder here.
+
+    `draft`, if it has that, is name and revision of a draft in files of its own.
+    """
     if isinstance(arguments.model, str):
         _told(arguments.model, lambda: _prepare(arguments))
+    if draft := getattr(arguments, "draft", None):
+        _told(draft["model"], lambda: _prepare_draft(arguments, **draft))
 
 
 def prepare_offline(model: Any, revision: str | None) -> None:
@@ -76,6 +81,13 @@ def _prepare(arguments: Any) -> None:
     if place is not None:
         _log.warning("%s is in the hub's cache as it came from the hub; it is not what MX_MODEL_URI has", name)
         _use(arguments, name, place)
+
+
+def _prepare_draft(arguments: Any, model: str, revision: str | None) -> None:
+    """MX_MODEL_URI is not about it: it comes by its own name."""
+    given = {key: value for key, value in (arguments.model_loader_extra_config or {}).items() if key != "report_path"}
+    settings = load_settings(given, told=True).model_copy(update={"model_uri": ""})
+    _to_hub_cache(settings, model, revision, arguments.download_dir)
 
 
 def _use(arguments: Any, name: str, folder: Path) -> None:

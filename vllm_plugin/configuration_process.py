@@ -36,9 +36,10 @@ def prepare(arguments: Any) -> None:
     """Changes `arguments`, vLLM's EngineArgs with one of our load formats, where weights come from elsewhere."""
     if isinstance(arguments.model, str) and _comes_from_elsewhere(arguments):
         given = {field: getattr(arguments, field, None) for field in _FIELDS}
-        for field, value in _ask("prepare", given).items():
-            if given[field] != value:
-                setattr(arguments, field, value)
+        answer = _ask("prepare", {**given, "draft": _draft_of(arguments)})
+        for field in given.keys() & answer.keys():
+            if given[field] != answer[field]:
+                setattr(arguments, field, answer[field])
 
 
 def prepare_offline(model: Any, revision: Any) -> None:
@@ -51,6 +52,16 @@ def _comes_from_elsewhere(arguments: Any) -> bool:
     named = [key.lower() for key in getattr(arguments, "model_loader_extra_config", None) or {}]
     named += [name.lower() for name in ("MX_MODEL_URI", "MODEL_EXPRESS_NO_SHARED_STORAGE") if os.environ.get(name)]
     return "://" in arguments.model or any("model_uri" in name or "no_shared_storage" in name for name in named)
+
+
+def _draft_of(arguments: Any) -> dict[str, Any] | None:
+    """Name and revision of a draft in files of its own; None without one."""
+    given = getattr(arguments, "speculative_config", None)
+    options: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    name = options.get("model")
+    if not isinstance(name, str) or name in (arguments.model, options.get("method")):
+        return None
+    return {"model": name, "revision": options.get("revision")}
 
 
 def _ask(call: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from mxcore.engine import (
     gather_over_gloo,
     load_running,
 )
-from mxcore.settings import WorkerSettings
+from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat, drafts
@@ -113,7 +114,10 @@ class VllmEngine:
     def options(self) -> Mapping[str, Any]:
         given = self._load_config.model_loader_extra_config or {}
         if self.part and self.model != drafts.drafted_model(self._vllm_config):
-            return {**given, "model_uri": "", "model_revision": ""}  # these are about the engine's own model
+            own = {"model_uri": "", "model_revision": ""}  # these are about the engine's own model, by whichever name
+            if Path(load_settings(given, told=True).model_signature_file).is_absolute():
+                own["model_signature_file"] = "model.sig"
+            return {**own, **{name: value for name, value in given.items() if name not in own}}
         return given
 
     @property

@@ -21,7 +21,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_plugin import compat, drafts
+from vllm_plugin import compat
 from vllm_plugin.load_format_names import LOAD_FORMATS
 
 _log = logging.getLogger("vllm.modelexpress")
@@ -36,8 +36,6 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         Raises only what vLLM's default loader raises: whatever fails in ours is a line in the log, and storage. For
         mx-target there is no storage: it raises NoSource, or what keeps us from working at all.
         """
-        if drafts.is_draft(vllm_config, model_config):
-            self._refuse_unverified("draft models")
         try:
             from vllm_plugin.engine import load_model
         except Exception:
@@ -55,13 +53,13 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Loads from storage into a model that exists, as vLLM's default loader; first we stop serving it."""
         self._withdraw()
-        self._refuse_unverified("weights that are loaded anew into a model")
+        self._refuse_unverified()
         self._storage().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Any], None, None]:
         """The checkpoint's tensors, with which vLLM reloads weights in place; first we stop serving them."""
         self._withdraw()
-        self._refuse_unverified("weights that are loaded anew into a model")
+        self._refuse_unverified()
         yield from self._storage().get_all_weights(model_config, model)
 
     def _storage(self) -> DefaultModelLoader:
@@ -73,12 +71,13 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         said = given.get("model_signature", given.get("mx_model_signature", os.environ.get("MX_MODEL_SIGNATURE", "")))
         return str(said).strip().lower() not in ("", "off")
 
-    def _refuse_unverified(self, what: str) -> None:
+    def _refuse_unverified(self) -> None:
         if self._has_to_be_signed():
             from mxcore.errors import SignatureError
 
             raise SignatureError(
-                f"{what} are not verified, and MX_MODEL_SIGNATURE=require: nothing of them is loaded (docs/signing.md)"
+                "weights that are loaded anew into a model are not verified, and MX_MODEL_SIGNATURE=require: "
+                "nothing of them is loaded (docs/signing.md)"
             )
 
     def _withdraw(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mxcore.storage.checkpoint import checkpoint_digest, content_digest, known_by_versions, known_digests
 from tests.core.test_checkpoint_digest import DATA_BYTES, make_checkpoint
@@ -68,6 +69,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return Reads(monkeypatch)
 
 
+def entries(node: Path) -> list[Path]:
+    """What is known there."""
+    return [path for path in next(node.iterdir()).iterdir() if "." not in path.name]
+
+
 def test_of_four_processes_that_ask_at_once_one_reads(tmp_path: Path, node: Path) -> None:
     """As the ranks of an engine do. Two more that start later read nothing either."""
     files, _ = make_checkpoint(tmp_path / "model")
@@ -86,7 +92,8 @@ def test_of_four_processes_that_ask_at_once_one_reads(tmp_path: Path, node: Path
         assert [rank.returncode for rank in ranks] == [0] * count
     assert sum(output.count("read") for output in outputs) == len(files)
     assert {output[-1] for output in outputs} == {checkpoint_digest(files, None)}
-    assert [path.name for path in next(node.iterdir()).iterdir() if "." in path.name] == [], "nothing is left behind"
+    left = [path.name for path in next(node.iterdir()).iterdir() if "." in path.name]
+    assert [name[1:] for name in left] == [".lock"], "one of sixteen"
 
 
 def test_what_changes_is_read_again(tmp_path: Path, reads: Reads) -> None:
@@ -171,19 +178,24 @@ def test_nobody_elses_folder_is_believed(tmp_path: Path, reads: Reads, node: Pat
     assert reads.digest(files)[1] == 2
 
 
-def test_a_damaged_entry_and_a_process_that_hangs_cost_a_reading(
+def test_a_damaged_entry_and_a_process_that_hangs_or_died_cost_a_reading(
     tmp_path: Path, reads: Reads, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, _ = make_checkpoint(tmp_path / "model")
     digest = reads.digest(files)[0]
-    (entry,) = next(node.iterdir()).iterdir()
+    [entry] = entries(node)
     entry.write_text("nothing")
     assert reads.digest(files) == (digest, 2)
     entry.unlink()
     monkeypatch.setattr(known_digests, "WAIT_SECONDS", 0.1)
-    with entry.with_name(f"{entry.name}.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    lock = entry.with_name(f"{entry.name[0]}.lock")
+    with FileLock(lock):
         assert reads.digest(files) == (digest, 2)
+    entry.unlink()
+    monkeypatch.setattr(known_digests, "WAIT_SECONDS", 60)
+    dies = f"import os; from filelock import FileLock; FileLock({str(lock)!r}).acquire(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", dies], check=True)
+    assert reads.digest(files) == (digest, 2)
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path, reads: Reads, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +204,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path, reads: Reads, node: Path, monke
     for number in range(6):
         os.utime(files[0], ns=(number, number))
         reads.digest(files)
-    assert len(list(next(node.iterdir()).iterdir())) == 3
+    assert len(entries(node)) == 3
 
 
 def test_what_lies_elsewhere_is_known_by_its_versions(node: Path) -> None:
@@ -206,3 +218,14 @@ def test_what_lies_elsewhere_is_known_by_its_versions(node: Path) -> None:
     assert digest("s3://a", ("m", 1, "e2"))[1] == 2
     assert digest("s3://b", ("m", 1, "e1"))[1] == 3
     assert [digest("s3://a", ("m", 1, "e1"), ("n", 1, ""))[1] for _ in range(2)] == [4, 5], "one has no version"
+
+
+def test_a_folder_that_does_not_lock_costs_a_reading(
+    tmp_path: Path, reads: Reads, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    files, _ = make_checkpoint(tmp_path / "model")
+    assert [reads.digest(files)[1] for _ in range(2)] == [2, 0], "it is kept all the same"

@@ -90,6 +90,8 @@ def test_raw_weights_that_processing_wrote_over_are_refused_by_name() -> None:
     offered, built = Weights("raw", CPU), Built(source, CPU)
     source.weight.data.fill_(1)
     offered.loaded(source, built)
+    before = source.weight._version
     source.weight.data[3, 5] = 2
+    assert source.weight._version == before, "torch counts writes, and not this kind, which is what kernels do"
     with pytest.raises(LayoutUnsupported, match="wrote over some of them: weight"):
         offered.processed(source)

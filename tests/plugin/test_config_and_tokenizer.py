@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,39 @@ def test_a_process_that_fails_is_a_line_and_vllm_goes_on(
     configuration_process.prepare(arguments)
     assert arguments == Arguments("s3://bucket/m")
     assert "configuration and tokenizer of s3://bucket/m could not be brought here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("speculative", "draft"),
+    [
+        ({"method": "eagle", "model": "org/head", "revision": "r"}, {"model": "org/head", "revision": "r"}),
+        ({"method": "mtp", "model": "org/name"}, None),
+        ({"method": "ngram", "model": "ngram"}, None),
+        ({"method": "mtp"}, None),
+        (None, None),
+    ],
+)
+def test_a_draft_of_its_own_is_brought_by_its_name(
+    speculative: Any, draft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wherever its model comes from: what vLLM was given of it stays."""
+    asked: list[tuple[str, Any]] = []
+    arguments = SimpleNamespace(**vars(Arguments("org/name")), speculative_config=speculative)
+    monkeypatch.setenv("MX_MODEL_URI", str(tmp_path))
+    monkeypatch.setattr(
+        configuration_process, "_ask", lambda call, given: asked.append((call, given["draft"])) or given
+    )
+    configuration_process.prepare(arguments)
+    assert (asked, arguments.speculative_config) == ([("prepare", draft)], speculative)
+
+    brought: list[tuple[str, str]] = []
+
+    def bring(settings: Any, model: str, *_: object) -> None:
+        brought.append((model, settings.model_uri))
+
+    monkeypatch.setattr(config_and_tokenizer, "_to_hub_cache", bring)
+    config_and_tokenizer.prepare(SimpleNamespace(**vars(Arguments("org/name")), draft=draft))
+    assert brought == [("org/name", str(tmp_path)), *([("org/head", "")] if draft else [])]
 
 
 def test_what_is_here_starts_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

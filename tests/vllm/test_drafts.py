@@ -7,6 +7,8 @@ compared themselves, as they are while the engine runs: each parameter's digest,
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,11 @@ import pytest
 
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
+from mxserver.wire.files import ModelClient
+from tests.models.hub_stand_in import hub_stand_in
+from tests.object_store.s3_server import S3Server, environment
+from tests.server.conftest import ServerProcess
+from tests.storage.signed.signing import Key
 from tests.vllm import drafts
 from tests.vllm.engines import EngineHost, Loaded
 
@@ -41,7 +48,11 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
-    llama, place = model_paths["llama"], folder / "drafts"
+    return made(folder / "drafts", model_paths["llama"])
+
+
+def made(place: Path, llama: Path) -> dict[str, Path]:
+    """All models of `PAIRS`."""
     return {
         "llama": llama,
         "eagle": drafts.eagle(place / "eagle", llama),
@@ -51,20 +62,26 @@ def models(folder: Path, model_paths: dict[str, Path]) -> dict[str, Path]:
     }
 
 
-def start(host: EngineHost, pair: str, models: dict[str, Path], load_format: str, **extra: Any) -> Loaded:
+def start(
+    host: EngineHost, pair: str, models: Mapping[str, Path | str], load_format: str = "mx", **extra: Any
+) -> Loaded:
     """The answers are the digests of the draft's parameters."""
-    model, method, draft, _ = PAIRS[pair]
-    speculative = {"method": method, "num_speculative_tokens": 1}
-    if draft is not None:
-        speculative["model"] = str(models[draft])
+    model, _, _, _ = PAIRS[pair]
     return host.load(
         models[model],
         load_format,
         extra=extra or None,
         ask="draft_digests",
         worker_cls=DRAFTED,
-        speculative_config=speculative,
+        speculative_config=speculative(pair, models),
     )
+
+
+def speculative(pair: str, models: Mapping[str, Path | str]) -> dict[str, Any]:
+    """vLLM's options of a pair's draft."""
+    _, method, draft, _ = PAIRS[pair]
+    options = {"method": method, "num_speculative_tokens": 1}
+    return options if draft is None else {**options, "model": str(models[draft])}
 
 
 def of_draft(loaded: Loaded) -> dict[str, Any]:
@@ -135,6 +152,144 @@ def test_a_target_whose_source_has_no_draft_reads_it(
 
     assert (second.report["path"], of_draft(second)["path"]) == ("p2p", "storage")
     assert second.answers == of_the_default_loader(expected, target, pair, models)
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path, models: dict[str, Path]) -> dict[str, Path]:
+    """The same without weights."""
+    return {
+        name: shutil.copytree(path, folder / "drafts-small" / name, ignore=shutil.ignore_patterns("*.safetensors*"))
+        for name, path in models.items()
+    }
+
+
+def test_a_draft_in_the_models_files_comes_from_model_uri_with_them(
+    source: EngineHost,
+    target: EngineHost,
+    folder: Path,
+    models: dict[str, Path],
+    small: dict[str, Path],
+    expected: dict[str, list[Any]],
+) -> None:
+    """Neither worker has a weight on its disk; the second one takes both models from the first, with the store gone."""
+    pair = "multi-token prediction"
+    wanted = of_the_default_loader(expected, target, pair, models)
+    shutil.copytree(models["mtp"], folder / "draft-buckets" / "models" / "mtp")
+    with S3Server(folder / "draft-buckets") as store:
+        for host in (source, target):
+            host.ask("setenv", environ=environment(store.address))
+        try:
+            first = start(source, pair, small, model_uri="s3://models/mtp")
+            store.close()
+            try:
+                second = start(target, pair, small, model_uri="s3://models/mtp")
+            finally:
+                store.start()
+        finally:
+            for host in (source, target):
+                host.ask("setenv", environ=dict.fromkeys(environment(store.address)))
+
+    assert (first.report["path"], of_draft(first)["path"]) == ("uri", "uri")
+    assert (second.report["path"], of_draft(second)["path"]) == ("p2p", "p2p")
+    assert of_draft(first)["fallbacks"] == []
+    assert ["MX_OBJECT_TIMEOUT" in line for line in of_draft(second)["fallbacks"]] == [True]
+    assert second.answers == first.answers == wanted
+
+
+def test_a_draft_in_files_of_its_own_is_not_looked_for_at_model_uri(
+    target: EngineHost, models: dict[str, Path], small: dict[str, Path], expected: dict[str, list[Any]]
+) -> None:
+    pair = "an EAGLE head"
+    wanted = of_the_default_loader(expected, target, pair, models)
+    extra = {"MX_MODEL_URI": f"file://{models['llama']}"}
+    loaded = start(target, pair, {**models, "llama": small["llama"]}, **extra)
+
+    assert (loaded.report["path"], of_draft(loaded)["path"]) == ("uri", "storage")
+    assert of_draft(loaded)["fallbacks"] == []
+    assert loaded.answers == wanted
+
+
+@pytest.fixture(scope="module")
+def filled(models: dict[str, Path], folder: Path) -> Iterator[ServerProcess]:
+    """A server whose cache has models and drafts of a hub that is gone."""
+    with hub_stand_in() as hub:
+        for name in ("llama", "eagle", "mtp"):
+            hub.add(f"org/{name}", {path.name: path.read_bytes() for path in models[name].iterdir() if path.is_file()})
+        environ = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "draft-server-hf-home"),
+            "HF_HUB_OFFLINE": "0",
+            "MODEL_EXPRESS_CACHE_DIRECTORY": str(folder / "draft-server-cache"),
+            "MX_METADATA_BACKEND": "memory",
+        }
+        server = ServerProcess("--port", "0", environ=environ)
+        with ModelClient(server.address) as client:
+            for name in ("llama", "eagle", "mtp"):
+                client.ensure(f"org/{name}")
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("pair", "to_disk"), [("an EAGLE head", "1"), ("multi-token prediction", "0")], ids=["disk", "memory"]
+)
+def test_a_draft_comes_from_the_servers_cache(
+    pair: str,
+    to_disk: str,
+    target: EngineHost,
+    filled: ServerProcess,
+    folder: Path,
+    models: dict[str, Path],
+    expected: dict[str, list[Any]],
+) -> None:
+    """Configurations too: this machine has no file of either model."""
+    wanted = of_the_default_loader(expected, target, pair, models)
+    environ = {
+        "HF_HOME": str(folder / f"draft-hf-home-{to_disk}"),
+        "MODEL_EXPRESS_URL": filled.address,
+        "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+        "MX_CACHE_WEIGHTS": to_disk,
+    }
+    host = EngineHost("cached-drafts", folder, filled.address, environ)
+    try:
+        loaded = start(host, pair, {name: f"org/{name}" for name in models})
+    finally:
+        host.close()
+
+    assert (loaded.report["path"], of_draft(loaded)["path"]) == ("cache", "cache")
+    assert (of_draft(loaded)["fallbacks"], of_draft(loaded)["serving"]) == ([], True)
+    assert loaded.answers == wanted
+
+
+def test_a_draft_is_verified_as_its_model_is(
+    source: EngineHost, target: EngineHost, tmp_path: Path, model_paths: dict[str, Path]
+) -> None:
+    """By its own folder's signature; one in the model's files by the model's. What was not signed ends the start."""
+    key, signed = Key(tmp_path / "keys"), made(tmp_path, shutil.copytree(model_paths["llama"], tmp_path / "llama"))
+    for name in ("llama", "eagle", "mtp"):
+        key.sign(signed[name])
+    wanted = {pair: start(target, pair, signed, "auto").answers for pair in ("an EAGLE head", "multi-token prediction")}
+    extra = {
+        "model_signature": "require",
+        "model_signature_key": str(key.public),
+        "model_signature_file": str(signed["llama"] / "model.sig"),  # of the model: the draft has another one
+    }
+    first = start(source, "an EAGLE head", signed, **extra)
+    second = start(target, "an EAGLE head", signed, **extra)
+    assert (of_draft(first)["path"], of_draft(second)["path"]) == ("storage", "p2p")
+    assert first.answers == second.answers == wanted["an EAGLE head"]
+
+    del extra["model_signature_file"]
+    third = start(target, "multi-token prediction", signed, **extra)
+    assert (third.report["path"], of_draft(third)["path"]) == ("storage", "storage")
+    assert third.answers == wanted["multi-token prediction"]
+
+    (weights,) = weight_files(signed["eagle"])
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(AssertionError, match="MX_SIGNED_FILE_MISMATCH"):
+        start(target, "an EAGLE head", signed, load_paths="engine", **extra)
 
 
 def test_the_pages_rows_of_drafts_are_these() -> None:

@@ -6,14 +6,13 @@ would have to wait for one another; a file needs nobody, and serves the engine t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,30 +160,13 @@ def _keep(folder: Path, key: str, digest: str) -> None:
 @contextmanager
 def _turn(folder: Path | None, key: str) -> Iterator[None]:
     """Within it this process is the only one of the node, or has waited for long enough."""
-    if folder is None:
-        yield
-        return
-    place, handle, ours = folder / f"{key}.lock", -1, False
-    try:
-        deadline = time.monotonic() + WAIT_SECONDS
-        try:
-            handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            while not (ours := _locked(handle)) and time.monotonic() < deadline:
-                time.sleep(_PAUSE_SECONDS)
-        except OSError as error:
-            _log.debug("no lock at %s: %s", place, error)
-        yield
-    finally:
-        if ours:  # who gave up waiting leaves it to its owner, or a third one would read beside that
-            with suppress(OSError):
-                place.unlink(missing_ok=True)  # who waits has it open, and looks again
-        if handle >= 0:
-            os.close(handle)
+    from filelock import FileLock  # a tenth of a second: where a digest has to be made
 
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    with ExitStack() as held:
+        if folder is not None:
+            place = folder / f"{key[0]}.lock"  # it stays: there are 16 at most
+            try:
+                held.enter_context(FileLock(place, WAIT_SECONDS, poll_interval=_PAUSE_SECONDS))
+            except OSError as error:  # a timeout is one
+                _log.debug("no lock at %s: %s", place, error)
+        yield
