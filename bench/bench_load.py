@@ -13,9 +13,15 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from bench.load.measure import Measured
 
 MIB = 1024 * 1024
 RATIOS = {
@@ -31,17 +37,28 @@ LIMITS = ("disk_limit", "disk_limit_deep")  # four reads in flight, and eight: t
 PEERS = ("runai", "runai_best", "fastsafetensors", "safetensors_mmap", "safetensors_pread", "readinto")
 FORCED = ("ours_mapped", "ours_buffered", "ours_direct", "ours_uring")
 HEADER_TENSORS = 20_000
+ODD = ("ours", "safetensors_pread", "safetensors_mmap", "readinto")  # load many small tensors at odd offsets too
+MOST_ROUNDS = 9  # where rounds scatter
+SCATTER = 0.1  # a median so far above the fastest round is not one of a quiet machine
+MOST_SECONDS = 420.0  # then no further round begins
 
 
 @click.command("load")
 @click.option("--size-mib", default=2048, show_default=True, help="Size of the checkpoint.")
 @click.option("--rounds", default=3, show_default=True, help="Loads of each candidate and state.")
+@click.option("--odd-tensors", default=20_000, show_default=True, help="Small tensors at odd offsets; 0: none.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
 @click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw bars into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
-    size_mib: int, rounds: int, folder: Path | None, only: tuple[str, ...], chart: Path | None, as_json: bool
+    size_mib: int,
+    rounds: int,
+    odd_tensors: int,
+    folder: Path | None,
+    only: tuple[str, ...],
+    chart: Path | None,
+    as_json: bool,
 ) -> None:
     """Load safetensors into existing tensors, against other loaders."""
     from bench.load import measure
@@ -54,8 +71,10 @@ def command(
     names = [name for name in CANDIDATES if name not in missing and (not only or name in only)]
     if missing:
         click.echo(f"left out: {', '.join(missing)} (make bench-deps)", err=True)
+    deadline = time.monotonic() + MOST_SECONDS
     with tempfile.TemporaryDirectory(prefix="mx-bench-load-", dir=folder) as place:
-        results, extra = _measure(Path(place), size_mib * MIB, rounds, names)
+        results, extra = _measure(Path(place), size_mib * MIB, rounds, names, deadline)
+        odd = _odd(Path(place), odd_tensors, rounds, [name for name in ODD if name in names], deadline)
     medians = {
         state: {name: statistics.median(m.seconds for m in runs) for name, runs in group.items()}
         for state, group in results.items()
@@ -64,7 +83,7 @@ def command(
         state: {name: size_mib * MIB / seconds / 1e9 for name, seconds in group.items()}
         for state, group in medians.items()
     }
-    figures = _figures(medians)
+    figures = _figures(medians) | odd
     if "ours" in extra:
         figures["extra_memory_bytes"] = extra["ours"]
     figures["header_us_per_tensor"] = measure.header_us(HEADER_TENSORS, 7)
@@ -91,10 +110,9 @@ def command(
 
 
 def _measure(
-    place: Path, size_bytes: int, rounds: int, names: list[str]
-) -> tuple[dict[str, dict[str, list[object]]], dict[str, int]]:
+    place: Path, size_bytes: int, rounds: int, names: list[str], deadline: float
+) -> tuple[dict[str, dict[str, list[Measured]]], dict[str, int]]:
     from bench.load import made, measure
-    from bench.load.candidates import CANDIDATES
 
     (place / "small").mkdir()
     (place / "whole").mkdir()
@@ -102,23 +120,72 @@ def _measure(
     digests = made.checkpoint(place / "whole", size_bytes)
     measure.trim()
     small, files = sorted((place / "small").iterdir()), sorted((place / "whole").iterdir())
-    results: dict[str, dict[str, list[object]]] = {"warm": {}, "cold": {}}
+    results = {
+        state: _rounds(
+            state, names, rounds, deadline, lambda name, at: measure.measure(name, at, files, small, digests)
+        )
+        for state in ("warm", "cold")
+    }
     extra: dict[str, int] = {}
-    for state, group in results.items():
-        for number in range(rounds):
-            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always first
-                if state not in CANDIDATES[name].states:
-                    continue
-                click.echo(f"\r{state} {number + 1}/{rounds} {name:20}", err=True, nl=False)
-                try:
-                    measured = measure.measure(name, state, files, small, digests)
-                except RuntimeError as error:
-                    click.echo(f"\n{error}", err=True)
-                    continue
-                group.setdefault(name, []).append(measured)
-                extra[name] = max(extra.get(name, 0), measured.extra_bytes)
-    click.echo(f"\r{'':40}\r", err=True, nl=False)
+    for group in results.values():
+        for name, runs in group.items():
+            extra[name] = max([extra.get(name, 0), *(run.extra_bytes for run in runs)])
     return results, extra
+
+
+def _odd(place: Path, count: int, rounds: int, names: list[str], deadline: float) -> dict[str, float]:
+    """Ratios of others' medians to ours for a file of many small tensors, the first at an odd offset."""
+    from bench.load import made, measure
+
+    if not count or "ours" not in names:
+        return {}
+    (place / "odd").mkdir()
+    digests = made.odd_tensors(place / "odd", count)
+    small, files = sorted((place / "small").iterdir()), sorted((place / "odd").iterdir())
+    figures = {}
+    for state in ("warm", "cold"):
+        runs = _rounds(
+            state, names, rounds, deadline, lambda name, at: measure.measure(name, at, files, small, digests)
+        )
+        medians = {name: statistics.median(run.seconds for run in group) for name, group in runs.items()}
+        if "ours" in medians:
+            figures[f"odd_{state}_us_per_tensor"] = medians["ours"] / count * 1e6
+            figures |= {
+                f"odd_{state}_vs_{name}": seconds / medians["ours"]
+                for name, seconds in medians.items()
+                if name != "ours"
+            }
+    return figures
+
+
+def _rounds(
+    state: str, names: list[str], rounds: int, deadline: float, run: Callable[[str, str], Measured]
+) -> dict[str, list[Measured]]:
+    """All candidates in turns, `rounds` times; then those that scatter, beside ours, until they do not."""
+    from bench.load.candidates import CANDIDATES
+
+    group: dict[str, list[Measured]] = {}
+    left = [name for name in names if state in CANDIDATES[name].states]
+    number = 0
+    while left:
+        for name in left[number % len(left) :] + left[: number % len(left)]:  # nobody is always first
+            click.echo(f"\r{state} {number + 1} {name:20}", err=True, nl=False)
+            try:
+                group.setdefault(name, []).append(run(name, state))
+            except RuntimeError as error:
+                click.echo(f"\n{error}", err=True)
+        number += 1
+        if number >= rounds:
+            scatter = [name for name in left if _scatters(group.get(name, []))]
+            more = scatter and number < min(MOST_ROUNDS, 3 * rounds) and time.monotonic() < deadline
+            left = [name for name in left if name in scatter or name == "ours"] if more else []
+    click.echo(f"\r{'':40}\r", err=True, nl=False)
+    return {name: runs for name, runs in group.items() if runs}
+
+
+def _scatters(runs: list[Measured]) -> bool:
+    seconds = [run.seconds for run in runs]
+    return len(seconds) > 1 and statistics.median(seconds) > (1 + SCATTER) * min(seconds)
 
 
 def _figures(medians: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import resource
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ OTHER_THREADS = 2  # for what no interceptor of ours stands before; all methods 
 
 EXIT_CODE_MUST_END = 70  # EX_SOFTWARE of sysexits.h
 
+SWITCH_SECONDS = 0.001  # between threads that compute: a heartbeat waits so long for each of them, a few times
 LONGEST_TICK_SECONDS = 1.0
 MOST_FILES = 1_048_576
 
@@ -118,6 +120,7 @@ class Server:
         self._drain_seconds = settings.drain_seconds
         self._tick_seconds = min(LONGEST_TICK_SECONDS, settings.heartbeat_timeout_seconds / 4)
         self._draining = DrainInterceptor()
+        self._refuses = False  # new calls, heartbeats among them: from then on nobody's lease may run out here
         self._stalled = StalledStreams()
         self._answers = AnswersUnderWay(settings.limits)
         self._tls = settings.tls
@@ -257,6 +260,7 @@ class Server:
     def drain(self) -> threading.Event:
         """Refuses new calls. The event is set when calls and answers have ended, or were cut at the time-out."""
         self.leave()
+        self._refuses = True
         self._draining.drain()
         self._watches.drain()
         self._cache.stop_downloads()
@@ -298,7 +302,7 @@ class Server:
 
     def _tick(self) -> None:
         """Sweeps the store, unless heartbeats cannot be heard at the moment."""
-        if not self._operations.readiness.hears:
+        if self._refuses or not self._operations.readiness.hears:
             return
         with contextlib.suppress(StoreUnavailable):  # readiness tells of it
             expired, deleted = self._store.sweep()
@@ -402,6 +406,7 @@ def run(settings: ServerSettings) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit code."""
     raise_file_limit()
     give_large_parts_back()
+    sys.setswitchinterval(SWITCH_SECONDS)
     signals = Signals()
     try:
         server = Server(settings, signals.listen)  # a call that it answers is one that a signal lets end

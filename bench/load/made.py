@@ -47,7 +47,14 @@ def _layer() -> list[tuple[str, list[int]]]:
     ]
 
 
-def _write(file: Path, tensors: dict[str, list[int]], random: np.random.Generator, digests: dict[str, int]) -> None:
+def _write(
+    file: Path,
+    tensors: dict[str, list[int]],
+    random: np.random.Generator,
+    digests: dict[str, int],
+    *,
+    odd: bool = False,
+) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in tensors.items():
@@ -55,7 +62,7 @@ def _write(file: Path, tensors: dict[str, list[int]], random: np.random.Generato
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 + odd)
     with file.open("wb", buffering=8 << 20) as opened:
         opened.write(struct.pack("<Q", len(text)) + text)
         for name, shape in tensors.items():
@@ -64,6 +71,15 @@ def _write(file: Path, tensors: dict[str, list[int]], random: np.random.Generato
             opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())  # clean pages, that can be dropped
+
+
+def odd_tensors(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
+    """Writes one file of that many tensors of 1 to 7 KiB, none where its dtype would want it; name → XXH3-64."""
+    random = np.random.default_rng(seed)
+    digests: dict[str, int] = {}
+    shapes = {f"experts.{number}.scale": [int(random.integers(500, 3500))] for number in range(count)}
+    _write(folder / "model.safetensors", shapes, random, digests, odd=True)
+    return digests
 
 
 def header_of(count: int) -> bytes:

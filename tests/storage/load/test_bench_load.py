@@ -24,7 +24,21 @@ NAMES = (
 def test_the_figures_and_the_chart(tmp_path: Path) -> None:
     only = [word for name in NAMES for word in ("--only", name)]
     code = "from mxcore.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "bench", "load", "--size-mib", "16", "--rounds", "1", "--json", *only]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "bench",
+        "load",
+        "--size-mib",
+        "16",
+        "--rounds",
+        "1",
+        "--json",
+        *only,
+        "--odd-tensors",
+        "100",
+    ]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path), "--chart", str(tmp_path / "bars.png")],
         capture_output=True,
@@ -42,6 +56,9 @@ def test_the_figures_and_the_chart(tmp_path: Path) -> None:
         "auto_vs_best_forced",
         "extra_memory_bytes",
         "header_us_per_tensor",
+        "odd_warm_us_per_tensor",
+        "odd_warm_vs_safetensors_pread",
+        "odd_cold_vs_readinto",
     }
     assert wanted <= set(document["figures"])
     assert all(isinstance(value, int | float) for value in document["figures"].values())
