@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mxcore.engine import Fill, Replacement, Role, Running, Staged, find_checkpoint, load_running, running_of, update
+from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 
@@ -128,6 +129,20 @@ def test_what_the_old_version_wrote_and_the_new_one_leaves_is_the_constructors(v
         assert running.state()["version"] == str(new)
         assert {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()} == tensors
     assert layer._scale_float == float(layer.limit) == float(layer.scale) == 1.0
+
+
+def test_a_model_whose_constructor_values_much_keeps_no_copy_of_it(
+    versions: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads, and is refused when it is to be updated."""
+    monkeypatch.setattr(constructed, "MOST_VALUES_BYTES", 7)  # two of its values of four bytes
+    one, two = versions
+    running = started(one)
+    assert running.constructed is None
+    assert answer(running.model, SIZE) == fresh(one)
+    with pytest.raises(UpdateFailed, match="how this model was built is not known"):
+        to(running, two, one)
+    assert running.is_whole
 
 
 def test_equal_weights_move_nothing(versions: tuple[Path, Path]) -> None:

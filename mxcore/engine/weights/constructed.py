@@ -21,6 +21,7 @@ from mxcore.errors import LayoutMismatch, LayoutUnsupported
 
 __all__ = ["Constructed", "Staged"]
 
+MOST_VALUES_BYTES = 256 * 1024 * 1024
 _NAMED = 5
 
 
@@ -67,13 +68,15 @@ class Constructed:
     """A model's form and the constructor's values, taken before anything fills it (with `MarkUninitialised` around it).
 
     Costs host memory for the values: norms, rotary tables; not the matrices, which have none. `built` is what tells
-    weights from other tensors. Not thread-safe. Raises LayoutUnsupported where a tensor has no memory yet.
+    weights from other tensors. Not thread-safe. Raises LayoutUnsupported where a tensor has no memory yet, and where
+    the values are more than MOST_VALUES_BYTES.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, configuration: Sequence[object] = ()) -> None:
-        self.built = Built(model, device, configuration, copies=True, keeps_copies=True)
         self._forms: dict[int, _Form] = {}
+        self._values_bytes = 0
         self._modules = [self._seen(module) for module in model.modules()]
+        self.built = Built(model, device, configuration, copies=True, keeps_copies=True)
         self.unfilled: frozenset[str] | None = None
         """Names of tensors without a value that filling left without one; None where that was not seen."""
 
@@ -88,6 +91,13 @@ class Constructed:
                     f"{type(module).__name__}.{name} has no memory of its own while the model is built, so that it "
                     "cannot be made again: the weights of this model cannot be replaced while it runs"
                 )
+            is_valued = name not in unvalued
+            self._values_bytes += tensor.nbytes * is_valued
+            if self._values_bytes > MOST_VALUES_BYTES:
+                raise LayoutUnsupported(
+                    f"its constructor gives values to more than {MOST_VALUES_BYTES} bytes, which would be kept beside "
+                    "it: the weights of this model cannot be replaced while it runs"
+                )
             storage = tensor.untyped_storage()
             self._forms[id(tensor)] = _Form(
                 type(tensor),
@@ -98,7 +108,7 @@ class Constructed:
                 storage.data_ptr() or id(tensor),
                 storage.nbytes(),
                 tensor.storage_offset(),
-                None if name in unvalued else tensor.detach().to("cpu", copy=True),
+                tensor.detach().to("cpu", copy=True) if is_valued else None,
             )
 
         def ids(named: Mapping[str, torch.Tensor | None]) -> dict[str, int | None]:

@@ -67,7 +67,8 @@ class Built:
         self._beside = {name: digest(tensor) for name, tensor in found.beside.items() if _has_bytes(tensor)}
         valued = self._valued(found)
         self._digests = {name: digest(found.kept[name]) for name in valued}
-        self._copies = {name: found.kept[name].clone() for name in valued} if copies else {}
+        place = torch.device("cpu") if keeps_copies else None  # for as long as the model runs: not on its device
+        self._copies = {name: found.kept[name].to(place, copy=True) for name in valued} if copies else {}
 
     def look(self, model: nn.Module) -> Collected:
         """All that the model holds now."""
