@@ -14,7 +14,7 @@ from bench.demo import models
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
 from bench.fleet.free_ports import free_port
-from tests.vllm import families
+from tests.vllm import drafts, families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded
 
@@ -200,3 +200,31 @@ def test_experts_in_the_identity(source: EngineHost, experts: Path) -> None:
     assert identity(source, experts, data_parallel_size=2, **together) == (four, "data=2 context=1 placement=linear")
     dealt_out = identity(source, experts, expert_placement_strategy="round_robin", **together)[1]
     assert dealt_out == "data=1 context=1 placement=round_robin"
+
+
+def test_each_rank_takes_its_part_of_a_draft(
+    ranked: tuple[EngineHost, EngineHost], folder: Path, model_paths: dict[str, Path]
+) -> None:
+    source, target = ranked
+    model = model_paths["llama"]
+    head = drafts.eagle(folder / "ranked-eagle", model, own_embedding=True)
+    options = {
+        "tensor_parallel_size": 2,
+        "speculative_config": {"method": "eagle", "model": str(head), "num_speculative_tokens": 1},
+        "worker_cls": "tests.vllm.draft_worker.DraftWorker",
+        "ask": "draft_digests",
+    }
+    expected = source.load(model, "auto", **options).answers
+    first = source.load(model, "mx", keep=True, **options)
+    try:
+        with files_away([*weight_files(model), *weight_files(head)]):
+            second = target.load(model, "mx", **options)
+    finally:
+        source.ask("end")
+
+    assert first.answers == second.answers == expected
+    assert expected[0] != expected[1]
+    before, after = first.ranks(2, part="draft"), second.ranks(2, part="draft")
+    assert [report["path"] for report in (*second.ranks(2), *after)] == ["p2p"] * 4
+    assert [report["source_worker"] for report in after] == [report["worker_id"] for report in before]
+    assert [report["rank"] for report in after] == [0, 1]
