@@ -110,9 +110,7 @@ def _hanging_on(roots: Sequence[object]) -> set[int]:
         if isinstance(value, nn.Module | torch.Tensor) or not _may_hold(value, ()) or id(value) in found:
             continue
         found.add(id(value))
-        if isinstance(
-            value, memoryview | bytearray | array
-        ):  # such as the ring that an engine's processes share: bytes
+        if isinstance(value, memoryview | bytearray | array):  # bytes: the ring that an engine's ranks share
             continue
         if isinstance(value, Mapping):
             waiting += value.values()
