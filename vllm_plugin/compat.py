@@ -121,6 +121,15 @@ def before_parsing(default: Callable[[], str | None]) -> None:
     arguments.add_cli_args = staticmethod(added)
 
 
+def configured(words: list[str]) -> VllmConfig:
+    """vLLM's configuration for these engine arguments. Raises what vLLM raises for what it does not take."""
+    arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+    place = "vllm.utils.argparse_utils" if importlib.util.find_spec("vllm.utils.argparse_utils") else "vllm.utils"
+    parser = importlib.import_module(place).FlexibleArgumentParser()
+    made: VllmConfig = arguments.from_cli_args(arguments.add_cli_args(parser).parse_args(words)).create_engine_config()
+    return made
+
+
 def plain_load_config(load_config: LoadConfig, load_format: str) -> LoadConfig:
     """A copy for one of vLLM's own loaders, which reject extra keys that they do not know."""
     return dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config={})

@@ -83,11 +83,7 @@ def identities_of(model: str, arguments: Sequence[str]) -> list[p2p_pb2.SourceId
 
     Makes vLLM's configuration, and no engine. Raises what vLLM raises for arguments that it does not take.
     """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", model, *arguments])
-    config = EngineArgs.from_cli_args(parsed).create_engine_config()
+    config = compat.configured(["--model", model, *arguments])
     chosen = config.model_config
     found = find_checkpoint(chosen.model, chosen.revision, config.load_config.download_dir)
     return [source_identity(config, chosen, kind, found) for kind in ("raw", "processed")]

@@ -11,7 +11,7 @@ import pytest
 from bench.micro.conftest import Measure
 from mxcore.nixl import NixlAgent
 from mxcore.transfer.layout import Placement, merge_regions
-from mxcore.transfer.route import ucx_environment
+from mxcore.transfer.route import ucx_settings
 
 TENSORS = 2_000
 TENSOR_BYTES = 64 * 1024
@@ -31,8 +31,8 @@ def placement() -> Iterator[Placement]:
 
 @pytest.fixture
 def agent() -> Iterator[NixlAgent]:
-    with ucx_environment("tcp,self"):
-        made = NixlAgent("mx-micro")
+    with ucx_settings("tcp,self") as parameters:
+        made = NixlAgent("mx-micro", backend_params=parameters)
     yield made
     made.destroy()
 

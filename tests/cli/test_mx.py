@@ -108,7 +108,8 @@ def test_a_code_of_the_server_stands_alone() -> None:
 
 def test_interrupt_is_130() -> None:
     """While it waits for a server that does not answer, as a shell's Ctrl-C does it: SIGINT to the process."""
-    code = "from mxcore.cli.main import main; main()"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's `&` has it ignored
+    code = f"{heard}; from mxcore.cli.main import main; main()"
     arguments = ["models", "get", "org/model", "--wait", "600", "--server", "127.0.0.1:1", "--json"]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

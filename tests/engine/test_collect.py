@@ -6,6 +6,9 @@ import ctypes
 import functools
 import logging
 import math
+import mmap
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -217,6 +220,27 @@ def test_a_function_over_a_named_weight_is_fine() -> None:
     model.bound = model.forward
     model.plain = torch.nn.functional.linear
     assert collect(model, CPU).refused == {}
+
+
+def test_bytes_that_hang_on_the_configuration_are_not_walked_one_by_one() -> None:
+    """An engine's processes share a ring of hundreds of MB, by a view that is a sequence of numbers."""
+    with mmap.mmap(-1, 1 << 28) as memory, memoryview(memory) as ring:
+        groups = SimpleNamespace(ring=ring, slots=[ring[:8], bytearray(8)])
+        model = nn.Linear(2, 2)
+        model.group = groups
+        most_bytes = tracemalloc_peak(functools.partial(collect, model, CPU, [groups]))
+        groups.slots[0].release()
+    assert most_bytes < 1 << 24
+
+
+def tracemalloc_peak(run: Callable[[], object]) -> int:
+    """The most bytes of Python's that it held at once."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_hangs_on_the_configuration_is_left_out_and_modules_that_it_lists_are_not() -> None:

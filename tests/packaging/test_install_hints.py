@@ -14,9 +14,12 @@ from mxserver.wire.extras import EXTRAS, install_command
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HINT = re.compile(r"pip install ((?:[-\w\[\],.=<>]+|'[^']+'|\{[^}]+\})(?: +(?:[-\w\[\],.=<>/*]+|'[^']+'))*)")
-READ = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("Dockerfile*")] + [
-    path for package in ("mxcore", "mxserver", "vllm_plugin") for path in (ROOT / package).rglob("*.py")
-]
+READ = [
+    ROOT / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "deploy").rglob("Dockerfile*"),
+    *(ROOT / "deploy").rglob("*.yaml"),
+] + [path for package in ("mxcore", "mxserver", "vllm_plugin") for path in (ROOT / package).rglob("*.py")]
 ENGINES = {"vllm"}  # the user's own; tests run its CPU build, which has another name
 
 

@@ -21,7 +21,7 @@ from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, open_channel
 from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
-from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, model_pb2_grpc, mx_pb2, p2p_pb2
+from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, model_pb2_grpc, mx_pb2, p2p_pb2, watch_pb2
 from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 
@@ -71,6 +71,7 @@ def test_every_method_of_the_server_has_a_role_or_is_open(start_server: StartSer
             (cache_pb2, "CacheService"),
             (health_pb2, "HealthService"),
             (api_pb2, "ApiService"),
+            (watch_pb2, "WatchService"),
         )
     ]
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}

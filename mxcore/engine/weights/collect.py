@@ -16,6 +16,7 @@ import functools
 import operator
 import struct
 import types
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,8 @@ def _hanging_on(roots: Sequence[object]) -> set[int]:
         if isinstance(value, nn.Module | torch.Tensor) or not _may_hold(value, ()) or id(value) in found:
             continue
         found.add(id(value))
+        if isinstance(value, memoryview | bytearray | array):  # bytes: the ring that an engine's ranks share
+            continue
         if isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, Sequence | set | frozenset):

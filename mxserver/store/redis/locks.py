@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from redis.exceptions import LockError
-from redis.lock import Lock
-
 from mxserver.store.errors import StoreUnavailable
-from mxserver.store.redis.redis_link import RedisLink
+from mxserver.store.redis.redis_link import Lock, LockError, RedisLink
 
 PREFIX = "mx:lock:"
 

@@ -16,7 +16,8 @@ from mxserver.wire import SettingError, install_command
 try:
     import redis
     from redis.backoff import ConstantBackoff
-    from redis.lock import Lock
+    from redis.exceptions import LockError as LockError  # for `locks`: here what is missing is told
+    from redis.lock import Lock as Lock
     from redis.retry import Retry
 except ImportError as error:
     raise SettingError(
