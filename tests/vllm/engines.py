@@ -31,10 +31,11 @@ class Loaded:
     report_path: Path
     default_steps: dict[str, float]  # seconds of vLLM's default loader, where it was that
 
-    def ranks(self, count: int) -> list[dict[str, Any]]:
-        """The reports of all ranks of an engine of several workers."""
-        others = [self.report_path.with_name(f"{self.report_path.name}.rank{rank}") for rank in range(1, count)]
-        return [self.report, *(json.loads(path.read_text()) for path in others)]
+    def ranks(self, count: int, part: str = "") -> list[dict[str, Any]]:
+        """The reports of all ranks of an engine of several workers, of its model or of a `part` such as its draft."""
+        name = ".".join(filter(None, (self.report_path.name, part)))
+        names = [name, *(f"{name}.rank{rank}" for rank in range(1, count))]
+        return [json.loads(self.report_path.with_name(each).read_text()) for each in names]
 
 
 class EngineHost:
