@@ -85,7 +85,9 @@ def _client(context: click.Context, *, patience_seconds: float = 60.0) -> Iterat
         yield client
 
 
-_MARKS = {"pinned": "pinned", "in_use": "in use", "weights": "without weights"}
+def _marks(row: dict[str, Any]) -> str:
+    marks = {"pinned": row["pinned"], "in use": row["in_use"], "without weights": not row["weights"]}
+    return ", ".join(name for name, is_so in marks.items() if is_so)
 
 
 def _print(as_json: bool, data: dict[str, Any], text: str) -> None:
@@ -194,7 +196,7 @@ def list_models(context: click.Context, as_json: bool) -> None:
             short_id(str(row["revision"])),
             bytes_text(row["bytes"]),
             str(row["files"]),
-            ", ".join(text for name, text in _MARKS.items() if row[name] is (name != "weights")),
+            _marks(row),
         )
         for row in rows
     ]
