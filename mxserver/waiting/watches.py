@@ -1,8 +1,8 @@
 """The streams of workers that wait or receive: each hears what changes for its weights and rank.
 
 One thread looks at the records of each (source, rank) that somebody watches: soon after this server was told of a
-change, and every second, because leases end by themselves and another replica may have been told. It takes at most a
-quarter of a core. A worker that several changes happen to meanwhile hears of them at once.
+change, and every second, because leases end by themselves and another replica may have been told. It rests after each
+look by what the look took (SHARE_OF_A_CORE). A worker that several changes happen to meanwhile hears of them at once.
 """
 
 from __future__ import annotations
