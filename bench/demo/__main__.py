@@ -2,8 +2,9 @@
 
 For each model real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while the
 checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights. One model
-also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Exit code 0 only if every
-answer equals that of vLLM's default loader in every bit, and whoever pulls got its weights by p2p.
+also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Then a model of 1 GB in an object
+store behind a slow link (far_storage). Exit code 0 only if every answer equals that of vLLM's default loader in every
+bit, and whoever pulls got its weights by p2p.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.demo import models
+from bench.demo import far_storage, models
 from bench.demo.processes import DemoError, bring_back, cancelled, files_away
 from bench.demo.workers import Server, Worker
 
 FOLDER = Path(__file__).parents[2] / ".demo"
-COLUMNS = ("model", "worker", "path", "tensors", "bytes", "seconds", "GB/s", "verified chunks", "equal")
+COLUMNS = ("model", "worker", "weights from", "tensors", "bytes", "verified chunks", "equal")
+FAR_COLUMNS = ("model", "worker", "weights from", "bytes", "seconds", "GB/s")
 
 
 class Start(NamedTuple):
@@ -123,11 +125,16 @@ def run(say: Progress) -> dict[str, Any]:
         pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
         stack.callback(cancelled.set)  # before the pool waits for its threads
         results = list(pool.map(lambda case: run_case(case, address, say), CASES))
+    far = far_storage.run(FOLDER, say)
+    from_peers = [result["path"] == "p2p" for result in results]
+    if "left_out" not in far:
+        from_peers.append(far["workers"][1].get("path") == "p2p")
     return {
-        "equal": all(result["equal"] for result in results),
-        "path": "p2p" if all(result["path"] == "p2p" for result in results) else "storage",
+        "equal": all(result["equal"] for result in results) and far.get("equal", True),
+        "path": "p2p" if all(from_peers) else "storage",
         "seconds": round(say.seconds, 1),
         "models": results,
+        "far_storage": far,
     }
 
 
@@ -137,19 +144,51 @@ def table(result: dict[str, Any]) -> str:
         (
             model["name"],
             worker["worker"],
-            worker.get("path", "?"),
+            _giver(worker, model["workers"]),
             str(worker.get("tensors", 0)),
             f"{worker.get('bytes', 0):,}",
-            f"{worker.get('seconds', 0):.3f}",
-            f"{worker.get('gigabytes_per_second', 0):.2f}",
             str(worker.get("chunks_verified", 0)),
             "yes" if worker["equal"] else "NO",
         )
         for model in result["models"]
         for worker in model["workers"]
     ]
-    widths = [max(len(row[column]) for row in (COLUMNS, *rows)) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (COLUMNS, *rows)]
+    return _aligned(COLUMNS, rows)
+
+
+def far_table(far: dict[str, Any]) -> str:
+    """The model behind the slow link, for people."""
+    if reason := far.get("left_out"):
+        return f"Left out: a model of 1 GB behind a slow link ({reason})."
+    rows = [
+        (
+            far["name"],
+            worker["worker"],
+            _giver(worker, far["workers"]),
+            f"{worker['bytes']:,}",
+            f"{worker['seconds']:.1f}",
+            f"{worker['gigabytes_per_second']:.3f}",
+        )
+        for worker in far["workers"]
+    ]
+    return (
+        f"{_aligned(FAR_COLUMNS, rows)}\nThe store's link carries {far['store_megabits'] / 8000:.3f} GB/s, a worker's "
+        f"{far['worker_megabits'] / 8000:.3f}: from the worker they came in 1/{far['peer_over_storage']:.1f} of the time."
+    )
+
+
+def _giver(worker: dict[str, Any], workers: list[dict[str, Any]]) -> str:
+    """Who gave this worker its weights: storage, or another row's worker."""
+    if worker.get("path") != "p2p":
+        path = worker.get("path", "?")
+        return {"uri": "object store"}.get(path, path)
+    givers = {offer["worker_id"]: other["worker"] for other in workers for offer in other.get("offers", ())}
+    return f"worker {givers.get(worker['source_worker'], '?')}"
+
+
+def _aligned(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in (columns, *rows)) for column in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -172,7 +211,7 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        print(table(result))
+        print(f"{table(result)}\n\n{far_table(result['far_storage'])}\n")
         verdict = (
             "whoever pulls got its weights from a worker, and every answer is equal"
             if passed

@@ -52,7 +52,24 @@ def qwen3(folder: Path) -> Path:
     )
 
 
-def generate(folder: Path, model_type: str, shape: dict[str, Any], *, seed: int = 20) -> Path:
+def qwen3_of_a_gigabyte(folder: Path) -> Path:
+    """Writes a generated Qwen3 checkpoint of 1.06 GB (bfloat16, 44 layers, in shards of 200 MB); returns `folder`."""
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    return generate(folder, "qwen3", shape, shard_size="200MB")
+
+
+def generate(
+    folder: Path, model_type: str, shape: dict[str, Any], *, seed: int = 20, shard_size: str = "1MB"
+) -> Path:
     """Writes a checkpoint of `model_type` with random weights (normal, seeded) and a tokenizer made on the spot.
 
     The same arguments give the same bytes. Returns `folder`.
@@ -71,7 +88,7 @@ def generate(folder: Path, model_type: str, shape: dict[str, Any], *, seed: int 
     config = AutoConfig.for_model(model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **shape)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     fill(model, seed=seed)
-    model.save_pretrained(folder, max_shard_size="1MB")
+    model.save_pretrained(folder, max_shard_size=shard_size)
     (folder / "ready").touch()
     return folder
 

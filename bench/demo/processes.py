@@ -40,15 +40,20 @@ cancelled = threading.Event()
 
 
 class Child:
-    """One child process with its log. `stop` ends it and everything that it started; idempotent."""
+    """One child process with its log. `stop` ends it and everything that it started; idempotent.
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    `prefix` is a command that runs it elsewhere: in a network namespace.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, prefix: Sequence[str] = ()
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *command],
+                [*prefix, sys.executable, *command],
                 env={**clean_environment(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

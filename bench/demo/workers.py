@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ PROMPTS = (
 
 
 class Server:
-    """A real `mxserver` on a free port of the loopback interface, with settings by environment name."""
+    """A real `mxserver` on a free port of `host`, by default the loopback interface; settings by environment name."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None, *, host: str = "127.0.0.1") -> None:
         self.child = Child(
             "mxserver",
-            ["-m", "mxserver", "--host", "127.0.0.1", "--port", "0", "--store-path", str(folder / "server.sqlite3")],
+            ["-m", "mxserver", "--host", host, "--port", "0", "--store-path", str(folder / "server.sqlite3")],
             settings or {},
             folder / "logs" / "mxserver.log",
         )
@@ -42,34 +42,41 @@ class Server:
         return self.address
 
     def _listening(self) -> bool:
-        found = re.search(r"listening on (127\.0\.0\.1:\d+)", self.child.log.read_text(errors="replace"))
+        found = re.search(r"listening on (\d[\d.]*:\d+)", self.child.log.read_text(errors="replace"))
         self.address = found[1] if found else ""
         return bool(found)
 
 
 class Worker:
-    """One `vllm serve`, of `ranks` worker processes."""
+    """One `vllm serve`, of `ranks` worker processes, called at `host`.
+
+    `prefix` and `settings`: a command that it runs under, and more of its environment.
+    """
 
     def __init__(
         self,
         name: str,
-        model: Path,
+        model: Path | str,
         folder: Path,
         *,
         load_format: str,
         pooling: bool,
         server: str | None = None,
         ranks: int = 1,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.pooling = pooling
         self.ranks = ranks
+        self.host = host
         self.report_path = folder / "reports" / f"{name}.json"
         self.report_path.parent.mkdir(parents=True, exist_ok=True)
         for path in self._report_paths():
             path.unlink(missing_ok=True)
         self.port = free_port()
         command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--load-format", load_format]
+        command += ["--host", host, "--port", str(self.port), "--load-format", load_format]
         command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4", "--seed", "0"]
         command += ["--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
         command += ["--runner", "pooling"] if pooling else []
@@ -77,8 +84,9 @@ class Worker:
         environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache")}
         if server is not None:
             command += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]
-            environment |= {"MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": "127.0.0.1"}
-        self.child = Child(name, command, environment, folder / "logs" / f"{name}.log")
+            environment |= {"MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": host}
+        environment |= settings or {}
+        self.child = Child(name, command, environment, folder / "logs" / f"{name}.log", prefix)
 
     def start(self) -> None:
         """Waits until the worker answers. Raises DemoError."""
@@ -127,7 +135,7 @@ class Worker:
         return json.loads(answer)
 
     def _request(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=REQUEST_SECONDS)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()

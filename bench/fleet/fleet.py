@@ -35,13 +35,16 @@ class FleetError(RuntimeError):
 
 
 class Network:
-    """A bridge, and a namespace a worker whose link carries `megabits` a second each way (tc tbf). Needs root."""
+    """A bridge, and a namespace a worker whose link carries `megabits` a second each way (tc tbf). Needs root.
 
-    def __init__(self, workers: int, megabits: float) -> None:
+    `megabits` is one rate for all links, or one for each.
+    """
+
+    def __init__(self, workers: int, megabits: float | Sequence[float]) -> None:
         self.tag = f"mx{os.getpid() % 10000}{chr(ord('a') + next(_serial) % 26)}"  # names of links are short
         self.host = "10.213.0.1"
         self._workers = workers
-        self._megabits = megabits
+        self._megabits = [megabits] * workers if isinstance(megabits, int | float) else list(megabits)
 
     def prefix(self, worker: int) -> list[str]:
         return ["ip", "netns", "exec", f"{self.tag}n{worker}"]
@@ -54,7 +57,6 @@ class Network:
 
     def __enter__(self) -> Self:
         bridge = f"{self.tag}b"
-        shape = ["rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "50ms"]
         try:
             _run("ip", "link", "add", bridge, "type", "bridge")
             _run("ip", "addr", "add", f"{self.host}/24", "dev", bridge)
@@ -68,6 +70,7 @@ class Network:
                 _run(*inside, "addr", "add", f"{self.address(worker)}/24", "dev", inner)
                 _run(*inside, "link", "set", inner, "up")
                 _run(*inside, "link", "set", "lo", "up")
+                shape = _shape(self._megabits[worker])
                 _run("tc", "qdisc", "add", "dev", outer, "root", "tbf", *shape)
                 _run("tc", "-n", space, "qdisc", "add", "dev", inner, "root", "tbf", *shape)
         except BaseException:
@@ -84,6 +87,11 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shape(megabits: float) -> list[str]:
+    """tbf's settings. The bucket holds what the link carries in 10 ms: a smaller one holds fast links down."""
+    return ["rate", f"{megabits}mbit", "burst", f"{max(256, round(megabits * 1.25))}kb", "latency", "50ms"]
 
 
 class Process:

@@ -1,10 +1,12 @@
 """A real S3 server (rclone) over a folder: HTTP, signatures checked. Buckets are folders, objects files.
 
 rclone answers a range with 200 and Content-Range where S3 says 206: a proxy before it puts that right.
+`python -m tests.object_store.s3_server FOLDER HOST` prints its address and serves until it is killed.
 """
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -78,3 +80,9 @@ def environment(address: str) -> dict[str, str]:
         "AWS_ENDPOINT_URL": f"http://{address}",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+if __name__ == "__main__":
+    with S3Server(Path(sys.argv[1]), changing=False, host=sys.argv[2]) as running:
+        print(running.address, flush=True)
+        signal.pause()
