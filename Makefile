@@ -96,8 +96,7 @@ docs: $(SITE)/.ready
 	@$(SITE)/bin/mkdocs build --quiet --clean
 	@echo build/site/index.html
 
-charts: bench-deps
-	@sh tools/install_test_packages.sh graphviz
+charts: bench-deps  # and Debian's graphviz
 	@$(BIN)/python tools/make_charts.py
 
 soak: soak-server

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HINT = re.compile(r"pip install ((?:[-\w\[\],.=<>]+|'[^']+'|\{[^}]+\})(?: +(?:[-\w\[\],.=<>/*]+|'[^']+'))*)")
 READ = [
     ROOT / "README.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     *(ROOT / "deploy").rglob("Dockerfile*"),
     *(ROOT / "deploy").rglob("*.yaml"),
 ] + [path for package in ("mxcore", "mxserver", "vllm_plugin") for path in (ROOT / package).rglob("*.py")]
