@@ -18,6 +18,7 @@ from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 BOTH = Role("mx", pulls=True, reads_storage=True, offers=True)
 PATHS = ("p2p", "engine")
 SIZE = 64
+ONE_MORE = 0.25  # a scale with which processing makes one more tensor
 
 
 class Scaled(nn.Module):
@@ -34,6 +35,8 @@ class Scaled(nn.Module):
         if float(self.scale) != 1.0:
             self._scale_float = float(self.scale)
             self.limit.fill_(float(self.scale))
+        if float(self.scale) == ONE_MORE:
+            self.register_buffer("offset", torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x @ self.weight * self._scale_float) * self.limit
@@ -129,6 +132,16 @@ def test_what_the_old_version_wrote_and_the_new_one_leaves_is_the_constructors(v
         assert running.state()["version"] == str(new)
         assert {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()} == tensors
     assert layer._scale_float == float(layer.limit) == float(layer.scale) == 1.0
+
+
+def test_a_version_that_processing_makes_one_more_tensor_of_is_refused(tmp_path: Path) -> None:
+    """What the running model has no place for would be left out in silence."""
+    one, two = scaled(tmp_path / "one", 1, None), scaled(tmp_path / "two", 2, ONE_MORE)
+    running = started(one)
+    with pytest.raises(UpdateFailed, match=r"Scaled would have \['offset'\] with the new weights"):
+        to(running, two, one)
+    assert answer(running.model, SIZE) == fresh(one)
+    assert running.state()["version"] == str(one)
 
 
 def test_a_model_whose_constructor_values_much_keeps_no_copy_of_it(

@@ -221,7 +221,8 @@ class Staged:
             if name in transient and name in new_buffers and _same(new_buffers[name], value)
         }  # what only the constructor has valued: tables, and what the engine writes while it runs
         buffers = {name: buffer for name, buffer in live["_buffers"].items() if name not in kept}
-        _write(module, buffers, new_buffers, makes_more=makes_more)
+        written = {name: buffer for name, buffer in new_buffers.items() if name not in kept}
+        _write(module, buffers, written, makes_more=makes_more)
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             state[name] = live[name]
         return [tensor for tensor in (*new_parameters.values(), *new_buffers.values()) if tensor is not None]
@@ -285,6 +286,8 @@ def _write(
     there = {name for name, tensor in new.items() if tensor is not None}
     if (missing := sorted(names - there)) and not makes_more:
         raise LayoutMismatch(f"{where} has {missing[:_NAMED]} and would not have it with the new weights")
+    if (more := sorted(there - names)) and not makes_more:
+        raise LayoutMismatch(f"{where} would have {more[:_NAMED]} with the new weights, which it has not now")
     for name in names & there:
         _copy(f"{where}.{name}", live[name], new[name])
 
