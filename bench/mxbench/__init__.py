@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "cluster": "mxbench.cluster.command",
     "compare": "mxbench.results.compare",
+    "peer": "mxbench.peer.command",
     "report": "mxbench.results.report",
 }
 """`mx bench NAME` → the module with its click command `command`. Kept here, so that listing them imports nothing."""
