@@ -59,7 +59,6 @@ class Mesh:
             run("ip", "link", "add", f"{self._tag}v{number}", "type", "veth", "peer", "name", "ssh", "netns", space)
             run("ip", "link", "set", f"{self._tag}v{number}", "master", bridge, "up")
             run("ip", "-n", space, "addr", "add", f"{self.ssh_address(number)}/24", "dev", "ssh")
-            run("ip", "-n", space, "addr", "add", f"{self.address(number)}/32", "dev", "lo")
             for link in ("lo", "ssh"):
                 run("ip", "-n", space, "link", "set", link, "up")
         for one, other in itertools.combinations(range(self.count), 2):
@@ -69,6 +68,7 @@ class Mesh:
             megabits = self._others.get((one, other), self.megabits)
             for (number, link), target in zip(ends, (other, one), strict=True):
                 inside = ["ip", "-n", self.space(number)]
+                run(*inside, "addr", "add", f"{self.address(number)}/32", "dev", link)  # UCX wants one on each
                 run(*inside, "link", "set", link, "up")
                 run(*inside, "route", "add", f"{self.address(target)}/32", "dev", link, "src", self.address(number))
                 shape = ["rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms"]

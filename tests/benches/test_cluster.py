@@ -42,7 +42,7 @@ def test_two_machines_and_a_run_that_was_cut(tmp_path: Path) -> None:
     assert result["figures"]["storage_readers"] == 1
     assert result["figures"]["t1_seconds"] > 0
     assert [path.stem for path in sorted((tmp_path / "run/steps").iterdir())] == [
-        *("00-machines", "01-pairs", "02-fan-out-swarm-1", "03-storage"),
+        *("00-machines", "01-pairs", "02-fan-out-swarm-1", "03-storage", "04-update"),
     ]
     fan_out = json.loads((tmp_path / "run/steps/02-fan-out-swarm-1.json").read_text())
     assert fan_out["progress"]["b"][-1][1] == 2 << 20
@@ -62,7 +62,7 @@ def test_a_machine_that_is_not_there_fails_its_steps(tmp_path: Path) -> None:
     ran = CliRunner().invoke(mx, ["bench", "cluster", *words])
     assert ran.exit_code == 1
     assert "b: nobody listens at 127.0.0.1:1" in (tmp_path / "run/steps/00-machines.failed").read_text()
-    assert "failed: machines, pairs, fan-out-swarm-1, storage" in ran.output
+    assert "failed: machines, pairs, fan-out-swarm-1, storage, update" in ran.output
 
 
 @pytest.mark.parametrize("count", range(2, 12))
@@ -77,7 +77,7 @@ def test_the_steps_of_a_cluster() -> None:
     names = [step.name for step in steps_of(6, ("swarm", "star"))]
     assert names == [
         *("machines", "pairs", "fan-out-swarm-1", "fan-out-swarm-2", "fan-out-star-2", "fan-out-swarm-4"),
-        *("fan-out-star-4", "fan-out-swarm-5", "fan-out-star-5", "storage", "killed"),
+        *("fan-out-star-4", "fan-out-swarm-5", "fan-out-star-5", "storage", "update", "killed"),
     ]
     assert "killed" not in [step.name for step in steps_of(2, ("swarm",))]
 

@@ -3,7 +3,8 @@
 FILE has a machine a line: NAME [ssh=[USER@]HOST] [python=PATH] [address=WHAT OTHERS CALL], or agent=HOST:PORT instead of
 ssh= where `mx bench peer --listen` runs. Nothing but this package is needed there. Steps: what the machines are; plain
 connections between all pairs; fan-out of a model from the first machine to 1, 2, 4, … and all others (ours, then
-doubling and a star); all start at once without a copy, so that one reads storage; a worker killed at half. Each step's
+doubling and a star); all start at once without a copy, so that one reads storage; an update of all to the next
+version; a worker killed at half. Each step's
 raw JSON is in the folder of the run; a run that was cut goes on with the same command. `mx bench report FOLDER` makes a
 page of it, `mx bench compare` compares two.
 """

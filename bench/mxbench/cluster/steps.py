@@ -35,7 +35,7 @@ def steps_of(hosts: int, strategies: Sequence[str]) -> list[Step]:
     for count in counts:
         for strategy in strategies if count > 1 else ("swarm",):
             steps.append(Step(f"fan-out-{strategy}-{count}", _fan_out_to(strategy, count)))
-    steps.append(Step("storage", storage))
+    steps += [Step("storage", storage), Step("update", update)]
     if hosts > 2:
         steps.append(Step("killed", killed))
     return steps
@@ -180,6 +180,24 @@ def storage(cluster: Cluster) -> Made:
     made = _made(receivers.workers, dones, total_bytes(cluster.asked.shape))
     made["figures"]["storage_readers"] = sum(done["path"] == "storage" for done in dones.values())
     return made
+
+
+def update(cluster: Cluster) -> Made:
+    """All have a model and serve it; then the first machine has the next version, and all others take it in its place."""
+    receivers = _receivers(cluster, "swarm", len(cluster.hosts) - 1)
+    _started(receivers.workers)
+    assert receivers.seed is not None
+    receivers.seed.send("next")
+    receivers.seed.expect("serving")
+    for worker in receivers.workers:
+        worker.progress.clear()
+        worker.send("next")
+    for worker in receivers.workers:
+        worker.expect("ready")
+    dones = _started(receivers.workers)
+    if away := [name for name, done in dones.items() if done["path"] != "p2p"]:
+        raise HostError(f"{', '.join(away)}: the next version did not come from others: {dones[away[0]]['failures']}")
+    return _made(receivers.workers, dones, total_bytes(cluster.asked.shape))
 
 
 def killed(cluster: Cluster) -> Made:

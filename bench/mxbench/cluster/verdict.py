@@ -28,6 +28,8 @@ def figures_of(steps: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     if (read := steps.get("storage")) is not None:
         figures["storage_readers"] = read["figures"]["storage_readers"]
         figures["storage_seconds"] = read["figures"]["seconds"]
+    if (updated := steps.get("update")) is not None:
+        figures["update_seconds"] = updated["figures"]["seconds"]
     if (kill := steps.get("killed")) is not None:
         figures["killed_seconds"] = kill["figures"]["seconds"]
         most = max((row for row in rows if row["strategy"] == "swarm"), key=lambda row: row["receivers"], default=None)

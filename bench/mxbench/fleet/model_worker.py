@@ -1,8 +1,8 @@
 """A worker in a process of its own that holds or receives a made-up model, and serves it.
 
 Started with one argument, a JSON object; prints JSON objects, one a line: `serving` or `ready`, `progress`, `done`,
-`cpu`, `sent`. It takes lines: `start` receives, `again` forgets what came and joins anew, `cpu` and `sent` ask. It ends
-with its input.
+`cpu`, `sent`. It takes lines: `start` receives, `again` forgets what came and joins anew, `next` joins for the next
+version of the model, in the memory of this one, `cpu` and `sent` ask. It ends with its input.
 """
 
 from __future__ import annotations
@@ -114,12 +114,7 @@ class ModelWorker:
 
     def run(self) -> None:
         """Until the input ends."""
-        if self.task["role"] == "seed":
-            self._from_storage()
-            self._serve(None)
-            say(event="serving", worker=self.member.worker_id)
-        else:
-            say(event="ready", worker=self.member.worker_id)
+        self._begin()
         for line in sys.stdin:
             match line.strip():
                 case "start":
@@ -128,12 +123,26 @@ class ModelWorker:
                     self.member.close()
                     self._forget()
                     self.member = self._joined()
-                    say(event="ready", worker=self.member.worker_id)
+                    self._begin()
+                case "next":
+                    self.member.close()
+                    self.task["content"] += 1
+                    self.member = self._joined()
+                    self._begin()
                 case "cpu":
                     say(event="cpu", seconds=time.process_time())
                 case "sent":
                     holder = self.member.holder
                     say(event="sent", bytes=holder.bytes_granted if holder else 0)
+
+    def _begin(self) -> None:
+        """A seed serves, a receiver waits to be told."""
+        if self.task["role"] == "seed":
+            self._from_storage()
+            self._serve(None)
+            say(event="serving", worker=self.member.worker_id)
+        else:
+            say(event="ready", worker=self.member.worker_id)
 
     def _serve(self, report: ReceiveReport | None) -> None:
         digests = report.digests if report else None

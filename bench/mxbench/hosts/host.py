@@ -16,7 +16,7 @@ from mxbench.hosts.errors import HostError
 
 __all__ = ["Child", "Host"]
 
-_READY_SECONDS = 60.0
+_READY_SECONDS = 120.0
 _EVENT_SECONDS = 180.0
 
 
