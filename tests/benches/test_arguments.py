@@ -64,7 +64,8 @@ def test_every_folder_and_file_is_looked_for_first(tmp_path: Path) -> None:
     missing, seen = str(tmp_path / "none" / "x"), 0
     for bench, command in BENCHES.items():
         for parameter in command.params:
-            if not isinstance(parameter.type, click.Path) or getattr(parameter, "hidden", False):
+            made_here = parameter.name == "run"  # `cluster` makes that folder
+            if not isinstance(parameter.type, click.Path) or getattr(parameter, "hidden", False) or made_here:
                 continue
             seen += 1
             places = [missing for one in command.params if isinstance(one, click.Argument)]

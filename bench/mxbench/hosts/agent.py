@@ -1,6 +1,6 @@
 """The agent on a machine: starts processes of the benches for whoever is connected, and passes on what they say.
 
-python -m mxbench.hosts.agent takes one JSON object a line from stdin and answers on stdout; it is what ssh starts.
+python -m mxbench.hosts takes one JSON object a line from stdin and answers on stdout; it is what ssh starts.
 A connection of `mx bench peer --listen` is served in the same way. Only the programs in PROGRAMS are started. With the
 connection end all processes that were started over it.
 """
@@ -180,6 +180,3 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print goes to stderr
     serve(sys.stdin.buffer, answers)
 
-
-if __name__ == "__main__":
-    main()

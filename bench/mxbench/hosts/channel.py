@@ -17,7 +17,7 @@ from mxbench.hosts.errors import HostError
 
 __all__ = ["Channel", "over_socket", "over_ssh", "started_here"]
 
-AGENT = "mxbench.hosts.agent"
+AGENT = "mxbench.hosts"
 CONNECT_SECONDS = 20.0
 _END_SECONDS = 20.0
 
@@ -74,8 +74,8 @@ def _process(command: Sequence[str]) -> Channel:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    said: list[bytes] = []
-    reading = threading.Thread(target=lambda stream=process.stderr: said.extend(stream), daemon=True)
+    errors, said = process.stderr, list[bytes]()
+    reading = threading.Thread(target=lambda: said.extend(errors), daemon=True)
     reading.start()
 
     def close() -> str:
@@ -85,8 +85,7 @@ def _process(command: Sequence[str]) -> Channel:
             process.kill()
             process.wait()
         reading.join(_END_SECONDS)
-        if process.stderr is not None:
-            process.stderr.close()
+        errors.close()
         return b"".join(said[-5:]).decode(errors="replace").strip()
 
     return Channel(process.stdout, process.stdin, close, "", "")

@@ -40,7 +40,13 @@ MIB = 1 << 20
     show_default=True,
     help="How long plain connections send.",
 )
-@click.option("--transport", "transports", multiple=True, type=click.Choice(list(TRANSPORTS)), help="Default: those that work, but same-host.")  # fmt: skip
+@click.option(
+    "--transport",
+    "transports",
+    multiple=True,
+    type=click.Choice(list(TRANSPORTS)),
+    help="Default: those that work, but same-host.",
+)
 @click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), help="Default: both.")
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(SHAPES), help="Tensors: few, many. Default: both.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

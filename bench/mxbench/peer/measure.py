@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -121,13 +122,11 @@ def _raw(
         except HostError as error:
             found.left_out[f"{direction}_link_{name}"] = str(error)
 
+    def sockets(count: int) -> list[float]:
+        return [socket_rate(giver, taker, count, asked.seconds).gbps for _ in range(asked.rounds)]
+
     for count in CONNECTIONS:
-        attempt(
-            f"sockets_{count}",
-            lambda count=count: [  # type: ignore[misc]
-                socket_rate(giver, taker, count, asked.seconds).gbps for _ in range(asked.rounds)
-            ],
-        )
+        attempt(f"sockets_{count}", partial(sockets, count))
     if "tcp-by-nixl" in transports:
         attempt("nixl_tcp", lambda: nixl_rate(giver, taker, "tcp", asked.size_bytes, asked.rounds))
     if "rdma" in transports:

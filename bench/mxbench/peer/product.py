@@ -51,7 +51,6 @@ def received(
     rounds: int,
     *,
     device: int | None = None,
-    stand_in: str | None = None,
 ) -> list[Received]:
     """Rounds of one model. `device`: the CUDA device that it is on, at both. Raises HostError, also for wrong bytes."""
     task = {
@@ -62,7 +61,6 @@ def received(
         "strategy": "star",
         "tells": False,
         "device": device,
-        "stand_in": stand_in,
     }
     source = giver.spawn("worker", {**task, "role": "seed"}, worker_environ(giver, server, transport))
     target = taker.spawn("worker", {**task, "role": "receiver"}, worker_environ(taker, server, transport))
