@@ -73,7 +73,9 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
 
 
 @click.command()
-@click.option("--runs", type=click.IntRange(0), default=20, show_default=True, help="How many runs, split over the settings.")
+@click.option(
+    "--runs", type=click.IntRange(0), default=20, show_default=True, help="How many runs, split over the settings."
+)
 @click.option("--seed", type=int, help="Of the random choices; printed, so that a run can be repeated.")
 @click.option(
     "--setting",
@@ -83,18 +85,38 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
     help="What they share: TCP, TCP by NIXL, cross-memory attach, or TCP over a link each (needs root). Default: all.",
 )
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*FAULTS, *CUTS]), help="Default: all.")
-@click.option("--flips", type=click.IntRange(0), default=10_000, show_default=True, help="How many bytes are flipped, one in a chunk.")
+@click.option(
+    "--flips",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    help="How many bytes are flipped, one in a chunk.",
+)
 @click.option(
     "--failover/--no-failover", default=True, show_default=True, help="Kill or stop a source at half, and measure."
 )
 @click.option(
     "--liars",
     type=click.IntRange(0),
-    default=1000, show_default=True, help="Receives from three holders of which one lies; 0: none."
+    default=1000,
+    show_default=True,
+    help="Receives from three holders of which one lies; 0: none.",
 )
-@click.option("--self-checks", type=click.IntRange(0), default=3, show_default=True, help="Bits flipped in holders that look at themselves.")
+@click.option(
+    "--self-checks",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Bits flipped in holders that look at themselves.",
+)
 @click.option("--hostile/--no-hostile", default=True, show_default=True, help="Readers that try to change weights.")
-@click.option("--strangers", type=click.FloatRange(0), default=20.0, show_default=True, help="Seconds of strangers' calls; 0: none.")
+@click.option(
+    "--strangers",
+    type=click.FloatRange(0),
+    default=20.0,
+    show_default=True,
+    help="Seconds of strangers' calls; 0: none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     runs: int,

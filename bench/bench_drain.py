@@ -33,8 +33,12 @@ CLEAN = ("the server is draining", "Connection refused")
 
 @click.command("drain")
 @click.option("--calls", type=click.IntRange(1), default=12_000, show_default=True, help="Calls in all, at least.")
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="How often the server gets SIGTERM.")
-@click.option("--callers", type=click.IntRange(1), default=24, show_default=True, help="Connections that call at the same time.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="How often the server gets SIGTERM."
+)
+@click.option(
+    "--callers", type=click.IntRange(1), default=24, show_default=True, help="Connections that call at the same time."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(calls: int, rounds: int, callers: int, as_json: bool) -> None:
     """SIGTERM under load: which calls fail."""

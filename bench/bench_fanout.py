@@ -83,8 +83,16 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
 @click.command()
 @click.option("--receivers", type=click.IntRange(1), default=8, show_default=True, help="How many receive at once.")
 @click.option("--megabytes", type=click.IntRange(1), default=96, show_default=True, help="Size of the model, MiB.")
-@click.option("--megabits", type=click.FloatRange(0, min_open=True), default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s.")
-@click.option("--chunk-mib", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Size of a chunk, MiB.")
+@click.option(
+    "--megabits",
+    type=click.FloatRange(0, min_open=True),
+    default=80.0,
+    show_default=True,
+    help="Rate of every link, each way, Mbit/s.",
+)
+@click.option(
+    "--chunk-mib", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Size of a chunk, MiB."
+)
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
 @click.option("--plot", "plot_file", type=NewFile(), help="Draw progress here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -328,9 +328,13 @@ def peak_mib(pid: int) -> float:
 
 
 @click.command()
-@click.option("--mib", type=click.IntRange(64), default=1024, show_default=True, help="Size of the model of large files.")
+@click.option(
+    "--mib", type=click.IntRange(64), default=1024, show_default=True, help="Size of the model of large files."
+)
 @click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Rounds; medians count.")
-@click.option("--small-files", type=click.IntRange(1), default=10_000, show_default=True, help="Files of the model of small ones.")
+@click.option(
+    "--small-files", type=click.IntRange(1), default=10_000, show_default=True, help="Files of the model of small ones."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(mib: int, rounds: int, small_files: int, as_json: bool) -> None:
     """Model files from the server by HTTP, plain and TLS, against bare servers in the same rounds."""

@@ -22,10 +22,22 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
 
 
 @click.command("gpu")
-@click.option("--size-mib", type=click.IntRange(1), default=4096, show_default=True, help="Size of the checkpoint, and of device buffers.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each measurement; the fastest counts.")
+@click.option(
+    "--size-mib",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Size of the checkpoint, and of device buffers.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each measurement; the fastest counts."
+)
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="As CUDA counts.")
-@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Default: /dev/shm if there is room.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Default: /dev/shm if there is room.",
+)
 @click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:

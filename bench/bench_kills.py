@@ -37,8 +37,16 @@ BACK_SECONDS = 120.0
 @click.option("--kills", type=click.IntRange(1), default=60, show_default=True, help="How often.")
 @click.option("--store", type=click.Choice(["sqlite", "redis"]), default="sqlite", show_default=True)
 @click.option("--victim", type=click.Choice(["server", "store"]), default="server", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=6, show_default=True, help="Workers that publish at the same time.")
-@click.option("--longest", type=click.FloatRange(0), default=0.5, show_default=True, help="Seconds between a start and its kill, at most.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=6, show_default=True, help="Workers that publish at the same time."
+)
+@click.option(
+    "--longest",
+    type=click.FloatRange(0),
+    default=0.5,
+    show_default=True,
+    help="Seconds between a start and its kill, at most.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of the random moments.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(kills: int, store: str, victim: str, threads: int, longest: float, seed: int, as_json: bool) -> None:

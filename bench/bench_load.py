@@ -47,8 +47,16 @@ MOST_SECONDS = 420.0  # then no further round begins
 
 @click.command("load")
 @click.option("--size-mib", type=click.IntRange(1), default=2048, show_default=True, help="Size of the checkpoint.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and state.")
-@click.option("--odd-tensors", type=click.IntRange(0), default=20_000, show_default=True, help="Small tensors at odd offsets; 0: none.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and state."
+)
+@click.option(
+    "--odd-tensors",
+    type=click.IntRange(0),
+    default=20_000,
+    show_default=True,
+    help="Small tensors at odd offsets; 0: none.",
+)
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
 @click.option("--chart", type=NewFile(), help="Draw bars into this PNG.")

@@ -32,8 +32,12 @@ TIMEOUTS = {"RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS": "60000", "RUNAI_STREAMER_S3_
 
 @click.command("object")
 @click.option("--size-mib", type=click.IntRange(1), default=512, show_default=True, help="Size of the checkpoint.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and latency.")
-@click.option("--latency-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="Added to each request, beside 0.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and latency."
+)
+@click.option(
+    "--latency-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="Added to each request, beside 0."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> None:
     """S3 into memory, with and without latency, against Run:ai alone and boto3."""

@@ -223,7 +223,13 @@ def samples_of(rates: dict[tuple[str, str], Rates], linked: dict[str, Rates]) ->
 
 
 @click.command()
-@click.option("--scale", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Of the models: 1 is about 1 GB each.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the models: 1 is about 1 GB each.",
+)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds; the median counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(scale: float, repeats: int, as_json: bool) -> None:

@@ -165,7 +165,9 @@ def _until_quiet(holder: Process) -> None:
 
 
 @click.command()
-@click.option("--transfers", type=click.IntRange(1), default=1000, show_default=True, help="In all, split over the ways.")
+@click.option(
+    "--transfers", type=click.IntRange(1), default=1000, show_default=True, help="In all, split over the ways."
+)
 @click.option("--seed", default=1, show_default=True, help="Of orders, and of the moments of kills.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="This one alone, with its share.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -247,8 +247,20 @@ def table(counts: list[int], setting: Setting) -> list[tuple[int, float, float, 
 
 @click.command()
 @click.option("--receivers", default="1,8,64,256,1000", show_default=True)
-@click.option("--gigabytes", type=click.FloatRange(0, min_open=True), default=64.0, show_default=True, help="Of one worker's share of the model, 10^9 bytes.")
-@click.option("--gigabits", type=click.FloatRange(0, min_open=True), default=400.0, show_default=True, help="Rate of a link, each way.")
+@click.option(
+    "--gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=64.0,
+    show_default=True,
+    help="Of one worker's share of the model, 10^9 bytes.",
+)
+@click.option(
+    "--gigabits",
+    type=click.FloatRange(0, min_open=True),
+    default=400.0,
+    show_default=True,
+    help="Rate of a link, each way.",
+)
 @click.option("--chunk-mib", type=click.IntRange(1), default=16, show_default=True)
 def main(receivers: str, gigabytes: float, gigabits: float, chunk_mib: int) -> None:
     """Prints how long a fleet takes, as a table."""

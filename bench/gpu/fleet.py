@@ -73,9 +73,15 @@ def _measured(workers: Workers, slow: str, total_bytes: int) -> dict[str, Any]:
 
 
 @click.command("gpu-fleet")
-@click.option("--tensors", type=click.IntRange(1), default=32, show_default=True, help="Large ones; 59 small ones beside them.")
-@click.option("--tensor-mib", type=click.FloatRange(0, min_open=True), default=256.0, show_default=True, help="Of each large one.")
-@click.option("--chunk-mib", type=click.FloatRange(0, min_open=True), default=16.0, show_default=True, help="Size of a chunk.")
+@click.option(
+    "--tensors", type=click.IntRange(1), default=32, show_default=True, help="Large ones; 59 small ones beside them."
+)
+@click.option(
+    "--tensor-mib", type=click.FloatRange(0, min_open=True), default=256.0, show_default=True, help="Of each large one."
+)
+@click.option(
+    "--chunk-mib", type=click.FloatRange(0, min_open=True), default=16.0, show_default=True, help="Size of a chunk."
+)
 @click.option(
     "--slow", default="3GB", show_default=True, help="What a source gives a second where something is killed."
 )

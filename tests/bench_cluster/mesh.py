@@ -14,7 +14,7 @@ FRAME = 1514
 
 
 class Mesh:
-    """`count` namespaces; the link between two carries `megabits` a second each way, but those in `others`. Needs root."""
+    """`count` namespaces; a link between two carries `megabits` a second each way, or what `others` say. Needs root."""
 
     def __init__(self, count: int, megabits: float, others: Mapping[tuple[int, int], float] | None = None) -> None:
         self.count, self.megabits = count, megabits

@@ -52,9 +52,7 @@ def test_a_peer_tells_the_true_rate_both_ways(mesh: Mesh) -> None:
     assert all(" % of the link by tcp" in line for line in told["verdict"])
 
 
-def test_a_cluster_over_ssh_names_the_slow_link(
-    mesh: Mesh, ssh_config: Path, hosts_file: Path, tmp_path: Path
-) -> None:
+def test_a_cluster_over_ssh_names_the_slow_link(mesh: Mesh, ssh_config: Path, hosts_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("cluster", "--hosts", hosts_file, "--run", run, "--ssh-config", ssh_config, *SMALL)
     ran = mx_bench(*words)
@@ -74,9 +72,14 @@ def test_a_cluster_over_ssh_names_the_slow_link(
     result = json.loads((run / "result.json").read_text())
     assert (result["failed"], result["not_begun"]) == ([], [])
     assert result["figures"]["storage_readers"] == 1
-    assert {"t2_over_t1", "t3_over_t1", "star_t3_over_t1", "doubling_t3_over_t1", "killed_seconds", "update_seconds"} <= set(
-        result["figures"]
-    )
+    assert {
+        "t2_over_t1",
+        "t3_over_t1",
+        "star_t3_over_t1",
+        "doubling_t3_over_t1",
+        "killed_seconds",
+        "update_seconds",
+    } <= set(result["figures"])
     assert json.loads(next((run / "steps").glob("*-killed.json")).read_text())["killed"] == "n1"
     reported = mx_bench("report", run)
     assert reported.returncode == 0, reported.stderr

@@ -1,4 +1,4 @@
-"""`mx bench cluster` on this machine, and its parts; `make test-cluster` runs it between network namespaces over ssh."""
+"""`mx bench cluster` on this machine, and its parts; `make test-cluster` runs it between namespaces over ssh."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def test_the_verdict_names_the_slow_pair_last() -> None:
 
 def test_a_machine_with_a_slow_card_is_named_and_none_where_all_are_alike() -> None:
     slow = {f"{one}_{other}": 0.2 for one in "abcd" for other in "abcd" if "c" in (one, other)}
-    assert list(verdict(steps(links(**slow)), []))[-1] == "slow machine: every link of c, at 0.2 GB/s, 33 % of the median"
+    assert (
+        list(verdict(steps(links(**slow)), []))[-1] == "slow machine: every link of c, at 0.2 GB/s, 33 % of the median"
+    )
     assert list(verdict(steps(links(a_b=0.9)), ["killed"]))[-2:] == [
         "failed: killed",
         "no slow link: 12 links, the slowest has 90 % of the median 1 GB/s",

@@ -29,11 +29,7 @@ def host() -> Iterator[Host]:
 
 
 def children_of(pid: int) -> list[str]:
-    return [
-        child
-        for task in Path(f"/proc/{pid}/task").glob("*")
-        for child in (task / "children").read_text().split()
-    ]
+    return [child for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
 
 
 def test_two_ends_give_a_rate(host: Host) -> None:
@@ -73,7 +69,10 @@ def test_a_deadline_ends_every_wait(host: Host) -> None:
     ("told", "why"),
     [
         ({"do": "spawn", "child": "x", "program": "sh", "task": {}}, "no program 'sh'"),
-        ({"do": "spawn", "child": "x", "program": "sockets", "task": {}, "environ": {"PATH": "/"}}, "PATH is no setting"),
+        (
+            {"do": "spawn", "child": "x", "program": "sockets", "task": {}, "environ": {"PATH": "/"}},
+            "PATH is no setting",
+        ),
         ({"do": "dance"}, "no request 'dance'"),
         ({"do": "send", "child": "nobody", "line": ""}, "KeyError"),
         ({"do": "spawn"}, "KeyError"),
@@ -109,7 +108,9 @@ def test_processes_end_with_the_connection_and_the_port_serves_on() -> None:
     assert before
     channel.close()  # as a machine that vanishes: nothing is said before
     assert left.wait(30)
-    assert not any(Path(f"/proc/{child}/cmdline").read_bytes().count(b"socket_end") for child in children_of(os.getpid()))
+    assert not any(
+        Path(f"/proc/{child}/cmdline").read_bytes().count(b"socket_end") for child in children_of(os.getpid())
+    )
     host.close()
     again = over_socket("127.0.0.1", port)
     with Host("there", again.there, again) as second:
@@ -129,7 +130,10 @@ def test_who_cannot_be_reached_is_named() -> None:
 
 
 def test_a_hosts_file() -> None:
-    text = "# machines\na ssh=me@a1 python=/opt/py address=10.0.0.1\n\nb\nc agent=c1:7000\nd agent=d1\ne here address=10.0.0.5\n"
+    text = (
+        "# machines\na ssh=me@a1 python=/opt/py address=10.0.0.1\n\nb\n"
+        "c agent=c1:7000\nd agent=d1\ne here address=10.0.0.5\n"
+    )
     assert parse_hosts(text) == [
         HostLine("a", "10.0.0.1", ssh="me@a1", python="/opt/py"),
         HostLine("b", "b", ssh="b"),

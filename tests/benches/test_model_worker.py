@@ -9,8 +9,6 @@ import pytest
 from mxbench.fleet import scaled, total_bytes
 from mxbench.fleet.model_memory import CONTENT_BYTES, HostMemory, content_pieces, tensors_of, written_file
 from mxbench.fleet.shapes import ALIGNED_BYTES, stretches
-from mxbench.hosts import Host, HostError, started_here
-from mxbench.peer import received
 
 
 def test_content_is_the_same_everywhere_and_differs_by_version(tmp_path: Path) -> None:
@@ -35,9 +33,3 @@ def test_tensors_lie_side_by_side(kind: str, tensors: int) -> None:
     memory.write(3, b"abc")
     assert memory.read(2, 5) == b"\0abc\0"
     memory.close()
-
-
-def test_the_product_between_two_agents_says_why_not() -> None:
-    """Without a server nobody finds the source; what came from storage is not counted as a transfer."""
-    with Host("a", "127.0.0.1", started_here()) as host, pytest.raises(HostError, match="nothing came from the other"):
-        received(host, host, "127.0.0.1:1", "tcp", [(1, 1000)], 1)

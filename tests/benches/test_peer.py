@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mxbench.link.verbs_end import rate_of
 from mxbench.peer.command import _host_and_port, figures_of, verdict
-from mxbench.peer.measure import Found
+from mxbench.peer.measure import Asked, Found, _possible
 from mxcore.cli.main import mx
 
 MX = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "bench", "peer"]
@@ -30,7 +30,7 @@ def port() -> Iterator[str]:
 
 
 def test_the_link_and_the_product(port: str) -> None:
-    words = [*SMALL, "--direction", "take", "--transport", "tcp", "--transport", "rdma", "--json"]
+    words = [*SMALL, "--direction", "take", "--transport", "tcp", "--json"]
     ran = subprocess.run([*MX, "--connect", f"127.0.0.1:{port}", *words], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
@@ -41,12 +41,26 @@ def test_the_link_and_the_product(port: str) -> None:
     assert figures.keys() == links | ours | burnt
     assert all(figures[name] > 0 for name in links | ours)
     assert told["details"]["figures"]["take_tcp_few_gbps"]["unit"] == "GB/s"
-    assert "no RDMA port" in told["left_out"]["take_link_nixl_rdma"]
-    assert "take_rdma_few" in told["left_out"]
+    assert told["left_out"] == {"device memory": "no GPU on 127.0.0.1 and here"}
     assert set(told["hosts"]) == {"127.0.0.1", "here"}
     [line] = told["verdict"]
     assert line.startswith("127.0.0.1 -> here: ")
     assert " % of the link by tcp (" in line
+
+
+def test_what_both_machines_have_is_measured() -> None:
+    port = {"name": "mlx5_0:1", "state": "4: ACTIVE", "openable": True}
+    with_all, without = {"rdma_ports": [port], "gpus": ["H200"]}, {"rdma_ports": [], "gpus": []}
+    asked, found = Asked(1, 1, 1.0, (), (), ()), Found()
+    assert _possible({"a": with_all, "b": with_all}, asked, found) == (
+        ["tcp", "tcp-by-nixl", "rdma"],
+        {"": None, "device_": 0},
+    )
+    assert found.left_out == {}
+    assert _possible({"a": with_all, "b": without}, asked, found) == (["tcp", "tcp-by-nixl"], {"": None})
+    assert found.left_out == {"rdma": "no RDMA port can be used on b", "device memory": "no GPU on b"}
+    wanted = asked._replace(transports=("rdma",))
+    assert _possible({"a": with_all, "b": without}, wanted, found)[0] == ["rdma"]  # it is tried, and says why not
 
 
 @pytest.mark.parametrize(

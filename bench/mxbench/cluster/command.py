@@ -1,8 +1,8 @@
 """`mx bench cluster --hosts FILE`: a cluster's links, and the product on them, from one machine over ssh.
 
-FILE has a machine a line: NAME [ssh=[USER@]HOST] [python=PATH] [address=WHAT OTHERS CALL], or agent=HOST:PORT instead of
-ssh= where `mx bench peer --listen` runs. Nothing but this package is needed there. Steps: what the machines are; plain
-connections between all pairs; fan-out of a model from the first machine to 1, 2, 4, … and all others (ours, then
+FILE has a machine a line: NAME [ssh=[USER@]HOST] [python=PATH] [address=WHAT OTHERS CALL], or agent=HOST:PORT instead
+of ssh= where `mx bench peer --listen` runs. Nothing but this package is needed there. Steps: what the machines are;
+plain connections between all pairs; fan-out of a model from the first machine to 1, 2, 4, … and all others (ours, then
 doubling and a star); all start at once without a copy, so that one reads storage; an update of all to the next
 version; a worker killed at half. Each step's
 raw JSON is in the folder of the run; a run that was cut goes on with the same command. `mx bench report FOLDER` makes a
@@ -34,7 +34,9 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 
 
 @click.command("cluster")
-@click.option("--hosts", "hosts_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The machines.")
+@click.option(
+    "--hosts", "hosts_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The machines."
+)
 @click.option("--run", "run", type=click.Path(file_okay=False, path_type=Path), help="Folder (default: mx-bench-NOW).")
 @click.option("--mib", type=click.IntRange(1), default=1024, show_default=True, help="Size of the model.")
 @click.option("--chunk-mib", type=_POSITIVE, default=16.0, show_default=True, help="Size of a chunk.")

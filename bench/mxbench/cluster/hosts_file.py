@@ -1,9 +1,9 @@
 """The machines of a cluster, a line each: a name, how it is reached, what the others reach it by.
 
-    node-a  ssh=me@node-a  python=/opt/mx/bin/python  address=10.0.0.1
-    node-b  ssh=node-b                    # python3; address: node-b
-    node-c  agent=node-c:6570             # `mx bench peer --listen` runs there
-    node-d  here  address=10.0.0.4        # this machine
+node-a  ssh=me@node-a  python=/opt/mx/bin/python  address=10.0.0.1
+node-b  ssh=node-b                    # python3; address: node-b
+node-c  agent=node-c:6570             # `mx bench peer --listen` runs there
+node-d  here  address=10.0.0.4        # this machine
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from mxbench.hosts import DEFAULT_PORT
 __all__ = ["manifest"]
 
 _TEXT = """\
-# A pod a node: `kubectl apply -f` it, and `kubectl logs -f job/{name}` has the result. Pods of a name find each other by
-# the headless service. For RDMA and GPUs add your device plugin's resources to `limits`, and IPC_LOCK if memory may not
-# be pinned (`mx doctor` says so).
+# A pod a node: `kubectl apply -f` it, and `kubectl logs -f job/{name}` has the result. Pods find each other by the
+# headless service. For RDMA and GPUs add your device plugin's resources to `limits`, and IPC_LOCK if memory may
+# not be pinned (`mx doctor` says so).
 apiVersion: v1
 kind: Service
 metadata:

@@ -124,7 +124,8 @@ def _receivers(cluster: Cluster, strategy: str, count: int, *, with_seed: bool =
         seed.expect("serving")
     places = cluster.hosts[1 : count + 1] if with_seed else cluster.hosts
     workers = [
-        cluster.worker(host, server, "receiver", strategy, readers=readers, from_folder=not with_seed) for host in places
+        cluster.worker(host, server, "receiver", strategy, readers=readers, from_folder=not with_seed)
+        for host in places
     ]
     for worker in workers:
         worker.expect("ready")
@@ -183,7 +184,7 @@ def storage(cluster: Cluster) -> Made:
 
 
 def update(cluster: Cluster) -> Made:
-    """All have a model and serve it; then the first machine has the next version, and all others take it in its place."""
+    """All have a model and serve it; then the first machine has the next version, and all others take that instead."""
     receivers = _receivers(cluster, "swarm", len(cluster.hosts) - 1)
     _started(receivers.workers)
     assert receivers.seed is not None

@@ -71,7 +71,8 @@ def _about_links(pairs: Sequence[dict[str, Any]]) -> str:
     slow = slow_links(pairs)
     if not slow:
         lowest = min(pair["gbps"] for pair in pairs)
-        return f"no slow link: {len(pairs)} links, the slowest has {100 * lowest / middle:.0f} % of the median {middle:.3g} GB/s"
+        share = f"{100 * lowest / middle:.0f} % of the median {middle:.3g} GB/s"
+        return f"no slow link: {len(pairs)} links, the slowest has {share}"
     names = {pair[end] for pair in pairs for end in ("from", "to")}
     for name in sorted(names):
         own = [pair for pair in pairs if name in (pair["from"], pair["to"])]

@@ -179,4 +179,3 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to stderr
     serve(sys.stdin.buffer, answers)
-

@@ -25,7 +25,9 @@ _END_SECONDS = 20.0
 class Channel:
     """JSON objects to and from an agent. `send` from any thread, `told` from one."""
 
-    def __init__(self, answers: IO[bytes], requests: IO[bytes], close: Callable[[], str], here: str, there: str) -> None:
+    def __init__(
+        self, answers: IO[bytes], requests: IO[bytes], close: Callable[[], str], here: str, there: str
+    ) -> None:
         """`close` ends the way and says what went wrong on it. `here`, `there`: addresses of both ends, if known."""
         self.here, self.there = here, there
         self._answers, self._requests, self._close = answers, requests, close

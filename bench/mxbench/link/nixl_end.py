@@ -1,8 +1,8 @@
 """One end of NIXL's best case, in a process of its own: all bytes as one descriptor on one region of host memory.
 
 Started with a JSON object: `bytes`, `transport` (tcp, rdma, same-host). It says `ready` with its metadata and address.
-The line `connect METADATA ADDRESS` makes the other end known; then `move ROUNDS` moves all bytes so often, by WRITE over
-TCP, by READ otherwise, and says `moved` with the seconds of each. It ends with its input.
+The line `connect METADATA ADDRESS` makes the other end known; then `move ROUNDS` moves all bytes so often, by WRITE
+over TCP, by READ otherwise, and says `moved` with the seconds of each. It ends with its input.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """One end of plain TCP connections, in a process of its own: one sends for some seconds, the other takes what comes.
 
-Started with a JSON object: `role` take (`address`, `connections`) or give (`address`, `port`, `connections`, `seconds`).
-The taker says `listening` with its port and then `took`, the giver `gave`, each with its processor's seconds.
+Started with a JSON object: `role` take (`address`, `connections`) or give (also `port` and `seconds`). The taker
+says `listening` with its port and then `took`, the giver `gave`, each with its processor's seconds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -71,14 +72,21 @@ def _in_threads(run: Callable[[int], None], count: int) -> None:
         thread.join()
 
 
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
 def main() -> None:
     """One end."""
     task = json.loads(sys.argv[1])
+    following = threading.Thread(target=_end_with_input, daemon=True)
+    following.start()
     if task["role"] == "take":
         take(task["address"], task["connections"])
     else:
         give(task["address"], task["port"], task["connections"], task["seconds"])
-    sys.stdin.read()
+    following.join()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One end of perftest's ib_write_bw. Started with a JSON object: `role` take or give, `port`, `seconds`, `address`.
 
-It says `waiting` (take) as soon as ib_write_bw is started, and `moved` with GB/s when it has ended. Ends with its input.
+It says `waiting` (take) as soon as ib_write_bw is started, `moved` with GB/s when it has ended, or `missing`. It ends
+with its input.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def say(**values: Any) -> None:
 
 
 def rate_of(output: str) -> float:
-    """GB/s (10^9 bytes a second) in what ib_write_bw --report_gbits prints. Raises ValueError without a row of figures."""
+    """GB/s (10^9 bytes a second) in what ib_write_bw --report_gbits prints. Raises ValueError without a rate."""
     rows = _ROW.findall(output)
     if not rows:
         raise ValueError(f"{PROGRAM} printed no rate: {output.strip()[-300:]}")
@@ -44,7 +45,12 @@ def main() -> None:
     flags = ["-d", device, "-i", number or "1", "-p", str(task["port"]), "-D", str(int(task["seconds"]) or 1)]
     command = [PROGRAM, *flags, "--report_gbits", "-F", *([task["address"]] if task["role"] == "give" else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    threading.Thread(target=lambda: (sys.stdin.read(), process.kill()), daemon=True).start()
+
+    def follow_input() -> None:
+        sys.stdin.read()
+        process.kill()
+
+    threading.Thread(target=follow_input, daemon=True).start()
     if task["role"] == "take":
         say(event="waiting")
     output, _ = process.communicate()

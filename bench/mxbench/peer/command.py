@@ -89,7 +89,7 @@ def command(
 def _host_and_port(text: str, port: int) -> tuple[str, int]:
     """HOST, HOST:PORT, [V6]:PORT, V6. Raises click.UsageError."""
     host, colon, number = text.rpartition(":")
-    if not colon or host.count(":") and not host.endswith("]"):
+    if not colon or (host.count(":") and not host.endswith("]")):
         host, number = text, str(port)
     host = host.removeprefix("[").removesuffix("]")
     if not host or not number.isdigit() or not 0 < int(number) < 65536:

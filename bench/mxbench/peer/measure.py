@@ -52,7 +52,9 @@ class Found:
         ours = [
             name
             for name in self.samples
-            if name.startswith(f"{direction}_") and name.endswith(("_few_gbps", "_many_gbps")) and "same_host" not in name
+            if name.startswith(f"{direction}_")
+            and name.endswith(("_few_gbps", "_many_gbps"))
+            and "same_host" not in name
         ]
         best = max(ours, key=self.rate, default="")
         return best.removeprefix(f"{direction}_").rpartition("_gbps")[0], self.rate(best) if best else 0.0
@@ -73,7 +75,13 @@ def measure(here: Host, there: Host, asked: Asked, server: str, say: Callable[[s
                     say(f"{giver.name} -> {taker.name}: {transport}, {memory or 'host_'}{shape}")
                     try:
                         rounds = received(
-                            giver, taker, server, transport, scaled(shape, asked.size_bytes), asked.rounds, device=device
+                            giver,
+                            taker,
+                            server,
+                            transport,
+                            scaled(shape, asked.size_bytes),
+                            asked.rounds,
+                            device=device,
                         )
                     except HostError as error:
                         found.left_out[name] = str(error)

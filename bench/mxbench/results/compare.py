@@ -118,7 +118,7 @@ def command(before: Path, after: Path, threshold: float, as_json: bool) -> None:
     found = changes(old, new, threshold)
     if not found:
         raise click.UsageError(f"{before} and {after} have no figure in common")
-    counts = Counter(change.verdict for change in found)
+    counts: Counter[str] = Counter(change.verdict for change in found)
     notes = sorted(differences(old, new))
     if as_json:
         rows = [{**change._asdict(), "percent": _finite(change.percent)} for change in found]

@@ -38,10 +38,9 @@ def _document(file: Path) -> dict[str, Any] | None:
         raise click.UsageError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError:
         return None
-    figures = found.get("figures") if isinstance(found, dict) else None
-    if not isinstance(figures, dict) or not all(_is_number(value) for value in figures.values()):
+    if not isinstance(found, dict) or not isinstance(figures := found.get("figures"), dict):
         return None
-    return found
+    return found if all(_is_number(value) for value in figures.values()) else None
 
 
 def _is_number(value: object) -> bool:

@@ -32,7 +32,9 @@ def machine(root: Path = Path("/")) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": _memory_bytes(root),
         "nics": _nics(root),
-        "rdma_ports": [{"name": port.name, "state": port.state, "openable": port.openable} for port in rdma_ports(root)],
+        "rdma_ports": [
+            {"name": port.name, "state": port.state, "openable": port.openable} for port in rdma_ports(root)
+        ],
         "gpus": _gpus(root),
         "versions": _versions(),
         "commit": _commit(),

@@ -30,7 +30,9 @@ def page(documents: Documents, pictures: Iterable[Picture], title: str) -> str:
         f"<h1>{escape(title)}</h1>",
         *(f"<p class=verdict>{escape(line)}</p>" for line in _verdicts(documents)),
         "<h2>Machines</h2>",
-        _table(("machine", "kernel", "processor", "network", "GPUs", "versions", "commit", "load"), _machines(documents)),
+        _table(
+            ("machine", "kernel", "processor", "network", "GPUs", "versions", "commit", "load"), _machines(documents)
+        ),
         *(_figure(picture) for picture in pictures),
         *(part for name, document in documents.items() for part in _section(name, document)),
     ]
@@ -102,7 +104,9 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterable
 def _figure(picture: Picture) -> str:
     data = base64.b64encode(picture.file.read_bytes()).decode()
     caption = escape(picture.caption)
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 @click.command("report")
