@@ -41,7 +41,7 @@ def test_the_link_and_the_product(port: str) -> None:
     assert figures.keys() == links | ours | burnt
     assert all(figures[name] > 0 for name in links | ours)
     assert told["details"]["figures"]["take_tcp_few_gbps"]["unit"] == "GB/s"
-    assert told["left_out"] == {"device memory": "no GPU on 127.0.0.1 and here"}
+    assert told["left_out"] == {"device memory": "no GPU on here and 127.0.0.1"}
     assert set(told["hosts"]) == {"127.0.0.1", "here"}
     [line] = told["verdict"]
     assert line.startswith("127.0.0.1 -> here: ")
