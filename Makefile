@@ -98,7 +98,7 @@ $(SITE)/.ready: requirements/docs.txt
 	@touch $@
 
 docs: $(SITE)/.ready
-	@$(SITE)/bin/mkdocs build --quiet --clean
+	@NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --clean
 	@echo build/site/index.html
 
 charts: bench-deps  # and Debian's graphviz
