@@ -105,7 +105,7 @@ def default_page(address: str) -> str:
 
 def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, Any] | None, str]:
     """The status page's data, or why there is none. Raises SettingError."""
-    url = urlsplit(f"{page.rstrip('/')}/status?workers=0")
+    url = urlsplit(f"{page.rstrip('/')}/status")
     if url.scheme not in ("http", "https") or not url.hostname:
         raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")
     secure = url.scheme == "https"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -136,7 +137,25 @@ class LoadContext:
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
         """This worker at the server, not joined yet."""
         signed = self.signed.digest if self.signed is not None else ""
-        return Membership(self.settings, identity, self.rank, self.engine.accelerator, signed_manifest=signed)
+        return Membership(
+            self.settings,
+            identity,
+            self.rank,
+            self.engine.accelerator,
+            signed_manifest=signed,
+            replica=self.replica,
+        )
+
+    @property
+    def replica(self) -> str:
+        """Which engine this rank is part of, the same for all its ranks; empty where that is not known.
+
+        Engines' own names are short: those of one machine are told apart by its name too.
+        """
+        engine = self.engine
+        if not engine.instance or engine.world_size() > engine.ranks_on_node():
+            return engine.instance
+        return f"{engine.instance}-{socket.gethostname()}"
 
     def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""

@@ -211,6 +211,7 @@ class PeerRung(Rung[Loaded]):
                 context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
+                membership.received(whole)
                 return whole
         except TransferError:
             self._tried.failed.update(source.worker_id for source in self._sources)

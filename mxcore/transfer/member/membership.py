@@ -14,7 +14,7 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, Scalars, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.place import current_place
-from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.record import Names, Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
@@ -62,7 +62,9 @@ class Membership:
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
         signed_manifest: str = "",
+        replica: str = "",
     ) -> None:
+        """`replica`: which engine this rank is part of, for people to see; the same for all its ranks."""
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
@@ -87,6 +89,7 @@ class Membership:
             served=self._served,
             topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
+            names=lambda: Names(*self._place().names, replica),
         )
         self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
@@ -231,6 +234,15 @@ class Membership:
         the block is reported as the reason why this step failed. Never raises by itself, never waits.
         """
         return self._record.loads.loading(path)
+
+    def load_took(self, transfer_seconds: float, process_seconds: float) -> None:
+        """The parts of the load that has just ended, as its engine measured them. The rest was waiting."""
+        self._record.loads.took(transfer_seconds, process_seconds)
+
+    def received(self, report: ReceiveReport) -> None:
+        """Reports a receive whose rest came from elsewhere: by itself, `receive` had failed."""
+        with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
+            report.tell(step)
 
     def refused(self, refusals: Iterable[Refusal]) -> None:
         """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def test_the_host_is_known_without_being_told() -> None:
 
 
 @pytest.mark.parametrize("told", ["/no/such/file", "{not json", "zone a", "{}"])
+def test_names_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the downward API; else of the place that was told, the pod's host name, or the machine's name."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    machine = socket.gethostname()
+    assert place("").names == ("", machine)
+    assert place("host=n3").names == ("", "n3")
+    assert place("host=n3", {"POD_NAME": "p", "NODE_NAME": "n4"}).names == ("p", "n4")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert place("").names == (machine, "")
+    assert place("", {"NODE_NAME": "n" * 1000}).names == (machine, "n" * 253)
+
+
 def test_what_cannot_be_read_is_no_place(told: str, caplog: pytest.LogCaptureFixture) -> None:
     assert set(place(told).topology) == {"host"}
     assert ("says no place" in caplog.text) == (told != "{}")
