@@ -63,6 +63,7 @@ def status(connection: Connection, page: str | None, wide: bool, as_json: bool) 
         },
         "models": models,
         "loads": None if data is None else data["loads"],
+        "loads_left_out": 0 if data is None else data.get("left_out", {}).get("loads", 0),
         "errors": None if data is None else data["errors"],
         "refusals": None if data is None else data.get("refusals", []),
         "not_shared": None if data is None else data.get("not_shared", []),
@@ -150,6 +151,8 @@ def as_text(facts: dict[str, Any], *, whole: bool = False) -> str:
         head = ("LOADING", "WORKER", "RANK", "DONE", "RATE", "LEFT", "PATH", "FROM")
         loads = [_load_row(load, whole=whole) for load in facts["loads"]]
         lines += ["", table(head, loads, width=width, may_shrink={"LOADING"})]
+        if facts["loads_left_out"]:
+            lines += [f"and {facts['loads_left_out']} more loads; the status page has them by model"]
     if facts["loads"] is None:
         lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
     if facts["not_shared"]:

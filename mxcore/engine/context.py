@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -150,12 +151,14 @@ class LoadContext:
     def replica(self) -> str:
         """Which engine this rank is part of, the same for all its ranks; empty where that is not known.
 
-        Engines' own names are short: those of one machine are told apart by its name too.
+        Engines' own names are short, or the same in each process: where all ranks are in one place, that is said too.
         """
         engine = self.engine
-        if not engine.instance or engine.world_size() > engine.ranks_on_node():
+        ranks = engine.world_size()
+        if not engine.instance or ranks > engine.ranks_on_node():
             return engine.instance
-        return f"{engine.instance}-{socket.gethostname()}"
+        here = f"{socket.gethostname()}-{os.getpid()}" if ranks == 1 else socket.gethostname()
+        return f"{engine.instance}-{here}"
 
     def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""

@@ -72,7 +72,6 @@ def test_the_host_is_known_without_being_told() -> None:
     assert place("").distance(place("zone=a").topology) == 0
 
 
-@pytest.mark.parametrize("told", ["/no/such/file", "{not json", "zone a", "{}"])
 def test_names_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the downward API; else of the place that was told, the pod's host name, or the machine's name."""
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
@@ -85,6 +84,7 @@ def test_names_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place("", {"NODE_NAME": "n" * 1000}).names == (machine, "n" * 253)
 
 
+@pytest.mark.parametrize("told", ["/no/such/file", "{not json", "zone a", "{}"])
 def test_what_cannot_be_read_is_no_place(told: str, caplog: pytest.LogCaptureFixture) -> None:
     assert set(place(told).topology) == {"host"}
     assert ("says no place" in caplog.text) == (told != "{}")

@@ -118,3 +118,13 @@ def test_chunks_that_came_by_another_way() -> None:
     assert plan.completed == 0b1110
     plan.done("a", 0, 1.0)
     assert plan.finished
+
+
+def test_the_server_hears_of_it_as_of_one_load(half: Half) -> None:
+    partial = half.receive()
+    missing = half.fill(partial)
+    half.source.received(partial.complete())
+    told = half.source._record.loads.report()
+    assert told is not None
+    assert (told.bytes, told.bytes_from_workers) == (partial.total_bytes, partial.total_bytes - missing)
+    assert [given.worker_id for given in told.given] == [half.source.worker_id]
