@@ -195,7 +195,11 @@ class P2pService:
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._changed(key, request.status)
-        record = self._store.get(key.source_id, key.worker_id) if request.HasField("load_report") or request.refusals else None
+        record = (
+            self._store.get(key.source_id, key.worker_id)
+            if request.HasField("load_report") or request.refusals
+            else None
+        )
         if record is None:
             self._loads.updated(key, request)
         else:

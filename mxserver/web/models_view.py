@@ -142,9 +142,7 @@ class Fleet:
 class Models:
     """All models at one moment."""
 
-    def __init__(
-        self, fleet: Fleet, running: Sequence[RunningLoad], histories: Mapping[str, ModelHistory]
-    ) -> None:
+    def __init__(self, fleet: Fleet, running: Sequence[RunningLoad], histories: Mapping[str, ModelHistory]) -> None:
         self._fleet = fleet
         self._models = {
             key: Model(replicas[0].model_name, replicas, dict(sorted(fleet.sources[key].items())))

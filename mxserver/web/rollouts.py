@@ -99,7 +99,10 @@ def rollouts(loads: Iterable[FinishedLoad]) -> list[Rollout]:
 
 def sums(loads: Sequence[FinishedLoad]) -> Json:
     """Bytes in all, and those that workers gave, which storage was spared."""
-    return {"bytes": sum(one.bytes for one in loads), "bytes_from_workers": sum(one.bytes_from_workers for one in loads)}
+    return {
+        "bytes": sum(one.bytes for one in loads),
+        "bytes_from_workers": sum(one.bytes_from_workers for one in loads),
+    }
 
 
 def quantile(ascending: Sequence[float], share: float) -> float:

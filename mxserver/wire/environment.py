@@ -176,7 +176,9 @@ VARIABLES: tuple[Variable, ...] = (
         "where this worker is: zone=a,rack=r7,host=n3, or a file or folder of Kubernetes' downward API with such "
         "labels; near sources are taken first (docs/swarm.md)",
     ),
-    Variable("POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"),
+    Variable(
+        "POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"
+    ),
     Variable("NODE_NAME", "worker", "the name of its node; the host of MX_TOPOLOGY unless set"),
     Variable(
         "MX_TOPOLOGY_REQUIRED", "worker", "the level, such as zone, that sources must share; others are not taken"

@@ -42,10 +42,12 @@ class Deployment:
 
     @property
     def identity(self) -> p2p_pb2.SourceIdentity:
-        return identity(self.model, tensor_parallel_size=self.ranks, quantization=self.quantization, revision="9f1c6bb1f39a")
+        return identity(
+            self.model, tensor_parallel_size=self.ranks, quantization=self.quantization, revision="9f1c6bb1f39a"
+        )
 
     def pods(self, rollout: int = 0) -> list[str]:
-        chance = random.Random(f"{self.name}/{rollout}")  # noqa: S311 - no secret
+        chance = random.Random(f"{self.name}/{rollout}")
         template = "".join(chance.choices(LETTERS, k=9))
         return [f"{self.name}-{template}-{''.join(chance.choices(LETTERS, k=5))}" for _ in range(self.replicas)]
 
@@ -66,7 +68,7 @@ def node(pod: str) -> str:
 
 def reports(of: Deployment, rollout: int, at_ms: float, spread_seconds: float) -> Iterator[load_pb2.KeptLoad]:
     """One rollout that ends at that time: the first replica reads storage, the others take from those before them."""
-    chance = random.Random(f"{of.name}/{rollout}/times")  # noqa: S311
+    chance = random.Random(f"{of.name}/{rollout}/times")
     pods = of.pods(rollout)
     for index, pod in enumerate(pods):
         joined_seconds = chance.uniform(0, spread_seconds) if index else 0.0

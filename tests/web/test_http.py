@@ -35,7 +35,8 @@ def test_probe_says_ok(web: WebServer, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/page.js", "/drawings.js", "/page.css", "/icon.svg", "/errors", "/status", "/metrics", "/livez", "/nowhere"]
+    "path",
+    ["/", "/page.js", "/drawings.js", "/page.css", "/icon.svg", "/errors", "/status", "/metrics", "/livez", "/nowhere"],
 )
 def test_every_answer_carries_the_policy(web: WebServer, path: str) -> None:
     headers = ask(web.url + path).headers
@@ -124,7 +125,9 @@ def test_status_has_sums_and_details_for_who_asks(web: WebServer, client: Server
     assert [totals[name] for name in ("models", "workers", "initializing", "ready", "stale")] == [2, 6, 1, 5, 0]
     assert (totals["replicas_ready"], totals["replicas_wanted"], totals["loads_running"]) == (5, 6, 0)
     assert status["details"] == {}
-    [second], [first] = ([one for one in status["models"] if one["model_name"] == name] for name in ("other/model", "Qwen/Qwen3-8B"))
+    [second], [first] = (
+        [one for one in status["models"] if one["model_name"] == name] for name in ("other/model", "Qwen/Qwen3-8B")
+    )
     assert first["replicas"] == {"initializing": 1, "incomplete": 0, "ready": 4, "stale": 0, "wanted": 5}
     assert second["replicas"]["ready"] == 1
     details = web.status("?model=QWEN/qwen3-8b&replicas=2&ranks=w0")["details"]["qwen/qwen3-8b"]

@@ -124,9 +124,7 @@ def test_bytes_of_workers_are_those_of_the_path_unless_told() -> None:
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, b""])
-def test_a_file_that_cannot_be_used_costs_no_load(
-    content: bytes, path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_cannot_be_used_costs_no_load(content: bytes, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if content:
         path.write_bytes(content)
     else:  # another program's

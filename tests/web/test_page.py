@@ -84,9 +84,7 @@ def test_load_is_followed_without_reloading(web: WebServer, client: ServerClient
     assert browser.console() == []
 
 
-def test_loads_that_have_ended_are_there_after_a_restart(
-    start_web: Callable[..., WebServer], browser: Browser
-) -> None:
+def test_loads_that_have_ended_are_there_after_a_restart(start_web: Callable[..., WebServer], browser: Browser) -> None:
     web = start_web()
     with ServerClient(web.address) as client:
         report = load_pb2.LoadReport(load_id="1", path=PEER_TCP, bytes=5 * GB, seconds=4)
@@ -123,7 +121,9 @@ def test_cache_says_what_is_in_it(start_web: Callable[..., WebServer], browser: 
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     web = start_web(
-        MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"), MX_FILE_SOURCES=str(model.parent), MX_CACHE_MAX_BYTES="1KB"
+        MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"),
+        MX_FILE_SOURCES=str(model.parent),
+        MX_CACHE_MAX_BYTES="1KB",
     )
     assert mx("models", "--server", web.address, "get", f"file://{model}", "--pin").code == 0
     browser.open(web.url)
@@ -226,7 +226,9 @@ def test_codes_lead_to_what_they_mean(web: WebServer, client: ServerClient, brow
 RANKS = Deployment("org/Large-405B", "large-405b", 200, 8, 50 * GB)
 
 
-def test_sixteen_hundred_ranks_stay_usable(start_web: Callable[..., WebServer], browser: Browser, tmp_path: Path) -> None:
+def test_sixteen_hundred_ranks_stay_usable(
+    start_web: Callable[..., WebServer], browser: Browser, tmp_path: Path
+) -> None:
     """A page asks for tens of kilobytes, draws hundreds of elements, and says how many more there are of everything."""
     state = tmp_path / "large.sqlite3"
     believable_fleet.write_history(state, (RANKS,))
@@ -255,7 +257,9 @@ def test_sixteen_hundred_ranks_stay_usable(start_web: Callable[..., WebServer], 
     browser.run("document.querySelector('.timeline-part .more button').click()")
     browser.wait_until(lambda: browser.run(COUNT, ".chart g") == 200, "all bars")
     pod = pods[77]
-    search = "const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new Event('input'))"
+    search = (
+        "const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new Event('input'))"
+    )
     browser.run(search, pod.upper())
     browser.wait_until(lambda: browser.run(COUNT, ".replicas > li") == 1, "the one that is searched for")
     assert pod in browser.text(".replicas")

@@ -165,7 +165,10 @@ def test_wanted_are_those_that_live_or_for_an_hour_those_of_the_last_rollout() -
     living = [record("w0"), record("w1", status=INITIALIZING), record("w2", status=STALE)]
     [model] = models(living, history).all()
     assert model.as_json(11_000)["replicas"] == {
-        **{"initializing": 1, "incomplete": 0, "ready": 1, "stale": 1},
+        "initializing": 1,
+        "incomplete": 0,
+        "ready": 1,
+        "stale": 1,
         "wanted": 3,
     }
     assert model.wanted(10_000 + round(1000 * WANTED_SECONDS) + 1) == 2
