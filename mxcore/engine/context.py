@@ -164,4 +164,4 @@ class LoadContext:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""
         if self.membership is None:
             return nullcontext(lambda done_bytes, total_bytes: None)
-        return self.membership.loading(path)
+        return self.membership.loads.loading(path)

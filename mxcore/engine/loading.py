@@ -102,7 +102,7 @@ def load_reported(
             context.at_end.close()
     if context.membership is not None:
         told = loaded.part.steps
-        context.membership.load_took(
+        context.membership.loads.took(
             told.get("fill", 0.0), sum(told.get(name, 0.0) for name in ("build", "process", "keep"))
         )
     offers: list[dict[str, str]] = []

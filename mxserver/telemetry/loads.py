@@ -110,6 +110,10 @@ class Loads:
         self._lock = threading.Lock()
         self._running: dict[RecordKey, _Running] = {}
         self._counted: OrderedDict[str, None] = OrderedDict()  # load ids, oldest first
+        for model in self.history.models():  # what was shared before a restart counts as shared
+            last = next((one for one in self.history.of(model) if one.path.startswith("peer_")), None)
+            if last is not None:
+                self._refusals.shared(model, max(0.0, (clock.unix_ms() - last.at_ms) / 1000))
 
     def published(self, key: RecordKey, request: record_pb2.PublishRequest) -> None:
         """Takes the load report in a worker's publish request."""

@@ -98,7 +98,7 @@ class Model:
             "model_name": self.name,
             "sources": len(self.sources),
             "workers": sum(map(len, self.sources.values())),
-            "replicas": {**{state: states.get(state, 0) for state in STATE_ORDER}, "wanted": self.wanted(now_ms)},
+            "replicas": {**{state: states[state] for state in STATE_ORDER}, "wanted": self.wanted(now_ms)},
             "loading": _loading(self.running) if self.running else None,
             "last_rollout": last.as_json() if last else None,
             "history": self.history.sums if self.history else {"loads": 0, "since_ms": 0, **sums(())},

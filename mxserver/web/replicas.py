@@ -15,7 +15,7 @@ Json = dict[str, Any]
 State = Literal["initializing", "incomplete", "ready", "stale"]
 
 # The order of lists: those that load first, then those that lack ranks, that serve, that are gone.
-STATE_ORDER: dict[str, int] = {"initializing": 0, "incomplete": 1, "ready": 2, "stale": 3}
+STATE_ORDER: dict[State, int] = {"initializing": 0, "incomplete": 1, "ready": 2, "stale": 3}
 _READY = p2p_pb2.SOURCE_STATUS_READY
 _INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 

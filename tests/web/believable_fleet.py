@@ -78,9 +78,12 @@ def reports(of: Deployment, rollout: int, at_ms: float, spread_seconds: float) -
         givers = chance.sample(pods[:index], min(index, 3 if index < 8 else 4))
         for rank, worker in enumerate(of.workers(pod)):
             parts = [chance.uniform(0.5, 1.5) for _ in givers]
+            shares = [int(of.bytes * part / sum(parts)) for part in parts]
+            if shares:
+                shares[0] += of.bytes - sum(shares)
             given = [
-                load_pb2.GivenBytes(worker_id=of.workers(giver)[rank], bytes=int(of.bytes * part / sum(parts)))
-                for giver, part in zip(givers, parts, strict=True)
+                load_pb2.GivenBytes(worker_id=of.workers(giver)[rank], bytes=share)
+                for giver, share in zip(givers, shares, strict=True)
             ]
             late = 0.15 * rank
             ended = at_ms + 1000 * (joined_seconds + wait + transfer + late + process)
@@ -113,7 +116,7 @@ def write_history(path: Path, deployments: tuple[Deployment, ...] = (LLAMA, QWEN
     """Rollouts of the last days, the last one minutes ago, into the file beside the store at `path`."""
     now_ms = 1000 * time.time()
     history = LoadHistory(path.with_name(f"{path.stem}-loads{path.suffix}"))
-    for ago_seconds, rollout in ((3 * DAY_SECONDS, 2), (DAY_SECONDS, 1), (240.0, 0)):
+    for ago_seconds, rollout in ((3 * DAY_SECONDS, 2), (DAY_SECONDS, 1), (420.0, 0)):
         for of in deployments:
             for kept in sorted(reports(of, rollout, now_ms - 1000 * ago_seconds, 26.0), key=lambda one: one.at_unix_ms):
                 history.add(kept)

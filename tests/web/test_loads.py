@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mxserver.store import RecordKey
-from mxserver.telemetry import Events, Loads, Metrics
+from mxserver.telemetry import Events, LoadHistory, Loads, Metrics, Refusals
 from mxserver.telemetry.events import KEPT_EVENTS, LONGEST_TEXT
 from mxserver.telemetry.load_history import KEPT_OF_A_MODEL
 from mxserver.telemetry.loads import SHOWN_FINISHED
+from mxserver.telemetry.refusals import WINDOW_SECONDS
 from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
 KEY = RecordKey("s", "w", 0)
@@ -180,3 +181,19 @@ def test_event_hides_passwords_and_is_one_bounded_line(events: Events) -> None:
     [event] = events.newest()
     assert event.text.startswith("redis://host:6379/0 refused the call x")
     assert len(event.text) == LONGEST_TEXT
+
+
+def test_what_was_shared_before_a_restart_counts_as_shared(events: Events, clock: HandClock) -> None:
+    metrics, history = Metrics(), LoadHistory()
+    loads = Loads(metrics, events, clock, forget_seconds=90, history=history)
+    report = load_pb2.LoadReport(load_id="1", path=load_pb2.LOAD_PATH_PEER_TCP)
+    published = p2p_pb2.PublishMetadataRequest(identity=p2p_pb2.SourceIdentity(model_name="m"), load_report=report)
+    loads.published(KEY, published)
+    clock.now += 60
+    refusals = Refusals(metrics, events, clock)
+    Loads(metrics, events, clock, forget_seconds=90, history=history, refusals=refusals)
+    refusals.told(KEY, [load_pb2.Refusal(id="1")], "M")
+    assert refusals.not_shared() == []
+    clock.now += WINDOW_SECONDS - 30
+    refusals.told(KEY, [load_pb2.Refusal(id="2")], "M")
+    assert refusals.not_shared() == ["M"]

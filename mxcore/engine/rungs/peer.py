@@ -22,6 +22,7 @@ from mxcore.transfer.layout import Manifest, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, manifest_of
 from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
+from mxserver.wire.proto import load_pb2
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
 
@@ -211,7 +212,8 @@ class PeerRung(Rung[Loaded]):
                 context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
-                membership.received(whole)
+                with membership.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:  # the receive has failed
+                    whole.tell(step)
                 return whole
         except TransferError:
             self._tried.failed.update(source.worker_id for source in self._sources)

@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -22,8 +22,7 @@ from mxcore.transfer.member.watched_sources import LAG_SECONDS, WatchedSources
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
-    LoadPath,
-    LoadStep,
+    LoadReporter,
     ProgressCallback,
     Receiver,
     ReceiveReport,
@@ -64,7 +63,7 @@ class Membership:
         signed_manifest: str = "",
         replica: str = "",
     ) -> None:
-        """`replica`: which engine this rank is part of, for people to see; the same for all its ranks."""
+        """`replica`: which engine this rank is part of, the same for all its ranks, for people."""
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
@@ -227,22 +226,10 @@ class Membership:
             self._election, other._election = other._election, None
         self._record.loads.take_over(other._record.loads)
 
-    def loading(self, path: LoadPath) -> AbstractContextManager[LoadStep]:
-        """Around a load that is not `receive`; call its value with (bytes done, bytes in all), as often as you like.
-
-        The server is told about once a second, and of the whole load with `serve` or `close`. An exception that leaves
-        the block is reported as the reason why this step failed. Never raises by itself, never waits.
-        """
-        return self._record.loads.loading(path)
-
-    def load_took(self, transfer_seconds: float, process_seconds: float) -> None:
-        """The parts of the load that has just ended, as its engine measured them. The rest was waiting."""
-        self._record.loads.took(transfer_seconds, process_seconds)
-
-    def received(self, report: ReceiveReport) -> None:
-        """Reports a receive whose rest came from elsewhere: by itself, `receive` had failed."""
-        with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
-            report.tell(step)
+    @property
+    def loads(self) -> LoadReporter:
+        """Tells the server of loads: `receive` by itself, others by their `loading`. Never raises, never waits."""
+        return self._record.loads
 
     def refused(self, refusals: Iterable[Refusal]) -> None:
         """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""

@@ -113,7 +113,7 @@ function timeline(box, bars) {
   const height = AXIS + ROW * bars.length;
   const svg = draw("svg", { width, height, role: "img", "aria-label": `${bars.length} replicas on a time axis of ${duration(most)}` });
   for (let at = 0; at <= most; at += step) {
-    const text = draw("text", { x: x(at), y: 13, class: "tick" }, at && at < 1 ? `${at.toFixed(1)} s` : at < 120 ? `${+at.toFixed(1)} s` : duration(at));
+    const text = draw("text", { x: x(at), y: 13, class: "tick" }, at && at < 1 ? `${at.toFixed(1)} s` : at < 120 ? `${+at.toFixed(1)} s` : at < 7200 ? `${+(at / 60).toFixed(1)} min` : duration(at));
     svg.append(draw("line", { x1: x(at), x2: x(at), y1: AXIS - 4, y2: height, class: "grid" }), text);
   }
   bars.forEach((bar, index) => {

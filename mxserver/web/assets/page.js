@@ -34,8 +34,8 @@ function showAlarm(text) {
 function drawTiles(totals) {
   const number = (value) => value.toLocaleString("en");
   const tiles = [["Models", number(totals.models), "", ""],
-    ["Replicas ready", number(totals.replicas_ready), totals.replicas_ready ? "ready" : "zero", `of ${number(totals.replicas_wanted)}`],
-    ["Ranks loading", number(totals.initializing), totals.initializing ? "initializing" : "zero", ""],
+    ["Replicas", number(totals.replicas_ready), totals.replicas_ready ? "ready" : "zero", `of ${number(totals.replicas_wanted)} ready`],
+    ["Loading", number(totals.initializing), totals.initializing ? "initializing" : "zero", totals.initializing === 1 ? "rank" : "ranks"],
     ["From peers", share(totals.bytes_from_workers, totals.bytes), totals.bytes ? "" : "zero", totals.loads_kept ? `of ${count(totals.loads_kept, "load")}` : ""],
     ["Storage spared", bytes(totals.bytes_from_workers), totals.bytes_from_workers ? "" : "zero", ""]];
   keepList(byId("tiles"), tiles, (tile) => tile[0],
@@ -143,7 +143,7 @@ function drawInside(box, model, details, status) {
   if (box.querySelector(".asking")) {
     box.replaceChildren(
       make("ul", "sources"),
-      part("timeline-part", "Time to ready", make("p", "legend", ...["wait", "transfer", "process"].map((kind) => make("span", kind, kind))),
+      part("timeline-part", "Last rollout", make("p", "legend", ...["wait", "transfer", "process"].map((kind) => make("span", kind, kind))),
         make("div", "chart")),
       part("rollouts-part", "Rollouts", make("ul", "rows")),
       part("feeds-part", "Who feeds whom", make("ul", "rows")),
@@ -202,6 +202,7 @@ function drawTimeline(box, details, nowMs) {
   const ended = isNew ? [] : details.bars;
   box.hidden = ended.length + loading.length === 0;
   if (box.hidden) return;
+  setText(box.querySelector("h3"), ended.length ? "Last rollout" : "Loading now");
   const began = Math.min(...ended.map((bar) => bar.began_ms), ...loading.map((one) => one.began));
   const open = loading.map((one) => {
     const done = `${Math.floor(percent(one.bytes_done, one.bytes_total))} %`;
