@@ -96,7 +96,7 @@ def test_what_names_models_is_for_who_has_a_token(
     assert answer.headers["Cache-Control"] in ("no-store", "no-cache")
     if status == 401:
         assert TOKEN.encode() not in answer.body
-        assert b"fleets" not in answer.body
+        assert b"models" not in answer.body
 
 
 def test_without_auth_all_may_see_all(start_server: StartServer) -> None:
