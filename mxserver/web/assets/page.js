@@ -34,7 +34,7 @@ function showAlarm(text) {
 function drawTiles(totals) {
   const number = (value) => value.toLocaleString("en");
   const tiles = [["Models", number(totals.models), "", ""],
-    ["Replicas", number(totals.replicas_ready), totals.replicas_ready ? "ready" : "zero", `of ${number(totals.replicas_wanted)} ready`],
+    ["Replicas", number(totals.replicas_ready), totals.replicas_ready ? "ready" : "zero", `of ${number(totals.replicas_wanted)}`],
     ["Loading", number(totals.initializing), totals.initializing ? "initializing" : "zero", totals.initializing === 1 ? "rank" : "ranks"],
     ["From peers", share(totals.bytes_from_workers, totals.bytes), totals.bytes ? "" : "zero", totals.loads_kept ? `of ${count(totals.loads_kept, "load")}` : ""],
     ["Storage spared", bytes(totals.bytes_from_workers), totals.bytes_from_workers ? "" : "zero", ""]];
