@@ -130,20 +130,18 @@ class ModelService:
             yield _update(job, state)
 
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
-        """Yields the download's progress until it ends or the caller leaves."""
+        """Yields the download's progress until it ends or the caller leaves; between two of these it sleeps."""
         state = job.state()
-        if not state.ended:
-            context.add_callback(functools.partial(_note_end_of_call, job))
+        if not state.ended and not context.add_callback(functools.partial(_note_end_of_call, job)):
+            return
         while not state.ended:
             yield _update(job, state)
-            told_at = time.monotonic()
-            since = state.version
-            while not state.ended and time.monotonic() - told_at < _UPDATE_SECONDS:
-                if not context.is_active():
-                    return
-                state = job.wait_for_change(state.version, _MIN_UPDATE_SECONDS)
-                if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
-                    break
+            told, told_at = state.version, time.monotonic()
+            state = job.wait_until(lambda now: now.version != told or not context.is_active(), _UPDATE_SECONDS)  # noqa: B023
+            if (rest := told_at + _MIN_UPDATE_SECONDS - time.monotonic()) > 0:
+                state = job.wait_until(lambda now: now.ended or not context.is_active(), rest)
+            if not context.is_active():
+                return
 
     @refuses_for_models
     def list_model_files(
@@ -210,6 +208,7 @@ class ModelService:
 def _note_end_of_call(job: DownloadJob) -> None:
     if not job.state().ended:
         _LOG.info("a caller left model=%s; the download goes on", job.model)
+    job.wake()
 
 
 def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:

@@ -25,8 +25,9 @@ class Key:
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
         )
+        self.public_key = self._private_key.public_key()
         self.public.write_bytes(
-            self._private_key.public_key().public_bytes(
+            self.public_key.public_bytes(
                 serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
             )
         )
