@@ -58,14 +58,14 @@ class CacheLayout:
         return self.state / "objects" / model_id(model)
 
     def require_inside(self, model: ModelName) -> None:
-        """Raises CacheUnusable where the model's folders lead out of the cache folder, and nothing would be read there."""
+        """Raises CacheUnusable where the model's folders lead out of the cache folder: nothing would be read there."""
         folder = self.model_folder(model)
         for place in (folder, folder / "blobs", folder / "snapshots"):
             real = os.path.realpath(place)
             if not Path(real).is_relative_to(self.root):
                 raise CacheUnusable(
-                    f"{place} is a link to {real}, out of the cache folder, and such links are not followed: mount what "
-                    "is there in its place (mount --bind), or name the cache folder that it belongs to by --cache-dir"
+                    f"{place} is a link to {real}, out of the cache folder, and such links are not followed: mount "
+                    "what is there in its place (mount --bind), or name the folder that it belongs to by --cache-dir"
                 )
 
     def relative(self, path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -131,17 +131,16 @@ class ModelService:
 
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
         """Yields the download's progress until it ends or the caller leaves; between two of these it sleeps."""
+
+        def gone() -> bool:
+            return not context.is_active()
+
         state = job.state()
         if not state.ended and not context.add_callback(functools.partial(_note_end_of_call, job)):
             return
-        while not state.ended:
+        while not state.ended and not gone():
             yield _update(job, state)
-            told, told_at = state.version, time.monotonic()
-            state = job.wait_until(lambda now: now.version != told or not context.is_active(), _UPDATE_SECONDS)  # noqa: B023
-            if (rest := told_at + _MIN_UPDATE_SECONDS - time.monotonic()) > 0:
-                state = job.wait_until(lambda now: now.ended or not context.is_active(), rest)
-            if not context.is_active():
-                return
+            state = _next_state(job, state.version, gone)
 
     @refuses_for_models
     def list_model_files(
@@ -203,6 +202,14 @@ class ModelService:
         commit = revision if is_commit(revision) else cache.layout.read_ref(model, revision)
         key = ModelKey(model, commit) if commit else None
         return [key] if key and cache.record(key) else []
+
+
+def _next_state(job: DownloadJob, told: int, gone: Callable[[], bool]) -> JobState:
+    """The state once it is another one than was told, or after a while; soon after the caller is gone."""
+    told_at = time.monotonic()
+    state = job.wait_until(lambda now: now.version != told or gone(), _UPDATE_SECONDS)
+    rest = told_at + _MIN_UPDATE_SECONDS - time.monotonic()
+    return job.wait_until(lambda now: now.ended or gone(), rest) if rest > 0 else state
 
 
 def _note_end_of_call(job: DownloadJob) -> None:

@@ -43,8 +43,8 @@ class ParallelEngine(PlainEngine):
 
 
 def main(command: dict[str, Any]) -> None:
-    """`command`: folder, server, rank, store, report; it may have `options`, `processed`, and of a source: `bad`, the rank
-    whose bytes are wrong, `silent`, the rank that offers nothing, and `mute`, the one that gives no chunk."""
+    """`command`: folder, server, rank, store, report; it may have `options`, `processed`, and of a source: `bad`, the
+    rank whose bytes are wrong, `silent`, the rank that offers nothing, and `mute`, the one that gives no chunk."""
     rank = command["rank"]
     if command.get("mute") == rank:
         Holder.ask = lambda *_, **__: threading.Event().wait()  # type: ignore[assignment,method-assign]

@@ -98,7 +98,7 @@ def test_one_bad_rank_costs_all_of_them_less_than_a_minute() -> None:
     stall_seconds = WorkerSettings().stall_timeout_seconds
     it_has_failed = receiver._PATIENCE_STALLS * stall_seconds + receiver._POLL_SECONDS
     all_have_heard = agreement._LONGEST_PAUSE_SECONDS + max(LEAST_STALL_SECONDS, stall_seconds)
-    others_have_ended = receiver._POLL_SECONDS + stall_seconds  # calls under way are cancelled, and last no longer anyhow
+    others_have_ended = receiver._POLL_SECONDS + stall_seconds  # calls under way are cancelled, and end by then anyhow
     assert it_has_failed + all_have_heard + others_have_ended < 60
 
 

@@ -22,8 +22,9 @@ sys.stdin.read()
 
 
 def test_what_was_started_ends_with_whoever_started_it() -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, **pipes) as parent:  # type: ignore[call-overload]
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
         assert parent.stdout is not None
         watched = os.pidfd_open(int(parent.stdout.readline()))
         parent.kill()

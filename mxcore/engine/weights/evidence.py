@@ -40,8 +40,8 @@ class Built:
     """A model as its constructor left it, by name. Holds no tensor of the model; with `copies`, copies of some.
 
     `copies` is for a model whose weights arrive from elsewhere: `put_back` undoes what was made of placeholders. With
-    `keeps_copies` it can do so again and again: the copies are in host memory then, and those that `copied` knows are not
-    made a second time. `configuration` is what `collect` leaves out.
+    `keeps_copies` it can do so again and again: the copies are in host memory then, and those that `copied` knows are
+    not made a second time. `configuration` is what `collect` leaves out.
     """
 
     def __init__(

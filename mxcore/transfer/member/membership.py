@@ -252,10 +252,9 @@ class Membership:
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
-        Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
-        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. The rest is as
-        Receiver has it. Raises TransferError; then nothing arrives in the memory any more, and nobody reads there; but
-        after FenceFailed something may: `keep_alive` is kept for ever, and the memory is not to be used.
+        Of this worker's `scalars` only the names matter. With `relay_from`, which keeps the memory, each verified chunk
+        is served until `serve`, `withdraw` or a failure; the rest is Receiver's. After TransferError nothing arrives in
+        the memory any more and nobody reads there; after FenceFailed something may: it is kept for ever, never used.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
