@@ -72,9 +72,7 @@ class ServerProcess:
     `launcher` is a command that becomes the one that follows it.
     """
 
-    def __init__(
-        self, *arguments: str, environ: dict[str, str] | None = None, launcher: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, launcher: Sequence[str] = ()) -> None:
         self.lines: list[str] = []
         self._more = threading.Condition()
         self._ended = False

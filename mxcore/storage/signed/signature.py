@@ -94,9 +94,7 @@ def trusted_manifest(
             config.use_elliptic_key_verifier(public_key=key)
         elif keyless is not None:
             with _file_of(_trust_config(keyless.trust)) as trust:
-                config.use_sigstore_verifier(
-                    identity=keyless.identity, oidc_issuer=keyless.issuer, trust_config=trust
-                )
+                config.use_sigstore_verifier(identity=keyless.identity, oidc_issuer=keyless.issuer, trust_config=trust)
         else:
             config.use_certificate_verifier(certificate_chain=[certificates])
     except Exception as error:

@@ -360,9 +360,7 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
 
 
 @pytest.mark.parametrize("drains", [True, False])
-def test_no_lease_runs_out_while_the_server_refuses_heartbeats(
-    monkeypatch: pytest.MonkeyPatch, drains: bool
-) -> None:
+def test_no_lease_runs_out_while_the_server_refuses_heartbeats(monkeypatch: pytest.MonkeyPatch, drains: bool) -> None:
     """A server that drains: whoever is alive cannot say so any more, and goes on elsewhere."""
 
     class Later(SystemClock):

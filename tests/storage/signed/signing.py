@@ -27,9 +27,7 @@ class Key:
         )
         self.public_key = self._private_key.public_key()
         self.public.write_bytes(
-            self.public_key.public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
+            self.public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
 
     def sign(self, model: Path, algorithm: str = "sha256", shard_bytes: int | None = None) -> Path:
