@@ -11,11 +11,11 @@ from typing import cast
 import grpc
 import pytest
 
-from mxserver.models import DownloadJob, JobState, ModelKey, ModelName, downloads, model_name
+from mxserver.models import DownloadJob, JobState, ModelKey, ModelName, downloads, model_name, transfer
 from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import DOWNLOADS_AT_ONCE, QUESTIONS_AT_ONCE, Downloads
 from mxserver.models.errors import DownloadFailed, DownloadsFull
-from mxserver.models.sources import RemoteFile, RemoteModel
+from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel
 from mxserver.services import ModelService
 from mxserver.services import model as model_service
 from mxserver.wire.proto import model_pb2
@@ -187,3 +187,29 @@ def test_a_caller_that_waits_costs_nothing_until_there_is_news(
         thread.join(120)
         assert not thread.is_alive()
     assert told.empty()
+
+
+def test_how_often_progress_is_looked_at_does_not_follow_the_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look goes through all files that came: one a file would be a core for minutes with 10,000 of them."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.json").write_bytes(b"{}")
+    looks: list[int] = []
+    look = transfer.Transfer._show_progress
+
+    def counted(self: transfer.Transfer, total_files: int) -> None:
+        looks.append(total_files)
+        look(self, total_files)
+
+    monkeypatch.setattr(transfer.Transfer, "_show_progress", counted)
+    monkeypatch.setattr(transfer, "_LOOK_SECONDS", 60.0, raising=False)
+    cache = ModelCache(tmp_path / "cache", Limits(), lease_seconds=60)
+    opened = Downloads(cache, {model_pb2.FILE: FolderSource((folder,))})
+    job = opened.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
+    assert ended(job).error is None
+    opened.close()
+    cache.close()
+    assert looks == [60, 60], "at its beginning and at its end"
