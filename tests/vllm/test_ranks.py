@@ -228,32 +228,3 @@ def test_each_rank_takes_its_part_of_a_draft(
     assert [report["path"] for report in (*second.ranks(2), *after)] == ["p2p"] * 4
     assert [report["source_worker"] for report in after] == [report["worker_id"] for report in before]
     assert [report["rank"] for report in after] == [0, 1]
-
-
-def test_the_last_stage_of_a_pipeline_takes_the_draft(
-    ranked: tuple[EngineHost, EngineHost], folder: Path, model_paths: dict[str, Path]
-) -> None:
-    """vLLM loads it there alone, and whole: the stages before neither offer one nor wait for one."""
-    source, target = ranked
-    model = model_paths["llama"]
-    head = drafts.eagle(folder / "staged-eagle", model, own_embedding=True)
-    options = {
-        "pipeline_parallel_size": 2,
-        "speculative_config": {"method": "eagle", "model": str(head), "num_speculative_tokens": 1},
-        "worker_cls": "tests.vllm.draft_worker.StagedDraftWorker",
-        "ask": "draft_digests",
-    }
-    expected = source.load(model, "auto", **options).answers
-    first = source.load(model, "mx", keep=True, **options)
-    try:
-        with files_away([*weight_files(model), *weight_files(head)]):
-            second = target.load(model, "mx", **options)
-    finally:
-        source.ask("end")
-
-    assert first.answers == second.answers == expected
-    assert [bool(digests) for digests in expected] == [False, True]
-    [before], [after] = first.ranks(1, part="draft"), second.ranks(1, part="draft")
-    assert [report["path"] for report in (*second.ranks(2), after)] == ["p2p"] * 3
-    assert (after["source_worker"], after["rank"]) == (before["worker_id"], 0)
-    assert (before["fallbacks"], after["fallbacks"]) == ([], [])
