@@ -1,0 +1,172 @@
+"""`mx rollout` over real `vllm serve` processes that answer all the while: the route of updates, and its readiness."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.demo import models
+from bench.demo.workers import PROMPTS, Worker
+from tests.cli.mx_process import mx
+from tests.vllm.conftest import LLAMA, References
+from tests.vllm.engine_host import TOKENS
+
+OPTIONS = ("--weight-transfer-config", json.dumps({"backend": "mx"}))
+SETTINGS = {"VLLM_PLUGINS": "modelexpress_mx,mx_update"}
+ANSWERS = 5  # of each client, before and after each rollout
+ANSWER_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def versions(folder: Path) -> tuple[Path, Path]:
+    place = folder / "rollout"
+    return models.generate(place / "1", "llama", LLAMA, seed=1), models.generate(place / "2", "llama", LLAMA, seed=2)
+
+
+@pytest.fixture(scope="module")
+def workers(folder: Path, server: str, versions: tuple[Path, Path]) -> Iterator[list[Worker]]:
+    def made(name: str) -> Worker:
+        return Worker(
+            name,
+            versions[0],
+            folder,
+            load_format="mx",
+            pooling=False,
+            server=server,
+            options=OPTIONS,
+            settings=SETTINGS,
+        )
+
+    started: list[Worker] = []
+    try:
+        for name in ("rollout-a", "rollout-b"):
+            started.append(made(name))
+            started[-1].start()  # one after the other: the second one takes its weights from the first
+        yield started
+    finally:
+        for worker in started:
+            worker.child.stop()
+
+
+class Client(threading.Thread):
+    """Asks an engine without a break; `answers` has each prompt with its tokens, `failures` what was no answer."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(daemon=True)
+        self._worker = worker
+        self._over = False
+        self._told = threading.Condition()
+        self.answers: list[tuple[str, list[int]]] = []
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        while not self._over and not self.failures:
+            prompt = PROMPTS[len(self.answers) % len(PROMPTS)]
+            try:
+                answer = (prompt, tokens_of(self._worker, prompt))
+                with self._told:
+                    self.answers.append(answer)
+                    self._told.notify_all()
+            except (OSError, http.client.HTTPException, KeyError) as error:
+                with self._told:
+                    self.failures.append(repr(error))
+                    self._told.notify_all()
+
+    def more(self) -> None:
+        """Waits for ANSWERS more."""
+        with self._told:
+            wanted = len(self.answers) + ANSWERS
+            assert self._told.wait_for(lambda: self.failures or len(self.answers) >= wanted, ANSWER_SECONDS)
+
+    def end(self) -> None:
+        self._over = True
+        self.join(ANSWER_SECONDS)
+
+
+@contextmanager
+def asking(workers: list[Worker]) -> Iterator[list[Client]]:
+    """Two clients an engine."""
+    clients = [Client(worker) for worker in workers for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.end()
+
+
+def tokens_of(worker: Worker, prompt: str) -> list[int]:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+    tokens: list[int] = asked(worker, "/v1/completions", body)["choices"][0]["token_ids"]
+    return tokens
+
+
+def asked(worker: Worker, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url(worker) + path, data, {"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:  # noqa: S310 - this machine
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+def url(worker: Worker) -> str:
+    return f"http://127.0.0.1:{worker.port}"
+
+
+def rolled(model: Path, workers: list[Worker], *more: str) -> tuple[int, dict[str, Any]]:
+    ran = mx("rollout", "demo", "--to", str(model), "--json", *more, "--engines", *map(url, workers))
+    assert ran.out, ran.err
+    return ran.code, ran.json()
+
+
+def report(worker: Worker) -> dict[str, Any]:
+    """Of the last update."""
+    found: dict[str, Any] = json.loads(Path(f"{worker.report_path}.update").read_text())
+    return found
+
+
+def test_engines_that_answer_all_the_while_take_another_version_and_the_old_one_again(
+    workers: list[Worker], versions: tuple[Path, Path], references: References, folder: Path
+) -> None:
+    """Every answer is one of either version, from its first token to its last, and none fails."""
+    expected = [dict(zip(PROMPTS, (tokens for tokens, _ in references.of(model)), strict=True)) for model in versions]
+    assert expected[0] != expected[1]
+    with asking(workers) as clients:
+        code, told = rolled(versions[1], workers, "--dry-run")
+        assert (code, told["complete"], {e["outcome"] for e in told["engines"]}) == (0, False, {"to do"})
+        for model in (versions[1], versions[0], versions[1]):
+            for client in clients:
+                client.more()
+            code, told = rolled(model, workers)
+            assert (code, told["complete"]) == (0, True), told
+            assert [engine["outcome"] for engine in told["engines"]] == ["updated"] * 2
+            assert {engine["version"] for engine in told["engines"]} == {str(model)}
+            assert [report(worker)["path"] for worker in workers] == ["storage", "p2p"]
+        for client in clients:
+            client.more()
+        code, told = rolled(versions[1], workers)
+        assert (code, [engine["outcome"] for engine in told["engines"]]) == (0, ["had it"] * 2)
+        code, told = rolled(folder / "nothing", workers)
+        assert (code, [engine["outcome"] for engine in told["engines"]]) == (1, ["failed", "to do"])
+        assert "MX_UPDATE_FAILED" in told["engines"][0]["trouble"]
+        for client in clients:
+            client.more()
+    assert [client.failures for client in clients] == [[]] * len(clients)
+    assert sum(len(client.answers) for client in clients) >= 50
+    for client in clients:
+        assert all(tokens in (expected[0][prompt], expected[1][prompt]) for prompt, tokens in client.answers)
+    for worker in workers:
+        assert asked(worker, "/health") is None
+        assert asked(worker, "/mx/update")["models"][0]["version"] == str(versions[1])
+        assert {prompt: tokens_of(worker, prompt) for prompt in PROMPTS} == expected[1]
+        assert report(worker)["fallbacks"] == []
