@@ -19,7 +19,7 @@ from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.vllm import families, quantised
 from tests.vllm.conftest import LLAMA
-from tests.vllm.engines import EngineHost
+from tests.vllm.engines import EngineHost, Loaded
 
 TRANSFER: dict[str, Any] = {"weight_transfer_config": {"backend": "mx"}}
 
@@ -130,6 +130,10 @@ def _rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _llama(folder: Path, seed: int) -> Path:
+    return models.generate(folder, "llama", LLAMA, seed=seed)
+
+
 def _minilm(folder: Path, seed: int) -> Path:
     models.minilm(folder)
     _rewrite(folder, lambda tensors: {name: tensor * (1 + seed / 8) for name, tensor in tensors.items()})
@@ -185,3 +189,59 @@ def test_every_family_is_as_the_default_loader_makes_it(name: str, source: Engin
     finally:
         source.ask("end")
     assert expected[0]["answers"] != expected[1]["answers"]
+
+
+PROCESSED: dict[str, Any] = {"extra": {"layout": "processed"}}
+
+
+def last_update(loaded: Loaded) -> dict[str, Any]:
+    """The report of the engine's last update."""
+    found: dict[str, Any] = json.loads(Path(f"{loaded.report_path}.update").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
+def test_processed_weights_go_straight_into_the_models_memory(
+    name: str, source: EngineHost, target: EngineHost, unpacked: None, folder: Path
+) -> None:
+    """Where nothing packs them: from storage, and from a worker that has them, there and back."""
+    place = folder / "processed" / name
+    maker = {**MAKERS, "llama": _llama}[name]
+    versions = [maker(place / f"v{seed}", seed) for seed in (1, 2)]
+    expected = [as_loaded(source, model) for model in versions]
+    first = source.load(versions[0], keep=True, **TRANSFER, **PROCESSED)
+    second = target.load(versions[0], keep=True, **TRANSFER, **PROCESSED)
+    try:
+        for seed in (1, 0):
+            model = versions[seed]
+            state = update(source, path=str(model))
+            assert now(source) == expected[seed]
+            assert last_update(first)["path"] == "storage"
+            with files_away(weight_files(model)):
+                update(target, path=str(model), checkpoint=state["checkpoint"])
+            assert now(target) == expected[seed]
+            told = last_update(second)
+            assert (told["path"], told["layout"], told["fallbacks"]) == ("p2p", "processed", [])
+    finally:
+        source.ask("end")
+        target.ask("end")
+    assert expected[0]["answers"] != expected[1]["answers"]
+
+
+def test_a_holder_of_wrong_bytes_costs_a_fallback_and_no_mixture(
+    source: EngineHost, target: EngineHost, unpacked: None, versions: tuple[Path, Path]
+) -> None:
+    """They are in the model's memory when that is seen: storage makes it whole."""
+    one, two = versions
+    expected = as_loaded(target, two)
+    source.load(two, **PROCESSED)
+    loaded = target.load(one, keep=True, **TRANSFER, **PROCESSED)
+    try:
+        assert source.ask("corrupt", name="down_proj.weight")["flipped"] > 0
+        update(target, path=str(two))
+        assert now(target) == expected
+        told = last_update(loaded)
+        assert told["path"] == "storage"
+        assert any("MX_CHUNKS_MISSING" in line or "MX_DIGEST_MISMATCH" in line for line in told["fallbacks"])
+    finally:
+        target.ask("end")
