@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import json
+import subprocess
+import sys
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +17,13 @@ from typing import Any
 import pytest
 
 from bench.demo import models
+from bench.demo.processes import clean_environment
 from bench.demo.workers import PROMPTS, Worker
 from tests.cli.mx_process import mx
 from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engine_host import TOKENS
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = ("--weight-transfer-config", json.dumps({"backend": "mx"}))
 SETTINGS = {"VLLM_PLUGINS": "modelexpress_mx,mx_update"}
 ANSWERS = 5  # of each client, before and after each rollout
@@ -170,3 +174,40 @@ def test_engines_that_answer_all_the_while_take_another_version_and_the_old_one_
         assert asked(worker, "/mx/update")["models"][0]["version"] == str(versions[1])
         assert {prompt: tokens_of(worker, prompt) for prompt in PROMPTS} == expected[1]
         assert report(worker)["fallbacks"] == []
+
+
+def test_engines_follow_a_trainer(workers: list[Worker], versions: tuple[Path, Path], server: str) -> None:
+    """examples/train_and_serve.py: what an engine answers is what it was taught last, in one round and the next."""
+    for rounds, sentence in enumerate(train_and_serve_sentences(), 1):
+        command = ["examples/train_and_serve.py", str(versions[0]), f"policy-{rounds}", str(rounds), *map(url, workers)]
+        ran = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**clean_environment(), "MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert len(ran.stdout.splitlines()) == rounds * len(workers)
+        for worker in workers:
+            assert continued(worker, sentence[:8]) in sentence
+            assert len(continued(worker, sentence[:8])) > 10
+            assert report(worker)["path"] in ("published", "p2p")
+    assert report(workers[0])["path"] == "published"
+    assert report(workers[1])["path"] == "p2p"
+
+
+def train_and_serve_sentences() -> tuple[str, ...]:
+    """What the example teaches, in order."""
+    for node in ast.parse((ROOT / "examples" / "train_and_serve.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SENTENCES":
+            return tuple(ast.literal_eval(node.value))
+    raise AssertionError("the example has no SENTENCES")
+
+
+def continued(worker: Worker, prompt: str) -> str:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    text: str = asked(worker, "/v1/completions", body)["choices"][0]["text"]
+    return text.strip()

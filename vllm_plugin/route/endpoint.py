@@ -30,7 +30,7 @@ __all__ = ["MxEndpoint"]
 Phase: TypeAlias = Literal["ready", "pausing", "updating", "failed"]
 
 _log = logging.getLogger("vllm.modelexpress")
-_PLACES = ("path", "revision", "uri")
+_PLACES = ("path", "revision", "uri", "published")
 _NAMES = (*_PLACES, "version", "checkpoint", "mode", "drain_seconds", "on_drain_limit")
 _MOST_SECONDS = 86400.0
 _TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"
@@ -136,7 +136,7 @@ class MxEndpoint:
         return self._answer(HTTPStatus.OK)
 
     async def update(self, request: Request) -> JSONResponse:
-        """The body names one of path, revision and uri; also version, checkpoint, mode (wait, abort, keep),
+        """The body names one of path, revision, uri and published; also version, checkpoint, mode (wait, abort, keep),
         drain_seconds (300), and on_drain_limit: `give_up` (nothing changes) or `abort` (what still runs is aborted).
 
         200: the engine has the version; `changed` says whether it had it before, and was not paused. 409: another

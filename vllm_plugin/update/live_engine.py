@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import base_loader
 
-from mxcore.engine import Fill, Kind, Replacement, Staged, UriPlace, find_checkpoint, model_name
+from mxcore.engine import Fill, Kind, Publication, Replacement, Staged, UriPlace, find_checkpoint, model_name
 from mxcore.errors import UpdateFailed
 from mxcore.settings import load_settings
 from mxserver.wire.proto import p2p_pb2
@@ -25,7 +27,8 @@ __all__ = ["LiveEngine", "Version"]
 
 @dataclass(frozen=True)
 class Version:
-    """Which weights: those of a folder, of a revision on the hub, of a prefix in an object store. One of the three.
+    """Which weights: those of a folder, of a revision on the hub, of a prefix in an object store, or published under a
+    name with the label as version. One of the four.
 
     `checkpoint` is their digest, for where the files are not here. `label` is what the user calls the version.
     """
@@ -33,6 +36,7 @@ class Version:
     path: str = ""
     revision: str = ""
     uri: str = ""
+    published: str = ""
     checkpoint: str = ""
     label: str = ""
 
@@ -44,20 +48,24 @@ class Version:
     @property
     def place(self) -> dict[str, str]:
         """The one that is named."""
-        named = {"path": self.path, "revision": self.revision, "uri": self.uri}
+        named = {"path": self.path, "revision": self.revision, "uri": self.uri, "published": self.published}
         return {kind: where for kind, where in named.items() if where}
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The rungs that have these weights, and no others."""
+        """The rungs of storage and workers that have these weights, and no others."""
+        if self.published:
+            return ("p2p",)
         if self.uri:
             return ("p2p", "uri")
         return ("p2p", "cache", "engine") if self.revision else ("p2p", "engine")
 
     def check(self) -> None:
-        """Raises UpdateFailed unless exactly one of the three is named."""
-        if sum(map(bool, (self.path, self.revision, self.uri))) != 1:
-            raise UpdateFailed("an update names one of path, revision and uri: which weights it is about")
+        """Raises UpdateFailed unless exactly one of the four is named."""
+        if len(self.place) != 1:
+            raise UpdateFailed("an update names one of path, revision, uri and published: which weights it is about")
+        if self.published and not self.label:
+            raise UpdateFailed(f"of what is published as {self.published!r} a version has to be named")
 
 
 class LiveEngine(VllmEngine):
@@ -77,10 +85,12 @@ class LiveEngine(VllmEngine):
         if version.path:
             target.model, target.revision = version.path, None
         elif version.revision:
-            name = model_name(before.model)
+            name = model_name(model_config.model)
             if Path(name).is_absolute():
                 raise UpdateFailed(f"revision {version.revision}: {name} is a folder and has none; name another path")
             target.model, target.revision = name, version.revision
+        elif version.published:
+            target.model, target.revision = f"published:{version.published}", version.label
         super().__init__(load_config, vllm_config, target, "")
         if target is not model_config and model_config is not vllm_config.model_config:
             self.part = before.part
@@ -114,8 +124,16 @@ class LiveEngine(VllmEngine):
             checkpoint = self.wanted_digest() or None
         return super().identity(kind, revision, checkpoint)
 
+    @property
+    def publication(self) -> Publication | None:
+        return Publication(self._version.published, self._version.label) if self._version.published else None
+
     def wanted_digest(self) -> str:
-        """Of the files or objects of the version; else what whoever asked for the update says that it is."""
+        """Of the files or objects of the version, of its name where it is published; else what whoever asked for the
+        update says that it is."""
+        if self._version.published:
+            name = json.dumps([self._version.published, self._version.label])
+            return f"published-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         if self._version.uri:
             place = UriPlace(self._version.uri, load_settings(self.options))
             try:
@@ -127,6 +145,8 @@ class LiveEngine(VllmEngine):
 
     def check_settings(self) -> None:
         """The model's configuration may not differ: an engine is made by it."""
+        if self._version.published and load_settings(self.options, told=True).model_signature == "require":
+            raise UpdateFailed("what a process publishes is not signed, and MX_MODEL_SIGNATURE=require")
         new = find_checkpoint(self.model, self.revision, self.download_dir)
         if self._version.path and not new.weight_files and not self.wanted_digest():
             raise UpdateFailed(

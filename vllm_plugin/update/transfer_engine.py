@@ -37,7 +37,8 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://).
+    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://),
+    `published` (a name that a process publishes `version` under, by a checkpoint's tensor names: `mxcore.publish`).
 
     `version` is what the version is called from then on, `checkpoint` the digest of its weights, which has to be known
     for a `path` whose files are not on this machine (the state of an engine that has them says it).
@@ -46,6 +47,7 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     path: str = ""
     revision: str = ""
     uri: str = ""
+    published: str = ""
     version: str = ""
     checkpoint: str = ""
 
@@ -126,7 +128,7 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
 
 def _version(info: UpdateInfo) -> Version:
     """Raises UpdateFailed unless exactly one place is named."""
-    version = Version(info.path, info.revision, info.uri, info.checkpoint, info.version)
+    version = Version(info.path, info.revision, info.uri, info.published, info.checkpoint, info.version)
     version.check()
     return version
 
