@@ -129,7 +129,9 @@ def wake_up(command: dict[str, Any]) -> dict[str, Any]:
 
 def reload(command: dict[str, Any]) -> dict[str, Any]:
     """The kept engine loads its weights anew, in place."""
-    command_state["engine"].collective_rpc("reload_weights")
+    given = {"kwargs": {"weights_path": command["path"]}} if command.get("path") else {}
+    command_state["engine"].collective_rpc("reload_weights", **given)
+    command_state["engine"].reset_prefix_cache()
     return {}
 
 

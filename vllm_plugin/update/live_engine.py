@@ -14,7 +14,18 @@ from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import base_loader
 
-from mxcore.engine import Fill, Kind, Publication, Replacement, Staged, UriPlace, find_checkpoint, model_name
+from mxcore.engine import (
+    Fill,
+    Kind,
+    Publication,
+    Replacement,
+    Running,
+    Staged,
+    UriPlace,
+    find_checkpoint,
+    model_name,
+    update,
+)
 from mxcore.errors import UpdateFailed
 from mxcore.settings import load_settings
 from mxserver.wire.proto import p2p_pb2
@@ -22,7 +33,7 @@ from vllm_plugin.engine import VllmEngine
 from vllm_plugin.identity import written_settings
 from vllm_plugin.update import layers
 
-__all__ = ["LiveEngine", "Version"]
+__all__ = ["LiveEngine", "Version", "held", "take"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,7 @@ class Version:
         """The rungs of storage and workers that have these weights, and no others."""
         if self.published:
             return ("p2p",)
-        if self.uri:
-            return ("p2p", "uri")
-        return ("p2p", "cache", "engine") if self.revision else ("p2p", "engine")
+        return ("p2p", "uri") if self.uri else ("p2p", "cache", "engine")
 
     def check(self) -> None:
         """Raises UpdateFailed unless exactly one of the four is named."""
@@ -162,3 +171,31 @@ class LiveEngine(VllmEngine):
                 f"the configuration of {self._version.name} differs from that of the running engine in {keys[:5]}: "
                 "start an engine with it"
             )
+
+
+def held(running: Running) -> Version:
+    """What the model has, or had before an update failed."""
+    if running.place:
+        return Version(**running.place, label=running.version)
+    uri, label = load_settings(running.engine.options, told=True).model_uri, running.version
+    if uri:
+        return Version(uri=uri, label=label)
+    if running.engine.revision:
+        return Version(revision=running.engine.revision, label=label)
+    return Version(path=running.engine.model, label=label)
+
+
+def take(
+    running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig, *, always: bool = False
+) -> None:
+    """Gives the model these weights, all of them or none; `always` also where it has them. Raises UpdateFailed."""
+    before = held(running)
+    update(
+        running,
+        version.name,
+        lambda replacement: LiveEngine(replacement, version, vllm_config.load_config, vllm_config, model_config),
+        lambda replacement: LiveEngine(replacement, before, vllm_config.load_config, vllm_config, model_config),
+        paths=version.paths,
+        always=always,
+    )
+    running.place = version.place

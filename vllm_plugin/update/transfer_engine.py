@@ -20,11 +20,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from mxcore.engine import Replacement, Running, has_version, running_of, update
+from mxcore.engine import Running, has_version, running_of
 from mxcore.errors import UpdateFailed
-from mxcore.settings import load_settings
 from vllm_plugin import compat
-from vllm_plugin.update.live_engine import LiveEngine, Version
+from vllm_plugin.update.live_engine import LiveEngine, Version, held, take
 from vllm_plugin.update.registering import add_worker_method
 
 __all__ = ["InitInfo", "MxWeightTransferEngine", "UpdateInfo"]
@@ -63,7 +62,6 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
 
     def __init__(self, config: Any, vllm_config: VllmConfig, device: torch.device, model: nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._versions: dict[str, Version] = {}
         add_worker_method(vllm_config, "mx_update_state", _state)
         add_worker_method(vllm_config, "mx_has_version", _has_version)
 
@@ -80,23 +78,20 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
         Raises UpdateFailed where it cannot take them, as far as that is known before.
         """
         running, version = self._running(), _version(update_info)
-        is_there = has_version(running, version.name, lambda replacement: self._engine(replacement, version))
+        load_config = self.vllm_config.load_config
+        is_there = has_version(
+            running,
+            version.name,
+            lambda replacement: LiveEngine(replacement, version, load_config, self.vllm_config, self.model_config),
+        )
         if is_there:
-            self._has(running, version)
+            running.place = version.place
         return is_there
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Takes the weights, all of them or none. Raises UpdateFailed, which says what the model has now."""
         running, version = self._running(), _version(update_info)
-        before = self._versions.get(running.engine.part) or _first(running)
-        update(
-            running,
-            version.name,
-            lambda replacement: self._engine(replacement, version),
-            lambda replacement: self._engine(replacement, before),
-            paths=version.paths,
-        )
-        self._has(running, version)
+        take(running, version, self.vllm_config, self.model_config)
 
     def finish_weight_update(self) -> None:
         """Raises UpdateFailed where the model is not whole."""
@@ -106,13 +101,6 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
 
     def shutdown(self) -> None:
         """Nothing: what is served ends with the worker."""
-
-    def _has(self, running: Running, version: Version) -> None:
-        self._versions[running.engine.part] = version
-        running.place = version.place
-
-    def _engine(self, replacement: Replacement, version: Version) -> LiveEngine:
-        return LiveEngine(replacement, version, self.vllm_config.load_config, self.vllm_config, self.model_config)
 
     def _running(self) -> Running:
         instance = compat.engine_of(self.vllm_config)
@@ -133,16 +121,6 @@ def _version(info: UpdateInfo) -> Version:
     return version
 
 
-def _first(running: Running) -> Version:
-    """What the engine was started with."""
-    uri, label = load_settings(running.engine.options, told=True).model_uri, running.version
-    if uri:
-        return Version(uri=uri, label=label)
-    if running.engine.revision:
-        return Version(revision=running.engine.revision, label=label)
-    return Version(path=running.engine.model, label=label)
-
-
 def _state(worker: Any, expected: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Of the worker's model and its draft: for `collective_rpc("mx_update_state")`.
 
@@ -152,7 +130,7 @@ def _state(worker: Any, expected: Mapping[str, str] | None = None) -> dict[str, 
     instance = compat.engine_of(worker.vllm_config)
     found = [running for part in ("", "draft") if (running := running_of(instance, part)) is not None]
     for running in found:
-        running.place = running.place or _first(running).place
+        running.place = running.place or held(running).place
         if expected is not None and not (running.is_whole and expected.get(running.engine.part) == running.version):
             raise UpdateFailed(
                 f"not all engines have one version, or not all are whole: {running.version} here, "
