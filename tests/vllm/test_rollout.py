@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import http.client
 import json
+import re
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from tests.vllm.conftest import LLAMA, References
 from tests.vllm.engine_host import TOKENS
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--weight-transfer-config", json.dumps({"backend": "mx"}))
+OPTIONS = ("--weight-transfer-config", json.dumps({"backend": "mx"}), "--enable-scale-out")
+FEW_BLOCKS = ("--kv-cache-memory-bytes", str(256 * 1024))  # for some 500 tokens: requests are preempted
 SETTINGS = {"VLLM_PLUGINS": "modelexpress_mx,mx_update"}
 ANSWERS = 5  # of each client, before and after each rollout
 ANSWER_SECONDS = 120.0
@@ -38,7 +41,7 @@ def versions(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def workers(folder: Path, server: str, versions: tuple[Path, Path]) -> Iterator[list[Worker]]:
-    def made(name: str) -> Worker:
+    def made(name: str, *more: str) -> Worker:
         return Worker(
             name,
             versions[0],
@@ -46,14 +49,14 @@ def workers(folder: Path, server: str, versions: tuple[Path, Path]) -> Iterator[
             load_format="mx",
             pooling=False,
             server=server,
-            options=OPTIONS,
+            options=(*OPTIONS, *more),
             settings=SETTINGS,
         )
 
     started: list[Worker] = []
     try:
-        for name in ("rollout-a", "rollout-b"):
-            started.append(made(name))
+        for name, more in (("rollout-a", ()), ("rollout-b", FEW_BLOCKS)):
+            started.append(made(name, *more))
             started[-1].start()  # one after the other: the second one takes its weights from the first
         yield started
     finally:
@@ -212,3 +215,59 @@ def continued(worker: Worker, prompt: str) -> str:
     body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
     text: str = asked(worker, "/v1/completions", body)["choices"][0]["text"]
     return text.strip()
+
+
+def test_answers_whose_requests_were_preempted_are_of_one_version_too(
+    workers: list[Worker], versions: tuple[Path, Path]
+) -> None:
+    """They wait when the pause begins, with a part of their answer: vLLM alone would go on with the other weights.
+
+    Told by vLLM's own record of which weights made which tokens.
+    """
+    worker = workers[1]
+    other = next(path for path in map(str, versions) if path != asked(worker, "/mx/update")["models"][0]["version"])
+    before = preemptions(worker)
+    sampling = {"max_tokens": 220, "ignore_eos": True, "temperature": 0}
+
+    def spans(first_token: int) -> list[Any]:
+        body = {"model": "demo", "token_ids": [first_token, 5, 6], "sampling_params": sampling}
+        found: list[Any] = asked(worker, "/inference/v1/generate", body)["choices"][0]["weight_versions"]
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        asking_them = [pool.submit(spans, token) for token in range(10, 18)]
+        while preemptions(worker) == before:
+            assert not all(future.done() for future in asking_them)
+        told = asked(worker, "/mx/update", {"path": other, "version": other})
+        answers = [future.result() for future in asking_them]
+    assert told["changed"]
+    assert [len(each) for each in answers] == [1] * len(answers)
+
+
+def preemptions(worker: Worker) -> float:
+    with urllib.request.urlopen(f"{url(worker)}/metrics", timeout=ANSWER_SECONDS) as answer:  # noqa: S310
+        found = re.search(r"^vllm:num_preemptions_total\{[^}]*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(
+    workers: list[Worker], versions: tuple[Path, Path]
+) -> None:
+    """While an engine waits for a request that runs: that one gets its whole answer."""
+    had = asked(workers[0], "/mx/update")["models"][0]["version"]
+    other = next(path for path in versions if str(path) != had)
+    body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 240, "ignore_eos": True, "return_token_ids": True}
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(asked, workers[0], "/v1/completions", body)
+        command = ["rollout", "demo", "--to", str(other), "--engines", *map(url, workers)]
+        with subprocess.Popen([sys.executable, "-c", "from mxcore.cli.main import main; main()", *command]) as process:
+            while process.poll() is None and asked(workers[0], "/mx/update")["phase"] == "ready":
+                pass
+            process.kill()
+        code, told = rolled(other, workers)
+        assert (code, told["complete"]) == (0, True), told
+        choice = long.result()["choices"][0]
+    assert (choice["finish_reason"], len(choice["token_ids"])) == ("length", 240)
+    for worker in workers:
+        assert asked(worker, "/mx/update")["models"][0]["version"] == str(other)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from vllm.config import VllmConfig
 
+from vllm_plugin.update.draining import drain_preempted
 from vllm_plugin.update.registering import register_transfer_engine
 
-__all__ = ["register_transfer_engine", "reload_by_ladder"]
+__all__ = ["drain_preempted", "register_transfer_engine", "reload_by_ladder"]
 
 
 def reload_by_ladder(vllm_config: VllmConfig) -> None:

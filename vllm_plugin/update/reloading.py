@@ -44,7 +44,9 @@ def reload_by_ladder(vllm_config: VllmConfig) -> None:
     @functools.wraps(wake_up)
     def waking(self: Any, tags: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> Any:
         woken = wake_up(self, tags, *args, **kwargs)
-        if tags is None or "weights" in tags:
+        theirs = getattr(self, "weight_transfer_engine", None)
+        brings_others = theirs is not None and not getattr(theirs, "ends_offers", False)  # who trains sends them
+        if (tags is None or "weights" in tags) and not brings_others:
             for running in _running(self):
                 if not running.is_whole:
                     _load_again(self, running, held(running))
