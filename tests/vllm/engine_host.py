@@ -156,6 +156,11 @@ def answers(command: dict[str, Any]) -> dict[str, Any]:
     return {"answers": answers_of(llm), "digests": llm.collective_rpc(digests_of)}
 
 
+def of_workers(command: dict[str, Any]) -> dict[str, Any]:
+    """What a method of the kept engine's workers says."""
+    return {"result": command_state["engine"].collective_rpc(command["method"])}
+
+
 def digests_of(worker: Any) -> dict[str, str]:
     """Of each parameter and buffer that has bytes."""
     from mxcore.engine.weights.evidence import digest
@@ -383,6 +388,7 @@ COMMANDS = {
         sleep,
         update,
         answers,
+        of_workers,
         wake_up,
         reload,
         plain_linear,

@@ -245,3 +245,41 @@ def test_a_holder_of_wrong_bytes_costs_a_fallback_and_no_mixture(
         assert any("MX_CHUNKS_MISSING" in line or "MX_DIGEST_MISMATCH" in line for line in told["fallbacks"])
     finally:
         target.ask("end")
+
+
+def test_a_draft_stays_as_it_is_unless_it_is_named(source: EngineHost, versions: tuple[Path, Path]) -> None:
+    one, two = versions
+
+    def started(draft: Path, load_format: str, **options: Any) -> Any:
+        """The draft's digests, of an engine of the first version that stays."""
+        speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 1}
+        worker = "tests.vllm.draft_worker.DraftWorker"
+        return source.load(
+            one,
+            load_format,
+            ask="draft_digests",
+            keep=True,
+            worker_cls=worker,
+            speculative_config=speculative,
+            **options,
+        ).answers
+
+    expected = {draft: started(draft, "auto") for draft in (two, one)}
+    before = now(source)["digests"]
+    assert started(one, "mx", **TRANSFER) == expected[one]
+    try:
+        update(source, path=str(two))
+        assert source.ask("of_workers", method="draft_digests")["result"] == expected[one]
+        after = now(source)["digests"]
+        assert after.keys() == before.keys()
+        assert after != before
+        told = source.ask("update", info={"path": str(two)}, draft=True)
+        assert told["error"] == ""
+        assert [(model["part"], model["version"]) for model in told["states"][0]["models"]] == [
+            ("", str(two)),
+            ("draft", str(two)),
+        ]
+        assert source.ask("of_workers", method="draft_digests")["result"] == expected[two]
+        assert now(source)["digests"] == after
+    finally:
+        source.ask("end")
