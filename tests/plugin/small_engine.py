@@ -1,4 +1,4 @@
-"""What the route of updates asks of vLLM's `AsyncLLM`, over workers that have nothing but a version: pauses as vLLM's."""
+"""What the route of updates asks of vLLM, over workers that have nothing but a version; it pauses as vLLM does."""
 
 from __future__ import annotations
 

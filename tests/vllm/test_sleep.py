@@ -141,7 +141,7 @@ def test_reloading_takes_weights_by_the_ladder_and_they_are_offered_anew(
     model_paths: dict[str, Path],
     other: Path,
 ) -> None:
-    """From a worker that has them, without files; and those of another folder, where vLLM's own way is wrong for some."""
+    """From a worker that has them, without files; and those of another folder."""
     model = model_paths["llama"]
     target.load(model)
     with files_away(weight_files(model)):

@@ -35,7 +35,7 @@ _NAMES = (*_PLACES, "version", "checkpoint", "mode", "drain_seconds", "on_drain_
 _MOST_SECONDS = 86400.0
 _TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"
 _NO_UPDATES = (
-    "no updates here: start the engine with --load-format mx --weight-transfer-config '{\"backend\": \"mx\"}' ({})"
+    "no updates here: start the engine with --load-format mx --weight-transfer-config '{\"backend\": \"mx\"}'"
 )
 
 
@@ -58,6 +58,8 @@ class _Order:
         info = {name: str(body[name]) for name in (*_PLACES, "version", "checkpoint") if body.get(name)}
         if sum(name in info for name in _PLACES) != 1:
             raise ValueError(f"one of {', '.join(_PLACES)} says which weights")
+        if "published" in info and "version" not in info:
+            raise ValueError("of what is published the version has to be named")
         mode, at_limit = body.get("mode", "wait"), body.get("on_drain_limit", "give_up")
         if mode not in ("wait", "abort", "keep"):
             raise ValueError(f"mode={mode!r}: wait, abort or keep")
@@ -132,7 +134,7 @@ class MxEndpoint:
             try:
                 await self._look()
             except Exception as error:  # noqa: BLE001 - the workers have no such method, or the engine is dead
-                return self._answer(HTTPStatus.NOT_IMPLEMENTED, _NO_UPDATES.format(_text(error)))
+                return self._answer(HTTPStatus.NOT_IMPLEMENTED, f"{_NO_UPDATES} ({_text(error)})")
         return self._answer(HTTPStatus.OK)
 
     async def update(self, request: Request) -> JSONResponse:
@@ -163,7 +165,7 @@ class MxEndpoint:
             try:
                 await self._look()
             except Exception as error:  # noqa: BLE001 - as in `state`
-                return self._answer(HTTPStatus.NOT_IMPLEMENTED, _NO_UPDATES.format(_text(error)))
+                return self._answer(HTTPStatus.NOT_IMPLEMENTED, f"{_NO_UPDATES} ({_text(error)})")
             try:
                 has_it = all(await self._engine.collective_rpc("mx_has_version", kwargs={"update_info": order.info}))
             except Exception as error:  # noqa: BLE001 - it cannot take them: nothing was paused, nothing changed

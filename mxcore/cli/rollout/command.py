@@ -24,7 +24,7 @@ Called again, it goes on: engines that have the version are left alone.
 Exit codes: 0 all have it, 1 some do not, 2 usage, 3 an engine does not answer.
 \b
 Examples:
-  mx rollout Qwen/Qwen3-32B --to 9216db5781bf21249d130ec9da846c4624c16137 --engines http://a:8000 http://b:8000
+  mx rollout Qwen/Qwen3-32B --to 9216db5781bf21249d130ec9da846c4624c16137 --engines http://a:8000
   mx rollout qwen --to s3://models/qwen3-tuned --engines http://a:8000 http://b:8000 --at-once 4
   mx rollout qwen --to /models/qwen3-tuned --engines http://a:8000 --dry-run
 """

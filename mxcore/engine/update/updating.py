@@ -59,7 +59,9 @@ def has_version(running: Running, version: str, new: EngineOf) -> bool:
         engine = new(Replacement(running))
         return _has(running, version, engine)
     except (MxError, OSError) as error:
-        raise UpdateFailed(f"version {version} cannot be loaded, {running.version} stays: {reason_of(error)}") from error
+        raise UpdateFailed(
+            f"version {version} cannot be loaded, {running.version} stays: {reason_of(error)}"
+        ) from error
 
 
 def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
