@@ -15,6 +15,7 @@ from mxcore import publish
 
 SENTENCES = ("Every byte is checked before the engine may use it.", "The quick brown fox jumps over the lazy dog.")
 STEPS = 60
+JSON = {"Content-Type": "application/json"}
 
 folder, name, rounds, *engines = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -33,7 +34,7 @@ for version in range(int(rounds)):
     with publish(name, weights, version):  # until all engines have it
         for engine in engines:
             body = json.dumps({"published": name, "version": str(version)}).encode()
-            request = urllib.request.Request(f"{engine}/mx/update", body)  # noqa: S310 - the user's own URLs
+            request = urllib.request.Request(f"{engine}/mx/update", body, JSON)  # noqa: S310 - the user's own URLs
             with urllib.request.urlopen(request) as answer:  # noqa: S310 - it raises where the engine did not take it
                 told = json.load(answer)
             print(version, engine, told["phase"], f"loss {loss.item():.3f}", flush=True)

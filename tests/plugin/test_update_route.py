@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -222,3 +223,14 @@ def test_the_apis_key_is_asked_for_or_a_token_of_its_own(tmp_path: Path, monkeyp
         assert await health(client) == [200, 200]
 
     with_engine(test, api_key=["key"])
+
+
+def test_a_form_of_a_foreign_page_orders_nothing() -> None:
+    """A browser sends JSON across origins only where the server allows it."""
+
+    async def test(engine: SmallEngine, client: httpx.AsyncClient) -> None:
+        answer = await client.post("/mx/update", content=json.dumps(TWO), headers={"Content-Type": "text/plain"})
+        assert answer.status_code == 415
+        assert engine.calls == []
+
+    with_engine(test)

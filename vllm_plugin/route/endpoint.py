@@ -142,11 +142,13 @@ class MxEndpoint:
         drain_seconds (300), and on_drain_limit: `give_up` (nothing changes) or `abort` (what still runs is aborted).
 
         200: the engine has the version; `changed` says whether it had it before, and was not paused. 409: another
-        update is under way, or requests did not end in time. 422: what was asked for has no meaning. 501: this engine
+        update is under way, or requests did not end in time. 415, 422: what was asked for has no meaning. 501: this engine
         takes no updates. 502: it failed, the old version answers. 503: it failed, the engine stays paused.
         """
         if refused := self._refused(request):
             return refused
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            return self._answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is JSON: Content-Type: application/json")
         try:
             order = _Order.of(await request.json())
         except ValueError as error:

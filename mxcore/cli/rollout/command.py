@@ -32,7 +32,9 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
-@click.option("--to", required=True, metavar="VERSION", help="A revision, a folder, s3://, gs://, az://, or mx://NAME/VERSION.")
+@click.option(
+    "--to", required=True, metavar="VERSION", help="A revision, a folder, s3://, gs://, az://, or mx://NAME/VERSION."
+)
 @click.option("--engines", "urls", required=True, multiple=True, metavar="URL...", help="All engines, by URL.")
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--at-once", default=1, show_default=True, type=click.IntRange(1), help="Engines in a wave.")
