@@ -225,9 +225,7 @@ def test_the_apis_key_is_asked_for_or_a_token_of_its_own(tmp_path: Path, monkeyp
     with_engine(test, api_key=["key"])
 
 
-def test_a_form_of_a_foreign_page_orders_nothing() -> None:
-    """A browser sends JSON across origins only where the server allows it."""
-
+def test_what_is_not_json_by_its_type_orders_nothing() -> None:
     async def test(engine: SmallEngine, client: httpx.AsyncClient) -> None:
         answer = await client.post("/mx/update", content=json.dumps(TWO), headers={"Content-Type": "text/plain"})
         assert answer.status_code == 415
