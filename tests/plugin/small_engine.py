@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from vllm_plugin.route import MxEndpoint
+from vllm_plugin.route.endpoint import MxEndpoint
 
 WAIT_SECONDS = 60.0
 

@@ -2,7 +2,7 @@
 
 vLLM makes one in each worker. `start_weight_update`, then `update_weights` with one of `UpdateInfo`'s places, then
 `finish_weight_update`: all of the work is in the middle one, so that the processes of an engine cannot differ in
-whether an update is under way. Requests must be paused around it: `vllm_plugin.route` does that.
+whether an update is under way. Requests must be paused around it: `vllm_plugin.route.endpoint` does that.
 """
 
 from __future__ import annotations
