@@ -47,7 +47,7 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         model = load_model(self.load_config, vllm_config, model_config, prefix)
         try:
             reload_by_ladder(vllm_config)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the engine must start; the log has the traceback
             _log.exception("this engine reloads weights as vLLM does it, from files alone")
         return model
 

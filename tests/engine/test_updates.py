@@ -14,6 +14,7 @@ from torch import nn
 from mxcore import publish
 from mxcore.engine import (
     Fill,
+    Kind,
     Publication,
     Replacement,
     Role,
@@ -29,6 +30,7 @@ from mxcore.engine import (
 from mxcore.engine.update import published_rung
 from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
+from mxserver.wire.proto import p2p_pb2
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 from tests.storage.signed.signing import Key
 
@@ -97,6 +99,11 @@ class ScaledEngine(PlainEngine):
         if self.publication is not None:
             return f"published-{self.publication.version}"
         return find_checkpoint(self.model).digest()
+
+    def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
+        if checkpoint is None and self.publication is not None:
+            checkpoint = self.wanted_digest()
+        return super().identity(kind, revision, checkpoint)
 
     def check_settings(self) -> None:
         """All checkpoints are of one model here."""

@@ -116,7 +116,6 @@ def test_workers_take_from_their_own_rank(
         assert not any(report["serving"] for report in ranks[1])  # a target offers nothing
 
 
-
 def test_ranks_take_another_version_together(ranked: tuple[EngineHost, EngineHost], folder: Path) -> None:
     """And keep the old one together, where one of them cannot have it."""
     source, _ = ranked

@@ -33,10 +33,8 @@ _log = logging.getLogger("vllm.modelexpress")
 _PLACES = ("path", "revision", "uri", "published")
 _NAMES = (*_PLACES, "version", "checkpoint", "mode", "drain_seconds", "on_drain_limit")
 _MOST_SECONDS = 86400.0
-_TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"
-_NO_UPDATES = (
-    "no updates here: start the engine with --load-format mx --weight-transfer-config '{\"backend\": \"mx\"}'"
-)
+_TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"  # noqa: S105 - a setting's name
+_NO_UPDATES = 'no updates here: start the engine with --load-format mx --weight-transfer-config \'{"backend": "mx"}\''
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,9 @@ class MxEndpoint:
         """The body names one of path, revision, uri and published; also version, checkpoint, mode (wait, abort, keep),
         drain_seconds (300), and on_drain_limit: `give_up` (nothing changes) or `abort` (what still runs is aborted).
 
-        200: the engine has the version; `changed` says whether it had it before, and was not paused. 409: another
-        update is under way, or requests did not end in time. 415, 422: what was asked for has no meaning. 501: this engine
-        takes no updates. 502: it failed, the old version answers. 503: it failed, the engine stays paused.
+        200: the engine has the version; `changed` is false where it had it before, and was not paused. 409: another
+        update is under way, or requests did not end in time. 415, 422: what was asked for has no meaning. 501: this
+        engine takes no updates. 502: it failed, the old version answers. 503: it failed, the engine stays paused.
         """
         if refused := self._refused(request):
             return refused
@@ -194,7 +192,7 @@ class MxEndpoint:
                 return self._answer(HTTPStatus.CONFLICT)
             self._tell("updating")
             await self._take(order.info)
-        except Exception as error:  # what the workers have now decides
+        except Exception as error:  # noqa: BLE001 - what the workers have now decides
             _log.exception("the update failed")
             trouble = _text(error)
         try:
@@ -206,7 +204,7 @@ class MxEndpoint:
                 await self._resume()
                 self._tell("ready", trouble)
                 return self._answer(HTTPStatus.BAD_GATEWAY if trouble else HTTPStatus.OK, changed=not trouble)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it stays paused, and says why
             _log.exception("the engine cannot go on after the update")
             reason = _text(error)
         self._tell("failed", "; ".join(filter(None, (trouble, reason))))

@@ -39,15 +39,24 @@ Examples:
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--at-once", default=1, show_default=True, type=click.IntRange(1), help="Engines in a wave.")
 @click.option(
-    "--drain-seconds", default=300.0, show_default=True, type=click.FloatRange(0, 86400, min_open=True),
+    "--drain-seconds",
+    default=300.0,
+    show_default=True,
+    type=click.FloatRange(0, 86400, min_open=True),
     help="For requests that run, at most.",
 )
 @click.option(
-    "--on-drain-limit", type=click.Choice(["give_up", "abort"]), default="give_up", show_default=True,
+    "--on-drain-limit",
+    type=click.Choice(["give_up", "abort"]),
+    default="give_up",
+    show_default=True,
     help="What becomes of requests that run longer: the engine fails, or they do.",
 )
 @click.option(
-    "--timeout-seconds", default=3600.0, show_default=True, type=click.FloatRange(0, min_open=True),
+    "--timeout-seconds",
+    default=3600.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
     help="For one engine, at most.",
 )
 @click.option("--token-file", type=click.Path(exists=True, dir_okay=False), help="What engines ask for.")

@@ -105,7 +105,8 @@ class Rollout:
             raise SettingError(f"{engine.url} serves {', '.join(names) or 'nothing'}, and not {model}")
         engine.begin(answer)
 
-    def _update(self, engine: RunningEngine, order: Mapping[str, str]) -> None:
+    def _update(self, engine: RunningEngine, order: Mapping[str, str]) -> bool:
+        """Whether it has the version, and is ready."""
         began, version = time.monotonic(), order["version"]
         self._told(f"{engine.url}: {engine.version or 'nothing'} -> {version}")
         try:
@@ -118,6 +119,7 @@ class Rollout:
         engine.seconds = round(time.monotonic() - began, 3)
         engine.outcome = "failed" if not is_done else "had it" if had_it else "updated"
         self._told(f"{engine.url}: {engine.outcome} after {engine.seconds:g} s {engine.trouble}".rstrip())
+        return is_done
 
     def _is_ready(self, engine: RunningEngine) -> bool:
         if self._calls.is_ready(engine.url):
@@ -133,8 +135,7 @@ class Rollout:
             if not engine.place:
                 engine.trouble = f"it stays at {engine.version}: where {engine.before or 'the old one'} is is not known"
                 continue
-            self._update(engine, engine.place)
-            if engine.outcome != "failed":
+            if self._update(engine, engine.place):
                 engine.outcome = "back"
 
 

@@ -47,9 +47,7 @@ class PublishedRung(Rung[Loaded]):
 
     def load(self) -> Loaded:
         """A model with these weights; raises what `fetch` raises, and what building a model raises."""
-        return load_stored(
-            self._context, "published", load_pb2.LOAD_PATH_PEER_TCP, self._stored, reading_alone=False
-        )
+        return load_stored(self._context, "published", load_pb2.LOAD_PATH_PEER_TCP, self._stored, reading_alone=False)
 
     def _stored(self, progress: Progress) -> Stored:
         settings = self._context.settings
