@@ -129,9 +129,7 @@ def wake_up(command: dict[str, Any]) -> dict[str, Any]:
 
 def reload(command: dict[str, Any]) -> dict[str, Any]:
     """The kept engine loads its weights anew, in place."""
-    given = {"kwargs": {"weights_path": command["path"]}} if command.get("path") else {}
-    command_state["engine"].collective_rpc("reload_weights", **given)
-    command_state["engine"].reset_prefix_cache()
+    command_state["engine"].collective_rpc("reload_weights")
     return {}
 
 
@@ -154,11 +152,6 @@ def answers(command: dict[str, Any]) -> dict[str, Any]:
     """What the kept engine answers now, as `load` has it, and the digests of its workers' parameters and buffers."""
     llm = command_state["engine"]
     return {"answers": answers_of(llm), "digests": llm.collective_rpc(digests_of)}
-
-
-def of_workers(command: dict[str, Any]) -> dict[str, Any]:
-    """What a method of the kept engine's workers says."""
-    return {"result": command_state["engine"].collective_rpc(command["method"])}
 
 
 def digests_of(worker: Any) -> dict[str, str]:
@@ -388,7 +381,6 @@ COMMANDS = {
         sleep,
         update,
         answers,
-        of_workers,
         wake_up,
         reload,
         plain_linear,

@@ -116,29 +116,6 @@ def test_workers_take_from_their_own_rank(
         assert not any(report["serving"] for report in ranks[1])  # a target offers nothing
 
 
-def test_ranks_take_another_version_together(ranked: tuple[EngineHost, EngineHost], folder: Path) -> None:
-    """And keep the old one together, where one of them cannot have it."""
-    source, _ = ranked
-    versions = [models.generate(folder / "ranks" / f"v{seed}", "llama", LLAMA, seed=seed) for seed in (1, 2)]
-    options = {"tensor_parallel_size": 2}
-    expected = [source.load(model, "auto", **options).answers for model in versions]
-    loaded = source.load(versions[0], keep=True, weight_transfer_config={"backend": "mx"}, **options)
-    try:
-        assert loaded.answers == expected[0]
-        for seed in (1, 0):
-            told = source.ask("update", info={"path": str(versions[seed])})
-            assert told["error"] == ""
-            assert [state["models"][0]["version"] for state in told["states"]] == [str(versions[seed])] * 2
-            assert source.ask("answers")["answers"] == expected[seed]
-        told = source.ask("update", info={"path": str(folder / "nothing")})
-        assert "MX_UPDATE_FAILED" in told["error"]
-        assert [state["models"][0]["ready"] for state in told["states"]] == [True] * 2
-        assert source.ask("answers")["answers"] == expected[0]
-    finally:
-        source.ask("end")
-    assert expected[0] != expected[1]
-
-
 @pytest.fixture
 def replicas(source: EngineHost, target: EngineHost, unpacked: None) -> Iterator[Replicas]:
     """The two processes as replicas of one engine with data parallelism."""

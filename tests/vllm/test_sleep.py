@@ -6,19 +6,17 @@ a sleep on an accelerator takes their memory away.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.demo import models
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
-from tests.vllm.conftest import LLAMA, References
+from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 
 
@@ -26,12 +24,6 @@ from tests.vllm.engines import EngineHost
 def client(server: str) -> Iterator[ServerClient]:
     with ServerClient(server) as connected:
         yield connected
-
-
-@pytest.fixture(scope="module")
-def other(folder: Path) -> Path:
-    """The same model with other weights."""
-    return models.generate(folder / "models" / "other llama", "llama", LLAMA, seed=2)
 
 
 def status(client: ServerClient, report: dict[str, Any]) -> p2p_pb2.SourceStatus.ValueType:
@@ -132,45 +124,10 @@ def test_a_deep_sleep_ends_the_offer(awake: dict[str, Any], client: ServerClient
     assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
 
 
-def test_reloading_takes_weights_by_the_ladder_and_they_are_offered_anew(
-    awake: dict[str, Any],
-    client: ServerClient,
-    source: EngineHost,
-    target: EngineHost,
-    references: References,
-    model_paths: dict[str, Path],
-    other: Path,
-) -> None:
-    """From a worker that has them, without files; and those of another folder."""
-    model = model_paths["llama"]
-    target.load(model)
-    with files_away(weight_files(model)):
-        source.ask("reload")
+def test_reloading_ends_the_offer(awake: dict[str, Any], client: ServerClient, source: EngineHost) -> None:
+    source.ask("reload")
     assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
-    assert source.ask("answers")["answers"] == references.of(model)
-    source.ask("reload", path=str(other))
-    assert source.ask("answers")["answers"] == references.of(other)
-    assert source.ask("leave")["left"] == 1
-
-
-def test_after_a_sleep_that_drops_them_weights_come_from_a_worker_that_has_them(
-    client: ServerClient, source: EngineHost, target: EngineHost, unpacked: None, model_paths: dict[str, Path]
-) -> None:
-    model = model_paths["llama"]
-    expected = source.load(model, "auto").answers
-    first = source.load(model, keep=True, worker_cls="tests.vllm.sleeping_worker.SleepingWorker")
-    try:
-        target.load(model)
-        source.ask("sleep", level=2)
-        assert status(client, first.report) == p2p_pb2.SOURCE_STATUS_STALE
-        with files_away(weight_files(model)):
-            source.ask("wake_up", tags=["weights"])
-            source.ask("wake_up", tags=["kv_cache"])
-        assert source.ask("answers")["answers"] == expected
-        report = json.loads(Path(f"{first.report_path}.update").read_text())
-        assert (report["path"], report["serving"]) == ("p2p", True)
-    finally:
-        source.ask("end")
+    assert source.ask("leave")["left"] == 0
 
 
 def test_the_engines_end_frees_the_memory(

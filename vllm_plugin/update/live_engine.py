@@ -185,10 +185,8 @@ def held(running: Running) -> Version:
     return Version(path=running.engine.model, label=label)
 
 
-def take(
-    running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig, *, always: bool = False
-) -> None:
-    """Gives the model these weights, all of them or none; `always` also where it has them. Raises UpdateFailed."""
+def take(running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    """Gives the model these weights, all of them or none. Raises UpdateFailed."""
     before = held(running)
     update(
         running,
@@ -196,6 +194,5 @@ def take(
         lambda replacement: LiveEngine(replacement, version, vllm_config.load_config, vllm_config, model_config),
         lambda replacement: LiveEngine(replacement, before, vllm_config.load_config, vllm_config, model_config),
         paths=version.paths,
-        always=always,
     )
     running.place = version.place

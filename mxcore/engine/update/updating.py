@@ -76,21 +76,19 @@ def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
     return False
 
 
-def update(
-    running: Running, version: str, new: EngineOf, old: EngineOf, *, paths: Sequence[str], always: bool = False
-) -> Outcome:
+def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, paths: Sequence[str]) -> Outcome:
     """Gives a running model the weights of `version`; on the engine's thread, while it computes nothing.
 
     `new` makes the engine whose weights those are, `old` the one whose weights it has; `paths` are the names of the
-    rungs that have the new version. Weights that it has are not loaded again, but `always`. All processes of an engine
-    call this together.
+    rungs that have the new version. Weights that it has are not loaded again. All processes of an engine call this
+    together.
 
     Raises UpdateFailed; then the model has its old weights (`running.is_whole`), or it must not be used.
     """
     replacement = Replacement(running)
     try:
         engine = new(replacement)
-        if _has(running, version, engine) and not always:
+        if _has(running, version, engine):
             _log.info("version %s has the weights that this engine has: nothing is moved", version)
             return Outcome(False, {})
         report = _load(running, replacement, engine, paths)
