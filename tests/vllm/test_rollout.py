@@ -1,14 +1,18 @@
-"""`mx rollout` over real `vllm serve` processes that answer all the while: the route of updates, and its readiness."""
+"""`mx rollout` over a real `vllm serve` that answers all the while: the route of updates, and its readiness.
+
+That weights are those of vLLM's default loader is tests/vllm/test_update.py's; here a version is known by what the
+engine answers with it when nothing else is asked.
+"""
 
 from __future__ import annotations
 
-import ast
 import http.client
 import json
 import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from bench.demo import models
-from bench.demo.processes import clean_environment
 from bench.demo.workers import PROMPTS, Worker
+from mxcore import publish
 from tests.cli.mx_process import mx
-from tests.vllm.conftest import LLAMA, References
+from tests.vllm.conftest import LLAMA
 from tests.vllm.engine_host import TOKENS
 
-ROOT = Path(__file__).parents[2]
-OPTIONS = ("--weight-transfer-config", json.dumps({"backend": "mx"}), "--enable-scale-out")
-FEW_BLOCKS = ("--kv-cache-memory-bytes", str(256 * 1024))  # for some 500 tokens: requests are preempted
+OPTIONS = (
+    *("--weight-transfer-config", json.dumps({"backend": "mx"}), "--enable-scale-out"),
+    *("--kv-cache-memory-bytes", str(256 * 1024)),  # for some 500 tokens: requests are preempted
+)
 SETTINGS = {"VLLM_PLUGINS": "modelexpress_mx,mx_update"}
+CLIENTS = 3
 ANSWERS = 5  # of each client, before and after each rollout
 ANSWER_SECONDS = 120.0
 
@@ -40,28 +47,22 @@ def versions(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def workers(folder: Path, server: str, versions: tuple[Path, Path]) -> Iterator[list[Worker]]:
-    def made(name: str, *more: str) -> Worker:
-        return Worker(
-            name,
-            versions[0],
-            folder,
-            load_format="mx",
-            pooling=False,
-            server=server,
-            options=(*OPTIONS, *more),
-            settings=SETTINGS,
-        )
-
-    started: list[Worker] = []
+def worker(folder: Path, server: str, versions: tuple[Path, Path]) -> Iterator[Worker]:
+    started = Worker(
+        "rollout",
+        versions[0],
+        folder,
+        load_format="mx",
+        pooling=False,
+        server=server,
+        options=OPTIONS,
+        settings=SETTINGS,
+    )
     try:
-        for name, more in (("rollout-a", ()), ("rollout-b", FEW_BLOCKS)):
-            started.append(made(name, *more))
-            started[-1].start()  # one after the other: the second one takes its weights from the first
+        started.start()
         yield started
     finally:
-        for worker in started:
-            worker.child.stop()
+        started.child.stop()
 
 
 class Client(threading.Thread):
@@ -100,9 +101,8 @@ class Client(threading.Thread):
 
 
 @contextmanager
-def asking(workers: list[Worker]) -> Iterator[list[Client]]:
-    """Two clients an engine."""
-    clients = [Client(worker) for worker in workers for _ in range(2)]
+def asking(worker: Worker) -> Iterator[list[Client]]:
+    clients = [Client(worker) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
     try:
@@ -110,12 +110,6 @@ def asking(workers: list[Worker]) -> Iterator[list[Client]]:
     finally:
         for client in clients:
             client.end()
-
-
-def tokens_of(worker: Worker, prompt: str) -> list[int]:
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
-    tokens: list[int] = asked(worker, "/v1/completions", body)["choices"][0]["token_ids"]
-    return tokens
 
 
 def asked(worker: Worker, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -126,106 +120,78 @@ def asked(worker: Worker, path: str, body: dict[str, Any] | None = None) -> Any:
     return json.loads(text) if text else None
 
 
+def tokens_of(worker: Worker, prompt: str) -> list[int]:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+    tokens: list[int] = asked(worker, "/v1/completions", body)["choices"][0]["token_ids"]
+    return tokens
+
+
+def answers_of(worker: Worker) -> dict[str, list[int]]:
+    return {prompt: tokens_of(worker, prompt) for prompt in PROMPTS}
+
+
+def version_of(worker: Worker) -> str:
+    return str(asked(worker, "/mx/update")["models"][0]["version"])
+
+
 def url(worker: Worker) -> str:
     return f"http://127.0.0.1:{worker.port}"
 
 
-def rolled(model: Path, workers: list[Worker], *more: str) -> tuple[int, dict[str, Any]]:
-    ran = mx("rollout", "demo", "--to", str(model), "--json", *more, "--engines", *map(url, workers))
+def rolled(to: Path | str, worker: Worker, *more: str) -> tuple[int, dict[str, Any]]:
+    """The exit code, and all that was told, with the engine's part under `engine`."""
+    ran = mx("rollout", "demo", "--to", str(to), "--json", *more, "--engines", url(worker))
     assert ran.out, ran.err
-    return ran.code, ran.json()
+    told = ran.json()
+    return ran.code, {**told, "engine": told["engines"][0]}
 
 
-def report(worker: Worker) -> dict[str, Any]:
-    """Of the last update."""
-    found: dict[str, Any] = json.loads(Path(f"{worker.report_path}.update").read_text())
-    return found
-
-
-def test_engines_that_answer_all_the_while_take_another_version_and_the_old_one_again(
-    workers: list[Worker], versions: tuple[Path, Path], references: References, folder: Path
+def test_an_engine_that_answers_all_the_while_takes_another_version_and_the_old_one_again(
+    worker: Worker, versions: tuple[Path, Path], folder: Path
 ) -> None:
     """Every answer is one of either version, from its first token to its last, and none fails."""
-    expected = [dict(zip(PROMPTS, (tokens for tokens, _ in references.of(model)), strict=True)) for model in versions]
+    code, told = rolled(versions[1], worker, "--dry-run")
+    assert (code, told["complete"], told["engine"]["outcome"]) == (0, False, "to do")
+    expected = [answers_of(worker)]
+    assert asked(worker, "/mx/update", {"path": str(versions[1]), "version": str(versions[1])})["changed"]
+    expected.append(answers_of(worker))
     assert expected[0] != expected[1]
-    with asking(workers) as clients:
-        code, told = rolled(versions[1], workers, "--dry-run")
-        assert (code, told["complete"], {e["outcome"] for e in told["engines"]}) == (0, False, {"to do"})
-        for model in (versions[1], versions[0], versions[1]):
+    with asking(worker) as clients:
+        for model in (versions[0], versions[1], versions[0]):
             for client in clients:
                 client.more()
-            code, told = rolled(model, workers)
-            assert (code, told["complete"]) == (0, True), told
-            assert [engine["outcome"] for engine in told["engines"]] == ["updated"] * 2
-            assert {engine["version"] for engine in told["engines"]} == {str(model)}
-            assert [report(worker)["path"] for worker in workers] == ["storage", "p2p"]
+            code, told = rolled(model, worker)
+            assert (code, told["complete"], told["engine"]["outcome"]) == (0, True, "updated"), told
+            assert told["engine"]["version"] == str(model)
         for client in clients:
             client.more()
-        code, told = rolled(versions[1], workers)
-        assert (code, [engine["outcome"] for engine in told["engines"]]) == (0, ["had it"] * 2)
-        code, told = rolled(folder / "nothing", workers)
-        assert (code, [engine["outcome"] for engine in told["engines"]]) == (1, ["failed", "to do"])
-        assert "MX_UPDATE_FAILED" in told["engines"][0]["trouble"]
+        code, told = rolled(versions[0], worker)
+        assert (code, told["engine"]["outcome"]) == (0, "had it")
+        code, told = rolled(folder / "nothing", worker)
+        assert (code, told["engine"]["outcome"]) == (1, "failed")
+        assert "MX_UPDATE_FAILED" in told["engine"]["trouble"]
         for client in clients:
             client.more()
-    assert [client.failures for client in clients] == [[]] * len(clients)
-    assert sum(len(client.answers) for client in clients) >= 50
-    for client in clients:
-        assert all(tokens in (expected[0][prompt], expected[1][prompt]) for prompt, tokens in client.answers)
-    for worker in workers:
-        assert asked(worker, "/health") is None
-        assert asked(worker, "/mx/update")["models"][0]["version"] == str(versions[1])
-        assert {prompt: tokens_of(worker, prompt) for prompt in PROMPTS} == expected[1]
-        assert report(worker)["fallbacks"] == []
-
-
-def test_engines_follow_a_trainer(workers: list[Worker], versions: tuple[Path, Path], server: str) -> None:
-    """examples/train_and_serve.py: what an engine answers is what it was taught last, in one round and the next."""
-    for rounds, sentence in enumerate(train_and_serve_sentences(), 1):
-        command = ["examples/train_and_serve.py", str(versions[0]), f"policy-{rounds}", str(rounds), *map(url, workers)]
-        ran = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**clean_environment(), "MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": "127.0.0.1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert len(ran.stdout.splitlines()) == rounds * len(workers)
-        for worker in workers:
-            text = continued(worker, " ".join(sentence.split()[:2]))
-            assert text in sentence
-            assert len(text) > 10
-            assert report(worker)["path"] in ("published", "p2p")
-    assert report(workers[0])["path"] == "published"
-    assert report(workers[1])["path"] == "p2p"
-
-
-def train_and_serve_sentences() -> tuple[str, ...]:
-    """What the example teaches, in order."""
-    for node in ast.parse((ROOT / "examples" / "train_and_serve.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SENTENCES":
-            return tuple(ast.literal_eval(node.value))
-    raise AssertionError("the example has no SENTENCES")
-
-
-def continued(worker: Worker, prompt: str) -> str:
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-    text: str = asked(worker, "/v1/completions", body)["choices"][0]["text"]
-    return text.strip()
+    assert [client.failures for client in clients] == [[]] * CLIENTS
+    answers = [answer for client in clients for answer in client.answers]
+    assert len(answers) >= 50
+    assert all(tokens in (expected[0][prompt], expected[1][prompt]) for prompt, tokens in answers)
+    assert asked(worker, "/health") is None
+    assert version_of(worker) == str(versions[0])
+    assert answers_of(worker) == expected[0]
+    report = json.loads(Path(f"{worker.report_path}.update").read_text())
+    assert (report["path"], report["serving"], report["fallbacks"]) == ("storage", True, [])
 
 
 def test_answers_whose_requests_were_preempted_are_of_one_version_too(
-    workers: list[Worker], versions: tuple[Path, Path]
+    worker: Worker, versions: tuple[Path, Path]
 ) -> None:
     """They wait when the pause begins, with a part of their answer: vLLM alone would go on with the other weights.
 
-    Told by vLLM's own record of which weights made which tokens.
+    Told by vLLM's own record of which weights made which tokens. Before, a pause is given up, and changes nothing.
     """
-    worker = workers[1]
-    other = next(path for path in map(str, versions) if path != asked(worker, "/mx/update")["models"][0]["version"])
+    had = version_of(worker)
+    other = next(path for path in map(str, versions) if path != had)
     before = preemptions(worker)
     sampling = {"max_tokens": 220, "ignore_eos": True, "temperature": 0}
 
@@ -238,10 +204,16 @@ def test_answers_whose_requests_were_preempted_are_of_one_version_too(
         asking_them = [pool.submit(spans, token) for token in range(10, 18)]
         while preemptions(worker) == before:
             assert not all(future.done() for future in asking_them)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            asked(worker, "/mx/update", {"path": other, "version": other, "drain_seconds": 0.01})
+        with refused.value as answer:
+            assert (answer.code, json.load(answer)["phase"]) == (409, "ready")
+        assert asked(worker, "/health") is None
         told = asked(worker, "/mx/update", {"path": other, "version": other})
         answers = [future.result() for future in asking_them]
     assert told["changed"]
     assert [len(each) for each in answers] == [1] * len(answers)
+    assert had in {each[0]["version"] for each in answers}
 
 
 def preemptions(worker: Worker) -> float:
@@ -251,23 +223,37 @@ def preemptions(worker: Worker) -> float:
     return float(found[1])
 
 
-def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(
-    workers: list[Worker], versions: tuple[Path, Path]
-) -> None:
-    """While an engine waits for a request that runs: that one gets its whole answer."""
-    had = asked(workers[0], "/mx/update")["models"][0]["version"]
+def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(worker: Worker, versions: tuple[Path, Path]) -> None:
+    """While the engine waits for a request that runs: that one gets its whole answer."""
+    had = version_of(worker)
     other = next(path for path in versions if str(path) != had)
     body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 240, "ignore_eos": True, "return_token_ids": True}
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(asked, workers[0], "/v1/completions", body)
-        command = ["rollout", "demo", "--to", str(other), "--engines", *map(url, workers)]
+        long = pool.submit(asked, worker, "/v1/completions", body)
+        command = ["rollout", "demo", "--to", str(other), "--engines", url(worker)]
         with subprocess.Popen([sys.executable, "-c", "from mxcore.cli.main import main; main()", *command]) as process:
-            while process.poll() is None and asked(workers[0], "/mx/update")["phase"] == "ready":
+            while process.poll() is None and asked(worker, "/mx/update")["phase"] == "ready":
                 pass
             process.kill()
-        code, told = rolled(other, workers)
+        code, told = rolled(other, worker)
         assert (code, told["complete"]) == (0, True), told
         choice = long.result()["choices"][0]
     assert (choice["finish_reason"], len(choice["token_ids"])) == ("length", 240)
-    for worker in workers:
-        assert asked(worker, "/mx/update")["models"][0]["version"] == str(other)
+    assert version_of(worker) == str(other)
+
+
+def test_what_a_process_publishes_is_a_version(worker: Worker, versions: tuple[Path, Path], server: str) -> None:
+    """By the checkpoint's names, as a trainer does; `mx rollout` names it mx://NAME/VERSION."""
+    answers = []
+    for number, model in enumerate(versions):
+        tensors = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        with publish("policy", tensors, number, server=server, settings={"MX_WORKER_HOST": "127.0.0.1"}):
+            code, told = rolled(f"mx://policy/{number}", worker)
+        assert (code, told["engine"]["version"]) == (0, str(number)), told
+        assert json.loads(Path(f"{worker.report_path}.update").read_text())["path"] == "published"
+        answers.append(answers_of(worker))
+    for model, expected in zip(versions, answers, strict=True):
+        assert rolled(model, worker)[0] == 0
+        assert answers_of(worker) == expected
+    code, told = rolled("mx://policy/7", worker)
+    assert (code, told["engine"]["outcome"], told["engine"]["version"]) == (1, "failed", str(versions[1]))
