@@ -34,8 +34,6 @@ RUNGS: dict[str, str] = {
 }
 """Every rung by its name in MX_LOAD_PATHS, in the default order, with its meaning."""
 
-_MEANINGS = {**RUNGS, "published": "a process that publishes the weights"}  # that one is for updates alone
-
 
 class PollResult(NamedTuple):
     """Whether a rung is tried, and why or why not."""
@@ -165,7 +163,7 @@ class Ladder(Generic[T]):
             if not polled.takes:
                 self._note(Step(rung.name, "skipped", polled.reason))
                 continue
-            logger.info("load path %s (%s): taken: %s", rung.name, _MEANINGS[rung.name], polled.reason)
+            logger.info("load path %s (%s): taken: %s", rung.name, RUNGS[rung.name], polled.reason)
             started = time.monotonic()
             try:
                 loaded = rung.load()
@@ -214,7 +212,7 @@ class Ladder(Generic[T]):
     def _note(self, step: Step, error: Exception | None = None) -> None:
         self.steps.append(step)
         if error is None:
-            logger.info("load path %s (%s): skipped: %s", step.rung, _MEANINGS[step.rung], step.reason)
+            logger.info("load path %s (%s): skipped: %s", step.rung, RUNGS[step.rung], step.reason)
             return
         self._failed(step)
         if isinstance(error, MxError):

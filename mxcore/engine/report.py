@@ -16,7 +16,7 @@ from mxserver.wire import MxError, unique_beside
 
 __all__ = ["Fallbacks", "LoadReport", "LoadedPart", "StepSeconds", "StoredPath"]
 
-StoredPath: TypeAlias = Literal["uri", "cache", "storage", "published"]
+StoredPath: TypeAlias = Literal["uri", "cache", "storage"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +60,11 @@ class LoadedPart:
     """The part of a report that the rung knows which gave the model.
 
     Byte counts are those of the weights; `seconds` are of the part that `path` names: "p2p" from other workers, "uri"
-    from MX_MODEL_URI, "cache" from the server's model cache, "storage" from files by the engine's own loader,
-    "published" from a process that publishes them (updates alone).
+    from MX_MODEL_URI, "cache" from the server's model cache, "storage" from files by the engine's own loader.
     `bytes_from_storage` was read for chunks that no worker could give any more (path "p2p").
     """
 
-    path: Literal["p2p", "uri", "cache", "storage", "published"] = "storage"
+    path: Literal["p2p", "uri", "cache", "storage"] = "storage"
     layout: str = ""
     tensors: int = 0
     bytes: int = 0

@@ -11,26 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mxcore import publish
 from mxcore.engine import (
     Fill,
-    Kind,
-    Publication,
     Replacement,
     Role,
     Running,
     Staged,
     find_checkpoint,
     has_version,
-    leave,
     load_running,
     running_of,
     update,
 )
-from mxcore.engine.update import published_rung
 from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
-from mxserver.wire.proto import p2p_pb2
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 from tests.storage.signed.signing import Key
 
@@ -67,10 +61,8 @@ class ScaledEngine(PlainEngine):
         replacement: Replacement | None = None,
         breaks: list[int] | None = None,
         options: Mapping[str, Any] | None = None,
-        publication: Publication | None = None,
     ) -> None:
         super().__init__(folder, options or {}, size=SIZE)
-        self.publication = publication
         self.replacement = replacement
         self.breaks = breaks if breaks is not None else [0]
 
@@ -96,14 +88,7 @@ class ScaledEngine(PlainEngine):
                 raise RuntimeError("the kernel does not like it")
 
     def wanted_digest(self) -> str:
-        if self.publication is not None:
-            return f"published-{self.publication.version}"
         return find_checkpoint(self.model).digest()
-
-    def identity(self, kind: Kind, revision: str, checkpoint: str | None) -> p2p_pb2.SourceIdentity:
-        if checkpoint is None and self.publication is not None:
-            checkpoint = self.wanted_digest()
-        return super().identity(kind, revision, checkpoint)
 
     def check_settings(self) -> None:
         """All checkpoints are of one model here."""
@@ -264,35 +249,3 @@ def test_a_version_that_has_to_be_signed_and_is_not_is_refused(versions: tuple[P
     key.sign(two)
     assert to(running, two, one, options=options)
     assert answer(running.model, SIZE) == fresh(two)
-
-
-def test_what_a_process_publishes_is_a_version(
-    versions: tuple[Path, Path], server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a trainer does, by a checkpoint's names. One that nobody has leaves the old version."""
-    monkeypatch.setattr(published_rung, "_WAIT_SECONDS", 0.0)
-    one, two = versions
-    options = {"server_address": server, "worker_host": "127.0.0.1", "worker_grpc_port": 0}
-    running, seventh = started(one, options), Publication("trained", "7")
-
-    def take() -> bool:
-        return update(
-            running,
-            seventh.version,
-            lambda replacement: ScaledEngine(one, replacement, options=options, publication=seventh),
-            lambda replacement: ScaledEngine(one, replacement, options=options),
-            paths=("p2p",),
-        ).changed
-
-    try:
-        with pytest.raises(UpdateFailed, match="MX_NO_SOURCE"):
-            take()
-        assert answer(running.model, SIZE) == fresh(one)
-        tensors = {name: tensor for file in two.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        with publish("trained", tensors, 7, server=server, settings={"MX_WORKER_HOST": "127.0.0.1"}):
-            assert take()
-        assert answer(running.model, SIZE) == fresh(two)
-        assert (running.report["path"], running.version) == ("published", "7")
-        assert not take()  # nobody publishes it any more, and nobody has to
-    finally:
-        leave("the test ends")

@@ -134,9 +134,8 @@ def test_what_cannot_be_taken_is_refused_before_the_pause() -> None:
     ("body", "said"),
     [
         ([], "JSON object"),
-        ({}, "one of path, revision, uri, published"),
-        ({"path": "/a", "uri": "s3://b"}, "one of path, revision, uri, published"),
-        ({"published": "policy"}, "version"),
+        ({}, "one of path, revision, uri"),
+        ({"path": "/a", "uri": "s3://b"}, "one of path, revision, uri"),
         ({**TWO, "vresion": "x"}, "vresion"),
         ({**TWO, "mode": "now"}, "mode='now'"),
         ({**TWO, "on_drain_limit": "wait"}, "on_drain_limit='wait'"),

@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from bench.demo import models
 from bench.demo.workers import PROMPTS, Worker
-from mxcore import publish
 from tests.cli.mx_process import mx
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engine_host import TOKENS
@@ -240,20 +238,3 @@ def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(worker: Worker
         choice = long.result()["choices"][0]
     assert (choice["finish_reason"], len(choice["token_ids"])) == ("length", 240)
     assert version_of(worker) == str(other)
-
-
-def test_what_a_process_publishes_is_a_version(worker: Worker, versions: tuple[Path, Path], server: str) -> None:
-    """By the checkpoint's names, as a trainer does; `mx rollout` names it mx://NAME/VERSION."""
-    answers = []
-    for number, model in enumerate(versions):
-        tensors = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        with publish("policy", tensors, number, server=server, settings={"MX_WORKER_HOST": "127.0.0.1"}):
-            code, told = rolled(f"mx://policy/{number}", worker)
-        assert (code, told["engine"]["version"]) == (0, str(number)), told
-        assert json.loads(Path(f"{worker.report_path}.update").read_text())["path"] == "published"
-        answers.append(answers_of(worker))
-    for model, expected in zip(versions, answers, strict=True):
-        assert rolled(model, worker)[0] == 0
-        assert answers_of(worker) == expected
-    code, told = rolled("mx://policy/7", worker)
-    assert (code, told["engine"]["outcome"], told["engine"]["version"]) == (1, "failed", str(versions[1]))

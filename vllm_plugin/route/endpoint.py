@@ -30,7 +30,7 @@ __all__ = ["MxEndpoint"]
 Phase: TypeAlias = Literal["ready", "pausing", "updating", "failed"]
 
 _log = logging.getLogger("vllm.modelexpress")
-_PLACES = ("path", "revision", "uri", "published")
+_PLACES = ("path", "revision", "uri")
 _NAMES = (*_PLACES, "version", "checkpoint", "mode", "drain_seconds", "on_drain_limit")
 _MOST_SECONDS = 86400.0
 _TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"  # noqa: S105 - a setting's name
@@ -56,8 +56,6 @@ class _Order:
         info = {name: str(body[name]) for name in (*_PLACES, "version", "checkpoint") if body.get(name)}
         if sum(name in info for name in _PLACES) != 1:
             raise ValueError(f"one of {', '.join(_PLACES)} says which weights")
-        if "published" in info and "version" not in info:
-            raise ValueError("of what is published the version has to be named")
         mode, at_limit = body.get("mode", "wait"), body.get("on_drain_limit", "give_up")
         if mode not in ("wait", "abort", "keep"):
             raise ValueError(f"mode={mode!r}: wait, abort or keep")
@@ -136,7 +134,7 @@ class MxEndpoint:
         return self._answer(HTTPStatus.OK)
 
     async def update(self, request: Request) -> JSONResponse:
-        """The body names one of path, revision, uri and published; also version, checkpoint, mode (wait, abort, keep),
+        """The body names one of path, revision and uri; also version, checkpoint, mode (wait, abort, keep),
         drain_seconds (300), and on_drain_limit: `give_up` (nothing changes) or `abort` (what still runs is aborted).
 
         200: the engine has the version; `changed` is false where it had it before, and was not paused. 409: another

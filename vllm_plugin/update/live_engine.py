@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ from vllm.model_executor.model_loader import base_loader
 from mxcore.engine import (
     Fill,
     Kind,
-    Publication,
     Replacement,
     Running,
     Staged,
@@ -38,8 +35,7 @@ __all__ = ["LiveEngine", "Version", "held", "take"]
 
 @dataclass(frozen=True)
 class Version:
-    """Which weights: those of a folder, of a revision on the hub, of a prefix in an object store, or published under a
-    name with the label as version. One of the four.
+    """Which weights: those of a folder, of a revision on the hub, of a prefix in an object store. One of the three.
 
     `checkpoint` is their digest, for where the files are not here. `label` is what the user calls the version.
     """
@@ -47,7 +43,6 @@ class Version:
     path: str = ""
     revision: str = ""
     uri: str = ""
-    published: str = ""
     checkpoint: str = ""
     label: str = ""
 
@@ -59,22 +54,18 @@ class Version:
     @property
     def place(self) -> dict[str, str]:
         """The one that is named."""
-        named = {"path": self.path, "revision": self.revision, "uri": self.uri, "published": self.published}
+        named = {"path": self.path, "revision": self.revision, "uri": self.uri}
         return {kind: where for kind, where in named.items() if where}
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The rungs of storage and workers that have these weights, and no others."""
-        if self.published:
-            return ("p2p",)
+        """The rungs that have these weights, and no others."""
         return ("p2p", "uri") if self.uri else ("p2p", "cache", "engine")
 
     def check(self) -> None:
-        """Raises UpdateFailed unless exactly one of the four is named."""
-        if len(self.place) != 1:
-            raise UpdateFailed("an update names one of path, revision, uri and published: which weights it is about")
-        if self.published and not self.label:
-            raise UpdateFailed(f"of what is published as {self.published!r} a version has to be named")
+        """Raises UpdateFailed unless exactly one of the three is named."""
+        if sum(map(bool, (self.path, self.revision, self.uri))) != 1:
+            raise UpdateFailed("an update names one of path, revision and uri: which weights it is about")
 
 
 class LiveEngine(VllmEngine):
@@ -98,8 +89,6 @@ class LiveEngine(VllmEngine):
             if Path(name).is_absolute():
                 raise UpdateFailed(f"revision {version.revision}: {name} is a folder and has none; name another path")
             target.model, target.revision = name, version.revision
-        elif version.published:
-            target.model, target.revision = f"published:{version.published}", version.label
         super().__init__(load_config, vllm_config, target, "")
         if target is not model_config and model_config is not vllm_config.model_config:
             self.part = before.part
@@ -133,16 +122,8 @@ class LiveEngine(VllmEngine):
             checkpoint = self.wanted_digest() or None
         return super().identity(kind, revision, checkpoint)
 
-    @property
-    def publication(self) -> Publication | None:
-        return Publication(self._version.published, self._version.label) if self._version.published else None
-
     def wanted_digest(self) -> str:
-        """Of the files or objects of the version, of its name where it is published; else what whoever asked for the
-        update says that it is."""
-        if self._version.published:
-            name = json.dumps([self._version.published, self._version.label])
-            return f"published-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+        """Of the files or objects of the version; else what whoever asked for the update says that it is."""
         if self._version.uri:
             place = UriPlace(self._version.uri, load_settings(self.options))
             try:
@@ -154,8 +135,6 @@ class LiveEngine(VllmEngine):
 
     def check_settings(self) -> None:
         """The model's configuration may not differ: an engine is made by it."""
-        if self._version.published and load_settings(self.options, told=True).model_signature == "require":
-            raise UpdateFailed("what a process publishes is not signed, and MX_MODEL_SIGNATURE=require")
         new = find_checkpoint(self.model, self.revision, self.download_dir)
         if self._version.path and not new.weight_files and not self.wanted_digest():
             raise UpdateFailed(

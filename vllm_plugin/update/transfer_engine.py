@@ -36,8 +36,7 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://,
-    az://), `published` (a name that a process publishes `version` under, by the names of a checkpoint's tensors).
+    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://).
 
     `version` is what the version is called from then on, `checkpoint` the digest of its weights, which has to be known
     for a `path` whose files are not on this machine (the state of an engine that has them says it).
@@ -46,7 +45,6 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     path: str = ""
     revision: str = ""
     uri: str = ""
-    published: str = ""
     version: str = ""
     checkpoint: str = ""
 
@@ -116,7 +114,7 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
 
 def _version(info: UpdateInfo) -> Version:
     """Raises UpdateFailed unless exactly one place is named."""
-    version = Version(info.path, info.revision, info.uri, info.published, info.checkpoint, info.version)
+    version = Version(info.path, info.revision, info.uri, info.checkpoint, info.version)
     version.check()
     return version
 

@@ -32,9 +32,7 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
-@click.option(
-    "--to", required=True, metavar="VERSION", help="A revision, a folder, s3://, gs://, az://, or mx://NAME/VERSION."
-)
+@click.option("--to", required=True, metavar="VERSION", help="A revision, a folder, or s3://, gs://, az://.")
 @click.option("--engines", "urls", required=True, multiple=True, metavar="URL...", help="All engines, by URL.")
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--at-once", default=1, show_default=True, type=click.IntRange(1), help="Engines in a wave.")
@@ -83,8 +81,8 @@ def rollout(
 
     Wave by wave, without a restart.
     """
+    wanted = wanted_of(to)
     with ending_on_errors():
-        wanted = wanted_of(to)
         token = Path(token_file).read_text().strip() if token_file else ""
         run = Rollout(
             EngineCalls(token, timeout_seconds),

@@ -16,19 +16,9 @@ from mxserver.wire import MxError, SettingError
 
 __all__ = ["Rollout", "wanted_of"]
 
-PUBLISHED = "mx://"
-
 
 def wanted_of(to: str) -> dict[str, str]:
-    """What an engine is asked for: what is published, a URI, a folder, or else a revision.
-
-    Raises SettingError for mx:// without a name or a version.
-    """
-    if to.startswith(PUBLISHED):
-        name, _, version = to.removeprefix(PUBLISHED).rpartition("/")
-        if not name or not version:
-            raise SettingError(f"{to}: what is published is named {PUBLISHED}NAME/VERSION")
-        return {"published": name, "version": version}
+    """What an engine is asked for: a URI, a folder, or else a revision."""
     if "://" in to:
         return {"uri": to, "version": to}
     if to.startswith(("/", "./", "../")):

@@ -13,7 +13,6 @@ from mxcore.engine.protocol import Engine
 from mxcore.engine.report import LoadReport
 from mxcore.engine.rungs import Tried, rungs_of
 from mxcore.engine.update.live_rung import LiveRung
-from mxcore.engine.update.published_rung import Publication, PublishedRung
 from mxcore.engine.update.replacement import Replacement
 from mxcore.engine.update.running import Running
 from mxcore.errors import UpdateFailed
@@ -29,12 +28,8 @@ _NOT_BUILT_HERE = "how this model was built is not known: it can only be loaded 
 class UpdatedEngine(Engine, Protocol):
     """An engine whose `build` and `building_state` are a `Replacement`'s."""
 
-    @property
-    def publication(self) -> Publication | None:
-        """What a process publishes, where that has the weights which it is to have, and no checkpoint."""
-
     def wanted_digest(self) -> str:
-        """Of the weights which it is to have; empty where nobody here knows it. Raises MxError."""
+        """Of the checkpoint whose weights it is to have; empty where nobody here knows it. Raises MxError."""
 
     def check_settings(self) -> None:
         """Raises UpdateFailed where that checkpoint is of a model that is made otherwise."""
@@ -116,8 +111,7 @@ def _back(running: Running, old: EngineOf) -> None:
         engine = old(replacement)
         is_here = not running.checkpoint or _digest_here(engine) == running.checkpoint
         replacement.checkpoint = running.checkpoint
-        has_files = is_here and engine.publication is None
-        report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if has_files else ("p2p",))
+        report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if is_here else ("p2p",))
     except Exception as error:
         running.trouble = f"{first}; and {running.version} could not be loaded again: {reason_of(error)}"
         raise UpdateFailed(
@@ -135,12 +129,9 @@ def _digest_here(engine: UpdatedEngine) -> str:
         return ""
 
 
-def _load(running: Running, replacement: Replacement, engine: UpdatedEngine, paths: Sequence[str]) -> LoadReport:
+def _load(running: Running, replacement: Replacement, engine: Engine, paths: Sequence[str]) -> LoadReport:
     def rungs(context: LoadContext) -> list[Rung[Loaded]]:
-        found = _rungs(context, running, paths)
-        if engine.publication is not None:
-            found.append(PublishedRung(context, engine.publication, engine.wanted_digest()))
-        return found
+        return _rungs(context, running, paths)
 
     if running.constructed is None:
         raise UpdateFailed(_NOT_BUILT_HERE)
