@@ -247,6 +247,11 @@ VARIABLES: tuple[Variable, ...] = (
         "plugin",
         "the load format of a command that gives no --load-format; one that vLLM does not know is left out",
     ),
+    Variable(
+        "MX_UPDATE_TOKEN_PATH",
+        "plugin",
+        "file with the token that `POST /mx/update` asks for, in place of the engine's API key; it may rotate",
+    ),
     # Read by setup.py.
     Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),
     Variable("MX_CFLAGS", "build", "more compiler and linker flags"),
