@@ -75,4 +75,4 @@ def test_what_error_texts_name_is_what_the_extras_bring() -> None:
     brought = {name: tuple(listed) for name, listed in PROJECT["optional-dependencies"].items() if name in EXTRAS}
     assert brought == EXTRAS
     assert set(PROJECT["optional-dependencies"]) - set(EXTRAS) == {"vllm", "nixl", "bench", "dev"}
-    assert install_command("redis") == "pip install 'redis>=5'"
+    assert install_command("redis") == "pip install 'redis[hiredis]>=5'"
