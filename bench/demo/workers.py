@@ -50,7 +50,7 @@ class Server:
 class Worker:
     """One `vllm serve`, of `ranks` worker processes, called at `host`.
 
-    `prefix` and `settings`: a command that it runs under, and more of its environment.
+    `prefix` is a command that it runs under, `options` and `settings` are more arguments and environment variables.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Worker:
         ranks: int = 1,
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
+        options: Sequence[str] = (),
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.pooling = pooling
@@ -81,11 +82,11 @@ class Worker:
         command += ["--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
         command += ["--runner", "pooling"] if pooling else []
         command += ["--tensor-parallel-size", str(ranks)] if ranks > 1 else []
-        environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache")}
+        command += options
+        environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache"), **(settings or {})}
         if server is not None:
             command += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]
             environment |= {"MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": host}
-        environment |= settings or {}
         self.child = Child(name, command, environment, folder / "logs" / f"{name}.log", prefix)
 
     def start(self) -> None:
