@@ -1,7 +1,7 @@
 """Makes the charts of the README from results in docs/figures/*.json: `make charts`.
 
-A result is what a bench printed with --json, with `measured`: date, command and machine. Each SVG names the digest of its
-result in its description, so that a test sees a chart that is older than its figures (tests/tools/test_charts.py).
+A result is what a bench printed with --json, with `measured`: date, command and machine. Each SVG names the digest of
+its result in its description, so that a test sees a chart that is older than its figures (tests/tools/test_charts.py).
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def draw(name: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    )
     from matplotlib import pyplot
 
     source = FOLDER / f"{name}.json"

@@ -2,8 +2,8 @@
 
 For each model real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while the
 checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights. One model
-also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Then a model of 1 GB in an object
-store behind a slow link (far_storage). Exit code 0 only if every answer equals that of vLLM's default loader in every
+also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Then a model of 1 GB in an
+object store behind a slow link (far_storage). Exit code 0 only if every answer equals that of vLLM's default loader in every
 bit, and whoever pulls got its weights by p2p.
 """
 
@@ -171,9 +171,10 @@ def far_table(far: dict[str, Any]) -> str:
         )
         for worker in far["workers"]
     ]
+    store, worker = far["store_megabits"] / 8000, far["worker_megabits"] / 8000
     return (
-        f"{_aligned(FAR_COLUMNS, rows)}\nThe store's link carries {far['store_megabits'] / 8000:.3f} GB/s, a worker's "
-        f"{far['worker_megabits'] / 8000:.3f}: from the worker they came in 1/{far['peer_over_storage']:.1f} of the time."
+        f"{_aligned(FAR_COLUMNS, rows)}\nThe store's link carries {store:.3f} GB/s, a worker's {worker:.3f}: from the "
+        f"worker they came in 1/{far['peer_over_storage']:.1f} of the time."
     )
 
 

@@ -67,9 +67,7 @@ def qwen3_of_a_gigabyte(folder: Path) -> Path:
     return generate(folder, "qwen3", shape, shard_size="200MB")
 
 
-def generate(
-    folder: Path, model_type: str, shape: dict[str, Any], *, seed: int = 20, shard_size: str = "1MB"
-) -> Path:
+def generate(folder: Path, model_type: str, shape: dict[str, Any], *, seed: int = 20, shard_size: str = "1MB") -> Path:
     """Writes a checkpoint of `model_type` with random weights (normal, seeded) and a tokenizer made on the spot.
 
     The same arguments give the same bytes. Returns `folder`.

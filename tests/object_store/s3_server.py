@@ -84,5 +84,5 @@ def environment(address: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     with S3Server(Path(sys.argv[1]), changing=False, host=sys.argv[2]) as running:
-        print(running.address, flush=True)
+        print(running.address, flush=True)  # noqa: T201 - who started it reads it
         signal.pause()
