@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.member.refusals import PendingRefusals
 from mxcore.transfer.receive import LoadReporter, logged
 from mxcore.transfer.serve import Origin
-from mxserver.wire import ServerRefused, StaleEpoch, WireError
+from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["Served", "WorkerRecord"]
 
 logger = logging.getLogger(__name__)
+
+_SILENT_SECONDS = 60.0  # then it is asked again, whether or not a heartbeat got through meanwhile
+
+
+class _SilentServers:
+    """Servers that gave no answer within a call's deadline: of this process nobody else waits for one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}  # address -> monotonic; each change is atomic
+
+    def gave_none(self, address: str) -> None:
+        self._until[address] = time.monotonic() + _SILENT_SECONDS
+
+    def answered(self, address: str) -> None:
+        self._until.pop(address, None)
+
+    def __contains__(self, address: str) -> bool:
+        return self._until.get(address, 0.0) > time.monotonic()
+
+
+_silent_servers = _SilentServers()
 
 
 class Served(NamedTuple):
@@ -75,6 +98,11 @@ class WorkerRecord:
         return source_id(self.identity)
 
     @property
+    def server_is_silent(self) -> bool:
+        """Whether the server lately gave no answer within the deadline. Heartbeats go on asking it."""
+        return self._client is not None and self._client.address in _silent_servers
+
+    @property
     def published(self) -> bool:
         """Whether the server has the record as it is."""
         return self._published
@@ -90,14 +118,21 @@ class WorkerRecord:
         return self._status == p2p_pb2.SOURCE_STATUS_READY
 
     def keep(self) -> bool:
-        """Publishes it, and keeps it alive from now on; False, logged, when the server does not answer. Idempotent."""
-        try:
-            self.publish()
-        except WireError as error:
-            logger.warning("this worker is not known to the server yet: %s", error)
-        with self._lock:
-            self._heartbeat.start(soon=not self._published)
-            return self._published
+        """Publishes it, and keeps it alive from now on; False, logged, when the server does not answer. Idempotent.
+
+        One that is silent is not waited for: the next heartbeat publishes, which is at once.
+        """
+        if not self.server_is_silent:
+            try:
+                self.publish()
+            except WireError as error:
+                logger.warning("this worker is not known to the server yet: %s", error)
+        if published := self._published:
+            self._heartbeat.start()
+        else:
+            self._heartbeat.start(soon=True)
+            self._heartbeat.soon()
+        return published
 
     def publish(self) -> None:
         """Writes the whole record. Raises WireError; StaleEpoch when a newer process has taken it over."""
@@ -119,7 +154,8 @@ class WorkerRecord:
                 signed_manifest=served.signed_manifest,
             )
             report = self.loads.report() if self.ready else None
-            answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)
+            with self._listening():
+                answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)
             if report is not None:
                 self.loads.reported(report)
             self._epoch = answer.epoch
@@ -206,18 +242,34 @@ class WorkerRecord:
             load = float(readers) if readers is not None else None
             key = (self.source_id, self._worker_id, self._worker_rank)
             refusals = self.refusals.pending()
-            self._client.update_status(
-                *key, self._status, epoch=self._epoch, source_load=load, load_report=report, refusals=refusals
-            )
+            with self._listening():
+                self._client.update_status(
+                    *key, self._status, epoch=self._epoch, source_load=load, load_report=report, refusals=refusals
+                )
             self.refusals.told(refusals)
 
-    def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Around a call: notes whether the server answers."""
+        address = self._client.address if self._client is not None else ""
+        try:
+            yield
+        except ServerUnreachable as error:
+            if error.late:
+                _silent_servers.gave_none(address)
+            raise
+        except WireError:
+            _silent_servers.answered(address)
+            raise
+        _silent_servers.answered(address)
+
+    def _tell_progress(self, progress: load_pb2.LoadProgress) -> float:
         """On the thread of the loads' reporter. Raises WireError."""
         with self._lock:
             if self._client is None or not self._published or self._superseded:
-                return
+                return 0.0
             source, epoch = self.source_id, self._epoch
-        self._client.tell_progress(source, self._worker_id, self._worker_rank, progress, epoch=epoch)
+        return self._client.tell_progress(source, self._worker_id, self._worker_rank, progress, epoch=epoch)
 
     def _beat(self) -> None:
         """One heartbeat, on the heartbeat's thread. Raises WireError when it did not get through."""
