@@ -39,8 +39,8 @@ from mxcore.transfer.move import (
     NixlReadMover,
     NixlWriteMover,
     PendingCall,
+    RegisteredSessions,
     SameHostMover,
-    SessionAhead,
     Source,
     SourceClient,
     StagedMover,
@@ -94,7 +94,7 @@ class HolderPull:
         received: ReceivedChunks,
         source: Source,
         settings: WorkerSettings,
-        sessions: SessionAhead,
+        sessions: RegisteredSessions,
         client: SourceClient | None = None,
     ) -> None:
         """`sessions` are those of the receiver, with its memory registered; `client` is the `kept_client` of before."""
@@ -268,9 +268,9 @@ class HolderPull:
 
     def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
+        session = self._sessions.take(route.tls, name) if route.by_nixl else None
         self._received.join(name, self.source.distance)
         done = False
-        session = self._sessions.take(route.tls) if route.by_nixl else None
         verifying = ChunkVerifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
@@ -290,7 +290,7 @@ class HolderPull:
             fenced = False
             try:
                 if session is not None:
-                    session.fence()
+                    self._sessions.fence(session)
                 fenced = True
             finally:
                 verifying.close()

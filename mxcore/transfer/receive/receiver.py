@@ -26,7 +26,7 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
-from mxcore.transfer.move import SessionAhead, Source, SourceClient
+from mxcore.transfer.move import RegisteredSessions, SessionAhead, Source, SourceClient
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull, call_deadline_seconds
@@ -116,13 +116,14 @@ class Receiver:
         policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
         likely = policy.likely_tls(same_host=settings.shares_only_this_host, device_memory=on_device)
-        self._sessions = SessionAhead(
+        ahead = SessionAhead(
             settings,
             worker_id,
             likely,
             progress_thread=False,  # it has something to do only while a holder gives
             prepare=lambda session: session.register(layout, placement),
         )
+        self._sessions = RegisteredSessions(ahead)
         self._chance = random.Random(worker_id)  # noqa: S311 - no secret
         self._pulls: dict[str, HolderPull] = {}
         self._candidates: dict[str, Source] = {}
@@ -260,7 +261,9 @@ class Receiver:
         found = [
             source
             for source in candidates
-            if source.worker_id not in self._pulls and self._tried.may_be_asked(source.worker_id, now)
+            if source.worker_id not in self._pulls
+            and self._tried.may_be_asked(source.worker_id, now)
+            and self._sessions.may_take(source.worker_id)
         ]
         load = {source.worker_id: source.load + _LOAD_SPREAD * self._chance.random() for source in found}
         found.sort(key=lambda source: (source.distance, source.receiving, load[source.worker_id]))
@@ -282,10 +285,13 @@ class Receiver:
             pull.start()
 
     def _make_room(self, now: float) -> None:
-        """Stops a holder that gave nothing for long, when another one waits."""
-        if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
-            return
-        idle = min(self._pulls.values(), key=lambda pull: pull.busy_at)
+        """Stops a holder that gave nothing for long, when another one waits for its place or its session."""
+        pulls = [pull for pull in self._pulls.values() if pull.route is not None and pull.route.by_nixl]
+        if not (pulls and self._sessions.wanted):
+            if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
+                return
+            pulls = list(self._pulls.values())
+        idle = min(pulls, key=lambda pull: pull.busy_at)
         if now - idle.busy_at > _IDLE_SECONDS:
             idle.stop()
 
