@@ -57,7 +57,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
     assert figures["many_apart_vs_one_descriptor_same_host"] == 0.2
     assert figures["many_vs_one_descriptor_ours_verified"] == 0.4  # the worse transport, against the limit's median
     assert figures["many_vs_one_descriptor_both_verified"] == 0.5
-    assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.0
+    assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.25
     assert figures["registration_vs_one_by_one"] == 20.0
     assert figures["verify_overhead_ratio"] == pytest.approx(0.02)  # the worse one
     assert figures["verify_overhead_ratio_cores_busy_tcp"] == pytest.approx(0.05)
