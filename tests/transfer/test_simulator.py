@@ -68,13 +68,15 @@ def test_a_full_holder_refuses_and_says_when_to_come_back() -> None:
 
 
 def test_a_reader_that_died_keeps_its_place_for_its_lease() -> None:
-    swarm = Swarm(Setting(2, 400, most_readers=1, holders_at_once=1, **SLOW), 1, joins=[0.0, 0.0], deaths=[(0.3, 1)])
-    swarm.run()
-    late = swarm.workers["w2"]
-    died = swarm.workers["w1"]
-    assert not died.alive
-    assert late.finished_at is not None
-    assert late.from_storage or late.finished_at > 0.3 + swarm.setting.lease_seconds or late.sent == 0
+    swarms = [
+        Swarm(Setting(2, 100, most_readers=1, lease_seconds=lease, **SLOW), 1, joins=[0.0, 0.1], deaths=[(0.3, 1)])
+        for lease in (0.0, 4.0)
+    ]
+    at_once, later = (swarm.run() for swarm in swarms)
+    assert at_once + 2.0 < later
+    for swarm in swarms:
+        check(swarm)
+        assert not swarm.workers["w2"].from_storage
 
 
 def test_calls_take_their_time_at_the_server_and_at_holders() -> None:
