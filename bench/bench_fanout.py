@@ -94,7 +94,9 @@ def shaped(receivers: int, megabits: float) -> float:
 @click.command()
 @click.option("--receivers", "counts", multiple=True, type=int, help="How many receive at once.  [default: 8 and 32]")
 @click.option("--megabytes", default=96, show_default=True, help="Size of the model, MiB.")
-@click.option("--megabits", default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s; less beyond 8.")
+@click.option(
+    "--megabits", default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s; less beyond 8."
+)
 @click.option("--chunk-mib", default=0.5, show_default=True, help="Size of a chunk, MiB.")
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw progress here.")

@@ -37,9 +37,7 @@ REFUSED = 192
 @click.option("--receive-seconds", default=40.0, show_default=True, help="How long receiving takes, about.")
 @click.option("--heartbeat-seconds", default=30.0, show_default=True, help="Between two heartbeats of a worker.")
 @click.option("--megabytes", default=32, show_default=True, help="Model of the whole workers, MiB.")
-@click.option(
-    "--store", type=click.Choice(["both", "sqlite", "redis", "memory"]), default="both", show_default=True
-)
+@click.option("--store", type=click.Choice(["both", "sqlite", "redis", "memory"]), default="both", show_default=True)
 @click.option("--processes", default=4, show_default=True, help="Processes of ranks, a divisor of the ranks per host.")
 @click.option("--refusing/--no-refusing", default=True, show_default=True, help="Measure a holder that refuses, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -73,7 +73,13 @@ def read(address: str, transport: str) -> None:
 def tokens_a_second(worker: Worker, seconds: float) -> float:
     began, made = time.monotonic(), 0
     while time.monotonic() < began + seconds:
-        body = {"prompt": "Every byte", "max_tokens": TOKENS, "min_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        body = {
+            "prompt": "Every byte",
+            "max_tokens": TOKENS,
+            "min_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         made += worker._post("/v1/completions", body)["usage"]["completion_tokens"]
     return made / (time.monotonic() - began)
 

@@ -1,4 +1,4 @@
-"""Who may receive in a simulated fleet: holders have so many places, and whoever finds none is told when to come back."""
+"""Who may receive in a simulated fleet: holders have so many places; whoever finds none is told when to come back."""
 
 from __future__ import annotations
 

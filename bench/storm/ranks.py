@@ -39,7 +39,7 @@ _MOMENTS: tuple[Moment, ...] = ("waiting", "receiving", "serving")
 
 @dataclass(frozen=True)
 class Task:
-    """What this process does; `numbers` are those of its ranks in all, `ranks` those of the model. Times are seconds."""
+    """What this process does: `numbers` are those of its ranks in all, `ranks` those of the model. Times: seconds."""
 
     addresses: list[str]
     numbers: list[int]
@@ -81,7 +81,7 @@ class CountingClient(ServerClient):
 
     def __init__(self, address: str, told: Told) -> None:
         super().__init__(address, timeout_seconds=CALL_SECONDS)
-        self._told = told
+        self._tally = told
         self.loads = False  # whether its rank receives now
 
     def _call(self, name: str, method: Callable[..., Any], request: Any) -> Any:
@@ -89,17 +89,17 @@ class CountingClient(ServerClient):
         try:
             return super()._call(name, method, request)
         except WireError as error:
-            with self._told.lock:
-                self._told.errors[f"{name}: {error}"[:160]] += 1
+            with self._tally.lock:
+                self._tally.errors[f"{name}: {error}"[:160]] += 1
             raise
         finally:
-            with self._told.lock:
-                self._told.call_seconds[name].append(time.perf_counter() - began)
-                self._told.loading_calls[name] += self.loads
+            with self._tally.lock:
+                self._tally.call_seconds[name].append(time.perf_counter() - began)
+                self._tally.loading_calls[name] += self.loads
 
     def watch_sources(self, request: Any) -> Any:
-        with self._told.lock:
-            self._told.loading_calls["WatchSources"] += self.loads
+        with self._tally.lock:
+            self._tally.loading_calls["WatchSources"] += self.loads
         return super().watch_sources(request)
 
 
@@ -185,7 +185,9 @@ class Rank:
         while again_seconds := self._places.take(self._worker_id):
             time.sleep(again_seconds * (0.75 + 0.5 * self._chance.random()))
         began, task = time.monotonic(), self._task
-        until = began + task.receive_seconds * (0.25 if self._dies == "receiving" else 0.75 + 0.5 * self._chance.random())
+        until = began + task.receive_seconds * (
+            0.25 if self._dies == "receiving" else 0.75 + 0.5 * self._chance.random()
+        )
         self._client.loads, gives = True, False
         self._endpoint = f"10.0.{self._host % 250}.{self.rank}:6555"
         self._record.keep()

@@ -1,4 +1,4 @@
-"""What a holder whose places are all taken costs the process that it is in: its readers come back when they are told."""
+"""What a holder whose places are all taken costs its process: its readers come back when they are told to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole workers of the storm in one process, which really transfer: `python -m bench.storm.whole`, told by JSON on stdin.
+"""Whole workers of the storm in one process, which really transfer: `python -m bench.storm.whole`, a task on stdin.
 
 One of them "reads storage" (time that passes), the others wait, and receive it over TCP from each other; the holders
 have few places, so that some are refused and come back.
@@ -6,6 +6,7 @@ have few places, so that some are refused and come back.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -78,7 +79,7 @@ class Worker:
         address, size = int(self.memory.ctypes.data), self.memory.nbytes
         tensors = [
             LocalTensor(f"t{i}", "torch.uint8", (end - begin,), (1,), address + begin, 1, address, size, "cpu", 0)
-            for i, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for i, (begin, end) in enumerate(itertools.pairwise(cuts))
         ]
         layout, placement = build_layout("raw", tensors)
         digests, path = None, "storage"
@@ -102,7 +103,7 @@ def main() -> None:
         refused.append(again_seconds(readers, connection))
         return refused[-1]
 
-    RefusedReaders.again_seconds = counted  # type: ignore[method-assign]
+    RefusedReaders.again_seconds = counted  # type: ignore[assignment, method-assign]
     content = np.random.default_rng(1).integers(0, 256, task.model_bytes, np.uint8)
     workers = [Worker(task, number, content) for number in range(task.count)]
     threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]

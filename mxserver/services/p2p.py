@@ -212,9 +212,7 @@ class P2pService:
         require_owner(record, current_owner())
         require_epoch(record, request.epoch)
         again_seconds = self._loads.told(key, request.load_progress)
-        return p2p_pb2.UpdateStatusResponse(
-            success=True, message="noted", next_progress_ms=round(again_seconds * 1000)
-        )
+        return p2p_pb2.UpdateStatusResponse(success=True, message="noted", next_progress_ms=round(again_seconds * 1000))
 
     def _has_left(self, key: RecordKey) -> bool:
         """Whether the worker said goodbye already. If it was killed meanwhile, its departure process says it again."""

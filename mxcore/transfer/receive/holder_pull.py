@@ -190,9 +190,7 @@ class HolderPull:
     def _receive_what_it_has(self) -> None:
         content = self._received.content
         known = content.digests if content is not None else None
-        answer = self._client.get_layout(
-            self._received.layout.fingerprint, known.summary if known is not None else b""
-        )
+        answer = self._client.get_layout(self._received.layout.fingerprint, known.summary if known is not None else b"")
         self._received.admit(self.source.worker_id, answer, owner=self.source.owner, known=known)
         self.heard = True
         with self._received.changed:

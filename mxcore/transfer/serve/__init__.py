@@ -10,4 +10,13 @@ from mxcore.transfer.serve.self_check import SelfCheck
 from mxcore.transfer.serve.worker_identity import WorkerIdentity
 from mxcore.transfer.serve.worker_service import WorkerServer
 
-__all__ = ["LEASE_SECONDS", "ChunkListener", "Holder", "Origin", "SelfCheck", "ServedRelay", "WorkerIdentity", "WorkerServer"]
+__all__ = [
+    "LEASE_SECONDS",
+    "ChunkListener",
+    "Holder",
+    "Origin",
+    "SelfCheck",
+    "ServedRelay",
+    "WorkerIdentity",
+    "WorkerServer",
+]

@@ -98,7 +98,7 @@ def test_a_full_holder_says_when_to_come_back(new_member: NewMember, monkeypatch
     monkeypatch.setattr(SourceClient, "__init__", lambda c, *a, **k: (opened.append(c), made(c, *a, **k))[0] and None)
     layouts: list[str] = []
     get = SourceClient.get_layout
-    monkeypatch.setattr(SourceClient, "get_layout", lambda c, f: (layouts.append(f), get(c, f))[1])
+    monkeypatch.setattr(SourceClient, "get_layout", lambda c, f, k: (layouts.append(f), get(c, f, k))[1])
     prepare, busy = SourceClient.prepare, []
 
     def counted(client: SourceClient) -> str:
