@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import click
 from bench.control.processes import cpu_seconds
 from bench.fleet.fleet import Fleet, Network
 from bench.fleet.free_ports import free_port
+from mxbench.results import NewFile, document
 
 MIB = 1 << 20
 RECEIVERS = (8, 32)
@@ -92,14 +94,26 @@ def shaped(receivers: int, megabits: float) -> float:
 
 
 @click.command()
-@click.option("--receivers", "counts", multiple=True, type=int, help="How many receive at once.  [default: 8 and 32]")
-@click.option("--megabytes", default=96, show_default=True, help="Size of the model, MiB.")
 @click.option(
-    "--megabits", default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s; less beyond 8."
+    "--receivers",
+    "counts",
+    multiple=True,
+    type=click.IntRange(1),
+    help="How many receive at once.  [default: 8 and 32]",
 )
-@click.option("--chunk-mib", default=0.5, show_default=True, help="Size of a chunk, MiB.")
+@click.option("--megabytes", type=click.IntRange(1), default=96, show_default=True, help="Size of the model, MiB.")
+@click.option(
+    "--megabits",
+    type=click.FloatRange(0, min_open=True),
+    default=80.0,
+    show_default=True,
+    help="Rate of every link, each way, Mbit/s; less beyond 8.",
+)
+@click.option(
+    "--chunk-mib", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Size of a chunk, MiB."
+)
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw progress here.")
+@click.option("--plot", "plot_file", type=NewFile(), help="Draw progress here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     counts: tuple[int, ...],
@@ -115,6 +129,8 @@ def command(
     Each number of receivers is compared with one at the same rate. More than eight have slower links, so that the two
     cores of a small machine are no limit. Other strategies are for the first number alone.
     """
+    if os.geteuid() != 0:
+        raise click.ClickException("fanout makes network namespaces, which only root may")
     figures: dict[str, Any] = {}
     rounds: dict[str, Round] = {}
     for position, count in enumerate(counts or RECEIVERS):
@@ -141,7 +157,7 @@ def command(
             "megabits": megabits,
             "chunk_mib": chunk_mib,
         }
-        json.dump({"bench": "fanout", "settings": settings, "figures": figures}, sys.stdout)
+        json.dump(document("fanout", figures, settings=settings), sys.stdout)
         sys.stdout.write("\n")
     else:
         for name, value in figures.items():

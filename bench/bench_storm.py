@@ -29,16 +29,59 @@ REFUSED = 192
 
 
 @click.command("storm")
-@click.option("--ranks", "count", default=1600, show_default=True, help="Workers that start, one a rank and host.")
-@click.option("--whole", default=16, show_default=True, help="Of these, those that really transfer.")
-@click.option("--ranks-per-host", default=8, show_default=True, help="Ranks that the model is split over.")
-@click.option("--start-seconds", default=10.0, show_default=True, help="In which all have started.")
-@click.option("--read-seconds", default=60.0, show_default=True, help="How long reading storage takes.")
-@click.option("--receive-seconds", default=40.0, show_default=True, help="How long receiving takes, about.")
-@click.option("--heartbeat-seconds", default=30.0, show_default=True, help="Between two heartbeats of a worker.")
-@click.option("--megabytes", default=32, show_default=True, help="Model of the whole workers, MiB.")
+@click.option(
+    "--ranks",
+    "count",
+    type=click.IntRange(1),
+    default=1600,
+    show_default=True,
+    help="Workers that start, one a rank and host.",
+)
+@click.option(
+    "--ranks-per-host", type=click.IntRange(1), default=8, show_default=True, help="Ranks that the model is split over."
+)
+@click.option(
+    "--start-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="In which all have started.",
+)
+@click.option(
+    "--read-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long reading storage takes.",
+)
+@click.option(
+    "--receive-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=40.0,
+    show_default=True,
+    help="How long receiving takes, about.",
+)
+@click.option(
+    "--heartbeat-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Between two heartbeats of a worker.",
+)
+@click.option("--whole", type=click.IntRange(2), default=16, show_default=True, help="Of these, those that transfer.")
+    "--whole", type=click.IntRange(2), default=16, show_default=True, help="Of all, those that really transfer."
+)
+@click.option(
+    "--megabytes", type=click.IntRange(1), default=32, show_default=True, help="Model of the whole workers, MiB."
+)
 @click.option("--store", type=click.Choice(["both", "sqlite", "redis", "memory"]), default="both", show_default=True)
-@click.option("--processes", default=4, show_default=True, help="Processes of ranks, a divisor of the ranks per host.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Processes of ranks, a divisor of the ranks per host.",
+)
 @click.option("--refusing/--no-refusing", default=True, show_default=True, help="Measure a holder that refuses, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
@@ -57,7 +100,10 @@ def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
         figures["errors"] += failed
     result = {"bench": "storm", "shape": shape, "cores": len(os.sched_getaffinity(0)), "figures": figures, "runs": runs}
     if as_json:
-        click.echo(json.dumps(result))
+        from mxbench.results import document
+
+        figures = result.pop("figures")
+        click.echo(json.dumps(document(result.pop("bench"), figures, settings={"store": store, **shape}, **result)))
         return
     for name, value in figures.items():
         click.echo(f"{name:32} {value:g}")

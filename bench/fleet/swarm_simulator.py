@@ -404,15 +404,42 @@ HEADINGS = (
 
 @click.command()
 @click.option("--receivers", default="1,8,64,256,1000", show_default=True)
-@click.option("--gigabytes", default=64.0, show_default=True, help="Of one worker's share of the model, 10^9 bytes.")
-@click.option("--gigabits", default=400.0, show_default=True, help="Rate of a link, each way.")
-@click.option("--chunk-mib", default=16, show_default=True)
-@click.option("--register-seconds", default=0.0, show_default=True, help="Registering the share once; 0: not needed.")
-@click.option("--registrations", default=2, show_default=True, help="How often it may be registered at once.")
+@click.option(
+    "--gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=64.0,
+    show_default=True,
+    help="Of one worker's share of the model, 10^9 bytes.",
+)
+@click.option(
+    "--gigabits",
+    type=click.FloatRange(0, min_open=True),
+    default=400.0,
+    show_default=True,
+    help="Rate of a link, each way.",
+)
+@click.option("--chunk-mib", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--register-seconds",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Registering the share once; 0: not needed.",
+)
+@click.option(
+    "--registrations",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="How often it may be registered at once.",
+)
 def main(
     receivers: str, gigabytes: float, gigabits: float, chunk_mib: int, register_seconds: float, registrations: int
 ) -> None:
     """Prints how long a fleet takes, as a table."""
+    counts = [int(part) if part.strip().isdigit() else 0 for part in receivers.split(",")]
+    if min(counts) < 1:
+        raise click.BadParameter(f"{receivers!r} is no list of counts such as 1,8,64", param_hint="--receivers")
     chunk_bytes = chunk_mib << 20
     setting = Setting(
         0,
@@ -424,7 +451,7 @@ def main(
     )
     click.echo("| " + " | ".join(HEADINGS) + " |")
     click.echo("|" + "---|" * len(HEADINGS))
-    for row in table([int(part) for part in receivers.split(",")], setting):
+    for row in table(counts, setting):
         click.echo(
             f"| {row.receivers} | {row.seconds:.2f} | {row.over_one:.2f} | {row.seed_sent:.2f} | {row.doubling:.0f} "
             f"| {row.refusals:.1f} | {row.server_calls:.1f} | {row.server_wait_seconds:.2f} "
