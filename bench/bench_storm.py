@@ -68,7 +68,7 @@ REFUSED = 192
     show_default=True,
     help="Between two heartbeats of a worker.",
 )
-@click.option("--whole", type=click.IntRange(2), default=16, show_default=True, help="Of these, those that transfer.")
+@click.option(
     "--whole", type=click.IntRange(2), default=16, show_default=True, help="Of all, those that really transfer."
 )
 @click.option(
