@@ -177,6 +177,10 @@ VARIABLES: tuple[Variable, ...] = (
         "labels; near sources are taken first (docs/swarm.md)",
     ),
     Variable(
+        "POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"
+    ),
+    Variable("NODE_NAME", "worker", "the name of its node; the host of MX_TOPOLOGY unless set"),
+    Variable(
         "MX_TOPOLOGY_REQUIRED", "worker", "the level, such as zone, that sources must share; others are not taken"
     ),
     Variable("MX_P2P_TOPOLOGY", "worker", "as MX_TOPOLOGY, as a JSON object"),
@@ -218,6 +222,9 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_MODEL_SIGNATURE_KEY", "worker", "PEM public key of who signs models"),
     Variable("MX_MODEL_SIGNATURE_CA", "worker", "PEM certificates that the signer's certificate comes from, instead"),
+    Variable("MX_MODEL_SIGNATURE_IDENTITY", "worker", "who signs without a key, instead: an address or a URI"),
+    Variable("MX_MODEL_SIGNATURE_ISSUER", "worker", "the OpenID Connect issuer that knows that identity: a URL"),
+    Variable("MX_MODEL_SIGNATURE_TRUST", "worker", "the trusted root of the Sigstore that certified it: a JSON file"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     Variable(
         "MX_SOURCE_KEEP",
@@ -239,6 +246,11 @@ VARIABLES: tuple[Variable, ...] = (
         "VLLM_LOAD_FORMAT",
         "plugin",
         "the load format of a command that gives no --load-format; one that vLLM does not know is left out",
+    ),
+    Variable(
+        "MX_UPDATE_TOKEN_PATH",
+        "plugin",
+        "file with the token that `POST /mx/update` asks for, in place of the engine's API key; it may rotate",
     ),
     # Read by setup.py.
     Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),

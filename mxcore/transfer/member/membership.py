@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -15,7 +15,7 @@ from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement,
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.listening import listening
 from mxcore.transfer.member.place import current_place
-from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.record import Names, Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
@@ -23,8 +23,7 @@ from mxcore.transfer.member.watched_sources import LAG_SECONDS, WatchedSources
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
-    LoadPath,
-    LoadStep,
+    LoadReporter,
     ProgressCallback,
     Receiver,
     ReceiveReport,
@@ -63,7 +62,9 @@ class Membership:
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
         signed_manifest: str = "",
+        replica: str = "",
     ) -> None:
+        """`replica`: which engine this rank is part of, the same for all its ranks, for people."""
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
@@ -88,6 +89,7 @@ class Membership:
             served=self._served,
             topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
+            names=lambda: Names(*self._place().names, replica),
         )
         self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
@@ -235,13 +237,10 @@ class Membership:
             self._election, other._election = other._election, None
         self._record.loads.take_over(other._record.loads)
 
-    def loading(self, path: LoadPath) -> AbstractContextManager[LoadStep]:
-        """Around a load that is not `receive`; call its value with (bytes done, bytes in all), as often as you like.
-
-        The server is told about once a second, and of the whole load with `serve` or `close`. An exception that leaves
-        the block is reported as the reason why this step failed. Never raises by itself, never waits.
-        """
-        return self._record.loads.loading(path)
+    @property
+    def loads(self) -> LoadReporter:
+        """Tells the server of loads: `receive` by itself, others by their `loading`. Never raises, never waits."""
+        return self._record.loads
 
     def refused(self, refusals: Iterable[Refusal]) -> None:
         """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""
@@ -259,14 +258,13 @@ class Membership:
         files_decide: bool = False,
         only: int | None = None,
         keep_alive: object = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
-        Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
-        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
-        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
-        of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
-        there; but after FenceFailed something may: `keep_alive` is kept for ever, and the memory is not to be used.
+        Of this worker's `scalars` only the names matter. With `relay_from`, which keeps the memory, each verified chunk
+        is served until `serve`, `withdraw` or a failure; the rest is Receiver's. After TransferError nothing arrives in
+        the memory any more and nobody reads there; after FenceFailed something may: it is kept for ever, never used.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -283,6 +281,7 @@ class Membership:
             keep_alive=keep_alive,
             only=only,
             lag_seconds=LAG_SECONDS,
+            stopped=stopped,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step, ExitStack() as opened:

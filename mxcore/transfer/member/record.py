@@ -17,7 +17,7 @@ from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch, WireErro
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
-__all__ = ["Served", "WorkerRecord"]
+__all__ = ["Names", "Served", "WorkerRecord"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,18 @@ class Served(NamedTuple):
     signed_manifest: str = ""  # what they were verified against
 
 
+class Names(NamedTuple):
+    """Where people find this worker; empty where that is not known. `replica` is the engine of which it is a rank."""
+
+    pod: str = ""
+    node: str = ""
+    replica: str = ""
+
+
 class WorkerRecord:
     """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
 
-    `served` is called at each publish and heartbeat, `topology` (where the worker is) at each publish,
+    `served` is called at each publish and heartbeat, `topology` (where the worker is) and `names` at each publish,
     `superseded_by_newer` on the heartbeat's thread when a newer process of this worker has taken over the record: then
     nothing more is written. Without a client nothing is published at all.
     """
@@ -73,6 +81,7 @@ class WorkerRecord:
         served: Callable[[], Served],
         topology: Callable[[], Mapping[str, str]],
         superseded_by_newer: Callable[[], None],
+        names: Callable[[], Names] = Names,
     ) -> None:
         self.identity = p2p_pb2.SourceIdentity()
         self.identity.CopyFrom(identity)
@@ -84,6 +93,7 @@ class WorkerRecord:
         self._accelerator = accelerator
         self._served = served
         self._topology = topology
+        self._names = names
         self._superseded_by_newer = superseded_by_newer
         self._calls = threading.RLock()  # around calls to the server, one after the other; the identity changes within
         self._lock = threading.Lock()  # of what follows; never held during a call, which may take its whole deadline
@@ -145,7 +155,7 @@ class WorkerRecord:
                 if self._superseded:
                     return
                 version, status, epoch = self._version, self._status, self._epoch
-            served = self._served()
+            served, names = self._served(), self._names()
             worker = p2p_pb2.WorkerMetadata(
                 worker_rank=self._worker_rank,
                 status=status,
@@ -156,6 +166,9 @@ class WorkerRecord:
                 digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
                 received_from=served.origin.received_from if served.origin is not None else (),
                 signed_manifest=served.signed_manifest,
+                pod_name=names.pod,
+                node_name=names.node,
+                replica=names.replica,
             )
             is_ready = status == p2p_pb2.SOURCE_STATUS_READY
             report = self.loads.report() if is_ready else None

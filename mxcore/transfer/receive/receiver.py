@@ -79,7 +79,7 @@ class Receiver:
     chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
     chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
     `keep_alive` keeps the memory. What other holders there are may be known `lag_seconds` late. `tell_doubt` hears of
-    holders that differ, and of those that gave wrong chunks.
+    holders that differ, and of those that gave wrong chunks. It ends early, by TransferStalled, once `stopped()`.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Receiver:
         tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
         only: int | None = None,
         lag_seconds: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         require_movable(placement)
-        self._settings = settings
-        self._lag_seconds = lag_seconds
-        self._tell_doubt = tell_doubt
+        self._settings, self._stopped = settings, stopped
+        self._lag_seconds, self._tell_doubt = lag_seconds, tell_doubt
         self._keep_alive = keep_alive
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
@@ -131,9 +131,7 @@ class Receiver:
         self._clients: dict[str, SourceClient] = {}  # by endpoint, of holders that were full: their connections stay
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
-        self._clean = True
-        self._in_clear = False
-        self._may_find = False
+        self._clean, self._in_clear, self._may_find = True, False, False
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
         self._over = threading.Event()
@@ -191,8 +189,7 @@ class Receiver:
                 self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
-            source, path = report.source_worker_id, peer_path(report.transport)
-            step.ended(path, report.bytes, report.seconds, source, report.chunks_verified)
+            report.tell(step)
         return report
 
     def progress(self) -> Progress:
@@ -203,7 +200,7 @@ class Receiver:
         most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
         route = pulls[most].route if most in pulls else self._routes.get(most)
         path = peer_path(route.transport if route is not None else "")
-        return Progress(path, done, self._received.total_bytes, most, len(pulls))
+        return Progress(path, done, self._received.total_bytes, most, len(pulls), given)
 
     def _run(self, deadline: float) -> None:
         """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""
@@ -219,6 +216,8 @@ class Receiver:
                     continue
                 logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
                 self._clean = True
+            if self._stopped():
+                raise TransferStalled("nobody waits for these weights any more: the transfer was ended")
             now = time.monotonic()
             rate = self._pace.bytes_per_second(now, self._received.bytes_done)
             if now > deadline and rate < MEGABYTE:
