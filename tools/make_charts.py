@@ -36,11 +36,12 @@ def bars(axis: Any, rows: list[tuple[str, float, str]], unit: str) -> None:
 
 
 def fanout(axis: Any, result: dict[str, Any]) -> None:
-    """T(N) over T(1) of the three ways, beside the limit."""
-    figures, receivers = result["figures"], result["settings"]["receivers"]
+    """T(N) over T(1) of the three ways, beside the limit; ours also for more receivers."""
+    figures, (receivers, *more) = result["figures"], result["settings"]["receivers"]
     rows = [
         ("limit: the time of one", 1.0, LIMIT),
         ("ours", figures[f"t{receivers}_over_t1"], OURS),
+        *((f"ours, {count} receivers", figures[f"t{count}_over_t1"], OURS) for count in more),
         ("doubling by finished copies", figures[f"doubling_t{receivers}_over_t1"], OTHERS),
         ("all from the seed", figures[f"star_t{receivers}_over_t1"], OTHERS),
     ]

@@ -1,10 +1,10 @@
 """The main job, shown: worker A loads from storage, worker B takes its weights from A, the answers are compared.
 
 For each model real `vllm serve` processes: vLLM's default loader, worker A with `--load-format mx`, and, while the
-checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights. One model
-also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Then a model of 1 GB in an
-object store behind a slow link (far_storage). Exit code 0 only if every answer equals that of vLLM's default loader in every
-bit, and whoever pulls got its weights by p2p.
+checkpoint's weight files are moved away, worker B with `--load-format mx`, which only A can give its weights. One
+model also with the fixed roles `mx-source` and `mx-target`, one with two workers each (TP 2). Then a model of 1 GB in
+an object store behind a slow link (far_storage). Exit code 0 only if every answer equals that of vLLM's default loader
+in every bit, and whoever pulls got its weights by p2p.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _start(
         server=server,
         host=network.address(place),
         prefix=network.prefix(place),
-        settings={**store, "MX_MODEL_URI": "s3://models/far", "HF_HOME": str(home)},
+        settings={**store, "MX_TRANSPORT": "tcp", "MX_MODEL_URI": "s3://models/far", "HF_HOME": str(home)},
     )
     stack.callback(worker.child.stop)
     worker.start()
