@@ -100,6 +100,8 @@ class WorkerSettings(BaseModel):
     sync_publish: bool = Field(False, alias="MX_SYNC_PUBLISH")
     sync_start: bool = Field(False, alias="MX_SYNC_START")
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
+    metrics_port: int | None = Field(None, alias="MX_METRICS_PORT", ge=1, le=65535)
+    metrics_enabled: bool = Field(True, alias="MX_METRICS_ENABLED")
 
     @field_validator("server_address")
     @classmethod

@@ -229,6 +229,12 @@ VARIABLES: tuple[Variable, ...] = (
         "worker",
         "the model's name towards other workers, where their paths to it differ",
     ),
+    Variable(
+        "MX_METRICS_PORT",
+        "worker",
+        "port of the metrics of all ranks of an engine on a machine (docs/operations.md); none unless set",
+    ),
+    Variable("MX_METRICS_ENABLED", "worker", "0: no metrics, whatever the port"),
     # The load formats mx-source and mx-target alone.
     Variable("MODEL_NAME", "worker", "mx-source, mx-target: the model's name, by which the two find each other"),
     Variable("MX_EXPECTED_WORKERS", "worker", "mx-source, mx-target: ranks to wait for; 0: those of the engine itself"),

@@ -107,10 +107,10 @@ UNUSED: tuple[Unused, ...] = (
     Unused(("MX_REGISTER_LOADERS",), "worker", "whether load formats are registered", "`VLLM_PLUGINS` chooses"),
     Unused(("MX_ARTIFACT_*",), "worker", "moving compile caches", "compile caches are not moved"),
     Unused(
-        ("MX_METRICS_*",),
+        ("MX_METRICS_PUSHGATEWAY", "MX_METRICS_SCHEME", "MX_METRICS_BIND_RETRY_SECS", "MX_METRICS_SOURCE_ID_LABEL"),
         "worker",
-        "metrics of a worker",
-        "workers have none of ours: the server's page and metrics show their loads",
+        "how metrics of a worker are told, and a label of them",
+        "they are asked for at `MX_METRICS_PORT` (docs/operations.md); labels of a run are the scrape's to give",
     ),
     Unused(
         ("MX_REFIT_*", "MX_RESHARD_*", "MX_GENERATOR_SOURCE_ORDER", "MX_TRAINER_STAGING_MODE"),

@@ -23,10 +23,12 @@ from mxcore.errors import (
     PeerLost,
     SourceBusy,
     SourceRefused,
+    SourceSlow,
     SourceUnreachable,
     TransferError,
     TransferStalled,
 )
+from mxcore.metrics import STRAGGLERS
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import ChunkRequest, all_chunks, set_from_bytes
 from mxcore.transfer.move import (
@@ -162,6 +164,8 @@ class HolderPull:
                 self.failure = error
             elif not (self._stopped.is_set() and self._given_up is None):
                 self.failure = self._given_up or error
+                if isinstance(self.failure, SourceSlow):
+                    STRAGGLERS.add()
         except Exception as error:  # a bug in one holder's thread must not hang the others
             logger.exception("fetching from worker %s failed by a fault of ours", self.source.worker_id)
             self.failure = SourceRefused(f"worker {self.source.worker_id}: {type(error).__name__}: {error}")
@@ -264,7 +268,9 @@ class HolderPull:
         self._received.join(name, self.source.distance)
         done = False
         session = self._sessions.take(route.tls) if route.by_nixl else None
-        verifying = ChunkVerifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
+        verifying = ChunkVerifier(
+            self._received, name, route.transport, lambda chunk: self._client.doubt(lease_id, [chunk])
+        )
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
