@@ -21,6 +21,7 @@ from mxcore.metrics.families import (
     STRAGGLERS,
     WRONG_CHUNKS,
 )
+from mxcore.metrics.recording import Family
 from mxcore.metrics.starting import start
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "STEP_SECONDS",
     "STRAGGLERS",
     "WRONG_CHUNKS",
+    "Family",
     "start",
 ]

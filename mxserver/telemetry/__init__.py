@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxserver.telemetry.definition import Definition
 from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
@@ -16,15 +17,18 @@ from mxserver.telemetry.metrics import (
     Observation,
     ServerObservation,
 )
+from mxserver.telemetry.model_metrics import MODEL_DEFINITIONS, WorkersOfModels
 from mxserver.telemetry.observed_store import ObservedStore
 from mxserver.telemetry.refusals import Refusals
 
 __all__ = [
     "DEFINITIONS",
+    "MODEL_DEFINITIONS",
     "REASONS",
     "SIDES",
     "STATES",
     "CacheObservation",
+    "Definition",
     "Doubts",
     "Events",
     "FinishedLoad",
@@ -36,6 +40,7 @@ __all__ = [
     "Refusals",
     "RunningLoad",
     "ServerObservation",
+    "WorkersOfModels",
     "bounded",
     "call_metrics",
     "telling_status",

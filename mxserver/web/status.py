@@ -15,7 +15,18 @@ from typing import Any
 
 from mxserver import __version__
 from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
-from mxserver.telemetry import REASONS, SIDES, STATES, Events, FinishedLoad, Loads, Observation, Refusals, RunningLoad
+from mxserver.telemetry import (
+    REASONS,
+    SIDES,
+    STATES,
+    Events,
+    FinishedLoad,
+    Loads,
+    Observation,
+    Refusals,
+    RunningLoad,
+    WorkersOfModels,
+)
 from mxserver.web.cache_view import CacheView
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2, record_pb2
 
@@ -81,6 +92,19 @@ class StatusView:
         sources = Counter(STATES[record.status] for record in look.records if record.status in STATES)
         models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
         return Observation(ready, sources, len(models), self._loads.running_count(), cache, not_shared)
+
+    def workers_of_models(self) -> WorkersOfModels | None:
+        """For a scrape; None while the store does not work. Names that differ in capitals are one model."""
+        records = self._current_look().records
+        if records is None:
+            return None
+        names: dict[str, str] = {}
+        found: dict[str, Counter[str]] = {}
+        for record in records:
+            if record.status in STATES:
+                name = names.setdefault(record.model_name.lower(), record.model_name)
+                found.setdefault(name, Counter())[STATES[record.status]] += 1
+        return found
 
     def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS, of: Collection[str] | None = None) -> Json:
         """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work.
