@@ -73,7 +73,7 @@ def _help(name: str, default: str) -> str:
 )
 @click.option("--auth", metavar="off|file|kubernetes", help=_help("MX_AUTH", "off"))
 @click.option("--auth-file", metavar="FILE", help=_help("MX_AUTH_FILE", "none"))
-@click.option("--auth-audience", metavar="NAMES", help=_help("MX_AUTH_AUDIENCE", "the API server's own"))
+@click.option("--auth-audience", metavar="NAMES", help=_help("MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES", "the API server's own"))
 @click.option(
     "--auth-accounts",
     metavar="NAMES",
@@ -86,22 +86,14 @@ def _help(name: str, default: str) -> str:
     help=_help("MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS", "60"),
 )
 @click.option("--kubernetes-api", metavar="URL", help=_help("MX_KUBERNETES_API", "https://kubernetes.default.svc"))
-@click.option(
-    "--kubernetes-account",
-    metavar="FOLDER",
-    help=_help("MX_KUBERNETES_ACCOUNT_PATH", "/var/run/secrets/kubernetes.io/serviceaccount"),
-)
-@click.option("--max-message-bytes", metavar="BYTES", help=_help("MX_SERVER_MAX_MESSAGE_BYTES", "100MiB"))
 @click.option("--limits", metavar="NAME=NUMBER,...", help=_help("MX_SERVER_LIMITS", "as in docs/settings.md"))
-@click.option("--max-calls", metavar="NUMBER", help=_help("MX_SERVER_MAX_CALLS", "20000"))
-@click.option("--max-streams", metavar="NUMBER", help=_help("MX_SERVER_MAX_STREAMS", "64"))
 @click.option("--keepalive", "keepalive_seconds", metavar="SECONDS", help=_help("MX_SERVER_KEEPALIVE_SECS", "30"))
 @click.option("--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0"))
 @click.option("--drain", "drain_seconds", metavar="SECONDS", help=_help("MX_SERVER_DRAIN_SECS", "10"))
 @click.option("--log-level", metavar="debug|info|warning|error", help=_help("MODEL_EXPRESS_LOG_LEVEL", "info"))
-@click.option("--log-format", metavar="text|json", help=_help("MX_LOG_FORMAT", "text"))
+@click.option("--log-format", metavar="text|json", help=_help("MODEL_EXPRESS_LOG_FORMAT", "text"))
 @click.option("--traces", metavar="off|otlp", help=_help("MX_TRACES", "off"))
-@click.option("--config", metavar="FILE", help=_help("MX_CONFIG_FILE", "none"))
+@click.option("--config", metavar="FILE", help="TOML file with settings, by the names that --print-config shows.")
 @click.option("--print-config", is_flag=True, help="Print the settings in force, as a settings file, and end.")
 @click.option("--check-config", is_flag=True, help="Look at settings and files, say what is wrong (2), and end.")
 @click.version_option(__version__, prog_name="mxserver")

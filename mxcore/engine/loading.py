@@ -166,7 +166,7 @@ def _with_settings(context: LoadContext) -> LoadContext:
             _pin_nic(settings, context.engine.device.index or 0)
     uri: UriPlace | None = None
     if settings.model_uri and context.role.reads_storage:
-        uri = UriPlace(settings.model_uri, settings)
+        uri = UriPlace(settings.model_uri)
         context.at_end.callback(uri.close)
     return replace(context, settings=settings, report_path=report_path, uri=uri)
 

@@ -157,7 +157,7 @@ class StreamLimit(WrappingInterceptor):
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{client} has {most} streams open, which is the limit ("
-                f"{'of callers that wait for downloads' if kind else 'MX_SERVER_MAX_STREAMS'}); try again later",
+                f"{'of callers that wait for downloads' if kind else 'streams_per_client of MX_SERVER_LIMITS'}); try again later",
             )
         try:
             yield

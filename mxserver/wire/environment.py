@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from mxserver.wire.nearest_name import nearest
+from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unused_names import UNUSED, is_unused
 
 Reader = Literal["server", "worker", "both", "plugin", "build"]
@@ -51,13 +52,10 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis"),
     Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis"),
-    Variable("MX_CONFIG_FILE", "server", "TOML file with settings, by the names that --print-config shows"),
-    Variable("MX_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line"),
-    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "as MX_LOG_FORMAT; pretty, compact and full are text"),
+    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line; pretty, compact and full are text"),
     Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
     Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)"),
     Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles"),
-    Variable("MX_AUTH_AUDIENCE", "server", "audiences, one of which tokens of Kubernetes must be for"),
     Variable(
         "MODEL_EXPRESS_SECURITY_MODE",
         "server",
@@ -68,27 +66,23 @@ VARIABLES: tuple[Variable, ...] = (
         "server",
         "service accounts that alone may call, such as models:vllm; their role is publish, or the access file's",
     ),
-    Variable("MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES", "server", "as MX_AUTH_AUDIENCE"),
+    Variable(
+        "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES",
+        "server",
+        "audiences, one of which tokens of Kubernetes must be for",
+    ),
     Variable(
         "MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
         "server",
         "how long a token of Kubernetes stays good without asking again: so long may a revoked one work",
     ),
     Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
-    Variable("MX_KUBERNETES_ACCOUNT_PATH", "server", "folder with the token and ca.crt of the server's own account"),
-    Variable(
-        "MX_SERVER_MAX_MESSAGE_BYTES",
-        "server",
-        "largest message that is sent or taken; a request may be limited further by MX_SERVER_LIMITS",
-    ),
     Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER"),
     Variable(
         "MX_SERVER_METRICS_HOSTS",
         "server",
         "names under which the page may be asked for without a token, beside addresses and names of the cluster",
     ),
-    Variable("MX_SERVER_MAX_CALLS", "server", "calls that are in progress at once, of all clients; more are refused"),
-    Variable("MX_SERVER_MAX_STREAMS", "server", "streams of files and downloads that one client may have open at once"),
     Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),
     Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready"),
     Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
@@ -148,11 +142,6 @@ VARIABLES: tuple[Variable, ...] = (
         "the port from which weights are sent over TCP, plus the rank; 0, or one in use: any that is free",
     ),
     Variable("MX_SOURCE_MAX_READERS", "worker", "how many workers may read from a source at a time"),
-    Variable(
-        "MX_SAME_HOST_THREADS",
-        "worker",
-        "threads that read a source on the same host, and one more where a core is free; 0: one a core, at most 4",
-    ),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
     Variable(
@@ -161,27 +150,20 @@ VARIABLES: tuple[Variable, ...] = (
         "how host memory goes over TCP: sockets (our own connections), or nixl (by UCX; device memory always does)",
     ),
     Variable(
-        "MX_TCP_CONNECTIONS",
-        "worker",
-        "connections to one source, a core each on either side; 0: half as many as cores, at most 4",
-    ),
-    Variable(
         "MX_CHUNK_TLS",
         "worker",
         "auto: weights go by TLS between workers that have certificates; off: in clear, as without certificates",
     ),
     Variable(
-        "MX_TOPOLOGY",
+        "MX_P2P_TOPOLOGY",
         "worker",
-        "where this worker is: zone=a,rack=r7,host=n3, or a file or folder of Kubernetes' downward API with such "
-        "labels; near sources are taken first (docs/swarm.md)",
+        "where this worker is: zone=a,rack=r7,host=n3, a JSON object of such pairs, or a file or folder of Kubernetes' "
+        "downward API with such labels; near sources are taken first (docs/swarm.md)",
     ),
-    Variable(
-        "MX_TOPOLOGY_REQUIRED", "worker", "the level, such as zone, that sources must share; others are not taken"
-    ),
-    Variable("MX_P2P_TOPOLOGY", "worker", "as MX_TOPOLOGY, as a JSON object"),
     Variable("MX_P2P_TOPOLOGY_LEVELS", "worker", "names of the levels of a place, from broad to narrow"),
-    Variable("MX_P2P_TOPOLOGY_DOMAIN", "worker", "as MX_TOPOLOGY_REQUIRED"),
+    Variable(
+        "MX_P2P_TOPOLOGY_DOMAIN", "worker", "the level, such as zone, that sources must share; others are not taken"
+    ),
     Variable("MX_P2P_TOPOLOGY_ENFORCEMENT", "worker", "preferred: that level is not required"),
     Variable(
         "MX_RDMA_NIC_PIN",
@@ -200,9 +182,6 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
-    Variable("MX_OBJECT_READER", "worker", "what reads objects: auto, obstore, or runai (docs/loading.md)"),
-    Variable("MX_OBJECT_CONNECTIONS", "worker", "connections at once to an object store, by obstore"),
-    Variable("MX_OBJECT_TIMEOUT_SECS", "worker", "silence of an object store after which a request is begun again"),
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
     ),
@@ -287,7 +266,19 @@ def misspelt(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
 
 
 def _is_known(name: str) -> bool:
-    return name in BY_NAME or any(is_unused(name, entry) for entry in UNUSED)
+    return name in BY_NAME or name in _INSTEAD or any(is_unused(name, entry) for entry in UNUSED)
+
+
+_INSTEAD = {removed.name: removed.instead for removed in REMOVED}
+
+
+def removed(environ: Mapping[str, str]) -> list[str]:
+    """A line for each name that is set and was a setting once: what replaced it."""
+    return [
+        f"{name} is no setting any more: {_INSTEAD[name]}"
+        for name in sorted(_INSTEAD)
+        if setting(environ, name) and not is_kubernetes_variable(name, environ[name])
+    ]
 
 
 def _nearest(name: str) -> str | None:
@@ -314,6 +305,7 @@ def unprotected(environ: Mapping[str, str]) -> str:
         if setting(environ, name) and _PROTECTING & {*name.split("_"), *(near or "").split("_")}:
             hint = f", did you mean {near}?" if near else ":"
             lines.append(f"{name} is no setting{hint} it looks like one that protects, so it is not ignored")
+    lines += [line for line in removed(environ) if _PROTECTING & {*line.partition(" ")[0].split("_")}]
     return f"{'; '.join(lines)}; correct or unset it (docs/settings.md has the names)" if lines else ""
 
 
@@ -333,6 +325,7 @@ def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]
     lines = [
         f"{name} is no setting" + (f"; the nearest one is {near}" if near else "") for name, near in misspelt(environ)
     ]
+    lines += removed(environ)
     if unused := without_effect(environ, reader):
         have = "has" if len(unused) == 1 else "have"
         lines.append(f"{', '.join(unused)} {have} no effect here (docs/settings.md says why)")

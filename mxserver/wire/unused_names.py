@@ -123,7 +123,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_S3_*", "MX_AZURE_*"),
         "worker",
         "how object stores are read",
-        "`MX_OBJECT_CONNECTIONS` and `MX_OBJECT_TIMEOUT_SECS`, for every store",
+        "every store is read in one way (docs/loading.md)",
     ),
     # The server's.
     Unused(
@@ -137,7 +137,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MODEL_EXPRESS_MAX_CONCURRENT_REQUESTS",),
         "server",
         "calls at once",
-        "`--max-calls` limits all calls, `--max-streams` those of one client",
+        "`calls` and `streams_per_client` of `--limits`",
     ),
     Unused(
         ("MODEL_EXPRESS_TIMEOUT", "MODEL_EXPRESS_ENDPOINT", "MODEL_EXPRESS_SERVER_ENDPOINT"),

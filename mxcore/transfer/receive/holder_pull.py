@@ -418,7 +418,6 @@ class HolderPull:
                 remote,
                 hashed=self._received.hashed_on_arrival,
                 stall_timeout_seconds=self._settings.stall_timeout_seconds,
-                threads=self._settings.same_host_threads,
             )
         peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
@@ -464,7 +463,6 @@ class HolderPull:
             received.chunks,
             received.addresses,
             hashed=received.hashed_on_arrival,
-            connections=settings.tcp_connections,
             stall_timeout_seconds=settings.stall_timeout_seconds,
             tls=tls,
         )
