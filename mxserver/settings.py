@@ -34,7 +34,7 @@ from mxserver.setting_values import (
     lower,
     parsed_limits,
 )
-from mxserver.wire import SettingError, setting, unprotected
+from mxserver.wire import VARIABLES, SettingError, setting, unprotected
 from mxserver.wire.credentials import ServerTls
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
@@ -238,45 +238,10 @@ class ServerSettings(BaseSettings):
         return init_settings, env_settings
 
 
-FLAGS = {
-    "host": "--host",
-    "port": "--port",
-    "store": "--store",
-    "store_path": "--store-path",
-    "redis_url": "--redis-url",
-    "redis_host": "--redis-host",
-    "redis_port": "--redis-port",
-    "heartbeat_timeout_seconds": "--heartbeat-timeout",
-    "gc_timeout_seconds": "--gc-timeout",
-    "cache_directory": "--cache-dir",
-    "cache_max_bytes": "--cache-max-bytes",
-    "cache_min_free_bytes": "--cache-min-free-bytes",
-    "cache_lease_seconds": "--cache-lease",
-    "file_sources": "--file-sources",
-    "model_sources": "--model-sources",
-    "download_ignore": "--download-ignore",
-    "download_allow": "--download-allow",
-    "tls_cert_file": "--tls-cert",
-    "tls_key_file": "--tls-key",
-    "tls_client_ca_file": "--tls-client-ca",
-    "auth": "--auth",
-    "auth_file": "--auth-file",
-    "auth_audience": "--auth-audience",
-    "auth_accounts": "--auth-accounts",
-    "auth_cache_seconds": "--auth-cache",
-    "kubernetes_api": "--kubernetes-api",
-    "limits": "--limits",
-    "keepalive_seconds": "--keepalive",
-    "drain_seconds": "--drain",
-    "log_level": "--log-level",
-    "files_port": "--files-port",
-    "metrics_port": "--metrics-port",
-    "metrics_hosts": "--metrics-hosts",
-    "metrics_tls": "--metrics-tls",
-    "log_format": "--log-format",
-    "traces": "--traces",
-    "not_ready_seconds": "--not-ready",
-}
+FIELDS = {str(field.alias): name for name, field in ServerSettings.model_fields.items()}
+"""The field of each environment name."""
+
+FLAGS = {FIELDS[variable.name]: variable.flag.partition(" ")[0] for variable in VARIABLES if variable.flag}
 """The flag of each setting, in the order in which they are shown."""
 
 

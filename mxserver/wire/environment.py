@@ -20,42 +20,40 @@ PREFIXES = ("MX_", "MODEL_EXPRESS_")
 
 
 class Variable(NamedTuple):
-    """One environment name."""
+    """One environment name; of the server's settings also the flag with what it takes, and the default in words."""
 
     name: str
     reader: Reader
     meaning: str
+    flag: str = ""
+    default: str = ""
 
 
 VARIABLES: tuple[Variable, ...] = (
     # The server's.
-    Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
+    Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one", "--port PORT", "8001"),
     Variable(
         "MX_SERVER_FILES_PORT",
         "server",
-        "port for the bytes of cached files, by HTTP ranges; 0 takes a free one; off: they come over gRPC alone",
-    ),
-    Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
+        "port for the bytes of cached files, by HTTP ranges; 0 takes a free one; off: they come over gRPC alone", "--files-port PORT|off", "8002"),
+    Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on", "--host ADDRESS", "0.0.0.0"),  # noqa: S104
     Variable(
         "MODEL_EXPRESS_SERVER_METRICS_PORT",
         "server",
-        "port of probes, metrics and the status page; off: none. 0 takes a free one, in the environment it is off",
-    ),
+        "port of probes, metrics and the status page; off: none. 0 takes a free one, in the environment it is off", "--metrics-port PORT|off", "9401"),
     Variable(
-        "MX_SERVER_METRICS_TLS", "server", "auto: that port takes TLS where the server has a certificate; off: never"
-    ),
-    Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
-    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite, redis or memory"),
-    Variable("MX_STORE_PATH", "server", "the SQLite file"),
+        "MX_SERVER_METRICS_TLS", "server", "auto: that port takes TLS where the server has a certificate; off: never", "--metrics-tls auto|off", "auto"),
+    Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged", "--log-level debug|info|warning|error", "info"),
+    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite, redis or memory", "--store sqlite|redis|memory", "sqlite"),
+    Variable("MX_STORE_PATH", "server", "the SQLite file", "--store-path FILE", "mxserver/state.sqlite3 in ~/.local/state"),
     Variable(
-        "REDIS_URL", "server", "Redis, for the store redis: redis://, rediss:// (TLS) or unix://; wins over the host"
-    ),
-    Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis"),
-    Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis"),
-    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line; pretty, compact and full are text"),
-    Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
-    Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)"),
-    Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles"),
+        "REDIS_URL", "server", "Redis, for the store redis: redis://, rediss:// (TLS) or unix://; wins over the host", "--redis-url URL", "none"),
+    Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis", "--redis-host HOST", "localhost"),
+    Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis", "--redis-port PORT", "6379"),
+    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line; pretty, compact and full are text", "--log-format text|json", "text"),
+    Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp", "--traces off|otlp", "off"),
+    Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)", "--auth off|file|kubernetes", "off"),
+    Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles", "--auth-file FILE", "none"),
     Variable(
         "MODEL_EXPRESS_SECURITY_MODE",
         "server",
@@ -64,48 +62,42 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS",
         "server",
-        "service accounts that alone may call, such as models:vllm; their role is publish, or the access file's",
-    ),
+        "service accounts that alone may call, such as models:vllm; their role is publish, or the access file's", "--auth-accounts NAMES", "those of the access file"),
     Variable(
         "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES",
         "server",
-        "audiences, one of which tokens of Kubernetes must be for",
-    ),
+        "audiences, one of which tokens of Kubernetes must be for", "--auth-audience NAMES", "the API server's own"),
     Variable(
         "MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
         "server",
-        "how long a token of Kubernetes stays good without asking again: so long may a revoked one work",
-    ),
-    Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
-    Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER"),
+        "how long a token of Kubernetes stays good without asking again: so long may a revoked one work", "--auth-cache SECONDS", "60"),
+    Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens", "--kubernetes-api URL", "https://kubernetes.default.svc"),
+    Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER", "--limits NAME=NUMBER,...", "as in docs/settings.md"),
     Variable(
         "MX_SERVER_METRICS_HOSTS",
         "server",
-        "names under which the page may be asked for without a token, beside addresses and names of the cluster",
-    ),
-    Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),
-    Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready"),
-    Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
-    Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat"),
-    Variable("MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted"),
+        "names under which the page may be asked for without a token, beside addresses and names of the cluster", "--metrics-hosts NAMES", "those of the cluster"),
+    Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long", "--keepalive SECONDS", "30"),
+    Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready", "--not-ready SECONDS", "0"),
+    Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT", "--drain SECONDS", "10"),
+    Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat", "--heartbeat-timeout SECONDS", "90"),
+    Variable("MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted", "--gc-timeout SECONDS", "3600"),
     Variable(
-        "MODEL_EXPRESS_CACHE_DIRECTORY", "server", "where model files are cached; replicas of a server may share it"
-    ),
-    Variable("MX_CACHE_MAX_BYTES", "server", "size limit of the model cache, such as 500GiB; 0 is none"),
-    Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
-    Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
+        "MODEL_EXPRESS_CACHE_DIRECTORY", "server", "where model files are cached; replicas of a server may share it", "--cache-dir FOLDER", "as the hub's own"),
+    Variable("MX_CACHE_MAX_BYTES", "server", "size limit of the model cache, such as 500GiB; 0 is none", "--cache-max-bytes BYTES", "0"),
+    Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB", "--cache-min-free-bytes BYTES", "0"),
+    Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others", "--cache-lease SECONDS", "30"),
     Variable(
         "MX_MODEL_SOURCES",
         "server",
-        "what may be downloaded: repositories of the hub, buckets, prefixes; all unless set",
-    ),
-    Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
-    Variable("MX_DOWNLOAD_IGNORE", "server", "files of models that are not downloaded: patterns, auto or none"),
-    Variable("MX_DOWNLOAD_ALLOW", "server", "patterns of the only files of models that are downloaded"),
+        "what may be downloaded: repositories of the hub, buckets, prefixes; all unless set", "--model-sources NAMES", "all"),
+    Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'", "--file-sources FOLDERS", "none"),
+    Variable("MX_DOWNLOAD_IGNORE", "server", "files of models that are not downloaded: patterns, auto or none", "--download-ignore PATTERNS", "auto"),
+    Variable("MX_DOWNLOAD_ALLOW", "server", "patterns of the only files of models that are downloaded", "--download-allow PATTERNS", "all"),
     # Certificates: the same names on both sides.
-    Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),
-    Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate"),
-    Variable("MX_TLS_CLIENT_CA_FILE", "both", "PEM certificates that clients' certificates must come from (mTLS)"),
+    Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes", "--tls-cert FILE", "none: no TLS"),
+    Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate", "--tls-key FILE", "none"),
+    Variable("MX_TLS_CLIENT_CA_FILE", "both", "PEM certificates that clients' certificates must come from (mTLS)", "--tls-client-ca FILE", "none: any client"),
     # The worker's.
     Variable("MX_TLS_CA_FILE", "worker", "PEM certificates that those of servers and workers must come from"),
     Variable("MX_TLS_PEER_NAME", "worker", "the name to expect in other workers' certificates"),
