@@ -50,7 +50,7 @@ LEASES = Family(
     ("event",),
     (LEASE_EVENTS,),
 )
-LEASES_NOW = Family("mxworker_leases", "gauge", "readers that have a lease at the moment")
+LEASES_NOW = Family("mxworker_readers", "gauge", "readers that have a lease at the moment")
 SERVING = Family("mxworker_serving", "gauge", "sets of weights that are served at the moment, one a rank and layout")
 REFUSALS = Family(
     "mxworker_refusals_total", "counter", "weights that were not offered or not taken, by reason", ("side", "reason"), (SIDES, REASONS)

@@ -79,7 +79,7 @@ def test_what_moved_is_counted_on_both_sides(ports: tuple[int, int]) -> None:
     assert verified is not None
     assert verified > 0
     assert metric(receiver, "mxworker_wrong_chunks_total") == 0
-    wait_for(lambda: metric(source, "mxworker_leases") == 0)
+    wait_for(lambda: metric(source, "mxworker_readers") == 0)
     assert metric(source, 'mxworker_leases_total{event="granted"}') == metric(
         source, 'mxworker_leases_total{event="released"}'
     )
