@@ -43,7 +43,7 @@ class Ranks:
         living = {identity for identity, path in named.items() if _is_locked(path)}
         with self.lock:
             for identity in self.living - living:
-                self.lost += identity in named
+                self.lost += identity in named and named[identity].exists()  # who leaves takes it away
             self.living = living
             for identity in stored - living - {_KEPT}:
                 self._fold(identity)
@@ -74,8 +74,9 @@ class Ranks:
         from prometheus_client.multiprocess import MultiProcessCollector
 
         with self.lock:
-            yield from MultiProcessCollector(None, path=str(self.folder)).collect()
+            counted = list(MultiProcessCollector(None, path=str(self.folder)).collect())
             living, lost = len(self.living), self.lost
+        yield from counted
         yield GaugeMetricFamily("mxworker_ranks", "ranks of this engine on this machine that live", value=living)
         meaning = "ranks that were killed, or ended without a goodbye"
         yield CounterMetricFamily("mxworker_ranks_lost", meaning, value=lost)
