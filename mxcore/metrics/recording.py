@@ -12,7 +12,6 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -60,6 +59,7 @@ class Recorder:
         from prometheus_client.utils import floatToGoString
 
         self._key_of, self._bound = mmap_key, floatToGoString
+        self._process = os.getpid()
         self._id = uuid.uuid4().hex  # not the process id: that is given again
         self._lock = threading.Lock()
         self._keys: dict[tuple[str, str, tuple[str, ...]], str] = {}
@@ -88,9 +88,9 @@ class Recorder:
             self._observe(family, _known(family, labels), seconds, 1.0)
 
     def leave(self) -> None:
-        """An orderly end: this rank is not missed. Idempotent."""
-        with suppress(OSError):
-            self._alive.unlink()
+        """An orderly end: this rank is not missed. Idempotent; a child that was forked does nothing."""
+        if os.getpid() == self._process:
+            self._alive.unlink(missing_ok=True)
 
     def _observe(self, family: Family, labels: tuple[str, ...], seconds: float, count: float) -> None:
         bounds = (*family.buckets, float("inf"))

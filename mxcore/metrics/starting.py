@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mxcore.metrics.families import FAMILIES
 from mxcore.metrics.recording import Recorder, record, recorded
+from mxserver.wire import SettingError
 
 __all__ = ["folder_of", "start"]
 
@@ -27,13 +28,16 @@ def start(port: int, *, linger_seconds: float = LINGER_SECONDS) -> None:
     """From now on this process counts, and the ranks that name this port are served there as one engine. Idempotent.
 
     Returns at once: where the port cannot be had, a line of the log says so later. `linger_seconds`: how long what was
-    counted is served after the last rank. Raises OSError where there is no room for the counts.
+    counted is served after the last rank. Raises SettingError where there is no room for the counts.
     """
     with _starting:
         if recorded() is not None:
             return
-        folder = folder_of(port)
-        recorder = Recorder(folder, FAMILIES)
+        try:
+            folder = folder_of(port)
+            recorder = Recorder(folder, FAMILIES)
+        except OSError as error:
+            raise SettingError(f"no metrics of this worker (MX_METRICS_PORT): {error}; TMPDIR names the folder") from error
         record(recorder)
     util.Finalize(None, recorder.leave, exitpriority=0)  # after the offers have ended
     arguments = (folder, port, linger_seconds)
