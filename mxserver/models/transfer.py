@@ -53,6 +53,10 @@ class Progress:
 
 NO_PROGRESS = Progress()
 
+_LOOK_SECONDS = 0.25
+_SHARE_OF_LOOKING = 0.1
+"""Of the time of a download with many files: each look at what has come goes through all of them."""
+
 
 class Stopped(ModelError):
     """The server is stopping; the download goes on when somebody asks again."""
@@ -197,20 +201,21 @@ class Transfer:
             tasks.put(file)
         for number in range(min(self._source.parallel_files, len(missing))):
             threading.Thread(target=self._work, args=(tasks, results), name=f"download-{number}", daemon=True).start()
-        left = len(missing)
-        self._show_progress(total_files)
+        left, look_again = len(missing), 0.0
         while left:
-            try:
-                result = results.get(timeout=0.25)
-            except queue.Empty:
+            if (now := time.monotonic()) >= look_again:
                 self._check_running()
                 self._lease.check()
-            else:
+                self._show_progress(total_files)
+                took = time.monotonic() - now
+                look_again = now + took + max(_LOOK_SECONDS, took / _SHARE_OF_LOOKING)
+            with suppress(queue.Empty):
+                result = results.get(timeout=_LOOK_SECONDS)
                 if isinstance(result, BaseException):
                     raise result
                 self._done[result.file.path] = result
                 left -= 1
-            self._show_progress(total_files)
+        self._show_progress(total_files)
 
     def _work(self, tasks: queue.SimpleQueue[RemoteFile], results: queue.SimpleQueue[_Done | BaseException]) -> None:
         with suppress(queue.Empty):

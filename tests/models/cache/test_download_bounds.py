@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.models import DownloadJob, JobState, ModelKey, ModelName, downloads, model_name
+from mxserver.models import DownloadJob, JobState, ModelKey, ModelName, downloads, model_name, transfer
 from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import DOWNLOADS_AT_ONCE, QUESTIONS_AT_ONCE, Downloads
 from mxserver.models.errors import DownloadFailed, DownloadsFull
-from mxserver.models.sources import RemoteFile, RemoteModel
+from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel
 from mxserver.wire.proto import model_pb2
 
 
@@ -135,3 +135,29 @@ def test_another_caller_keeps_it_in_the_line(running: Downloads) -> None:
     assert not job.state().ended
     running.leave(job)
     assert job.state().phase == "failed"
+
+
+def test_how_often_progress_is_looked_at_does_not_follow_the_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look goes through all files that came: one a file would be a core for minutes with 10,000 of them."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.json").write_bytes(b"{}")
+    looks: list[int] = []
+    look = transfer.Transfer._show_progress
+
+    def counted(self: transfer.Transfer, total_files: int) -> None:
+        looks.append(total_files)
+        look(self, total_files)
+
+    monkeypatch.setattr(transfer.Transfer, "_show_progress", counted)
+    monkeypatch.setattr(transfer, "_LOOK_SECONDS", 60.0, raising=False)
+    cache = ModelCache(tmp_path / "cache", Limits(), lease_seconds=60)
+    opened = Downloads(cache, {model_pb2.FILE: FolderSource((folder,))})
+    job = opened.ensure(model_name(model_pb2.FILE, f"file://{folder}"), "")
+    assert ended(job).error is None
+    opened.close()
+    cache.close()
+    assert looks == [60, 60], "at its beginning and at its end"
