@@ -16,7 +16,7 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def log_format(value: Any) -> Any:
+def format_of_log(value: Any) -> Any:
     """Those of NVIDIA's server that are no JSON are text."""
     value = lower(value)
     return "text" if value in ("pretty", "compact", "full") else value

@@ -29,8 +29,8 @@ from mxserver.setting_values import (
     default_cache_directory,
     default_store_path,
     folders,
+    format_of_log,
     listed,
-    log_format,
     lower,
     parsed_limits,
 )
@@ -82,7 +82,7 @@ class ServerSettings(BaseSettings):
     metrics_tls: Annotated[MetricsTls, BeforeValidator(lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
     )
-    log_format: Annotated[LogFormat, BeforeValidator(log_format)] = Field(
+    log_format: Annotated[LogFormat, BeforeValidator(format_of_log)] = Field(
         "text", alias="MODEL_EXPRESS_LOG_FORMAT", description="text or json"
     )
     traces: Annotated[Traces, BeforeValidator(lower)] = Field("off", alias="MX_TRACES", description="off or otlp")

@@ -104,7 +104,9 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 def context_files(dockerfile: Path) -> list[str]:
     """What git tracks and the .dockerignore lets through."""
     rules = dockerfile.with_name(dockerfile.name + ".dockerignore").read_text().split()
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )
     let_through = [rule[1:] for rule in rules if rule.startswith("!")]
     kept_out = [rule for rule in rules if rule.startswith("**/")]
     return [
@@ -128,7 +130,9 @@ def copy(stage: Stage, rest: str, stages: dict[str, Stage], files: list[str]) ->
             shutil.copytree(origin / source.lstrip("/"), to, symlinks=True, dirs_exist_ok=True)
             continue
         for file in [file for file in files if source == "." or file == source or file.startswith(f"{source}/")]:
-            place = to / (file if source == "." else os.path.relpath(file, source) if file != source else Path(file).name)
+            place = to / (
+                file if source == "." else os.path.relpath(file, source) if file != source else Path(file).name
+            )
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, place)
 
@@ -160,7 +164,7 @@ def built(dockerfile: Path, bases: dict[str, Path], work: Path, *binds: tuple[Pa
         elif word == "ENV":
             for pair in shlex.split(rest):
                 name, _, value = pair.partition("=")
-                stage.environment[name] = re.sub(r"\$(\w+)", lambda found: stage.environment[found[1]], value)
+                stage.environment[name] = value.replace("$PATH", stage.environment["PATH"])
         elif word == "ARG" and "=" in rest:
             stage.arguments[rest.partition("=")[0]] = rest.partition("=")[2]
         elif word == "USER":
@@ -177,8 +181,7 @@ def check_server(stage: Stage) -> None:
     process = stage.run(*stage.entry, "--host", "127.0.0.1", "--port", "0")
     lines: list[str] = []
     deadline = time.monotonic() + START_SECONDS
-    assert process.stdout is not None
-    for line in process.stdout:
+    for line in process.stdout or ():
         lines.append(line)
         if "listening on" in line or time.monotonic() > deadline:
             break
@@ -210,7 +213,7 @@ def check_worker(stage: Stage) -> None:
 
 
 def with_vllm(stage: Path, packages: Path) -> None:
-    """A vLLM image has vLLM among Python's packages: here links to those of this checkout's environment, without ours."""
+    """vLLM is among Python's packages there: here links to those of this checkout's environment, without ours."""
     for entry in packages.iterdir():
         if not entry.name.startswith(("mx_modelexpress", "__editable__", "__pycache__")) and entry.suffix != ".pth":
             link = stage / "usr/local/lib/python3.11/dist-packages" / entry.name

@@ -184,7 +184,10 @@ def _removed() -> Iterator[str]:
 
 def render() -> str:
     """The whole page."""
-    tables = ("\n".join(rows) + "\n" for rows in (_server(), _limits(), _other_names(), _worker(), _without_effect(), _removed()))
+    tables = (
+        "\n".join(rows) + "\n"
+        for rows in (_server(), _limits(), _other_names(), _worker(), _without_effect(), _removed())
+    )
     server, limits, other_names, worker, without_effect, removed = tables
     parts = [INTRODUCTION, SERVER, server, LIMITS, limits, OTHER_NAMES_TEXT, other_names, MOVED, FILE, WORKER, worker]
     return "\n".join([*parts, WITHOUT_EFFECT, without_effect, NO_MORE, removed])

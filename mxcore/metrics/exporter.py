@@ -38,7 +38,9 @@ class Ranks:
 
     def look(self) -> int:
         """How many live. What those counted that do not is added to what is kept; who left no goodbye is lost."""
-        stored = {path.stem.rpartition("_")[2] for path in self.folder.glob("*.db")}  # before the ranks: theirs is first
+        stored = {
+            path.stem.rpartition("_")[2] for path in self.folder.glob("*.db")
+        }  # before the ranks: theirs is first
         named = {path.name.removeprefix(_RANK): path for path in self.folder.glob(_RANK + "*")}
         living = {identity for identity, path in named.items() if _is_locked(path)}
         with self.lock:
@@ -52,13 +54,15 @@ class Ranks:
         return len(living)
 
     def _fold(self, identity: str) -> None:
-        from prometheus_client.mmap_dict import MmapedDict
+        from prometheus_client import mmap_dict
+
+        files: Any = mmap_dict.MmapedDict  # it has no types
 
         for path in self.folder.glob(f"*_{identity}.db"):
             kind = path.name.partition("_")[0]
             if kind != "gauge":
-                kept = MmapedDict(str(self.folder / f"{kind}_{_KEPT}.db"))
-                for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(str(path)):
+                kept = files(str(self.folder / f"{kind}_{_KEPT}.db"))
+                for key, value, timestamp, _ in files.read_all_values_from_file(str(path)):
                     kept.write_value(key, kept.read_value(key)[0] + value, timestamp)
                 kept.close()
             path.unlink(missing_ok=True)
@@ -70,11 +74,13 @@ class Ranks:
 
     def collect(self) -> Iterable[Any]:
         """For prometheus_client's registry: the sums of all ranks, and the ranks."""
+        from prometheus_client import multiprocess
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-        from prometheus_client.multiprocess import MultiProcessCollector
+
+        collector: Any = multiprocess.MultiProcessCollector  # it has no types
 
         with self.lock:
-            counted = list(MultiProcessCollector(None, path=str(self.folder)).collect())
+            counted = list(collector(None, path=str(self.folder)).collect())
             living, lost = len(self.living), self.lost
         yield from counted
         yield GaugeMetricFamily("mxworker_ranks", "ranks of this engine on this machine that live", value=living)
@@ -118,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = ANSWER_SECONDS
     server: _Server
 
-    def do_GET(self) -> None:  # noqa: N802 - the library's name
+    def do_GET(self) -> None:
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404, "there is /metrics")
             return
@@ -132,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, *arguments: Any) -> None:
         """Nowhere: standard error is the engine's."""
 
 
@@ -181,7 +187,7 @@ def serve(folder: Path, listener: socket.socket, linger_seconds: float) -> None:
     ranks = Ranks(folder)
     ranks.look()
     registry = CollectorRegistry()
-    registry.register(ranks)  # type: ignore[arg-type] # what it asks of a collector is `collect`
+    registry.register(ranks)  # of a collector it asks for `collect` alone
     with _Server(listener, registry) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         alone_since = time.monotonic()

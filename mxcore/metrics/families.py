@@ -18,9 +18,16 @@ REASONS = tuple(
     name.removeprefix("REFUSAL_REASON_").lower() for name, number in load_pb2.RefusalReason.items() if number
 )
 
-LOADS = Family("mxworker_loads_total", "counter", "loads that ended well, by where the weights came from", ("path",), (PATHS,))
+LOADS = Family(
+    "mxworker_loads_total", "counter", "loads that ended well, by where the weights came from", ("path",), (PATHS,)
+)
 LOAD_SECONDS = Family(
-    "mxworker_load_duration_seconds", "histogram", "their duration, joining and offering included", ("path",), (PATHS,), LOAD_BUCKETS
+    "mxworker_load_duration_seconds",
+    "histogram",
+    "their duration, joining and offering included",
+    ("path",),
+    (PATHS,),
+    LOAD_BUCKETS,
 )
 STEP_SECONDS = Family(
     "mxworker_load_step_duration_seconds", "histogram", "the steps of these loads", ("step",), (STEPS,), LOAD_BUCKETS
@@ -40,24 +47,40 @@ GIVEN_BYTES = Family(
     ("transport",),
     (TRANSPORTS,),
 )
-CHUNKS_VERIFIED = Family("mxworker_chunks_verified_total", "counter", "chunks of other workers that had the right digest")
-WRONG_CHUNKS = Family("mxworker_wrong_chunks_total", "counter", "chunks of other workers that had not, and were refused")
-STRAGGLERS = Family("mxworker_stragglers_total", "counter", "workers that were dropped as sources because they were slow")
+CHUNKS_VERIFIED = Family(
+    "mxworker_chunks_verified_total", "counter", "chunks of other workers that had the right digest"
+)
+WRONG_CHUNKS = Family(
+    "mxworker_wrong_chunks_total", "counter", "chunks of other workers that had not, and were refused"
+)
+STRAGGLERS = Family(
+    "mxworker_stragglers_total", "counter", "workers that were dropped as sources because they were slow"
+)
 LEASES = Family(
     "mxworker_leases_total",
     "counter",
-    "leases of readers: granted; refused as busy or draining; ended as released, expired, replaced by another reader, or cut",
+    "leases of readers: granted; refused as busy or draining; ended as released, expired, replaced, or cut",
     ("event",),
     (LEASE_EVENTS,),
 )
 LEASES_NOW = Family("mxworker_readers", "gauge", "readers that have a lease at the moment")
 SERVING = Family("mxworker_serving", "gauge", "sets of weights that are served at the moment, one a rank and layout")
 REFUSALS = Family(
-    "mxworker_refusals_total", "counter", "weights that were not offered or not taken, by reason", ("side", "reason"), (SIDES, REASONS)
+    "mxworker_refusals_total",
+    "counter",
+    "weights that were not offered or not taken, by reason",
+    ("side", "reason"),
+    (SIDES, REASONS),
 )
-SELF_CHECKED = Family("mxworker_self_checked_chunks_total", "counter", "chunks of its own memory that a worker compared with their digests")
+SELF_CHECKED = Family(
+    "mxworker_self_checked_chunks_total",
+    "counter",
+    "chunks of its own memory that a worker compared with their digests",
+)
 SELF_CHECKED_WRONG = Family("mxworker_self_checked_wrong_chunks_total", "counter", "of these, those that were damaged")
-SELF_CHECK_SECONDS = Family("mxworker_self_check_seconds_total", "counter", "seconds of a core or device that these comparisons took")
+SELF_CHECK_SECONDS = Family(
+    "mxworker_self_check_seconds_total", "counter", "seconds of a core or device that these comparisons took"
+)
 
 FAMILIES = (
     LOADS,

@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,10 +55,11 @@ class Recorder:
 
     def __init__(self, folder: Path, families: tuple[Family, ...]) -> None:
         """All series are there at once, with 0: a rate needs one before its first event. Raises OSError."""
-        from prometheus_client.mmap_dict import MmapedDict, mmap_key  # a worker without metrics has no use for it
-        from prometheus_client.utils import floatToGoString
+        from prometheus_client import mmap_dict, utils  # a worker without metrics has no use for them
 
-        self._key_of, self._bound = mmap_key, floatToGoString
+        open_file: Callable[[str], Any] = mmap_dict.MmapedDict
+        self._key_of: Callable[..., str] = mmap_dict.mmap_key
+        self._bound: Callable[[float], str] = utils.floatToGoString
         self._process = os.getpid()
         self._id = uuid.uuid4().hex  # not the process id: that is given again
         self._lock = threading.Lock()
@@ -69,7 +70,7 @@ class Recorder:
             path = folder / f"{prefix}_{self._id}.db"
             with path.open("xb") as file:
                 os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
-            self._files[prefix] = MmapedDict(str(path))
+            self._files[prefix] = open_file(str(path))
         for family in families:
             for labels in family.series():
                 if family.kind == "histogram":
@@ -91,6 +92,12 @@ class Recorder:
         """An orderly end: this rank is not missed. Idempotent; a child that was forked does nothing."""
         if os.getpid() == self._process:
             self._alive.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """After `leave`; it counts no more."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
 
     def _observe(self, family: Family, labels: tuple[str, ...], seconds: float, count: float) -> None:
         bounds = (*family.buckets, float("inf"))

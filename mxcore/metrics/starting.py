@@ -37,7 +37,9 @@ def start(port: int, *, linger_seconds: float = LINGER_SECONDS) -> None:
             folder = folder_of(port)
             recorder = Recorder(folder, FAMILIES)
         except OSError as error:
-            raise SettingError(f"no metrics of this worker (MX_METRICS_PORT): {error}; TMPDIR names the folder") from error
+            raise SettingError(
+                f"no metrics of this worker (MX_METRICS_PORT): {error}; TMPDIR names the folder"
+            ) from error
         record(recorder)
     util.Finalize(None, recorder.leave, exitpriority=0)  # after the offers have ended
     arguments = (folder, port, linger_seconds)

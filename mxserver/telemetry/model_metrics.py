@@ -26,9 +26,7 @@ MODEL_DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_model_workers", "gauge", ("model", "state"), "workers' records of a model, by state"),
     Definition("mxserver_model_loads_total", "counter", ("model", "path"), "loads of a model, by main path"),
     Definition("mxserver_model_load_bytes_total", "counter", ("model", "path"), "bytes of these loads"),
-    Definition(
-        "mxserver_model_load_duration_seconds", "histogram", ("model", "path"), "their duration", LOAD_BUCKETS
-    ),
+    Definition("mxserver_model_load_duration_seconds", "histogram", ("model", "path"), "their duration", LOAD_BUCKETS),
 )
 
 WorkersOfModels = Mapping[str, Mapping[str, int]]

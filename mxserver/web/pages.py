@@ -91,7 +91,11 @@ def application(
         return JSONResponse(view.as_json(min(int(text), MOST_WORKERS), frozenset(of) if of else None))
 
     guarded = {"/": _asset(*PAGE), "/status": status, "/metrics/models": metrics_of(model_registry)}
-    routes = [Route("/livez", probe(not_alive)), Route("/readyz", probe(not_ready)), Route("/metrics", metrics_of(registry))]
+    routes = [
+        Route("/livez", probe(not_alive)),
+        Route("/readyz", probe(not_ready)),
+        Route("/metrics", metrics_of(registry)),
+    ]
     routes += [Route(path, _asset(*asset)) for path, asset in ASSETS.items()]
     routes += [Route(path, _guarded(endpoint, authenticator, names)) for path, endpoint in guarded.items()]
     return with_headers(routes)

@@ -1,6 +1,6 @@
 """Runs a server as a kubelet would: a program for root in namespaces of its own (`unshare --mount --net --pid --fork`).
 
-Its input is JSON: `root` (the checkout), `uid`, `gid`, `group` (fsGroup), `environment`, `mounts` (paths of volumes, as
+Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group` (fsGroup), `environment`, `mounts` (paths of volumes, as
 emptyDir has them), `probes` (paths of the port 9401). Its output: what the probes and the server answered. Nothing of
 the machine is changed: all mounts are this namespace's.
 """
@@ -34,15 +34,16 @@ def loopback_up() -> None:
         fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS
 
 
-def prepare(root: str, mounts: list[str], group: int) -> str:
+def prepare(root: str, python: str, mounts: list[str], group: int) -> str:
     """The volumes as the chart mounts them, everything else of the root's file system read-only; where the code is."""
     mount("--make-rprivate", "/")
     loopback_up()
     mount("-t", "tmpfs", "-o", "mode=755", "none", "/var")  # the image has these folders, this machine has not
     code = Path("/var/code")
-    for path in (code, *map(Path, mounts)):
+    for path in (code, Path("/var/python"), *map(Path, mounts)):
         path.mkdir(parents=True, exist_ok=True)
-    mount("--bind", root, str(code))  # whoever runs the tests may have it in a folder of theirs alone
+    for source, at in ((root, "/var/code"), (python, "/var/python")):  # they may lie where root alone may look
+        mount("--bind", source, at)
     for path in mounts:
         mount("-t", "tmpfs", "-o", f"mode=2777,gid={group}", "none", path)
     mount("-o", "remount,ro", "/var")
@@ -60,14 +61,16 @@ def answer(path: str) -> int:
 
 
 def main(command: dict[str, Any]) -> dict[str, Any]:
-    code = prepare(command["root"], command["mounts"], command["group"])
+    code = prepare(command["root"], command["python"], command["mounts"], command["group"])
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = f"{code}/.venv/lib/{version}/site-packages"
     environment = [f"{name}={value}" for name, value in command["environment"].items()]
     server = subprocess.Popen(
         [
             *("setpriv", "--reuid", str(command["uid"]), "--regid", str(command["gid"])),
             *("--groups", str(command["group"]), "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"),
-            *("env", "-i", "-C", "/", f"PYTHONPATH={code}", "PYTHONDONTWRITEBYTECODE=1", *environment),
-            *(f"{code}/.venv/bin/python", "-m", "mxserver", *command["arguments"]),
+            *("env", "-i", "-C", "/", f"PYTHONPATH={code}:{packages}", *environment, "PYTHONDONTWRITEBYTECODE=1"),
+            *(f"/var/python/bin/{version}", "-m", "mxserver", *command["arguments"]),
         ],
         stderr=subprocess.PIPE,
         text=True,

@@ -157,9 +157,7 @@ def test_the_dashboard_and_the_rules_are_those_of_deploy() -> None:
         ("mx-metrics", None),
     ]
     jobs = [one["relabelings"] for one in (*server, *workers)]
-    assert jobs == [
-        [{"targetLabel": "job", "replacement": job}] for job in ("mxserver", "mxserver-models", "mxworker")
-    ]
+    assert jobs == [[{"targetLabel": "job", "replacement": job}] for job in ("mxserver", "mxserver-models", "mxworker")]
     looked_for = {
         job
         for group in rules["spec"]["groups"]

@@ -23,7 +23,7 @@ __all__ = ["start_web"]  # a fixture
 
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 SERVER = "localhost:8001"
-STATE = "/var/lib/mxserver/state.sqlite3"
+STATE = "/var/lib/mxserver"
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -51,16 +51,11 @@ def test_files_and_values_that_are_named_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
 def ran(command: str, folder: Path, server: str = "") -> str:
     """What it prints; with this environment's programs, and the address and the folder of this test."""
     words = [word.replace(SERVER, server) for word in shlex.split(command)]
-    words = [word.replace(STATE, str(folder / "state.sqlite3")) for word in words]
-    words = [str(folder / word) if word == "backup.sqlite3" else word for word in words]
+    words = [word.replace(STATE, str(folder / "state")) for word in words]
+    words = [str(folder / word) if word == "backup.tar" else word for word in words]
     beside = Path(sys.executable).parent
     path = f"{beside}{os.pathsep}{os.environ['PATH']}"
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MX_", "MODEL_EXPRESS_"))}
@@ -88,7 +83,8 @@ def records(server: WebServer) -> list[p2p_pb2.SourceInstanceRef]:
 
 
 def test_commands_of_mx_and_a_backup_that_is_put_back(start_web: Callable[..., WebServer], tmp_path: Path) -> None:
-    server = start_web()
+    path = tmp_path / "state" / "state.sqlite3"
+    server = start_web("--store-path", str(path))
     with ServerClient(server.address) as client:
         publish(client, "w", READY, of=identity("org/model"))
     asked = [command for command in RUN if command.startswith("mx ")]
@@ -96,16 +92,18 @@ def test_commands_of_mx_and_a_backup_that_is_put_back(start_web: Callable[..., W
     for command in asked:
         assert "org/model" in ran(command, tmp_path, server.address)
     server.close()
-    save, restore = (command for command in RUN if command.startswith("cp "))
+    save, restore = (command for command in RUN if command.startswith("tar "))
     ran(save, tmp_path)
-    assert not list(tmp_path.glob("*-wal")), "a server that was stopped in order leaves none"
-    (tmp_path / "state.sqlite3").unlink()
-    lost = start_web()
+    for file in path.parent.iterdir():
+        file.unlink()
+    lost = start_web("--store-path", str(path))
     assert records(lost) == []
     lost.close()
+    for file in path.parent.iterdir():
+        file.unlink()
     ran(restore, tmp_path)
-    assert [one.model_name for one in records(start_web())] == ["org/model"]
+    assert [one.model_name for one in records(start_web("--store-path", str(path)))] == ["org/model"]
 
 
 def test_every_command_is_run_by_one_of_these() -> None:
-    assert {command.split()[0] for command in RUN} == {"helm", "promtool", "mxserver", "mx", "cp"}
+    assert {command.split()[0] for command in RUN} == {"helm", "promtool", "mxserver", "mx", "tar"}

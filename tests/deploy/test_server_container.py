@@ -31,6 +31,7 @@ def started(uid: int, gid: int, environ: dict[str, str], *arguments: str) -> dic
     one = container("server.yaml")
     command = {
         "root": str(ROOT),
+        "python": sys.base_prefix,
         "uid": uid,
         "gid": gid,
         "group": pod["securityContext"]["fsGroup"],

@@ -85,6 +85,6 @@ def test_what_moved_is_counted_on_both_sides(ports: tuple[int, int]) -> None:
     )
     for port in ports:
         assert metric(port, "mxworker_serving") == 1
-        assert "mxworker_load_step_duration_seconds_count{step=\"process\"} 1.0" in exposition(port)
+        assert 'mxworker_load_step_duration_seconds_count{step="process"} 1.0' in exposition(port)
         wait_for(lambda port=port: (metric(port, "mxworker_self_checked_chunks_total") or 0) > 0)  # type: ignore[misc]
         assert metric(port, "mxworker_self_checked_wrong_chunks_total") == 0

@@ -211,6 +211,7 @@ def test_all_series_fit_into_files_that_are_there(tmp_path: Path) -> None:
     assert {prefix: file._used for prefix, file in recorder._files.items()} == before
     recorder.leave()
     recorder.leave()
+    recorder.close()
 
 
 def test_where_there_is_no_room_nothing_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +235,7 @@ def test_a_child_that_is_forked_counts_nothing(tmp_path: Path) -> None:
         os.waitpid(child, 0)
     finally:
         record(None)
+        recorder.close()
     [counters] = tmp_path.glob("counter_*.db")
     from prometheus_client.mmap_dict import MmapedDict
 
@@ -248,7 +250,9 @@ def test_a_port_in_use_is_a_line_of_the_log(port: int, tmp_path: Path) -> None:
         "[t.join() for t in threading.enumerate() if t.name == 'mx-metrics']"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", code, str(port)], capture_output=True, text=True, env=environ, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(port)], capture_output=True, text=True, env=environ, check=True
+    )
     assert f"no metrics of this engine's workers at port {port} (MX_METRICS_PORT): Address already in use" in ran.stderr
 
 
@@ -259,11 +263,16 @@ def test_a_folder_of_somebody_else_is_not_taken(port: int, tmp_path: Path) -> No
         "except PermissionError as e: print(e)"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", code, str(port)], capture_output=True, text=True, env=environ, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(port)], capture_output=True, text=True, env=environ, check=True
+    )
     assert re.search(r"mx-metrics-\d+-\d+-\d+ is not this user's alone", ran.stdout)
 
 
 def test_without_a_port_no_library_of_metrics_is_imported() -> None:
-    code = "import sys, mxcore.transfer.member, mxcore.metrics; print(json.dumps([n for n in sys.modules if 'prometheus' in n or n == 'http.server']))"
-    ran = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
+    code = (
+        "import json, sys, mxcore.transfer.member, mxcore.metrics; "
+        "print(json.dumps([name for name in sys.modules if 'prometheus' in name or name == 'http.server']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout) == []

@@ -22,8 +22,7 @@ from mxcore.storage.remote import (
     remote_digest,
     stream_remote,
 )
-from mxcore.storage.remote.object_store import ObjectOptions
-from mxcore.storage.remote.object_store import Reader
+from mxcore.storage.remote.object_store import ObjectOptions, Reader
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL, make_checkpoint
 from tests.object_store.google_store import BUCKET, GoogleStore

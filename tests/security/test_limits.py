@@ -89,7 +89,10 @@ def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple
         with pytest.raises(grpc.RpcError):
             next(refused)
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "host ipv4:127.0.0.1 has 2 streams open, which is the limit (streams_per_client of MX_SERVER_LIMITS)" in refused.details()
+        assert (
+            "host ipv4:127.0.0.1 has 2 streams open, which is the limit (streams_per_client of MX_SERVER_LIMITS)"
+            in refused.details()
+        )
         assert one.unary_unary("/s/call")(b"", timeout=120) == b""  # other calls go on
         waiting = [two.unary_stream(ENSURE)(b"", timeout=120) for _ in range(3)]  # so do those who wait for downloads
         assert [next(one) for one in waiting] == [b"1"] * 3

@@ -14,7 +14,6 @@ from vllm.model_executor.model_loader import base_loader
 
 from mxcore.engine import Fill, Kind, Replacement, Staged, UriPlace, find_checkpoint, model_name
 from mxcore.errors import UpdateFailed
-from mxcore.settings import load_settings
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin.engine import VllmEngine
 from vllm_plugin.identity import written_settings

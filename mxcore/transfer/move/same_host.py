@@ -35,8 +35,8 @@ def threads_of(cores: int, *, hashed: bool) -> int:
 class SameHostMover(Closing):
     """Reads the memory of process `process` of this host, which worker `holder` has proven to be its own. See Mover.
 
-    With `hashed`, digests are made on the way. Threads (`threads_of`) read until `close`, which waits for the chunks that
-    are being read.
+    With `hashed`, digests are made on the way. Threads (`threads_of`) read until `close`, which waits for the chunks
+    that are being read.
     """
 
     def __init__(

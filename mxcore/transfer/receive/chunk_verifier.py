@@ -20,9 +20,7 @@ _VERIFY_THREADS = 1
 class ChunkVerifier:
     """Compares chunks with their digests while others arrive, and records those that are right."""
 
-    def __init__(
-        self, received: ReceivedChunks, holder: str, transport: str, doubt: Callable[[int], None]
-    ) -> None:
+    def __init__(self, received: ReceivedChunks, holder: str, transport: str, doubt: Callable[[int], None]) -> None:
         """`doubt` is called for each wrong chunk, on any thread; `transport` is how they come, for the metrics."""
         self._received = received
         self._holder = holder
