@@ -1,8 +1,8 @@
 """Runs a server as a kubelet would: a program for root in namespaces of its own (`unshare --mount --net --pid --fork`).
 
-Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group` (fsGroup), `environment`, `mounts` (paths of volumes, as
-emptyDir has them), `probes` (paths of the port 9401). Its output: what the probes and the server answered. Nothing of
-the machine is changed: all mounts are this namespace's.
+Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group` (fsGroup),
+`environment`, `arguments`, `mounts` (paths of volumes, as emptyDir has them), `probes` (paths of the port 9401). Its
+output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this namespace's.
 """
 
 from __future__ import annotations
@@ -69,7 +69,16 @@ def main(command: dict[str, Any]) -> dict[str, Any]:
         [
             *("setpriv", "--reuid", str(command["uid"]), "--regid", str(command["gid"])),
             *("--groups", str(command["group"]), "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"),
-            *("env", "-i", "-C", "/", f"PYTHONPATH={code}:{packages}", *environment, "PYTHONDONTWRITEBYTECODE=1"),
+            *(
+                "env",
+                "-i",
+                "-C",
+                "/",
+                f"PYTHONPATH={code}:{packages}",
+                "LD_LIBRARY_PATH=/var/python/lib",
+                *environment,
+                "PYTHONDONTWRITEBYTECODE=1",
+            ),
             *(f"/var/python/bin/{version}", "-m", "mxserver", *command["arguments"]),
         ],
         stderr=subprocess.PIPE,

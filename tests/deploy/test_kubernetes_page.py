@@ -47,7 +47,7 @@ def test_what_is_not_run_could_not_be_run_here() -> None:
 
 
 def test_files_and_values_that_are_named_exist() -> None:
-    for path in set(re.findall(r"\bdeploy/[\w./-]+\w", PAGE)):
+    for path in set(re.findall(r"(?<![\w/])deploy/[\w./-]+\w", PAGE)):
         assert (ROOT / path).exists(), path
 
 
