@@ -17,7 +17,8 @@ from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
 from mxserver.wire import ServerRefused
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options
+from mxserver.wire.calls import ServerClient, channel_options
+from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, StartServer, access_file

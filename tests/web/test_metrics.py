@@ -137,7 +137,7 @@ def test_loads_and_bytes_by_path(web: WebServer, client: ServerClient) -> None:
 def test_models_have_a_page_of_their_own(web: WebServer, client: ServerClient) -> None:
     report = load_pb2.LoadReport(load_id="1", path=load_pb2.LOAD_PATH_PEER_RDMA, bytes=1000, seconds=0.07)
     publish(client, "a", of=identity("Org/One"), report=report)
-    publish(client, "b", INITIALIZING, of=identity("org/one"))
+    publish(client, "b", INITIALIZING, of=identity("Org/One"))
     publish(client, "c", of=identity("Org/Two"))
     labels = 'model="Org/One",path="peer_rdma"'
     text = ask(f"{web.url}/metrics/models").text
