@@ -1,8 +1,8 @@
 """Runs a server as a kubelet would: a program for root in namespaces of its own (`unshare --mount --net --pid --fork`).
 
 Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group`
-(fsGroup), `environment`, `arguments`, `mounts` (paths of volumes, as emptyDir has them), `probes` (paths of the port 9401). Its
-output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this namespace's.
+(fsGroup), `environment`, `arguments`, `mounts` (paths of volumes, as emptyDir has them), `probes` (paths of the port
+9401). Its output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this namespace's.
 """
 
 from __future__ import annotations
