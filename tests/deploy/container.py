@@ -2,7 +2,8 @@
 
 Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group`
 (fsGroup), `environment`, `arguments`, `mounts` (paths of volumes, as emptyDir has them), `probes` (paths of the port
-9401). Its output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this namespace's.
+9401). Its output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this
+namespace's.
 """
 
 from __future__ import annotations
