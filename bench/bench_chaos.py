@@ -22,6 +22,7 @@ from bench.chaos.runs import LINK_MEGABITS, SOURCES, TARGETS, Chaos
 from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
 from bench.fleet.fleet import BY_NIXL, Fleet, Network
+from mxbench.results import document
 
 FAILOVER_REPEATS = 3
 SETTINGS = ("tcp", BY_NIXL, "same-host", "network")
@@ -72,7 +73,9 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
 
 
 @click.command()
-@click.option("--runs", default=20, show_default=True, help="How many runs, split over the settings.")
+@click.option(
+    "--runs", type=click.IntRange(0), default=20, show_default=True, help="How many runs, split over the settings."
+)
 @click.option("--seed", type=int, help="Of the random choices; printed, so that a run can be repeated.")
 @click.option(
     "--setting",
@@ -82,16 +85,38 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
     help="What they share: TCP, TCP by NIXL, cross-memory attach, or TCP over a link each (needs root). Default: all.",
 )
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*FAULTS, *CUTS]), help="Default: all.")
-@click.option("--flips", default=10_000, show_default=True, help="How many bytes are flipped, one in a chunk.")
+@click.option(
+    "--flips",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    help="How many bytes are flipped, one in a chunk.",
+)
 @click.option(
     "--failover/--no-failover", default=True, show_default=True, help="Kill or stop a source at half, and measure."
 )
 @click.option(
-    "--liars", default=1000, show_default=True, help="Receives from three holders of which one lies; 0: none."
+    "--liars",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Receives from three holders of which one lies; 0: none.",
 )
-@click.option("--self-checks", default=3, show_default=True, help="Bits flipped in holders that look at themselves.")
+@click.option(
+    "--self-checks",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Bits flipped in holders that look at themselves.",
+)
 @click.option("--hostile/--no-hostile", default=True, show_default=True, help="Readers that try to change weights.")
-@click.option("--strangers", default=20.0, show_default=True, help="Seconds of strangers' calls; 0: none.")
+@click.option(
+    "--strangers",
+    type=click.FloatRange(0),
+    default=20.0,
+    show_default=True,
+    help="Seconds of strangers' calls; 0: none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     runs: int,
@@ -134,7 +159,10 @@ def command(
         figures["right_chunks_refused"] = flipped.false_alarms
     figures |= trust(liars, self_checks, hostile, strangers, seed)
     if as_json:
-        json.dump({"bench": "chaos", "seed": seed, "by_fault": tally.by_fault, "figures": figures}, sys.stdout)
+        asked = {"runs": runs, "seed": seed, "settings": list(used), "faults": list(faults), "flips": flips}
+        asked |= {"failover": failover, "liars": liars, "self_checks": self_checks, "strangers": strangers}
+        told = document("chaos", figures, settings=asked, seed=seed, by_fault=tally.by_fault)
+        json.dump(told, sys.stdout)
         sys.stdout.write("\n")
     else:
         for name, value in figures.items():

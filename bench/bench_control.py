@@ -29,17 +29,39 @@ CALLS_PER_WORKER = 5
 
 
 @click.command("control")
-@click.option("--workers", default=10_000, show_default=True, help="Workers that start.")
-@click.option("--at-once", default=64, show_default=True, help="Workers that are starting at any moment.")
-@click.option("--fleet-workers", default=200, show_default=True, help="Workers of one model.")
-@click.option("--ranks", default=8, show_default=True, help="Ranks that a model is split over.")
-@click.option("--idle-seconds", default=30.0, show_default=True, help="How long heartbeats are measured.")
-@click.option("--heartbeat-seconds", default=30.0, show_default=True, help="Between two heartbeats of a worker.")
+@click.option("--workers", type=click.IntRange(1), default=10_000, show_default=True, help="Workers that start.")
+@click.option(
+    "--at-once", type=click.IntRange(1), default=64, show_default=True, help="Workers that are starting at any moment."
+)
+@click.option("--fleet-workers", type=click.IntRange(1), default=200, show_default=True, help="Workers of one model.")
+@click.option("--ranks", type=click.IntRange(1), default=8, show_default=True, help="Ranks that a model is split over.")
+@click.option(
+    "--idle-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="How long heartbeats are measured.",
+)
+@click.option(
+    "--heartbeat-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Between two heartbeats of a worker.",
+)
 @click.option("--store", type=click.Choice(["sqlite", "redis", "memory"]), default="sqlite", show_default=True)
-@click.option("--replicas", type=int, help="Servers (default: 2 over Redis, otherwise 1).")
-@click.option("--processes", default=4, show_default=True, help="Processes of simulated workers.")
-@click.option("--attack-seconds", default=10.0, show_default=True, help="Of each hostile client; 0: none.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
+@click.option("--replicas", type=click.IntRange(1), help="Servers (default: 2 over Redis, otherwise 1).")
+@click.option(
+    "--processes", type=click.IntRange(1), default=4, show_default=True, help="Processes of simulated workers."
+)
+@click.option(
+    "--attack-seconds",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Of each hostile client; 0: none.",
+)
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--table", is_flag=True, help="A row of the capacity table in docs/operations.md.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -79,7 +101,11 @@ def command(
             "adversary_failures": sum(len(attack.failures) for attack in attacks),
         }
     if as_json:
-        click.echo(json.dumps(result))
+        from mxbench.results import document
+
+        asked = {**click.get_current_context().params, "folder": str(folder or ""), "replicas": replicas}
+        figures = result.pop("figures")
+        click.echo(json.dumps(document(result.pop("bench"), figures, settings=asked, **result)))
         return
     if table:
         click.echo("\n".join((*CAPACITY_HEAD, capacity_row(result))))

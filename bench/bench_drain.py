@@ -21,6 +21,7 @@ import click
 import grpc
 
 from bench.control.processes import Server
+from mxbench.results import document
 from mxserver.wire.calls import channel_options
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
@@ -31,9 +32,13 @@ CLEAN = ("the server is draining", "Connection refused")
 
 
 @click.command("drain")
-@click.option("--calls", default=12_000, show_default=True, help="Calls in all, at least.")
-@click.option("--rounds", default=6, show_default=True, help="How often the server gets SIGTERM.")
-@click.option("--callers", default=24, show_default=True, help="Connections that call at the same time.")
+@click.option("--calls", type=click.IntRange(1), default=12_000, show_default=True, help="Calls in all, at least.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="How often the server gets SIGTERM."
+)
+@click.option(
+    "--callers", type=click.IntRange(1), default=24, show_default=True, help="Connections that call at the same time."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(calls: int, rounds: int, callers: int, as_json: bool) -> None:
     """SIGTERM under load: which calls fail."""
@@ -58,7 +63,9 @@ def command(calls: int, rounds: int, callers: int, as_json: bool) -> None:
         "longest_drain_seconds": round(longest, 3),
     }
     if as_json:
-        click.echo(json.dumps({"bench": "drain", "rounds": rounds, "failures": dict(outcomes), "figures": figures}))
+        asked = {"calls": calls, "rounds": rounds, "callers": callers}
+        told = document("drain", figures, settings=asked, rounds=rounds, failures=dict(outcomes))
+        click.echo(json.dumps(told))
     else:
         for name, value in figures.items():
             click.echo(f"{name:28} {value:g}")

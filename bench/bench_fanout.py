@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 from bench.fleet.fleet import Fleet, Network
+from mxbench.results import NewFile, document
 
 MIB = 1 << 20
 
@@ -79,12 +81,20 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
 
 
 @click.command()
-@click.option("--receivers", default=8, show_default=True, help="How many receive at once.")
-@click.option("--megabytes", default=96, show_default=True, help="Size of the model, MiB.")
-@click.option("--megabits", default=80.0, show_default=True, help="Rate of every link, each way, Mbit/s.")
-@click.option("--chunk-mib", default=0.5, show_default=True, help="Size of a chunk, MiB.")
+@click.option("--receivers", type=click.IntRange(1), default=8, show_default=True, help="How many receive at once.")
+@click.option("--megabytes", type=click.IntRange(1), default=96, show_default=True, help="Size of the model, MiB.")
+@click.option(
+    "--megabits",
+    type=click.FloatRange(0, min_open=True),
+    default=80.0,
+    show_default=True,
+    help="Rate of every link, each way, Mbit/s.",
+)
+@click.option(
+    "--chunk-mib", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Size of a chunk, MiB."
+)
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw progress here.")
+@click.option("--plot", "plot_file", type=NewFile(), help="Draw progress here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     receivers: int,
@@ -96,6 +106,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Fan-out of a model from one seed over shaped links (needs root: network namespaces)."""
+    if os.geteuid() != 0:
+        raise click.ClickException("fanout makes network namespaces, which only root may")
     single = fan_out(1, "swarm", megabytes, megabits, chunk_mib)
     model_bytes = megabytes * MIB
     click.echo(f"1 receiver: {single.seconds:.2f} s", err=True)
@@ -119,7 +131,7 @@ def command(
         plot(rounds, model_bytes, plot_file)
     if as_json:
         settings = {"receivers": receivers, "megabytes": megabytes, "megabits": megabits, "chunk_mib": chunk_mib}
-        json.dump({"bench": "fanout", "settings": settings, "figures": figures}, sys.stdout)
+        json.dump(document("fanout", figures, settings=settings), sys.stdout)
         sys.stdout.write("\n")
     else:
         for name, value in figures.items():

@@ -28,6 +28,7 @@ import xxhash
 
 from bench.files.bare import bare_http, bare_tls, take_http, take_tls
 from bench.files.server import running_server
+from mxbench.results import document
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import FileInfo, FileSource, ModelClient, PortState, provider_of
 from mxserver.wire.proto import model_pb2
@@ -272,11 +273,11 @@ RATIOS = {
 }
 
 
-def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]:
+def measure(total_bytes: int, rounds: int, small_files: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Figures, and of those that are medians each round's value."""
     ram = Path("/dev/shm")  # noqa: S108 - memory, so that no disk is measured
     with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch, ExitStack() as stack:
         bench = Bench(Path(scratch), stack, total_bytes, small_files)
-        figures: dict[str, float] = {}
         for streams in STREAMS:
             bench.round(streams)  # once unmeasured: connections, imports, digests of parts
         taken = {streams: [] for streams in STREAMS}
@@ -286,16 +287,18 @@ def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]
                 taken[streams].append(bench.round(streams))
             if len(small) < SMALL_ROUNDS:
                 small.append(bench.small_round())
-        for streams, runs in taken.items():
-            figures |= of_streams(streams, runs, total_bytes)
+        samples = {
+            name: values
+            for streams, runs in taken.items()
+            for name, values in of_streams(streams, runs, total_bytes).items()
+        }
+        samples["small_files_a_second"] = [small_files / ours.seconds for _, ours, _ in small]
+        samples["small_vs_sendfile"] = [bare.seconds / ours.seconds for bare, ours, _ in small]
+        samples["small_cpu_vs_sendfile"] = [bare.cpu_seconds / ours.cpu_seconds for bare, ours, _ in small]
+        samples["small_to_folder_a_second"] = [small_files / seconds for _, _, seconds in small]
+        figures = {name: statistics.median(values) for name, values in samples.items()}
         for name in ("vs_sendfile", "tls_vs_ssl_pair"):
             figures[name] = min(value for key, value in figures.items() if key.startswith(f"{name}_"))
-        figures["small_files_a_second"] = statistics.median(small_files / ours.seconds for _, ours, _ in small)
-        figures["small_vs_sendfile"] = statistics.median(bare.seconds / ours.seconds for bare, ours, _ in small)
-        figures["small_cpu_vs_sendfile"] = statistics.median(
-            bare.cpu_seconds / ours.cpu_seconds for bare, ours, _ in small
-        )
-        figures["small_to_folder_a_second"] = statistics.median(small_files / seconds for _, _, seconds in small)
         figures |= many_files(bench.small.client.address, bench.small.name, small_files, bench.scratch)
         chunks, in_flight = resent_after_cut(
             bench.ours["http"].client, bench.ours["http"].name, bench.scratch, total_bytes
@@ -303,23 +306,19 @@ def measure(total_bytes: int, rounds: int, small_files: int) -> dict[str, float]
         figures["resent_chunks_after_cut"], figures["lost_in_flight_mib"] = chunks, in_flight
         figures["client_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         figures["server_peak_mib"] = peak_mib(bench.ours["http"].pid)
-    return figures
+    return figures, samples
 
 
-def of_streams(streams: int, runs: list[dict[str, Took]], total_bytes: int) -> dict[str, float]:
-    """Medians of rates and ratios; `cpu_` ratios are of both ends' processor time, which others' load moves less."""
-    figures = {}
+def of_streams(streams: int, runs: list[dict[str, Took]], total_bytes: int) -> dict[str, list[float]]:
+    """Rates and ratios of each round; `cpu_` ratios are of both ends' processor time, which others' load moves less."""
+    samples = {}
     for name in runs[0]:
-        figures[f"{name}_gb_s_{streams}"] = statistics.median(total_bytes / run[name].seconds / 1e9 for run in runs)
-        figures[f"{name}_cpu_s_a_gb_{streams}"] = statistics.median(
-            run[name].cpu_seconds / total_bytes * 1e9 for run in runs
-        )
+        samples[f"{name}_gb_s_{streams}"] = [total_bytes / run[name].seconds / 1e9 for run in runs]
+        samples[f"{name}_cpu_s_a_gb_{streams}"] = [run[name].cpu_seconds / total_bytes * 1e9 for run in runs]
     for name, (limit, ours) in RATIOS.items():
-        figures[f"{name}_{streams}"] = statistics.median(run[limit].seconds / run[ours].seconds for run in runs)
-        figures[f"cpu_{name}_{streams}"] = statistics.median(
-            run[limit].cpu_seconds / run[ours].cpu_seconds for run in runs
-        )
-    return figures
+        samples[f"{name}_{streams}"] = [run[limit].seconds / run[ours].seconds for run in runs]
+        samples[f"cpu_{name}_{streams}"] = [run[limit].cpu_seconds / run[ours].cpu_seconds for run in runs]
+    return samples
 
 
 def peak_mib(pid: int) -> float:
@@ -329,16 +328,21 @@ def peak_mib(pid: int) -> float:
 
 
 @click.command()
-@click.option("--mib", default=1024, show_default=True, help="Size of the model of large files.")
-@click.option("--rounds", default=8, show_default=True, help="Rounds; medians count.")
-@click.option("--small-files", default=10_000, show_default=True, help="Files of the model of small ones.")
+@click.option(
+    "--mib", type=click.IntRange(64), default=1024, show_default=True, help="Size of the model of large files."
+)
+@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Rounds; medians count.")
+@click.option(
+    "--small-files", type=click.IntRange(1), default=10_000, show_default=True, help="Files of the model of small ones."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(mib: int, rounds: int, small_files: int, as_json: bool) -> None:
     """Model files from the server by HTTP, plain and TLS, against bare servers in the same rounds."""
-    figures = {name: round(value, 3) for name, value in measure(mib * MIB, rounds, small_files).items()}
+    measured, samples = measure(mib * MIB, rounds, small_files)
+    figures = {name: round(value, 3) for name, value in measured.items()}
     if as_json:
-        about = {"bench": "files", "mib": mib, "rounds": rounds, "small_files": small_files, "figures": figures}
-        click.echo(json.dumps(about, indent=1))
+        asked = {"mib": mib, "rounds": rounds, "small_files": small_files}
+        click.echo(json.dumps(document("files", figures, settings=asked, samples=samples, **asked), indent=1))
         return
     for name, value in figures.items():
         click.echo(f"{name:32} {value:10.3f}")

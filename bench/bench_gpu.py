@@ -22,10 +22,22 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
 
 
 @click.command("gpu")
-@click.option("--size-mib", default=4096, show_default=True, help="Size of the checkpoint, and of device buffers.")
-@click.option("--rounds", default=3, show_default=True, help="Of each measurement; the fastest counts.")
-@click.option("--device", default=0, show_default=True, help="As CUDA counts.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Default: /dev/shm if there is room.")
+@click.option(
+    "--size-mib",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Size of the checkpoint, and of device buffers.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each measurement; the fastest counts."
+)
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="As CUDA counts.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Default: /dev/shm if there is room.",
+)
 @click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:
@@ -65,6 +77,7 @@ def _roomy(size_bytes: int) -> Path:
 def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: str | None) -> dict[str, Any]:
     from bench.gpu import peers, sections
     from bench.load import made
+    from mxbench.results import document
     from mxcore.cuda import driver as cuda_driver
 
     card = cuda_driver.Device(index)
@@ -90,23 +103,25 @@ def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: s
         ours = found["load"]["bytes"] / found["load"]["bytes_per_second"]
         figures |= {f"vs_{name}": seconds / ours for name, seconds in taken.items()}
         figures["vs_best_peer"] = min(taken.values()) / ours
-    return {
-        "bench": "gpu",
-        "stand_in": False,
-        "device": {"name": card.name, "capability": card.capability, "bytes": card.total_bytes},
-        "driver": cuda_driver.driver_version(),
-        "size_bytes": size_bytes,
-        "rounds": rounds,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
-        "left_out": left_out,
-        "figures": {name: round(value, 6) for name, value in figures.items()},
-    }
+    return document(
+        "gpu",
+        {name: round(value, 6) for name, value in figures.items()},
+        settings={"size_bytes": size_bytes, "rounds": rounds, "device": index, "folder": str(place)},
+        stand_in=False,
+        device={"name": card.name, "capability": card.capability, "bytes": card.total_bytes},
+        driver=cuda_driver.driver_version(),
+        size_bytes=size_bytes,
+        rounds=rounds,
+        cores=len(os.sched_getaffinity(0)),
+        load_average=os.getloadavg(),
+        left_out=left_out,
+    )
 
 
 def _without_figures(document: dict[str, Any]) -> dict[str, Any]:
     """What ran is told by name; nobody takes the speed of host memory for a GPU's."""
-    return {**document, "stand_in": True, "ran": sorted(document["figures"]), "figures": {}}
+    details = {**document["details"], "figures": {}}
+    return {**document, "stand_in": True, "ran": sorted(document["figures"]), "figures": {}, "details": details}
 
 
 if __name__ == "__main__":

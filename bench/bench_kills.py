@@ -22,6 +22,7 @@ import click
 
 from bench.control.processes import Redis, Server
 from bench.fleet.free_ports import free_port
+from mxbench.results import document
 from mxserver.wire import ServerUnreachable, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -33,11 +34,19 @@ BACK_SECONDS = 120.0
 
 
 @click.command("kills")
-@click.option("--kills", default=60, show_default=True, help="How often.")
+@click.option("--kills", type=click.IntRange(1), default=60, show_default=True, help="How often.")
 @click.option("--store", type=click.Choice(["sqlite", "redis"]), default="sqlite", show_default=True)
 @click.option("--victim", type=click.Choice(["server", "store"]), default="server", show_default=True)
-@click.option("--threads", default=6, show_default=True, help="Workers that publish at the same time.")
-@click.option("--longest", default=0.5, show_default=True, help="Seconds between a start and its kill, at most.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=6, show_default=True, help="Workers that publish at the same time."
+)
+@click.option(
+    "--longest",
+    type=click.FloatRange(0),
+    default=0.5,
+    show_default=True,
+    help="Seconds between a start and its kill, at most.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of the random moments.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(kills: int, store: str, victim: str, threads: int, longest: float, seed: int, as_json: bool) -> None:
@@ -51,7 +60,8 @@ def command(kills: int, store: str, victim: str, threads: int, longest: float, s
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if as_json:
-        click.echo(json.dumps({"bench": "kills", "store": store, "victim": victim, "figures": figures}))
+        asked = {"kills": kills, "threads": threads, "longest": longest, "seed": seed}
+        click.echo(json.dumps(document("kills", figures, settings=asked, store=store, victim=victim)))
     else:
         for name, value in figures.items():
             click.echo(f"{name:28} {value:g}")

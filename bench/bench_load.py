@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mxbench.results import NewFile, document
+
 if TYPE_CHECKING:
     from bench.load.measure import Measured
 
@@ -44,12 +46,20 @@ MOST_SECONDS = 420.0  # then no further round begins
 
 
 @click.command("load")
-@click.option("--size-mib", default=2048, show_default=True, help="Size of the checkpoint.")
-@click.option("--rounds", default=3, show_default=True, help="Loads of each candidate and state.")
-@click.option("--odd-tensors", default=20_000, show_default=True, help="Small tensors at odd offsets; 0: none.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to measure.")
+@click.option("--size-mib", type=click.IntRange(1), default=2048, show_default=True, help="Size of the checkpoint.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and state."
+)
+@click.option(
+    "--odd-tensors",
+    type=click.IntRange(0),
+    default=20_000,
+    show_default=True,
+    help="Small tensors at odd offsets; 0: none.",
+)
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
-@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw bars into this PNG.")
+@click.option("--chart", type=NewFile(), help="Draw bars into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     size_mib: int,
@@ -93,18 +103,24 @@ def command(
 
         draw(speeds, chart)
     if as_json:
-        document = {
-            "bench": "load",
-            "size_bytes": size_mib * MIB,
-            "rounds": rounds,
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average": os.getloadavg(),
-            "seconds": {s: {n: [m.seconds for m in r] for n, r in g.items()} for s, g in results.items()},
-            "cpu_seconds": {s: {n: [m.cpu_seconds for m in r] for n, r in g.items()} for s, g in results.items()},
-            "extra_memory_bytes": extra,
-            "figures": {name: round(value, 4) for name, value in figures.items()},
-        }
-        click.echo(json.dumps(document))
+        told = document(
+            "load",
+            {name: round(value, 4) for name, value in figures.items()},
+            settings={"size_mib": size_mib, "rounds": rounds, "odd_tensors": odd_tensors, "only": list(only)},
+            samples={
+                f"{state}_{name}_gbps": [size_mib * MIB / run.seconds / 1e9 for run in runs]
+                for state, group in results.items()
+                for name, runs in group.items()
+            },
+            size_bytes=size_mib * MIB,
+            rounds=rounds,
+            cores=len(os.sched_getaffinity(0)),
+            load_average=os.getloadavg(),
+            seconds={s: {n: [m.seconds for m in r] for n, r in g.items()} for s, g in results.items()},
+            cpu_seconds={s: {n: [m.cpu_seconds for m in r] for n, r in g.items()} for s, g in results.items()},
+            extra_memory_bytes=extra,
+        )
+        click.echo(json.dumps(told))
         return
     _print(speeds, extra, figures)
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import click
 
+from mxbench.results import document
+
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
 URI = "s3://models/bench"
@@ -29,9 +31,13 @@ TIMEOUTS = {"RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS": "60000", "RUNAI_STREAMER_S3_
 
 
 @click.command("object")
-@click.option("--size-mib", default=512, show_default=True, help="Size of the checkpoint.")
-@click.option("--rounds", default=3, show_default=True, help="Loads of each candidate and latency.")
-@click.option("--latency-ms", default=20.0, show_default=True, help="Added to each request, beside 0.")
+@click.option("--size-mib", type=click.IntRange(1), default=512, show_default=True, help="Size of the checkpoint.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and latency."
+)
+@click.option(
+    "--latency-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="Added to each request, beside 0."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> None:
     """S3 into memory, with and without latency, against Run:ai alone and boto3."""
@@ -47,17 +53,19 @@ def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> Non
             runs = _measure(proxy, environment(proxy.address), total_bytes, rounds, latency_ms)
     figures = _figures(runs, total_bytes)
     if as_json:
-        document = {
-            "bench": "object",
-            "size_bytes": total_bytes,
-            "rounds": rounds,
-            "latency_ms": latency_ms,
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average": os.getloadavg(),
-            "runs": runs,
-            "figures": {name: round(value, 4) for name, value in figures.items()},
-        }
-        click.echo(json.dumps(document))
+        told = document(
+            "object",
+            {name: round(value, 4) for name, value in figures.items()},
+            settings={"size_mib": size_mib, "rounds": rounds, "latency_ms": latency_ms},
+            samples=_samples(runs, total_bytes),
+            size_bytes=total_bytes,
+            rounds=rounds,
+            latency_ms=latency_ms,
+            cores=len(os.sched_getaffinity(0)),
+            load_average=os.getloadavg(),
+            runs=runs,
+        )
+        click.echo(json.dumps(told))
         return
     for name, value in figures.items():
         click.echo(f"{name:28} {value:.3f}")
@@ -119,6 +127,16 @@ def _measure(
             raise click.ClickException("no connection was cut")
     click.echo(f"\r{'':50}\r", err=True, nl=False)
     return runs
+
+
+def _samples(runs: list[dict[str, Any]], total_bytes: int) -> dict[str, list[float]]:
+    """What each round gave, of the figures that are rates."""
+    samples: dict[str, list[float]] = {}
+    for run in runs:
+        if run["name"] not in (CUT_ONE, CUT_ALL):
+            name = f"{run['name']}_{run['latency_ms']:g}ms_gbps"
+            samples.setdefault(name, []).append(total_bytes / run["seconds"] / 1e9)
+    return samples
 
 
 def _figures(runs: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:

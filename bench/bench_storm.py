@@ -25,22 +25,60 @@ SETTLE_SECONDS = 3.0
 
 
 @click.command("storm")
-@click.option("--ranks", "count", default=400, show_default=True, help="Workers that start, one a rank and host.")
-@click.option("--ranks-per-host", default=8, show_default=True, help="Ranks that the model is split over.")
-@click.option("--start-seconds", default=10.0, show_default=True, help="In which all have started.")
-@click.option("--read-seconds", default=60.0, show_default=True, help="How long reading storage takes.")
-@click.option("--receive-seconds", default=20.0, show_default=True, help="How long receiving takes.")
-@click.option("--at-once", default=0, show_default=True, help="How many receive at once; 0: half of them.")
-@click.option("--heartbeat-seconds", default=30.0, show_default=True, help="Between two heartbeats of a worker.")
+@click.option(
+    "--ranks",
+    "count",
+    type=click.IntRange(1),
+    default=400,
+    show_default=True,
+    help="Workers that start, one a rank and host.",
+)
+@click.option(
+    "--ranks-per-host", type=click.IntRange(1), default=8, show_default=True, help="Ranks that the model is split over."
+)
+@click.option(
+    "--start-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="In which all have started.",
+)
+@click.option(
+    "--read-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long reading storage takes.",
+)
+@click.option(
+    "--receive-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="How long receiving takes.",
+)
+@click.option(
+    "--at-once", type=click.IntRange(0), default=0, show_default=True, help="How many receive at once; 0: half of them."
+)
+@click.option(
+    "--heartbeat-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Between two heartbeats of a worker.",
+)
 @click.option("--store", type=click.Choice(["sqlite", "redis", "memory"]), default="sqlite", show_default=True)
-@click.option("--processes", default=4, show_default=True, help="Processes of ranks.")
+@click.option("--processes", type=click.IntRange(1), default=4, show_default=True, help="Processes of ranks.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(store: str, as_json: bool, **shape: Any) -> None:
     """A fleet that starts at once: what waiting, turns and news cost the server, and when workers hear."""
     with tempfile.TemporaryDirectory(prefix="mx-bench-") as place, ExitStack() as stack:
         result = _measure(stack, Path(place), store, shape)
     if as_json:
-        click.echo(json.dumps(result))
+        from mxbench.results import document
+
+        figures = result.pop("figures")
+        click.echo(json.dumps(document(result.pop("bench"), figures, settings={"store": store, **shape}, **result)))
         return
     for name, value in result["figures"].items():
         click.echo(f"{name:32} {value:g}")

@@ -20,6 +20,7 @@ from bench.fleet.certificates import certificates
 from bench.fleet.fleet import Fleet, Process
 from bench.transfer import limits, registration
 from bench.transfer.shapes import SHAPES, Shape, scaled, total_bytes
+from mxbench.results import document
 
 MIB = 1 << 20
 REGISTERED_TENSORS, REGISTERED_BYTES = 5000, 50 << 10
@@ -211,9 +212,25 @@ def figures_of(
     }
 
 
+def samples_of(rates: dict[tuple[str, str], Rates], linked: dict[str, Rates]) -> dict[str, list[float]]:
+    """What each round gave, of the figures that are rates."""
+    return {
+        **{f"{transport}_{name}_gbps": rate.moving for (transport, name), rate in rates.items()},
+        **{f"{transport}_{name}_one_descriptor_gbps": rate.one_descriptor for (transport, name), rate in rates.items()},
+        **{f"{way}_behind_a_link_gbps": rate.moving for way, rate in linked.items()},
+        **{f"{LIMITS[way]}_gbps": rates[way, "few"].limit for way in TRANSPORTS},
+    }
+
+
 @click.command()
-@click.option("--scale", default=1.0, show_default=True, help="Of the models: 1 is about 1 GB each.")
-@click.option("--repeats", default=5, show_default=True, help="Rounds; the median counts.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the models: 1 is about 1 GB each.",
+)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds; the median counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(scale: float, repeats: int, as_json: bool) -> None:
     """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
@@ -272,7 +289,9 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
         **{f"{LIMITS[way]}_gbps": round(median(rates[way, "few"].limit), 3) for way in TRANSPORTS},
     }
     if as_json:
-        json.dump({"bench": "transfer", "figures": {**figures, **details}}, sys.stdout)
+        asked = {"scale": scale, "repeats": repeats}
+        told = document("transfer", {**figures, **details}, settings=asked, samples=samples_of(rates, linked))
+        json.dump(told, sys.stdout)
         sys.stdout.write("\n")
     else:
         for name, value in {**figures, **details}.items():

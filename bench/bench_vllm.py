@@ -21,6 +21,7 @@ import click
 from bench.demo import models
 from bench.demo.processes import files_away
 from bench.demo.workers import Server
+from mxbench.results import document
 
 STEPS = ("join", "build", "fill", "process", "keep", "offer")
 ENGINE_STEPS = ("build", "process")
@@ -121,7 +122,8 @@ def command(rounds: int, as_json: bool) -> None:
     """Seconds of a load in vLLM by step: mx, the default loader, nothing but bytes."""
     measured = measure(rounds, lambda text: print(text, file=sys.stderr, flush=True))
     if as_json:
-        click.echo(json.dumps({"figures": figures_of(measured), "steps": measured}, indent=2))
+        told = document("vllm", figures_of(measured), settings={"rounds": rounds}, steps=measured)
+        click.echo(json.dumps(told, indent=2))
     else:
         click.echo(table(measured))
         click.echo(f"own_seconds {figures_of(measured)['own_seconds']:.3f} (all but the engine's steps and the bytes)")

@@ -34,7 +34,19 @@ ALLOWED = {
     "mxcore/engine": {"mxcore", "mxserver.wire", "torch"},
     "vllm_plugin": {"vllm_plugin", "mxcore", "mxserver.wire", "vllm", "torch"},
 }
-GUARDED = {"mxcore", "mxserver", "vllm_plugin", "vllm", "torch", "tests", "bench", "nixl", "nixl_cu12", "nixl_cu13"}
+GUARDED = {
+    "mxcore",
+    "mxserver",
+    "vllm_plugin",
+    "vllm",
+    "torch",
+    "tests",
+    "bench",
+    "mxbench",
+    "nixl",
+    "nixl_cu12",
+    "nixl_cu13",
+}
 
 # Lower ones first: a package imports only what stands before it here.
 ORDER = (

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Programs that some tests run for real: a browser for the status page, Prometheus for rules and dashboard, Redis for
-# the store, libfaketime for the wall clock. `make test` and `make test-adversary` call this; without root, or without
-# Debian's packages, those tests skip and say so.
+# the store, libfaketime for the wall clock, and what the arguments name (PROGRAM:PACKAGE). `make test`, `test-adversary`
+# and `test-cluster` call this; without root, or without Debian's packages, those tests skip and say so.
 # Ubuntu has no Chromium but as a snap, whose packages here are scripts that say so, and which sees no other's /tmp.
 set -eu
 missing=
@@ -13,7 +13,7 @@ if grep -qs '^ID=ubuntu$' "${OS_RELEASE:-/etc/os-release}"; then
 else
     browser="chromium:chromium chromedriver:chromium-driver"
 fi
-for pair in $browser prometheus:prometheus redis-server:redis-server faketime:faketime; do
+for pair in $browser prometheus:prometheus redis-server:redis-server faketime:faketime "$@"; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 [ -n "$missing" ] || exit 0

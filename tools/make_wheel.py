@@ -57,7 +57,9 @@ def copy_tree(tree: Path) -> None:
 
     Raises WheelError where the packages have files that git was not told of: the wheel would lack them.
     """
-    others = run("git", "ls-files", "--others", "--exclude-standard", "mxcore", "mxserver", "vllm_plugin").split()
+    others = run(
+        "git", "ls-files", "--others", "--exclude-standard", "mxcore", "mxserver", "vllm_plugin", "bench/mxbench"
+    ).split()
     if others:
         raise WheelError(f"git does not track {others[0]} (and {len(others) - 1} more): add it, or remove it")
     shutil.rmtree(tree, ignore_errors=True)

@@ -24,6 +24,7 @@ from bench.chaos.liars import receive, start
 from bench.chaos.strangers import rss_mib
 from bench.fleet.certificates import certificates
 from bench.fleet.fleet import BY_NIXL, Fleet, FleetError, Process
+from mxbench.results import document
 
 WAYS = {  # by name: the transport, whether both have certificates, and its share of the transfers
     "sockets": ("tcp", False, 0.3),
@@ -164,7 +165,9 @@ def _until_quiet(holder: Process) -> None:
 
 
 @click.command()
-@click.option("--transfers", default=1000, show_default=True, help="In all, split over the ways.")
+@click.option(
+    "--transfers", type=click.IntRange(1), default=1000, show_default=True, help="In all, split over the ways."
+)
 @click.option("--seed", default=1, show_default=True, help="Of orders, and of the moments of kills.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="This one alone, with its share.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -173,7 +176,8 @@ def command(transfers: int, seed: int, ways: tuple[str, ...], as_json: bool) -> 
     soaked = soak(transfers, seed, {name: WAYS[name] for name in ways} or None)
     if as_json:
         grown = {name: course.grown() for name, course in soaked.courses.items()}
-        json.dump({"bench": "soak", "figures": soaked.figures(), "processes": grown}, sys.stdout)
+        asked = {"transfers": transfers, "seed": seed, "ways": list(ways)}
+        json.dump(document("soak", soaked.figures(), settings=asked, processes=grown), sys.stdout)
         sys.stdout.write("\n")
         return
     for name, value in soaked.figures().items():

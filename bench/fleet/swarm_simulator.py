@@ -247,16 +247,31 @@ def table(counts: list[int], setting: Setting) -> list[tuple[int, float, float, 
 
 @click.command()
 @click.option("--receivers", default="1,8,64,256,1000", show_default=True)
-@click.option("--gigabytes", default=64.0, show_default=True, help="Of one worker's share of the model, 10^9 bytes.")
-@click.option("--gigabits", default=400.0, show_default=True, help="Rate of a link, each way.")
-@click.option("--chunk-mib", default=16, show_default=True)
+@click.option(
+    "--gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=64.0,
+    show_default=True,
+    help="Of one worker's share of the model, 10^9 bytes.",
+)
+@click.option(
+    "--gigabits",
+    type=click.FloatRange(0, min_open=True),
+    default=400.0,
+    show_default=True,
+    help="Rate of a link, each way.",
+)
+@click.option("--chunk-mib", type=click.IntRange(1), default=16, show_default=True)
 def main(receivers: str, gigabytes: float, gigabits: float, chunk_mib: int) -> None:
     """Prints how long a fleet takes, as a table."""
+    counts = [int(part) if part.strip().isdigit() else 0 for part in receivers.split(",")]
+    if min(counts) < 1:
+        raise click.BadParameter(f"{receivers!r} is no list of counts such as 1,8,64", param_hint="--receivers")
     chunk_bytes = chunk_mib << 20
     setting = Setting(0, ceil(gigabytes * 1e9 / chunk_bytes), chunk_bytes, gigabits * 1e9 / 8)
     click.echo("| receivers | seconds | over one | seed sent, models | doubling by finished copies, over one |")
     click.echo("|---|---|---|---|---|")
-    for number, seconds, ratio, sent, doubling in table([int(part) for part in receivers.split(",")], setting):
+    for number, seconds, ratio, sent, doubling in table(counts, setting):
         click.echo(f"| {number} | {seconds:.2f} | {ratio:.2f} | {sent:.2f} | {doubling:.0f} |")
 
 

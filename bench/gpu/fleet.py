@@ -73,13 +73,19 @@ def _measured(workers: Workers, slow: str, total_bytes: int) -> dict[str, Any]:
 
 
 @click.command("gpu-fleet")
-@click.option("--tensors", default=32, show_default=True, help="Large ones; 59 small ones beside them.")
-@click.option("--tensor-mib", default=256.0, show_default=True, help="Of each large one.")
-@click.option("--chunk-mib", default=16.0, show_default=True, help="Size of a chunk.")
+@click.option(
+    "--tensors", type=click.IntRange(1), default=32, show_default=True, help="Large ones; 59 small ones beside them."
+)
+@click.option(
+    "--tensor-mib", type=click.FloatRange(0, min_open=True), default=256.0, show_default=True, help="Of each large one."
+)
+@click.option(
+    "--chunk-mib", type=click.FloatRange(0, min_open=True), default=16.0, show_default=True, help="Size of a chunk."
+)
 @click.option(
     "--slow", default="3GB", show_default=True, help="What a source gives a second where something is killed."
 )
-@click.option("--device", default=0, show_default=True, help="As CUDA counts.")
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="As CUDA counts.")
 @click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(

@@ -18,6 +18,7 @@ from mxserver.calls.freed_memory import LARGE_BYTES, give_back
 from mxserver.calls.receiving import Receiving
 
 MOST_HELD_BYTES = 8 * 1024 * 1024
+LEAST_TAKEN = 4  # requests that come slowly, or never, leave room for others where one thread answers
 
 
 class _Turns:
@@ -58,7 +59,7 @@ class CallPool(ThreadPoolExecutor):
     def __init__(self, threads: int, name: str, receiving: Receiving, most_held_bytes: int = MOST_HELD_BYTES) -> None:
         """No request is received while those that are there and not yet answered have `most_held_bytes` or more."""
         super().__init__(threads, name)
-        self._threads_count, self._most_held_bytes = threads, most_held_bytes
+        self._most_taken, self._most_held_bytes = max(threads, LEAST_TAKEN), most_held_bytes
         self._receiving = receiving
         self._lock = threading.Lock()
         self._waiting = _Turns()
@@ -118,7 +119,7 @@ class CallPool(ThreadPoolExecutor):
 
     def _may_take(self) -> bool:
         """Called with the lock."""
-        return self.waiting > 0 and self._taken <= self._threads_count and self._held_bytes < self._most_held_bytes
+        return self.waiting > 0 and self._taken <= self._most_taken and self._held_bytes < self._most_held_bytes
 
     def _next(self) -> ArrivingCall | None:
         with self._lock:

@@ -7,7 +7,7 @@ from typing import Final
 __all__ = ["EXTRAS", "install_command"]
 
 EXTRAS: Final = {
-    "redis": ("redis>=5",),
+    "redis": ("redis[hiredis]>=5",),
     "otel": ("opentelemetry-sdk>=1.28", "opentelemetry-exporter-otlp-proto-grpc>=1.28"),
     "s3": ("obstore>=0.12", "runai-model-streamer-s3>=0.17", "tenacity>=8"),
     "gcs": ("obstore>=0.12", "runai-model-streamer-gcs>=0.17", "tenacity>=8"),

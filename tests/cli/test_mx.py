@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from mxbench import COMMANDS as COMMANDS_OF_MXBENCH
 from mxcore.cli import bench as bench_module
 from mxcore.cli.failures import exit_code
 from mxcore.cli.main import COMMANDS, main, mx
@@ -151,6 +152,7 @@ def test_bench_outside_a_checkout_says_where_benches_are(monkeypatch: pytest.Mon
     printed = CliRunner().invoke(mx, ["bench", "load"])
     assert printed.exit_code == 2
     assert "source checkout" in printed.output
+    assert set(bench_module.bench_modules()) == set(COMMANDS_OF_MXBENCH)
 
 
 def test_bench_runs_what_the_checkout_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -158,4 +160,5 @@ def test_bench_runs_what_the_checkout_has(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "bench" / "bench_speed.py").write_text("command = None\n")
     (tmp_path / "bench" / "plot.py").write_text("")
     monkeypatch.setattr(bench_module, "ROOT", tmp_path)
-    assert bench_module.bench_modules() == {"speed": "bench.bench_speed"}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert bench_module.bench_modules() == {"speed": "bench.bench_speed", **COMMANDS_OF_MXBENCH}

@@ -53,7 +53,7 @@ def test_the_context_has_the_sources_and_nothing_else(name: str) -> None:
     files = context_files(FOLDER / name)
     assert {"setup.py", "pyproject.toml", "mxserver/cli.py", "mxcore/digest/digest.pyx", "LICENSE"} <= set(files)
     tops = {file.partition("/")[0] for file in files}
-    assert not tops & {"tests", "bench", "docs", ".git", ".venv", "build"}
+    assert not tops & {"tests", "docs", ".git", ".venv", "build"}
 
 
 def entries(name: str) -> dict[str, tuple[str, int]]:

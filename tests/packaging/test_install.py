@@ -233,9 +233,12 @@ def test_mx_there_says_nothing_beside_what_was_asked(python: Path, tmp_path: Pat
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_mx_bench_there_says_that_benches_are_not_installed(python: Path, tmp_path: Path) -> None:
+def test_mx_bench_there_has_those_of_the_wheel(python: Path, tmp_path: Path) -> None:
     shown = run(python.parent / "mx", "bench", "--help", cwd=tmp_path)
-    assert "not installed" in shown.stdout
+    assert "  compare" in shown.stdout
+    (tmp_path / "a.json").write_text('{"bench": "x", "figures": {"a_seconds": 1}}')
+    compared = run(python.parent / "mx", "bench", "compare", "a.json", "a.json", cwd=tmp_path)
+    assert (compared.returncode, compared.stdout, compared.stderr) == (0, "no change in 1 figures\n", "")
     refused = run(python.parent / "mx", "bench", "load", cwd=tmp_path)
     assert refused.returncode == 2
     assert "source checkout" in refused.stderr

@@ -35,10 +35,10 @@ class Machine:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def install(self) -> tuple[list[str], str]:
+    def install(self, *pairs: str) -> tuple[list[str], str]:
         """The names that apt is told to install, and what is said."""
         ran = subprocess.run(
-            ["sh", str(SCRIPT)],
+            ["sh", str(SCRIPT), *pairs],
             env={"PATH": str(self.bin), "OS_RELEASE": str(self._release)},
             capture_output=True,
             text=True,
@@ -60,6 +60,13 @@ def test_nothing_is_asked_of_apt_where_all_is_there(tmp_path: Path) -> None:
     for name in ("chromium", "chromedriver", "prometheus", "redis-server", "faketime"):
         machine.add(name)
     assert machine.install() == ([], "")
+
+
+def test_a_target_names_more(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "debian")
+    for name in ("chromium", "chromedriver", "prometheus", "redis-server", "faketime"):
+        machine.add(name)
+    assert machine.install("sshd:openssh-server")[0] == ["openssh-server"]
 
 
 def test_ubuntu_installs_no_snap_and_says_so(tmp_path: Path) -> None:

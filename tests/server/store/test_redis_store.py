@@ -141,7 +141,7 @@ def test_server_without_the_package_says_what_to_install() -> None:
     program = "import sys; sys.modules['redis'] = None; from mxserver.cli import main; main(['--store', 'redis'])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 2
-    assert run.stderr.endswith("install it with pip install 'redis>=5' [MX_SETTING]\n")
+    assert run.stderr.endswith("install it with pip install 'redis[hiredis]>=5' [MX_SETTING]\n")
 
 
 # Outages
