@@ -318,7 +318,10 @@ class Server:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises PortUnavailable with the system's reason, which gRPC does not give."""
+    """Raises PortUnavailable with the system's reason, which gRPC does not give.
+
+    Before a store is opened: who starts a second server by mistake does no more than that.
+    """
     try:
         places = socket.getaddrinfo(_unbracketed(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, place in places:

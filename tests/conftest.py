@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import ends_with_pytest
+
 # A loaded machine is no fault: by default an example that takes 0.2 s fails, and so does a second run that does not.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -18,6 +20,9 @@ settings.load_profile("any machine")
 FOLDERS = Path(__file__).parent
 SLOW_ONES_LAST = ("models", "web", "security", "packaging", "transfer", "vllm")
 MOST_WORKERS = 8
+
+
+ends_with_pytest.begin()  # here: each process of xdist's reads this file, once
 
 
 def _rank(item: pytest.Item) -> int:

@@ -16,7 +16,7 @@ from mxcore.storage.checkpoint import Checkpoint
 from mxcore.storage.load import Reader
 from mxcore.storage.plan import Row
 from mxcore.storage.remote import LocalFolder
-from mxcore.storage.signed import SignedManifest, VerifiedFiles, trusted_manifest
+from mxcore.storage.signed import KeylessSigner, SignedManifest, VerifiedFiles, trusted_manifest
 from mxserver.wire import environment
 
 __all__ = ["signed_manifest", "verified_weights"]
@@ -34,21 +34,46 @@ def signed_manifest(
     if settings.model_signature == "off":
         _refuse_misspelt()
         return None
-    key, certificates = settings.model_signature_key, settings.model_signature_ca
-    if bool(key) == bool(certificates):
+    key, certificates, keyless = settings.model_signature_key, settings.model_signature_ca, _keyless(settings)
+    given = sum(map(bool, (key, certificates, keyless)))
+    if given != 1:
         raise SignatureError(
-            "MX_MODEL_SIGNATURE=require wants one of MX_MODEL_SIGNATURE_KEY (a public key) and MX_MODEL_SIGNATURE_CA "
-            f"(certificates), and has {'both' if key else 'none'}: nothing is loaded"
+            "MX_MODEL_SIGNATURE=require wants one of MX_MODEL_SIGNATURE_KEY (a public key), MX_MODEL_SIGNATURE_CA "
+            f"(certificates) and MX_MODEL_SIGNATURE_IDENTITY (of a keyless signature), and has {given or 'none'}: "
+            "nothing is loaded"
         )
     folder = find_checkpoint(model, revision, download_dir).folder
     data, name = _signature(settings.model_signature_file, folder, uri)
     manifest = trusted_manifest(
-        data, name, key=Path(key) if key else None, certificates=Path(certificates) if certificates else None
+        data,
+        name,
+        key=Path(key) if key else None,
+        certificates=Path(certificates) if certificates else None,
+        keyless=keyless,
     )
     _log.info("%s: %d files were signed, their manifest is %s", name, len(manifest.files), manifest.digest)
     if folder is not None:
         VerifiedFiles(manifest, LocalFolder(folder)).check_small()
     return manifest
+
+
+def _keyless(settings: WorkerSettings) -> KeylessSigner | None:
+    """Whose keyless signature is asked for. Raises SignatureError where only a part of that is said."""
+    said = {
+        "MX_MODEL_SIGNATURE_IDENTITY": settings.model_signature_identity,
+        "MX_MODEL_SIGNATURE_ISSUER": settings.model_signature_issuer,
+        "MX_MODEL_SIGNATURE_TRUST": settings.model_signature_trust,
+    }
+    missing = [name for name, value in said.items() if not value]
+    if len(missing) == len(said):
+        return None
+    if missing:
+        raise SignatureError(
+            f"{' and '.join(missing)} not set: a keyless signature is by an identity, as an issuer knows it, and a "
+            "trusted root's file says which Sigstore is believed (docs/signing.md): nothing is loaded"
+        )
+    identity, issuer, trust = said.values()
+    return KeylessSigner(identity, issuer, Path(trust))
 
 
 def _refuse_misspelt() -> None:

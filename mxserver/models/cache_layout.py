@@ -22,7 +22,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from mxserver.models.errors import UnsafePath
+from mxserver.models.errors import CacheUnusable, UnsafePath
 from mxserver.models.names import ModelKey, ModelName
 from mxserver.models.record import write_in_one_step
 from mxserver.wire import path_problem, unique_beside
@@ -56,6 +56,17 @@ class CacheLayout:
         if model.provider == model_pb2.HUGGING_FACE:
             return self.root / f"models--{model.name.replace('/', '--')}"
         return self.state / "objects" / model_id(model)
+
+    def require_inside(self, model: ModelName) -> None:
+        """Raises CacheUnusable where the model's folders lead out of the cache folder: nothing would be read there."""
+        folder = self.model_folder(model)
+        for place in (folder, folder / "blobs", folder / "snapshots"):
+            real = os.path.realpath(place)
+            if not Path(real).is_relative_to(self.root):
+                raise CacheUnusable(
+                    f"{place} is a link to {real}, out of the cache folder, and such links are not followed: mount "
+                    "what is there in its place (mount --bind), or name the folder that it belongs to by --cache-dir"
+                )
 
     def relative(self, path: Path) -> str:
         """A path of this layout, relative to the root."""

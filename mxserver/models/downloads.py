@@ -84,9 +84,18 @@ class DownloadJob:
 
     def wait_for_change(self, since: int, timeout_seconds: float) -> JobState:
         """The state, once its version differs from `since` or after the time-out."""
+        return self.wait_until(lambda state: state.version != since, timeout_seconds)
+
+    def wait_until(self, enough: Callable[[JobState], bool], timeout_seconds: float) -> JobState:
+        """The state, once it is `enough` or after the time-out; it is looked at when it changes, and at `wake`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._state.version != since, timeout_seconds)
+            self._changed.wait_for(lambda: enough(self._state), timeout_seconds)
             return self._state
+
+    def wake(self) -> None:
+        """Has those that wait look again: what else they wait for has come."""
+        with self._changed:
+            self._changed.notify_all()
 
     def show(self, **changes: object) -> None:
         with self._changed:
@@ -244,6 +253,7 @@ class Downloads:
         if self._cache.stopping.is_set():
             raise Stopped(f"{job.model}: the server is stopping")
         source = self._sources[job.model.provider]
+        self._cache.layout.require_inside(job.model)
         if is_commit(job.revision) and (record := self._satisfying(ModelKey(job.model, job.revision), job)):
             return record  # a commit's list never changes
         try:

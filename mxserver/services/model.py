@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -130,20 +130,17 @@ class ModelService:
             yield _update(job, state)
 
     def _follow(self, job: DownloadJob, context: grpc.ServicerContext) -> Iterator[model_pb2.ModelStatusUpdate]:
-        """Yields the download's progress until it ends or the caller leaves."""
+        """Yields the download's progress until it ends or the caller leaves; between two of these it sleeps."""
+
+        def gone() -> bool:
+            return not context.is_active()
+
         state = job.state()
-        if not state.ended:
-            context.add_callback(functools.partial(_note_end_of_call, job))
-        while not state.ended:
+        if not state.ended and not context.add_callback(functools.partial(_note_end_of_call, job)):
+            return
+        while not state.ended and not gone():
             yield _update(job, state)
-            told_at = time.monotonic()
-            since = state.version
-            while not state.ended and time.monotonic() - told_at < _UPDATE_SECONDS:
-                if not context.is_active():
-                    return
-                state = job.wait_for_change(state.version, _MIN_UPDATE_SECONDS)
-                if state.version != since and time.monotonic() - told_at >= _MIN_UPDATE_SECONDS:
-                    break
+            state = _next_state(job, state.version, gone)
 
     @refuses_for_models
     def list_model_files(
@@ -207,9 +204,18 @@ class ModelService:
         return [key] if key and cache.record(key) else []
 
 
+def _next_state(job: DownloadJob, told: int, gone: Callable[[], bool]) -> JobState:
+    """The state once it is another one than was told, or after a while; soon after the caller is gone."""
+    told_at = time.monotonic()
+    state = job.wait_until(lambda now: now.version != told or gone(), _UPDATE_SECONDS)
+    rest = told_at + _MIN_UPDATE_SECONDS - time.monotonic()
+    return job.wait_until(lambda now: now.ended or gone(), rest) if rest > 0 else state
+
+
 def _note_end_of_call(job: DownloadJob) -> None:
     if not job.state().ended:
         _LOG.info("a caller left model=%s; the download goes on", job.model)
+    job.wake()
 
 
 def _named(request: model_pb2.ModelFilesRequest) -> tuple[ModelName, str]:

@@ -349,6 +349,9 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_MODEL_SIGNATURE_KEY", "worker", "PEM public key of who signs models"),
     Variable("MX_MODEL_SIGNATURE_CA", "worker", "PEM certificates that the signer's certificate comes from, instead"),
+    Variable("MX_MODEL_SIGNATURE_IDENTITY", "worker", "who signs without a key, instead: an address or a URI"),
+    Variable("MX_MODEL_SIGNATURE_ISSUER", "worker", "the OpenID Connect issuer that knows that identity: a URL"),
+    Variable("MX_MODEL_SIGNATURE_TRUST", "worker", "the trusted root of the Sigstore that certified it: a JSON file"),
     Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
     Variable(
         "MX_SOURCE_KEEP",

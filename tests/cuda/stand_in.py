@@ -111,6 +111,10 @@ class StandIn:
         """As a process' end does, after a close that failed."""
         self._library.cuFileDriverClose_v2()
 
+    def unmap(self, address: int) -> None:
+        """As a process' end does, after a close that failed."""
+        assert self._library.cuIpcCloseMemHandle(ctypes.c_uint64(address)) == 0
+
     def memory(self, size_bytes: int) -> None:
         """What each device has."""
         self._library.mx_stand_in_memory(ctypes.c_size_t(size_bytes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import distributed, nn
 
 from mxcore.agreement import Gather
 from mxcore.engine import Fill, gather_over_gloo, load, serving
+from mxcore.transfer.serve import Holder
 from tests.engine.plain_engine import LAYERS, Layer, PlainEngine, answer
 from tests.engine.plain_worker import ROLES
 from tests.self_checks import end_self_checks
@@ -41,18 +43,21 @@ class ParallelEngine(PlainEngine):
 
 
 def main(command: dict[str, Any]) -> None:
-    """`command`: folder, server, rank, store, report, processed, and of a source: `bad`, the rank whose bytes are
-    wrong, and `silent`, the rank that offers nothing."""
+    """`command`: folder, server, rank, store, report; it may have `options`, `processed`, and of a source: `bad`, the
+    rank whose bytes are wrong, `silent`, the rank that offers nothing, and `mute`, the one that gives no chunk."""
     rank = command["rank"]
+    if command.get("mute") == rank:
+        Holder.ask = lambda *_, **__: threading.Event().wait()  # type: ignore[assignment,method-assign]
     if "bad" in command:
         end_self_checks()
     store = distributed.FileStore(command["store"], 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     options = {"server_address": command["server"], "worker_host": "127.0.0.1", "worker_grpc_port": 0}
+    options |= command.get("options", {})
     engine = ParallelEngine(
         Path(command["folder"]),
         {**options, "report_path": str(Path(command["report"]).with_name("{rank}-" + Path(command["report"]).name))},
-        processed_weights_move=command["processed"],
+        processed_weights_move=command.get("processed", False),
     )
     report = Path(engine.options["report_path"].replace("{rank}", str(rank)))
     model = load(engine, ROLES["both"])

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from torch import nn  # noqa: E402
 
-from mxcore.engine.weights import Built, Fit, MarkUninitialised, Weights  # noqa: E402
+from mxcore.engine.weights import Built, Constructed, Fit, MarkUninitialised, Weights  # noqa: E402
 from mxcore.engine.weights.evidence import bytes_by_name, packed_away  # noqa: E402
 from mxcore.engine.weights.structure import structure_rows  # noqa: E402
 from mxcore.errors import LayoutMismatch, LayoutUnsupported  # noqa: E402
@@ -430,3 +430,34 @@ def test_what_cannot_be_moved_is_refused_by_name() -> None:
     model.sparse = torch.eye(3).to_sparse()
     with pytest.raises(LayoutUnsupported, match="sparse"):
         weights.loaded(model, built)
+
+
+class Tabled(nn.Module):
+    """A matrix, and what its constructor values: a norm, a table, and rows that are no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 4), requires_grad=False)
+        self.norm = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.register_buffer("table", torch.arange(8).float(), persistent=False)
+        self.rows = torch.arange(6).float()
+
+
+def test_what_a_constructor_valued_is_kept_once() -> None:
+    """For as long as a model runs: by how it is made, and by what of it is a weight."""
+    with MarkUninitialised():
+        model = Tabled()
+    noted = Constructed(model, CPU)
+    values = {form.value.data_ptr() for form in noted._forms.values() if form.value is not None}
+    copies = noted.built._copies
+    assert len(values) == 2
+    assert copies["table"].data_ptr() in values
+    assert copies["rows"].data_ptr() not in values | {model.rows.data_ptr()}
+    for tensor in (model.table, model.rows):
+        tensor.zero_()
+    noted.built.put_back(noted.built.look(model), set(), {})
+    assert model.table.tolist() == list(range(8))
+    assert model.rows.tolist() == list(range(6))
+    model.table.zero_()
+    noted.stage(CPU)
+    assert model.table.tolist() == list(range(8))

@@ -16,7 +16,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from mxcore.agreement import MESSAGE_BYTES, Agreement  # noqa: E402
+from mxcore import agreement  # noqa: E402
+from mxcore.agreement import LEAST_STALL_SECONDS, MESSAGE_BYTES, Agreement  # noqa: E402
+from mxcore.settings import WorkerSettings  # noqa: E402
+from mxcore.transfer.receive import receiver  # noqa: E402
 from tests.engine.plain_engine import write_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,30 @@ def test_a_transfer_that_fails_at_one_fails_at_all(server: str, tmp_path: Path, 
     assert steps(first) == steps(second)
     assert ("p2p", "failed") in steps(first)
     assert "process 1: " in next(step["reason"] for step in first["report"]["paths"] if step["outcome"] == "failed")
+
+
+def test_who_still_receives_hears_that_another_one_failed(server: str, tmp_path: Path) -> None:
+    """The source of rank 0 gives its manifest and then nothing more, and rank 0 has hours of patience with that."""
+    folder = write_checkpoint(tmp_path / "model")
+    with (
+        pair(folder, server, "source", bad=1, mute=0),
+        pair(folder, server, "target", options={"stall_timeout_seconds": 3600}) as target,
+    ):
+        assert [said["report"]["path"] for said in target] == ["storage", "storage"]
+    first, second = target
+    assert steps(first) == steps(second)
+    assert ("p2p", "failed") in steps(first)
+    assert "process 1: " in next(step["reason"] for step in first["report"]["paths"] if step["outcome"] == "failed")
+
+
+def test_one_bad_rank_costs_all_of_them_less_than_a_minute() -> None:
+    """By the default settings, from its last good chunk until none is at work any more; what engines do themselves, and
+    a device that does not end its transfers, aside."""
+    stall_seconds = WorkerSettings().stall_timeout_seconds
+    it_has_failed = receiver._PATIENCE_STALLS * stall_seconds + receiver._POLL_SECONDS
+    all_have_heard = agreement._LONGEST_PAUSE_SECONDS + max(LEAST_STALL_SECONDS, stall_seconds)
+    others_have_ended = receiver._POLL_SECONDS + stall_seconds  # calls under way are cancelled, and end by then anyhow
+    assert it_has_failed + all_have_heard + others_have_ended < 60
 
 
 def test_all_take_from_workers_together(server: str, tmp_path: Path) -> None:

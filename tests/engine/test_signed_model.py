@@ -20,6 +20,7 @@ from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint  # n
 from tests.engine.plain_worker import ROLES  # noqa: E402
 from tests.engine.test_plain_engine import options, started  # noqa: E402
 from tests.object_store.s3_server import S3Server, environment  # noqa: E402
+from tests.storage.signed.keyless import OwnSigstore  # noqa: E402
 from tests.storage.signed.signing import Key  # noqa: E402
 
 
@@ -174,3 +175,23 @@ def test_who_takes_from_a_worker_that_verified_the_manifest_names_it_too(server:
             records = [client.get_metadata(one["source_id"], one["worker_id"]) for one in (source["report"], report)]
     [manifest] = {record.worker.signed_manifest for record in records if record is not None}
     assert len(manifest) == 64
+
+
+def test_a_keyless_signature_is_taken_from_the_identity_that_is_named(folder: Path, tmp_path: Path, key: Key) -> None:
+    """And refused where only a part of it is said, or somebody else's is asked for."""
+    sigstore = OwnSigstore()
+    sigstore.certify(folder / "model.sig", key.public_key, "release@models.example", "https://accounts.example")
+    given = {
+        "model_signature": "require",
+        "model_signature_identity": "release@models.example",
+        "model_signature_issuer": "https://accounts.example",
+        "model_signature_trust": str(sigstore.trust(tmp_path / "trust.json")),
+    }
+    expected = answer(load(PlainEngine(folder, {}), ROLES["both"]))
+    assert answer(load(PlainEngine(folder, given), ROLES["both"])) == expected
+    with pytest.raises(SignatureInvalid, match=r"other@models\.example"):
+        load(PlainEngine(folder, {**given, "model_signature_identity": "other@models.example"}), ROLES["both"])
+    with pytest.raises(SignatureError, match="MX_MODEL_SIGNATURE_ISSUER and MX_MODEL_SIGNATURE_TRUST not set"):
+        load(PlainEngine(folder, {name: given[name] for name in list(given)[:2]}), ROLES["both"])
+    with pytest.raises(SignatureError, match=r"wants one of .* and has 2"):
+        load(PlainEngine(folder, signed(key, **given)), ROLES["both"])

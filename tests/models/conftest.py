@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ def start_server(tmp_path: Path, hub: HubStandIn, cache_folder: Path) -> Iterato
     """Starts servers over the cache folder, with the hub stand-in as their hub, and ends them after the test."""
     started: list[ServerProcess] = []
 
-    def start(*arguments: str, **environ: str) -> ServerProcess:
+    def start(*arguments: str, launcher: Sequence[str] = (), **environ: str) -> ServerProcess:
         defaults = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf-home"),
@@ -82,7 +82,7 @@ def start_server(tmp_path: Path, hub: HubStandIn, cache_folder: Path) -> Iterato
             "MX_METADATA_BACKEND": "memory",
             "MX_CACHE_LEASE_SECS": "2",
         }
-        started.append(ServerProcess("--port", "0", *arguments, environ=defaults | environ))
+        started.append(ServerProcess("--port", "0", *arguments, environ=defaults | environ, launcher=launcher))
         return started[-1]
 
     yield start

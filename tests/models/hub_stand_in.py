@@ -57,6 +57,7 @@ class HubStandIn:
         self.bytes_sent: Counter[str] = Counter()
         self.tokens: set[str] = set()
         self.cdn_tokens: set[str] = set()
+        self.knows_ranges = True  # else every answer is the whole file, as some mirrors do
         self.reached = threading.Condition()  # notified whenever a body has come to a gate
         self.at_gate = 0
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -201,7 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = data if fault.replace_with is None else fault.replace_with
         begin = 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if match and self.hub.knows_ranges:
             begin = int(match[1])
         self.send_response(206 if begin else 200)
         headers["Content-Length"] = str(len(data) - begin)

@@ -88,11 +88,12 @@ def test_with_a_server(mxserver: ServerProcess, made: Made) -> None:
         for number, status in enumerate((p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_INITIALIZING)):
             answer = client.publish(identity, p2p_pb2.WorkerMetadata(worker_rank=0, status=status), f"w{number}")
             client.update_status(source_id(identity), f"w{number}", 0, status, epoch=answer.epoch)
-    found = verdicts(mx("explain", "org/name", "--json", MODEL_EXPRESS_NO_SHARED_STORAGE="1", **environ))
-    assert found["p2p"][0] == "take"
-    assert "1 workers are READY (ranks 0)" in found["p2p"][1]
+    found = verdicts(mx("explain", "--json", **environ))  # with a name vLLM would be asked: tests/vllm/test_explain.py
+    assert found["p2p"] == ("take", "1 workers are READY (ranks 0), if their layout is this worker's")
     assert "1 workers load now" in found["fleet"][1]
-    assert "the server downloads org/name and streams it" in found["cache"][1]
+    found = verdicts(mx("explain", "org/other", "--json", MODEL_EXPRESS_NO_SHARED_STORAGE="1", **environ))
+    assert found["p2p"][0] == "skip"
+    assert "the server downloads org/other and streams it" in found["cache"][1]
 
 
 def test_a_folder_is_no_name_of_the_hub(mxserver: ServerProcess, tmp_path: Path) -> None:

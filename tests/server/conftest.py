@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,14 +67,17 @@ def client(server: Server) -> Iterator[ServerClient]:
 
 
 class ServerProcess:
-    """`python -m mxserver` with its log lines; the constructor waits until it listens."""
+    """`python -m mxserver` with its log lines; the constructor waits until it listens.
 
-    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+    `launcher` is a command that becomes the one that follows it.
+    """
+
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, launcher: Sequence[str] = ()) -> None:
         self.lines: list[str] = []
         self._more = threading.Condition()
         self._ended = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mxserver", "--host", "127.0.0.1", *arguments],
+            [*launcher, sys.executable, "-m", "mxserver", "--host", "127.0.0.1", *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(environ or {})},

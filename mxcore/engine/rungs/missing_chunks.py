@@ -17,7 +17,7 @@ from torch import nn
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import verified_of
 from mxcore.engine.protocol import Files
-from mxcore.errors import ReceivedInPart
+from mxcore.errors import ReceivedInPart, TransferStalled
 
 __all__ = ["MissingBytes", "fill_missing"]
 
@@ -29,8 +29,14 @@ def fill_missing(partial: ReceivedInPart, model: nn.Module, context: LoadContext
 
     Where files have to be verified they are read whole: then all of the model comes from them.
 
-    Raises what the engine's loader raises: then the model is to be built anew.
+    Raises what the engine's loader raises: then the model is to be built anew. TransferStalled once another process of
+    the engine has failed.
     """
+
+    def told(_done_bytes: int, _total_bytes: int) -> None:
+        if context.agreement.is_given_up():
+            raise TransferStalled("another process of this engine has failed: the rest is not read")
+
     _log.warning(
         "%d of %d bytes did not come from workers: they are read from storage",
         partial.missing_bytes,
@@ -38,7 +44,7 @@ def fill_missing(partial: ReceivedInPart, model: nn.Module, context: LoadContext
     )
     verified = verified_of(context, None)
     source = Files(needed=MissingBytes(partial.missing_stretches()).rows, verified=verified)
-    count = context.engine.fill(model, source, context.settings, lambda done_bytes, total_bytes: None)
+    count = context.engine.fill(model, source, context.settings, told)
     if verified is not None:
         verified.finish()
     return count

@@ -17,7 +17,7 @@ from mxcore.engine.report import LoadedPart
 from mxcore.engine.rungs.missing_chunks import fill_missing
 from mxcore.engine.weights import Built, Fit, Kind, Weights
 from mxcore.errors import ChunksMissing, SourceUnreachable, TransferError
-from mxcore.load_ladder import PollResult, Rung, skip, take
+from mxcore.load_ladder import PollResult, Rung, reason_of, skip, take
 from mxcore.transfer.layout import Manifest, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, manifest_of
 from mxcore.transfer.move import Source
@@ -204,6 +204,7 @@ class PeerRung(Rung[Loaded]):
                     relay_from=relay_from,
                     files_decide=has_files,
                     keep_alive=attempt.weights,
+                    stopped=context.agreement.is_given_up,
                 )
             except ChunksMissing as error:
                 if error.partial is None or unprocessed is None or not has_files:
@@ -212,9 +213,11 @@ class PeerRung(Rung[Loaded]):
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
                 return whole
-        except TransferError:
-            self._tried.failed.update(source.worker_id for source in self._sources)
+        except TransferError as error:
             attempt.others_may_do = True
+            if context.agreement.is_given_up():  # then that is why: what is received here comes to nothing
+                raise SiblingFailed(context.agreement.agree(reason_of(error))) from error
+            self._tried.failed.update(source.worker_id for source in self._sources)
             raise
 
     def _before_receiving(self) -> None:

@@ -76,7 +76,18 @@ class Constructed:
         self._forms: dict[int, _Form] = {}
         self._values_bytes = 0
         self._modules = [self._seen(module) for module in model.modules()]
-        self.built = Built(model, device, configuration, copies=True, keeps_copies=True)
+        values = {
+            (form.storage, form.offset, form.dtype, form.shape, form.stride): form.value
+            for form in self._forms.values()
+        }
+        self.built = Built(
+            model,
+            device,
+            configuration,
+            copies=True,
+            keeps_copies=True,
+            copied=lambda tensor: values.get(_place(tensor)),
+        )
         self.unfilled: frozenset[str] | None = None
         """Names of tensors without a value that filling left without one; None where that was not seen."""
 
@@ -246,6 +257,12 @@ def unfilled(model: nn.Module) -> set[str]:
 
 def _plain(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None and _is_plain(tensor)}
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]:
+    """What two tensors that are views of the same values have in common."""
+    storage = tensor.untyped_storage().data_ptr()
+    return storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -40,8 +40,8 @@ class Built:
     """A model as its constructor left it, by name. Holds no tensor of the model; with `copies`, copies of some.
 
     `copies` is for a model whose weights arrive from elsewhere: `put_back` undoes what was made of placeholders. With
-    `keeps_copies` it can do so again and again.
-    `configuration` is what `collect` leaves out.
+    `keeps_copies` it can do so again and again: the copies are in host memory then, and those that `copied` knows are
+    not made a second time. `configuration` is what `collect` leaves out.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Built:
         *,
         copies: bool = False,
         keeps_copies: bool = False,
+        copied: Callable[[torch.Tensor], torch.Tensor | None] = lambda tensor: None,
     ) -> None:
         self._device = device
         self._keeps_copies = keeps_copies
@@ -68,7 +69,10 @@ class Built:
         valued = self._valued(found)
         self._digests = {name: digest(found.kept[name]) for name in valued}
         place = torch.device("cpu") if keeps_copies else None  # for as long as the model runs: not on its device
-        self._copies = {name: found.kept[name].to(place, copy=True) for name in valued} if copies else {}
+        self._copies: dict[str, torch.Tensor] = {}
+        for name in valued if copies else ():
+            known = copied(found.kept[name])
+            self._copies[name] = found.kept[name].to(place, copy=True) if known is None else known
 
     def look(self, model: nn.Module) -> Collected:
         """All that the model holds now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mxcore.storage.signed.manifest import SignedManifest
-from mxcore.storage.signed.signature import trusted_manifest
+from mxcore.storage.signed.signature import KeylessSigner, trusted_manifest
 from mxcore.storage.signed.verified_files import VerifiedFiles
 
-__all__ = ["SignedManifest", "VerifiedFiles", "trusted_manifest"]
+__all__ = ["KeylessSigner", "SignedManifest", "VerifiedFiles", "trusted_manifest"]

@@ -248,14 +248,13 @@ class Membership:
         files_decide: bool = False,
         only: int | None = None,
         keep_alive: object = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> ReceiveReport:
         """Fills the memory at `placement` from `sources` and from those that appear meanwhile; verifies every chunk.
 
-        Of this worker's `scalars` only the names matter. With `relay_from`, an object that keeps the memory alive, this
-        worker serves each chunk as soon as it is verified, until `serve`, `withdraw` or a failure. `files_decide`: of
-        chunks that holders have different bytes of, the caller reads those of the files (`Receiver`). `only`: the set
-        of chunks that are received. Raises TransferError; then nothing arrives in the memory any more, and nobody reads
-        there; but after FenceFailed something may: `keep_alive` is kept for ever, and the memory is not to be used.
+        Of this worker's `scalars` only the names matter. With `relay_from`, which keeps the memory, each verified chunk
+        is served until `serve`, `withdraw` or a failure; the rest is Receiver's. After TransferError nothing arrives in
+        the memory any more and nobody reads there; after FenceFailed something may: it is kept for ever, never used.
         """
         relays = relay_from is not None and self._directory is not None
         receiver = Receiver(
@@ -272,6 +271,7 @@ class Membership:
             keep_alive=keep_alive,
             only=only,
             lag_seconds=LAG_SECONDS,
+            stopped=stopped,
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step, ExitStack() as opened:

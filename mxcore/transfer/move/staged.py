@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 from mxcore.cuda import Context, OpenedMemory, Stream, address_range, copy_on_device
 from mxcore.errors import CudaError, FenceFailed, NotOneSided, TransferError
@@ -19,6 +19,8 @@ from mxserver.wire.proto import mx_pb2
 __all__ = ["StagedMover"]
 
 _MOST_SLOTS = 16  # that are used
+
+_logger = logging.getLogger(__name__)
 
 
 class StagedMover(Closing):
@@ -75,8 +77,14 @@ class StagedMover(Closing):
             self._stream.synchronize()
         except CudaError as error:
             raise FenceFailed(f"copies from worker {self._client.source.worker_id} do not end: {error}") from error
-        with suppress(CudaError):
+        try:
             self._memory.close()
+        except CudaError as error:  # nothing arrives by it any more: what came is good
+            _logger.warning(
+                "the buffer of worker %s cannot be unmapped, and stays mapped until this process ends: %s",
+                self._client.source.worker_id,
+                error,
+            )
 
     def wake(self) -> None:
         """See Mover."""

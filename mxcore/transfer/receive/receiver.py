@@ -85,7 +85,7 @@ class Receiver:
     chunks of a `partial` from the files: those of which holders have different bytes are among them. `only`: the set of
     chunks that are received; the extents that none of these touches need no memory, and nothing is left as a `partial`.
     `keep_alive` keeps the memory. What other holders there are may be known `lag_seconds` late. `tell_doubt` hears of
-    holders that differ, and of those that gave wrong chunks.
+    holders that differ, and of those that gave wrong chunks. It ends early, by TransferStalled, once `stopped()`.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Receiver:
         tell_doubt: TellDoubt = lambda kind, holders, chunks, text: None,
         only: int | None = None,
         lag_seconds: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         require_movable(placement)
-        self._settings = settings
-        self._lag_seconds = lag_seconds
-        self._tell_doubt = tell_doubt
+        self._settings, self._stopped = settings, stopped
+        self._lag_seconds, self._tell_doubt = lag_seconds, tell_doubt
         self._keep_alive = keep_alive
         self._relay = relay
         self._relay_turn = threading.Lock()  # around all calls of the relay
@@ -137,9 +137,7 @@ class Receiver:
         self._clients: dict[str, SourceClient] = {}  # by endpoint, of holders that were full: their connections stay
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
-        self._clean = True
-        self._in_clear = False
-        self._may_find = False
+        self._clean, self._in_clear, self._may_find = True, False, False
         self._failed_at = 0.0  # when a holder was last found to have failed
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
@@ -226,6 +224,8 @@ class Receiver:
                     continue
                 logger.warning("chunks %s were overwritten after they were verified; they are fetched again", wrong)
                 self._clean = True
+            if self._stopped():
+                raise TransferStalled("nobody waits for these weights any more: the transfer was ended")
             now = time.monotonic()
             rate = self._pace.bytes_per_second(now, self._received.bytes_done)
             if now > deadline and rate < MEGABYTE:

@@ -150,3 +150,22 @@ def test_a_mover_ends_when_it_is_told_to(driver: StandIn, weights: DeviceTensors
                 list(second.arrived())
         assert driver.counts().opened == 0
         client.release(lease)
+
+
+def test_a_buffer_that_cannot_be_unmapped_is_told(
+    driver: StandIn, weights: DeviceTensors, chunks: Chunks, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What came by it is good all the same: nothing arrives by a mapping that nobody reads through."""
+    local = chunks.local_addresses(build_layout("raw", weights.local_tensors())[1])
+    with holder(driver, "serve") as line, SourceClient(source_of(line), timeout_seconds=60) as client:
+        fingerprint, lease = client.get_layout("another").fingerprint, client.prepare()
+        told = client.open_transfer(lease, fingerprint, b"", (), mx_pb2.OPERATION_STAGE, device_memory=True).staging
+        mover = StagedMover(client, lease, told, context_of(0), chunks, local, stall_timeout_seconds=60)
+        address = mover._memory.address
+        driver.fail("cuIpcCloseMemHandle", 719)
+        mover.close()
+        assert "cannot be unmapped" in caplog.text
+        assert "CUDA_ERROR_LAUNCH_FAILED" in caplog.text
+        caplog.clear()  # its records hold the error, and that the frames it went through
+        client.release(lease)
+    driver.unmap(address)

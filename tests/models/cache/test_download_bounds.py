@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
+import grpc
 import pytest
 
 from mxserver.models import DownloadJob, JobState, ModelKey, ModelName, downloads, model_name, transfer
@@ -13,6 +16,8 @@ from mxserver.models.cache import Limits, ModelCache
 from mxserver.models.downloads import DOWNLOADS_AT_ONCE, QUESTIONS_AT_ONCE, Downloads
 from mxserver.models.errors import DownloadFailed, DownloadsFull
 from mxserver.models.sources import FolderSource, RemoteFile, RemoteModel
+from mxserver.services import ModelService
+from mxserver.services import model as model_service
 from mxserver.wire.proto import model_pb2
 
 
@@ -135,6 +140,53 @@ def test_another_caller_keeps_it_in_the_line(running: Downloads) -> None:
     assert not job.state().ended
     running.leave(job)
     assert job.state().phase == "failed"
+
+
+class Caller:
+    """A call of EnsureModelDownloaded, as grpcio shows it to the method."""
+
+    def __init__(self) -> None:
+        self.is_there = True
+        self.looked = 0
+        self._when_gone: list[Callable[[], None]] = []
+
+    def is_active(self) -> bool:
+        self.looked += 1
+        return self.is_there
+
+    def add_callback(self, when_gone: Callable[[], None]) -> bool:
+        self._when_gone.append(when_gone)
+        return self.is_there
+
+    def leave(self) -> None:
+        self.is_there = False
+        for each in self._when_gone:
+            each()
+
+
+def test_a_caller_that_waits_costs_nothing_until_there_is_news(
+    running: Downloads, source: HeldSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread sleeps: news, the download's end and the caller's own wake it, and nothing else does."""
+    for name in ("_UPDATE_SECONDS", "_MIN_UPDATE_SECONDS"):
+        monkeypatch.setattr(model_service, name, 3600.0)
+    job, callers = running.ensure(model(1), ""), [Caller() for _ in range(20)]
+    told: queue.SimpleQueue[Caller] = queue.SimpleQueue()
+
+    def follow(caller: Caller) -> None:
+        for _ in ModelService._follow(ModelService.__new__(ModelService), job, cast("grpc.ServicerContext", caller)):
+            told.put(caller)
+
+    threads = [threading.Thread(target=follow, args=(caller,)) for caller in callers]
+    for thread in threads:
+        thread.start()
+    assert {told.get(timeout=120) for _ in callers} == set(callers)
+    for caller in callers:
+        caller.leave()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert told.empty()
 
 
 def test_how_often_progress_is_looked_at_does_not_follow_the_number_of_files(

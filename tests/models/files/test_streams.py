@@ -221,6 +221,16 @@ def test_model_that_is_not_cached(client: ModelClient, tmp_path: Path) -> None:
         client.fetch(REPOSITORY, tmp_path)
 
 
+def test_removing_what_is_not_there_is_success_to_existing_clients(
+    stub: model_pb2_grpc.ModelServiceStub, ready: ModelClient
+) -> None:
+    """It is as they want it; ours is told so by a field of its own."""
+    answer = stub.DeleteModel(model_pb2.DeleteModelRequest(model_name="org/absent"), timeout=60)
+    assert (answer.success, answer.not_cached) == (True, True)
+    with pytest.raises(ModelNotFound, match="org/absent is not cached"):
+        ready.delete("org/absent")
+
+
 class ForeignServer(model_pb2_grpc.ModelServiceServicer):
     """A server that knows the original fields alone, or sends what it should not."""
 

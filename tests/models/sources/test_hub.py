@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from tests.models.conftest import (
     files_below,
     pattern,
 )
-from tests.models.hub_stand_in import Fault, HubStandIn
+from tests.models.hub_stand_in import LARGE_BYTES, Fault, HubStandIn, git_sha1
 
 LARGE = "model-00001-of-00002.safetensors"
 
@@ -185,6 +187,20 @@ def test_cut_is_resumed_where_it_was(client: ModelClient, hub: HubStandIn) -> No
     assert hub.bytes_sent["large.safetensors"] < 24_000_000 + 10_485_760  # the library writes in steps of 10 MiB
 
 
+def test_a_mirror_without_ranges_gives_the_file_from_its_beginning(
+    client: ModelClient, hub: HubStandIn, cache_folder: Path
+) -> None:
+    """After a cut the rest is asked for, and all of it comes (findings, row 28)."""
+    hub.knows_ranges = False
+    data = pattern(24_000_000)
+    commit = hub.add(REPOSITORY, {"large.safetensors": data})
+    hub.faults["GET large.safetensors"].append(Fault(cut_after=22_000_000))
+    assert client.ensure(REPOSITORY) == commit
+    assert hub.requests["GET large.safetensors"] == 2
+    assert hub.bytes_sent["large.safetensors"] > 44_000_000
+    assert files_below(snapshot(cache_folder, commit)) == digests_of({"large.safetensors": data})
+
+
 def test_progress_is_real(client: ModelClient, hub: HubStandIn) -> None:
     gate = Fault(gate=threading.Event(), gate_after=1_048_576)
     hub.faults[f"GET {LARGE}"].append(gate)
@@ -249,6 +265,54 @@ def test_offline_server_serves_what_lies_in_its_folder(
         with pytest.raises(ModelDownloadError, match="HF_HUB_OFFLINE"):
             client.ensure("org/other")
     assert hub.requests.total() == asked
+
+
+@pytest.mark.parametrize("which", ["", "blobs"], ids=["repository", "blobs"])
+def test_a_link_to_another_disk_is_named(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path, tmp_path: Path, which: str
+) -> None:
+    """The hub's library follows it; here it is said why not, and what to do instead (findings, row 34)."""
+    commit, folder = hub.repositories[REPOSITORY].refs["main"], cache_folder / "models--org--tiny-1.0"
+    for inner in ("refs", "blobs"):
+        (folder / inner).mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    for path, data in FILES.items():
+        blob = hashlib.sha256(data).hexdigest() if len(data) >= LARGE_BYTES else git_sha1(data)
+        (folder / "blobs" / blob).write_bytes(data)
+        name = folder / "snapshots" / commit / path
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.symlink_to(os.path.relpath(folder / "blobs" / blob, name.parent))
+    place, elsewhere = folder / which, tmp_path / "another-disk"
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    words = rf"{place} is a link to {elsewhere}, out of the cache folder.*--cache-dir.*MX_CACHE_UNUSABLE"
+    with ModelClient(start_server(HF_HUB_OFFLINE="1").address) as client:
+        with pytest.raises(ModelDownloadError, match=words):
+            client.ensure(REPOSITORY)
+        place.unlink()
+        elsewhere.rename(place)
+        client.ensure(REPOSITORY)
+        assert files_below(snapshot(cache_folder, commit)) == FILE_DIGESTS
+
+
+def test_a_server_writes_to_its_cache_folder_alone(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path, tmp_path: Path
+) -> None:
+    """All else is read-only, as with readOnlyRootFilesystem (findings, row 38)."""
+    cache_folder.mkdir()
+    mounts = 'mount --make-rprivate /; mount --bind "$0" "$0"; mount -o remount,bind,ro /; exec "$@"'
+    launcher = ("unshare", "--mount", "sh", "-ec", mounts, str(cache_folder))
+    tried = subprocess.run([*launcher, "touch", str(tmp_path / "written")], capture_output=True, text=True, check=False)
+    if "Read-only file system" not in tried.stderr:
+        pytest.skip(f"no mounts of one's own here: {tried.stderr.strip()}")
+    server = start_server(launcher=launcher)
+    with ModelClient(server.address) as client:
+        commit = client.ensure(REPOSITORY)
+        client.fetch(REPOSITORY, tmp_path / "fetched")
+    assert files_below(tmp_path / "fetched") == files_below(snapshot(cache_folder, commit)) == FILE_DIGESTS
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert not [line for line in server.lines if "Traceback" in line or "Read-only" in line]
 
 
 def test_hub_that_is_away_does_not_take_cached_models_along(start_server: StartServer, hub: HubStandIn) -> None:

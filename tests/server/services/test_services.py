@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from grpc_health.v1 import health_pb2 as standard_pb2
 from grpc_health.v1 import health_pb2_grpc as standard_pb2_grpc
 
 import mxserver
-from mxserver.server import Server
+import mxserver.server
+from mxserver.server import PortUnavailable, Server
 from mxserver.settings import load_settings
-from mxserver.store import SqliteStore
+from mxserver.store import Leases, MemoryStore, SqliteStore, SystemClock
 from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
 from mxserver.wire.calls import ServerClient, channel_options, source_id
 from mxserver.wire.proto import api_pb2, api_pb2_grpc, p2p_pb2, p2p_pb2_grpc
@@ -355,6 +357,45 @@ def test_calls_that_run_when_the_drain_begins_are_answered(
         call.join()
     assert stopped.wait(120)
     assert len(set(epochs)) == len(calls)
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_no_lease_runs_out_while_the_server_refuses_heartbeats(monkeypatch: pytest.MonkeyPatch, drains: bool) -> None:
+    """A server that drains: whoever is alive cannot say so any more, and goes on elsewhere."""
+
+    class Later(SystemClock):
+        seconds = 0.0
+
+        def monotonic_seconds(self) -> float:
+            return self.seconds
+
+    clock = Later()
+    monkeypatch.setattr(mxserver.server, "open_store", lambda _settings, _clock=None: MemoryStore(Leases(), clock))
+    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store": "memory"}))
+    running._ticker.stop()
+    try:
+        with ServerClient(f"127.0.0.1:{running.port}") as client:
+            epoch = client.publish(IDENTITY, WORKER, "w").epoch
+            client.update_status(SOURCE, "w", 3, READY, epoch=epoch)
+        if drains:
+            running.drain()
+        clock.seconds += 2 * Leases().heartbeat_seconds
+        running._tick()
+        expired, _ = running._store.sweep()
+        assert expired == drains, "it was swept before, if the server heard workers"
+    finally:
+        running.close()
+
+
+def test_a_port_that_was_taken_meanwhile_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between the look before the store is opened and listening."""
+    monkeypatch.setattr(mxserver.server, "require_free_port", lambda host, port: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, store = str(taken.getsockname()[1]), str(tmp_path / "state.sqlite3")
+        with pytest.raises(PortUnavailable, match="choose with --host and --port"):
+            Server(load_settings({"host": "127.0.0.1", "port": port, "store_path": store}))
 
 
 @pytest.mark.parametrize(

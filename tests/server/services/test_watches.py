@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import grpc
 import pytest
 
 from mxserver.calls import PushedStream
+from mxserver.security import setup
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.store import MemoryStore
@@ -159,6 +161,37 @@ def test_a_draining_server_ends_streams_as_unavailable(server: Server, client: S
     assert ended.wait(60)
 
 
+def test_a_connection_ends_some_time_and_what_is_open_on_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that revoked certificates come to an end, and replicas share the load: after an hour, here after a second."""
+    monkeypatch.setattr(setup, "LONGEST_CONNECTION_SECONDS", 1)
+    running = Server(load_settings({"host": "127.0.0.1", "port": "0", "store_path": str(tmp_path / "s")}))
+    left = threading.Event()
+    states: list[grpc.ChannelConnectivity] = []
+
+    def see(state: grpc.ChannelConnectivity) -> None:
+        states.append(state)
+        if grpc.ChannelConnectivity.READY in states[:-1]:
+            left.set()
+
+    try:
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel,
+            ServerClient(f"127.0.0.1:{running.port}") as client,
+        ):
+            channel.subscribe(see)
+            request = watch_pb2.WatchSourcesRequest(mx_source_id=SOURCE, worker_id="w")
+            news = watch_pb2_grpc.WatchServiceStub(channel).WatchSources(request)
+            assert not next(news).ready
+            assert left.wait(120)
+            publish(client, "other", READY, endpoint="h:1")
+            assert names(until(news, lambda now: bool(now.ready)).ready) == {"other"}
+            news.cancel()
+    finally:
+        running.close()
+
+
 def test_requests_without_names_are_refused(watch: Callable[..., Iterator[watch_pb2.SourcesNow]]) -> None:
     with pytest.raises(ServerRefused, match="missing"):
         next(watch(""))
@@ -248,6 +281,25 @@ def test_whoever_reads_nothing_is_cut_off() -> None:
     watches.stop()
     with pytest.raises(TooManyWatches, match="draining"):
         watches.begin(watch_pb2.WatchSourcesRequest(mx_source_id=SOURCE), "host", lambda ended: _Unread())
+
+
+def test_records_that_cannot_be_read_are_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so at debug level alone: readiness tells of the store, and each look would say it again."""
+    store, stream = MemoryStore(), _Unread()
+    watches = Watches(store, StorageElections(), lambda source: [])
+    watches.begin(watch_pb2.WatchSourcesRequest(mx_source_id=SOURCE, worker_id="w"), "host", lambda ended: stream)
+    with monkeypatch.context() as patched, caplog.at_level(logging.DEBUG, "mxserver.waiting.watches"):
+        patched.setattr(store, "_closed", True)
+        watches.look()
+    assert [record.levelname for record in caplog.records if "watched records cannot be read" in record.message] == [
+        "DEBUG"
+    ]
+    assert not stream.pushed
+    watches.look()
+    assert len(stream.pushed) == 1
+    watches.stop()
 
 
 def test_a_reader_that_pauses_gets_the_newest_message(shared_server: Server) -> None:

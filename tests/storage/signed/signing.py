@@ -25,10 +25,9 @@ class Key:
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
         )
+        self.public_key = self._private_key.public_key()
         self.public.write_bytes(
-            self._private_key.public_key().public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
+            self.public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
 
     def sign(self, model: Path, algorithm: str = "sha256", shard_bytes: int | None = None) -> Path:

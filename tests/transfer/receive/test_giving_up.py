@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mxcore.errors import ChunksMissing, LayoutMismatch
+from mxcore.errors import ChunksMissing, LayoutMismatch, TransferStalled
 from mxcore.transfer.move import Source
 from mxcore.transfer.serve import SelfCheck
 from mxserver.wire import ServerUnreachable
@@ -136,3 +136,13 @@ def test_a_holder_that_is_gone_has_not_refused_for_good(
     target = Target("tcp", **WAITING)
     target.receive(source, find_more=listed)
     assert target.is_right()
+
+
+def test_who_is_told_to_stop_waits_for_no_holder(new_member: NewMember, start_worker: StartWorker) -> None:
+    """As where another process of the engine has failed. The holder is stopped, and would be waited for for minutes."""
+    silent, target = start_worker("tcp", seed=SEED), new_member(**WAITING)
+    source = silent.serve()
+    silent.kill(signal.SIGSTOP)
+    target.membership.join()
+    with pytest.raises(TransferStalled, match="nobody waits for these weights any more"):
+        target.membership.receive(target.layout, target.placement, {}, [source], stopped=lambda: True)
