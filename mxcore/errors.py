@@ -35,6 +35,7 @@
     │   └── CuFileMissing     MX_CUFILE_MISSING       no usable libcufile on this machine
     ├── LoadPathsExhausted    MX_LOAD_PATHS_EXHAUSTED no place that weights may come from gave them
     ├── NoSource              MX_NO_SOURCE            a worker that may only receive found no source
+    ├── EngineUnreachable     MX_ENGINE_UNREACHABLE   an engine gives no answer, or has no route for updates
     ├── UpdateFailed          MX_UPDATE_FAILED        a running engine did not take another version's weights
     └── TransferError         MX_TRANSFER
         ├── NixlError         MX_NIXL                 a call into NIXL failed
@@ -279,6 +280,12 @@ class NoSource(MxError):
     """A worker that may only receive (mx-target) got no weights; the message says for how long it waited and why."""
 
     code = "MX_NO_SOURCE"
+
+
+class EngineUnreachable(MxError):
+    """An engine gives no answer to `mx rollout`, or has no route for updates."""
+
+    code = "MX_ENGINE_UNREACHABLE"
 
 
 class UpdateFailed(MxError):

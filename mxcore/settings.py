@@ -71,6 +71,8 @@ class WorkerSettings(BaseModel):
     chunk_tls: Literal["auto", "off"] = Field("auto", alias="MX_CHUNK_TLS")
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
     topology: str = Field("", alias="MX_P2P_TOPOLOGY", max_length=65536)
+    pod_name: str = Field("", alias="POD_NAME")
+    node_name: str = Field("", alias="NODE_NAME")
     topology_required: str = Field("", alias="MX_P2P_TOPOLOGY_DOMAIN", max_length=64)
     topology_levels: tuple[str, ...] = Field(TOPOLOGY_LEVELS, alias="MX_P2P_TOPOLOGY_LEVELS", min_length=1)
     nic_pin: str = Field("", alias="MX_RDMA_NIC_PIN", max_length=4096)

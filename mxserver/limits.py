@@ -28,7 +28,7 @@ class ServerLimits:
     publish_bytes: int = _limit(100 * _MiB, "one request that publishes, with all that it says of tensors")
     request_parts: int = _limit(200_000, "entries of lists in a request, such as tensors")
     model_name_bytes: int = _limit(512, "a model's name in a record")
-    worker_id_bytes: int = _limit(256, "a worker's id, or its accelerator, in a record")
+    worker_id_bytes: int = _limit(256, "a worker's id, accelerator, pod, node or engine, each, in a record")
     identity_bytes: int = _limit(64 * 1024, "a record's identity, with its extra parameters")
     topology_bytes: int = _limit(16 * 1024, "a worker's topology, which is in every listing")
     records: int = _limit(100_000, "records that are stored")

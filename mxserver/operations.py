@@ -16,6 +16,7 @@ from mxserver.store import SourceStore, SystemClock
 from mxserver.telemetry import (
     Doubts,
     Events,
+    LoadHistory,
     Loads,
     Metrics,
     ObservedStore,
@@ -48,8 +49,9 @@ class Operations:
         lease_seconds: float,
         traces: Traces = "off",
         provider: TracerProvider | None = None,
+        history: LoadHistory | None = None,
     ) -> None:
-        """`provider` takes the spans; it replaces what `traces` chooses.
+        """`provider` takes the spans; it replaces what `traces` chooses. `history`, of loads, is closed with this.
 
         Raises:
             SettingError: traces are wanted and their packages are not installed.
@@ -59,7 +61,15 @@ class Operations:
         self._events = Events(clock)
         self.store = ObservedStore(store, self.metrics, self._events)
         self.refusals = Refusals(self.metrics, self._events, clock)
-        self.loads = Loads(self.metrics, self._events, clock, forget_seconds=lease_seconds, refusals=self.refusals)
+        self._history = history or LoadHistory()
+        self.loads = Loads(
+            self.metrics,
+            self._events,
+            clock,
+            forget_seconds=lease_seconds,
+            refusals=self.refusals,
+            history=self._history,
+        )
         self.doubts = Doubts(self.metrics, self._events, clock)
         self._clock = clock
         self._provider = provider
@@ -115,6 +125,7 @@ class Operations:
             facts=facts,
             cache=self._cache_view,
             refusals=self.refusals,
+            doubts=self.doubts,
         )
         self.metrics.scrape_from(view.observation, look_at_server)
         self.metrics.models.scrape_from(view.workers_of_models)
@@ -156,6 +167,7 @@ class Operations:
         if self._http is not None:
             self._http.stop()
         self.readiness.close()
+        self._history.close()
         if self._provider is not None:
             self._provider.shutdown()
             self._provider = None

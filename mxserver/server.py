@@ -40,7 +40,7 @@ from mxserver.services import (
 )
 from mxserver.settings import ServerSettings
 from mxserver.store import Clock, HeardClock, Leases, MemoryStore, SourceStore, SqliteStore, StoreUnavailable
-from mxserver.telemetry import ServerObservation
+from mxserver.telemetry import LoadHistory, ServerObservation
 from mxserver.waiting import StorageElections, Watches
 from mxserver.wire import MxError
 from mxserver.wire.credentials import certificate_not_after
@@ -73,6 +73,12 @@ def open_store(settings: ServerSettings, clock: Clock | None = None) -> SourceSt
     if settings.store == "memory":
         return MemoryStore(leases, clock, settings.limits)
     return SqliteStore(settings.store_path, leases, clock, settings.limits)
+
+
+def open_history(settings: ServerSettings) -> LoadHistory:
+    """The last loads of each model: in a file beside the SQLite store, with other stores in memory."""
+    path = settings.store_path
+    return LoadHistory(path.with_name(f"{path.stem}-loads{path.suffix}") if settings.store == "sqlite" else None)
 
 
 def cache_settings(settings: ServerSettings) -> CacheSettings:
@@ -128,9 +134,13 @@ class Server:
         self._clock = HeardClock(settings.heartbeat_timeout_seconds)
         store = open_store(settings, self._clock)
         leases = Leases(settings.heartbeat_timeout_seconds, settings.gc_timeout_seconds)
+        history = open_history(settings)
         try:
-            self._operations = Operations(store, lease_seconds=leases.heartbeat_seconds, traces=settings.traces)
+            self._operations = Operations(
+                store, lease_seconds=leases.heartbeat_seconds, traces=settings.traces, history=history
+            )
         except BaseException:
+            history.close()
             store.close()
             raise
         self._store: SourceStore = self._operations.store

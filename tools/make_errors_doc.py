@@ -1,4 +1,4 @@
-"""Makes docs/errors.md: every stable code of an error, what it means, and what to do.
+"""Makes docs/errors.md, and the same for the status page: every stable code of an error, what it means, what to do.
 
 The meaning is the first paragraph of the error's docstring, the advice that of error_advice.toml. A code
 without advice, and advice without a code, end the run.
@@ -6,6 +6,7 @@ without advice, and advice without a code, end the run.
 
 from __future__ import annotations
 
+import html
 import importlib
 import pkgutil
 import sys
@@ -21,6 +22,7 @@ import mxserver  # noqa: E402
 from mxserver.wire import MxError  # noqa: E402
 
 PAGE = ROOT / "docs" / "errors.md"
+SERVED = ROOT / "mxserver" / "web" / "assets" / "errors.html"
 ADVICE = ROOT / "tools" / "error_advice.toml"
 
 INTRODUCTION = """# Error codes
@@ -49,21 +51,54 @@ def errors() -> Iterator[type[MxError]]:
             yield error
 
 
-def page() -> str:
-    """The whole page. Raises ValueError for a code without advice, and advice without a code."""
+HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Error codes</title>
+<link rel="icon" href="icon.svg">
+<link rel="stylesheet" href="page.css">
+</head>
+<body>
+<header><a href="./"><img src="icon.svg" alt="Status page" width="28" height="28"></a><h1>Error codes</h1></header>
+<main class="codes">
+"""
+
+
+def groups() -> dict[str, list[tuple[str, str, str]]]:
+    """Codes with meaning and advice, by title. Raises ValueError for a code without advice, and the other way round."""
     meanings = {error.code: " ".join((error.__doc__ or "").split("\n\n")[0].split()) for error in errors()}
-    groups: dict[str, dict[str, str]] = tomllib.loads(ADVICE.read_text())
+    advised: dict[str, dict[str, str]] = tomllib.loads(ADVICE.read_text())
     broken = {code: OF_A_BROKEN_FILE for code in sorted(meanings) if code.startswith(SAFETENSORS)}
-    groups["Broken safetensors files"] = broken
-    advised = [code for advice in groups.values() for code in advice]
-    if wrong := {*advised} ^ meanings.keys():
+    advised["Broken safetensors files"] = broken
+    if wrong := {code for advice in advised.values() for code in advice} ^ meanings.keys():
         raise ValueError(f"advice and codes differ: {sorted(wrong)}")
+    return {title: [(code, meanings[code], what) for code, what in advice.items()] for title, advice in advised.items()}
+
+
+def page() -> str:
+    """The whole of docs/errors.md. Raises as `groups`."""
     parts = [INTRODUCTION]
-    for title, advice in groups.items():
+    for title, codes in groups().items():
         parts.append(f"\n## {title}\n\n| code | what it means | what to do |\n|---|---|---|\n")
-        parts += [f"| `{code}` | {meanings[code]} | {what} |\n" for code, what in advice.items()]
+        parts += [f"| `{code}` | {meaning} | {what} |\n" for code, meaning, what in codes]
     return "".join(parts)
+
+
+def served_page() -> str:
+    """What the server answers at /errors. Raises as `groups`."""
+    parts = [HEAD]
+    for title, codes in groups().items():
+        parts.append(f"<h2>{html.escape(title)}</h2>\n<dl>\n")
+        for code, meaning, what in codes:
+            said = f"<dd>{html.escape(meaning)}</dd><dd>{html.escape(what)}</dd>"
+            parts.append(f'<dt id="{code}"><code>{code}</code></dt>{said}\n')
+        parts.append("</dl>\n")
+    return "".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SERVED.write_text(served_page())

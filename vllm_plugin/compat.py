@@ -356,8 +356,12 @@ def platform_worker() -> type:
 
 
 def engine_of(vllm_config: VllmConfig | None) -> str:
-    """Which of a process' engines this is the configuration of; empty where that cannot be said."""
-    return str(getattr(vllm_config, "instance_id", ""))
+    """Which of a process' engines this is the configuration of; empty where that cannot be said.
+
+    `vllm serve` (0.32) gives a configuration another id once its engine has loaded: the first one asked for stays.
+    """
+    held = {} if vllm_config is None else vars(vllm_config)
+    return str(held.setdefault("_mx_engine", getattr(vllm_config, "instance_id", "")))
 
 
 FIRST_MOVE = "its first rearrangement of experts, --enable-eplb"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Server:
 
 
 class Worker:
-    """One `vllm serve`, of `ranks` worker processes."""
+    """One `vllm serve`, of `ranks` worker processes, with other options and environment variables of its own."""
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class Worker:
         pooling: bool,
         server: str | None = None,
         ranks: int = 1,
+        options: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.pooling = pooling
         self.ranks = ranks
@@ -74,7 +76,8 @@ class Worker:
         command += ["--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
         command += ["--runner", "pooling"] if pooling else []
         command += ["--tensor-parallel-size", str(ranks)] if ranks > 1 else []
-        environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache")}
+        command += options
+        environment = {**ENGINE_ENVIRONMENT, "VLLM_CACHE_ROOT": str(folder / "cache"), **(settings or {})}
         if server is not None:
             command += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]
             environment |= {"MODEL_EXPRESS_URL": server, "MX_WORKER_HOST": "127.0.0.1"}

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from mxcore.errors import EngineUnreachable
 from mxserver.wire import (
     FileRefused,
     ModelDownloadError,
@@ -31,6 +32,7 @@ EXIT_INTERRUPTED = 130  # as shells say it of SIGINT: 128 and the signal's numbe
 _EXIT_CODES: dict[type[MxError], int] = {
     SettingError: EXIT_USAGE,
     ServerUnreachable: EXIT_UNREACHABLE,
+    EngineUnreachable: EXIT_UNREACHABLE,
     ModelNotFound: EXIT_NOT_FOUND,
     ModelDownloadError: EXIT_FAILED,
     ServerRefused: EXIT_REFUSED,
@@ -39,7 +41,7 @@ _EXIT_CODES: dict[type[MxError], int] = {
 """The first kind that fits counts; any other error is EXIT_FAILED."""
 
 _ADVICE = {
-    EXIT_UNREACHABLE: "is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer",
+    ServerUnreachable.code: "is it running, and is --server or MODEL_EXPRESS_URL right? `mx doctor` looks closer",
 }
 
 
@@ -60,9 +62,9 @@ def end(error: Exception, *, as_json: bool) -> NoReturn:
 
 
 def tell(message: str, stable_code: str, code: int, *, as_json: bool) -> None:
-    """The line, the advice that belongs to the exit code, and the object."""
+    """The line, the advice that belongs to the error, and the object."""
     click.echo(f"mx: {message}", err=True)
-    if advice := _ADVICE.get(code):
+    if advice := _ADVICE.get(stable_code):
         click.echo(f"mx: {advice}", err=True)
     if as_json:
         tell_as_json(message, stable_code, code)

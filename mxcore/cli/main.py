@@ -28,6 +28,7 @@ COMMANDS: dict[str, Subcommand] = {
     "doctor": Subcommand("mxcore.cli.doctor.command:doctor", "What works on this machine, what does not, and why."),
     "explain": Subcommand("mxcore.cli.explain.command:explain", "Where a worker would take weights from, and why."),
     "models": Subcommand("mxcore.cli.models:models", "The server's model cache: get, list, rm, pin, validate."),
+    "rollout": Subcommand("mxcore.cli.rollout.command:rollout", "Another version of a model for running engines."),
     "sources": Subcommand("mxcore.cli.sources:sources", "The workers that the server knows."),
     "status": Subcommand("mxcore.cli.status:status", "The server's health, its models, and the loads that run."),
 }

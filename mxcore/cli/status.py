@@ -63,6 +63,7 @@ def status(connection: Connection, page: str | None, wide: bool, as_json: bool) 
         },
         "models": models,
         "loads": None if data is None else data["loads"],
+        "loads_left_out": 0 if data is None else data.get("left_out", {}).get("loads", 0),
         "errors": None if data is None else data["errors"],
         "refusals": None if data is None else data.get("refusals", []),
         "not_shared": None if data is None else data.get("not_shared", []),
@@ -105,7 +106,7 @@ def default_page(address: str) -> str:
 
 def page_status(page: str, credentials: ClientCredentials) -> tuple[dict[str, Any] | None, str]:
     """The status page's data, or why there is none. Raises SettingError."""
-    url = urlsplit(f"{page.rstrip('/')}/status?workers=0")
+    url = urlsplit(f"{page.rstrip('/')}/status")
     if url.scheme not in ("http", "https") or not url.hostname:
         raise click.UsageError(f"--page {page!r} must begin with http:// or https://, and a host")
     secure = url.scheme == "https"
@@ -150,6 +151,8 @@ def as_text(facts: dict[str, Any], *, whole: bool = False) -> str:
         head = ("LOADING", "WORKER", "RANK", "DONE", "RATE", "LEFT", "PATH", "FROM")
         loads = [_load_row(load, whole=whole) for load in facts["loads"]]
         lines += ["", table(head, loads, width=width, may_shrink={"LOADING"})]
+        if facts["loads_left_out"]:
+            lines += [f"and {facts['loads_left_out']} more loads; the status page has them by model"]
     if facts["loads"] is None:
         lines += ["", f"progress of loads is not known: {facts['page_problem']}"]
     if facts["not_shared"]:

@@ -12,7 +12,7 @@ from mxcore.engine.model_files import CheckpointFiles, UriPlace, find_checkpoint
 from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
 from mxcore.engine.serving import EngineWatch, leave
 from mxcore.engine.siblings import gather_over_gloo
-from mxcore.engine.update import Replacement, Running, forget, load_running, running_of, update
+from mxcore.engine.update import Replacement, Running, forget, has_version, load_running, running_of, update
 from mxcore.engine.weights import Kind, Staged, Weights
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "find_checkpoint",
     "forget",
     "gather_over_gloo",
+    "has_version",
     "lazy_weights",
     "leave",
     "load",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -139,10 +141,30 @@ class LoadContext:
     def new_membership(self, identity: p2p_pb2.SourceIdentity) -> Membership:
         """This worker at the server, not joined yet."""
         signed = self.signed.digest if self.signed is not None else ""
-        return Membership(self.settings, identity, self.rank, self.engine.accelerator, signed_manifest=signed)
+        return Membership(
+            self.settings,
+            identity,
+            self.rank,
+            self.engine.accelerator,
+            signed_manifest=signed,
+            replica=self.replica,
+        )
+
+    @property
+    def replica(self) -> str:
+        """Which engine this rank is part of, the same for all its ranks; empty where that is not known.
+
+        Engines' own names are short, or the same in each process: where all ranks are in one place, that is said too.
+        """
+        engine = self.engine
+        ranks = engine.world_size()
+        if not engine.instance or ranks > engine.ranks_on_node():
+            return engine.instance
+        here = f"{socket.gethostname()}-{os.getpid()}" if ranks == 1 else socket.gethostname()
+        return f"{engine.instance}-{here}"
 
     def loading(self, path: LoadPath) -> AbstractContextManager[Progress]:
         """Around a load that is no transfer: what it gives is to be told how far the load is, for the server's page."""
         if self.membership is None:
             return nullcontext(lambda done_bytes, total_bytes: None)
-        return self.membership.loading(path)
+        return self.membership.loads.loading(path)

@@ -102,6 +102,11 @@ def load_reported(
     finally:
         with fallbacks.attempt("closing what was read from"):
             context.at_end.close()
+    if context.membership is not None:
+        told = loaded.part.steps
+        context.membership.loads.took(
+            told.get("fill", 0.0), sum(told.get(name, 0.0) for name in ("build", "process", "keep"))
+        )
     offers: list[dict[str, str]] = []
     with steps.step("offer"), fallbacks.attempt("serving"):
         offers = _serve(context, loaded)

@@ -195,8 +195,16 @@ class P2pService:
         except UnknownRecord as error:
             return p2p_pb2.UpdateStatusResponse(success=False, message=str(error))
         self._changed(key, request.status)
-        tells = request.HasField("load_report") or request.refusals
-        self._loads.updated(key, request, self._model_name(key) if tells else "")
+        record = (
+            self._store.get(key.source_id, key.worker_id)
+            if request.HasField("load_report") or request.refusals
+            else None
+        )
+        if record is None:
+            self._loads.updated(key, request)
+        else:
+            worker = record_pb2.WorkerFacts.FromString(record.worker)
+            self._loads.updated(key, request, record.model_name, worker)
         if leaves:
             _LOG.info("left source=%s worker=%s rank=%d", *key)
         else:
@@ -218,10 +226,6 @@ class P2pService:
         """Whether the worker said goodbye already. If it was killed meanwhile, its departure process says it again."""
         record = self._store.get(key.source_id, key.worker_id)
         return record is not None and record.key == key and record.status == p2p_pb2.SOURCE_STATUS_STALE
-
-    def _model_name(self, key: RecordKey) -> str:
-        record = self._store.get(key.source_id, key.worker_id)
-        return record.model_name if record is not None else ""
 
 
 def update_waits(store: SourceStore, serialized: bytes) -> bool:
@@ -259,6 +263,9 @@ def _too_long_to_publish(request: record_pb2.PublishRequest, limits: ServerLimit
         ("worker_id", len(request.worker_id.encode()), "worker_id_bytes"),
         ("identity", request.identity.ByteSize(), "identity_bytes"),
         ("worker.accelerator", len(request.worker.accelerator.encode()), "worker_id_bytes"),
+        ("worker.pod_name", len(request.worker.pod_name.encode()), "worker_id_bytes"),
+        ("worker.node_name", len(request.worker.node_name.encode()), "worker_id_bytes"),
+        ("worker.replica", len(request.worker.replica.encode()), "worker_id_bytes"),
         ("worker.worker_grpc_endpoint", len(request.worker.worker_grpc_endpoint.encode()), "worker_id_bytes"),
         ("worker.topology", sum(len(k.encode()) + len(v.encode()) for k, v in topology.items()), "topology_bytes"),
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from mxserver.telemetry.definition import Definition
 from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
-from mxserver.telemetry.loads import FinishedLoad, Loads, RunningLoad
+from mxserver.telemetry.load_history import FinishedLoad, LoadHistory
+from mxserver.telemetry.loads import Loads, RunningLoad
 from mxserver.telemetry.measured_calls import ObservingInterceptor, call_metrics, telling_status
 from mxserver.telemetry.metrics import (
     DEFINITIONS,
+    DOUBTS,
     REASONS,
     SIDES,
     STATES,
@@ -23,6 +25,7 @@ from mxserver.telemetry.refusals import Refusals
 
 __all__ = [
     "DEFINITIONS",
+    "DOUBTS",
     "MODEL_DEFINITIONS",
     "REASONS",
     "SIDES",
@@ -32,6 +35,7 @@ __all__ = [
     "Doubts",
     "Events",
     "FinishedLoad",
+    "LoadHistory",
     "Loads",
     "Metrics",
     "Observation",

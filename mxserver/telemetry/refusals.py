@@ -78,11 +78,11 @@ class Refusals:
         count.at_unix_ms = self._clock.unix_ms()
         return count
 
-    def shared(self, model_name: str) -> None:
-        """A worker has loaded this model from other workers."""
+    def shared(self, model_name: str, ago_seconds: float = 0.0) -> None:
+        """A worker has loaded this model from other workers, so long ago."""
         name = bounded(model_name, LONGEST_NAME).lower()
         with self._lock:
-            self._shared[name] = self._clock.monotonic_seconds()
+            self._shared[name] = self._clock.monotonic_seconds() - ago_seconds
             self._shared.move_to_end(name)
             while len(self._shared) > KEPT_SOURCES:
                 self._shared.popitem(last=False)

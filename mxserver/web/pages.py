@@ -27,7 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mxserver.security import AccessError, AccessUnknown, Authenticator, Role, Unauthenticated
-from mxserver.web.status import DEFAULT_WORKERS, MOST_WORKERS, StatusView
+from mxserver.web.models_view import StatusQuery
+from mxserver.web.status import StatusView
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,10 +37,14 @@ Endpoint = Callable[[Request], Response]
 ASSETS = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/drawings.js": ("drawings.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/errors": ("errors.html", "text/html"),
 }
 PAGE = ("page.html", "text/html")
 COMPRESS_FROM_BYTES = 1024
+MOST_LISTED = 10_000
+_COUNTS = ("replicas", "bars", "loads")
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -84,11 +89,19 @@ def application(
         return metrics
 
     def status(request: Request) -> Response:
-        text = request.query_params.get("workers", str(DEFAULT_WORKERS))
-        if not (text.isascii() and text.isdigit() and len(text) < 9):
-            return PlainTextResponse(f"workers={text!r} must be a whole number, 0 to {MOST_WORKERS}\n", 400)
-        of = request.query_params.getlist("of")
-        return JSONResponse(view.as_json(min(int(text), MOST_WORKERS), frozenset(of) if of else None))
+        asked = request.query_params
+        counts = {name: asked[name] for name in _COUNTS if name in asked}
+        for name, text in counts.items():
+            if not (text.isascii() and text.isdigit() and len(text) < 9):
+                return PlainTextResponse(f"{name}={text!r} must be a whole number, 0 to {MOST_LISTED}\n", 400)
+        query = StatusQuery(
+            models=tuple(asked.getlist("model")),
+            sources=frozenset(asked.getlist("of")),
+            ranks=frozenset(asked.getlist("ranks")),
+            search=asked.get("search", ""),
+            **{name: min(int(text), MOST_LISTED) for name, text in counts.items()},
+        )
+        return JSONResponse(view.as_json(query))
 
     guarded = {"/": _asset(*PAGE), "/status": status, "/metrics/models": metrics_of(model_registry)}
     routes = [

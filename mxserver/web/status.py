@@ -1,56 +1,60 @@
 """The server's state as plain data: the status page shows it, `/status` has it as JSON, scrapes count it.
 
+It has sums of all models, and details of those that are asked for. What is left out of a list is counted beside it.
 Nothing in it is secret: no tokens, no store address with its password, no memory addresses of workers.
 """
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mxserver import __version__
 from mxserver.store import Clock, Query, SourceRecord, SourceStore, StoreUnavailable
 from mxserver.telemetry import (
+    DOUBTS,
     REASONS,
     SIDES,
     STATES,
+    Doubts,
     Events,
     FinishedLoad,
     Loads,
     Observation,
     Refusals,
-    RunningLoad,
     WorkersOfModels,
 )
 from mxserver.web.cache_view import CacheView
-from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2, record_pb2
+from mxserver.web.models_view import Fleet, Histories, Model, Models, StatusQuery, running_as_json
+from mxserver.web.replicas import NamesOfRecords
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 Json = dict[str, Any]
 
-DEFAULT_WORKERS = 50
-MOST_WORKERS = 10_000
-SHOWN_LOADS = 100
+SHOWN_MODELS = 200
+SHOWN_DETAILS = 8
 SHOWN_REFUSALS = 100
+
+_OTHER_CODES = {"memory_moves": "layout_unsupported"}  # reasons that have not the name of their error
+_DOUBT_CODES: dict[mx_pb2.DoubtKind.ValueType, str] = {
+    mx_pb2.DOUBT_KIND_OWN_MEMORY: "MX_MEMORY_DAMAGED",
+    mx_pb2.DOUBT_KIND_WRONG_CHUNKS: "MX_DIGEST_MISMATCH",
+    mx_pb2.DOUBT_KIND_HOLDERS_DIFFER: "MX_DIGEST_MISMATCH",
+}
 
 # Probes, scrapes and open pages share one read of the store in this time.
 LOOK_SECONDS = 1.0
 
-_IDENTITY_FIELDS = ("revision", "dtype", "quantization")
-_PARALLEL_FIELDS = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
-# The order of the list: loading workers first, then serving ones, then those that are gone.
-_STATE_ORDER = {state: order for order, state in enumerate(("initializing", "ready", "stale"))}
 
-
-@dataclass(frozen=True)
+@dataclass
 class _Look:
     taken_at: float
-    records: list[SourceRecord] | None
-    reason: str  # why there are none
+    records: list[SourceRecord] | None  # None: the store does not work
+    fleet: Fleet | None = None  # made when somebody looks at the page: scrapes do without
 
 
 class StatusView:
@@ -67,6 +71,7 @@ class StatusView:
         facts: Json,
         cache: CacheView | None = None,
         refusals: Refusals | None = None,
+        doubts: Doubts | None = None,
     ) -> None:
         """`not_ready` says why the server is not ready, or None; `facts` are shown about the server as they are."""
         self._store = store
@@ -77,6 +82,9 @@ class StatusView:
         self._facts = facts
         self._cache = cache
         self._refusals = refusals
+        self._doubts = doubts
+        self._histories = Histories(loads.history)
+        self._names = NamesOfRecords()
         self._started = time.monotonic()
         self._looking = threading.Lock()
         self._look: _Look | None = None
@@ -106,19 +114,22 @@ class StatusView:
                 found.setdefault(name, Counter())[STATES[record.status]] += 1
         return found
 
-    def as_json(self, workers_per_fleet: int = DEFAULT_WORKERS, of: Collection[str] | None = None) -> Json:
-        """The whole status. Times are Unix ms, durations seconds; `fleets` is null while the store does not work.
+    def as_json(self, query: StatusQuery | None = None) -> Json:
+        """The status. Times are Unix ms, durations seconds; `models` is null while the store does not work.
 
-        All fleets are counted. Workers are listed of the sources in `of`, or of all.
+        `totals` are of everything; `models` of those that the search finds; `details`, by the model's name in lower
+        case, of those that are asked for, the first SHOWN_DETAILS.
         """
+        query = query or StatusQuery()
         look = self._current_look()
         reason = self._not_ready()
         now_ms = self._clock.unix_ms()
-        records = look.records or []
         running = self._loads.running()
+        models = Models(self._fleet_of(look), running, self._histories.all())
+        found = models.found(query.search)
+        shown = _most_lively(found, SHOWN_MODELS)
+        asked = models.asked(query)
         refusals = self._refusals.newest() if self._refusals else []
-        model_of = {record.key: record.model_name for record in records}
-        states = Counter(STATES[record.status] for record in records if record.status in STATES)
         return {
             "server": {
                 "version": __version__,
@@ -128,17 +139,26 @@ class StatusView:
                 "reason": reason or "",
                 **self._facts,
             },
-            "totals": {
-                "models": len({record.model_name.lower() for record in records}),
-                "workers": len(records),
-                **{state: states.get(state, 0) for state in STATES.values()},
-                "loads_running": len(running),
+            "totals": _totals(look.records or [], models, len(running), now_ms),
+            "models": None if look.records is None else [found[key].as_json(now_ms) for key in shown],
+            "models_total": len(found),
+            "details": {key: models.details(key, query, now_ms) for key in asked[:SHOWN_DETAILS]}
+            if look.records is not None
+            else {},
+            "loads": [
+                running_as_json(load, models.model_name(load), *models.names_of(load))
+                for load in running[: query.loads]
+            ],
+            "finished_loads": [_finished(load) for load in self._loads.finished()] if query.loads else [],
+            "left_out": {
+                "models": len(found) - len(shown),
+                "details": asked[SHOWN_DETAILS:],
+                "loads": max(0, len(running) - query.loads),
+                "refusals": max(0, len(refusals) - SHOWN_REFUSALS),
             },
-            "fleets": None if look.records is None else _fleets(records, now_ms, workers_per_fleet, of),
             "refusals": [_refusal(count) for count in refusals[:SHOWN_REFUSALS]],
             "not_shared": self._refusals.not_shared() if self._refusals else [],
-            "loads": [_running(load, model_of.get(load.key, "")) for load in running[:SHOWN_LOADS]],
-            "finished_loads": [_finished(load, model_of.get(load.key, "")) for load in self._loads.finished()],
+            "doubts": [_doubt(doubt) for doubt in self._doubts.newest()] if self._doubts else [],
             "downloads": self._cache.downloads() if self._cache else [],
             "cache": self._cache.as_json() if self._cache else None,
             "errors": [
@@ -157,100 +177,74 @@ class StatusView:
     def _take_look(self) -> _Look:
         try:
             records = self._store.find(Query())
-        except StoreUnavailable as error:
-            return _Look(time.monotonic(), None, str(error))
-        return _Look(time.monotonic(), records, "")
+        except StoreUnavailable:
+            return _Look(time.monotonic(), None)  # readiness says why
+        return _Look(time.monotonic(), records)
+
+    def _fleet_of(self, look: _Look) -> Fleet:
+        with self._looking:
+            if look.fleet is None:
+                records = look.records or []
+                look.fleet = Fleet(records, self._names.of(records))
+            return look.fleet
 
 
-def _fleets(
-    records: Iterable[SourceRecord], now_ms: int, workers_per_fleet: int, of: Collection[str] | None
-) -> list[Json]:
-    """One entry for each source id, by model name; loading workers come first."""
-    by_source: dict[str, list[SourceRecord]] = defaultdict(list)
-    for record in records:
-        by_source[record.key.source_id].append(record)
-    fleets = [
-        _fleet(source, members, now_ms, workers_per_fleet if of is None or source in of else 0)
-        for source, members in by_source.items()
-    ]
-    return sorted(fleets, key=lambda fleet: (fleet["model_name"].lower(), fleet["source_id"]))
-
-
-def _fleet(source_id: str, members: list[SourceRecord], now_ms: int, workers_per_fleet: int) -> Json:
-    identity = p2p_pb2.SourceIdentity.FromString(members[0].identity)
-    states = Counter(STATES[member.status] for member in members if member.status in STATES)
-    listed = heapq.nsmallest(
-        workers_per_fleet,
-        members,
-        key=lambda m: (_STATE_ORDER.get(STATES.get(m.status, ""), 9), m.key.worker_rank, m.key.worker_id),
-    )
+def _totals(records: list[SourceRecord], models: Models, loads_running: int, now_ms: int) -> Json:
+    states = Counter(STATES[record.status] for record in records if record.status in STATES)
+    of_replicas = [model.as_json(now_ms) for model in models.all()]
     return {
-        "model_name": identity.model_name,
-        "source_id": source_id,
-        **{name: getattr(identity, name) for name in (*_IDENTITY_FIELDS, *_PARALLEL_FIELDS)},
-        "framework": p2p_pb2.BackendFramework.Name(identity.backend_framework)
-        .removeprefix("BACKEND_FRAMEWORK_")
-        .lower()
-        if identity.backend_framework in p2p_pb2.BackendFramework.values()
-        else "unknown",
-        "layout": identity.extra_parameters.get("layout", ""),
+        "models": models.of_workers(),
+        "workers": len(records),
         **{state: states.get(state, 0) for state in STATES.values()},
-        "workers_total": len(members),
-        "workers": [_worker(member, now_ms) for member in listed],
+        "replicas_ready": sum(model["replicas"]["ready"] for model in of_replicas),
+        "replicas_wanted": sum(model["replicas"]["wanted"] for model in of_replicas),
+        "loads_running": loads_running,
+        "loads_kept": sum(model["history"]["loads"] for model in of_replicas),
+        "bytes": sum(model["history"]["bytes"] for model in of_replicas),
+        "bytes_from_workers": sum(model["history"]["bytes_from_workers"] for model in of_replicas),
     }
 
 
-def _worker(record: SourceRecord, now_ms: int) -> Json:
-    worker = record_pb2.WorkerFacts.FromString(record.worker)
-    return {
-        "worker_id": record.key.worker_id,
-        "worker_rank": record.key.worker_rank,
-        "state": STATES.get(record.status, "unknown"),
-        "accelerator": record.accelerator,
-        "endpoint": worker.worker_grpc_endpoint,
-        "source_load": record.source_load,
-        "epoch": record.epoch,
-        "digest_origin": mx_pb2.DigestOrigin.Name(worker.digest_origin).removeprefix("DIGEST_ORIGIN_").lower()
-        if worker.digest_origin in mx_pb2.DigestOrigin.values()
-        else "unknown",
-        "received_from": list(worker.received_from),
-        "signed_manifest": worker.signed_manifest,
-        "silent_seconds": max(0.0, (now_ms - record.updated_at_ms) / 1000),
-    }
+def _most_lively(models: dict[str, Model], most: int) -> list[str]:
+    """Of more than are shown those that load, then those with most workers; in the order that they have."""
+    if len(models) <= most:
+        return list(models)
+
+    def workers(key: str) -> int:
+        return sum(map(len, models[key].sources.values()))
+
+    chosen = set(sorted(models, key=lambda key: (-len(models[key].running), -workers(key), key))[:most])
+    return [key for key in models if key in chosen]
 
 
-def _running(load: RunningLoad, model_name: str) -> Json:
+def _finished(load: FinishedLoad) -> Json:
     return {
-        "model_name": model_name,
+        "model_name": load.model_name,
         "source_id": load.key.source_id,
         "worker_id": load.key.worker_id,
         "worker_rank": load.key.worker_rank,
-        "path": load.path,
-        "bytes_done": load.bytes_done,
-        "bytes_total": load.bytes_total,
-        "bytes_per_second": load.bytes_per_second,
-        "eta_seconds": load.eta_seconds,
-        "from_worker_id": load.from_worker_id,
-        "holders": load.holders,
-        "running_seconds": load.running_seconds,
-        "silent_seconds": load.silent_seconds,
-    }
-
-
-def _finished(load: FinishedLoad, model_name: str) -> Json:
-    return {
-        "model_name": load.model_name or model_name,
-        "source_id": load.key.source_id,
-        "worker_id": load.key.worker_id,
-        "worker_rank": load.key.worker_rank,
+        "replica": load.replica,
+        "pod": load.pod_name,
+        "node": load.node_name,
         "at_ms": load.at_ms,
         "path": load.path,
         "bytes": load.bytes,
+        "bytes_from_workers": load.bytes_from_workers,
         "seconds": load.seconds,
+        "wait_seconds": load.wait_seconds,
+        "transfer_seconds": load.transfer_seconds,
+        "process_seconds": load.process_seconds,
         "from_worker_id": load.from_worker_id,
+        "given": [{"worker_id": worker, "bytes": given} for worker, given in load.given],
+        "givers": load.givers,
         "chunks_verified": load.chunks_verified,
         "fallbacks": list(load.fallbacks),
     }
+
+
+def _code(reason: str) -> str:
+    """The error code of a reason of a refusal; empty where it has none."""
+    return "" if reason in ("", "other") else f"MX_{_OTHER_CODES.get(reason, reason).upper()}"
 
 
 def _refusal(count: load_pb2.RefusalCount) -> Json:
@@ -259,8 +253,23 @@ def _refusal(count: load_pb2.RefusalCount) -> Json:
         "source_id": count.mx_source_id,
         "side": SIDES.get(count.side, "unknown"),
         "reason": REASONS.get(count.reason, "unknown"),
+        "code": _code(REASONS.get(count.reason, "")),
         "count": count.count,
         "text": count.text,
         "worker_id": count.worker_id,
         "at_ms": count.at_unix_ms,
+    }
+
+
+def _doubt(doubt: mx_pb2.Doubt) -> Json:
+    return {
+        "kind": DOUBTS.get(doubt.kind, "unknown"),
+        "code": _DOUBT_CODES.get(doubt.kind, ""),
+        "source_id": doubt.mx_source_id,
+        "worker_id": doubt.worker_id,
+        "worker_rank": doubt.worker_rank,
+        "holders": list(doubt.holders),
+        "chunks": doubt.chunks,
+        "text": doubt.text,
+        "at_ms": doubt.at_unix_ms,
     }

@@ -312,6 +312,10 @@ VARIABLES: tuple[Variable, ...] = (
         "where this worker is: zone=a,rack=r7,host=n3, a JSON object of such pairs, or a file or folder of Kubernetes' "
         "downward API with such labels; near sources are taken first (docs/swarm.md)",
     ),
+    Variable(
+        "POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"
+    ),
+    Variable("NODE_NAME", "worker", "the name of its node; the host of MX_P2P_TOPOLOGY unless set"),
     Variable("MX_P2P_TOPOLOGY_LEVELS", "worker", "names of the levels of a place, from broad to narrow"),
     Variable(
         "MX_P2P_TOPOLOGY_DOMAIN", "worker", "the level, such as zone, that sources must share; others are not taken"
@@ -379,6 +383,11 @@ VARIABLES: tuple[Variable, ...] = (
         "VLLM_LOAD_FORMAT",
         "plugin",
         "the load format of a command that gives no --load-format; one that vLLM does not know is left out",
+    ),
+    Variable(
+        "MX_UPDATE_TOKEN_PATH",
+        "plugin",
+        "file with the token that `POST /mx/update` asks for, in place of the engine's API key; it may rotate",
     ),
     # Read by setup.py.
     Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),

@@ -116,7 +116,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_REFIT_*", "MX_RESHARD_*", "MX_GENERATOR_SOURCE_ORDER", "MX_TRAINER_STAGING_MODE"),
         "worker",
         "weights that a trainer updates",
-        "weights are exchanged when a worker starts",
+        "an engine that runs takes another version as an update ([vllm.md](vllm.md#updates))",
     ),
     Unused(("MX_WEIGHT_PAYLOAD_FORMAT",), "worker", "the form of those", "as above"),
     Unused(

@@ -69,7 +69,7 @@ def test_without_the_page_the_rest_is_shown(web: WebServer) -> None:
     assert "no worker has published yet" in ran.out
     assert "progress of loads is not known" in ran.out
     closed = mx("status", "--server", web.address, "--page", "http://127.0.0.1:1")
-    assert "http://127.0.0.1:1/status?workers=0: Connection refused" in closed.out
+    assert "http://127.0.0.1:1/status: Connection refused" in closed.out
 
 
 def test_store_that_fails_is_exit_1(web: WebServer, tmp_path: Path) -> None:

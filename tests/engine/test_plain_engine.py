@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mxcore.errors import FenceFailed, LoadPathsExhausted, NoSource  # noqa: E40
 from mxcore.storage.remote import LocalFolder, listing_commit, place_of_state  # noqa: E402
 from mxcore.transfer.receive.receiver import Receiver, never_freed  # noqa: E402
 from mxserver.wire.calls import ServerClient  # noqa: E402
-from mxserver.wire.proto import load_pb2, mx_pb2  # noqa: E402
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 
@@ -160,6 +161,29 @@ def test_a_transfer_that_fails_leaves_nothing_behind(
     assert engine.events == ["build", "restore", "build", "fill", "process"]
     assert "load path p2p failed" in caplog.text
     assert engine.watched, "it offers what it has loaded"
+
+
+def test_the_server_hears_how_long_each_part_took_and_which_engine_it_was(
+    server: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[p2p_pb2.WorkerMetadata, load_pb2.LoadReport]] = []
+    publish = ServerClient.publish
+
+    def noted(client: ServerClient, identity: Any, worker: Any, *rest: Any, **more: Any) -> Any:
+        if more.get("load_report") is not None:
+            told.append((worker, more["load_report"]))
+        return publish(client, identity, worker, *rest, **more)
+
+    monkeypatch.setattr(ServerClient, "publish", noted)
+    report = folder.parent / "report.json"
+    load(PlainEngine(folder, options(server, report_path=str(report))), ROLES["both"])
+    steps = json.loads(report.read_text())["steps"]
+    [(worker, said)] = told
+    assert said.transfer_seconds == pytest.approx(steps["fill"])
+    assert said.process_seconds == pytest.approx(steps["build"] + steps["process"] + steps["keep"])
+    assert said.wait_seconds > 0
+    assert worker.replica == f"plain-{socket.gethostname()}-{os.getpid()}"
+    assert worker.node_name == socket.gethostname()
 
 
 def refused(server: str, model: Path) -> list[tuple[str, str, int]]:

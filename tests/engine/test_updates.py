@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mxcore.engine import Fill, Replacement, Role, Running, Staged, find_checkpoint, load_running, running_of, update
+from mxcore.engine import (
+    Fill,
+    Replacement,
+    Role,
+    Running,
+    Staged,
+    find_checkpoint,
+    has_version,
+    load_running,
+    running_of,
+    update,
+)
 from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
+from tests.storage.signed.signing import Key
 
 BOTH = Role("mx", pulls=True, reads_storage=True, offers=True)
 PATHS = ("p2p", "engine")
@@ -42,8 +55,14 @@ class Scaled(nn.Module):
 class ScaledEngine(PlainEngine):
     """With `replacement`, an engine whose model runs. `breaks`: processing fails after its first layer, that often."""
 
-    def __init__(self, folder: Path, replacement: Replacement | None = None, breaks: list[int] | None = None) -> None:
-        super().__init__(folder, {}, size=SIZE)
+    def __init__(
+        self,
+        folder: Path,
+        replacement: Replacement | None = None,
+        breaks: list[int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(folder, options or {}, size=SIZE)
         self.replacement = replacement
         self.breaks = breaks if breaks is not None else [0]
 
@@ -89,19 +108,25 @@ def versions(tmp_path: Path) -> tuple[Path, Path]:
     return scaled(tmp_path / "one", 1, 0.5), scaled(tmp_path / "two", 2, None)
 
 
-def started(folder: Path) -> Running:
-    load_running(ScaledEngine(folder), BOTH)
+def started(folder: Path, options: Mapping[str, Any] | None = None) -> Running:
+    load_running(ScaledEngine(folder, options=options), BOTH)
     running = running_of("plain")
     assert running is not None
     return running
 
 
-def to(running: Running, new: Path, old: Path, breaks: list[int] | None = None) -> bool:
+def to(
+    running: Running,
+    new: Path,
+    old: Path,
+    breaks: list[int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> bool:
     return update(
         running,
         str(new),
-        lambda replacement: ScaledEngine(new, replacement, breaks),
-        lambda replacement: ScaledEngine(old, replacement, breaks),
+        lambda replacement: ScaledEngine(new, replacement, breaks, options),
+        lambda replacement: ScaledEngine(old, replacement, breaks, options),
         paths=PATHS,
     ).changed
 
@@ -191,3 +216,36 @@ def test_a_version_that_lacks_a_tensor_is_refused(versions: tuple[Path, Path]) -
     with pytest.raises(UpdateFailed, match="no values for 1 tensors"):
         to(running, two, one)
     assert answer(running.model, SIZE) == fresh(one)
+
+
+def test_what_it_has_is_known_while_it_runs_and_what_it_cannot_take(versions: tuple[Path, Path]) -> None:
+    """Nothing changes but the name; a model that is not whole has no version."""
+    one, two = versions
+    running = started(one)
+    running.checkpoint = find_checkpoint(str(one)).digest()
+    assert not has_version(running, "second", lambda replacement: ScaledEngine(two, replacement))
+    assert running.version == str(one)
+    assert has_version(running, "first", lambda replacement: ScaledEngine(one, replacement))
+    assert running.version == "first"
+    running.is_whole = False
+    assert not has_version(running, "again", lambda replacement: ScaledEngine(one, replacement))
+    (two / "model-1.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(UpdateFailed, match="first stays"):
+        has_version(running, "broken", lambda replacement: ScaledEngine(two, replacement))
+
+
+def test_a_version_that_has_to_be_signed_and_is_not_is_refused(versions: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = versions
+    key = Key(tmp_path / "keys")
+    for folder in versions:
+        (folder / "config.json").write_text("{}")
+    key.sign(one)
+    options = {"model_signature": "require", "model_signature_key": str(key.public)}
+    running = started(one, options)
+    with pytest.raises(UpdateFailed, match="MX_SIGN"):
+        to(running, two, one, options=options)
+    assert running.is_whole
+    assert answer(running.model, SIZE) == fresh(one)
+    key.sign(two)
+    assert to(running, two, one, options=options)
+    assert answer(running.model, SIZE) == fresh(two)

@@ -60,6 +60,8 @@ try:
 except KeyError as error:
     found["raised"] = str(error)
 worker.vllm_config = types.SimpleNamespace(instance_id="e1")
+compat.engine_of(worker.vllm_config)
+worker.vllm_config.instance_id = "another"  # as `vllm serve` does it once the engine has loaded
 worker.shutdown()
 sleeps = types.SimpleNamespace(enable_sleep_mode=True)
 found["risks"] = [

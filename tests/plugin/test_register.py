@@ -20,6 +20,7 @@ import pytest
 from tests.installs import installed
 
 ROOT = Path(__file__).parents[2]
+GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 HEAVY = ("torch", "vllm", "grpc", "numpy", "transformers", "mxcore", "mxserver")
 
 
@@ -46,8 +47,9 @@ def test_the_entry_points_are_the_functions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {"modelexpress_mx": "vllm_plugin:register", "modelexpress": "vllm_plugin:register_modelexpress"}
     assert project["entry-points"]["vllm.general_plugins"] == named
-    found = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
-    assert named.items() <= found.items()
+    assert project["entry-points"]["vllm.endpoint_plugins"] == {"mx_update": "vllm_plugin.route.endpoint:MxEndpoint"}
+    found = {point.name: point.value for group in GROUPS for point in entry_points(group=group)}
+    assert {**named, "mx_update": "vllm_plugin.route.endpoint:MxEndpoint"}.items() <= found.items()
 
 
 FORKS = """

@@ -23,6 +23,7 @@ from mxserver.security.setup import warning
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.web import application
+from mxserver.web.models_view import StatusQuery
 from mxserver.web.pages import is_own_name
 from mxserver.wire import SettingError
 from mxserver.wire.credentials import ClientCredentials, ServerTls, server_context
@@ -95,7 +96,7 @@ def test_what_names_models_is_for_who_has_a_token(
     assert answer.headers["Cache-Control"] in ("no-store", "no-cache")
     if status == 401:
         assert TOKEN.encode() not in answer.body
-        assert b"fleets" not in answer.body
+        assert b"models" not in answer.body
 
 
 def test_without_auth_all_may_see_all(start_server: StartServer) -> None:
@@ -162,14 +163,14 @@ def test_judge_that_does_not_answer_lets_nobody_in() -> None:
 
 def test_every_role_may_look() -> None:
     class View:
-        def as_json(self, workers: int, of: object) -> dict[str, int]:
-            return {"workers": workers}
+        def as_json(self, query: StatusQuery) -> dict[str, int]:
+            return {"replicas": query.replicas}
 
     for role in Role:
         judge = Judge(lambda role=role: Caller("c", role))  # type: ignore[misc]
         app = application(None, View(), lambda: None, judge, model_registry=None)  # type: ignore[arg-type]
         with TestClient(app) as client:
-            assert client.get("/status", headers={"Authorization": f"Bearer {TOKEN}"}).json() == {"workers": 50}
+            assert client.get("/status", headers={"Authorization": f"Bearer {TOKEN}"}).json() == {"replicas": 20}
 
 
 # TLS

@@ -77,7 +77,7 @@ class Worker:
 
     def load(self, some_bytes: int, total_bytes: int) -> None:
         """As if from storage: a part, and after a line the rest."""
-        with self.membership.loading(load_pb2.LOAD_PATH_STORAGE) as way:
+        with self.membership.loads.loading(load_pb2.LOAD_PATH_STORAGE) as way:
             way(some_bytes, total_bytes)
             answer(told=some_bytes)
             sys.stdin.readline()

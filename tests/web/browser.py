@@ -104,8 +104,8 @@ class Browser:
         return self._call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def text(self, selector: str = "body") -> str:
-        """The text of the first such element, as it is shown."""
-        return str(self.run("return document.querySelector(arguments[0]).innerText", selector))
+        """The text of the first such element, as it is shown; empty where there is none yet."""
+        return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
 
     def size(self, width: int, height: int, *, mobile: bool = False, dark: bool = False) -> None:
         """The page's own size and colour scheme, as a phone has them with `mobile`."""

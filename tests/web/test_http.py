@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from mxserver.web import HttpServer, http
 from mxserver.web.pages import with_headers
+from mxserver.web.status import SHOWN_DETAILS
 from mxserver.wire.calls import ServerClient
 from tests.web.conftest import INITIALIZING, WebServer, ask, identity, publish
 
@@ -34,7 +35,8 @@ def test_probe_says_ok(web: WebServer, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/page.js", "/page.css", "/icon.svg", "/status", "/metrics", "/livez", "/nowhere"]
+    "path",
+    ["/", "/page.js", "/drawings.js", "/page.css", "/icon.svg", "/errors", "/status", "/metrics", "/livez", "/nowhere"],
 )
 def test_every_answer_carries_the_policy(web: WebServer, path: str) -> None:
     headers = ask(web.url + path).headers
@@ -82,7 +84,7 @@ def test_unknown_path_names_the_known_ones(web: WebServer) -> None:
     assert "/readyz" in answer.text
 
 
-@pytest.mark.parametrize("query", ["?workers=-1", "?workers=x", "?workers=%D9%A3", "?workers=1e9"])
+@pytest.mark.parametrize("query", ["?replicas=-1", "?bars=x", "?loads=%D9%A3", "?replicas=1e9"])
 def test_bad_query_is_refused(web: WebServer, query: str) -> None:
     assert ask(f"{web.url}/status{query}").status == 400
 
@@ -113,51 +115,50 @@ def test_garbage_costs_one_connection(web: WebServer, sent: bytes) -> None:
     assert ask(web.url + "/livez").status == 200
 
 
-def test_status_tells_fleets_by_state(web: WebServer, client: ServerClient) -> None:
+def test_status_has_sums_and_details_for_who_asks(web: WebServer, client: ServerClient) -> None:
     for n in range(4):
         publish(client, f"w{n}")
     publish(client, "late", INITIALIZING)
     other = publish(client, "x", of=identity("other/model")).mx_source_id
-    status = web.status("?workers=2")
-    assert status["totals"] == {
-        "models": 2,
-        "workers": 6,
-        "initializing": 1,
-        "ready": 5,
-        "stale": 0,
-        "loads_running": 0,
-    }
-    second, first = status["fleets"]
-    assert (first["model_name"], first["workers_total"], first["ready"], first["initializing"]) == (
-        "Qwen/Qwen3-8B",
-        5,
-        4,
-        1,
+    status = web.status()
+    totals = status["totals"]
+    assert [totals[name] for name in ("models", "workers", "initializing", "ready", "stale")] == [2, 6, 1, 5, 0]
+    assert (totals["replicas_ready"], totals["replicas_wanted"], totals["loads_running"]) == (5, 6, 0)
+    assert status["details"] == {}
+    [second], [first] = (
+        [one for one in status["models"] if one["model_name"] == name] for name in ("other/model", "Qwen/Qwen3-8B")
     )
-    assert [worker["worker_id"] for worker in first["workers"]] == ["late", "w0"]
-    assert first["workers"][1]["accelerator"] == "NVIDIA H200"
-    assert second["source_id"] == other
+    assert first["replicas"] == {"initializing": 1, "incomplete": 0, "ready": 4, "stale": 0, "wanted": 5}
+    assert second["replicas"]["ready"] == 1
+    details = web.status("?model=QWEN/qwen3-8b&replicas=2&ranks=w0")["details"]["qwen/qwen3-8b"]
+    assert [one["replica"] for one in details["replicas"]] == ["late", "w0"]
+    assert (details["replicas_total"], details["left_out"]["replicas"]) == (5, 3)
+    [rank] = details["replicas"][1]["ranks"]
+    assert (rank["worker_id"], rank["accelerator"]) == ("w0", "NVIDIA H200")
+    assert [one["source_id"] for one in web.status(f"?of={other}")["details"]["other/model"]["sources"]] == [other]
     assert status["server"]["ready"] is True
     assert status["server"]["store"] == "sqlite"
 
 
-def test_workers_are_listed_of_the_fleets_that_one_asks_for(web: WebServer, client: ServerClient) -> None:
+def test_details_are_given_of_those_that_one_asks_for(web: WebServer, client: ServerClient) -> None:
     """The finding M10: of a thousand fleets, the workers of all were megabytes each second for each open page."""
-    sources = [publish(client, f"w{n}", of=identity(f"m/{n}")).mx_source_id for n in range(3)]
-
-    def listed(query: str) -> dict[str, int]:
-        return {fleet["source_id"]: len(fleet["workers"]) for fleet in web.status(query)["fleets"]}
-
-    assert listed("?of=") == dict.fromkeys(sources, 0)
-    assert listed(f"?of={sources[1]}&of=nobody") == {sources[0]: 0, sources[1]: 1, sources[2]: 0}
-    assert listed("") == dict.fromkeys(sources, 1)
-    assert [fleet["workers_total"] for fleet in web.status("?of=")["fleets"]] == [1, 1, 1]
+    for n in range(SHOWN_DETAILS + 2):
+        publish(client, f"w{n}", of=identity(f"m/{n}"))
+    assert web.status()["details"] == {}
+    assert list(web.status("?model=m/1&model=nobody")["details"]) == ["m/1"]
+    asked = "&".join(f"model=m/{n}" for n in range(SHOWN_DETAILS + 2))
+    status = web.status(f"?{asked}")
+    assert len(status["details"]) == SHOWN_DETAILS
+    assert status["left_out"]["details"] == [f"m/{n}" for n in range(SHOWN_DETAILS, SHOWN_DETAILS + 2)]
+    found = web.status("?search=W3")
+    assert [one["model_name"] for one in found["models"]] == ["m/3"]
+    assert (found["models_total"], found["totals"]["models"]) == (1, SHOWN_DETAILS + 2)
 
 
 def test_status_keeps_what_is_secret(web: WebServer, client: ServerClient) -> None:
     """Agent metadata is what another process needs to reach a worker's memory."""
     publish(client, "w0")
-    assert "agent" not in json.dumps(web.status())
+    assert "agent" not in json.dumps(web.status("?model=Qwen/Qwen3-8B&ranks=*"))
 
 
 def test_store_that_fails_turns_readiness_red(web: WebServer, client: ServerClient, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mxserver.store import RecordKey
-from mxserver.telemetry import Events, Loads, Metrics
+from mxserver.telemetry import Events, LoadHistory, Loads, Metrics, Refusals
 from mxserver.telemetry.events import KEPT_EVENTS, LONGEST_TEXT
-from mxserver.telemetry.loads import KEPT_LOADS
-from mxserver.wire.proto import load_pb2, p2p_pb2
+from mxserver.telemetry.load_history import KEPT_OF_A_MODEL
+from mxserver.telemetry.loads import SHOWN_FINISHED
+from mxserver.telemetry.refusals import WINDOW_SECONDS
+from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
 KEY = RecordKey("s", "w", 0)
 READY = p2p_pb2.SOURCE_STATUS_READY
@@ -138,9 +140,32 @@ def test_history_is_bounded(loads: Loads, events: Events) -> None:
     for n in range(200):
         loads.published(KEY, p2p_pb2.PublishMetadataRequest(load_report=load_pb2.LoadReport(load_id=str(n))))
         events.add("call", f"call {n}")
-    assert len(loads.finished()) == KEPT_LOADS
+    assert len(loads.finished()) == SHOWN_FINISHED < len(loads.history.of("")) <= KEPT_OF_A_MODEL
     assert len(events.newest()) == KEPT_EVENTS
     assert events.newest()[0].text == "call 199"
+
+
+def test_givers_have_the_rate_between_two_reports(loads: Loads, clock: HandClock) -> None:
+    def given(**by: int) -> None:
+        said = [load_pb2.GivenBytes(worker_id=worker, bytes=count) for worker, count in by.items()]
+        loads.told(KEY, load_pb2.LoadProgress(load_id="1", given=said))
+
+    given(a=100)
+    assert [(one.worker_id, one.bytes_per_second) for one in loads.running()[0].given] == [("a", None)]
+    clock.now += 2
+    given(a=300, b=50)
+    assert loads.running()[0].given == (("a", 300, 100.0), ("b", 50, 25.0))
+    clock.now += 1
+    given(a=200)
+    assert loads.running()[0].given == (("a", 200, 0.0),), "bytes that were dropped make no negative rate"
+
+
+def test_a_load_is_kept_under_the_names_of_its_worker(loads: Loads) -> None:
+    worker = record_pb2.WorkerFacts(pod_name="p", node_name="n", replica="r")
+    report = load_pb2.LoadReport(load_id="1")
+    loads.updated(KEY, p2p_pb2.UpdateStatusRequest(status=STALE, load_report=report), "m", worker)
+    [done] = loads.history.of("M")
+    assert (done.pod_name, done.node_name, done.replica) == ("p", "n", "r")
 
 
 def test_same_event_only_counts(events: Events, clock: HandClock) -> None:
@@ -156,3 +181,19 @@ def test_event_hides_passwords_and_is_one_bounded_line(events: Events) -> None:
     [event] = events.newest()
     assert event.text.startswith("redis://host:6379/0 refused the call x")
     assert len(event.text) == LONGEST_TEXT
+
+
+def test_what_was_shared_before_a_restart_counts_as_shared(events: Events, clock: HandClock) -> None:
+    metrics, history = Metrics(), LoadHistory()
+    loads = Loads(metrics, events, clock, forget_seconds=90, history=history)
+    report = load_pb2.LoadReport(load_id="1", path=load_pb2.LOAD_PATH_PEER_TCP)
+    published = p2p_pb2.PublishMetadataRequest(identity=p2p_pb2.SourceIdentity(model_name="m"), load_report=report)
+    loads.published(KEY, published)
+    clock.now += 60
+    refusals = Refusals(metrics, events, clock)
+    Loads(metrics, events, clock, forget_seconds=90, history=history, refusals=refusals)
+    refusals.told(KEY, [load_pb2.Refusal(id="1")], "M")
+    assert refusals.not_shared() == []
+    clock.now += WINDOW_SECONDS - 30
+    refusals.told(KEY, [load_pb2.Refusal(id="2")], "M")
+    assert refusals.not_shared() == ["M"]

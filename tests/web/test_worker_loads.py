@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,10 +39,14 @@ def test_from_the_first_byte_to_the_report(
     assert (load["path"], load["from_worker_id"], load["holders"]) == ("peer_tcp", source_id, 1)
     assert web.metric("mxserver_loads_running") == 1
     browser.open(web.url)
-    browser.wait_until(lambda: f"from {source_id[:12]}" in browser.text("#loads"), "the load")
-    assert "peer, TCP" in browser.text("#loads")
-    names = browser.run("return Array.from(document.querySelectorAll('#fleets td[title]'), (cell) => cell.title)")
-    assert f"{source_id}, weights read" in names, "the whole name is in the tooltip, and who vouches"
+    browser.wait_until(lambda: "1 rank loading" in browser.text("#models"), "the load")
+    browser.wait_until(lambda: source_id[:12] in browser.text(".feeds-part"), "who gives")
+    [given] = load["given"]
+    assert (given["worker_id"], given["bytes"]) == (source_id, paused["paused_at"])
+    browser.run("document.querySelector('.replicas li[data-key=\"" + source_id + "\"] summary').click()")
+    titles = "return Array.from(document.querySelectorAll('.replicas td[title]'), (cell) => cell.title)"
+    whole = f"{source_id}, weights read"
+    browser.wait_until(lambda: whole in browser.run(titles), "the whole name in the tooltip, and who vouches")
     target.send(do="go on")
     assert target.read()["equal"]
     target.ask(do="serve")
@@ -50,10 +55,16 @@ def test_from_the_first_byte_to_the_report(
     assert (done["bytes"], done["path"], done["from_worker_id"]) == (paused["total"], "peer_tcp", source_id)
     assert done["model_name"]
     assert done["chunks_verified"] > 0
+    assert done["given"] == [{"worker_id": source_id, "bytes": paused["total"]}]
+    assert (done["givers"], done["bytes_from_workers"]) == (1, paused["total"])
+    assert done["transfer_seconds"] == done["seconds"] > 0
+    assert done["process_seconds"] > 0
+    assert done["node"] == socket.gethostname()
     assert web.metric('mxserver_loads_total{path="peer_tcp"}') == 1
     assert web.metric('mxserver_load_bytes_total{path="peer_tcp"}') == paused["total"]
-    browser.wait_until(lambda: "peer, TCP" in browser.text("#finished"), "the finished load")
-    browser.wait_until(lambda: browser.run("return document.getElementById('loading').hidden"), "no load")
+    browser.wait_until(lambda: "1 load" in browser.text("#models"), "the finished load")
+    browser.wait_until(lambda: browser.run("return document.querySelector('.loading').hidden"), "no load")
+    assert "peer, TCP" in browser.run("return document.querySelector('.chart title').textContent")
 
 
 def test_a_way_that_fails_and_a_load_from_storage(web: WebServer, workers: tuple[WorkerProcess, WorkerProcess]) -> None:
@@ -72,5 +83,6 @@ def test_a_way_that_fails_and_a_load_from_storage(web: WebServer, workers: tuple
     assert (done["path"], done["bytes"]) == ("storage", 100)
     assert done["model_name"]
     assert len(done["fallbacks"]) == 1
+    assert (done["bytes_from_workers"], done["given"]) == (0, [])
     assert web.metric('mxserver_loads_total{path="storage"}') == 1
     assert any("gone" in error["text"] for error in web.status()["errors"])

@@ -103,7 +103,7 @@ class Engines:
 
 def _status(page: str) -> dict[str, Any]:
     """What the server's status page knows. Raises OSError."""
-    with urllib.request.urlopen(f"{page}/status?workers=0", timeout=PAGE_SECONDS) as answer:  # noqa: S310 - our server's
+    with urllib.request.urlopen(f"{page}/status", timeout=PAGE_SECONDS) as answer:  # noqa: S310 - our server's
         found: dict[str, Any] = json.load(answer)
     return found
 

@@ -12,14 +12,25 @@ from torch import nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import base_loader
 
-from mxcore.engine import Fill, Kind, Replacement, Staged, UriPlace, find_checkpoint, model_name
+from mxcore.engine import (
+    Fill,
+    Kind,
+    Replacement,
+    Running,
+    Staged,
+    UriPlace,
+    find_checkpoint,
+    model_name,
+    update,
+)
 from mxcore.errors import UpdateFailed
+from mxcore.settings import load_settings
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin.engine import VllmEngine
 from vllm_plugin.identity import written_settings
 from vllm_plugin.update import layers
 
-__all__ = ["LiveEngine", "Version"]
+__all__ = ["LiveEngine", "Version", "held", "take"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,7 @@ class Version:
     @property
     def paths(self) -> tuple[str, ...]:
         """The rungs that have these weights, and no others."""
-        if self.uri:
-            return ("p2p", "uri")
-        return ("p2p", "cache", "engine") if self.revision else ("p2p", "engine")
+        return ("p2p", "uri") if self.uri else ("p2p", "cache", "engine")
 
     def check(self) -> None:
         """Raises UpdateFailed unless exactly one of the three is named."""
@@ -76,7 +85,7 @@ class LiveEngine(VllmEngine):
         if version.path:
             target.model, target.revision = version.path, None
         elif version.revision:
-            name = model_name(before.model)
+            name = model_name(model_config.model)
             if Path(name).is_absolute():
                 raise UpdateFailed(f"revision {version.revision}: {name} is a folder and has none; name another path")
             target.model, target.revision = name, version.revision
@@ -141,3 +150,28 @@ class LiveEngine(VllmEngine):
                 f"the configuration of {self._version.name} differs from that of the running engine in {keys[:5]}: "
                 "start an engine with it"
             )
+
+
+def held(running: Running) -> Version:
+    """What the model has, or had before an update failed."""
+    if running.place:
+        return Version(**running.place, label=running.version)
+    uri, label = load_settings(running.engine.options, told=True).model_uri, running.version
+    if uri:
+        return Version(uri=uri, label=label)
+    if running.engine.revision:
+        return Version(revision=running.engine.revision, label=label)
+    return Version(path=running.engine.model, label=label)
+
+
+def take(running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    """Gives the model these weights, all of them or none. Raises UpdateFailed."""
+    before = held(running)
+    update(
+        running,
+        version.name,
+        lambda replacement: LiveEngine(replacement, version, vllm_config.load_config, vllm_config, model_config),
+        lambda replacement: LiveEngine(replacement, before, vllm_config.load_config, vllm_config, model_config),
+        paths=version.paths,
+    )
+    running.place = version.place

@@ -2,27 +2,28 @@
 
 vLLM makes one in each worker. `start_weight_update`, then `update_weights` with one of `UpdateInfo`'s places, then
 `finish_weight_update`: all of the work is in the middle one, so that the processes of an engine cannot differ in
-whether an update is under way. Requests must be paused around it: `vllm_plugin.update.endpoint` does that.
+whether an update is under way. Requests must be paused around it: `vllm_plugin.route.endpoint` does that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 
-from mxcore.engine import Replacement, Running, running_of, update
+from mxcore.engine import Running, has_version, running_of
 from mxcore.errors import UpdateFailed
 from vllm_plugin import compat
-from vllm_plugin.update.live_engine import LiveEngine, Version
+from vllm_plugin.update.live_engine import LiveEngine, Version, held, take
 from vllm_plugin.update.registering import add_worker_method
 
 __all__ = ["InitInfo", "MxWeightTransferEngine", "UpdateInfo"]
@@ -59,8 +60,8 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
 
     def __init__(self, config: Any, vllm_config: VllmConfig, device: torch.device, model: nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._versions: dict[str, Version] = {}
         add_worker_method(vllm_config, "mx_update_state", _state)
+        add_worker_method(vllm_config, "mx_has_version", _has_version)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Nothing."""
@@ -69,28 +70,26 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
         """Nothing: what runs is whole until `update_weights`. Raises UpdateFailed for a model that is not ours."""
         self._running()
 
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Takes the weights, all of them or none. Raises UpdateFailed, which says what the model has now."""
-        running = self._running()
-        version = Version(
-            update_info.path, update_info.revision, update_info.uri, update_info.checkpoint, update_info.version
-        )
-        version.check()
-        part = running.engine.part
-        before = self._versions.get(part) or _first(running)
+    def has_version(self, update_info: UpdateInfo) -> bool:
+        """Whether the model has these weights, while it runs; the version is called as they are then.
 
-        def engine(replacement: Replacement, of: Version) -> LiveEngine:
-            return LiveEngine(replacement, of, self.vllm_config.load_config, self.vllm_config, self.model_config)
-
-        update(
+        Raises UpdateFailed where it cannot take them, as far as that is known before.
+        """
+        running, version = self._running(), _version(update_info)
+        load_config = self.vllm_config.load_config
+        is_there = has_version(
             running,
             version.name,
-            lambda replacement: engine(replacement, version),
-            lambda replacement: engine(replacement, before),
-            paths=version.paths,
+            lambda replacement: LiveEngine(replacement, version, load_config, self.vllm_config, self.model_config),
         )
-        self._versions[part] = version
-        running.place = version.place
+        if is_there:
+            running.place = version.place
+        return is_there
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Takes the weights, all of them or none. Raises UpdateFailed, which says what the model has now."""
+        running, version = self._running(), _version(update_info)
+        take(running, version, self.vllm_config, self.model_config)
 
     def finish_weight_update(self) -> None:
         """Raises UpdateFailed where the model is not whole."""
@@ -113,22 +112,33 @@ class MxWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc]  # vLL
         return running
 
 
-def _first(running: Running) -> Version:
-    """What the engine was started with."""
-    settings = running.engine.options
-    uri = str(settings.get("model_uri", settings.get("MX_MODEL_URI", "")) or "")
-    label = running.version
-    if uri:
-        return Version(uri=uri, label=label)
-    if running.engine.revision:
-        return Version(revision=running.engine.revision, label=label)
-    return Version(path=running.engine.model, label=label)
+def _version(info: UpdateInfo) -> Version:
+    """Raises UpdateFailed unless exactly one place is named."""
+    version = Version(info.path, info.revision, info.uri, info.checkpoint, info.version)
+    version.check()
+    return version
 
 
-def _state(worker: Any) -> dict[str, Any]:
-    """Of the worker's model and its draft: for `collective_rpc("mx_update_state")`."""
+def _state(worker: Any, expected: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Of the worker's model and its draft: for `collective_rpc("mx_update_state")`.
+
+    With `expected`, versions by part, raises UpdateFailed where one is another, or not whole: of several engines behind
+    one API (data parallelism) vLLM gives the first one's answer alone, and everybody's errors.
+    """
     instance = compat.engine_of(worker.vllm_config)
     found = [running for part in ("", "draft") if (running := running_of(instance, part)) is not None]
     for running in found:
-        running.place = running.place or _first(running).place
+        running.place = running.place or held(running).place
+        if expected is not None and not (running.is_whole and expected.get(running.engine.part) == running.version):
+            raise UpdateFailed(
+                f"not all engines have one version, or not all are whole: {running.version} here, "
+                f"{expected.get(running.engine.part)} elsewhere; {running.trouble}"
+            )
     return {"models": [running.state() for running in found]}
+
+
+def _has_version(worker: Any, update_info: dict[str, Any]) -> bool:
+    """For `collective_rpc("mx_has_version")`. Raises UpdateFailed."""
+    engine = worker.weight_transfer_engine
+    with set_current_vllm_config(worker.vllm_config):
+        return bool(engine.has_version(engine.parse_update_info(update_info)))

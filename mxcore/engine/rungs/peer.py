@@ -22,6 +22,7 @@ from mxcore.transfer.layout import Manifest, Placement
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, manifest_of
 from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
+from mxserver.wire.proto import load_pb2
 
 __all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
 
@@ -212,6 +213,8 @@ class PeerRung(Rung[Loaded]):
                 context.fallbacks.append(f"{self.name}, the rest from storage: {error}")
                 attempt.bytes_from_storage = fill_missing(error.partial, unprocessed, context)
                 whole: ReceiveReport = error.partial.complete()
+                with membership.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:  # the receive has failed
+                    whole.tell(step)
                 return whole
         except TransferError as error:
             attempt.others_may_do = True

@@ -19,9 +19,10 @@ from mxcore.errors import UpdateFailed
 from mxcore.load_ladder import Rung, reason_of
 from mxserver.wire import MxError
 
-__all__ = ["Outcome", "update"]
+__all__ = ["Outcome", "has_version", "update"]
 
 _log = logging.getLogger(__name__)
+_NOT_BUILT_HERE = "how this model was built is not known: it can only be loaded anew, by a restart"
 
 
 class UpdatedEngine(Engine, Protocol):
@@ -44,23 +45,47 @@ class Outcome(NamedTuple):
     report: dict[str, Any]
 
 
+def has_version(running: Running, version: str, new: EngineOf) -> bool:
+    """Whether a running model has the weights of `version`, which it is called from then on; nothing else changes.
+
+    While it runs, too. Raises UpdateFailed where this model cannot take them, as far as that is known before.
+    """
+    try:
+        engine = new(Replacement(running))
+        return _has(running, version, engine)
+    except (MxError, OSError) as error:
+        raise UpdateFailed(
+            f"version {version} cannot be loaded, {running.version} stays: {reason_of(error)}"
+        ) from error
+
+
+def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
+    """As `has_version`; raises what the engine raises."""
+    wanted = engine.wanted_digest()
+    if running.is_whole and wanted and wanted == running.checkpoint:
+        running.version, running.trouble = version, ""
+        return True
+    if running.constructed is None:
+        raise UpdateFailed(_NOT_BUILT_HERE)
+    engine.check_settings()
+    return False
+
+
 def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, paths: Sequence[str]) -> Outcome:
     """Gives a running model the weights of `version`; on the engine's thread, while it computes nothing.
 
     `new` makes the engine whose weights those are, `old` the one whose weights it has; `paths` are the names of the
-    rungs that have the new version. All processes of an engine call this together.
+    rungs that have the new version. Weights that it has are not loaded again. All processes of an engine call this
+    together.
 
     Raises UpdateFailed; then the model has its old weights (`running.is_whole`), or it must not be used.
     """
     replacement = Replacement(running)
     try:
         engine = new(replacement)
-        wanted = engine.wanted_digest()
-        if running.is_whole and wanted and wanted == running.checkpoint:
+        if _has(running, version, engine):
             _log.info("version %s has the weights that this engine has: nothing is moved", version)
-            running.version, running.trouble = version, ""
             return Outcome(False, {})
-        engine.check_settings()
         report = _load(running, replacement, engine, paths)
     except Exception as error:
         running.trouble = f"{version}: {reason_of(error)}"
@@ -109,7 +134,7 @@ def _load(running: Running, replacement: Replacement, engine: Engine, paths: Seq
         return _rungs(context, running, paths)
 
     if running.constructed is None:
-        raise UpdateFailed("how this model was built is not known: it can only be loaded anew, by a restart")
+        raise UpdateFailed(_NOT_BUILT_HERE)
     with running.constructed.names():
         _loaded, report = load_reported(
             engine, running.role, rungs=rungs, check=replacement.check, constructed=running.constructed

@@ -6,7 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 
 from mxcore.errors import TransferError
@@ -14,7 +14,7 @@ from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, Scalars, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
 from mxcore.transfer.member.place import current_place
-from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.record import Names, Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
 from mxcore.transfer.member.source_wait import wait_for_source
 from mxcore.transfer.member.storage_election import StorageElection
@@ -22,8 +22,7 @@ from mxcore.transfer.member.watched_sources import LAG_SECONDS, WatchedSources
 from mxcore.transfer.move import SessionAhead, Source
 from mxcore.transfer.receive import (
     Content,
-    LoadPath,
-    LoadStep,
+    LoadReporter,
     ProgressCallback,
     Receiver,
     ReceiveReport,
@@ -62,7 +61,9 @@ class Membership:
         chunk_bytes: int = CHUNK_BYTES,
         lease_seconds: float = LEASE_SECONDS,
         signed_manifest: str = "",
+        replica: str = "",
     ) -> None:
+        """`replica`: which engine this rank is part of, the same for all its ranks, for people."""
         self.settings = settings
         self.worker_rank = worker_rank
         self.accelerator = accelerator
@@ -87,6 +88,7 @@ class Membership:
             served=self._served,
             topology=lambda: self._place().topology,
             superseded_by_newer=self._superseded_by_newer,
+            names=lambda: Names(*self._place().names, replica),
         )
         self._lock = threading.RLock()  # of what is served; never held around calls to the record, which call `_served`
         self._closed = False
@@ -224,13 +226,10 @@ class Membership:
             self._election, other._election = other._election, None
         self._record.loads.take_over(other._record.loads)
 
-    def loading(self, path: LoadPath) -> AbstractContextManager[LoadStep]:
-        """Around a load that is not `receive`; call its value with (bytes done, bytes in all), as often as you like.
-
-        The server is told about once a second, and of the whole load with `serve` or `close`. An exception that leaves
-        the block is reported as the reason why this step failed. Never raises by itself, never waits.
-        """
-        return self._record.loads.loading(path)
+    @property
+    def loads(self) -> LoadReporter:
+        """Tells the server of loads: `receive` by itself, others by their `loading`. Never raises, never waits."""
+        return self._record.loads
 
     def refused(self, refusals: Iterable[Refusal]) -> None:
         """Tells the server with the next heartbeat or goodbye what is not shared. Never raises or waits."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,16 +28,21 @@ logger = logging.getLogger(__name__)
 
 HOST = "host"
 _LONGEST = 256  # characters of a value
+_LONGEST_NAME = 253  # of a name in DNS, and so in Kubernetes
 _LABEL = re.compile(r'\s*(?P<key>[^=\s]+)\s*=\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,\n]*)')
 
 
 @dataclass(frozen=True)
 class Place:
-    """A worker's place. `levels` are names from broad to narrow, `required` is the one that sources must share."""
+    """A worker's place. `levels` are names from broad to narrow, `required` is the one that sources must share.
+
+    `names` are those of its pod and its node, for people; empty where they are not known.
+    """
 
     topology: Mapping[str, str]
     levels: tuple[str, ...]
     required: str = ""
+    names: tuple[str, str] = ("", "")
 
     def distance(self, topology: Mapping[str, str]) -> int:
         """0: the narrowest level is the same; one more for each level that is broader; the most: none is the same."""
@@ -81,10 +88,19 @@ def current_place(settings: WorkerSettings) -> Place:
         logger.warning("MX_P2P_TOPOLOGY=%s says no place: %s", told, error)
         pairs = ()
     topology = {level: value[:_LONGEST] for key, value in pairs if value and (level := _level(key)) in levels}
+    named = _names(settings, next((value for key, value in pairs if _level(key) == HOST), ""))
     if HOST in levels:
         with suppress(OSError):
             topology.setdefault(HOST, host_identity()[0])
-    return Place(topology, levels, settings.topology_required)
+    return Place(topology, levels, settings.topology_required, named)
+
+
+def _names(settings: WorkerSettings, host: str) -> tuple[str, str]:
+    """This pod and its node. In a pod HOSTNAME is the pod's name; elsewhere this machine's name is the node's."""
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    pod = settings.pod_name or (socket.gethostname() if in_pod else "")
+    node = settings.node_name or host or ("" if in_pod else socket.gethostname())
+    return pod[:_LONGEST_NAME], node[:_LONGEST_NAME]
 
 
 def _of_path(path: Path) -> Iterable[tuple[str, str]]:

@@ -15,7 +15,7 @@ from mxserver.wire import ServerRefused, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
-__all__ = ["Served", "WorkerRecord"]
+__all__ = ["Names", "Served", "WorkerRecord"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,18 @@ class Served(NamedTuple):
     signed_manifest: str = ""  # what they were verified against
 
 
+class Names(NamedTuple):
+    """Where people find this worker; empty where that is not known. `replica` is the engine of which it is a rank."""
+
+    pod: str = ""
+    node: str = ""
+    replica: str = ""
+
+
 class WorkerRecord:
     """The record under (source id, worker id, rank), with the epoch that the server gave it last. Thread-safe.
 
-    `served` is called at each publish and heartbeat, `topology` (where the worker is) at each publish,
+    `served` is called at each publish and heartbeat, `topology` (where the worker is) and `names` at each publish,
     `superseded_by_newer` on the heartbeat's thread when a newer process of this worker has taken over the record: then
     nothing more is written. Without a client nothing is published at all.
     """
@@ -50,6 +58,7 @@ class WorkerRecord:
         served: Callable[[], Served],
         topology: Callable[[], Mapping[str, str]],
         superseded_by_newer: Callable[[], None],
+        names: Callable[[], Names] = Names,
     ) -> None:
         self.identity = p2p_pb2.SourceIdentity()
         self.identity.CopyFrom(identity)
@@ -61,6 +70,7 @@ class WorkerRecord:
         self._accelerator = accelerator
         self._served = served
         self._topology = topology
+        self._names = names
         self._superseded_by_newer = superseded_by_newer
         self._lock = threading.RLock()
         self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
@@ -106,7 +116,7 @@ class WorkerRecord:
         with self._lock:
             if self._superseded:
                 return
-            served = self._served()
+            served, names = self._served(), self._names()
             worker = p2p_pb2.WorkerMetadata(
                 worker_rank=self._worker_rank,
                 status=self._status,
@@ -117,6 +127,9 @@ class WorkerRecord:
                 digest_origin=served.origin.kind if served.origin is not None else mx_pb2.DIGEST_ORIGIN_UNKNOWN,
                 received_from=served.origin.received_from if served.origin is not None else (),
                 signed_manifest=served.signed_manifest,
+                pod_name=names.pod,
+                node_name=names.node,
+                replica=names.replica,
             )
             report = self.loads.report() if self.ready else None
             answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)

@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from mxserver.wire import StaleEpoch, WireError
@@ -27,6 +27,8 @@ INTERVAL_SECONDS = 1.0
 CALL_SHARE = 0.02  # of the time may go into calls: thousands that load at once slow down together
 LONGEST_INTERVAL_SECONDS = 30.0
 _JOIN_SECONDS = 2.0
+_NAMED_WHILE_RUNNING = 8
+_NAMED_AT_THE_END = 16
 
 LoadPath: TypeAlias = load_pb2.LoadPath.ValueType
 
@@ -45,13 +47,17 @@ def peer_path(transport: str) -> LoadPath:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a load is, in bytes; from whom, and how many give at the moment (0 and empty: not from workers)."""
+    """How far a load is, in bytes; from whom, and how many give at the moment (0 and empty: not from workers).
+
+    `given`: bytes by the worker that gave them.
+    """
 
     path: LoadPath
     bytes_done: int
     bytes_total: int
     from_worker_id: str = ""
     holders: int = 0
+    given: Mapping[str, int] = field(default_factory=dict)
 
 
 class LoadStep:
@@ -71,10 +77,16 @@ class LoadStep:
         self._now = Progress(self._now.path, bytes_done, bytes_total)
 
     def ended(
-        self, path: LoadPath, bytes_loaded: int, seconds: float, from_worker_id: str = "", chunks_verified: int = 0
+        self,
+        path: LoadPath,
+        bytes_loaded: int,
+        seconds: float,
+        from_worker_id: str = "",
+        chunks_verified: int = 0,
+        given: Mapping[str, int] | None = None,
     ) -> None:
-        """Reports the whole load, once it is done."""
-        self._now = Progress(path, bytes_loaded, bytes_loaded, from_worker_id)
+        """Reports the whole load, once it is done. `given`: bytes by the worker that gave them."""
+        self._now = Progress(path, bytes_loaded, bytes_loaded, from_worker_id, given=given or {})
         self.progress = lambda: self._now
         self.seconds = seconds
         self.chunks_verified = chunks_verified
@@ -91,6 +103,9 @@ class LoadReporter:
         self._step: LoadStep | None = None
         self._fallbacks: list[load_pb2.Fallback] = []
         self._report: load_pb2.LoadReport | None = None
+        self._began: float | None = time.monotonic()  # the load: this worker came to be, or began another load
+        self._ended = 0.0  # the step that loaded
+        self._timed = False  # whether the report has the seconds of processing
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -104,6 +119,8 @@ class LoadReporter:
         with self._changed:
             if self._report is not None or not self._load_id:
                 self._load_id, self._fallbacks = uuid.uuid4().hex, []
+            if self._began is None:
+                self._began = step.started
             self._report = None
             self._step = step
             self._start()
@@ -118,21 +135,39 @@ class LoadReporter:
     def report(self) -> load_pb2.LoadReport | None:
         """How the last load went, until `reported` says that the server knows; None while there is nothing to tell."""
         with self._changed:
+            if self._report is not None and not self._timed:
+                self._report.process_seconds = time.monotonic() - self._ended
+                self._timed = True
             return self._report
+
+    def took(self, transfer_seconds: float, process_seconds: float) -> None:
+        """The parts of the load that has just ended, as its engine measured them; the rest of its time was waiting.
+
+        Unless told, the transfer is the step that loaded, and what follows it until the report is processing.
+        """
+        with self._changed:
+            if self._report is None or self._began is None:
+                return
+            whole = time.monotonic() - self._began
+            self._report.transfer_seconds, self._report.process_seconds = transfer_seconds, process_seconds
+            self._report.wait_seconds = max(0.0, whole - transfer_seconds - process_seconds)
+            self._timed = True
 
     def reported(self, report: load_pb2.LoadReport) -> None:
         """The server has received this report."""
         with self._changed:
             if self._report is report:
-                self._report, self._load_id = None, ""
+                self._report, self._load_id, self._began = None, "", None
 
     def take_over(self, other: LoadReporter) -> None:
         """Takes over the report of a load that ran under another membership of this process."""
         with other._changed:
             load_id, report, fallbacks = other._load_id, other._report, other._fallbacks
+            times = other._began, other._ended, other._timed
             other._load_id, other._report, other._fallbacks = "", None, []
         with self._changed:
             self._load_id, self._report, self._fallbacks = load_id, report, fallbacks
+            self._began, self._ended, self._timed = times
 
     def close(self) -> None:
         """Nothing is sent from now on, but for a call that is running. Idempotent."""
@@ -157,14 +192,22 @@ class LoadReporter:
             if failure is not None:
                 self._fallbacks.append(load_pb2.Fallback(path=last.path, reason=failure))
                 return
+            self._ended, self._timed = time.monotonic(), False
+            seconds = self._ended - step.started if step.seconds is None else step.seconds
+            began = step.started if self._began is None else self._began
             self._report = load_pb2.LoadReport(
                 load_id=self._load_id,
                 path=last.path,
                 bytes=last.bytes_done,
-                seconds=time.monotonic() - step.started if step.seconds is None else step.seconds,
+                seconds=seconds,
                 from_worker_id=last.from_worker_id,
                 chunks_verified=step.chunks_verified,
                 fallbacks=self._fallbacks,
+                wait_seconds=max(0.0, self._ended - began - seconds),
+                transfer_seconds=seconds,
+                given=_most(last.given, _NAMED_AT_THE_END),
+                givers=len(last.given),
+                bytes_from_workers=sum(last.given.values()),
             )
 
     def _start(self) -> None:
@@ -203,6 +246,7 @@ class LoadReporter:
                     bytes_total=now.bytes_total,
                     from_worker_id=now.from_worker_id,
                     holders=now.holders,
+                    given=_most(now.given, _NAMED_WHILE_RUNNING),
                 )
             )
         except StaleEpoch:
@@ -215,3 +259,9 @@ class LoadReporter:
             return LONGEST_INTERVAL_SECONDS
         took = time.monotonic() - started
         return min(max(INTERVAL_SECONDS, took / CALL_SHARE), LONGEST_INTERVAL_SECONDS)
+
+
+def _most(given: Mapping[str, int], most: int) -> list[load_pb2.GivenBytes]:
+    """Those that gave most, first."""
+    named = sorted(given, key=lambda worker: (-given[worker], worker))[:most]
+    return [load_pb2.GivenBytes(worker_id=worker, bytes=given[worker]) for worker in named]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mxcore.transfer.layout import ChunkDigests, Scalars
+from mxcore.transfer.receive.load_progress import LoadStep, peer_path
 
 __all__ = ["ReceiveReport"]
 
@@ -36,6 +37,11 @@ class ReceiveReport:
     moving_seconds: float = 0.0
     bytes_otherwise: int = 0
     in_clear: bool = False
+
+    def tell(self, step: LoadStep) -> None:
+        """Has the server told of it, as the step of a load that has ended."""
+        path, source = peer_path(self.transport), self.source_worker_id
+        step.ended(path, self.bytes, self.seconds, source, self.chunks_verified, self.bytes_from)
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -196,8 +196,7 @@ class Receiver:
                 self._sessions.drop()
         report = self._report(time.monotonic() - started)
         if step is not None:
-            source, path = report.source_worker_id, peer_path(report.transport)
-            step.ended(path, report.bytes, report.seconds, source, report.chunks_verified)
+            report.tell(step)
         return report
 
     def progress(self) -> Progress:
@@ -208,7 +207,7 @@ class Receiver:
         most = max(given or pulls, key=lambda name: given.get(name, 0), default="")
         route = pulls[most].route if most in pulls else self._routes.get(most)
         path = peer_path(route.transport if route is not None else "")
-        return Progress(path, done, self._received.total_bytes, most, len(pulls))
+        return Progress(path, done, self._received.total_bytes, most, len(pulls), given)
 
     def _run(self, deadline: float) -> None:
         """Runs until everything is verified and fenced. Raises what `receive` raises, with holders still at work."""

@@ -157,6 +157,7 @@ class LoadProgress(google.protobuf.message.Message):
     BYTES_TOTAL_FIELD_NUMBER: builtins.int
     FROM_WORKER_ID_FIELD_NUMBER: builtins.int
     HOLDERS_FIELD_NUMBER: builtins.int
+    GIVEN_FIELD_NUMBER: builtins.int
     load_id: builtins.str
     """the same for all messages of one load, another one for every load"""
     path: global___LoadPath.ValueType
@@ -166,6 +167,10 @@ class LoadProgress(google.protobuf.message.Message):
     """the holder; of several, the one that gave most; empty for storage"""
     holders: builtins.int
     """how many give at the moment"""
+    @property
+    def given(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GivenBytes]:
+        """so far, by those that gave most, at most 8 of them"""
+
     def __init__(
         self,
         *,
@@ -175,10 +180,31 @@ class LoadProgress(google.protobuf.message.Message):
         bytes_total: builtins.int = ...,
         from_worker_id: builtins.str = ...,
         holders: builtins.int = ...,
+        given: collections.abc.Iterable[global___GivenBytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "from_worker_id", b"from_worker_id", "holders", b"holders", "load_id", b"load_id", "path", b"path"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "from_worker_id", b"from_worker_id", "given", b"given", "holders", b"holders", "load_id", b"load_id", "path", b"path"]) -> None: ...
 
 global___LoadProgress = LoadProgress
+
+@typing.final
+class GivenBytes(google.protobuf.message.Message):
+    """Bytes that one worker gave."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "worker_id", b"worker_id"]) -> None: ...
+
+global___GivenBytes = GivenBytes
 
 @typing.final
 class Fallback(google.protobuf.message.Message):
@@ -215,6 +241,12 @@ class LoadReport(google.protobuf.message.Message):
     FROM_WORKER_ID_FIELD_NUMBER: builtins.int
     CHUNKS_VERIFIED_FIELD_NUMBER: builtins.int
     FALLBACKS_FIELD_NUMBER: builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    TRANSFER_SECONDS_FIELD_NUMBER: builtins.int
+    PROCESS_SECONDS_FIELD_NUMBER: builtins.int
+    GIVEN_FIELD_NUMBER: builtins.int
+    GIVERS_FIELD_NUMBER: builtins.int
+    BYTES_FROM_WORKERS_FIELD_NUMBER: builtins.int
     load_id: builtins.str
     path: global___LoadPath.ValueType
     """the one that gave most"""
@@ -222,8 +254,22 @@ class LoadReport(google.protobuf.message.Message):
     seconds: builtins.float
     from_worker_id: builtins.str
     chunks_verified: builtins.int
+    wait_seconds: builtins.float
+    """The time from the worker's joining to this report, in three parts: bytes came; the engine built and processed its
+    model; and the rest, in which it waited for a source, for its turn to read, or for ways that failed.
+    """
+    transfer_seconds: builtins.float
+    process_seconds: builtins.float
+    givers: builtins.int
+    """how many gave, those that are not named among them"""
+    bytes_from_workers: builtins.int
+    """of `bytes`; absent: all or none of them, as `path` says"""
     @property
     def fallbacks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Fallback]: ...
+    @property
+    def given(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GivenBytes]:
+        """those that gave most first, at most 16 of them"""
+
     def __init__(
         self,
         *,
@@ -234,10 +280,62 @@ class LoadReport(google.protobuf.message.Message):
         from_worker_id: builtins.str = ...,
         chunks_verified: builtins.int = ...,
         fallbacks: collections.abc.Iterable[global___Fallback] | None = ...,
+        wait_seconds: builtins.float = ...,
+        transfer_seconds: builtins.float = ...,
+        process_seconds: builtins.float = ...,
+        given: collections.abc.Iterable[global___GivenBytes] | None = ...,
+        givers: builtins.int = ...,
+        bytes_from_workers: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "chunks_verified", b"chunks_verified", "fallbacks", b"fallbacks", "from_worker_id", b"from_worker_id", "load_id", b"load_id", "path", b"path", "seconds", b"seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_bytes_from_workers", b"_bytes_from_workers", "bytes_from_workers", b"bytes_from_workers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_bytes_from_workers", b"_bytes_from_workers", "bytes", b"bytes", "bytes_from_workers", b"bytes_from_workers", "chunks_verified", b"chunks_verified", "fallbacks", b"fallbacks", "from_worker_id", b"from_worker_id", "given", b"given", "givers", b"givers", "load_id", b"load_id", "path", b"path", "process_seconds", b"process_seconds", "seconds", b"seconds", "transfer_seconds", b"transfer_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_bytes_from_workers", b"_bytes_from_workers"]) -> typing.Literal["bytes_from_workers"] | None: ...
 
 global___LoadReport = LoadReport
+
+@typing.final
+class KeptLoad(google.protobuf.message.Message):
+    """A load that has ended, as the server keeps it in a file of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MX_SOURCE_ID_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    WORKER_RANK_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    AT_UNIX_MS_FIELD_NUMBER: builtins.int
+    POD_NAME_FIELD_NUMBER: builtins.int
+    NODE_NAME_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
+    mx_source_id: builtins.str
+    worker_id: builtins.str
+    worker_rank: builtins.int
+    model_name: builtins.str
+    at_unix_ms: builtins.int
+    """when it was reported"""
+    pod_name: builtins.str
+    node_name: builtins.str
+    replica: builtins.str
+    @property
+    def report(self) -> global___LoadReport: ...
+    def __init__(
+        self,
+        *,
+        mx_source_id: builtins.str = ...,
+        worker_id: builtins.str = ...,
+        worker_rank: builtins.int = ...,
+        model_name: builtins.str = ...,
+        at_unix_ms: builtins.int = ...,
+        pod_name: builtins.str = ...,
+        node_name: builtins.str = ...,
+        replica: builtins.str = ...,
+        report: global___LoadReport | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["at_unix_ms", b"at_unix_ms", "model_name", b"model_name", "mx_source_id", b"mx_source_id", "node_name", b"node_name", "pod_name", b"pod_name", "replica", b"replica", "report", b"report", "worker_id", b"worker_id", "worker_rank", b"worker_rank"]) -> None: ...
+
+global___KeptLoad = KeptLoad
 
 @typing.final
 class Refusal(google.protobuf.message.Message):

@@ -364,6 +364,9 @@ class WorkerMetadata(google.protobuf.message.Message):
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
     SIGNED_MANIFEST_FIELD_NUMBER: builtins.int
+    POD_NAME_FIELD_NUMBER: builtins.int
+    NODE_NAME_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     nixl_metadata: builtins.bytes
     transfer_engine_session_id: builtins.str
@@ -378,6 +381,11 @@ class WorkerMetadata(google.protobuf.message.Message):
     """ours: who vouches for the bytes"""
     signed_manifest: builtins.str
     """ours: SHA-256 (lower hex) of the signed manifest that the bytes were verified against"""
+    pod_name: builtins.str
+    """ours: for people, where the worker is"""
+    node_name: builtins.str
+    replica: builtins.str
+    """ours: the same for all ranks of one engine, and of no other; empty: not known"""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorDescriptor]: ...
     @property
@@ -409,9 +417,12 @@ class WorkerMetadata(google.protobuf.message.Message):
         digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
         signed_manifest: builtins.str = ...,
+        pod_name: builtins.str = ...,
+        node_name: builtins.str = ...,
+        replica: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "nixl_metadata", b"nixl_metadata", "source_payload", b"source_payload", "tensor_source", b"tensor_source", "transfer_engine_session_id", b"transfer_engine_session_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "received_from", b"received_from", "signed_manifest", b"signed_manifest", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "agent_name", b"agent_name", "artifact_source", b"artifact_source", "backend_metadata", b"backend_metadata", "digest_origin", b"digest_origin", "metadata_endpoint", b"metadata_endpoint", "nixl_metadata", b"nixl_metadata", "node_name", b"node_name", "pod_name", b"pod_name", "received_from", b"received_from", "replica", b"replica", "signed_manifest", b"signed_manifest", "source_payload", b"source_payload", "status", b"status", "tensor_source", b"tensor_source", "tensors", b"tensors", "topology", b"topology", "transfer_engine_session_id", b"transfer_engine_session_id", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["backend_metadata", b"backend_metadata"]) -> typing.Literal["nixl_metadata", "transfer_engine_session_id"] | None: ...
     @typing.overload

@@ -27,7 +27,7 @@ from mxserver.wire.proto import mx_pb2 as mxserver_dot_wire_dot_proto_dot_mx__pb
 from mxserver.wire.proto import p2p_pb2 as mxserver_dot_wire_dot_proto_dot_p2p__pb2
 
 
-DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n mxserver/wire/proto/record.proto\x12\x10model_express.mx\x1a\x1emxserver/wire/proto/load.proto\x1a\x1cmxserver/wire/proto/mx.proto\x1a\x1dmxserver/wire/proto/p2p.proto\"\xf4\x02\n\x0bWorkerFacts\x12\x13\n\x0bworker_rank\x18\x01 \x01(\r\x12/\n\x06status\x18\x04 \x01(\x0e\x32\x1f.model_express.p2p.SourceStatus\x12\x12\n\nupdated_at\x18\x05 \x01(\x03\x12\x1c\n\x14worker_grpc_endpoint\x18\x08 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\t \x01(\t\x12=\n\x08topology\x18\x0b \x03(\x0b\x32+.model_express.mx.WorkerFacts.TopologyEntry\x12\x36\n\rdigest_origin\x18\xe8\x07 \x01(\x0e\x32\x1e.model_express.mx.DigestOrigin\x12\x16\n\rreceived_from\x18\xe9\x07 \x03(\t\x12\x18\n\x0fsigned_manifest\x18\xea\x07 \x01(\t\x1a/\n\rTopologyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x02\n\x0ePublishRequest\x12\x33\n\x08identity\x18\x01 \x01(\x0b\x32!.model_express.p2p.SourceIdentity\x12-\n\x06worker\x18\x02 \x01(\x0b\x32\x1d.model_express.mx.WorkerFacts\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x10\n\x08pod_name\x18\x04 \x01(\t\x12\x0f\n\x07pod_uid\x18\x05 \x01(\t\x12\x15\n\rpod_namespace\x18\x06 \x01(\t\x12\x0e\n\x05\x65poch\x18\xe8\x07 \x01(\x04\x12\x32\n\x0bload_report\x18\xe9\x07 \x01(\x0b\x32\x1c.model_express.mx.LoadReport\"\x8a\x01\n\x0eRecordResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06worker\x18\x02 \x01(\x0c\x12\x14\n\x0cmx_source_id\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x10\n\x08identity\x18\x05 \x01(\x0c\x12\x0e\n\x05\x65poch\x18\xe8\x07 \x01(\x04\x12\x0e\n\x05owner\x18\xe9\x07 \x01(\tb\x06proto3')
+DESCRIPTOR = _wire_pool.POOL.AddSerializedFile(b'\n mxserver/wire/proto/record.proto\x12\x10model_express.mx\x1a\x1emxserver/wire/proto/load.proto\x1a\x1cmxserver/wire/proto/mx.proto\x1a\x1dmxserver/wire/proto/p2p.proto\"\xad\x03\n\x0bWorkerFacts\x12\x13\n\x0bworker_rank\x18\x01 \x01(\r\x12/\n\x06status\x18\x04 \x01(\x0e\x32\x1f.model_express.p2p.SourceStatus\x12\x12\n\nupdated_at\x18\x05 \x01(\x03\x12\x1c\n\x14worker_grpc_endpoint\x18\x08 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\t \x01(\t\x12=\n\x08topology\x18\x0b \x03(\x0b\x32+.model_express.mx.WorkerFacts.TopologyEntry\x12\x36\n\rdigest_origin\x18\xe8\x07 \x01(\x0e\x32\x1e.model_express.mx.DigestOrigin\x12\x16\n\rreceived_from\x18\xe9\x07 \x03(\t\x12\x18\n\x0fsigned_manifest\x18\xea\x07 \x01(\t\x12\x11\n\x08pod_name\x18\xeb\x07 \x01(\t\x12\x12\n\tnode_name\x18\xec\x07 \x01(\t\x12\x10\n\x07replica\x18\xed\x07 \x01(\t\x1a/\n\rTopologyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x02\n\x0ePublishRequest\x12\x33\n\x08identity\x18\x01 \x01(\x0b\x32!.model_express.p2p.SourceIdentity\x12-\n\x06worker\x18\x02 \x01(\x0b\x32\x1d.model_express.mx.WorkerFacts\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x10\n\x08pod_name\x18\x04 \x01(\t\x12\x0f\n\x07pod_uid\x18\x05 \x01(\t\x12\x15\n\rpod_namespace\x18\x06 \x01(\t\x12\x0e\n\x05\x65poch\x18\xe8\x07 \x01(\x04\x12\x32\n\x0bload_report\x18\xe9\x07 \x01(\x0b\x32\x1c.model_express.mx.LoadReport\"\x8a\x01\n\x0eRecordResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06worker\x18\x02 \x01(\x0c\x12\x14\n\x0cmx_source_id\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x10\n\x08identity\x18\x05 \x01(\x0c\x12\x0e\n\x05\x65poch\x18\xe8\x07 \x01(\x04\x12\x0e\n\x05owner\x18\xe9\x07 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERFACTS_TOPOLOGYENTRY']._loaded_options = None
   _globals['_WORKERFACTS_TOPOLOGYENTRY']._serialized_options = b'8\001'
   _globals['_WORKERFACTS']._serialized_start=148
-  _globals['_WORKERFACTS']._serialized_end=520
-  _globals['_WORKERFACTS_TOPOLOGYENTRY']._serialized_start=473
-  _globals['_WORKERFACTS_TOPOLOGYENTRY']._serialized_end=520
-  _globals['_PUBLISHREQUEST']._serialized_start=523
-  _globals['_PUBLISHREQUEST']._serialized_end=784
-  _globals['_RECORDRESPONSE']._serialized_start=787
-  _globals['_RECORDRESPONSE']._serialized_end=925
+  _globals['_WORKERFACTS']._serialized_end=577
+  _globals['_WORKERFACTS_TOPOLOGYENTRY']._serialized_start=530
+  _globals['_WORKERFACTS_TOPOLOGYENTRY']._serialized_end=577
+  _globals['_PUBLISHREQUEST']._serialized_start=580
+  _globals['_PUBLISHREQUEST']._serialized_end=841
+  _globals['_RECORDRESPONSE']._serialized_start=844
+  _globals['_RECORDRESPONSE']._serialized_end=982
 # @@protoc_insertion_point(module_scope)

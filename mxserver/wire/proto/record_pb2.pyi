@@ -49,6 +49,9 @@ class WorkerFacts(google.protobuf.message.Message):
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
     SIGNED_MANIFEST_FIELD_NUMBER: builtins.int
+    POD_NAME_FIELD_NUMBER: builtins.int
+    NODE_NAME_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
     worker_rank: builtins.int
     status: mxserver.wire.proto.p2p_pb2.SourceStatus.ValueType
     updated_at: builtins.int
@@ -57,6 +60,9 @@ class WorkerFacts(google.protobuf.message.Message):
     accelerator: builtins.str
     digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType
     signed_manifest: builtins.str
+    pod_name: builtins.str
+    node_name: builtins.str
+    replica: builtins.str
     @property
     def topology(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
     @property
@@ -73,8 +79,11 @@ class WorkerFacts(google.protobuf.message.Message):
         digest_origin: mxserver.wire.proto.mx_pb2.DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
         signed_manifest: builtins.str = ...,
+        pod_name: builtins.str = ...,
+        node_name: builtins.str = ...,
+        replica: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "digest_origin", b"digest_origin", "received_from", b"received_from", "signed_manifest", b"signed_manifest", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "digest_origin", b"digest_origin", "node_name", b"node_name", "pod_name", b"pod_name", "received_from", b"received_from", "replica", b"replica", "signed_manifest", b"signed_manifest", "status", b"status", "topology", b"topology", "updated_at", b"updated_at", "worker_grpc_endpoint", b"worker_grpc_endpoint", "worker_rank", b"worker_rank"]) -> None: ...
 
 global___WorkerFacts = WorkerFacts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def test_a_folder_with_a_file_for_each_level(tmp_path: Path) -> None:
 def test_the_host_is_known_without_being_told() -> None:
     assert set(place("").topology) == {"host"}
     assert place("").distance(place("zone=a").topology) == 0
+
+
+def test_names_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the downward API; else of the place that was told, the pod's host name, or the machine's name."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    machine = socket.gethostname()
+    assert place("").names == ("", machine)
+    assert place("host=n3").names == ("", "n3")
+    assert place("host=n3", {"POD_NAME": "p", "NODE_NAME": "n4"}).names == ("p", "n4")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert place("").names == (machine, "")
+    assert place("", {"NODE_NAME": "n" * 1000}).names == (machine, "n" * 253)
 
 
 @pytest.mark.parametrize("told", ["/no/such/file", "{not json", "zone a", "{}"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mxcore.transfer.member.heartbeat import Heartbeat
-from mxcore.transfer.member.record import Served, WorkerRecord
+from mxcore.transfer.member.record import Names, Served, WorkerRecord
 from mxserver.wire import StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -29,7 +29,9 @@ INITIALIZING, READY, STALE = (
 class Kept:
     """A record with what it is asked to tell, and the client to look at it."""
 
-    def __init__(self, client: ServerClient | None, interval_seconds: float) -> None:
+    def __init__(
+        self, client: ServerClient | None, interval_seconds: float, names: Callable[[], Names] = Names
+    ) -> None:
         self.client = client
         self.served = Served()
         self.superseded = threading.Event()
@@ -43,6 +45,7 @@ class Kept:
             served=lambda: self.served,
             topology=dict,
             superseded_by_newer=self.superseded.set,
+            names=names,
         )
 
     def written(self, source_id: str | None = None) -> p2p_pb2.WorkerMetadata:
@@ -91,6 +94,15 @@ def test_the_record_says_what_is_served(new_record: NewRecord) -> None:
     record.goodbye()
     record.goodbye()
     assert kept.written().status == STALE
+
+
+def test_the_record_says_where_people_find_the_worker(server: RunningServer) -> None:
+    with ServerClient(server.address, timeout_seconds=5) as client:
+        kept = Kept(client, NEVER_SECONDS, lambda: Names("llama-7d9c", "gpu-a-03", "engine-1"))
+        kept.record.keep()
+        written = kept.written()
+        kept.record.end()
+    assert (written.pod_name, written.node_name, written.replica) == ("llama-7d9c", "gpu-a-03", "engine-1")
 
 
 def test_an_outdated_record_is_published_by_the_next_heartbeat(new_record: NewRecord) -> None:

@@ -181,3 +181,61 @@ def test_paths_of_peers() -> None:
     assert peer_path("tcp") == PEER_TCP
     assert peer_path("rdma") == load_pb2.LOAD_PATH_PEER_RDMA
     assert peer_path("pigeon") == load_pb2.LOAD_PATH_UNSPECIFIED
+
+
+def test_who_gave_is_told_those_that_gave_most_first_and_not_all_of_them(line: Line, reporter: LoadReporter) -> None:
+    given = {f"w{n:02}": 100 + n for n in range(40)}
+    with reporter.loading(PEER_TCP) as step:
+        step.progress = lambda: Progress(PEER_TCP, 1, 100, "w39", 3, given)
+        wait_for(lambda: line.taken)
+        step.ended(PEER_TCP, 5000, 2.0, "w39", 7, given)
+    assert [one.worker_id for one in line.taken[-1].given] == [f"w{n}" for n in range(39, 31, -1)]
+    report = reporter.report()
+    assert report is not None
+    assert [(one.worker_id, one.bytes) for one in report.given[:2]] == [("w39", 139), ("w38", 138)]
+    assert (len(report.given), report.givers, report.bytes_from_workers) == (16, 40, sum(given.values()))
+
+
+def test_the_report_parts_the_whole_time(reporter: LoadReporter) -> None:
+    with reporter.loading(STORAGE) as step:
+        step.ended(STORAGE, 100, 0.0)
+    report = reporter.report()
+    assert report is not None
+    assert (report.transfer_seconds, report.bytes_from_workers) == (0.0, 0)
+    assert report.wait_seconds > 0, "from the reporter's own beginning"
+    processed = report.process_seconds
+    assert processed > 0, "until somebody asked for it"
+    again = reporter.report()
+    assert again is report
+    assert again.process_seconds == processed
+
+
+def test_an_engine_says_what_of_it_was_processing(reporter: LoadReporter) -> None:
+    reporter.took(1.0, 2.0)  # there is nothing that it could be of
+    with reporter.loading(STORAGE) as step:
+        step.ended(STORAGE, 100, 5.0)
+    reporter.took(3600.0, 7200.0)
+    report = reporter.report()
+    assert report is not None
+    assert (report.transfer_seconds, report.process_seconds, report.wait_seconds) == (3600.0, 7200.0, 0.0)
+    reporter.took(0.0, 0.0)
+    assert report.wait_seconds > 0
+    other = LoadReporter(lambda progress: None)
+    other.take_over(reporter)
+    taken = other.report()
+    assert taken is report
+    assert taken.process_seconds == 0.0, "it stays as the engine said"
+    other.close()
+
+
+def test_the_next_load_begins_when_it_begins(reporter: LoadReporter) -> None:
+    with reporter.loading(STORAGE):
+        pass
+    first = reporter.report()
+    assert first is not None
+    reporter.reported(first)
+    with reporter.loading(STORAGE):
+        pass
+    following = reporter.report()
+    assert following is not None
+    assert following.wait_seconds == pytest.approx(0.0, abs=1e-3)

@@ -13,6 +13,7 @@ from mxcore.transfer.layout import SwarmPlan, all_chunks, build_layout
 from mxcore.transfer.member import Membership
 from mxcore.transfer.move import Source
 from mxcore.transfer.receive import Receiver
+from mxserver.wire.proto import load_pb2
 from tests.transfer.memory import HostTensors, identity, model_specs
 
 SEED = 7
@@ -118,3 +119,14 @@ def test_chunks_that_came_by_another_way() -> None:
     assert plan.completed == 0b1110
     plan.done("a", 0, 1.0)
     assert plan.finished
+
+
+def test_the_server_hears_of_it_as_of_one_load(half: Half) -> None:
+    partial = half.receive()
+    missing = half.fill(partial)
+    with half.source.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step:
+        partial.complete().tell(step)
+    told = half.source.loads.report()
+    assert told is not None
+    assert (told.bytes, told.bytes_from_workers) == (partial.total_bytes, partial.total_bytes - missing)
+    assert [given.worker_id for given in told.given] == [half.source.worker_id]

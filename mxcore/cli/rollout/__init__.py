@@ -1,0 +1,1 @@
+"""`mx rollout`: another version of a model for running engines, some at a time."""
