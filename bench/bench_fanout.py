@@ -12,10 +12,14 @@ from typing import Any
 
 import click
 
+from bench.control.processes import cpu_seconds
 from bench.fleet.fleet import Fleet, Network
+from bench.fleet.free_ports import free_port
 from mxbench.results import NewFile, document
 
 MIB = 1 << 20
+RECEIVERS = (8, 32)
+MOST_AT_FULL_RATE = 8
 
 
 @dataclass
@@ -26,6 +30,8 @@ class Round:
     sent_bytes: list[int]  # the seed's first
     progress: list[list[tuple[float, int]]] = field(default_factory=list)
     bytes_again: int = 0
+    seed_cpu_seconds: float = 0.0
+    server_calls: int = 0
 
 
 def fan_out(receivers: int, strategy: str, megabytes: int, megabits: float, chunk_mib: float) -> Round:
@@ -39,13 +45,13 @@ def fan_out(receivers: int, strategy: str, megabytes: int, megabits: float, chun
         "strategy": strategy,
         "settings": {"MX_SOURCE_MAX_READERS": readers, "MX_STALL_TIMEOUT_SECS": 30, "MX_TRANSFER_TIMEOUT": 600},
     }
-    with Network(receivers + 1, megabits) as network, Fleet(network) as fleet:
+    with Network(receivers + 1, megabits) as network, Fleet(network, metrics_port=free_port()) as fleet:
         seed = fleet.add({**task, "role": "seed"})
         seed.expect("serving")
         workers = [fleet.add({**task, "role": "receiver"}) for _ in range(receivers)]
         for worker in workers:
             worker.expect("ready")
-        started = time.monotonic()
+        started, used, calls = time.monotonic(), cpu_seconds(seed.popen.pid), fleet.server_calls()
         for worker in workers:
             worker.send("start")
         done = [worker.expect("done", 600) for worker in workers]
@@ -57,7 +63,9 @@ def fan_out(receivers: int, strategy: str, megabytes: int, megabits: float, chun
             process.send("sent")
             sent.append(process.expect("sent")["bytes"])
         progress = [[(at - started, count) for at, count in worker.progress] for worker in workers]
-        return Round(last - started, sent, progress, sum(message["bytes_again"] for message in done))
+        again = sum(message["bytes_again"] for message in done)
+        used = cpu_seconds(seed.popen.pid) - used
+        return Round(last - started, sent, progress, again, used, fleet.server_calls() - calls)
 
 
 def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
@@ -80,15 +88,26 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
     figure.savefig(file)
 
 
+def shaped(receivers: int, megabits: float) -> float:
+    """The rate of a link that this machine bears for so many: what eight have at once is shared."""
+    return megabits * min(1.0, MOST_AT_FULL_RATE / receivers)
+
+
 @click.command()
-@click.option("--receivers", type=click.IntRange(1), default=8, show_default=True, help="How many receive at once.")
+@click.option(
+    "--receivers",
+    "counts",
+    multiple=True,
+    type=click.IntRange(1),
+    help="How many receive at once.  [default: 8 and 32]",
+)
 @click.option("--megabytes", type=click.IntRange(1), default=96, show_default=True, help="Size of the model, MiB.")
 @click.option(
     "--megabits",
     type=click.FloatRange(0, min_open=True),
     default=80.0,
     show_default=True,
-    help="Rate of every link, each way, Mbit/s.",
+    help="Rate of every link, each way, Mbit/s; less beyond 8.",
 )
 @click.option(
     "--chunk-mib", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Size of a chunk, MiB."
@@ -97,7 +116,7 @@ def plot(rounds: dict[str, Round], model_bytes: int, file: Path) -> None:
 @click.option("--plot", "plot_file", type=NewFile(), help="Draw progress here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    receivers: int,
+    counts: tuple[int, ...],
     megabytes: int,
     megabits: float,
     chunk_mib: float,
@@ -105,37 +124,59 @@ def command(
     plot_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Fan-out of a model from one seed over shaped links (needs root: network namespaces)."""
+    """Fan-out of a model from one seed over shaped links (needs root: network namespaces).
+
+    Each number of receivers is compared with one at the same rate. More than eight have slower links, so that the two
+    cores of a small machine are no limit. Other strategies are for the first number alone.
+    """
     if os.geteuid() != 0:
         raise click.ClickException("fanout makes network namespaces, which only root may")
-    single = fan_out(1, "swarm", megabytes, megabits, chunk_mib)
-    model_bytes = megabytes * MIB
-    click.echo(f"1 receiver: {single.seconds:.2f} s", err=True)
+    figures: dict[str, Any] = {}
     rounds: dict[str, Round] = {}
-    figures: dict[str, Any] = {"t1_seconds": round(single.seconds, 3)}
-    names = {"star": f"star_t{receivers}_over_t1", "doubling": f"doubling_t{receivers}_over_t1"}
-    for strategy in strategies or ("star", "doubling", "swarm"):
-        result = rounds[strategy] = fan_out(receivers, strategy, megabytes, megabits, chunk_mib)
-        figures[names.get(strategy, f"t{receivers}_over_t1")] = round(result.seconds / single.seconds, 3)
-        if strategy == "swarm":
-            figures["seed_sent_over_model"] = round(result.sent_bytes[0] / model_bytes, 3)
-            figures["most_sent_by_a_receiver_over_model"] = round(max(result.sent_bytes[1:]) / model_bytes, 3)
-            figures["bytes_again_over_model"] = round(result.bytes_again / model_bytes, 4)
-        click.echo(
-            f"{receivers} receivers, {strategy}: {result.seconds:.2f} s, "
-            f"{result.seconds / single.seconds:.2f} x one; sent, seed first, in models: "
-            + " ".join(f"{count / model_bytes:.2f}" for count in result.sent_bytes),
-            err=True,
-        )
+    for position, count in enumerate(counts or RECEIVERS):
+        rate = shaped(count, megabits)
+        single = fan_out(1, "swarm", megabytes, rate, chunk_mib)
+        click.echo(f"1 receiver, {rate:g} Mbit/s: {single.seconds:.2f} s", err=True)
+        figures[f"t1_seconds_at_{rate:g}_megabits"] = round(single.seconds, 3)
+        for strategy in strategies or (("star", "doubling", "swarm") if position == 0 else ("swarm",)):
+            result = fan_out(count, strategy, megabytes, rate, chunk_mib)
+            rounds.setdefault(strategy, result)
+            figures |= figures_of(strategy, count, result, single, megabytes * MIB)
+            click.echo(
+                f"{count} receivers, {strategy}: {result.seconds:.2f} s, "
+                f"{result.seconds / single.seconds:.2f} x one; sent, seed first, in models: "
+                + " ".join(f"{sent / (megabytes * MIB):.2f}" for sent in result.sent_bytes),
+                err=True,
+            )
     if plot_file is not None:
-        plot(rounds, model_bytes, plot_file)
+        plot(rounds, megabytes * MIB, plot_file)
     if as_json:
-        settings = {"receivers": receivers, "megabytes": megabytes, "megabits": megabits, "chunk_mib": chunk_mib}
+        settings = {
+            "receivers": list(counts or RECEIVERS),
+            "megabytes": megabytes,
+            "megabits": megabits,
+            "chunk_mib": chunk_mib,
+        }
         json.dump(document("fanout", figures, settings=settings), sys.stdout)
         sys.stdout.write("\n")
     else:
         for name, value in figures.items():
             click.echo(f"{name:36} {value}")
+
+
+def figures_of(strategy: str, receivers: int, result: Round, single: Round, model_bytes: int) -> dict[str, float]:
+    """Of one round. Those of the swarm say what the seed, its receivers and the server did for it."""
+    ratio = round(result.seconds / single.seconds, 3)
+    if strategy != "swarm":
+        return {f"{strategy}_t{receivers}_over_t1": ratio}
+    return {
+        f"t{receivers}_over_t1": ratio,
+        f"seed_sent_over_model_{receivers}": round(result.sent_bytes[0] / model_bytes, 3),
+        f"most_sent_by_a_receiver_over_model_{receivers}": round(max(result.sent_bytes[1:]) / model_bytes, 3),
+        f"bytes_again_over_model_{receivers}": round(result.bytes_again / model_bytes, 4),
+        f"seed_cpu_seconds_{receivers}": round(result.seed_cpu_seconds, 3),
+        f"server_calls_{receivers}": result.server_calls,
+    }
 
 
 if __name__ == "__main__":

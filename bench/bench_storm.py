@@ -1,8 +1,9 @@
 """`mx bench storm`: the control path of a fleet that starts at once, by real servers over real sockets.
 
-Ranks start within ten seconds. One of each rank reads storage, the others wait on their streams, then receive by
-turns; one in a hundred dies. Servers run on one core (with Redis, which shares it), the ranks on the others. The bytes
-are left out: reading and receiving are time that passes.
+Ranks start within ten seconds. One of each rank reads storage, the others wait on their streams, then receive by turns,
+some are refused; one in a hundred dies. Servers run on one core (with Redis, which shares it), the ranks on the others.
+Of most ranks the bytes are left out: reading and receiving are time that passes. A few are whole workers, which really
+transfer. Once over SQLite, once by two replicas over Redis; a figure is the worse of both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Any
 import click
 
 SETTLE_SECONDS = 3.0
+LEAD_SECONDS = 5.0  # processes of ranks import and make their clients
+SLACK_SECONDS = 180.0  # a reader that died is replaced, and that one reads as long again
+REFUSED = 192
 
 
 @click.command("storm")
@@ -29,7 +33,7 @@ SETTLE_SECONDS = 3.0
     "--ranks",
     "count",
     type=click.IntRange(1),
-    default=400,
+    default=1600,
     show_default=True,
     help="Workers that start, one a rank and host.",
 )
@@ -53,12 +57,9 @@ SETTLE_SECONDS = 3.0
 @click.option(
     "--receive-seconds",
     type=click.FloatRange(0, min_open=True),
-    default=20.0,
+    default=40.0,
     show_default=True,
-    help="How long receiving takes.",
-)
-@click.option(
-    "--at-once", type=click.IntRange(0), default=0, show_default=True, help="How many receive at once; 0: half of them."
+    help="How long receiving takes, about.",
 )
 @click.option(
     "--heartbeat-seconds",
@@ -67,27 +68,60 @@ SETTLE_SECONDS = 3.0
     show_default=True,
     help="Between two heartbeats of a worker.",
 )
-@click.option("--store", type=click.Choice(["sqlite", "redis", "memory"]), default="sqlite", show_default=True)
-@click.option("--processes", type=click.IntRange(1), default=4, show_default=True, help="Processes of ranks.")
+@click.option(
+    "--whole", type=click.IntRange(2), default=16, show_default=True, help="Of all, those that really transfer."
+)
+@click.option(
+    "--megabytes", type=click.IntRange(1), default=32, show_default=True, help="Model of the whole workers, MiB."
+)
+@click.option("--store", type=click.Choice(["both", "sqlite", "redis", "memory"]), default="both", show_default=True)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Processes of ranks, a divisor of the ranks per host.",
+)
+@click.option("--refusing/--no-refusing", default=True, show_default=True, help="Measure a holder that refuses, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(store: str, as_json: bool, **shape: Any) -> None:
+def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
     """A fleet that starts at once: what waiting, turns and news cost the server, and when workers hear."""
-    with tempfile.TemporaryDirectory(prefix="mx-bench-") as place, ExitStack() as stack:
-        result = _measure(stack, Path(place), store, shape)
+    runs = {}
+    for name in ("sqlite", "redis") if store == "both" else (store,):
+        with tempfile.TemporaryDirectory(prefix="mx-bench-") as place, ExitStack() as stack:
+            runs[name] = _measure(stack, Path(place), name, shape)
+        click.echo(f"{name}: {json.dumps(runs[name]['figures'])}", err=True)
+    figures = worse(runs)
+    if refusing:
+        from bench.storm.refusing import holder_core_share
+
+        share, idle, failed = holder_core_share(REFUSED)
+        figures |= {f"holder_core_share_refusing_{REFUSED}": round(share, 4), "holder_core_share_idle": round(idle, 4)}
+        figures["errors"] += failed
+    result = {"bench": "storm", "shape": shape, "cores": len(os.sched_getaffinity(0)), "figures": figures, "runs": runs}
     if as_json:
         from mxbench.results import document
 
         figures = result.pop("figures")
         click.echo(json.dumps(document(result.pop("bench"), figures, settings={"store": store, **shape}, **result)))
         return
-    for name, value in result["figures"].items():
+    for name, value in figures.items():
         click.echo(f"{name:32} {value:g}")
-    for reason, times in result["errors"].items():
-        click.echo(f"  {times} times: {reason}")
+    for name, run in runs.items():
+        for reason, times in run["errors"].items():
+            click.echo(f"  {name}, {times} times: {reason}")
+
+
+def worse(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of each figure the worse one: less ranks, more of all else."""
+    each = [run["figures"] for run in runs.values()]
+    found = {name: max(figures[name] for figures in each) for name in each[0]}
+    fewer = ("ranks", "notices", "whole_from_peers", "whole_right", "refused", "whole_refused", "died")
+    return found | {name: min(figures[name] for figures in each) for name in fewer}
 
 
 def _measure(stack: ExitStack, place: Path, store: str, shape: dict[str, Any]) -> dict[str, Any]:
-    from bench.control.processes import ROOT, Redis, Server, cpu_seconds
+    from bench.control.processes import Redis, Server, cpu_seconds
 
     cores = sorted(os.sched_getaffinity(0))
     arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
@@ -102,55 +136,92 @@ def _measure(stack: ExitStack, place: Path, store: str, shape: dict[str, Any]) -
         servers.append(Server(place, number, arguments, cores[0]))
         stack.callback(servers[-1].stop)
     pids += [server.process.pid for server in servers]
-    count, processes = shape["count"], shape["processes"]
-    at_once = shape["at_once"] or count // 2
-    rounds = -(-count // at_once)
-    end_seconds = shape["start_seconds"] + shape["read_seconds"] + rounds * shape["receive_seconds"] * 1.5 + 60
-    children = []
-    for _ in range(processes):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "bench.storm.ranks"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        stack.callback(_end, child)
-        os.sched_setaffinity(child.pid, set(cores[1:] or cores))
-        children.append(child)
-    began = time.monotonic() + 3.0
-    for position, child in enumerate(children):
-        task = {
-            "addresses": [server.address for server in servers],
-            "numbers": list(range(position, count, processes)),
-            "ranks": shape["ranks_per_host"],
-            "began": began,
-            "at_once": max(1, at_once // processes),
-            "dying": count // 100,
-            "end_seconds": end_seconds,
-            **{name: shape[name] for name in ("start_seconds", "read_seconds", "receive_seconds", "heartbeat_seconds")},
-        }
-        assert child.stdin is not None
-        child.stdin.write(json.dumps(task) + "\n")
-        child.stdin.flush()
+    children = _Children(set(cores[1:] or cores))
+    stack.callback(children.end)
+    began = time.monotonic() + LEAD_SECONDS
+    _start(children, [server.address for server in servers], shape, began)
     time.sleep(max(0.0, began + shape["start_seconds"] + SETTLE_SECONDS - time.monotonic()))
     waited_from, used = time.monotonic(), sum(map(cpu_seconds, pids))
     time.sleep(max(1.0, began + shape["read_seconds"] - 1.0 - time.monotonic()))
     waiting_share = (sum(map(cpu_seconds, pids)) - used) / (time.monotonic() - waited_from)
-    answers = [json.loads(child.stdout.readline()) for child in children if child.stdout is not None]
-    stale = _stale(servers[0].address, {tuple(pair) for answer in answers for pair in answer["live"]})
+    *answers, whole = [json.loads(line) for line in children.lines()]
+    seconds = time.monotonic() - began
+    live = {tuple(pair) for answer in (*answers, whole) for pair in answer["live"]}
+    stale = _stale(servers[0].address, live)
+    figures = _figures(shape["count"], waiting_share, answers, whole, stale)
+    calls: Counter[str] = Counter()
+    for answer in answers:
+        calls.update({name: len(each) for name, each in answer["call_seconds"].items()})
+    loading = sum((Counter(answer["loading_calls"]) for answer in answers), Counter())
+    outcomes = Counter(outcome for outcome in whole["outcomes"] if outcome not in ("storage", "peers"))
     return {
-        "bench": "storm",
-        "store": store,
-        "shape": shape,
-        "cores": len(cores),
+        "seconds": round(seconds, 1),
         "load_average": os.getloadavg(),
-        "errors": sum((Counter(answer["errors"]) for answer in answers), Counter()),
-        "figures": {name: round(value, 4) for name, value in _figures(count, waiting_share, answers, stale).items()},
+        "calls": dict(calls),
+        "loading_calls": dict(loading),
+        "errors": dict(sum((Counter(answer["errors"]) for answer in answers), outcomes)),
+        "figures": {name: round(value, 4) for name, value in figures.items()},
     }
 
 
-def _figures(count: int, waiting_share: float, answers: list[dict[str, Any]], stale: int) -> dict[str, float]:
+class _Children:
+    """Processes of ranks, on these cores."""
+
+    def __init__(self, cores: set[int]) -> None:
+        self._cores = cores
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, module: str, task: dict[str, Any]) -> None:
+        from bench.control.processes import ROOT
+
+        command = [sys.executable, "-m", module]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self._processes.append(child)
+        os.sched_setaffinity(child.pid, self._cores)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(task) + "\n")
+        child.stdin.flush()
+
+    def lines(self) -> list[str]:
+        """What each of them answers, once it does."""
+        found = []
+        for child in self._processes:
+            assert child.stdout is not None
+            found.append(child.stdout.readline())
+            if not found[-1]:
+                raise click.ClickException(f"a process of ranks ended with {child.wait()}")
+        return found
+
+    def end(self) -> None:
+        for child in self._processes:
+            assert child.stdin is not None
+            child.stdin.close()
+        for child in self._processes:
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+
+
+def _start(children: _Children, addresses: list[str], shape: dict[str, Any], began: float) -> None:
+    simulated, processes = shape["count"] - shape["whole"], shape["processes"]
+    times = {name: shape[name] for name in ("start_seconds", "read_seconds", "heartbeat_seconds")}
+    end_seconds = shape["start_seconds"] + 2 * shape["read_seconds"] + 3 * shape["receive_seconds"] + SLACK_SECONDS
+    common = {"addresses": addresses, "began": began, "end_seconds": end_seconds, **times}
+    for position in range(processes):
+        numbers = list(range(position, simulated, processes))
+        task = {"numbers": numbers, "ranks": shape["ranks_per_host"], "dying": shape["count"] // 100}
+        children.start("bench.storm.ranks", {**common, **task, "receive_seconds": shape["receive_seconds"]})
+    whole = {"count": shape["whole"], "model_bytes": shape["megabytes"] << 20}
+    children.start("bench.storm.whole", {**common, **whole})
+
+
+def _figures(
+    count: int, waiting_share: float, answers: list[dict[str, Any]], whole: dict[str, Any], stale: int
+) -> dict[str, float]:
     ready: dict[int, float] = {}
     for answer in answers:
         for rank, at in answer["ready"]:
@@ -162,18 +233,25 @@ def _figures(count: int, waiting_share: float, answers: list[dict[str, Any]], st
     reads = sorted(tuple(read) for answer in answers for read in answer["read"])
     twice = sum(a[0] == b[0] and b[1] < a[2] for a, b in itertools.pairwise(reads))
     loading = sum(answer["loading_seconds"] for answer in answers)
+    loading_calls = sum(sum(answer["loading_calls"].values()) for answer in answers)
+    outcomes = Counter(whole["outcomes"])
+    right = outcomes["peers"] + outcomes["storage"]
     return {
         "ranks": count,
         "server_core_share_waiting": waiting_share,
         "notice_p99_seconds": _quantile(notices, 0.99),
-        "notices": len(notices),
-        "calls_per_rank_second_loading": sum(a["loading_calls"] for a in answers) / loading if loading else 0.0,
-        "turns_given_twice": twice,
-        "readers_of_storage": len(reads),
-        "calls": sum(len(seconds) for a in answers for seconds in a["call_seconds"].values()),
+        "calls_per_rank_second_loading": loading_calls / loading if loading else 0.0,
+        "turns_given_twice": twice + max(0, outcomes["storage"] - 1),
         "p99_seconds": _quantile(calls, 0.99),
-        "errors": sum(sum(answer["errors"].values()) for answer in answers),
+        "errors": sum(sum(answer["errors"].values()) for answer in answers) + len(whole["outcomes"]) - right,
         "stale_live_workers": stale,
+        "notices": len(notices),
+        "readers_of_storage": len(reads) + outcomes["storage"],
+        "refused": sum(answer["refused"] for answer in answers),
+        "died": sum(answer["died"] for answer in answers),
+        "whole_right": right,
+        "whole_from_peers": outcomes["peers"],
+        "whole_refused": whole["refused"],
     }
 
 
@@ -185,17 +263,6 @@ def _stale(address: str, live: set[tuple[str, ...]]) -> int:
     with ServerClient(address) as client:
         ready = {(ref.mx_source_id, ref.worker_id) for ref in client.list_sources(status=p2p_pb2.SOURCE_STATUS_READY)}
     return len(live - ready)
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    for stream in (child.stdin, child.stdout):
-        assert stream is not None
-        stream.close()
-    try:
-        child.wait(20)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 def _quantile(values: list[float], share: float) -> float:

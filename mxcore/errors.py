@@ -449,3 +449,5 @@ class SourceUnreachable(TransferError):
     """No answer from the holder within the deadline."""
 
     code = "MX_SOURCE_UNREACHABLE"
+    late: bool = False
+    """Whether the deadline passed: the holder may be there all the same, and busy."""

@@ -21,7 +21,9 @@ _TIMES, _PAUSE_SECONDS = 100, 0.05  # what is just being started may be missed a
 
 
 def begin() -> None:
-    """Marks what this process starts from here on, and has it ended with this process. Call once."""
+    """Marks what this process starts from here on, and has it ended with this process. Idempotent."""
+    if os.environ.get(MARK, "").startswith(f"{os.getpid()}-"):
+        return
     os.environ[MARK] = f"{os.getpid()}-{uuid.uuid4().hex}"
     nowhere = subprocess.DEVNULL
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), os.environ[MARK]]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -182,7 +183,9 @@ class Process:
 class Fleet:
     """A server and workers; all of them end with the context. Without a `server` nobody knows of the others."""
 
-    def __init__(self, network: Network | None = None, *, server: bool = True) -> None:
+    def __init__(self, network: Network | None = None, *, server: bool = True, metrics_port: int = 0) -> None:
+        """`metrics_port` of the server, 0: it tells none."""
+        self._metrics_port = metrics_port
         self._stack = ExitStack()
         self._network = network
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -199,7 +202,8 @@ class Fleet:
         host = self._network.host if self._network else "127.0.0.1"
         arguments = ["--host", host, "--port", self._port, "--store-path", str(self._folder / "state.sqlite3")]
         with log.open("w") as stderr:
-            command = [sys.executable, "-m", "mxserver", *arguments, "--metrics-port", "0", "--files-port", "0"]
+            arguments += ["--metrics-port", str(self._metrics_port), "--files-port", "0"]
+            command = [sys.executable, "-m", "mxserver", *arguments]
             self.server = server = subprocess.Popen(command, stderr=stderr, cwd=ROOT)
         deadline = time.monotonic() + 30
         while not (found := re.findall(r"listening on (\S+)", log.read_text())):
@@ -208,6 +212,15 @@ class Fleet:
             time.sleep(0.02)
         self.address = found[0]
         self._port = self.address.rpartition(":")[2]
+
+    def server_calls(self) -> int:
+        """How many calls the server has answered, by its metrics."""
+        host = self._network.host if self._network else "127.0.0.1"
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{host}:{self._metrics_port}/metrics", timeout=DEADLINE_SECONDS) as answer:
+            text = answer.read().decode()
+        counts = re.findall(r"^mxserver_call_duration_seconds_count\{.*\} (\S+)$", text, re.MULTILINE)
+        return round(sum(map(float, counts)))
 
     def kill_server(self) -> None:
         """By SIGKILL, if there is one."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from mxcore.digest import xxh3_64, xxh3_64_many
 from mxcore.nixl import NixlAgent
-from mxcore.transfer.layout import CHUNK_BYTES
+from mxcore.transfer.layout import CHUNK_BYTES, digest_threads
 from mxcore.transfer.move import AgentSession, Move
 from mxcore.transfer.route import ucx_settings
 
@@ -36,6 +36,27 @@ def digest_rate(count: int) -> float:
     """10^9 bytes a second of XXH3-64 by one thread; the median of some."""
     data = np.ones(count, np.uint8)
     return _median(count, lambda: xxh3_64(data))
+
+
+def all_cores(count: int) -> tuple[list[float], list[float]]:
+    """10^9 bytes a second by all cores of this process, some rounds, by turns: of reading memory, and of digests.
+
+    Digests are those of chunks, as a holder makes them.
+    """
+    data = np.ones(count // 8, np.uint64)
+    parts = np.array_split(data, len(os.sched_getaffinity(0)))
+
+    def read() -> None:
+        left = list(parts)
+        _in_threads(lambda: np.bitwise_or.reduce(left.pop()), len(parts))
+
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(2 * _ROUNDS + 1):
+        for found, function in zip(rates, (read, lambda: _digests(data)), strict=True):
+            started = time.perf_counter()
+            function()
+            found.append(data.nbytes / (time.perf_counter() - started) / 1e9)
+    return rates
 
 
 def socket_rate(count: int, connections: int) -> float:
@@ -166,7 +187,7 @@ def _digests(memory: np.ndarray[Any, Any]) -> bytes:
     addresses = array("Q", (address + start for start in starts))
     lengths = array("Q", (min(CHUNK_BYTES, count - start) for start in starts))
     groups = array("Q", range(len(starts) + 1))
-    return xxh3_64_many(addresses, lengths, groups, threads=len(os.sched_getaffinity(0)))
+    return xxh3_64_many(addresses, lengths, groups, threads=digest_threads())
 
 
 def _register(session: AgentSession, memory: np.ndarray[Any, Any]) -> None:

@@ -137,7 +137,7 @@ class P2pService:
         query = _query(request, self._limits.listing_rows)
         if request.near_worker_id and query.limit is not None:
             found = self._store.find(replace(query, limit=max(query.limit, _CHOSEN_FROM)))
-            records = nearest(found, request.near_worker_id, request.near_topology, request.near_levels)[: query.limit]
+            records = nearest(found, request.near_worker_id, request.near_topology, request.near_levels, query.limit)
         else:
             records = self._store.find(query)
         return p2p_pb2.ListSourcesResponse(instances=self._within_limit(map(reference, records)))
@@ -219,8 +219,8 @@ class P2pService:
             return p2p_pb2.UpdateStatusResponse(success=False, message="no such worker is loading")
         require_owner(record, current_owner())
         require_epoch(record, request.epoch)
-        self._loads.told(key, request.load_progress)
-        return p2p_pb2.UpdateStatusResponse(success=True, message="noted")
+        again_seconds = self._loads.told(key, request.load_progress)
+        return p2p_pb2.UpdateStatusResponse(success=True, message="noted", next_progress_ms=round(again_seconds * 1000))
 
     def _has_left(self, key: RecordKey) -> bool:
         """Whether the worker said goodbye already. If it was killed meanwhile, its departure process says it again."""

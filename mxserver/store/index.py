@@ -6,6 +6,7 @@ A record becomes STALE by time for every reader at once; nothing has to be writt
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -90,6 +91,7 @@ class RecordIndex:
         self._amount = StoredAmount()
         # Dictionaries as ordered sets: the order decides nothing, but keeps runs repeatable.
         self._by_source: dict[str, dict[RecordKey, None]] = {}
+        self._by_rank: dict[tuple[str, int], dict[Status, dict[RecordKey, None]]] = {}  # by the status that was stored
         self._by_worker: dict[tuple[str, str], dict[RecordKey, None]] = {}
         self._by_model: dict[str, dict[RecordKey, None]] = {}
 
@@ -125,11 +127,7 @@ class RecordIndex:
         model_name = None if query.model_name is None else query.model_name.lower()
         with self._lock:
             now = self._clock.monotonic_seconds()
-            keys: Iterable[RecordKey] = self._entries
-            if query.source_id is not None:
-                keys = self._by_source.get(query.source_id, ())
-            elif model_name is not None:
-                keys = self._by_model.get(model_name, ())
+            keys = self._candidates(query, model_name)
             views = [view for key in keys if (view := self._view(self._entries[key], now))]
         fitting = [
             record
@@ -142,6 +140,17 @@ class RecordIndex:
         if query.limit is not None and query.limit < len(fitting):
             return heapq.nlargest(query.limit, fitting, key=_age_order)
         return sorted(fitting, key=_age_order, reverse=True)
+
+    def _candidates(self, query: Query, model_name: str | None) -> Iterable[RecordKey]:
+        """Keys of all records that may fit, and not many others. Called with the lock."""
+        if query.source_id is None:
+            return self._entries if model_name is None else self._by_model.get(model_name, ())
+        if query.worker_rank is None:
+            return self._by_source.get(query.source_id, ())
+        by_status = self._by_rank.get((query.source_id, query.worker_rank), {})
+        if query.status is None or query.status == STALE:  # which records become by time
+            return itertools.chain.from_iterable(by_status.values())
+        return by_status.get(query.status, ())
 
     def renew(self, key: RecordKey, status: Status, epoch: int, source_load: float | None, owner: str = "") -> bool:
         """A heartbeat that changes no status. Returns False, and does nothing, if the status would change.
@@ -181,6 +190,8 @@ class RecordIndex:
                 self._entries[key] = _Entry(record, now, stale_at)
                 self._amount += StoredAmount(1, record.payload_bytes)
                 self._by_source.setdefault(key.source_id, {})[key] = None
+                of_rank = self._by_rank.setdefault((key.source_id, key.worker_rank), {})
+                of_rank.setdefault(record.status, {})[key] = None
                 self._by_worker.setdefault(key[:2], {})[key] = None
                 self._by_model.setdefault(record.model_name.lower(), {})[key] = None
 
@@ -211,6 +222,10 @@ class RecordIndex:
             return None
         self._amount += StoredAmount(-1, -entry.record.payload_bytes)
         _drop(self._by_source, key.source_id, key)
+        of_rank = self._by_rank[key.source_id, key.worker_rank]
+        _drop(of_rank, entry.record.status, key)
+        if not of_rank:
+            del self._by_rank[key.source_id, key.worker_rank]
         _drop(self._by_worker, key[:2], key)
         _drop(self._by_model, entry.record.model_name.lower(), key)
         return entry

@@ -20,6 +20,8 @@ from mxserver.telemetry.refusals import Refusals
 from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
 RATE_WINDOW_SECONDS = 10.0
+PROGRESS_A_SECOND = 20
+"""Messages of all loads together; of a few loads, each tells once a second."""
 SHOWN_FINISHED = 30
 REMEMBERED_LOAD_IDS = 100_000
 
@@ -69,9 +71,11 @@ class _Running:
         self.heard.append((now, progress.bytes_done))
 
     def rate(self) -> float | None:
-        """Bytes a second over the window that ends with the last report."""
+        """Bytes a second over the window that ends with the last report, or since the one before that."""
         last_time, last_bytes = self.heard[-1]
         first_time, first_bytes = next(h for h in self.heard if h[0] >= last_time - RATE_WINDOW_SECONDS)
+        if first_time == last_time and len(self.heard) > 1:  # of many loads, each tells less often
+            first_time, first_bytes = self.heard[-2]
         if last_time <= first_time:
             return None
         return max(0.0, (last_bytes - first_bytes) / (last_time - first_time))
@@ -156,16 +160,19 @@ class Loads:
         """The last loads of all models, newest first."""
         return self.history.newest(SHOWN_FINISHED)
 
-    def told(self, key: RecordKey, progress: load_pb2.LoadProgress) -> None:
-        """Takes a worker's progress. It is ignored for a load that was already reported as ended."""
+    def told(self, key: RecordKey, progress: load_pb2.LoadProgress) -> float:
+        """Takes a worker's progress; returns after how many seconds its next one is wanted.
+
+        It is ignored for a load that was already reported as ended.
+        """
         now = self._clock.monotonic_seconds()
         with self._lock:
-            if progress.load_id in self._counted:
-                return
-            load = self._running.get(key)
-            if load is None or load.load_id != progress.load_id:
-                load = self._running[key] = _Running(progress.load_id, now, progress)
-            load.tell(now, progress)
+            if progress.load_id not in self._counted:
+                load = self._running.get(key)
+                if load is None or load.load_id != progress.load_id:
+                    load = self._running[key] = _Running(progress.load_id, now, progress)
+                load.tell(now, progress)
+            return max(1.0, len(self._running) / PROGRESS_A_SECOND)
 
     def _finish(
         self, key: RecordKey, report: load_pb2.LoadReport, model_name: str, worker: record_pb2.WorkerFacts

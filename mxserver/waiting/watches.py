@@ -80,6 +80,12 @@ class _Watch:
         return min(self.request.limit or _MOST_SOURCES, _MOST_SOURCES)
 
 
+class _Seen(NamedTuple):
+    ready: list[tuple[RecordKey, int]]
+    doubts: list[bytes]
+    receiving: list[tuple[RecordKey, int]]
+
+
 class _Asked(NamedTuple):
     watch: _Watch
     until: float  # monotonic seconds
@@ -92,7 +98,7 @@ class _Group:
     watches: dict[_Watch, None] = field(default_factory=dict)  # an ordered set
     statuses: dict[str, p2p_pb2.SourceStatus.ValueType] = field(default_factory=dict)
     asked: dict[str, _Asked] = field(default_factory=dict)  # by domain, who was told to ask for the turn
-    seen: object = None  # what the last look found
+    seen: _Seen | None = None  # what the last look found
 
 
 class Watches:
@@ -111,7 +117,8 @@ class Watches:
         self._changed_groups: dict[tuple[str, int], None] = {}
         self._of_client: Counter[str] = Counter()
         self._drains = False
-        self._looker = Periodic("watches", LOOK_SECONDS, self.look, share=SHARE_OF_A_CORE)
+        self._all_looked_at = 0.0  # monotonic seconds
+        self._looker = Periodic("watches", LOOK_SECONDS, self._look_at_changed, share=SHARE_OF_A_CORE)
 
     @property
     def problem(self) -> str | None:
@@ -203,11 +210,26 @@ class Watches:
         if group is not None and (status is None or group.statuses.get(key.worker_id, _INITIALIZING) != status):
             self.changed(key.source_id, key.worker_rank)
 
-    def look(self) -> None:
-        """Tells everybody what is new. Called by one thread."""
+    def _look_at_changed(self) -> None:
+        """Changes of one group cost no look at all others; those are looked at every second."""
+        if time.monotonic() - self._all_looked_at >= LOOK_SECONDS / 2:
+            self.look()
+            return
         with self._lock:
             changed, self._changed_groups = self._changed_groups, {}
-            groups = [(key, self._groups[key]) for key in {**changed, **self._groups} if key in self._groups]
+        self._look_at(changed)
+
+    def look(self) -> None:
+        """Tells everybody what is new. Called by one thread."""
+        self._all_looked_at = time.monotonic()
+        with self._lock:
+            changed, self._changed_groups = self._changed_groups, {}
+            keys = list({**changed, **dict.fromkeys(self._groups)})
+        self._look_at(keys)
+
+    def _look_at(self, keys: Iterable[tuple[str, int]]) -> None:
+        with self._lock:
+            groups = [(key, self._groups[key]) for key in keys if key in self._groups]
         for key, group in groups:
             try:
                 self._look(key, group)
@@ -226,8 +248,10 @@ class Watches:
         group.statuses = {record.key.worker_id: record.status for record in (*ready, *starting)}
         with self._lock:
             watches = list(group.watches)
-        seen = (_facts(ready), _facts(receiving), [doubt.SerializeToString() for doubt in doubts])
-        is_new, group.seen = seen != group.seen, seen
+        seen = _Seen(_facts(ready), [doubt.SerializeToString() for doubt in doubts], _facts(receiving))
+        before, group.seen = group.seen, seen
+        is_new = before is None or seen != before
+        is_new_to_waiting = before is None or seen[:2] != before[:2]  # who receives is no source to wait for
         readers = {domain: self._whose_turn(key, group, domain) for domain in {w.request.domain for w in watches}}
         now = _Now(ready, receiving, doubts)
         for watch in watches:
@@ -239,7 +263,7 @@ class Watches:
                 stream.cut()
                 continue
             reader, asked, everybody = readers[watch.request.domain]
-            if is_new or watch.told is None:
+            if watch.told is None or (is_new_to_waiting if watch.request.wants_turn else is_new):
                 watch.told = now.told_to(watch)
             elif not watch.request.wants_turn:
                 continue
@@ -270,26 +294,33 @@ class Watches:
         return "", chosen, False
 
 
+class _Told:
+    """A record, and the message of it alone."""
+
+    def __init__(self, record: SourceRecord, message: watch_pb2.SourcesNow) -> None:
+        self.record, self.message = record, message.SerializeToString()
+
+
 class _Now:
     """What there is of one (source, rank), and what of it each worker is told."""
 
     def __init__(self, ready: list[SourceRecord], receiving: list[SourceRecord], doubts: list[mx_pb2.Doubt]) -> None:
-        self._ready, self._receiving, self._doubts = ready, receiving, doubts
-        self._references = {record.key: reference(record) for record in (*ready, *receiving)}
+        # Each as a message of its own: several, one after the other, are one. Hundreds of watches share them.
+        self._ready = {r.key: _Told(r, watch_pb2.SourcesNow(ready=[reference(r)])) for r in ready}
+        self._receiving = {r.key: _Told(r, watch_pb2.SourcesNow(receiving=[reference(r)])) for r in receiving}
+        self._doubts = watch_pb2.SourcesNow(doubts=doubts).SerializeToString()
 
     def told_to(self, watch: _Watch) -> bytes:
         """The message without what is said of turns."""
-        now = watch_pb2.SourcesNow(
-            ready=self._chosen(self._ready, watch), receiving=self._chosen(self._receiving, watch), doubts=self._doubts
-        )
-        return now.SerializeToString()
+        return b"".join([*_chosen(self._ready, watch), *_chosen(self._receiving, watch), self._doubts])
 
-    def _chosen(self, records: list[SourceRecord], watch: _Watch) -> Iterable[p2p_pb2.SourceInstanceRef]:
-        asker = watch.request
-        others = [record for record in records if record.key.worker_id != asker.worker_id]
-        if others:
-            others = nearest(others, asker.worker_id, asker.topology, asker.levels)[: watch.most]
-        return [self._references[record.key] for record in others]
+
+def _chosen(messages: dict[RecordKey, _Told], watch: _Watch) -> list[bytes]:
+    """Those of the records that this one is told of."""
+    asker = watch.request
+    records = [told.record for key, told in messages.items() if key.worker_id != asker.worker_id]
+    found = nearest(records, asker.worker_id, asker.topology, asker.levels, watch.most)
+    return [messages[record.key].message for record in found]
 
 
 def _facts(records: list[SourceRecord]) -> list[tuple[RecordKey, int]]:

@@ -59,6 +59,8 @@ class ServerUnreachable(WireError):
     """No answer from the server within the deadline, or it says that it is unavailable."""
 
     code = "MX_SERVER_UNREACHABLE"
+    late: bool = False
+    """Whether the deadline passed without any answer."""
 
 
 class ServerRefused(WireError):

@@ -34,7 +34,7 @@ def test_a_peer_tells_the_true_rate_both_ways(mesh: Mesh) -> None:
     with subprocess.Popen(listen, stderr=subprocess.PIPE, text=True, env=names) as listener:
         assert listener.stderr is not None
         assert "listening on" in listener.stderr.readline()
-        words = ("--mib", 64, "--rounds", 3, "--seconds", 2, "--json")
+        words = ("--mib", 32, "--rounds", 1, "--seconds", 1, "--json")
         connect = ("peer", "--connect", mesh.address(0))
         ran = mx_bench(*connect, *words, prefix=mesh.prefix(1), UCX_NET_DEVICES="to0")
         listener.kill()

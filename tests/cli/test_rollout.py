@@ -1,6 +1,6 @@
 """`mx rollout` over the real route: waves, readiness, stop and back, and going on with what engines say of themselves.
 
-The engines behind the route are small ones.
+The engines behind the route are small ones; tests/vllm/test_rollout.py has one of vLLM.
 """
 
 from __future__ import annotations

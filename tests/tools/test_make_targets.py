@@ -44,7 +44,8 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     shutil.copy(ROOT / "pyproject.toml", pytester.path)
     (pytester.path / "tests").mkdir()
-    shutil.copy(ROOT / "tests/conftest.py", pytester.path / "tests")
+    for name in ("conftest.py", "ends_with_pytest.py"):
+        shutil.copy(ROOT / "tests" / name, pytester.path / "tests")
 
 
 def command(*words: str) -> list[str]:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from bench import bench_fanout as fanout
 from bench.bench_chaos import choose
 from bench.bench_transfer import TRANSPORTS, Rates, figures_of
 from bench.chaos.faults import CUTS, FAULTS
@@ -14,7 +15,7 @@ from bench.chaos.liars import receive_from_liars
 from bench.chaos.soak import Course, soak
 from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
-from bench.transfer import registration
+from bench.transfer import limits, registration
 from bench.transfer.shapes import MANY, MIX, SHAPES, scaled, total_bytes
 
 
@@ -30,7 +31,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
         (transport, shape): Rates(
             moving=[9.0, 2.0, 1.0],
             whole=[1.0],
-            unverified=[2.1],
+            unverified=[1.26, 2.1, 99.0],
             one_descriptor=[1.5, 2.5, 9.0],
             one_verified=[2.0, 1.6, 8.0],
             limit=[4.0, 4.0, 7.0],
@@ -38,8 +39,8 @@ def test_the_figures_of_a_transfer_bench() -> None:
         for transport in TRANSPORTS
         for shape in SHAPES
     }
-    rates["tcp", "many"].moving = [1.0]
-    rates["same-host", "many_apart"].unverified = [0.5]
+    rates["tcp", "many"].moving = [1.0] * 3
+    rates["same-host", "many_apart"].unverified = [0.5] * 3
     rates["same-host", "few"].limit = [8.0]
     machine = {
         "registration_ratio": 20.0,
@@ -56,7 +57,7 @@ def test_the_figures_of_a_transfer_bench() -> None:
     assert figures["many_apart_vs_one_descriptor_same_host"] == 0.2
     assert figures["many_vs_one_descriptor_ours_verified"] == 0.4  # the worse transport, against the limit's median
     assert figures["many_vs_one_descriptor_both_verified"] == 0.5
-    assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.0
+    assert figures["few_vs_one_descriptor_both_verified_tcp"] == 1.25
     assert figures["registration_vs_one_by_one"] == 20.0
     assert figures["verify_overhead_ratio"] == pytest.approx(0.02)  # the worse one
     assert figures["verify_overhead_ratio_cores_busy_tcp"] == pytest.approx(0.05)
@@ -122,3 +123,25 @@ def test_registering_by_region_makes_little_metadata() -> None:
     found = registration.measure(200, 4096)
     assert found.merged_metadata_bytes < 1000 < found.single_metadata_bytes
     assert found.merged_seconds > 0 < found.single_seconds
+
+
+def test_the_figures_of_a_fan_out() -> None:
+    mib = 1 << 20
+    single = fanout.Round(10.0, [mib, 0])
+    swarm = fanout.Round(11.5, [2 * mib, mib // 2, mib], bytes_again=mib // 4, seed_cpu_seconds=0.5, server_calls=40)
+    assert fanout.figures_of("star", 8, swarm, single, mib) == {"star_t8_over_t1": 1.15}
+    assert fanout.figures_of("swarm", 32, swarm, single, mib) == {
+        "t32_over_t1": 1.15,
+        "seed_sent_over_model_32": 2.0,
+        "most_sent_by_a_receiver_over_model_32": 1.0,
+        "bytes_again_over_model_32": 0.25,
+        "seed_cpu_seconds_32": 0.5,
+        "server_calls_32": 40,
+    }
+    assert [fanout.shaped(count, 80.0) for count in (1, 8, 32)] == [80.0, 80.0, 20.0]
+
+
+def test_memory_is_read_and_hashed_by_all_cores() -> None:
+    read, hashed = limits.all_cores(1 << 20)
+    assert len(read) == len(hashed) > 1
+    assert min(*read, *hashed) > 0

@@ -81,6 +81,8 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_SYNC_PUBLISH": "1",
             "MX_SYNC_START": "true",
             "MX_METRICS_PORT": "9402",
+            "POD_NAME": "pod-1",
+            "NODE_NAME": "node-1",
             "MX_METRICS_ENABLED": "0",
         },
     )
@@ -131,6 +133,8 @@ def test_everything_comes_from_the_environment() -> None:
         "sync_publish": True,
         "sync_start": True,
         "metrics_port": 9402,
+        "pod_name": "pod-1",
+        "node_name": "node-1",
         "metrics_enabled": False,
     }
 

@@ -54,6 +54,53 @@ def test_a_seed_that_dies_early_leaves_the_rest_to_storage() -> None:
 def test_eight_receivers_take_little_longer_than_one(rate: float) -> None:
     chunk_bytes = int(rate / 50)
     [one, eight] = table([1, 8], Setting(0, 400, chunk_bytes, rate, news_seconds=0.02))
-    assert one[2] == 1
-    assert eight[2] < 1.35
-    assert eight[3] < 1.5  # what the seed sent, in models
+    assert one.over_one == 1
+    assert eight.over_one < 1.35
+    assert eight.seed_sent < 1.5
+
+
+def test_a_full_holder_refuses_and_says_when_to_come_back() -> None:
+    swarm = Swarm(Setting(30, 60, most_readers=2, **SLOW), 1)
+    swarm.run()
+    check(swarm)
+    assert swarm.refusals > 0
+    assert swarm.refusals < 30 * 30  # those that were told to wait do not ask at each look
+
+
+def test_a_reader_that_died_keeps_its_place_for_its_lease() -> None:
+    swarms = [
+        Swarm(Setting(2, 100, most_readers=1, lease_seconds=lease, **SLOW), 1, joins=[0.0, 0.1], deaths=[(0.3, 1)])
+        for lease in (0.0, 4.0)
+    ]
+    at_once, later = (swarm.run() for swarm in swarms)
+    assert at_once + 2.0 < later
+    for swarm in swarms:
+        check(swarm)
+        assert not swarm.workers["w2"].from_storage
+
+
+def test_calls_take_their_time_at_the_server_and_at_holders() -> None:
+    quick, slow = (
+        Swarm(Setting(50, 40, server_call_seconds=each, holder_call_seconds=each, **SLOW), 1) for each in (0.0, 0.01)
+    )
+    assert quick.run() + 1.0 < slow.run()
+    assert quick.longest_server_wait == 0 == quick.holder_core_share()
+    assert slow.longest_server_wait >= 50 * 3 * 0.01 * 0.99
+    assert 0 < slow.holder_core_share() <= 1
+    assert slow.server_calls == 50 * 5
+
+
+def test_memory_is_registered_for_few_holders_at_a_time() -> None:
+    swarm = Swarm(Setting(12, 80, register_seconds=0.5, registrations=2, **SLOW), 1)
+    most = 0
+    opened = swarm._open
+
+    def counted(name: str, holder: str) -> None:
+        nonlocal most
+        opened(name, holder)
+        most = max(most, len(swarm.workers[name].holders))
+
+    swarm._open = counted  # type: ignore[method-assign]
+    swarm.run()
+    check(swarm)
+    assert most == 2

@@ -8,7 +8,7 @@ from mxserver.store import RecordKey
 from mxserver.telemetry import Events, LoadHistory, Loads, Metrics, Refusals
 from mxserver.telemetry.events import KEPT_EVENTS, LONGEST_TEXT
 from mxserver.telemetry.load_history import KEPT_OF_A_MODEL
-from mxserver.telemetry.loads import SHOWN_FINISHED
+from mxserver.telemetry.loads import PROGRESS_A_SECOND, SHOWN_FINISHED
 from mxserver.telemetry.refusals import WINDOW_SECONDS
 from mxserver.wire.proto import load_pb2, p2p_pb2, record_pb2
 
@@ -181,6 +181,25 @@ def test_event_hides_passwords_and_is_one_bounded_line(events: Events) -> None:
     [event] = events.newest()
     assert event.text.startswith("redis://host:6379/0 refused the call x")
     assert len(event.text) == LONGEST_TEXT
+
+
+def test_many_loads_tell_less_often_than_few(loads: Loads, clock: HandClock) -> None:
+    def told(count: int) -> float:
+        said = load_pb2.LoadProgress(load_id=str(count), bytes_done=count)
+        return loads.told(RecordKey("s", f"w{count}", 0), said)
+
+    assert [told(count) for count in range(20)] == [1.0] * 20
+    assert [told(count) for count in range(20, 800)][-1] == 800 / PROGRESS_A_SECOND
+    clock.now += 91  # those are forgotten
+    assert loads.running_count() == 0
+    assert told(0) == 1.0
+
+
+def test_the_rate_of_a_load_that_tells_seldom(loads: Loads, clock: HandClock) -> None:
+    progress(loads, 0)
+    clock.now += 30
+    progress(loads, 300)
+    assert loads.running()[0].bytes_per_second == 10
 
 
 def test_what_was_shared_before_a_restart_counts_as_shared(events: Events, clock: HandClock) -> None:

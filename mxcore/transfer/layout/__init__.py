@@ -12,6 +12,7 @@ from mxcore.transfer.layout.digests import (
     Digester,
     HostDigester,
     chunk_digests,
+    digest_threads,
 )
 from mxcore.transfer.layout.layout import Layout, LayoutTensor, LocalTensor, Manifest, Placement, build_layout
 from mxcore.transfer.layout.plan import (
@@ -52,6 +53,7 @@ __all__ = [
     "chunk_digests",
     "chunk_set",
     "chunks_of",
+    "digest_threads",
     "merge_regions",
     "scalars_digest",
     "scalars_from_proto",

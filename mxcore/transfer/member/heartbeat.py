@@ -27,6 +27,7 @@ class Heartbeat:
         self._interval_seconds = interval_seconds
         self._beat = beat
         self._stop = threading.Event()
+        self._woken = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -47,9 +48,14 @@ class Heartbeat:
                 self._thread = threading.Thread(target=self._run, args=(soon,), name="mx-heartbeat", daemon=True)
                 self._thread.start()
 
+    def soon(self) -> None:
+        """The next beat is now, unless one is running."""
+        self._woken.set()
+
     def stop(self) -> None:
         """Ends it and waits for a heartbeat that is running, except on the thread itself. Idempotent."""
         self._stop.set()
+        self._woken.set()
         with self._lock:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -59,7 +65,7 @@ class Heartbeat:
         retry_seconds = _FIRST_RETRY_SECONDS
         failing = False
         pause = min(retry_seconds, self._interval_seconds) if soon else self._interval_seconds
-        while not self._stop.wait(pause):
+        while not self._stops_after(pause):
             try:
                 self._beat()
             except WireError as error:
@@ -74,3 +80,8 @@ class Heartbeat:
                 failing = False
                 retry_seconds = _FIRST_RETRY_SECONDS
                 pause = self._interval_seconds
+
+    def _stops_after(self, pause: float) -> bool:
+        self._woken.wait(pause)
+        self._woken.clear()
+        return self._stop.is_set()

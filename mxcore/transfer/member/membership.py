@@ -6,13 +6,14 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from mxcore.errors import TransferError
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, ChunkDigests, Layout, Placement, Scalars, all_chunks
 from mxcore.transfer.member.directory import CHECKPOINT_PARAMETER, Directory
+from mxcore.transfer.member.listening import listening
 from mxcore.transfer.member.place import current_place
 from mxcore.transfer.member.record import Names, Served, WorkerRecord
 from mxcore.transfer.member.refusals import Refusal
@@ -30,8 +31,8 @@ from mxcore.transfer.receive import (
     logged,
 )
 from mxcore.transfer.route import UcxPolicy, require_movable
-from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerServer
-from mxserver.wire import MxError
+from mxcore.transfer.serve import LEASE_SECONDS, Holder, Origin, SelfCheck, ServedRelay, WorkerIdentity, WorkerServer
+from mxserver.wire import MxError, ServerUnreachable
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
@@ -162,7 +163,7 @@ class Membership:
 
     def _listed(self, *, match_any_checkpoint: bool, receiving: bool) -> list[Source]:
         """As `find_sources`. Raises WireError."""
-        directory = self._directory
+        directory = self._asked_directory()
         if directory is None:
             return []
         if match_any_checkpoint and not self.identity.extra_parameters[CHECKPOINT_PARAMETER]:
@@ -172,9 +173,19 @@ class Membership:
             self._record.change_identity(adopted)
         return directory.holders(self.identity) if receiving else directory.ready(self.identity)
 
+    def _asked_directory(self) -> Directory | None:
+        """None: there is no server. Raises ServerUnreachable for one that lately let a call's deadline pass."""
+        if self._directory is not None and self._record.server_is_silent:
+            raise ServerUnreachable(
+                f"{self.settings.server_address} lately gave no answer in time: only heartbeats ask it until it does"
+            )
+        return self._directory
+
     def differs_least(self) -> str:
         """In what complete holders of this model differ, of the one that differs least; empty if there is none."""
-        return self._directory.differs_least(self.identity) if self._directory else ""
+        with suppress(ServerUnreachable):
+            return directory.differs_least(self.identity) if (directory := self._asked_directory()) else ""
+        return ""
 
     def wait_for_source(
         self,
@@ -218,7 +229,7 @@ class Membership:
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
-        return self._directory.ranks(self.identity, ready=ready) if self._directory else set()
+        return directory.ranks(self.identity, ready=ready) if (directory := self._asked_directory()) else set()
 
     def take_over_election(self, other: Membership) -> None:
         """Takes over the election to read storage, and the load's report, from another membership of this process."""
@@ -331,8 +342,7 @@ class Membership:
         drained = holder.drain(self.settings.drain_timeout_seconds if timeout_seconds is None else timeout_seconds)
         self._stop_serving()
         if self._record.mark_changed() and not self._closed:
-            with logged("telling the server that nothing is served"):
-                self._record.publish()
+            self._record.keep()
         return drained
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
@@ -364,8 +374,7 @@ class Membership:
         """Serves what is being received, with nothing there yet. Raises MxError."""
         self.withdraw(_FAILED_DRAIN_SECONDS)
         holder = self._offer(layout, placement, content.scalars, content.digests, keep_alive, have=0)
-        with logged("telling the server where chunks can be had"):
-            self._record.publish()
+        self._record.keep()
         return holder
 
     def _stand_for_election(self) -> mx_pb2.TakeStorageTurnResponse | None:
@@ -389,58 +398,45 @@ class Membership:
         have: int | None = None,
         origin: Origin | None = None,
     ) -> Holder:
-        """Starts serving: memory registered, services listening. Raises MxError; then nothing is served."""
-        with self._lock:
-            if self._closed or self._record.superseded:
-                raise TransferError(f"worker {self.worker_id} has left")
-            holder = Holder(
-                layout,
-                placement,
-                partial(self._ahead.take, *self._policy.serving(placement.device_type)),
-                scalars=scalars,
-                digests=digests,
-                keep_alive=keep_alive,
-                chunk_bytes=self._chunk_bytes,
-                lease_seconds=self._lease_seconds,
-                have=have,
-                most_readers=self.settings.source_max_readers,
-                rate_limit=self.settings.source_rate_limit,
-                origin=origin,
-            )
-            try:
-                holder.agent.make_early(self._policy)
-                self._server = self._listen(holder)
-            except MxError:
-                holder.close()
-                raise
-            self._holder = holder
-            return holder
+        """Starts serving: memory registered, services listening. Raises MxError; then nothing is served.
 
-    def _listen(self, holder: Holder) -> WorkerServer:
-        settings = self.settings
-        address = settings.own_address()
-        self._address_guessed = address.guessed
-        if address.guessed:
-            logger.warning(
-                "there is no way to %s yet: this worker listens everywhere and advertises %s until there is one "
-                "(MX_WORKER_HOST says it once and for all)",
-                settings.server_address,
-                address.host,
-            )
-        return WorkerServer(
-            holder,
-            self._policy,
-            source_id=self.source_id,
-            worker_id=self.worker_id,
-            worker_rank=self.worker_rank,
-            accelerator=self.accelerator,
-            host=address.host,
-            port=settings.worker_grpc_port + self.worker_rank if settings.worker_grpc_port else 0,
-            chunk_port=settings.worker_chunk_port + self.worker_rank if settings.worker_chunk_port else 0,
-            loopback=address.is_loopback,
-            doubted=self._doubted,
-            chunk_tls=settings.chunk_tls != "off",
+        Digests and registration take seconds of a large model. No lock is held meanwhile: heartbeats go on.
+        """
+        self._require_member()
+        holder = Holder(
+            layout,
+            placement,
+            partial(self._ahead.take, *self._policy.serving(placement.device_type)),
+            scalars=scalars,
+            digests=digests,
+            keep_alive=keep_alive,
+            chunk_bytes=self._chunk_bytes,
+            lease_seconds=self._lease_seconds,
+            have=have,
+            most_readers=self.settings.source_max_readers,
+            rate_limit=self.settings.source_rate_limit,
+            origin=origin,
         )
+        try:
+            holder.agent.make_early(self._policy)
+            address = self.settings.own_address()
+            with self._lock:
+                self._require_member()  # it may have left meanwhile
+                if self._holder is not None:
+                    raise TransferError(f"worker {self.worker_id} is serving already: other weights, begun meanwhile")
+                who = WorkerIdentity(holder, self.source_id, self.worker_id, self.worker_rank, self.accelerator)
+                self._server = listening(self.settings, address, who, self._policy, self._doubted)
+                self._address_guessed = address.guessed
+                self._holder = holder
+        except MxError:
+            holder.close()
+            raise
+        return holder
+
+    def _require_member(self) -> None:
+        """Raises TransferError."""
+        if self._closed or self._record.superseded:
+            raise TransferError(f"worker {self.worker_id} has left")
 
     def _look_at_own_weights(self) -> None:
         with self._lock:

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from mxcore.transfer.member.heartbeat import Heartbeat
 from mxcore.transfer.member.refusals import PendingRefusals
 from mxcore.transfer.receive import LoadReporter, logged
 from mxcore.transfer.serve import Origin
-from mxserver.wire import ServerRefused, StaleEpoch, WireError
+from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch, WireError
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 __all__ = ["Names", "Served", "WorkerRecord"]
 
 logger = logging.getLogger(__name__)
+
+_SILENT_SECONDS = 60.0  # then it is asked again, whether or not a heartbeat got through meanwhile
+
+
+class _SilentServers:
+    """Servers that gave no answer within a call's deadline: of this process nobody else waits for one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}  # address -> monotonic; each change is atomic
+
+    def gave_none(self, address: str) -> None:
+        self._until[address] = time.monotonic() + _SILENT_SECONDS
+
+    def answered(self, address: str) -> None:
+        self._until.pop(address, None)
+
+    def __contains__(self, address: str) -> bool:
+        return self._until.get(address, 0.0) > time.monotonic()
+
+
+_silent_servers = _SilentServers()
 
 
 class Served(NamedTuple):
@@ -72,10 +95,12 @@ class WorkerRecord:
         self._topology = topology
         self._names = names
         self._superseded_by_newer = superseded_by_newer
-        self._lock = threading.RLock()
+        self._calls = threading.RLock()  # around calls to the server, one after the other; the identity changes within
+        self._lock = threading.Lock()  # of what follows; never held during a call, which may take its whole deadline
         self._status = p2p_pb2.SOURCE_STATUS_INITIALIZING
         self._epoch = 0
-        self._published = False
+        self._version = 0  # of what is to be published, and of what was
+        self._published_version: int | None = None
         self._superseded = False
         self._heartbeat = Heartbeat(heartbeat_interval_seconds, self._beat)
 
@@ -85,9 +110,14 @@ class WorkerRecord:
         return source_id(self.identity)
 
     @property
+    def server_is_silent(self) -> bool:
+        """Whether the server lately gave no answer within the deadline. Heartbeats go on asking it."""
+        return self._client is not None and self._client.address in _silent_servers
+
+    @property
     def published(self) -> bool:
         """Whether the server has the record as it is."""
-        return self._published
+        return self._published_version == self._version
 
     @property
     def superseded(self) -> bool:
@@ -100,26 +130,35 @@ class WorkerRecord:
         return self._status == p2p_pb2.SOURCE_STATUS_READY
 
     def keep(self) -> bool:
-        """Publishes it, and keeps it alive from now on; False, logged, when the server does not answer. Idempotent."""
-        try:
-            self.publish()
-        except WireError as error:
-            logger.warning("this worker is not known to the server yet: %s", error)
-        with self._lock:
-            self._heartbeat.start(soon=not self._published)
-            return self._published
+        """Publishes it, and keeps it alive from now on; False, logged, when the server does not answer. Idempotent.
+
+        One that is silent is not waited for: the next heartbeat publishes, which is at once.
+        """
+        if not self.server_is_silent:
+            try:
+                self.publish()
+            except WireError as error:
+                logger.warning("this worker is not known to the server yet: %s", error)
+        if published := self.published:
+            self._heartbeat.start()
+        else:
+            self._heartbeat.start(soon=True)
+            self._heartbeat.soon()
+        return published
 
     def publish(self) -> None:
         """Writes the whole record. Raises WireError; StaleEpoch when a newer process has taken it over."""
         if self._client is None:
             return
-        with self._lock:
-            if self._superseded:
-                return
+        with self._calls:
+            with self._lock:
+                if self._superseded:
+                    return
+                version, status, epoch = self._version, self._status, self._epoch
             served, names = self._served(), self._names()
             worker = p2p_pb2.WorkerMetadata(
                 worker_rank=self._worker_rank,
-                status=self._status,
+                status=status,
                 agent_name=served.agent_name,
                 worker_grpc_endpoint=served.endpoint,
                 accelerator=self._accelerator,
@@ -131,21 +170,24 @@ class WorkerRecord:
                 node_name=names.node,
                 replica=names.replica,
             )
-            report = self.loads.report() if self.ready else None
-            answer = self._client.publish(self.identity, worker, self._worker_id, self._epoch, load_report=report)
+            is_ready = status == p2p_pb2.SOURCE_STATUS_READY
+            report = self.loads.report() if is_ready else None
+            with self._listening():
+                answer = self._client.publish(self.identity, worker, self._worker_id, epoch, load_report=report)
             if report is not None:
                 self.loads.reported(report)
-            self._epoch = answer.epoch
-            self._published = True
+            with self._lock:
+                self._epoch = answer.epoch
+                self._published_version = version
             self._heartbeat.limit(answer.lease_ms / 1000)
-            if self.ready:  # some servers ignore the status of a publish
+            if is_ready and (not answer.epoch or self.refusals.pending()):  # other servers ignore a publish's status
                 self._update_status()
 
     def mark_ready(self) -> None:
         """The next `keep` publishes READY."""
         with self._lock:
             self._status = p2p_pb2.SOURCE_STATUS_READY
-            self._published = False
+            self._version += 1
 
     def unmark_ready(self) -> None:
         """The next heartbeat or publish says that it is no longer READY."""
@@ -156,31 +198,33 @@ class WorkerRecord:
     def mark_changed(self) -> bool:
         """Has the next heartbeat publish the whole record. Returns whether it was published as it was."""
         with self._lock:
-            before, self._published = self._published, False
+            before = self.published
+            self._version += 1
             return before
 
     def change_identity(self, identity: p2p_pb2.SourceIdentity) -> None:
         """Continues with other weights: says goodbye under the old source id, and publishes under the new one."""
-        with self._lock:
+        with self._calls:
             if source_id(identity) == self.source_id:
                 return
-            again = self._published
+            again, status = self.published, self._status
             if again:
-                status = self._status
                 self.goodbye()
+            with self._lock:
                 self._status = status
-            self.identity.CopyFrom(identity)
-            self._epoch = 0
-            self._published = False
+                self.identity.CopyFrom(identity)
+                self._epoch = 0
+                self._version += 1
         if again:
             self.keep()
 
     def goodbye(self) -> None:
         """Publishes STALE, if the record is published and still ours. Never raises."""
-        with self._lock:
-            if not self._published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
-                return
-            self._status = p2p_pb2.SOURCE_STATUS_STALE
+        with self._calls:
+            with self._lock:
+                if not self.published or self._superseded or self._status == p2p_pb2.SOURCE_STATUS_STALE:
+                    return
+                self._status = p2p_pb2.SOURCE_STATUS_STALE
             with logged("saying goodbye to the server"):
                 self._update_status(self.loads.report())
 
@@ -219,26 +263,44 @@ class WorkerRecord:
             load = float(readers) if readers is not None else None
             key = (self.source_id, self._worker_id, self._worker_rank)
             refusals = self.refusals.pending()
-            self._client.update_status(
-                *key, self._status, epoch=self._epoch, source_load=load, load_report=report, refusals=refusals
-            )
+            with self._lock:
+                status, epoch = self._status, self._epoch
+            with self._listening():
+                self._client.update_status(
+                    *key, status, epoch=epoch, source_load=load, load_report=report, refusals=refusals
+                )
             self.refusals.told(refusals)
 
-    def _tell_progress(self, progress: load_pb2.LoadProgress) -> None:
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Around a call: notes whether the server answers."""
+        address = self._client.address if self._client is not None else ""
+        try:
+            yield
+        except ServerUnreachable as error:
+            if error.late:
+                _silent_servers.gave_none(address)
+            raise
+        except WireError:
+            _silent_servers.answered(address)
+            raise
+        _silent_servers.answered(address)
+
+    def _tell_progress(self, progress: load_pb2.LoadProgress) -> float:
         """On the thread of the loads' reporter. Raises WireError."""
         with self._lock:
-            if self._client is None or not self._published or self._superseded:
-                return
+            if self._client is None or not self.published or self._superseded:
+                return 0.0
             source, epoch = self.source_id, self._epoch
-        self._client.tell_progress(source, self._worker_id, self._worker_rank, progress, epoch=epoch)
+        return self._client.tell_progress(source, self._worker_id, self._worker_rank, progress, epoch=epoch)
 
     def _beat(self) -> None:
         """One heartbeat, on the heartbeat's thread. Raises WireError when it did not get through."""
         try:
-            with self._lock:
+            with self._calls:
                 if self._superseded:
                     return
-                if not self._published:
+                if not self.published:
                     self.publish()
                     return
                 try:
@@ -247,7 +309,8 @@ class WorkerRecord:
                     raise
                 except ServerRefused as error:
                     logger.warning("the server has lost this worker's record (%s); it is published again", error)
-                    self._published = False
+                    with self._lock:
+                        self._published_version = None
                     self.publish()
         except StaleEpoch as error:
             logger.error(

@@ -22,6 +22,7 @@ LAG_SECONDS = 2.5
 """What was told may be so old: of another replica the server hears within a second, and it tells many one by one."""
 
 _FIRST_SECONDS = 5.0  # for the first message; then the server is asked instead
+_FIRST_SECONDS_RECEIVING = 15.0  # who receives has sources: where thousands begin, asking makes it later
 _FIRST_AGAIN_SECONDS, _LONGEST_AGAIN_SECONDS = 0.25, 15.0  # before a broken stream is opened again
 _ASK_SECONDS = 1.0  # between two questions, at least
 _ASK_SECONDS_A_HOLDER = 0.1
@@ -45,7 +46,8 @@ class WatchedSources(Closing):
         self._changed = threading.Condition()
         self._now: watch_pb2.SourcesNow | None = None  # None while there is no stream
         self._messages = self._seen = 0
-        self._opening_until = time.monotonic() + _FIRST_SECONDS  # until then an answer is worth waiting for
+        first_seconds = _FIRST_SECONDS if wants_turn else _FIRST_SECONDS_RECEIVING
+        self._opening_until = time.monotonic() + first_seconds  # until then an answer is worth waiting for
         self._call: OpenWatch | None = None
         self._closed = threading.Event()
         self._ask_at = 0.0  # monotonic, when the server may be asked again

@@ -17,6 +17,7 @@ from mxcore.transfer.move.lease_keeper import LeaseKeeper
 from mxcore.transfer.move.movers import Mover
 from mxcore.transfer.move.nixl_read import NixlReadMover
 from mxcore.transfer.move.nixl_write import NixlWriteMover
+from mxcore.transfer.move.registered_sessions import RegisteredSessions
 from mxcore.transfer.move.same_host import SameHostMover, threads_of
 from mxcore.transfer.move.session_ahead import SessionAhead
 from mxcore.transfer.move.source_client import AGAIN_METADATA, PendingCall, Source, SourceClient
@@ -36,6 +37,7 @@ __all__ = [
     "NixlReadMover",
     "NixlWriteMover",
     "PendingCall",
+    "RegisteredSessions",
     "SameHostMover",
     "SessionAhead",
     "Source",

@@ -73,10 +73,16 @@ class SourceClient(Closing):
         self._running: set[grpc.Future[Any]] = set()
         self._cancelled = False
 
-    def get_layout(self, fingerprint: str) -> mx_pb2.GetLayoutResponse:
-        """What the holder has; with its layout only when that has another fingerprint."""
+    def get_layout(self, fingerprint: str, known_digests: bytes = b"") -> mx_pb2.GetLayoutResponse:
+        """What the holder has; with its layout only when that has another fingerprint.
+
+        Without digests where these are `known_digests` (`ChunkDigests.summary`).
+        """
         request = mx_pb2.GetLayoutRequest(
-            mx_source_id=self.source.source_id, worker_id=self.source.worker_id, fingerprint=fingerprint
+            mx_source_id=self.source.source_id,
+            worker_id=self.source.worker_id,
+            fingerprint=fingerprint,
+            known_digests=known_digests,
         )
         return self._call("GetLayout", self._transfer.GetLayout, request)
 
@@ -181,7 +187,9 @@ class SourceClient(Closing):
             f"{name} at worker {self.source.worker_id} ({self.source.endpoint}): {call.code().name}: {call.details()}"
         )
         if call.code() in _NO_ANSWER:
-            return SourceUnreachable(text)
+            unreachable = SourceUnreachable(text)
+            unreachable.late = call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            return unreachable
         # NOT_FOUND: the lease has ended, perhaps for another reader; there may be a place again.
         if call.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND):
             return SourceRefused(text)

@@ -41,8 +41,8 @@ from mxcore.transfer.move import (
     NixlReadMover,
     NixlWriteMover,
     PendingCall,
+    RegisteredSessions,
     SameHostMover,
-    SessionAhead,
     Source,
     SourceClient,
     StagedMover,
@@ -55,13 +55,18 @@ from mxserver.wire import SettingError
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import mx_pb2
 
-__all__ = ["END_SECONDS", "HolderPull"]
+__all__ = ["END_SECONDS", "HolderPull", "call_deadline_seconds"]
 
 logger = logging.getLogger(__name__)
 
 _NEWS_WAIT_SECONDS = 0.25
 END_SECONDS = 1.5 * FENCE_SECONDS  # the fence, and what comes before it
 _NOTHING = ChunkRequest(0, 0, 0)
+
+
+def call_deadline_seconds(settings: WorkerSettings) -> float:
+    """For each call to a holder: it passes before the stall time-out does."""
+    return min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds)
 
 
 @dataclass
@@ -75,6 +80,7 @@ class _Asking:
     declined: list[int] = field(default_factory=list)
     asked_at: float = 0.0
     pause_until: float = 0.0
+    late: int = 0  # answers that did not come in time, one after the other
 
 
 class HolderPull:
@@ -90,7 +96,7 @@ class HolderPull:
         received: ReceivedChunks,
         source: Source,
         settings: WorkerSettings,
-        sessions: SessionAhead,
+        sessions: RegisteredSessions,
         client: SourceClient | None = None,
     ) -> None:
         """`sessions` are those of the receiver, with its memory registered; `client` is the `kept_client` of before."""
@@ -106,10 +112,7 @@ class HolderPull:
         self._sessions = sessions
         self._policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         self.kept_client: SourceClient | None = None  # after the end, where the holder was full: to ask it again
-        self._client = client or SourceClient(
-            source,  # a call times out before the stall time-out does
-            timeout_seconds=min(settings.server_timeout_seconds, 0.75 * settings.stall_timeout_seconds),
-        )
+        self._client = client or SourceClient(source, timeout_seconds=call_deadline_seconds(settings))
         try:
             self._credentials = ClientCredentials.from_environ()
         except SettingError as error:
@@ -189,8 +192,10 @@ class HolderPull:
                 self._client.release(lease_id)
 
     def _receive_what_it_has(self) -> None:
-        answer = self._client.get_layout(self._received.layout.fingerprint)
-        self._received.admit(self.source.worker_id, answer, owner=self.source.owner)
+        content = self._received.content
+        known = content.digests if content is not None else None
+        answer = self._client.get_layout(self._received.layout.fingerprint, known.summary if known is not None else b"")
+        self._received.admit(self.source.worker_id, answer, owner=self.source.owner, known=known)
         self.heard = True
         with self._received.changed:
             self._received.changed.notify_all()
@@ -265,9 +270,9 @@ class HolderPull:
 
     def _transfer(self, lease_id: str, route: Route, offer: mx_pb2.TransportOffer) -> None:
         name = self.source.worker_id
+        session = self._sessions.take(route.tls, name) if route.by_nixl else None
         self._received.join(name, self.source.distance)
         done = False
-        session = self._sessions.take(route.tls) if route.by_nixl else None
         verifying = ChunkVerifier(
             self._received, name, route.transport, lambda chunk: self._client.doubt(lease_id, [chunk])
         )
@@ -289,7 +294,7 @@ class HolderPull:
             fenced = False
             try:
                 if session is not None:
-                    session.fence()
+                    self._sessions.fence(session)
                 fenced = True
             finally:
                 verifying.close()
@@ -334,7 +339,11 @@ class HolderPull:
                     if not idle:
                         asking.call.when_done(mover.wake)
             if asking.call is not None and (idle or asking.call.done):
-                self._take_answer(asking, mover, count)
+                try:
+                    self._take_answer(asking, mover, count)
+                except SourceUnreachable as error:
+                    self._await_late_answer(asking, lease, error)
+                    continue
                 idle = mover.idle
             if idle:
                 pause = asking.pause_until
@@ -348,13 +357,26 @@ class HolderPull:
                 verifying.submit(chunk, digest, mover.wake)
             verifying.collect(wait=mover.idle)
 
+    def _await_late_answer(self, asking: _Asking, lease: LeaseKeeper | None, error: SourceUnreachable) -> None:
+        """A holder that is busy for seconds keeps its readers: it is asked again while the lease holds.
+
+        Where no `lease` is kept, once. Raises the error of the call, and what `lease` does once it is over.
+        """
+        asking.late += 1
+        if not error.late or self._given_up is not None or (lease is None and asking.late > 1):
+            raise error
+        if lease is not None:
+            lease.check()
+        logger.info("worker %s is asked again: %s", self.source.worker_id, error)
+
     def _take_answer(self, asking: _Asking, mover: Mover, count: int) -> None:
         """Records what the holder said, and has the mover fetch what it granted."""
         if asking.call is None:
             return
         name = self.source.worker_id
-        answer = asking.call.result()
-        asking.call = None
+        call, asking.call = asking.call, None
+        answer = call.result()
+        asking.late = 0
         asking.asked_at = time.monotonic()
         if answer.version != asking.version:
             asking.have = all_chunks(count) if answer.complete else set_from_bytes(answer.have, count)

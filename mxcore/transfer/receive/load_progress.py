@@ -1,7 +1,8 @@
 """What the server is told about a load: how far it is while it runs, and how it went once it is done.
 
 It feeds the status page and metrics; nothing depends on it. Messages go out on a thread of their own, about one a
-second and fewer when the server is slow to answer. What cannot be sent is dropped; no load waits or fails for it.
+second, and fewer where the server says so, as many load, or is slow to answer. What cannot be sent is dropped; no load
+waits or fails for it.
 """
 
 from __future__ import annotations
@@ -95,8 +96,10 @@ class LoadStep:
 class LoadReporter:
     """The loads of one worker, one after the other. Thread-safe; `close` ends its thread."""
 
-    def __init__(self, send: Callable[[load_pb2.LoadProgress], None]) -> None:
-        """`send` may raise WireError, and may take its time; it is called on a thread of this object."""
+    def __init__(self, send: Callable[[load_pb2.LoadProgress], float]) -> None:
+        """`send` returns the seconds until the next message is wanted, at least. It may raise WireError, and may take
+        its time; it is called on a thread of this object.
+        """
         self._send = send
         self._changed = threading.Condition()
         self._load_id = ""
@@ -238,7 +241,7 @@ class LoadReporter:
         started = time.monotonic()
         try:
             now = step.progress()
-            self._send(
+            wanted_seconds = self._send(
                 load_pb2.LoadProgress(
                     load_id=load_id,
                     path=now.path,
@@ -258,7 +261,7 @@ class LoadReporter:
             logger.debug("progress could not be told", exc_info=True)
             return LONGEST_INTERVAL_SECONDS
         took = time.monotonic() - started
-        return min(max(INTERVAL_SECONDS, took / CALL_SHARE), LONGEST_INTERVAL_SECONDS)
+        return min(max(INTERVAL_SECONDS, took / CALL_SHARE, wanted_seconds), LONGEST_INTERVAL_SECONDS)
 
 
 def _most(given: Mapping[str, int], most: int) -> list[load_pb2.GivenBytes]:

@@ -13,7 +13,6 @@ __all__ = ["PartialReceive"]
 
 Report = TypeVar("Report")
 
-_THREADS = 4  # of digests
 _NAMED_CHUNKS = 8
 
 
@@ -67,7 +66,7 @@ class PartialReceive(Generic[Report]):
             raise DigestMismatch("nothing was received: there are no digests to compare with")
         missing = self._missing()
         other_bytes = sum(map(chunks.bytes_of, missing))
-        found = self._received.digests_here(content.digests.kind, _THREADS)
+        found = self._received.digests_here(content.digests.kind)
         if self._received.disputed and self._received.believe(found):  # what the files say is what some holder said
             content = self._received.content or content
         wrong = [chunk for chunk in range(len(chunks)) if found.of_chunk(chunk) != content.digests.of_chunk(chunk)]

@@ -24,6 +24,7 @@ from mxcore.transfer.layout import (
     chunk_digests,
     chunk_set,
     chunks_of,
+    digest_threads,
     scalars_digest,
     scalars_from_proto,
 )
@@ -108,10 +109,13 @@ class ReceivedChunks:
         with self.changed:
             return list(chunks_of(self._plan.everything & ~self._plan.completed))
 
-    def admit(self, holder: str, answer: mx_pb2.GetLayoutResponse, *, owner: str = "") -> None:
+    def admit(
+        self, holder: str, answer: mx_pb2.GetLayoutResponse, *, owner: str = "", known: ChunkDigests | None = None
+    ) -> None:
         """Compares what a holder has with what is wanted here; the first holder's content becomes ours.
 
-        `owner` is the name that the server knows the holder by, where it knows one.
+        `owner` is the name that the server knows the holder by, where it knows one; `known` are the digests that the
+        holder was told of, which it need not send.
 
         Raises LayoutMismatch, SourceRefused, DigestMismatch, ContentMismatch.
         """
@@ -123,9 +127,11 @@ class ReceivedChunks:
                 f"{where} has chunks of {answer.chunk_bytes} bytes with {answer.digest_kind!r} digests; "
                 f"this worker needs {self.chunks.chunk_bytes} and one of {KINDS}"
             )
-        if len(answer.digests) != DIGEST_BYTES * len(self.chunks):
-            raise SourceRefused(f"{where} has {len(answer.digests)} bytes of digests for {len(self.chunks)} chunks")
         digests = ChunkDigests(answer.digests, answer.digest_kind)
+        if known is not None and answer.digests_are_known and answer.digest_kind == known.kind:
+            digests = known
+        if len(digests.values) != DIGEST_BYTES * len(self.chunks):
+            raise SourceRefused(f"{where} has {len(digests.values)} bytes of digests for {len(self.chunks)} chunks")
         content = Content(digests, answer.scalars_digest, self._check_scalars(where, answer))
         with self.changed:
             if self.content is None:
@@ -222,9 +228,9 @@ class ReceivedChunks:
         """Whether the expected digests are of the kind that is made while bytes arrive."""
         return self.content is not None and self.content.digests.kind == XXH3
 
-    def digests_here(self, kind: str, threads: int) -> ChunkDigests:
+    def digests_here(self, kind: str) -> ChunkDigests:
         """The digests of the bytes that are in memory now."""
-        return chunk_digests(self._digester, self.chunks, self.addresses, kind=kind, threads=threads)
+        return chunk_digests(self._digester, self.chunks, self.addresses, kind=kind)
 
     def accept(self, holder: str, chunk: int) -> None:
         """Records a verified chunk."""
@@ -278,8 +284,20 @@ class ReceivedChunks:
             return self._plan.drips(time.monotonic())
 
     def recheck(self) -> list[int]:
-        """Verifies all verified chunks again, after a fence; returns those that are wrong and so missing again."""
-        wrong = [chunk for chunk in chunks_of(self.verified) if not self.verify(chunk)]
+        """Verifies all verified chunks again, after a fence, by all cores; returns those that are wrong and so missing
+        again.
+        """
+        if self.content is None:
+            return []
+        expected, chunks = self.content.digests, list(chunks_of(self.verified))
+        addresses, lengths, starts = array("Q"), array("Q"), array("Q", [0])
+        for chunk in chunks:
+            addresses.extend(self.chunks.slice_of(self.addresses, chunk))
+            lengths.extend(self.chunks.slice_of(self.chunks.lengths, chunk))
+            starts.append(len(addresses))
+        values = self._digester.many(expected.kind, addresses, lengths, starts, threads=digest_threads())
+        made = ChunkDigests(values, expected.kind)
+        wrong = [chunk for i, chunk in enumerate(chunks) if made.of_chunk(i) != expected.of_chunk(chunk)]
         with self.changed:
             self._reopen(chunk_set(wrong))
         return wrong

@@ -7,7 +7,6 @@ those say who are believed (`claims`), and every abandoned transfer is fenced.
 from __future__ import annotations
 
 import logging
-import math
 import random
 import threading
 import time
@@ -19,10 +18,7 @@ from mxcore.errors import (
     ChunksMissing,
     DigestMismatch,
     FenceFailed,
-    LayoutMismatch,
-    NixlMissing,
     SourceBusy,
-    SourceRefused,
     SourceSlow,
     SourceUnreachable,
     TransferError,
@@ -30,15 +26,16 @@ from mxcore.errors import (
 )
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
-from mxcore.transfer.move import SessionAhead, Source, SourceClient
+from mxcore.transfer.move import RegisteredSessions, SessionAhead, Source, SourceClient
 from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
-from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull
+from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull, call_deadline_seconds
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.pace import MEGABYTE, Pace
 from mxcore.transfer.receive.partial import PartialReceive
 from mxcore.transfer.receive.receive_report import ReceiveReport
 from mxcore.transfer.receive.received_chunks import ProgressCallback, ReceivedChunks
+from mxcore.transfer.receive.tried_holders import TriedHolders
 from mxcore.transfer.route import Route, UcxPolicy, require_movable
 from mxserver.wire.proto import mx_pb2
 
@@ -58,9 +55,6 @@ _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
 _FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked soon
 _FIND_SECONDS = 1.0  # between two calls to the server
-_BUSY_SECONDS = 0.5  # before a holder that was full is asked again; twice as long each time, unless it says when
-_LONGEST_BUSY_SECONDS = 8.0
-_AGAIN_SECONDS = 10.0  # before a holder that failed is trusted again
 _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for another
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
@@ -122,23 +116,22 @@ class Receiver:
         policy = UcxPolicy.from_environment(settings.transport, tcp_transfer=settings.tcp_transfer)
         on_device = placement.device_type != "cpu"
         likely = policy.likely_tls(same_host=settings.shares_only_this_host, device_memory=on_device)
-        self._sessions = SessionAhead(
+        ahead = SessionAhead(
             settings,
             worker_id,
             likely,
             progress_thread=False,  # it has something to do only while a holder gives
             prepare=lambda session: session.register(layout, placement),
         )
+        self._sessions = RegisteredSessions(ahead)
         self._chance = random.Random(worker_id)  # noqa: S311 - no secret
         self._pulls: dict[str, HolderPull] = {}
         self._candidates: dict[str, Source] = {}
-        self._not_before: dict[str, float] = {}
-        self._busy: dict[str, int] = {}  # how often a holder was full, since it gave something
+        self._tried = TriedHolders(self._chance)
         self._clients: dict[str, SourceClient] = {}  # by endpoint, of holders that were full: their connections stay
         self._failures: list[TransferError] = []
         self._routes: dict[str, Route] = {}
         self._clean, self._in_clear, self._may_find = True, False, False
-        self._failed_at = 0.0  # when a holder was last found to have failed
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
         self._over = threading.Event()
@@ -267,7 +260,9 @@ class Receiver:
         found = [
             source
             for source in candidates
-            if source.worker_id not in self._pulls and self._not_before.get(source.worker_id, 0.0) <= now
+            if source.worker_id not in self._pulls
+            and self._tried.may_be_asked(source.worker_id, now)
+            and self._sessions.may_take(source.worker_id)
         ]
         load = {source.worker_id: source.load + _LOAD_SPREAD * self._chance.random() for source in found}
         found.sort(key=lambda source: (source.distance, source.receiving, load[source.worker_id]))
@@ -282,16 +277,20 @@ class Receiver:
                 client = self._clients.pop(source.endpoint, None)
                 pull = HolderPull(self._received, source, self._settings, self._sessions, client)
             except TransferError as error:  # its address or its certificate is of no use
-                self._not_before[source.worker_id] = now + self._failed_holder(source, error, 0.0)
+                self._failed_holder(source, error, 0.0)
                 continue
             self._pulls[source.worker_id] = pull
+            self._tried.asked(source.worker_id)
             pull.start()
 
     def _make_room(self, now: float) -> None:
-        """Stops a holder that gave nothing for long, when another one waits."""
-        if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
-            return
-        idle = min(self._pulls.values(), key=lambda pull: pull.busy_at)
+        """Stops a holder that gave nothing for long, when another one waits for its place or its session."""
+        pulls = [pull for pull in self._pulls.values() if pull.route is not None and pull.route.by_nixl]
+        if not (pulls and self._sessions.wanted):
+            if len(self._pulls) < _HOLDERS_AT_ONCE or not self._startable(now):
+                return
+            pulls = list(self._pulls.values())
+        idle = min(pulls, key=lambda pull: pull.busy_at)
         if now - idle.busy_at > _IDLE_SECONDS:
             idle.stop()
 
@@ -309,23 +308,23 @@ class Receiver:
             self._in_clear |= pull.in_clear and name in self._received.bytes_from
             if pull.route is not None:
                 self._routes[name] = pull.route
-                self._busy.pop(name, None)
+                self._tried.gave(name)
             if (client := pull.kept_client) is not None:
                 self._clients[client.source.endpoint] = client
             if pull.failure is None:
-                self._not_before[name] = now + _IDLE_SECONDS
+                self._tried.ended(name, now)
             else:
-                self._not_before[name] = now + self._failed_holder(pull.source, pull.failure, now - pull.started_at)
+                self._failed_holder(pull.source, pull.failure, now - pull.started_at)
 
-    def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> float:
-        """Records a holder's failure; returns the seconds until it is asked again."""
+    def _failed_holder(self, source: Source, error: TransferError, asked_seconds: float) -> None:
+        """Records a holder's failure. Raises FenceFailed, when that is what it is."""
         if isinstance(error, FenceFailed):
             raise error
         if isinstance(error, SourceBusy):
-            seconds = self._busy_seconds(source, error)
+            again_at = self._tried.full(source.worker_id, error, time.monotonic())
             with self._received.changed:  # it is alive and gives to others: until then nothing is missed
-                self._received.news = time.monotonic() + seconds
-            return seconds
+                self._received.news = again_at
+            return
         logger.warning(
             "worker %s (%s), asked for %.1f s, gives no (more) weights: %s",
             source.worker_id,
@@ -334,30 +333,26 @@ class Receiver:
             error,
         )
         self._failures.append(error)
-        self._failed_at = time.monotonic()
         if isinstance(error, DigestMismatch):
             with self._received.changed:
                 self._received.claims.discredit(source.worker_id)
             self._tell_doubt(mx_pb2.DOUBT_KIND_WRONG_CHUNKS, [source.worker_id], 1, str(error))
-        final = isinstance(error, (DigestMismatch, SourceRefused, LayoutMismatch, NixlMissing)) or not (
-            self._may_find or isinstance(error, SourceSlow)
-        )
-        return math.inf if final else _AGAIN_SECONDS
-
-    def _busy_seconds(self, source: Source, error: SourceBusy) -> float:
-        """Until a holder that was full is asked again: as it says, or longer each time; receivers scatter."""
-        times = self._busy[source.worker_id] = self._busy.get(source.worker_id, 0) + 1
-        least = error.again_seconds or min(_BUSY_SECONDS * 2 ** min(times - 1, 10), _LONGEST_BUSY_SECONDS)
-        return least * (0.75 + 0.5 * self._chance.random())
+        self._tried.failed(source.worker_id, error, time.monotonic(), may_find=self._may_find)
 
     def _nobody_left(self, now: float) -> bool:
-        """Whether nothing can come: all failed for good and no other is listed, or no progress for too long."""
+        """Whether nothing can come: all failed and no other is listed, or no progress for too long.
+
+        Those that failed may come back unless that was for good, and others may come: for one more deadline.
+        """
+        tried = self._tried
         with self._received.changed:
-            for_good = all(self._not_before.get(name, 0.0) == math.inf for name in self._candidates)
+            for_good = tried.all_failed_for_good(self._candidates)
             if not self._pulls and not self._may_find:
                 return for_good
-            if not self._pulls and for_good and self._candidates and self._listed_at > self._failed_at:
-                return True
+            if not self._pulls and self._candidates and self._listed_at > tried.failed_at:
+                waited = now - tried.failed_at > call_deadline_seconds(self._settings)
+                if for_good or (waited and tried.all_failed(self._candidates)):
+                    return True
             return now - self._received.news > _PATIENCE_STALLS * self._settings.stall_timeout_seconds
 
     def _all_heard(self) -> bool:
@@ -399,7 +394,7 @@ class Receiver:
             if self._relay is not None:
                 self._relay.update(0)  # before the memory is overwritten
             self._received.start_anew(content)
-        self._not_before.clear()
+        self._tried.clear()
         self._failures.clear()
 
     def _tell_dispute(self, outcome: str, said: str) -> None:

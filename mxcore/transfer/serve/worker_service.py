@@ -187,11 +187,13 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
         if holder.draining:
             refuse(context, grpc.StatusCode.UNAVAILABLE, "this worker is leaving; ask another one")
         same = request.fingerprint == holder.layout.fingerprint
+        known = request.known_digests == holder.digests.summary
         answer = mx_pb2.GetLayoutResponse(
             fingerprint=holder.layout.fingerprint,
             chunk_bytes=holder.chunks.chunk_bytes,
             digest_kind=holder.digests.kind,
-            digests=holder.digests.values,
+            digests=b"" if known else holder.digests.values,
+            digests_are_known=known,
             scalars=scalars_to_proto(holder.scalars),
             scalars_digest=scalars_digest(holder.scalars),
             transport=self._offer(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class ModelCache:
         """`shared_locks`, which it closes, are those of servers on several machines. Raises CacheUnusable."""
         self.layout = CacheLayout(root)
         self.limits = limits
+        self._has_replicas = shared_locks is not None
         try:
             self.layout.make()
             self.leases = LeaseFolder(self.layout.state, lease_seconds, shared_locks)
@@ -61,13 +63,17 @@ class ModelCache:
         """The record of a revision, branch or tag.
 
         Raises:
-            ModelNotCached: says whether the model is missing or only that revision.
+            ModelNotCached: says whether the model is missing or only that revision; of several replicas, also which one
+                this is: another one may have it in a folder of its own.
         """
         commit = revision if is_commit(revision) else self.layout.read_ref(model, revision)
         record = self.record(ModelKey(model, commit)) if commit else None
         if record is None:
             at = f" in revision {revision!r}" if revision else ""
-            raise ModelNotCached(f"{model.name} is not cached{at}; download it with: mx models get {model.name}")
+            here = ""
+            if self._has_replicas:
+                here = f" by the replica {socket.gethostname()} (others may have cache folders of their own)"
+            raise ModelNotCached(f"{model.name} is not cached{at}{here}; download it with: mx models get {model.name}")
         return record
 
     def record(self, key: ModelKey) -> ModelRecord | None:

@@ -254,10 +254,15 @@ return {rec[2], rec[3] or ''}
 NAMES = (
     _PRELUDE
     + """
--- The names of a source's records, in any state.
+-- 7 source, 8 status, 9 rank; empty: any. The names of a source's records, and not many others: STALE ones may be under
+-- the status that they had.
 local names = {}
 for status = 1, 3 do
-  for _, name in ipairs(redis.call('ZRANGE', index(status, ARGV[7]), 0, -1)) do names[#names + 1] = name end
+  if ARGV[8] == '' or ARGV[8] == STALE or ARGV[8] == tostring(status) then
+    for _, name in ipairs(redis.call('ZRANGE', index(status, ARGV[7]), 0, -1)) do
+      if ARGV[9] == '' or string.match(name, '^%d+') == ARGV[9] then names[#names + 1] = name end
+    end
+  end
 end
 return names
 """

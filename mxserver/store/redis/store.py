@@ -243,7 +243,7 @@ class RedisStore(SourceStore):
             rows = self._run(scripts.FIND, source, *filters, str(query.limit))
         else:
             rows = []
-            for names in self._names(source, model):
+            for names in self._names(source, model, *filters[1:3]):
                 rows += self._run(scripts.FITTING, *filters, *names)
         # Records that had to be fetched are as new as the fetch.
         records = [record for record in self._records(rows) if query.status in (None, record.status)]
@@ -280,13 +280,16 @@ class RedisStore(SourceStore):
             for names in self._names("", ""):
                 self._run(scripts.RENEW, *names)
 
-    def _names(self, source: str, model: str) -> Iterator[list[bytes]]:
-        """Names of records, each once, some hundred at a time: those of a source, else of a model, else all."""
+    def _names(self, source: str, model: str, status: str = "", rank: str = "") -> Iterator[list[bytes]]:
+        """Names of records, each once, some hundred at a time: those of a source, else of a model, else all.
+
+        With a `status` or a `rank`, not many that do not fit; of all, those too.
+        """
         if source:
-            several = iter([self._run(scripts.NAMES, source)])
+            several = iter([self._run(scripts.NAMES, source, status, rank)])
         elif model:
             sources: Sequence[bytes] = self._run(scripts.SOURCES_OF_MODEL, model)
-            several = (self._run(scripts.NAMES, each) for each in sources)
+            several = (self._run(scripts.NAMES, each, status, rank) for each in sources)
         else:
             several = self._link.names(f"{self._fixed[0]}due", RECORDS_PER_SCRIPT)  # which has all of them
         known: set[bytes] = set()

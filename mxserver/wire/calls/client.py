@@ -45,8 +45,12 @@ def shared_levels(one: Mapping[str, str], other: Mapping[str, str], levels: Sequ
 
     The one rule for the server, which lists the nearest, and for workers, which take from them.
     """
-    same = (depth for depth, level in enumerate(levels, 1) if one.get(level, "") == other.get(level) != "")
-    return max(same, default=0)
+    for depth in range(len(levels), 0, -1):  # a server does this for each pair of hundreds
+        level = levels[depth - 1]
+        value = one.get(level)
+        if value and value == other.get(level):
+            return depth
+    return 0
 
 
 Request = TypeVar("Request")
@@ -170,7 +174,7 @@ class ServerClient(Closing):
         load_progress: load_pb2.LoadProgress | None = None,
         load_report: load_pb2.LoadReport | None = None,
         refusals: Iterable[load_pb2.Refusal] = (),
-    ) -> None:
+    ) -> p2p_pb2.UpdateStatusResponse:
         """Sets the status and renews the lease: the heartbeat.
 
         `load_progress` also tells how far a load is, `load_report` how one has ended, `refusals` what of the weights is
@@ -194,6 +198,7 @@ class ServerClient(Closing):
         response = self._call("UpdateStatus", self._p2p.UpdateStatus, request)
         if not response.success:
             raise self._refused("UpdateStatus", response.message)
+        return response
 
     def tell_progress(
         self,
@@ -203,16 +208,19 @@ class ServerClient(Closing):
         progress: load_pb2.LoadProgress,
         *,
         epoch: int = 0,
-    ) -> None:
+    ) -> float:
         """Tells how far a load is and changes nothing else: the record's status and lease stay as they are.
+
+        Returns after how many seconds the server wants to hear again; 0 where it does not say.
 
         Raises:
             StaleEpoch: a newer process of this worker has published.
             ServerRefused: the worker is not loading by its record, or the server does not know such messages.
         """
-        self.update_status(
+        answer = self.update_status(
             source_id, worker_id, worker_rank, p2p_pb2.SOURCE_STATUS_UNKNOWN, epoch=epoch, load_progress=progress
         )
+        return answer.next_progress_ms / 1000
 
     def take_storage_turn(
         self, source_id: str, worker_rank: int, worker_id: str, epoch: int = 0, *, domain: str = ""
@@ -312,7 +320,9 @@ class ServerClient(Closing):
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"{name} at {self.address} had no answer within {self.timeout_seconds:g} s"
         if status in NO_ANSWER:
-            return ServerUnreachable(text)
+            unreachable = ServerUnreachable(text)
+            unreachable.late = status is grpc.StatusCode.DEADLINE_EXCEEDED
+            return unreachable
         if dict(cast(grpc.Call, error).trailing_metadata() or ()).get(ERROR_CODE_METADATA) == StaleEpoch.code:
             return StaleEpoch(text)
         if status is grpc.StatusCode.UNIMPLEMENTED:

@@ -391,7 +391,7 @@ class DeleteModelResponse(google.protobuf.message.Message):
     success: builtins.bool
     message: builtins.str
     not_cached: builtins.bool
-    """why it is no success: there is nothing to remove"""
+    """beside success: there was nothing to remove"""
     def __init__(
         self,
         *,

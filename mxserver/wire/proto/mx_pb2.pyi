@@ -237,18 +237,22 @@ class GetLayoutRequest(google.protobuf.message.Message):
     MX_SOURCE_ID_FIELD_NUMBER: builtins.int
     WORKER_ID_FIELD_NUMBER: builtins.int
     FINGERPRINT_FIELD_NUMBER: builtins.int
+    KNOWN_DIGESTS_FIELD_NUMBER: builtins.int
     mx_source_id: builtins.str
     worker_id: builtins.str
     fingerprint: builtins.str
     """the asker's own; when equal to the holder's, the answer leaves `layout` out"""
+    known_digests: builtins.bytes
+    """SHA-256 of kind, a zero byte and digests that the asker has: then they are left out"""
     def __init__(
         self,
         *,
         mx_source_id: builtins.str = ...,
         worker_id: builtins.str = ...,
         fingerprint: builtins.str = ...,
+        known_digests: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "known_digests", b"known_digests", "mx_source_id", b"mx_source_id", "worker_id", b"worker_id"]) -> None: ...
 
 global___GetLayoutRequest = GetLayoutRequest
 
@@ -266,6 +270,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     TRANSPORT_FIELD_NUMBER: builtins.int
     DIGEST_ORIGIN_FIELD_NUMBER: builtins.int
     RECEIVED_FROM_FIELD_NUMBER: builtins.int
+    DIGESTS_ARE_KNOWN_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
@@ -275,6 +280,8 @@ class GetLayoutResponse(google.protobuf.message.Message):
     scalars_digest: builtins.str
     """lower hex of the SHA-256 of the canonical form of `scalars`"""
     digest_origin: global___DigestOrigin.ValueType
+    digests_are_known: builtins.bool
+    """`digests` are those of `known_digests`, and left out"""
     @property
     def layout(self) -> global___Layout:
         """only where the fingerprints differ"""
@@ -300,9 +307,10 @@ class GetLayoutResponse(google.protobuf.message.Message):
         transport: global___TransportOffer | None = ...,
         digest_origin: global___DigestOrigin.ValueType = ...,
         received_from: collections.abc.Iterable[builtins.str] | None = ...,
+        digests_are_known: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout", "transport", b"transport"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "fingerprint", b"fingerprint", "layout", b"layout", "received_from", b"received_from", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_bytes", b"chunk_bytes", "digest_kind", b"digest_kind", "digest_origin", b"digest_origin", "digests", b"digests", "digests_are_known", b"digests_are_known", "fingerprint", b"fingerprint", "layout", b"layout", "received_from", b"received_from", "scalars", b"scalars", "scalars_digest", b"scalars_digest", "transport", b"transport"]) -> None: ...
 
 global___GetLayoutResponse = GetLayoutResponse
 

@@ -1159,14 +1159,18 @@ class UpdateStatusResponse(google.protobuf.message.Message):
 
     SUCCESS_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    NEXT_PROGRESS_MS_FIELD_NUMBER: builtins.int
     success: builtins.bool
     message: builtins.str
+    next_progress_ms: builtins.int
+    """ours, to `load_progress`: after how long the next one is wanted; many tell less often"""
     def __init__(
         self,
         *,
         success: builtins.bool = ...,
         message: builtins.str = ...,
+        next_progress_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "success", b"success"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["message", b"message", "next_progress_ms", b"next_progress_ms", "success", b"success"]) -> None: ...
 
 global___UpdateStatusResponse = UpdateStatusResponse

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -301,3 +302,32 @@ def test_folder_that_hangs_does_not_hold_up_the_end(
     assert closed.wait(60)
     with pytest.raises(CacheUnusable, match="is stopping"):
         opened.open()
+
+
+class _Locks:
+    """Locks of replicas, which nobody else takes here."""
+
+    def acquire(self, name: str, token: str, seconds: float) -> bool:
+        return True
+
+    def extend(self, name: str, token: str, seconds: float) -> bool | None:
+        return True
+
+    def release(self, name: str, token: str) -> None:
+        pass
+
+    def is_held(self, name: str) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_replica_without_a_model_says_which_one_it_is(tmp_path: Path) -> None:
+    model = model_name(model_pb2.HUGGING_FACE, "org/none")
+    for locks, named in ((None, False), (_Locks(), True)):
+        cache = ModelCache(tmp_path / "cache", Limits(), shared_locks=locks)
+        with pytest.raises(ModelNotCached) as raised:
+            cache.find(model, "")
+        assert (f"the replica {socket.gethostname()}" in str(raised.value)) is named
+        cache.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,8 +17,8 @@ from mxserver.calls import PushedStream
 from mxserver.security import setup
 from mxserver.server import Server
 from mxserver.settings import load_settings
-from mxserver.store import MemoryStore
-from mxserver.waiting import StorageElections, TooManyWatches, Watches
+from mxserver.store import MemoryStore, RecordKey, SourceRecord
+from mxserver.waiting import StorageElections, TooManyWatches, Watches, nearest
 from mxserver.waiting.watches import UNREAD_SECONDS
 from mxserver.wire import MethodMissing, ServerRefused, ServerUnreachable, WireError
 from mxserver.wire.calls import OpenWatch, ServerClient, source_id
@@ -96,6 +97,44 @@ def test_a_worker_hears_who_serves_and_who_leaves(
     shared.update_status(SOURCE, "relay", 0, STALE)
     now = until(news, lambda now: not now.ready)
     assert not now.receiving
+
+
+def test_who_waits_is_not_woken_for_workers_that_only_receive(
+    shared: ServerClient, watch: Callable[..., Iterator[watch_pb2.SourcesNow]]
+) -> None:
+    rank = 6
+    waits, receives = watch("waits", rank=rank, turn=True), watch("receives", rank=rank)
+    next(waits)
+    next(receives)
+    publish(shared, "relay", STARTING, endpoint="h:1", rank=rank)
+    until(receives, lambda now: bool(now.receiving))
+    publish(shared, "reads", READY, endpoint="h:2", rank=rank)
+    told = []
+    for now in waits:
+        told.append(now)
+        if now.ready:
+            break
+    assert [names(now.receiving) for now in told if not now.ready] == [set()] * (len(told) - 1)
+    assert names(told[-1].receiving) == {"relay"}  # to receive from as well
+
+
+def test_receivers_are_told_of_different_ones_by_place_and_load() -> None:
+    def record(name: str, rack: str = "r1", load: float = 0.0) -> SourceRecord:
+        key = RecordKey(SOURCE, name, 0)
+        place = {"rack": rack, "host": name}
+        return SourceRecord(key, READY, 1, 1, 0, b"", b"", "m", "cpu", place, source_load=load)
+
+    equals = [record(f"w{n}") for n in range(64)]
+    chosen = [nearest(equals, f"asker{n}", {"rack": "r1"}, ("rack",), 8) for n in range(1600)]
+    first = Counter(found[0].key.worker_id for found in chosen)
+    any_of = Counter(each.key.worker_id for found in chosen for each in found)
+    assert len(first) == 64
+    assert max(first.values()) < 3 * 1600 / 64
+    assert max(any_of.values()) < 2 * 8 * 1600 / 64
+    assert nearest(equals, "asker7", {"rack": "r1"}, ("rack",), 8) == chosen[7]  # the same ones when asked again
+    mixed = [record("far", "r2"), record("busy", load=3.0), record("near"), record("asker0", "r3")]
+    found = nearest(mixed, "asker0", {"rack": "r1", "host": "asker0"}, ("rack", "host"), 4)
+    assert [each.key.worker_id for each in found] == ["asker0", "near", "busy", "far"]
 
 
 def test_one_at_a_time_is_told_to_ask_for_the_turn(

@@ -6,10 +6,12 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mxserver.store import NotOwner, Query, SourceStore, StoreUnavailable, UnknownRecord
+from mxserver.store import MemoryStore, NotOwner, Query, SourceStore, StoreUnavailable, UnknownRecord
+from mxserver.store.index import RecordIndex
 from mxserver.wire import StaleEpoch
 from tests.server.stores import (
     COLLECT_SECONDS,
@@ -345,6 +347,42 @@ def test_filters_are_anded(store: SourceStore) -> None:
     assert found(worker_rank=1, status=READY, model_name="Org/Model") == {"b"}
     assert found(source_id=key().source_id, model_name="Other") == set()
     assert found(source_id="unknown") == set()
+
+
+def test_a_rank_is_listed_by_status_also_where_time_has_changed_it(store: SourceStore, clock: HandClock) -> None:
+    def found(status: int | None, rank: int = 1) -> set[str]:
+        query = Query(key().source_id, status=status, worker_rank=rank)  # type: ignore[arg-type]
+        return {record.key.worker_id for record in store.find(query)}
+
+    store.publish(publication(key("a", 1), status=READY))
+    store.publish(publication(key("b", 1)))
+    store.publish(publication(key("c", 2), status=READY))
+    assert (found(READY), found(INITIALIZING), found(STALE), found(None)) == ({"a"}, {"b"}, set(), {"a", "b"})
+    store.update_status(key("b", 1), READY)
+    assert (found(READY), found(INITIALIZING)) == ({"a", "b"}, set())
+    clock.advance(HEARTBEAT_SECONDS)
+    assert (found(READY), found(STALE), found(None, 2)) == (set(), {"a", "b"}, {"c"})
+    store.update_status(key("a", 1), READY)
+    assert (found(READY), found(STALE)) == ({"a"}, {"b"})
+    clock.advance(COLLECT_SECONDS)
+    store.sweep()
+    assert (found(None), found(STALE)) == ({"a"}, {"a"})
+
+
+def test_a_list_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    for rank in range(8):
+        for number in range(10):
+            store.publish(publication(key(f"w{number}", rank), status=READY if number < 3 else INITIALIZING))
+    view, looked_at = RecordIndex._view, []
+
+    def counted(index: RecordIndex, entry: Any, now: float) -> Any:
+        looked_at.append(entry.record.key)
+        return view(index, entry, now)
+
+    monkeypatch.setattr(RecordIndex, "_view", counted)
+    assert len(store.find(Query(key().source_id, status=READY, worker_rank=5))) == 3
+    assert sorted(looked_at) == [key(f"w{number}", 5) for number in range(3)]
 
 
 def test_newest_sign_of_life_comes_first_and_the_limit_cuts_the_rest(store: SourceStore, clock: HandClock) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
-from mxcore.transfer.layout import build_layout
+from mxcore.transfer.layout import ChunkDigests, build_layout, chunk_digests
 from mxcore.transfer.member import Membership
 from mxserver.wire import ServerUnreachable
 from mxserver.wire.calls import ServerClient
@@ -112,6 +112,44 @@ def test_from_joining_to_goodbye(new_member: NewMember, client: ServerClient) ->
     layout, placement = build_layout("raw", again.local_tensors())
     assert third.receive(layout, placement, {}, third.find_sources()).source_worker_id == target.worker_id
     assert again.equal_bytes(tensors)  # what was received is served on, with the first holder's digests
+
+
+def test_heartbeats_go_on_while_a_model_is_hashed(new_member: NewMember, monkeypatch: pytest.MonkeyPatch) -> None:
+    member, beats = new_member(), [0]
+    member.join()
+    client: Any = member._client
+    update = client.update_status
+
+    def counted(*told: Any, **more: Any) -> Any:
+        answer = update(*told, **more)
+        beats[0] += 1
+        return answer
+
+    def slowly(*what: Any, **how: Any) -> ChunkDigests:
+        before = beats[0]
+        wait_for(lambda: beats[0] >= before + 2)
+        return chunk_digests(*what, **how)
+
+    monkeypatch.setattr(client, "update_status", counted)
+    monkeypatch.setattr("mxcore.transfer.serve.holder.chunk_digests", slowly)
+    serve(member)
+    assert member.published
+
+
+def test_a_worker_that_leaves_while_its_model_is_hashed_serves_nothing(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = new_member()
+    member.join()
+
+    def leaving(*what: Any, **how: Any) -> ChunkDigests:
+        member.close()
+        return chunk_digests(*what, **how)
+
+    monkeypatch.setattr("mxcore.transfer.serve.holder.chunk_digests", leaving)
+    with pytest.raises(TransferError, match="has left"):
+        serve(member)
+    assert (member.holder, member.endpoint) == (None, None)
 
 
 def test_only_the_same_rank_and_identity_are_sources(new_member: NewMember) -> None:

@@ -133,7 +133,7 @@ def test_a_holder_that_is_gone_has_not_refused_for_good(
         after_failures(1, caplog)
         return lists.pop(0) if len(lists) > 1 else [good]
 
-    target = Target("tcp", **WAITING)
+    target = Target("tcp", MX_SERVER_TIMEOUT_SECS=60, **WAITING)
     target.receive(source, find_more=listed)
     assert target.is_right()
 

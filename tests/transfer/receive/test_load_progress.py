@@ -15,7 +15,7 @@ from tests.transfer.conftest import wait_for
 
 STORAGE = load_pb2.LOAD_PATH_STORAGE
 PEER_TCP = load_pb2.LOAD_PATH_PEER_TCP
-Send = Callable[[load_pb2.LoadProgress], None]
+Send = Callable[[load_pb2.LoadProgress], float]
 
 
 class Line:
@@ -26,11 +26,12 @@ class Line:
         self.tries = 0
         self.failure: BaseException | None = None
 
-    def __call__(self, progress: load_pb2.LoadProgress) -> None:
+    def __call__(self, progress: load_pb2.LoadProgress) -> float:
         self.tries += 1
         if self.failure is not None:
             raise self.failure
         self.taken.append(progress)
+        return 0.0
 
 
 @pytest.fixture
@@ -131,9 +132,10 @@ def test_a_standing_that_fails_fails_no_load(line: Line, reporter: LoadReporter)
 def test_nobody_waits_for_a_server_that_hangs(line: Line) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def hang(progress: load_pb2.LoadProgress) -> None:
+    def hang(progress: load_pb2.LoadProgress) -> float:
         asked.set()
         answer.wait()
+        return 0.0
 
     reporter = LoadReporter(hang)
     with reporter.loading(STORAGE) as step:
@@ -145,8 +147,19 @@ def test_nobody_waits_for_a_server_that_hangs(line: Line) -> None:
     reporter.close()
 
 
+def test_the_server_says_when_it_wants_to_hear_again() -> None:
+    reporter = LoadReporter(lambda progress: 17.5)
+    with reporter.loading(STORAGE) as step:
+        assert reporter._tell(step, "1", 1.0) == 17.5
+    reporter.close()
+    forever = LoadReporter(lambda progress: 1e9)
+    with forever.loading(STORAGE) as step:
+        assert forever._tell(step, "1", 1.0) == load_progress.LONGEST_INTERVAL_SECONDS
+    forever.close()
+
+
 def test_calls_that_take_long_become_rare() -> None:
-    reporter = LoadReporter(lambda progress: threading.Event().wait(0.1) or None)
+    reporter = LoadReporter(lambda progress: float(threading.Event().wait(0.1)))
     with reporter.loading(STORAGE) as step:
         assert reporter._tell(step, "1", 1.0) >= 0.1 / load_progress.CALL_SHARE
     reporter.close()

@@ -145,7 +145,7 @@ def test_without_nixl_each_holder_is_tried_once(
     new_member: NewMember, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is missing is missing here: asking again helps nobody, and fills the log."""
-    monkeypatch.setattr("mxcore.transfer.receive.receiver._AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("mxcore.transfer.receive.tried_holders._AGAIN_SECONDS", 0.1)
     source = new_member(SEED).serve()
     alone = new_member(MX_NIXL_BACKEND="NOPE", MX_TCP_TRANSFER="nixl", MX_STALL_TIMEOUT_SECS=1)
     alone.membership.join()

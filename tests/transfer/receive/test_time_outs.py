@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any
 
 import pytest
 
-from mxcore.errors import ChunksMissing, SourceBusy, SourceUnreachable
-from mxcore.transfer.layout import all_chunks
-from mxcore.transfer.move import LeaseKeeper, SourceClient, lease_keeper
+from mxcore.errors import ChunksMissing, SourceBusy, SourceRefused, SourceUnreachable, TransferError
+from mxcore.transfer.layout import all_chunks, digest_threads
+from mxcore.transfer.move import LeaseKeeper, Source, SourceClient, lease_keeper
+from mxcore.transfer.receive import ReceivedChunks
 from mxcore.transfer.receive.pace import MEGABYTE, Pace
 from mxcore.transfer.serve.refused_readers import LONGEST_SECONDS, SECONDS_A_READER, SHORTEST_SECONDS, RefusedReaders
 from tests.transfer.conftest import wait_for
-from tests.transfer.fleet_member import SEED, NewMember
+from tests.transfer.fleet_member import CHUNK_BYTES, SEED, Member, NewMember
+from tests.transfer.test_exchange import Target
 
 
 def test_a_transfer_that_moves_has_no_deadline(new_member: NewMember, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +98,7 @@ def test_a_full_holder_says_when_to_come_back(new_member: NewMember, monkeypatch
     monkeypatch.setattr(SourceClient, "__init__", lambda c, *a, **k: (opened.append(c), made(c, *a, **k))[0] and None)
     layouts: list[str] = []
     get = SourceClient.get_layout
-    monkeypatch.setattr(SourceClient, "get_layout", lambda c, f: (layouts.append(f), get(c, f))[1])
+    monkeypatch.setattr(SourceClient, "get_layout", lambda c, f, k: (layouts.append(f), get(c, f, k))[1])
     prepare, busy = SourceClient.prepare, []
 
     def counted(client: SourceClient) -> str:
@@ -127,3 +130,113 @@ def test_many_that_are_refused_come_back_later(monkeypatch: pytest.MonkeyPatch) 
     assert max(refused.again_seconds(f"c{number}") for number in range(5000)) == LONGEST_SECONDS
     now[0] += LONGEST_SECONDS + 1
     assert refused.again_seconds("c1") == SHORTEST_SECONDS
+
+
+class _Late:
+    """A call whose deadline passes."""
+
+    done = True
+
+    def when_done(self, call: Any) -> None:
+        call()
+
+    def result(self) -> Any:
+        error = SourceUnreachable("AskChunks: DEADLINE_EXCEEDED")
+        error.late = True
+        raise error
+
+
+@pytest.mark.parametrize("late", [1, 3])
+def test_a_holder_that_answers_late_keeps_its_readers(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    ask, left = SourceClient.ask, iter(range(late))
+
+    def slow(client: SourceClient, *asked: Any, **how: Any) -> Any:
+        return _Late() if next(left, None) is not None else ask(client, *asked, **how)
+
+    monkeypatch.setattr(SourceClient, "ask", slow)
+    target = new_member()
+    report = target.receive([new_member(SEED).serve()])
+    assert target.is_right
+    assert not report.failures
+    assert next(left, None) is None
+
+
+def test_a_holder_that_stays_silent_is_left_when_its_lease_is_over(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over(keeper: LeaseKeeper) -> None:
+        raise SourceUnreachable("RenewLease: no answer in time")
+
+    monkeypatch.setattr(SourceClient, "ask", lambda *asked, **how: _Late())
+    monkeypatch.setattr(LeaseKeeper, "check", over)
+    with pytest.raises(SourceUnreachable, match="RenewLease"):
+        new_member().receive([new_member(SEED).serve()])
+
+
+def test_a_source_that_is_gone_costs_one_deadline_and_not_the_patience_for_others(new_member: NewMember) -> None:
+    gone = Source("source", "gone", 0, "127.0.0.1:1")
+    target = Target("tcp", MX_STALL_TIMEOUT_SECS=600, MX_SERVER_TIMEOUT_SECS=0.2)  # two stalls: 20 minutes
+    with pytest.raises(TransferError, match="gone"):
+        target.receive(gone, find_more=lambda: [gone])  # the server lists it, and nobody else
+
+
+def _received(member: Member) -> ReceivedChunks:
+    return ReceivedChunks(member.layout, member.placement, scalar_names=(), progress=None, chunk_bytes=CHUNK_BYTES)
+
+
+def test_digests_that_a_receiver_has_are_not_sent_again(new_member: NewMember) -> None:
+    target = new_member()
+    received, fingerprint = _received(target), target.layout.fingerprint
+    with (
+        SourceClient(new_member(SEED).serve(), timeout_seconds=60) as first,
+        SourceClient(new_member(SEED).serve(), timeout_seconds=60) as second,
+        SourceClient(new_member(SEED + 1).serve(), timeout_seconds=60) as other,
+    ):
+        received.admit("first", first.get_layout(fingerprint))
+        assert received.content is not None
+        known = received.content.digests
+        answer = second.get_layout(fingerprint, known.summary)
+        assert (answer.digests, answer.digests_are_known) == (b"", True)
+        received.admit("second", answer, known=known)
+        with pytest.raises(SourceRefused, match="0 bytes of digests"):
+            received.admit("second", answer)  # of which it was not told
+        differs = other.get_layout(fingerprint, known.summary)
+        assert (differs.digests == known.values, differs.digests_are_known) == (False, False)
+        assert len(differs.digests) == len(known.values)
+
+
+def test_what_was_verified_is_looked_at_again_by_all_cores(
+    new_member: NewMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = new_member(SEED)
+    received = _received(holder)
+    with SourceClient(holder.serve(), timeout_seconds=60) as client:
+        received.admit("holder", client.get_layout(holder.layout.fingerprint))
+    received.adopt(all_chunks(len(received.chunks)) & ~0b100)
+    many, asked = received._digester.many, []
+
+    def counted(*what: Any, threads: int = 1) -> bytes:
+        asked.append(threads)
+        return many(*what, threads=threads)
+
+    monkeypatch.setattr(received._digester, "many", counted)
+    assert received.recheck() == []
+    held = holder.membership.holder
+    assert held is not None
+    begin = held.chunks.segment_starts[1]
+    storage = next(s for s in holder.tensors.storages.values() if _holds(s, held.addresses[begin]))
+    storage[held.addresses[begin] - int(storage.ctypes.data)] ^= 1
+    assert received.recheck() == [1]
+    assert received.missing == [1, 2]
+    assert asked == [digest_threads()] * 2
+
+
+def _holds(storage: Any, address: int) -> bool:
+    return bool(storage.ctypes.data <= address < storage.ctypes.data + storage.nbytes)
+
+
+def test_digests_are_made_by_as_many_threads_as_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(192)))
+    assert digest_threads() == 64  # more are refused
