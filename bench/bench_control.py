@@ -62,6 +62,7 @@ CALLS_PER_WORKER = 5
     help="Of each hostile client; 0: none.",
 )
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
+@click.option("--table", is_flag=True, help="A row of the capacity table in docs/operations.md.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     workers: int,
@@ -75,6 +76,7 @@ def command(
     processes: int,
     attack_seconds: float,
     folder: Path | None,
+    table: bool,
     as_json: bool,
 ) -> None:
     """A start-up storm of workers, then their heartbeats, against a server on one core; then hostile clients."""
@@ -105,6 +107,9 @@ def command(
         figures = result.pop("figures")
         click.echo(json.dumps(document(result.pop("bench"), figures, settings=asked, **result)))
         return
+    if table:
+        click.echo("\n".join((*CAPACITY_HEAD, capacity_row(result))))
+        return
     for name, value in result["figures"].items():
         click.echo(f"{name:28} {value:g}")
     for reason, count in result["errors"].items():
@@ -123,6 +128,7 @@ def _measure(
 ) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     fleet = _Fleet(stack, place, cores, store, replicas, processes)
+    empty_mib = fleet.rss_mib()
     cuts = [workers * number // processes for number in range(processes + 1)]
     storm = fleet.measured(
         {"do": "storm", "task": {"addresses": fleet.addresses, "first": first, "count": end - first, **shape}}
@@ -144,6 +150,10 @@ def _measure(
         "idle_p99_seconds": _quantile(rest.calls, 0.99),
         "idle_core_share": rest.cpu_seconds / rest.seconds,
         "idle_redis_core_share": rest.redis_cpu_seconds / rest.seconds,
+        "idle_workers_per_core": workers * rest.seconds / rest.cpu_seconds if rest.cpu_seconds else 0.0,
+        "storm_workers_per_core_second": len(storm.calls) / CALLS_PER_WORKER / storm.cpu_seconds,
+        "empty_mib": empty_mib,
+        "mib_per_1000_workers": 1000 * (fleet.rss_mib() - empty_mib) / workers,
     }
     return {
         "bench": "control",
@@ -155,6 +165,23 @@ def _measure(
         "errors": storm.errors | rest.errors,
         "figures": {name: round(value, 4) for name, value in figures.items()},
     }
+
+
+CAPACITY_HEAD = (
+    "| store | servers | workers | start: workers a core and second | at rest: workers a core | MiB, empty "
+    "| MiB for 1,000 workers | heartbeat, 99 % (s) |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def capacity_row(result: dict[str, Any]) -> str:
+    """A row of the capacity table: what one core of servers (with their Redis) does, and the memory of all of them."""
+    figures = result["figures"]
+    return (
+        f"| {result['store']} | {result['replicas']} | {figures['storm_workers']:,} "
+        f"| {figures['storm_workers_per_core_second']:,.0f} | {figures['idle_workers_per_core']:,.0f} "
+        f"| {figures['empty_mib']:.0f} | {figures['mib_per_1000_workers']:.1f} | {figures['idle_p99_seconds']:.3f} |"
+    )
 
 
 class _Phase(NamedTuple):
@@ -206,6 +233,12 @@ class _Fleet:
             errors.update(answer["errors"])
         seconds, (used_after, redis_after) = time.monotonic() - started, self._cpu_seconds()
         return _Phase(sorted(calls), dict(errors), seconds, used_after - used, redis_after - redis_used)
+
+    def rss_mib(self) -> float:
+        """The memory of all servers and their Redis, resident."""
+        from bench.control.processes import resident_mib
+
+        return sum(resident_mib(pid) for pid in (*self._server_pids, *self._redis_pids))
 
     def _cpu_seconds(self) -> tuple[float, float]:
         """The CPU seconds so far of all servers, and Redis' part of them."""

@@ -66,16 +66,14 @@ class WorkerSettings(BaseModel):
     source_wait_seconds: float = Field(300.0, alias="MX_SOURCE_WAIT_SECS", ge=0, le=86400)
     source_rate_limit: float = Field(0.0, alias="MX_SOURCE_RATE_LIMIT", ge=0)
     source_max_readers: int = Field(8, alias="MX_SOURCE_MAX_READERS", ge=1, le=256)
-    same_host_threads: int = Field(0, alias="MX_SAME_HOST_THREADS", ge=0, le=32)
     transport: Literal["auto", "same-host", "tcp", "rdma"] = Field("auto", alias="MX_TRANSPORT")
     tcp_transfer: Literal["sockets", "nixl"] = Field("sockets", alias="MX_TCP_TRANSFER")
     chunk_tls: Literal["auto", "off"] = Field("auto", alias="MX_CHUNK_TLS")
-    tcp_connections: int = Field(0, alias="MX_TCP_CONNECTIONS", ge=0, le=8)
     layout: Literal["auto", "processed", "raw"] = Field("auto", alias="MX_LAYOUT")
-    topology: str = Field("", alias="MX_TOPOLOGY", max_length=65536)
+    topology: str = Field("", alias="MX_P2P_TOPOLOGY", max_length=65536)
     pod_name: str = Field("", alias="POD_NAME")
     node_name: str = Field("", alias="NODE_NAME")
-    topology_required: str = Field("", alias="MX_TOPOLOGY_REQUIRED", max_length=64)
+    topology_required: str = Field("", alias="MX_P2P_TOPOLOGY_DOMAIN", max_length=64)
     topology_levels: tuple[str, ...] = Field(TOPOLOGY_LEVELS, alias="MX_P2P_TOPOLOGY_LEVELS", min_length=1)
     nic_pin: str = Field("", alias="MX_RDMA_NIC_PIN", max_length=4096)
     nic_pin_least_gbps: float | None = Field(None, alias="MX_RDMA_NIC_PIN_MIN_RATE_GBPS", ge=0)
@@ -86,9 +84,6 @@ class WorkerSettings(BaseModel):
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
     model_uri: str = Field("", alias="MX_MODEL_URI")
-    object_reader: Literal["auto", "obstore", "runai"] = Field("auto", alias="MX_OBJECT_READER")
-    object_connections: int = Field(16, alias="MX_OBJECT_CONNECTIONS", ge=1, le=256)
-    object_timeout_seconds: float = Field(30.0, alias="MX_OBJECT_TIMEOUT_SECS", ge=1, le=3600)
     no_shared_storage: bool = Field(False, alias="MODEL_EXPRESS_NO_SHARED_STORAGE")
     model_signature: Literal["off", "require"] = Field("off", alias="MX_MODEL_SIGNATURE")
     model_signature_file: str = Field("model.sig", alias="MX_MODEL_SIGNATURE_FILE", min_length=1)
@@ -105,6 +100,8 @@ class WorkerSettings(BaseModel):
     sync_publish: bool = Field(False, alias="MX_SYNC_PUBLISH")
     sync_start: bool = Field(False, alias="MX_SYNC_START")
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
+    metrics_port: int | None = Field(None, alias="MX_METRICS_PORT", ge=1, le=65535)
+    metrics_enabled: bool = Field(True, alias="MX_METRICS_ENABLED")
 
     @field_validator("server_address")
     @classmethod
@@ -194,7 +191,8 @@ def load_settings(
         text = environment.setting(variables, field.alias or name)
         if text is not None:
             values[name] = text
-    _take_upstream_topology(variables, values)
+    if environment.setting(variables, "MX_P2P_TOPOLOGY_ENFORCEMENT") == "preferred":
+        values.pop("topology_required", None)
     named: dict[str, str] = {}
     if url := environment.setting(variables, _URL):
         values["server_address"] = url
@@ -204,15 +202,6 @@ def load_settings(
     for line in refusals[before:]:
         logger.log(level, "%s", line)
     return settings
-
-
-def _take_upstream_topology(variables: Mapping[str, str], values: dict[str, object]) -> None:
-    """NVIDIA's names of the place, where ours are not set. A domain is required unless it is said to be preferred."""
-    if place := environment.setting(variables, "MX_P2P_TOPOLOGY"):
-        values.setdefault("topology", place)
-    domain = environment.setting(variables, "MX_P2P_TOPOLOGY_DOMAIN")
-    if domain and environment.setting(variables, "MX_P2P_TOPOLOGY_ENFORCEMENT") != "preferred":
-        values.setdefault("topology_required", domain)
 
 
 def _with_field_names(overrides: Mapping[str, object], level: int) -> dict[str, object]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from mxserver import __version__
-from mxserver.wire import BY_NAME, MxError, SettingError
+from mxserver.wire import VARIABLES, MxError, SettingError
 
 if TYPE_CHECKING:
     from mxserver.settings import ServerSettings
@@ -32,76 +33,19 @@ Examples:
 """
 
 
-def _help(name: str, default: str) -> str:
-    meaning = BY_NAME[name].meaning
-    return f"{meaning[0].upper()}{meaning[1:]}. [{name}; default {default}]"
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each setting that has a flag; its value comes under the environment name."""
+    for variable in reversed([variable for variable in VARIABLES if variable.flag]):
+        flag, metavar = variable.flag.split(" ")
+        meaning = f"{variable.meaning[0].upper()}{variable.meaning[1:]}."
+        text = f"{meaning} [{variable.name}; default {variable.default}]"
+        command = click.option(flag, variable.name, metavar=metavar, help=text)(command)
+    return command
 
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--host", metavar="ADDRESS", help=_help("MODEL_EXPRESS_SERVER_HOST", "0.0.0.0"))  # noqa: S104
-@click.option("--port", metavar="PORT", help=_help("MODEL_EXPRESS_SERVER_PORT", "8001"))
-@click.option("--files-port", metavar="PORT|off", help=_help("MX_SERVER_FILES_PORT", "8002"))
-@click.option("--metrics-port", metavar="PORT|off", help=_help("MODEL_EXPRESS_SERVER_METRICS_PORT", "9401"))
-@click.option("--metrics-hosts", metavar="NAMES", help=_help("MX_SERVER_METRICS_HOSTS", "those of the cluster"))
-@click.option("--metrics-tls", metavar="auto|off", help=_help("MX_SERVER_METRICS_TLS", "auto"))
-@click.option("--store", metavar="sqlite|redis|memory", help=_help("MX_METADATA_BACKEND", "sqlite"))
-@click.option("--store-path", metavar="FILE", help=_help("MX_STORE_PATH", "mxserver/state.sqlite3 in ~/.local/state"))
-@click.option("--redis-url", metavar="URL", help=_help("REDIS_URL", "none"))
-@click.option("--redis-host", metavar="HOST", help=_help("MX_REDIS_HOST", "localhost"))
-@click.option("--redis-port", metavar="PORT", help=_help("MX_REDIS_PORT", "6379"))
-@click.option(
-    "--heartbeat-timeout",
-    "heartbeat_timeout_seconds",
-    metavar="SECONDS",
-    help=_help("MX_HEARTBEAT_TIMEOUT_SECS", "90"),
-)
-@click.option("--gc-timeout", "gc_timeout_seconds", metavar="SECONDS", help=_help("MX_GC_TIMEOUT_SECS", "3600"))
-@click.option(
-    "--cache-dir", "cache_directory", metavar="FOLDER", help=_help("MODEL_EXPRESS_CACHE_DIRECTORY", "as the hub's own")
-)
-@click.option("--cache-max-bytes", metavar="BYTES", help=_help("MX_CACHE_MAX_BYTES", "0"))
-@click.option("--cache-min-free-bytes", metavar="BYTES", help=_help("MX_CACHE_MIN_FREE_BYTES", "0"))
-@click.option("--cache-lease", "cache_lease_seconds", metavar="SECONDS", help=_help("MX_CACHE_LEASE_SECS", "30"))
-@click.option("--file-sources", metavar="FOLDERS", help=_help("MX_FILE_SOURCES", "none"))
-@click.option("--model-sources", metavar="NAMES", help=_help("MX_MODEL_SOURCES", "all"))
-@click.option("--download-ignore", metavar="PATTERNS", help=_help("MX_DOWNLOAD_IGNORE", "auto"))
-@click.option("--download-allow", metavar="PATTERNS", help=_help("MX_DOWNLOAD_ALLOW", "all"))
-@click.option("--tls-cert", "tls_cert_file", metavar="FILE", help=_help("MX_TLS_CERT_FILE", "none: no TLS"))
-@click.option("--tls-key", "tls_key_file", metavar="FILE", help=_help("MX_TLS_KEY_FILE", "none"))
-@click.option(
-    "--tls-client-ca", "tls_client_ca_file", metavar="FILE", help=_help("MX_TLS_CLIENT_CA_FILE", "none: any client")
-)
-@click.option("--auth", metavar="off|file|kubernetes", help=_help("MX_AUTH", "off"))
-@click.option("--auth-file", metavar="FILE", help=_help("MX_AUTH_FILE", "none"))
-@click.option("--auth-audience", metavar="NAMES", help=_help("MX_AUTH_AUDIENCE", "the API server's own"))
-@click.option(
-    "--auth-accounts",
-    metavar="NAMES",
-    help=_help("MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS", "those of the access file"),
-)
-@click.option(
-    "--auth-cache",
-    "auth_cache_seconds",
-    metavar="SECONDS",
-    help=_help("MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS", "60"),
-)
-@click.option("--kubernetes-api", metavar="URL", help=_help("MX_KUBERNETES_API", "https://kubernetes.default.svc"))
-@click.option(
-    "--kubernetes-account",
-    metavar="FOLDER",
-    help=_help("MX_KUBERNETES_ACCOUNT_PATH", "/var/run/secrets/kubernetes.io/serviceaccount"),
-)
-@click.option("--max-message-bytes", metavar="BYTES", help=_help("MX_SERVER_MAX_MESSAGE_BYTES", "100MiB"))
-@click.option("--limits", metavar="NAME=NUMBER,...", help=_help("MX_SERVER_LIMITS", "as in docs/settings.md"))
-@click.option("--max-calls", metavar="NUMBER", help=_help("MX_SERVER_MAX_CALLS", "20000"))
-@click.option("--max-streams", metavar="NUMBER", help=_help("MX_SERVER_MAX_STREAMS", "64"))
-@click.option("--keepalive", "keepalive_seconds", metavar="SECONDS", help=_help("MX_SERVER_KEEPALIVE_SECS", "30"))
-@click.option("--not-ready", "not_ready_seconds", metavar="SECONDS", help=_help("MX_SERVER_NOT_READY_SECS", "0"))
-@click.option("--drain", "drain_seconds", metavar="SECONDS", help=_help("MX_SERVER_DRAIN_SECS", "10"))
-@click.option("--log-level", metavar="debug|info|warning|error", help=_help("MODEL_EXPRESS_LOG_LEVEL", "info"))
-@click.option("--log-format", metavar="text|json", help=_help("MX_LOG_FORMAT", "text"))
-@click.option("--traces", metavar="off|otlp", help=_help("MX_TRACES", "off"))
-@click.option("--config", metavar="FILE", help=_help("MX_CONFIG_FILE", "none"))
+@_with_flags
+@click.option("--config", metavar="FILE", help="TOML file with settings, by the names that --print-config shows.")
 @click.option("--print-config", is_flag=True, help="Print the settings in force, as a settings file, and end.")
 @click.option("--check-config", is_flag=True, help="Look at settings and files, say what is wrong (2), and end.")
 @click.version_option(__version__, prog_name="mxserver")
@@ -126,7 +70,8 @@ def _start(flags: dict[str, str | None], config: str | None, *, print_config: bo
     from mxserver import logs, settings
     from mxserver.wire import warnings_for
 
-    chosen, origins = settings.load_with_origins(flags, settings.config_of(config))
+    given = {settings.FIELDS[name]: value for name, value in flags.items()}
+    chosen, origins = settings.load_with_origins(given, settings.config_of(config))
     logs.set_up(chosen.log_level, chosen.log_format)
     for line in warnings_for(os.environ, "server"):
         logging.getLogger("mxserver").warning(line)

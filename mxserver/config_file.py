@@ -34,7 +34,7 @@ def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
 def read_config(path: Path, known: Iterable[str]) -> ConfigFile:
     """Reads a file whose keys must be among `known`. Raises SettingError, which names every key that is not."""
     names = tuple(known)
-    values = read_toml(path, "settings file", "give one with --config, or unset MX_CONFIG_FILE")
+    values = read_toml(path, "settings file", "give one with --config")
     problems = [unknown_key(key, names) for key in values if key not in names]
     problems += [
         f"{key} = {json.dumps(value)} must be a string or a number"

@@ -22,6 +22,8 @@ def _limit(default: int, meaning: str) -> Any:
 class ServerLimits:
     """All limits. Names that end in `_bytes` are bytes, all others are counts."""
 
+    calls: int = _limit(20_000, "calls that are in progress at once, of all clients; more are refused")
+    streams_per_client: int = _limit(64, "streams of files and downloads that one client has open at once")
     request_bytes: int = _limit(4 * _MiB, "one request, unless it publishes")
     publish_bytes: int = _limit(100 * _MiB, "one request that publishes, with all that it says of tensors")
     request_parts: int = _limit(200_000, "entries of lists in a request, such as tensors")

@@ -128,8 +128,15 @@ class Operations:
             doubts=self.doubts,
         )
         self.metrics.scrape_from(view.observation, look_at_server)
+        self.metrics.models.scrape_from(view.workers_of_models)
         app = application(
-            self.metrics.registry, view, self.not_ready, authenticator, names, not_alive=self.readiness.not_alive
+            self.metrics.registry,
+            view,
+            self.not_ready,
+            authenticator,
+            names,
+            model_registry=self.metrics.models.registry,
+            not_alive=self.readiness.not_alive,
         )
         self._http = HttpServer(host, port, app, tls)
         self._http.start()

@@ -222,7 +222,7 @@ class Server:
                 self._cache,
                 tls=settings.tls,
                 authenticator=judge,
-                most_per_host=settings.max_streams,
+                most_per_host=settings.limits.streams_per_client,
             )
         except OSError as error:
             raise PortUnavailable(
@@ -243,7 +243,7 @@ class Server:
                 self._pools,
             ],
             options=setup.server_options(settings),
-            maximum_concurrent_rpcs=settings.max_calls,
+            maximum_concurrent_rpcs=settings.limits.calls,
         )
         loads, doubts, refusals = self._operations.loads, self._operations.doubts, self._operations.refusals
         changed = self._watches.record_changed

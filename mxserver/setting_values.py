@@ -16,6 +16,12 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def format_of_log(value: Any) -> Any:
+    """Those of NVIDIA's server that are no JSON are text."""
+    value = lower(value)
+    return "text" if value in ("pretty", "compact", "full") else value
+
+
 def absolute(folder: Path) -> Path:
     if not folder.is_absolute():
         raise ValueError("it is not an absolute path")

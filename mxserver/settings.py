@@ -29,13 +29,12 @@ from mxserver.setting_values import (
     default_cache_directory,
     default_store_path,
     folders,
+    format_of_log,
     listed,
     lower,
-    parse_bytes,
     parsed_limits,
 )
-from mxserver.wire import SettingError, setting, unprotected
-from mxserver.wire.calls import MAX_MESSAGE_BYTES
+from mxserver.wire import VARIABLES, SettingError, setting, unprotected
 from mxserver.wire.credentials import ServerTls
 
 LogLevel = Literal["trace", "debug", "info", "warn", "warning", "error"]
@@ -83,8 +82,8 @@ class ServerSettings(BaseSettings):
     metrics_tls: Annotated[MetricsTls, BeforeValidator(lower)] = Field(
         "auto", alias="MX_SERVER_METRICS_TLS", description="auto or off"
     )
-    log_format: Annotated[LogFormat, BeforeValidator(lower)] = Field(
-        "text", alias="MX_LOG_FORMAT", description="text or json"
+    log_format: Annotated[LogFormat, BeforeValidator(format_of_log)] = Field(
+        "text", alias="MODEL_EXPRESS_LOG_FORMAT", description="text or json"
     )
     traces: Annotated[Traces, BeforeValidator(lower)] = Field("off", alias="MX_TRACES", description="off or otlp")
     not_ready_seconds: float = Field(
@@ -123,7 +122,7 @@ class ServerSettings(BaseSettings):
     auth: Annotated[Auth, BeforeValidator(lower)] = Field("off", alias="MX_AUTH", description="off, file or kubernetes")
     auth_file: Path | None = Field(None, alias="MX_AUTH_FILE", description="the path of a TOML file")
     auth_audience: Annotated[tuple[Audience, ...], NoDecode, Listed] = Field(
-        (), alias="MX_AUTH_AUDIENCE", description="names, separated by ','"
+        (), alias="MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES", description="names, separated by ','"
     )
     auth_accounts: Annotated[tuple[ServiceAccount, ...], NoDecode, Listed] = Field(
         (),
@@ -144,21 +143,11 @@ class ServerSettings(BaseSettings):
         alias="MX_KUBERNETES_API",
         description="https://host:port",
     )
-    kubernetes_account: Path = Field(
-        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
-        alias="MX_KUBERNETES_ACCOUNT_PATH",
-        description="the path of a folder",
-    )
-    max_message_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1024, lt=2**31)] = Field(
-        MAX_MESSAGE_BYTES, alias="MX_SERVER_MAX_MESSAGE_BYTES", description="bytes, from 1KiB to less than 2GiB"
-    )
     limits: Annotated[ServerLimits, NoDecode, BeforeValidator(parsed_limits)] = Field(
         DEFAULT,
         alias="MX_SERVER_LIMITS",
         description="NAME=NUMBER of limits, separated by ','; those of _bytes take MiB and such",
     )
-    max_calls: int = Field(20_000, ge=1, alias="MX_SERVER_MAX_CALLS", description="a whole number of at least 1")
-    max_streams: int = Field(64, ge=1, alias="MX_SERVER_MAX_STREAMS", description="a whole number of at least 1")
     keepalive_seconds: float = Field(
         30.0,
         ge=1,
@@ -249,53 +238,11 @@ class ServerSettings(BaseSettings):
         return init_settings, env_settings
 
 
-FLAGS = {
-    "host": "--host",
-    "port": "--port",
-    "store": "--store",
-    "store_path": "--store-path",
-    "redis_url": "--redis-url",
-    "redis_host": "--redis-host",
-    "redis_port": "--redis-port",
-    "heartbeat_timeout_seconds": "--heartbeat-timeout",
-    "gc_timeout_seconds": "--gc-timeout",
-    "cache_directory": "--cache-dir",
-    "cache_max_bytes": "--cache-max-bytes",
-    "cache_min_free_bytes": "--cache-min-free-bytes",
-    "cache_lease_seconds": "--cache-lease",
-    "file_sources": "--file-sources",
-    "model_sources": "--model-sources",
-    "download_ignore": "--download-ignore",
-    "download_allow": "--download-allow",
-    "tls_cert_file": "--tls-cert",
-    "tls_key_file": "--tls-key",
-    "tls_client_ca_file": "--tls-client-ca",
-    "auth": "--auth",
-    "auth_file": "--auth-file",
-    "auth_audience": "--auth-audience",
-    "auth_accounts": "--auth-accounts",
-    "auth_cache_seconds": "--auth-cache",
-    "kubernetes_api": "--kubernetes-api",
-    "kubernetes_account": "--kubernetes-account",
-    "max_message_bytes": "--max-message-bytes",
-    "limits": "--limits",
-    "max_calls": "--max-calls",
-    "max_streams": "--max-streams",
-    "keepalive_seconds": "--keepalive",
-    "drain_seconds": "--drain",
-    "log_level": "--log-level",
-    "files_port": "--files-port",
-    "metrics_port": "--metrics-port",
-    "metrics_hosts": "--metrics-hosts",
-    "metrics_tls": "--metrics-tls",
-    "log_format": "--log-format",
-    "traces": "--traces",
-    "not_ready_seconds": "--not-ready",
-}
+FIELDS = {str(field.alias): name for name, field in ServerSettings.model_fields.items()}
+"""The field of each environment name."""
+
+FLAGS = {FIELDS[variable.name]: variable.flag.partition(" ")[0] for variable in VARIABLES if variable.flag}
 """The flag of each setting, in the order in which they are shown."""
-
-
-CONFIG_FILE = "MX_CONFIG_FILE"
 
 
 class OtherName(NamedTuple):
@@ -312,10 +259,6 @@ class OtherName(NamedTuple):
 
 OTHER_NAMES = {
     "MODEL_EXPRESS_SECURITY_MODE": OtherName("auth", {"off": "off", "enforce": "kubernetes"}),
-    "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES": OtherName("auth_audience", {}),
-    "MODEL_EXPRESS_LOG_FORMAT": OtherName(
-        "log_format", {"text": "text", "json": "json", "pretty": "text", "compact": "text", "full": "text"}
-    ),
 }
 _MODE, _ACCOUNTS, _AUDIENCES = (
     "MODEL_EXPRESS_SECURITY_MODE",
@@ -326,9 +269,8 @@ _METRICS_PORT = "MODEL_EXPRESS_SERVER_METRICS_PORT"
 
 
 def config_of(flag: str | None) -> ConfigFile | None:
-    """The settings file of --config, or of MX_CONFIG_FILE; None without one. Raises SettingError."""
-    path = flag if flag is not None else setting(os.environ, CONFIG_FILE)
-    return None if path is None else read_config(Path(path), ServerSettings.model_fields)
+    """The settings file of --config; None without one. Raises SettingError."""
+    return None if flag is None else read_config(Path(flag), ServerSettings.model_fields)
 
 
 def as_config(settings: ServerSettings, origins: Origins) -> list[str]:

@@ -57,6 +57,7 @@ ORDER = (
     "mxserver.wire.calls",
     "mxserver.wire.files",
     "mxcore.errors",
+    "mxcore.metrics",
     "mxcore.native",
     "mxcore.memory",
     "mxcore.digest",

@@ -22,6 +22,7 @@ from mxserver.limits import DEFAULT, MEANINGS  # noqa: E402
 from mxserver.settings import FLAGS, OTHER_NAMES, ServerSettings  # noqa: E402 - also from a tree that is not installed
 from mxserver.wire import (  # noqa: E402
     BY_NAME,
+    REMOVED,
     UNUSED,
     VARIABLES,
 )
@@ -76,7 +77,7 @@ larger than max`. The defaults fit a server with 1 GiB of memory.
 FILE = """\
 ### The file
 
-`--config FILE` or `MX_CONFIG_FILE` names a TOML file with the names of the first column, such as `port = 9001`. An
+`--config FILE` names a TOML file with the names of the first column, such as `port = 9001`. An
 unknown key is an error, which shows the nearest known one. `mxserver --print-config` writes the settings in force in
 that form, each with its origin, without passwords. `mxserver --check-config` also checks certificates and the access
 file. It exits with 0, or with 2 and one line that says what is wrong.
@@ -105,6 +106,13 @@ WITHOUT_EFFECT = """\
 Manifests for NVIDIA's ModelExpress set them. Server and workers say in one line of their log which of them are set; a
 name with `*` stands for all that begin so. `POD_NAME`, `POD_UID`, `POD_NAMESPACE` and `LWS_LEADER_ADDRESS` are not read
 either, and not told. `VLLM_PLUGINS` is vLLM's own ([vllm.md](vllm.md)).
+"""
+
+
+NO_MORE = """\
+## Names that were settings
+
+Development versions read them. Who sets one is told what to do instead; one that protects is not ignored, as above.
 """
 
 
@@ -167,12 +175,22 @@ def _without_effect() -> Iterator[str]:
         yield f"| {names} | {unused.reader} | {unused.meaning} | {unused.reason} |"
 
 
+def _removed() -> Iterator[str]:
+    yield "| environment | of | instead |"
+    yield "|---|---|---|"
+    for removed in REMOVED:
+        yield f"| `{removed.name}` | {removed.reader} | {removed.instead} |"
+
+
 def render() -> str:
     """The whole page."""
-    tables = ("\n".join(rows) + "\n" for rows in (_server(), _limits(), _other_names(), _worker(), _without_effect()))
-    server, limits, other_names, worker, without_effect = tables
+    tables = (
+        "\n".join(rows) + "\n"
+        for rows in (_server(), _limits(), _other_names(), _worker(), _without_effect(), _removed())
+    )
+    server, limits, other_names, worker, without_effect, removed = tables
     parts = [INTRODUCTION, SERVER, server, LIMITS, limits, OTHER_NAMES_TEXT, other_names, MOVED, FILE, WORKER, worker]
-    return "\n".join([*parts, WITHOUT_EFFECT, without_effect])
+    return "\n".join([*parts, WITHOUT_EFFECT, without_effect, NO_MORE, removed])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from mxcore.storage.remote import (
     OBJECT_SCHEMES,
     LocalFolder,
     ObjectFolder,
-    ObjectOptions,
     RemoteFolder,
     hub_cache,
     listing_commit,
@@ -71,7 +70,7 @@ def _prepare(arguments: Any) -> None:
     scheme = arguments.model.partition("://")[0]
     if "://" in arguments.model and scheme in OBJECT_SCHEMES:
         uri = arguments.model
-        folder = _mirror(uri, settings)
+        folder = _mirror(uri)
         _use(arguments, uri, folder)
         if not settings.model_uri:
             arguments.model_loader_extra_config = {**extra, "model_uri": uri}
@@ -99,9 +98,9 @@ def _use(arguments: Any, name: str, folder: Path) -> None:
         arguments.served_model_name = [name]
 
 
-def _mirror(text: str, settings: WorkerSettings) -> Path:
+def _mirror(text: str) -> Path:
     """The small files of a URI in a folder of their own, another one for each state of the URI."""
-    folder = ObjectFolder(parse_model_uri(text), ObjectOptions.of(settings))
+    folder = ObjectFolder(parse_model_uri(text))
     try:
         commit = listing_commit(folder.files)
         place = place_of_state(hub_cache(), folder.name, commit, lambda to: pull_small_files(folder, to))
@@ -122,9 +121,7 @@ def _to_hub_cache(settings: WorkerSettings, model: str, revision: str | None, do
     cache = hub_cache(download_dir)
     if settings.model_uri:
         uri = parse_model_uri(settings.model_uri)
-        folder: RemoteFolder = (
-            LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri, ObjectOptions.of(settings))
-        )
+        folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri)
         try:
             commit = listing_commit(folder.files)
             place = place_in_hub_cache(

@@ -49,8 +49,8 @@ class _NotLookedAt:
         return [(key, error, b"a digest") for key, error, _ in self._reads.ended(seconds)]
 
 
-def _threads_without_hashing(cores: int, asked_for: int, *, hashed: bool) -> int:
-    return threads_of(cores, asked_for, hashed=False)
+def _threads_without_hashing(cores: int, *, hashed: bool) -> int:
+    return threads_of(cores, hashed=False)
 
 
 class _Losses(logging.Handler):

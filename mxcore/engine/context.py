@@ -17,6 +17,7 @@ from mxcore.engine.model_files import UriPlace
 from mxcore.engine.protocol import Engine, Fill
 from mxcore.engine.report import Fallbacks
 from mxcore.engine.weights import Constructed, Kind
+from mxcore.metrics import REFUSALS
 from mxcore.settings import WorkerSettings
 from mxcore.storage.plan import Progress
 from mxcore.storage.signed import SignedManifest
@@ -121,6 +122,8 @@ class LoadContext:
         """Counts weights that are not offered, or not taken, for the report and at the server."""
         found = [why] if isinstance(why, Refusal) else refusals_of(side, why)
         self.refusals.extend(found)
+        for refusal in found:
+            REFUSALS.add(refusal.side, refusal.reason)
         if self.membership is not None:
             self.membership.refused(found)
 

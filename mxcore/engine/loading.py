@@ -29,6 +29,8 @@ from mxcore.engine.signed_model import signed_manifest
 from mxcore.engine.weights import Constructed, Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder, Rung
+from mxcore.metrics import LOAD_SECONDS, LOADS, RECEIVED_BYTES, STEP_SECONDS
+from mxcore.metrics import start as start_metrics
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.signed import SignedManifest
 from mxcore.transfer.member import CHECKPOINT_PARAMETER, Membership, Refusal
@@ -123,11 +125,24 @@ def load_reported(
         refusals=context.refusal_counts(),
         checkpoint=loaded.checkpoint or "",
     )
+    _count(report)
     _log.info("%s", report.line())
     if context.report_path:
         with fallbacks.attempt("writing the report"):
             report.write(context.report_path)
     return loaded, report
+
+
+def _count(report: LoadReport) -> None:
+    """For the metrics. What came of other workers was counted when it came."""
+    LOADS.add(report.path)
+    LOAD_SECONDS.observe(report.load_seconds, report.path)
+    for step, seconds in report.steps.items():
+        STEP_SECONDS.observe(seconds, step)
+    if report.path != "p2p":
+        RECEIVED_BYTES.add(report.path, "none", amount=report.bytes)
+    elif report.bytes_from_storage:
+        RECEIVED_BYTES.add("storage", "none", amount=report.bytes_from_storage)
 
 
 def _agreement(context: LoadContext) -> Agreement:
@@ -148,12 +163,15 @@ def _with_settings(context: LoadContext) -> LoadContext:
     if report_path and context.engine.part:
         report_path += f".{context.engine.part}"
     settings = load_settings(options, refused=context.fallbacks)
+    if settings.metrics_enabled and settings.metrics_port is not None:
+        with context.fallbacks.attempt("counting for MX_METRICS_PORT"):
+            start_metrics(settings.metrics_port)
     if settings.nic_pin and context.engine.device.type == "cuda":
         with context.fallbacks.attempt("choosing a network card (MX_RDMA_NIC_PIN)"):
             _pin_nic(settings, context.engine.device.index or 0)
     uri: UriPlace | None = None
     if settings.model_uri and context.role.reads_storage:
-        uri = UriPlace(settings.model_uri, settings)
+        uri = UriPlace(settings.model_uri)
         context.at_end.callback(uri.close)
     return replace(context, settings=settings, report_path=report_path, uri=uri)
 

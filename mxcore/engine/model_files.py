@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError
-from mxcore.settings import WorkerSettings
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
     LocalFolder,
     ModelUri,
     ObjectFolder,
-    ObjectOptions,
     RemoteFile,
     parse_model_uri,
     remote_digest,
@@ -92,9 +90,8 @@ def _cached(model: str, revision: str | None, download_dir: str | None) -> Path 
 class UriPlace:
     """What MX_MODEL_URI names, opened at its first use and kept for the load. One thread at a time."""
 
-    def __init__(self, text: str, settings: WorkerSettings) -> None:
+    def __init__(self, text: str) -> None:
         self._text = text
-        self._settings = settings
         self._folder: ObjectFolder | None = None
 
     @cached_property
@@ -105,7 +102,7 @@ class UriPlace:
     def objects(self) -> ObjectFolder:
         """The folder in the store; raises ObjectStoreError."""
         if self._folder is None:
-            self._folder = ObjectFolder(self.uri, ObjectOptions.of(self._settings))
+            self._folder = ObjectFolder(self.uri)
         return self._folder
 
     def listed(self) -> Sequence[RemoteFile]:

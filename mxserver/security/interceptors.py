@@ -153,11 +153,11 @@ class StreamLimit(WrappingInterceptor):
             allowed = self._open[counted] < most
             self._open[counted] += allowed
         if not allowed:
+            whose = "of callers that wait for downloads" if kind else "streams_per_client of MX_SERVER_LIMITS"
             refuse(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{client} has {most} streams open, which is the limit ("
-                f"{'of callers that wait for downloads' if kind else 'MX_SERVER_MAX_STREAMS'}); try again later",
+                f"{client} has {most} streams open, which is the limit ({whose}); try again later",
             )
         try:
             yield

@@ -9,7 +9,7 @@ import grpc
 from mxserver.security.access_file import AccessFile
 from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
 from mxserver.security.service_accounts import subjects
-from mxserver.security.token_review import TokenReviews
+from mxserver.security.token_review import ACCOUNT_FOLDER, TokenReviews
 from mxserver.settings import ServerSettings
 from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
@@ -33,7 +33,7 @@ def authenticator(settings: ServerSettings) -> Authenticator | None:
         subjects(settings.auth_accounts, access),
         settings.kubernetes_api,
         audiences=settings.auth_audience,
-        account_folder=settings.kubernetes_account,
+        account_folder=ACCOUNT_FOLDER,
         good_seconds=settings.auth_cache_seconds,
     )
 
@@ -43,15 +43,14 @@ def interceptors(settings: ServerSettings, judge: Authenticator | None) -> list[
     found: list[grpc.ServerInterceptor] = []
     if judge is not None or settings.tls_client_ca_file is not None:
         found.append(AccessInterceptor(judge))
-    found.append(StreamLimit(settings.max_streams))
+    found.append(StreamLimit(settings.limits.streams_per_client))
     return found
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
     """Options of the gRPC server."""
     own = {
-        "grpc.max_send_message_length": settings.max_message_bytes,
-        "grpc.max_receive_message_length": min(settings.max_message_bytes, settings.limits.publish_bytes),
+        "grpc.max_receive_message_length": settings.limits.publish_bytes,
         "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
         # gRPC holds this much of a request that nothing here has begun to receive; by default it guesses how much
         # the connection could bring, which was 110 MiB each of four. What is received comes as fast as it can.
@@ -63,7 +62,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
         "grpc.max_connection_age_ms": LONGEST_CONNECTION_SECONDS * 1000,
         # More calls at once over one connection wait in the client until others end. gRPC itself turns calls away at
         # random when about a thousand arrived that Python has not looked at, so that one connection must not do that.
-        "grpc.max_concurrent_streams": min(settings.max_calls, MOST_CALLS_A_CONNECTION),
+        "grpc.max_concurrent_streams": min(settings.limits.calls, MOST_CALLS_A_CONNECTION),
     }
     return list({**dict(channel_options()), **own}.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxserver.telemetry.definition import Definition
 from mxserver.telemetry.doubts import Doubts
 from mxserver.telemetry.events import Events, bounded
 from mxserver.telemetry.load_history import FinishedLoad, LoadHistory
@@ -18,16 +19,19 @@ from mxserver.telemetry.metrics import (
     Observation,
     ServerObservation,
 )
+from mxserver.telemetry.model_metrics import MODEL_DEFINITIONS, WorkersOfModels
 from mxserver.telemetry.observed_store import ObservedStore
 from mxserver.telemetry.refusals import Refusals
 
 __all__ = [
     "DEFINITIONS",
     "DOUBTS",
+    "MODEL_DEFINITIONS",
     "REASONS",
     "SIDES",
     "STATES",
     "CacheObservation",
+    "Definition",
     "Doubts",
     "Events",
     "FinishedLoad",
@@ -40,6 +44,7 @@ __all__ = [
     "Refusals",
     "RunningLoad",
     "ServerObservation",
+    "WorkersOfModels",
     "bounded",
     "call_metrics",
     "telling_status",

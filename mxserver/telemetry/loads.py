@@ -203,6 +203,7 @@ class Loads:
         self._metrics.loads.labels(load.path).inc()
         self._metrics.load_bytes.labels(load.path).inc(load.bytes)
         self._metrics.load_seconds.labels(load.path).observe(load.seconds)
+        self._metrics.models.finished(load.model_name, load.path, load.bytes, load.seconds)
         self._metrics.chunks_verified.inc(load.chunks_verified)
         for fallback, text in zip(report.fallbacks, load.fallbacks, strict=False):
             self._metrics.load_fallbacks.labels(path_label(fallback.path)).inc()

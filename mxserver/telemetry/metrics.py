@@ -2,13 +2,14 @@
 
 Names follow Prometheus' conventions (a prefix, base units, `_total` on counters). No label takes a value that a client
 can choose: methods, codes, states, store operations and load paths are finite sets, everything else becomes "unknown".
+What names models is in `model_metrics`, which has a page of its own.
 docs/operations.md has this table; a test holds the two together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -18,25 +19,11 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from mxserver import __version__
+from mxserver.telemetry.definition import CALL_BUCKETS, LOAD_BUCKETS, Definition
+from mxserver.telemetry.model_metrics import ModelMetrics
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
-Kind = Literal["counter", "gauge", "histogram"]
-
 UNKNOWN = "unknown"
-
-CALL_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-LOAD_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
-
-
-class Definition(NamedTuple):
-    """One metric; a counter's name is given with its `_total`."""
-
-    name: str
-    kind: Kind
-    labels: tuple[str, ...]
-    meaning: str
-    buckets: tuple[float, ...] = ()
-
 
 DEFINITIONS: tuple[Definition, ...] = (
     Definition("mxserver_build_info", "gauge", ("version",), "1; the label has the version that runs"),
@@ -122,6 +109,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.models = ModelMetrics()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self._of = {d.name: self._make(d) for d in DEFINITIONS if d.name not in _SCRAPED}

@@ -65,9 +65,10 @@ def application(
     authenticator: Authenticator | None = None,
     names: tuple[str, ...] = (),
     *,
+    model_registry: CollectorRegistry,
     not_alive: Callable[[], str | None] = lambda: None,
 ) -> ASGIApp:
-    """All pages. Without an authenticator all is open.
+    """All pages. Without an authenticator all is open. `registry` names no model, `model_registry` does.
 
     `not_ready` returns why the server is not ready, or None, `not_alive` why only a restart helps. Neither waits: both
     are answered without a thread, also while all threads wait for the store.
@@ -80,9 +81,12 @@ def application(
 
         return answer
 
-    def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type, "Vary": "Accept"})
+    def metrics_of(shown: CollectorRegistry) -> Endpoint:
+        def metrics(request: Request) -> Response:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+            return Response(encode(shown), headers={"Content-Type": content_type, "Vary": "Accept"})
+
+        return metrics
 
     def status(request: Request) -> Response:
         asked = request.query_params
@@ -99,8 +103,12 @@ def application(
         )
         return JSONResponse(view.as_json(query))
 
-    guarded = {"/": _asset(*PAGE), "/status": status}
-    routes = [Route("/livez", probe(not_alive)), Route("/readyz", probe(not_ready)), Route("/metrics", metrics)]
+    guarded = {"/": _asset(*PAGE), "/status": status, "/metrics/models": metrics_of(model_registry)}
+    routes = [
+        Route("/livez", probe(not_alive)),
+        Route("/readyz", probe(not_ready)),
+        Route("/metrics", metrics_of(registry)),
+    ]
     routes += [Route(path, _asset(*asset)) for path, asset in ASSETS.items()]
     routes += [Route(path, _guarded(endpoint, authenticator, names)) for path, endpoint in guarded.items()]
     return with_headers(routes)

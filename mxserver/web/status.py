@@ -26,6 +26,7 @@ from mxserver.telemetry import (
     Loads,
     Observation,
     Refusals,
+    WorkersOfModels,
 )
 from mxserver.web.cache_view import CacheView
 from mxserver.web.models_view import Fleet, Histories, Model, Models, StatusQuery, running_as_json
@@ -99,6 +100,19 @@ class StatusView:
         sources = Counter(STATES[record.status] for record in look.records if record.status in STATES)
         models = {r.model_name.lower() for r in look.records if r.status == p2p_pb2.SOURCE_STATUS_READY}
         return Observation(ready, sources, len(models), self._loads.running_count(), cache, not_shared)
+
+    def workers_of_models(self) -> WorkersOfModels | None:
+        """For a scrape; None while the store does not work. Names that differ in capitals are one model."""
+        records = self._current_look().records
+        if records is None:
+            return None
+        names: dict[str, str] = {}
+        found: dict[str, Counter[str]] = {}
+        for record in records:
+            if record.status in STATES:
+                name = names.setdefault(record.model_name.lower(), record.model_name)
+                found.setdefault(name, Counter())[STATES[record.status]] += 1
+        return found
 
     def as_json(self, query: StatusQuery | None = None) -> Json:
         """The status. Times are Unix ms, durations seconds; `models` is null while the store does not work.

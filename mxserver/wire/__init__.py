@@ -32,12 +32,14 @@ from mxserver.wire.file_locks import locks_work
 from mxserver.wire.left_out import left_out
 from mxserver.wire.nearest_name import nearest, unknown_key
 from mxserver.wire.relative_path import open_regular_below, path_problem
+from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unique_path import remove_leftovers, unique_beside
 from mxserver.wire.unused_names import UNUSED
 from mxserver.wire.weight_files import WeightFiles, weight_files, weight_files_in
 
 __all__ = [
     "BY_NAME",
+    "REMOVED",
     "UNUSED",
     "VARIABLES",
     "DiskFull",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from mxserver.wire.nearest_name import nearest
+from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unused_names import UNUSED, is_unused
 
 Reader = Literal["server", "worker", "both", "plugin", "build"]
@@ -19,45 +20,94 @@ PREFIXES = ("MX_", "MODEL_EXPRESS_")
 
 
 class Variable(NamedTuple):
-    """One environment name."""
+    """One environment name; of the server's settings also the flag with what it takes, and the default in words."""
 
     name: str
     reader: Reader
     meaning: str
+    flag: str = ""
+    default: str = ""
 
 
 VARIABLES: tuple[Variable, ...] = (
     # The server's.
-    Variable("MODEL_EXPRESS_SERVER_PORT", "server", "port that the server listens on; 0 takes a free one"),
+    Variable(
+        "MODEL_EXPRESS_SERVER_PORT",
+        "server",
+        "port that the server listens on; 0 takes a free one",
+        "--port PORT",
+        "8001",
+    ),
     Variable(
         "MX_SERVER_FILES_PORT",
         "server",
         "port for the bytes of cached files, by HTTP ranges; 0 takes a free one; off: they come over gRPC alone",
+        "--files-port PORT|off",
+        "8002",
     ),
-    Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on"),
+    Variable("MODEL_EXPRESS_SERVER_HOST", "server", "address that the server listens on", "--host ADDRESS", "0.0.0.0"),  # noqa: S104
     Variable(
         "MODEL_EXPRESS_SERVER_METRICS_PORT",
         "server",
         "port of probes, metrics and the status page; off: none. 0 takes a free one, in the environment it is off",
+        "--metrics-port PORT|off",
+        "9401",
     ),
     Variable(
-        "MX_SERVER_METRICS_TLS", "server", "auto: that port takes TLS where the server has a certificate; off: never"
+        "MX_SERVER_METRICS_TLS",
+        "server",
+        "auto: that port takes TLS where the server has a certificate; off: never",
+        "--metrics-tls auto|off",
+        "auto",
     ),
-    Variable("MODEL_EXPRESS_LOG_LEVEL", "server", "least severe level that is logged"),
-    Variable("MX_METADATA_BACKEND", "server", "where the server keeps its state: sqlite, redis or memory"),
-    Variable("MX_STORE_PATH", "server", "the SQLite file"),
     Variable(
-        "REDIS_URL", "server", "Redis, for the store redis: redis://, rediss:// (TLS) or unix://; wins over the host"
+        "MODEL_EXPRESS_LOG_LEVEL",
+        "server",
+        "least severe level that is logged",
+        "--log-level debug|info|warning|error",
+        "info",
     ),
-    Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis"),
-    Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis"),
-    Variable("MX_CONFIG_FILE", "server", "TOML file with settings, by the names that --print-config shows"),
-    Variable("MX_LOG_FORMAT", "server", "how the log is written: text, or json with an object a line"),
-    Variable("MODEL_EXPRESS_LOG_FORMAT", "server", "as MX_LOG_FORMAT; pretty, compact and full are text"),
-    Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp"),
-    Variable("MX_AUTH", "server", "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)"),
-    Variable("MX_AUTH_FILE", "server", "TOML file with the tokens, or Kubernetes subjects, and their roles"),
-    Variable("MX_AUTH_AUDIENCE", "server", "audiences, one of which tokens of Kubernetes must be for"),
+    Variable(
+        "MX_METADATA_BACKEND",
+        "server",
+        "where the server keeps its state: sqlite, redis or memory",
+        "--store sqlite|redis|memory",
+        "sqlite",
+    ),
+    Variable(
+        "MX_STORE_PATH", "server", "the SQLite file", "--store-path FILE", "mxserver/state.sqlite3 in ~/.local/state"
+    ),
+    Variable(
+        "REDIS_URL",
+        "server",
+        "Redis, for the store redis: redis://, rediss:// (TLS) or unix://; wins over the host",
+        "--redis-url URL",
+        "none",
+    ),
+    Variable("MX_REDIS_HOST", "server", "host of Redis, for the store redis", "--redis-host HOST", "localhost"),
+    Variable("MX_REDIS_PORT", "server", "port of Redis, for the store redis", "--redis-port PORT", "6379"),
+    Variable(
+        "MODEL_EXPRESS_LOG_FORMAT",
+        "server",
+        "how the log is written: text, or json with an object a line; pretty, compact and full are text",
+        "--log-format text|json",
+        "text",
+    ),
+    Variable("MX_TRACES", "server", "where OpenTelemetry traces go: off or otlp", "--traces off|otlp", "off"),
+    Variable(
+        "MX_AUTH",
+        "server",
+        "how callers are told apart: off, file (tokens) or kubernetes (TokenReview)",
+        "--auth off|file|kubernetes",
+        "off",
+    ),
+    Variable(
+        "MX_AUTH_FILE",
+        "server",
+        "TOML file with the tokens, or Kubernetes subjects, and their roles",
+        "--auth-file FILE",
+        "none",
+    ),
     Variable(
         "MODEL_EXPRESS_SECURITY_MODE",
         "server",
@@ -67,51 +117,147 @@ VARIABLES: tuple[Variable, ...] = (
         "MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS",
         "server",
         "service accounts that alone may call, such as models:vllm; their role is publish, or the access file's",
+        "--auth-accounts NAMES",
+        "those of the access file",
     ),
-    Variable("MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES", "server", "as MX_AUTH_AUDIENCE"),
+    Variable(
+        "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES",
+        "server",
+        "audiences, one of which tokens of Kubernetes must be for",
+        "--auth-audience NAMES",
+        "the API server's own",
+    ),
     Variable(
         "MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
         "server",
         "how long a token of Kubernetes stays good without asking again: so long may a revoked one work",
+        "--auth-cache SECONDS",
+        "60",
     ),
-    Variable("MX_KUBERNETES_API", "server", "the API server that judges tokens"),
-    Variable("MX_KUBERNETES_ACCOUNT_PATH", "server", "folder with the token and ca.crt of the server's own account"),
     Variable(
-        "MX_SERVER_MAX_MESSAGE_BYTES",
+        "MX_KUBERNETES_API",
         "server",
-        "largest message that is sent or taken; a request may be limited further by MX_SERVER_LIMITS",
+        "the API server that judges tokens",
+        "--kubernetes-api URL",
+        "https://kubernetes.default.svc",
     ),
-    Variable("MX_SERVER_LIMITS", "server", "other limits than the default ones of the table below, as NAME=NUMBER"),
+    Variable(
+        "MX_SERVER_LIMITS",
+        "server",
+        "other limits than the default ones of the table below, as NAME=NUMBER",
+        "--limits NAME=NUMBER,...",
+        "as in docs/settings.md",
+    ),
     Variable(
         "MX_SERVER_METRICS_HOSTS",
         "server",
         "names under which the page may be asked for without a token, beside addresses and names of the cluster",
+        "--metrics-hosts NAMES",
+        "those of the cluster",
     ),
-    Variable("MX_SERVER_MAX_CALLS", "server", "calls that are in progress at once, of all clients; more are refused"),
-    Variable("MX_SERVER_MAX_STREAMS", "server", "streams of files and downloads that one client may have open at once"),
-    Variable("MX_SERVER_KEEPALIVE_SECS", "server", "a client that is silent in a call is pinged after so long"),
-    Variable("MX_SERVER_NOT_READY_SECS", "server", "how long calls are still taken after SIGTERM, while not ready"),
-    Variable("MX_SERVER_DRAIN_SECS", "server", "how long running calls may take to finish after SIGTERM or SIGINT"),
-    Variable("MX_HEARTBEAT_TIMEOUT_SECS", "server", "a worker is STALE this long after its last heartbeat"),
-    Variable("MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted"),
     Variable(
-        "MODEL_EXPRESS_CACHE_DIRECTORY", "server", "where model files are cached; replicas of a server may share it"
+        "MX_SERVER_KEEPALIVE_SECS",
+        "server",
+        "a client that is silent in a call is pinged after so long",
+        "--keepalive SECONDS",
+        "30",
     ),
-    Variable("MX_CACHE_MAX_BYTES", "server", "size limit of the model cache, such as 500GiB; 0 is none"),
-    Variable("MX_CACHE_MIN_FREE_BYTES", "server", "what the cache leaves free on its disk, such as 10GiB"),
-    Variable("MX_CACHE_LEASE_SECS", "server", "a replica that was silent for so long has lost its downloads to others"),
+    Variable(
+        "MX_SERVER_NOT_READY_SECS",
+        "server",
+        "how long calls are still taken after SIGTERM, while not ready",
+        "--not-ready SECONDS",
+        "0",
+    ),
+    Variable(
+        "MX_SERVER_DRAIN_SECS",
+        "server",
+        "how long running calls may take to finish after SIGTERM or SIGINT",
+        "--drain SECONDS",
+        "10",
+    ),
+    Variable(
+        "MX_HEARTBEAT_TIMEOUT_SECS",
+        "server",
+        "a worker is STALE this long after its last heartbeat",
+        "--heartbeat-timeout SECONDS",
+        "90",
+    ),
+    Variable(
+        "MX_GC_TIMEOUT_SECS", "server", "a record that was STALE this long is deleted", "--gc-timeout SECONDS", "3600"
+    ),
+    Variable(
+        "MODEL_EXPRESS_CACHE_DIRECTORY",
+        "server",
+        "where model files are cached; replicas of a server may share it",
+        "--cache-dir FOLDER",
+        "as the hub's own",
+    ),
+    Variable(
+        "MX_CACHE_MAX_BYTES",
+        "server",
+        "size limit of the model cache, such as 500GiB; 0 is none",
+        "--cache-max-bytes BYTES",
+        "0",
+    ),
+    Variable(
+        "MX_CACHE_MIN_FREE_BYTES",
+        "server",
+        "what the cache leaves free on its disk, such as 10GiB",
+        "--cache-min-free-bytes BYTES",
+        "0",
+    ),
+    Variable(
+        "MX_CACHE_LEASE_SECS",
+        "server",
+        "a replica that was silent for so long has lost its downloads to others",
+        "--cache-lease SECONDS",
+        "30",
+    ),
     Variable(
         "MX_MODEL_SOURCES",
         "server",
         "what may be downloaded: repositories of the hub, buckets, prefixes; all unless set",
+        "--model-sources NAMES",
+        "all",
     ),
-    Variable("MX_FILE_SOURCES", "server", "folders that file:// models may be copied from, separated by ':'"),
-    Variable("MX_DOWNLOAD_IGNORE", "server", "files of models that are not downloaded: patterns, auto or none"),
-    Variable("MX_DOWNLOAD_ALLOW", "server", "patterns of the only files of models that are downloaded"),
+    Variable(
+        "MX_FILE_SOURCES",
+        "server",
+        "folders that file:// models may be copied from, separated by ':'",
+        "--file-sources FOLDERS",
+        "none",
+    ),
+    Variable(
+        "MX_DOWNLOAD_IGNORE",
+        "server",
+        "files of models that are not downloaded: patterns, auto or none",
+        "--download-ignore PATTERNS",
+        "auto",
+    ),
+    Variable(
+        "MX_DOWNLOAD_ALLOW",
+        "server",
+        "patterns of the only files of models that are downloaded",
+        "--download-allow PATTERNS",
+        "all",
+    ),
     # Certificates: the same names on both sides.
-    Variable("MX_TLS_CERT_FILE", "both", "PEM chain of this process' certificate; read again when it changes"),
-    Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate"),
-    Variable("MX_TLS_CLIENT_CA_FILE", "both", "PEM certificates that clients' certificates must come from (mTLS)"),
+    Variable(
+        "MX_TLS_CERT_FILE",
+        "both",
+        "PEM chain of this process' certificate; read again when it changes",
+        "--tls-cert FILE",
+        "none: no TLS",
+    ),
+    Variable("MX_TLS_KEY_FILE", "both", "PEM key of the certificate", "--tls-key FILE", "none"),
+    Variable(
+        "MX_TLS_CLIENT_CA_FILE",
+        "both",
+        "PEM certificates that clients' certificates must come from (mTLS)",
+        "--tls-client-ca FILE",
+        "none: any client",
+    ),
     # The worker's.
     Variable("MX_TLS_CA_FILE", "worker", "PEM certificates that those of servers and workers must come from"),
     Variable("MX_TLS_PEER_NAME", "worker", "the name to expect in other workers' certificates"),
@@ -148,11 +294,6 @@ VARIABLES: tuple[Variable, ...] = (
         "the port from which weights are sent over TCP, plus the rank; 0, or one in use: any that is free",
     ),
     Variable("MX_SOURCE_MAX_READERS", "worker", "how many workers may read from a source at a time"),
-    Variable(
-        "MX_SAME_HOST_THREADS",
-        "worker",
-        "threads that read a source on the same host, and one more where a core is free; 0: one a core, at most 4",
-    ),
     Variable("MX_DRAIN_TIMEOUT_SECS", "worker", "how long readers may take to finish when the worker leaves"),
     Variable("MX_TRANSPORT", "worker", "how bytes move: auto, same-host, tcp or rdma"),
     Variable(
@@ -161,31 +302,24 @@ VARIABLES: tuple[Variable, ...] = (
         "how host memory goes over TCP: sockets (our own connections), or nixl (by UCX; device memory always does)",
     ),
     Variable(
-        "MX_TCP_CONNECTIONS",
-        "worker",
-        "connections to one source, a core each on either side; 0: half as many as cores, at most 4",
-    ),
-    Variable(
         "MX_CHUNK_TLS",
         "worker",
         "auto: weights go by TLS between workers that have certificates; off: in clear, as without certificates",
     ),
     Variable(
-        "MX_TOPOLOGY",
+        "MX_P2P_TOPOLOGY",
         "worker",
-        "where this worker is: zone=a,rack=r7,host=n3, or a file or folder of Kubernetes' downward API with such "
-        "labels; near sources are taken first (docs/swarm.md)",
+        "where this worker is: zone=a,rack=r7,host=n3, a JSON object of such pairs, or a file or folder of Kubernetes' "
+        "downward API with such labels; near sources are taken first (docs/swarm.md)",
     ),
     Variable(
         "POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"
     ),
-    Variable("NODE_NAME", "worker", "the name of its node; the host of MX_TOPOLOGY unless set"),
-    Variable(
-        "MX_TOPOLOGY_REQUIRED", "worker", "the level, such as zone, that sources must share; others are not taken"
-    ),
-    Variable("MX_P2P_TOPOLOGY", "worker", "as MX_TOPOLOGY, as a JSON object"),
+    Variable("NODE_NAME", "worker", "the name of its node; the host of MX_P2P_TOPOLOGY unless set"),
     Variable("MX_P2P_TOPOLOGY_LEVELS", "worker", "names of the levels of a place, from broad to narrow"),
-    Variable("MX_P2P_TOPOLOGY_DOMAIN", "worker", "as MX_TOPOLOGY_REQUIRED"),
+    Variable(
+        "MX_P2P_TOPOLOGY_DOMAIN", "worker", "the level, such as zone, that sources must share; others are not taken"
+    ),
     Variable("MX_P2P_TOPOLOGY_ENFORCEMENT", "worker", "preferred: that level is not required"),
     Variable(
         "MX_RDMA_NIC_PIN",
@@ -204,9 +338,6 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
     Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
-    Variable("MX_OBJECT_READER", "worker", "what reads objects: auto, obstore, or runai (docs/loading.md)"),
-    Variable("MX_OBJECT_CONNECTIONS", "worker", "connections at once to an object store, by obstore"),
-    Variable("MX_OBJECT_TIMEOUT_SECS", "worker", "silence of an object store after which a request is begun again"),
     Variable(
         "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
     ),
@@ -236,6 +367,12 @@ VARIABLES: tuple[Variable, ...] = (
         "worker",
         "the model's name towards other workers, where their paths to it differ",
     ),
+    Variable(
+        "MX_METRICS_PORT",
+        "worker",
+        "port of the metrics of all ranks of an engine on a machine (docs/operations.md); none unless set",
+    ),
+    Variable("MX_METRICS_ENABLED", "worker", "0: no metrics, whatever the port"),
     # The load formats mx-source and mx-target alone.
     Variable("MODEL_NAME", "worker", "mx-source, mx-target: the model's name, by which the two find each other"),
     Variable("MX_EXPECTED_WORKERS", "worker", "mx-source, mx-target: ranks to wait for; 0: those of the engine itself"),
@@ -293,7 +430,19 @@ def misspelt(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
 
 
 def _is_known(name: str) -> bool:
-    return name in BY_NAME or any(is_unused(name, entry) for entry in UNUSED)
+    return name in BY_NAME or name in _INSTEAD or any(is_unused(name, entry) for entry in UNUSED)
+
+
+_INSTEAD = {removed.name: removed.instead for removed in REMOVED}
+
+
+def removed(environ: Mapping[str, str]) -> list[str]:
+    """A line for each name that is set and was a setting once: what replaced it."""
+    return [
+        f"{name} is no setting any more: {_INSTEAD[name]}"
+        for name in sorted(_INSTEAD)
+        if setting(environ, name) and not is_kubernetes_variable(name, environ[name])
+    ]
 
 
 def _nearest(name: str) -> str | None:
@@ -320,6 +469,7 @@ def unprotected(environ: Mapping[str, str]) -> str:
         if setting(environ, name) and _PROTECTING & {*name.split("_"), *(near or "").split("_")}:
             hint = f", did you mean {near}?" if near else ":"
             lines.append(f"{name} is no setting{hint} it looks like one that protects, so it is not ignored")
+    lines += [line for line in removed(environ) if _PROTECTING & {*line.partition(" ")[0].split("_")}]
     return f"{'; '.join(lines)}; correct or unset it (docs/settings.md has the names)" if lines else ""
 
 
@@ -339,6 +489,7 @@ def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]
     lines = [
         f"{name} is no setting" + (f"; the nearest one is {near}" if near else "") for name, near in misspelt(environ)
     ]
+    lines += removed(environ)
     if unused := without_effect(environ, reader):
         have = "has" if len(unused) == 1 else "have"
         lines.append(f"{', '.join(unused)} {have} no effect here (docs/settings.md says why)")

@@ -107,10 +107,10 @@ UNUSED: tuple[Unused, ...] = (
     Unused(("MX_REGISTER_LOADERS",), "worker", "whether load formats are registered", "`VLLM_PLUGINS` chooses"),
     Unused(("MX_ARTIFACT_*",), "worker", "moving compile caches", "compile caches are not moved"),
     Unused(
-        ("MX_METRICS_*",),
+        ("MX_METRICS_PUSHGATEWAY", "MX_METRICS_SCHEME", "MX_METRICS_BIND_RETRY_SECS", "MX_METRICS_SOURCE_ID_LABEL"),
         "worker",
-        "metrics of a worker",
-        "workers have none of ours: the server's page and metrics show their loads",
+        "how metrics of a worker are told, and a label of them",
+        "they are asked for at `MX_METRICS_PORT` (docs/operations.md); labels of a run are the scrape's to give",
     ),
     Unused(
         ("MX_REFIT_*", "MX_RESHARD_*", "MX_GENERATOR_SOURCE_ORDER", "MX_TRAINER_STAGING_MODE"),
@@ -123,7 +123,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_S3_*", "MX_AZURE_*"),
         "worker",
         "how object stores are read",
-        "`MX_OBJECT_CONNECTIONS` and `MX_OBJECT_TIMEOUT_SECS`, for every store",
+        "every store is read in one way (docs/loading.md)",
     ),
     # The server's.
     Unused(
@@ -137,7 +137,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MODEL_EXPRESS_MAX_CONCURRENT_REQUESTS",),
         "server",
         "calls at once",
-        "`--max-calls` limits all calls, `--max-streams` those of one client",
+        "`calls` and `streams_per_client` of `--limits`",
     ),
     Unused(
         ("MODEL_EXPRESS_TIMEOUT", "MODEL_EXPRESS_ENDPOINT", "MODEL_EXPRESS_SERVER_ENDPOINT"),

@@ -36,6 +36,8 @@ BESIDE = {
     "networkPolicy.apiServerPorts": ["auth.mode=kubernetes", "auth.accounts={a:b}"],
     "monitoring.interval": ["monitoring.serviceMonitor=true"],
     "monitoring.labels": ["monitoring.serviceMonitor=true"],
+    "monitoring.tokenSecret": ["monitoring.serviceMonitor=true", "auth.mode=file", "auth.accessSecret=s"],
+    "monitoring.workerNamespaces": ["monitoring.podMonitor=true"],
 }
 OTHER = {
     "auth.accounts": '["a:b"]',
@@ -147,13 +149,22 @@ def test_the_dashboard_and_the_rules_are_those_of_deploy() -> None:
     assert json.loads(board["data"]["modelexpress.json"]) == json.loads(
         (CHART.parents[1] / "grafana-dashboard.json").read_text()
     )
-    [monitor] = [one for one in documents if one["kind"] == "ServiceMonitor"]
-    assert monitor["spec"]["endpoints"][0]["relabelings"] == [{"targetLabel": "job", "replacement": "mxserver"}]
-    assert all(
-        job == "mxserver"
-        for rule in rules["spec"]["groups"][0]["rules"]
+    [server] = [one["spec"]["endpoints"] for one in documents if one["kind"] == "ServiceMonitor"]
+    [workers] = [one["spec"]["podMetricsEndpoints"] for one in documents if one["kind"] == "PodMonitor"]
+    assert [(one["port"], one.get("path")) for one in (*server, *workers)] == [
+        ("http", None),
+        ("http", "/metrics/models"),
+        ("mx-metrics", None),
+    ]
+    jobs = [one["relabelings"] for one in (*server, *workers)]
+    assert jobs == [[{"targetLabel": "job", "replacement": job}] for job in ("mxserver", "mxserver-models", "mxworker")]
+    looked_for = {
+        job
+        for group in rules["spec"]["groups"]
+        for rule in group["rules"]
         for job in re.findall('job="(.+?)"', rule["expr"])
-    )
+    }
+    assert looked_for == {"mxserver", "mxworker"}
 
 
 def test_notes_have_the_url_for_workers() -> None:

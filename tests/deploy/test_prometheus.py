@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 import yaml
 
-from mxserver.telemetry import DEFINITIONS
+from bench.fleet.free_ports import free_port
+from mxcore.metrics import EXPORTED, FAMILIES
+from mxserver.telemetry import DEFINITIONS, MODEL_DEFINITIONS
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
+from tests.metrics.test_metrics import Rank, end_exporters
 from tests.web.conftest import INITIALIZING, READY, WebServer, publish, start_web
 
 __all__ = ["start_web"]  # a fixture
@@ -68,14 +71,15 @@ def test_every_alert_has_a_test_and_is_explained() -> None:
 
 def test_expressions_use_only_what_is_there() -> None:
     known: set[str] = set()
-    for definition in DEFINITIONS:
+    definitions = (*DEFINITIONS, *MODEL_DEFINITIONS, *FAMILIES, *EXPORTED)
+    for definition in definitions:
         suffixes = ("_bucket", "_count", "_sum") if definition.kind == "histogram" else ("",)
         known |= {definition.name + suffix for suffix in suffixes}
     expressions = [expr for _, expr in panels()] + [alert["expr"] for alert in alerts()]
-    used = {name for expr in expressions for name in re.findall(r"\bmxserver_\w+", expr)}
+    used = {name for expr in expressions for name in NAME.findall(expr)}
     assert used <= known
-    on_dashboard = {name for _, expr in panels() for name in re.findall(r"\bmxserver_\w+", expr)}
-    missing = {d.name for d in DEFINITIONS if not any(name.startswith(d.name) for name in on_dashboard)}
+    on_dashboard = {name for _, expr in panels() for name in NAME.findall(expr)}
+    missing = {d.name for d in definitions if not any(name.startswith(d.name) for name in on_dashboard)}
     assert missing == {"mxserver_build_info"}, "it is in the dashboard's choice of jobs"
 
 
@@ -95,14 +99,22 @@ def test_dashboard_has_no_fixed_data_source_and_no_overlap() -> None:
         cells |= mine
 
 
-class Prometheus:
-    """A real one that scrapes one target twice a second, with our rules loaded."""
+NAME = re.compile(r"\bmx(?:server|worker)_\w+")
 
-    def __init__(self, folder: Path, target: str) -> None:
+
+class Prometheus:
+    """A real one that scrapes a server and a worker twice a second as the chart's monitors do, with our rules."""
+
+    def __init__(self, folder: Path, server: str, worker: str, rules: Path = RULES) -> None:
+        scraped = [("mxserver", "/metrics", server), ("mxserver-models", "/metrics/models", server)]
+        scraped.append(("mxworker", "/metrics", worker))
         config = {
-            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "1s"},
-            "rule_files": [str(RULES)],
-            "scrape_configs": [{"job_name": "mxserver", "static_configs": [{"targets": [target]}]}],
+            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+            "rule_files": [str(rules)],
+            "scrape_configs": [
+                {"job_name": job, "metrics_path": path, "static_configs": [{"targets": [target]}]}
+                for job, path, target in scraped
+            ],
         }
         file = folder / "prometheus.yaml"
         file.write_text(yaml.safe_dump(config))
@@ -167,8 +179,19 @@ def web(start_web: Callable[..., WebServer], tmp_path: Path) -> WebServer:
 
 
 @pytest.fixture
-def prometheus(web: WebServer, tmp_path: Path) -> Iterator[Prometheus]:
-    opened = Prometheus(tmp_path, web.url.removeprefix("http://"))
+def ranks(tmp_path: Path) -> Iterator[list[Rank]]:
+    """Two ranks of one engine, whose metrics have one port."""
+    port = free_port()
+    started = [Rank(port, tmp_path) for _ in range(2)]
+    yield started
+    for rank in started:
+        rank.end(kill=True)
+    end_exporters(tmp_path)
+
+
+@pytest.fixture
+def prometheus(web: WebServer, ranks: list[Rank], tmp_path: Path) -> Iterator[Prometheus]:
+    opened = Prometheus(tmp_path, web.url.removeprefix("http://"), f"127.0.0.1:{ranks[0].port}")
     yield opened
     opened.close()
 
@@ -193,12 +216,54 @@ def test_every_panel_and_alert_has_an_answer(web: WebServer, prometheus: Prometh
         )
     for title, expression in panels():
         expression = expression.replace("$job", "mxserver").replace("$__rate_interval", "1m")
-        found = prometheus.query(expression)
-        # None failed, and this server has no certificate.
-        assert found or 'code!="OK"' in expression or "certificate" in expression, f"{title}: {expression}"
+        if 'code!="OK"' not in expression and "certificate" not in expression:  # none failed, and it has none
+            prometheus.wait_until(
+                lambda expression=expression: prometheus.query(expression) != [],  # type: ignore[misc]
+                f"{title}: {expression}",
+            )
     prometheus.wait_until(
         lambda: all(rule["health"] == "ok" for rule in prometheus.rules()), "all rules were evaluated"
     )
     prometheus.wait_until(  # an evaluation before the first scrape has seen no server
         lambda: [rule["name"] for rule in prometheus.rules() if rule["state"] != "inactive"] == [], "no alert is active"
     )
+
+
+def quick(rules: Path, folder: Path) -> Path:
+    """The same alerts with short windows, so that they fire and clear while a test looks on."""
+    text = re.sub(r"\[\d+[mh]\]", "[3s]", rules.read_text())
+    file = folder / "quick-rules.yaml"
+    file.write_text(re.sub(r"for: \d+m", "for: 1s", text))
+    return file
+
+
+def test_alerts_fire_and_clear_as_processes_die_and_come_back(
+    start_web: Callable[..., WebServer], ranks: list[Rank], tmp_path: Path
+) -> None:
+    web = start_web(MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"))
+    place = web.url.removeprefix("http://")
+    rules = quick(RULES, tmp_path)
+    prometheus = Prometheus(tmp_path, place, f"127.0.0.1:{ranks[0].port}", rules)
+
+    def firing() -> set[str]:
+        return {rule["name"] for rule in prometheus.rules() if rule["state"] == "firing"}
+
+    try:
+        prometheus.wait_until(lambda: prometheus.query("mxworker_ranks == 2") != [], "both ranks are scraped")
+        prometheus.wait_until(lambda: prometheus.query('up{job="mxserver"} == 1') != [], "the server is scraped")
+        prometheus.wait_until(lambda: firing() == set(), "nothing fires")
+        web.close()
+        ranks[0].end(kill=True)
+        prometheus.wait_until(lambda: "MxserverDown" in firing(), "the server's end is told")
+        prometheus.wait_until(lambda: prometheus.query("mxworker_ranks_lost_total == 1") != [], "a rank is missed")
+        port = place.rpartition(":")[2]
+        start_web("--metrics-port", port, MODEL_EXPRESS_CACHE_DIRECTORY=str(tmp_path / "cache"))
+        prometheus.wait_until(lambda: "MxserverDown" not in firing(), "the server is back")
+        ranks[1].count("SELF_CHECKED_WRONG")
+        prometheus.wait_until(lambda: "MxworkerMemoryDamaged" in firing(), "damaged memory is told")
+        prometheus.wait_until(lambda: firing() == set(), "all is well, or long ago")
+        ranks[1].end(kill=True)
+        end_exporters(tmp_path)
+        prometheus.wait_until(lambda: firing() == {"MxworkerDown"}, "the worker's end is told")
+    finally:
+        prometheus.close()

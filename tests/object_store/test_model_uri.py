@@ -14,7 +14,6 @@ from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
     LocalFolder,
     ObjectFolder,
-    ObjectOptions,
     listing_commit,
     missing_packages,
     open_remote,
@@ -23,6 +22,7 @@ from mxcore.storage.remote import (
     pull_small_files,
     remote_digest,
 )
+from mxcore.storage.remote.object_store import ObjectOptions
 from mxcore.storage.remote.remote_folder import is_small
 from mxserver.wire import SettingError, install_command
 from tests.object_store.conftest import make_checkpoint

@@ -26,7 +26,6 @@ from mxcore.errors import (
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
     ObjectFolder,
-    ObjectOptions,
     RemoteRange,
     model_streamer,
     open_remote,
@@ -36,7 +35,7 @@ from mxcore.storage.remote import (
     remote_digest,
     stream_remote,
 )
-from mxcore.storage.remote.object_store import Reader
+from mxcore.storage.remote.object_store import ObjectOptions, Reader
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import PREFIX, SMALL, URI, make_checkpoint, use
 from tests.object_store.s3_server import KEY_ID, SECRET, S3Server

@@ -16,14 +16,13 @@ from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTi
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
     ObjectFolder,
-    ObjectOptions,
     open_remote,
     parse_model_uri,
     pull_small_files,
     remote_digest,
     stream_remote,
 )
-from mxcore.storage.remote.object_store import Reader
+from mxcore.storage.remote.object_store import ObjectOptions, Reader
 from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL, make_checkpoint
 from tests.object_store.google_store import BUCKET, GoogleStore

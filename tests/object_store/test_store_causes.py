@@ -16,7 +16,8 @@ from mxcore.errors import (
     StoreUnreachable,
     WrongRegion,
 )
-from mxcore.storage.remote import ObjectFolder, ObjectOptions, parse_model_uri, pull_small_files
+from mxcore.storage.remote import ObjectFolder, parse_model_uri, pull_small_files
+from mxcore.storage.remote.object_store import ObjectOptions
 from mxserver.models.errors import DownloadFailed, DownloadInterrupted, RevisionNotFound
 from mxserver.models.names import model_name
 from mxserver.models.sources import ObjectSource

@@ -199,10 +199,9 @@ configuration_process.prepare(arguments)
 used = sorted({"obstore", "grpc", "nixl", "mxcore", "torch"} & sys.modules.keys())
 child = os.fork()
 if not child:
-    from mxcore.storage.remote import ObjectFolder, ObjectOptions, parse_model_uri
-    from mxcore.settings import load_settings
+    from mxcore.storage.remote import ObjectFolder, parse_model_uri
 
-    folder = ObjectFolder(parse_model_uri(sys.argv[1]), ObjectOptions.of(load_settings()))
+    folder = ObjectFolder(parse_model_uri(sys.argv[1]))
     os._exit(0 if [file.path for file in folder.files] else 1)
 print(json.dumps([vars(arguments), used, threading.active_count(), os.waitpid(child, 0)[1]]))
 """

@@ -217,6 +217,7 @@ def test_a_flipped_byte_ends_the_connection_and_lands_nowhere(
     fleet: dict[str, str],
     holders: Callable[[str], Source],
     boxed: Callable[[str, Callable[[bytes], bytes]], list[Box]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One in 200 KB, which is after the handshake; the other holder gives the rest."""
     passed = 0
@@ -229,7 +230,8 @@ def test_a_flipped_byte_ends_the_connection_and_lands_nowhere(
 
     changed, source = holders("good"), holders("other")
     boxed(changed.worker_id, flip)
-    target = Target("tcp", MX_TCP_CONNECTIONS=1)
+    monkeypatch.setattr("mxcore.transfer.move.tcp.connections_of", lambda cores, *, by_tls: 1)
+    target = Target("tcp")
     report = target.receive(changed, find_more=lambda: [source] if passed > 200_000 else [])
     assert target.is_right()
     assert any("a TLS record was changed on its way" in failure for failure in report.failures)

@@ -33,7 +33,7 @@ from tests.web.browser import Browser
 
 TOKEN = "t" * 40
 OPEN = ("/livez", "/readyz", "/metrics", "/page.js", "/page.css", "/icon.svg")
-GUARDED = ("/", "/status")
+GUARDED = ("/", "/status", "/metrics/models")
 
 
 class Said(NamedTuple):
@@ -101,7 +101,7 @@ def test_what_names_models_is_for_who_has_a_token(
 
 def test_without_auth_all_may_see_all(start_server: StartServer) -> None:
     port = start_server().metrics_port
-    assert [ask(port, path).status for path in (*OPEN, *GUARDED)] == [200] * 8
+    assert [ask(port, path).status for path in (*OPEN, *GUARDED)] == [200] * 9
 
 
 class Judge:
@@ -153,7 +153,7 @@ def test_judge_that_does_not_answer_lets_nobody_in() -> None:
     def away() -> Caller:
         raise AccessUnknown("the API server does not answer")
 
-    app = application(None, None, lambda: None, Judge(away))  # type: ignore[arg-type] # never looked at
+    app = application(None, None, lambda: None, Judge(away), model_registry=None)  # type: ignore[arg-type] # never looked at
     with TestClient(app) as client:
         answer = client.get("/status", headers={"Authorization": f"Bearer {TOKEN}"})
         assert (answer.status_code, "does not answer" in answer.text) == (503, True)
@@ -167,7 +167,8 @@ def test_every_role_may_look() -> None:
             return {"replicas": query.replicas}
 
     for role in Role:
-        app = application(None, View(), lambda: None, Judge(lambda role=role: Caller("c", role)))  # type: ignore[arg-type,misc]
+        judge = Judge(lambda role=role: Caller("c", role))  # type: ignore[misc]
+        app = application(None, View(), lambda: None, judge, model_registry=None)  # type: ignore[arg-type]
         with TestClient(app) as client:
             assert client.get("/status", headers={"Authorization": f"Bearer {TOKEN}"}).json() == {"replicas": 20}
 

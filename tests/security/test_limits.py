@@ -17,7 +17,8 @@ from mxserver.security import setup
 from mxserver.security.interceptors import StreamLimit
 from mxserver.settings import load_settings
 from mxserver.wire import ServerRefused
-from mxserver.wire.calls import MAX_MESSAGE_BYTES, ServerClient, channel_options
+from mxserver.wire.calls import ServerClient, channel_options
+from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import p2p_pb2
 from tests.security.conftest import IDENTITY, StartServer, access_file
@@ -27,7 +28,7 @@ PLAIN = ClientCredentials()
 
 
 def test_message_limit_is_what_the_setting_says(start_server: StartServer) -> None:
-    server = start_server(max_message_bytes="64KiB")
+    server = start_server(limits="publish_bytes=64KiB")
     with ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client:
         client.publish(IDENTITY, p2p_pb2.WorkerMetadata(nixl_metadata=b"x" * 60_000), "w")
         with pytest.raises(ServerRefused, match="RESOURCE_EXHAUSTED"):
@@ -39,7 +40,7 @@ def test_default_message_limit_is_the_protocols() -> None:
     assert options["grpc.max_receive_message_length"] == DEFAULT.publish_bytes
     assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.keepalive_time_ms"] == 30_000
-    options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "max_calls": "7"})))
+    options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "limits": "calls=7"})))
     assert (options["grpc.keepalive_time_ms"], options["grpc.max_concurrent_streams"]) == (5000, 7)
     assert dict(setup.server_options(load_settings({})))["grpc.max_concurrent_streams"] == setup.MOST_CALLS_A_CONNECTION
 
@@ -89,7 +90,10 @@ def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple
         with pytest.raises(grpc.RpcError):
             next(refused)
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "host ipv4:127.0.0.1 has 2 streams open, which is the limit (MX_SERVER_MAX_STREAMS)" in refused.details()
+        assert (
+            "host ipv4:127.0.0.1 has 2 streams open, which is the limit (streams_per_client of MX_SERVER_LIMITS)"
+            in refused.details()
+        )
         assert one.unary_unary("/s/call")(b"", timeout=120) == b""  # other calls go on
         waiting = [two.unary_stream(ENSURE)(b"", timeout=120) for _ in range(3)]  # so do those who wait for downloads
         assert [next(one) for one in waiting] == [b"1"] * 3
@@ -100,7 +104,7 @@ def test_client_with_too_many_streams_is_refused_more_until_one_ends(gate: tuple
 
 
 def test_calls_beyond_the_limit_are_refused_and_not_queued(start_server: StartServer) -> None:
-    server = start_server(max_calls=1)
+    server = start_server(limits="calls=1")
     with (
         ServerClient(f"127.0.0.1:{server.port}", credentials=PLAIN) as client,
         socket.create_connection(("127.0.0.1", server.port)) as other,

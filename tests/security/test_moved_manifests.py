@@ -57,7 +57,8 @@ def test_enforce_is_token_review_with_the_list(
 ) -> None:
     for name, value in ENFORCED.items():
         monkeypatch.setenv(name, value)
-    server = start_server(kubernetes_api=api.url, kubernetes_account=api.account)
+    monkeypatch.setattr("mxserver.security.setup.ACCOUNT_FOLDER", api.account)
+    server = start_server(kubernetes_api=api.url)
 
     def client(token: str | None) -> ServerClient:
         path = tmp_path / "token"
@@ -102,14 +103,13 @@ def test_its_names_are_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None
         ({MODE: "enforce", ACCOUNTS: "a:b", AUDIENCES: "x y"}, {}, f"{AUDIENCES}="),
         ({ACCOUNTS: "a:b"}, {}, f"{ACCOUNTS} would have no effect"),
         ({AUDIENCES: "x"}, {}, f"{AUDIENCES} would have no effect"),
-        ({"MX_AUTH_AUDIENCE": "x"}, {}, "would have no effect"),
+        ({"MX_AUTH_AUDIENCE": "x"}, {}, f"MX_AUTH_AUDIENCE is no setting any more: set {AUDIENCES}"),
         ({"MODEL_EXPRESS_SECURITY_MODUS": "enforce"}, {}, "MODEL_EXPRESS_SECURITY_MODUS is no setting, did you mean"),
         ({"MODEL_EXPRESS_SECURITY_ALLOWED_ACCOUNTS": "a:b"}, {}, "it looks like one that protects"),
         ({"MX_TLS_CERT": "/c"}, {}, "MX_TLS_CERT is no setting"),
         ({"MX_AUTH_FIEL": "/c"}, {}, "did you mean MX_AUTH_FILE?"),
         ({**ENFORCED, "MX_AUTH": "file"}, {}, "say different things"),
         ({**ENFORCED, "MX_AUTH": "off"}, {}, "say different things"),
-        ({**ENFORCED, "MX_AUTH_AUDIENCE": "other"}, {}, "say different things"),
         (ENFORCED, {"auth": "off"}, f"{MODE}=enforce and --auth off say different things"),
         ({**ENFORCED, TTL: "-1"}, {}, f"{TTL}='-1' is refused"),
     ],
@@ -129,7 +129,7 @@ def test_off_is_off_whatever_else_is_set(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_two_names_that_agree_are_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rules = access_file(tmp_path / "access.toml", ("a", "read", ""), kind="subjects")
-    environ = {**ENFORCED, "MX_AUTH": "kubernetes", "MX_AUTH_AUDIENCE": "modelexpress", "MX_AUTH_FILE": str(rules)}
+    environ = {**ENFORCED, "MX_AUTH": "kubernetes", "MX_AUTH_FILE": str(rules)}
     assert settings(monkeypatch, environ).auth == "kubernetes"
 
 

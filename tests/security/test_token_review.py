@@ -272,8 +272,11 @@ def test_ca_that_is_none_is_refused_at_start(api: ApiServer, subjects: Path) -> 
         TokenReviews(FileSubjects(AccessFile(subjects)), api.url, account_folder=api.account)
 
 
-def test_server_with_token_review(start_server: StartServer, api: ApiServer, subjects: Path, tmp_path: Path) -> None:
-    server = start_server(auth="kubernetes", auth_file=subjects, kubernetes_api=api.url, kubernetes_account=api.account)
+def test_server_with_token_review(
+    start_server: StartServer, api: ApiServer, subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxserver.security.setup.ACCOUNT_FOLDER", api.account)
+    server = start_server(auth="kubernetes", auth_file=subjects, kubernetes_api=api.url)
 
     def client(token: str) -> ServerClient:
         path = tmp_path / token

@@ -7,7 +7,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from bench.bench_control import CAPACITY_HEAD, capacity_row
 from mxcore.cli.main import mx
+from tests.server.conftest import ROOT
 
 ARGUMENTS = ["bench", "control", "--workers", "40", "--fleet-workers", "20", "--processes", "2", "--idle-seconds", "2"]
 ARGUMENTS += ["--attack-seconds", "0"]  # make test-adversary has them
@@ -24,6 +26,12 @@ def test_storm_and_heartbeats_without_an_error(store: str, replicas: int) -> Non
     assert figures["storm_p50_seconds"] <= figures["storm_p99_seconds"] <= figures["storm_max_seconds"]
     assert figures["storm_calls_per_second"] > 0
     assert figures["idle_core_share"] >= figures["idle_redis_core_share"] >= 0
+    assert figures["empty_mib"] > 10
+    assert figures["storm_workers_per_core_second"] > 0
+    row = capacity_row(result)
+    assert row.startswith(f"| {store} | {replicas} | 40 |")
+    assert row.count("|") == CAPACITY_HEAD[0].count("|") == CAPACITY_HEAD[1].count("|")
+    assert CAPACITY_HEAD[0] in (ROOT / "docs" / "operations.md").read_text()
 
 
 def test_replicas_need_a_store_that_they_share() -> None:

@@ -27,7 +27,7 @@ def test_every_setting_is_in_the_table_of_names() -> None:
     aliases = {field.alias for field in WorkerSettings.model_fields.values()}
     assert aliases <= BY_NAME.keys()
     with_effect = {v.name for v in BY_NAME.values() if v.reader in ("worker", "both")}
-    upstream = {"MODEL_EXPRESS_URL", "MX_P2P_TOPOLOGY", "MX_P2P_TOPOLOGY_DOMAIN", "MX_P2P_TOPOLOGY_ENFORCEMENT"}
+    upstream = {"MODEL_EXPRESS_URL", "MX_P2P_TOPOLOGY_ENFORCEMENT"}
     assert with_effect == aliases | {*upstream, *WORKER_NAMES}
 
 
@@ -45,16 +45,14 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_SOURCE_WAIT_SECS": "7",
             "MX_SOURCE_RATE_LIMIT": "1.5 GB",
             "MX_SOURCE_MAX_READERS": "3",
-            "MX_SAME_HOST_THREADS": "2",
             "MX_TCP_TRANSFER": "nixl",
-            "MX_TCP_CONNECTIONS": "3",
             "MX_CHUNK_TLS": "off",
             "MX_WORKER_CHUNK_PORT": "7001",
             "MX_DRAIN_TIMEOUT_SECS": "0",
             "MX_ON_BAD_MEMORY": "end",
             "MX_TRANSPORT": "rdma",
-            "MX_TOPOLOGY": "zone=a",
-            "MX_TOPOLOGY_REQUIRED": "zone",
+            "MX_P2P_TOPOLOGY": "zone=a",
+            "MX_P2P_TOPOLOGY_DOMAIN": "zone",
             "MX_P2P_TOPOLOGY_LEVELS": "zone, host",
             "MX_RDMA_NIC_PIN": "auto",
             "MX_RDMA_NIC_PIN_MIN_RATE_GBPS": "200",
@@ -74,9 +72,6 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_MODEL_SIGNATURE_ISSUER": "https://issuer.example.com",
             "MX_MODEL_SIGNATURE_TRUST": "/keys/trusted_root.json",
             "MX_MODEL_URI": "s3://models/m",
-            "MX_OBJECT_READER": "runai",
-            "MX_OBJECT_CONNECTIONS": "4",
-            "MX_OBJECT_TIMEOUT_SECS": "90",
             "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
             "MX_CACHE_WEIGHTS": "0",
             "MX_SOURCE_KEEP": "both",
@@ -85,6 +80,10 @@ def test_everything_comes_from_the_environment() -> None:
             "MX_EXPECTED_WORKERS": "8",
             "MX_SYNC_PUBLISH": "1",
             "MX_SYNC_START": "true",
+            "MX_METRICS_PORT": "9402",
+            "POD_NAME": "pod-1",
+            "NODE_NAME": "node-1",
+            "MX_METRICS_ENABLED": "0",
         },
     )
     assert settings.model_dump() == {
@@ -98,9 +97,7 @@ def test_everything_comes_from_the_environment() -> None:
         "source_wait_seconds": 7.0,
         "source_rate_limit": 1.5e9,
         "source_max_readers": 3,
-        "same_host_threads": 2,
         "tcp_transfer": "nixl",
-        "tcp_connections": 3,
         "chunk_tls": "off",
         "worker_chunk_port": 7001,
         "drain_timeout_seconds": 0.0,
@@ -127,9 +124,6 @@ def test_everything_comes_from_the_environment() -> None:
         "model_signature_issuer": "https://issuer.example.com",
         "model_signature_trust": "/keys/trusted_root.json",
         "model_uri": "s3://models/m",
-        "object_reader": "runai",
-        "object_connections": 4,
-        "object_timeout_seconds": 90.0,
         "no_shared_storage": True,
         "cache_weights": False,
         "source_keep": "both",
@@ -138,6 +132,10 @@ def test_everything_comes_from_the_environment() -> None:
         "expected_workers": 8,
         "sync_publish": True,
         "sync_start": True,
+        "metrics_port": 9402,
+        "pod_name": "pod-1",
+        "node_name": "node-1",
+        "metrics_enabled": False,
     }
 
 

@@ -14,9 +14,11 @@ from bench.demo import models
 from bench.demo.models import weight_files
 from bench.demo.processes import files_away
 from bench.fleet.free_ports import free_port
+from tests.metrics.test_metrics import metric
 from tests.vllm import drafts, families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded
+from tests.web.conftest import wait_for
 
 REPLICA = [f"VLLM_DP_{name}" for name in ("SIZE", "RANK", "RANK_LOCAL", "MASTER_IP", "MASTER_PORT")]
 Replicas = Callable[..., list[Loaded]]
@@ -95,9 +97,13 @@ def test_workers_take_from_their_own_rank(
     (first_format, first_extra), (second_format, second_extra) = formats
     expected = source.load(model, "auto", **options).answers
     count = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    port = free_port()
 
-    first = source.load(model, first_format, first_extra, keep=True, **options)
+    first = source.load(model, first_format, {**first_extra, "metrics_port": port}, keep=True, **options)
     try:
+        wait_for(lambda: metric(port, "mxworker_ranks") == count)  # one endpoint for all ranks of an engine
+        assert metric(port, "mxworker_serving") == count
+        assert metric(port, 'mxworker_loads_total{path="storage"}') == count
         with files_away(weight_files(model)):
             second = target.load(model, second_format, second_extra, **options)
     finally:

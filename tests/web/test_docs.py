@@ -30,7 +30,11 @@ def test_flags_files_and_commands_exist() -> None:
     for name in ("status", "sources", "doctor"):
         assert f"`mx {name}`" in PAGE
         helps += CliRunner().invoke(mx, [name, "--help"]).output
-    for flag in set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--load-format", "--set"}:  # vLLM's, helm's
+    for flag in set(re.findall(r"`(--[a-z-]+)", PAGE)) - {
+        "--load-format",
+        "--set",
+        "--build-arg",
+    }:  # vLLM's, helm's, docker's
         assert flag in helps, flag
     for path in re.findall(r"`((?:deploy|tools|tests)/[\w./-]+)`", PAGE):
         assert (ROOT / path).exists(), path

@@ -15,8 +15,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mxserver.calls import CallPool, Receiving
 from mxserver.store import SystemClock
-from mxserver.telemetry import DEFINITIONS, Events, Metrics, ObservingInterceptor, call_metrics, measured_calls
+from mxserver.telemetry import (
+    DEFINITIONS,
+    MODEL_DEFINITIONS,
+    Events,
+    Metrics,
+    ObservingInterceptor,
+    call_metrics,
+    measured_calls,
+)
 from mxserver.telemetry.metrics import PATHS, UNKNOWN, path_label
+from mxserver.telemetry.model_metrics import MOST_MODELS, ModelMetrics
 from mxserver.wire import StaleEpoch
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2
@@ -48,7 +57,7 @@ def test_promtool_finds_nothing_to_lint(web: WebServer) -> None:
 
 
 def test_names_keep_the_conventions() -> None:
-    for definition in DEFINITIONS:
+    for definition in (*DEFINITIONS, *MODEL_DEFINITIONS):
         assert re.fullmatch(r"mxserver_[a-z_]+", definition.name)
         assert definition.name.endswith("_total") == (definition.kind == "counter"), definition.name
         assert definition.kind != "histogram" or definition.name.endswith("_seconds")
@@ -123,6 +132,41 @@ def test_loads_and_bytes_by_path(web: WebServer, client: ServerClient) -> None:
     assert web.metric("mxserver_chunks_verified_total") == 7
     assert web.metric('mxserver_loads_total{path="unknown"}') == 1
     assert web.metric('mxserver_loads_total{path="storage"}') == 0, "a series is there before its first event"
+
+
+def test_models_have_a_page_of_their_own(web: WebServer, client: ServerClient) -> None:
+    report = load_pb2.LoadReport(load_id="1", path=load_pb2.LOAD_PATH_PEER_RDMA, bytes=1000, seconds=0.07)
+    publish(client, "a", of=identity("Org/One"), report=report)
+    publish(client, "b", INITIALIZING, of=identity("Org/One"))
+    publish(client, "c", of=identity("Org/Two"))
+    labels = 'model="Org/One",path="peer_rdma"'
+    text = ask(f"{web.url}/metrics/models").text
+    assert f"mxserver_model_loads_total{{{labels}}} 1.0" in text
+    assert f"mxserver_model_load_bytes_total{{{labels}}} 1000.0" in text
+    for bound, count in (("0.05", 0), ("0.1", 1)):
+        assert f'mxserver_model_load_duration_seconds_bucket{{le="{bound}",{labels}}} {count}.0' in text
+    assert 'mxserver_model_workers{model="Org/One",state="ready"} 1.0' in text
+    assert 'mxserver_model_workers{model="Org/One",state="initializing"} 1.0' in text
+    assert 'mxserver_model_workers{model="Org/Two",state="ready"} 1.0' in text
+    assert "Org/" not in exposition(web)
+    families = {family.name for family in text_string_to_metric_families(text)}
+    assert {definition.name.removesuffix("_total") for definition in MODEL_DEFINITIONS} <= families
+
+
+def test_names_of_models_are_bounded() -> None:
+    metrics = ModelMetrics()
+    for number in range(3 * MOST_MODELS):
+        metrics.finished(f"{number}" * 1000, "storage", 1, 1.0)
+        metrics.finished("kept", "peer_tcp", 1, 1.0)
+    metrics.scrape_from(lambda: {f"m{number}": {"ready": 1} for number in range(3 * MOST_MODELS)})
+    families = {family.name: family for family in metrics.registry.collect()}
+    loaded = {sample.labels["model"] for sample in families["mxserver_model_loads"].samples}
+    assert len(loaded) == MOST_MODELS
+    assert "kept" in loaded
+    assert all(len(name) <= 200 for name in loaded)
+    workers = {sample.labels["model"]: sample.value for sample in families["mxserver_model_workers"].samples}
+    assert len(workers) == MOST_MODELS + 1
+    assert workers["other"] == 2 * MOST_MODELS
 
 
 def test_downloads_and_cache(start_web: Callable[..., WebServer], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from mxserver.wire import ServerRefused, ServerUnreachable, StaleEpoch
-from mxserver.wire.calls import ERROR_CODE_METADATA, MAX_MESSAGE_BYTES, ServerClient, channel_options
+from mxserver.wire.calls import ERROR_CODE_METADATA, ServerClient, channel_options
+from mxserver.wire.calls.channels import MAX_MESSAGE_BYTES
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 

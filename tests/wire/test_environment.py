@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxserver.limits import MEANINGS
 from mxserver.wire import BY_NAME, VARIABLES, environment, is_kubernetes_value, misspelt, setting, without_effect
+from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unused_names import NOT_TOLD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,3 +167,31 @@ def test_names_with_effect_are_read_by_the_code_that_they_name(reader: str) -> N
     words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     named = {variable.name for variable in VARIABLES if variable.reader == reader}
     assert named <= words
+
+
+def test_a_name_that_was_a_setting_says_what_replaced_it() -> None:
+    environ = {"MX_SAME_HOST_THREADS": "2", "MX_TOPOLOGY": " ", "MX_CONFIG_FILE": "tcp://10.0.0.7:1"}
+    assert environment.warnings_for(environ, "worker") == [
+        "MX_SAME_HOST_THREADS is no setting any more: one thread a core reads, at most four"
+    ]
+    assert environment.unprotected(environ) == ""
+    reason = environment.unprotected({"MX_AUTH_AUDIENCE": "x"})
+    assert reason.startswith("MX_AUTH_AUDIENCE is no setting any more: set MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES")
+
+
+def test_removed_names_are_gone_and_what_they_name_is_there() -> None:
+    names = [removed.name for removed in REMOVED]
+    assert sorted(set(names)) == sorted(names)
+    assert not set(names) & set(BY_NAME)
+    for removed in REMOVED:
+        for name in re.findall(r"\b(?:MX|MODEL_EXPRESS)_[A-Z0-9_]+", removed.instead):
+            assert name in BY_NAME
+        for limit in re.findall(r"(\w+)=NUMBER", removed.instead):
+            assert limit in MEANINGS
+
+
+def test_settings_beside_those_that_manifests_have_already_do_not_grow() -> None:
+    """Fifty are wanted: a new one takes the place of one that nobody needs."""
+    published = {name for name, _ in published_names()}
+    own = sorted(set(BY_NAME) - published)
+    assert len(own) <= 54, own

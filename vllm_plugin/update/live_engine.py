@@ -125,7 +125,7 @@ class LiveEngine(VllmEngine):
     def wanted_digest(self) -> str:
         """Of the files or objects of the version; else what whoever asked for the update says that it is."""
         if self._version.uri:
-            place = UriPlace(self._version.uri, load_settings(self.options))
+            place = UriPlace(self._version.uri)
             try:
                 return place.digest
             finally:

@@ -90,14 +90,14 @@ def _fleet(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verd
 
 
 def _uri(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Verdict, str]:
-    from mxcore.storage.remote import LocalFolder, ObjectFolder, ObjectOptions, RemoteFolder, open_remote
+    from mxcore.storage.remote import LocalFolder, ObjectFolder, RemoteFolder, open_remote
 
     if not settings.model_uri:
         return "skip", "MX_MODEL_URI is not set"
     uri = parse_model_uri(settings.model_uri)
-    if missing := missing_packages(uri, streamer=settings.object_reader == "runai"):
+    if missing := missing_packages(uri):
         return "skip", f"{uri.text}: {missing}"
-    folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri, ObjectOptions.of(settings))
+    folder: RemoteFolder = LocalFolder(uri.folder) if uri.is_local else ObjectFolder(uri)
     try:
         checkpoint = open_remote(folder)
     finally:

@@ -28,7 +28,7 @@ class UriRung(Rung[Loaded]):
         place = self._context.uri
         if place is None:
             return skip("MX_MODEL_URI is not set")
-        if missing := missing_packages(place.uri, streamer=self._context.settings.object_reader == "runai"):
+        if missing := missing_packages(place.uri):
             return skip(f"{place.uri.text}: {missing}")
         self._check_state(place)
         if place.uri.is_local:

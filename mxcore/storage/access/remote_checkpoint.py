@@ -98,10 +98,9 @@ class RemoteCheckpoint(Checkpoint):
 
 def open_at(uri: ModelUri) -> RemoteCheckpoint:
     """Lists a prefix and reads the headers below it. Raises as `open_remote`, and ObjectStoreError."""
-    from mxcore.settings import load_settings
-    from mxcore.storage.remote import ObjectFolder, ObjectOptions
+    from mxcore.storage.remote import ObjectFolder
 
-    folder = ObjectFolder(uri, ObjectOptions.of(load_settings(told=True)))
+    folder = ObjectFolder(uri)
     try:
         return RemoteCheckpoint(folder)
     except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mxcore.storage.remote.hub_folder import hub_cache, listing_commit, place_in_hub_cache, place_of_state, state_of
 from mxcore.storage.remote.local_folder import LocalFolder
 from mxcore.storage.remote.model_uri import OBJECT_SCHEMES, ModelUri, missing_packages, parse_model_uri
-from mxcore.storage.remote.object_store import ObjectFolder, ObjectOptions
+from mxcore.storage.remote.object_store import ObjectFolder
 from mxcore.storage.remote.remote_folder import (
     BATCH_BYTES,
     RemoteFile,
@@ -27,7 +27,6 @@ __all__ = [
     "LocalFolder",
     "ModelUri",
     "ObjectFolder",
-    "ObjectOptions",
     "RemoteFile",
     "RemoteFolder",
     "RemoteRange",

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol
 
 from mxcore.errors import ObjectMissing, ObjectStoreError, ObjectTruncated, StoreTimeout, StreamerMissing
-from mxcore.settings import WorkerSettings
 from mxcore.storage.remote.model_streamer import ModelStreamer
 from mxcore.storage.remote.model_uri import ModelUri, missing_packages
 from mxcore.storage.remote.ranged_gets import RangedGets
@@ -40,7 +39,7 @@ Reader = Literal["auto", "obstore", "runai"]
 
 
 class ObjectOptions(NamedTuple):
-    """How a store is read; the defaults are those of the settings MX_OBJECT_READER, _CONNECTIONS and _TIMEOUT_SECS.
+    """How a store is read; the defaults do for every store that was tried.
 
     `reader`: "obstore", "runai" (Run:ai's model streamer), or "auto": obstore, and the streamer for a store that does
     not answer ranges as HTTP says. `timeout_seconds` without a byte end a request, which is then begun again.
@@ -49,11 +48,6 @@ class ObjectOptions(NamedTuple):
     reader: Reader = "auto"
     connections: int = 16
     timeout_seconds: float = 30.0
-
-    @classmethod
-    def of(cls, settings: WorkerSettings) -> Self:
-        """Those of a worker."""
-        return cls(settings.object_reader, settings.object_connections, settings.object_timeout_seconds)
 
 
 _DEFAULTS = ObjectOptions()

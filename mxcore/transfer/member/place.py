@@ -1,7 +1,7 @@
 """Where a worker is, level by level: its host, rack, zone. Sources near to it are taken first, or they alone.
 
-MX_TOPOLOGY says it in one of three ways: a list (`zone=a,rack=r7,host=n3`), a JSON object, as MX_P2P_TOPOLOGY of
-NVIDIA's ModelExpress, or the path of what Kubernetes' downward API writes: a file of labels (`key="value"`, a line
+MX_P2P_TOPOLOGY says it in one of three ways: a list (`zone=a,rack=r7,host=n3`), a JSON object, as for NVIDIA's
+ModelExpress, or the path of what Kubernetes' downward API writes: a file of labels (`key="value"`, a line
 each, https://kubernetes.io/docs/concepts/workloads/pods/downward-api/) or a folder with a file for each label. Of a
 label's key the part behind the last `/` counts, without `topology-` before it; `hostname` is the host.
 """
@@ -63,8 +63,8 @@ class Place:
         if not self.required or self.topology.get(self.required):
             return ""
         return (
-            f"this worker does not know its own {self.required} (MX_TOPOLOGY), which its sources must share "
-            "(MX_TOPOLOGY_REQUIRED): it takes weights from no other worker"
+            f"this worker does not know its own {self.required} (MX_P2P_TOPOLOGY), which its sources must share "
+            "(MX_P2P_TOPOLOGY_DOMAIN): it takes weights from no other worker"
         )
 
     def near(self, worker_id: str) -> Near:
@@ -85,7 +85,7 @@ def current_place(settings: WorkerSettings) -> Place:
     try:
         pairs = _of_path(Path(told)) if told.startswith("/") else _of_text(told)
     except (OSError, ValueError) as error:
-        logger.warning("MX_TOPOLOGY=%s says no place: %s", told, error)
+        logger.warning("MX_P2P_TOPOLOGY=%s says no place: %s", told, error)
         pairs = ()
     topology = {level: value[:_LONGEST] for key, value in pairs if value and (level := _level(key)) in levels}
     named = _names(settings, next((value for key, value in pairs if _level(key) == HOST), ""))

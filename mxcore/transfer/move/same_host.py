@@ -23,20 +23,20 @@ _CLOSE_SECONDS = 30.0
 _MOST_THREADS = 4  # more gain little: four come near the bandwidth of the memory
 
 
-def threads_of(cores: int, asked_for: int, *, hashed: bool) -> int:
-    """How many threads read; `asked_for` 0: as many as there are cores, at most 4.
+def threads_of(cores: int, *, hashed: bool) -> int:
+    """How many threads read: as many as there are cores, at most 4 (with more, memory is what is waited for).
 
     Hashing takes an eighth of a thread's time (a quarter with AVX2 alone): where a core is free for it, one more.
     """
-    threads = asked_for or min(cores, _MOST_THREADS)
+    threads = min(cores, _MOST_THREADS)
     return threads + 1 if hashed and cores > threads else threads
 
 
 class SameHostMover(Closing):
     """Reads the memory of process `process` of this host, which worker `holder` has proven to be its own. See Mover.
 
-    With `hashed`, digests are made on the way. `threads` as for `threads_of`: they read until `close`, which waits for
-    the chunks that are being read.
+    With `hashed`, digests are made on the way. Threads (`threads_of`) read until `close`, which waits for the chunks
+    that are being read.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class SameHostMover(Closing):
         *,
         hashed: bool,
         stall_timeout_seconds: float,
-        threads: int = 0,
     ) -> None:
         """Raises OSError when no thread can be started."""
         self._holder = holder
@@ -57,7 +56,7 @@ class SameHostMover(Closing):
         self._chunks = chunks
         self._local = local
         self._remote = remote
-        threads = threads_of(len(os.sched_getaffinity(0)), threads, hashed=hashed)
+        threads = threads_of(len(os.sched_getaffinity(0)), hashed=hashed)
         self._reads = AttachedReads(process, threads=threads, hashed=hashed)
         self._awaited = Awaited(f"reading the memory of worker {holder} brought none of", stall_timeout_seconds)
 

@@ -28,20 +28,18 @@ _MOST_CONNECTIONS = 4
 _MOST_TLS_CONNECTIONS = 8  # a core does a third as much by TLS
 
 
-def connections_of(cores: int, asked_for: int, *, by_tls: bool = False) -> int:
-    """How many connections to one holder; `asked_for` 0: one for every two cores, at most 4; by TLS one a core, 8.
+def connections_of(cores: int, *, by_tls: bool = False) -> int:
+    """How many connections to one holder: one for every two cores, at most 4; by TLS one a core, at most 8.
 
     A connection keeps a core busy on either side; on two cores a second one only takes from the first.
     """
-    if asked_for:
-        return asked_for
     return min(cores, _MOST_TLS_CONNECTIONS) if by_tls else min(max(1, cores // 2), _MOST_CONNECTIONS)
 
 
 class TcpMover(Closing):
     """Asks a holder for chunks on connections to its `port` with `token`; the compiled core takes them in. See Mover.
 
-    With `hashed`, digests are made on the way. `connections` as for `connections_of`. With `tls` the connections are
+    With `hashed`, digests are made on the way. With `tls` the connections are
     TLS, and nothing is taken in clear.
     """
 
@@ -54,7 +52,6 @@ class TcpMover(Closing):
         local: array[int],
         *,
         hashed: bool,
-        connections: int,
         stall_timeout_seconds: float,
         tls: ChunkTls | None = None,
     ) -> None:
@@ -67,7 +64,7 @@ class TcpMover(Closing):
         self._sockets: list[socket.socket] = []
         try:
             cores = len(os.sched_getaffinity(0))
-            for _ in range(connections_of(cores, connections, by_tls=tls is not None)):
+            for _ in range(connections_of(cores, by_tls=tls is not None)):
                 self._sockets.append(_connect(client, port, token, tls))
             self._reads = SocketReads(self._sockets, hashed=hashed)
         except BaseException:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mxcore.errors import DigestMismatch
+from mxcore.metrics import CHUNKS_VERIFIED, RECEIVED_BYTES, WRONG_CHUNKS
 from mxcore.transfer.receive.received_chunks import ReceivedChunks
 
 __all__ = ["ChunkVerifier"]
@@ -19,10 +20,11 @@ _VERIFY_THREADS = 1
 class ChunkVerifier:
     """Compares chunks with their digests while others arrive, and records those that are right."""
 
-    def __init__(self, received: ReceivedChunks, holder: str, doubt: Callable[[int], None]) -> None:
-        """`doubt` is called for each wrong chunk, on any thread."""
+    def __init__(self, received: ReceivedChunks, holder: str, transport: str, doubt: Callable[[int], None]) -> None:
+        """`doubt` is called for each wrong chunk, on any thread; `transport` is how they come, for the metrics."""
         self._received = received
         self._holder = holder
+        self._transport = transport
         self._doubt = doubt
         self._pool = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="mx-verify")
         self._running: set[Future[None]] = set()
@@ -52,7 +54,10 @@ class ChunkVerifier:
     def _record(self, chunk: int, right: bool) -> None:
         if right:
             self._received.accept(self._holder, chunk)
+            CHUNKS_VERIFIED.add()
+            RECEIVED_BYTES.add("p2p", self._transport, amount=self._received.chunks.bytes_of(chunk))
             return
+        WRONG_CHUNKS.add()
         self._doubt(chunk)
         message = f"chunk {chunk} from worker {self._holder} is not what its digest promises; it is refused"
         if not self._received.refuse(self._holder, chunk):

@@ -23,10 +23,12 @@ from mxcore.errors import (
     PeerLost,
     SourceBusy,
     SourceRefused,
+    SourceSlow,
     SourceUnreachable,
     TransferError,
     TransferStalled,
 )
+from mxcore.metrics import STRAGGLERS
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import ChunkRequest, all_chunks, set_from_bytes
 from mxcore.transfer.move import (
@@ -165,6 +167,8 @@ class HolderPull:
                 self.failure = error
             elif not (self._stopped.is_set() and self._given_up is None):
                 self.failure = self._given_up or error
+                if isinstance(self.failure, SourceSlow):
+                    STRAGGLERS.add()
         except Exception as error:  # a bug in one holder's thread must not hang the others
             logger.exception("fetching from worker %s failed by a fault of ours", self.source.worker_id)
             self.failure = SourceRefused(f"worker {self.source.worker_id}: {type(error).__name__}: {error}")
@@ -269,7 +273,9 @@ class HolderPull:
         session = self._sessions.take(route.tls, name) if route.by_nixl else None
         self._received.join(name, self.source.distance)
         done = False
-        verifying = ChunkVerifier(self._received, name, lambda chunk: self._client.doubt(lease_id, [chunk]))
+        verifying = ChunkVerifier(
+            self._received, name, route.transport, lambda chunk: self._client.doubt(lease_id, [chunk])
+        )
         try:
             # Progress from here on: what the holder is told by `_open` makes it connect at once.
             progress = session.progressing() if session is not None else nullcontext()
@@ -434,7 +440,6 @@ class HolderPull:
                 remote,
                 hashed=self._received.hashed_on_arrival,
                 stall_timeout_seconds=self._settings.stall_timeout_seconds,
-                threads=self._settings.same_host_threads,
             )
         peer = session.connect(answer.nixl_metadata)
         devices = {extent.device_id for extent in answer.extents} if answer.device_memory else set()
@@ -480,7 +485,6 @@ class HolderPull:
             received.chunks,
             received.addresses,
             hashed=received.hashed_on_arrival,
-            connections=settings.tcp_connections,
             stall_timeout_seconds=settings.stall_timeout_seconds,
             tls=tls,
         )

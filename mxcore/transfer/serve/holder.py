@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from mxcore.errors import FenceFailed, HolderBusy, HolderDraining, LayoutMismatch, LeaseEnded, NixlError, TransferError
+from mxcore.metrics import GIVEN_BYTES, LEASES, LEASES_NOW, SERVING
 from mxcore.sockets import ChunkSender
 from mxcore.transfer.layout import (
     CHUNK_BYTES,
@@ -112,6 +113,8 @@ class Holder:
         self._changed = threading.Condition()
         self._leases: dict[str, Lease] = {}
         self._draining = False
+        self._closed = False
+        SERVING.add()
 
     @property
     def draining(self) -> bool:
@@ -216,7 +219,9 @@ class Holder:
                 most, pause = self._rate_limit.allowed(min(wanted.most, available.bit_count()), self.chunks.chunk_bytes)
                 granted = self._grant_counts.grant(available, wanted.preferred, most)
                 self._note_granted(lease, granted)
-                self._bytes_sent += sum(map(self.chunks.bytes_of, granted))
+                granted_bytes = sum(map(self.chunks.bytes_of, granted))
+                self._bytes_sent += granted_bytes
+                GIVEN_BYTES.add(lease.transport, amount=granted_bytes)
             return AskAnswer(granted, self._version, self._have, self.complete, self._draining, pause)
 
     def _note_granted(self, lease: Lease, granted: Sequence[int]) -> None:
@@ -247,16 +252,20 @@ class Holder:
         """
         with self._changed:
             if self._draining:
+                LEASES.add("draining")
                 raise HolderDraining("this worker is leaving and takes no new readers; ask another one")
             self._expire()
             if len(self._leases) >= self.most_readers:
                 if (other := self._replaceable(reader)) is None:
+                    LEASES.add("busy")
                     raise HolderBusy(f"{len(self._leases)} workers are reading from this one; ask another one")
                 logger.info("lease %s of %s ends: another reader needs its place", other.lease_id, other.reader)
-                self._end(other)
+                self._end(other, "replaced")
             now = time.monotonic()
             lease = Lease(uuid.uuid4().hex, now + self.lease_seconds, reader=reader, read_at=now)
             self._leases[lease.lease_id] = lease
+            LEASES.add("granted")
+            LEASES_NOW.add()
             return lease
 
     def _replaceable(self, reader: str) -> Lease | None:
@@ -280,7 +289,7 @@ class Holder:
     def release(self, lease_id: str) -> None:
         """Ends a lease. Raises LeaseEnded."""
         with self._changed:
-            self._end(self.renew(lease_id))
+            self._end(self.renew(lease_id), "released")
 
     def open_transfer(
         self, lease_id: str, metadata: bytes, extent_addresses: Sequence[int], device: int | None = None
@@ -301,7 +310,7 @@ class Holder:
                 session.disconnect(peer)
                 raise LeaseEnded(f"lease {lease_id!r} has ended, or has an open transfer already")
             lease.connecting.enter_context(session.progressing())
-            lease.peer = peer
+            lease.peer, lease.transport = peer, "tcp"
             lease.remote_addresses = self.chunks.addresses(extent_addresses)
             lease.remote_device = device
 
@@ -313,6 +322,7 @@ class Holder:
         with self._changed:
             lease = self.renew(lease_id)
             lease.token = lease.token or secrets.token_bytes(TOKEN_BYTES)
+            lease.transport = "tcp"
             if lease.sender is None:
                 lease.sender = ChunkSender(self.addresses, self.chunks.lengths, self.chunks.segment_starts)
             return lease.token
@@ -320,7 +330,9 @@ class Holder:
     def open_staging(self, lease_id: str) -> mx_pb2.StagingBuffer:
         """The buffer that the lease's chunks come through. Raises LeaseEnded, CudaError."""
         with self._changed:
-            return self.staging.open(self.renew(lease_id).lease_id)
+            lease = self.renew(lease_id)
+            lease.transport = "cuda-ipc"
+            return self.staging.open(lease.lease_id)
 
     def send_chunks(self, token: bytes, connection: socket.socket) -> None:
         """Greets the receiver that showed `token`, and sends the chunks that it was granted, once each.
@@ -432,7 +444,8 @@ class Holder:
         Where that does not end in time, the memory is kept for ever, and the log says so.
         """
         with self._changed:
-            self._draining = True
+            SERVING.add(amount=0 if self._closed else -1)
+            self._draining = self._closed = True
             for lease in list(self._leases.values()):
                 self._end(lease)
             over = self._changed.wait_for(lambda: not self._sending, FENCE_SECONDS)  # shut down: they end at once
@@ -450,10 +463,12 @@ class Holder:
         now = time.monotonic()
         for lease in [lease for lease in self._leases.values() if lease.deadline < now]:
             logger.info("lease %s ended: no sign of its receiver for %g s", lease.lease_id, self.lease_seconds)
-            self._end(lease)
+            self._end(lease, "expired")
 
-    def _end(self, lease: Lease) -> None:
-        self._leases.pop(lease.lease_id, None)
+    def _end(self, lease: Lease, event: str = "cut") -> None:
+        if self._leases.pop(lease.lease_id, None) is not None:
+            LEASES.add(event)
+            LEASES_NOW.add(amount=-1)
         lease.ended = True
         for connection in lease.connections:
             cut_off(connection)

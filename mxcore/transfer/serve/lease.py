@@ -31,6 +31,7 @@ class Lease:
     token: bytes = b""  # that its connections to the chunk port show, once a transfer is open that sends
     connections: set[socket.socket] = field(default_factory=set)  # to the chunk port, shut down when it ends
     connecting: ExitStack = field(default_factory=ExitStack)  # from the opening to the end of the first stream
+    transport: str = "same-host"  # how its chunks go, for the metrics
     ended: bool = False
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from mxcore.metrics import SELF_CHECK_SECONDS, SELF_CHECKED, SELF_CHECKED_WRONG
 from mxcore.transfer.move import FENCE_SECONDS
 from mxcore.transfer.serve.holder import Holder
 from mxserver.wire import MxError
@@ -95,6 +96,9 @@ class SelfCheck:
                 first = self._doubted.popitem()[0] if was_doubted else self._next
             end = first + 1 if was_doubted else self._end_of_round(first)
             wrong, spent_seconds = self._look(first, end)
+            SELF_CHECKED.add(amount=end - first)
+            SELF_CHECKED_WRONG.add(amount=len(wrong))
+            SELF_CHECK_SECONDS.add(amount=spent_seconds)
             if wrong:
                 return wrong
             if was_doubted:

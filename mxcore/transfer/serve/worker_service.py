@@ -235,7 +235,8 @@ class _TransferService(mx_pb2_grpc.TransferServiceServicer):
             refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "a READ from this worker would not be one-sided")
         with _as_status(context):
             if reads:
-                holder.renew(request.lease_id)
+                by_rdma = bool(request.nixl_metadata) and rdma
+                holder.renew(request.lease_id).transport = "rdma" if by_rdma else "same-host"
             else:
                 addresses = [extent.address for extent in request.extents]
                 device = _device_of(context, request) if request.device_memory else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mxserver.wire.calls.channels import (
     KEEPALIVE_INTERVAL_MS,
     KEEPALIVE_TIMEOUT_MS,
-    MAX_MESSAGE_BYTES,
     NO_ANSWER,
     ServerChannel,
     call_failure,
@@ -22,7 +21,6 @@ __all__ = [
     "ERROR_CODE_METADATA",
     "KEEPALIVE_INTERVAL_MS",
     "KEEPALIVE_TIMEOUT_MS",
-    "MAX_MESSAGE_BYTES",
     "NO_ANSWER",
     "Closing",
     "Near",

@@ -255,19 +255,19 @@ def test_check_config_finds_what_would_fail_at_the_start(path: Path, tmp_path: P
     path.write_text(
         f'tls_cert_file = "{cert}"\ntls_key_file = "{key}"\nauth = "file"\nauth_file = "{rules}"\nport = 1\n'
     )
-    run = mxserver("--check-config", MX_CONFIG_FILE=str(path))
+    run = mxserver("--check-config", "--config", str(path))
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "mxserver: the settings are good\n")
     rules.write_text("[[tokens]]\nname = 'a'\n")
-    run = mxserver("--check-config", MX_CONFIG_FILE=str(path))
+    run = mxserver("--check-config", "--config", str(path))
     assert run.returncode == 2
     assert "[[tokens]] number 1 (a): role None must be read, publish or admin" in run.stderr
     access_file(rules, ("a", "read", "x"))
     key.unlink()
-    run = mxserver("--check-config", MX_CONFIG_FILE=str(path))
+    run = mxserver("--check-config", "--config", str(path))
     assert run.returncode == 2
     assert f"certificate {cert} and key {key} cannot be used" in run.stderr
     path.write_text("prot = 1\n")
-    run = mxserver("--check-config", MX_CONFIG_FILE=str(path))
+    run = mxserver("--check-config", "--config", str(path))
     assert (run.returncode, run.stdout) == (2, "")
     assert re.fullmatch(r"mxserver: settings file .*: 'prot' is no setting; .* \[MX_SETTING\]\n", run.stderr)
 

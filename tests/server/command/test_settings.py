@@ -11,7 +11,7 @@ import pytest
 from mxserver import logs
 from mxserver.cli import main
 from mxserver.setting_values import default_cache_directory, default_store_path
-from mxserver.settings import CONFIG_FILE, FLAGS, OTHER_NAMES, ServerSettings, load_settings
+from mxserver.settings import FIELDS, FLAGS, OTHER_NAMES, ServerSettings, load_settings
 from mxserver.wire import BY_NAME, VARIABLES, SettingError
 
 
@@ -49,8 +49,7 @@ def test_values_of_kubernetes_and_empty_ones_count_as_unset(monkeypatch: pytest.
         ("redis_url", "localhost:6379"),
         ("redis_port", "0"),
         ("auth", "yes"),
-        ("max_message_bytes", "3GiB"),
-        ("max_calls", "0"),
+        ("limits", "calls=0"),
         ("keepalive_seconds", "0.5"),
         ("kubernetes_api", "kubernetes.default"),
         ("heartbeat_timeout_seconds", "0"),
@@ -105,8 +104,12 @@ def test_state_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_of_names_flags_and_fields_agree() -> None:
     names = {str(field.alias) for field in ServerSettings.model_fields.values()}
     of_server = {v.name for v in VARIABLES if v.reader in ("server", "both")}
-    assert names == of_server - {CONFIG_FILE, *OTHER_NAMES}
-    options = {option.name: option for option in main.params if isinstance(option, click.Option)}
+    assert names == of_server - set(OTHER_NAMES)
+    options = {
+        FIELDS.get(str(option.name), str(option.name)): option
+        for option in main.params
+        if isinstance(option, click.Option)
+    }
     assert {name: [flag] for name, flag in FLAGS.items()} == {
         name: option.opts
         for name, option in options.items()

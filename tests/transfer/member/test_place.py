@@ -24,7 +24,7 @@ HERE = {"zone": "a", "rack": "r7", "host": "n3"}
 
 
 def place(told: str | Path, environ: dict[str, str] | None = None, **names: str) -> Place:
-    overrides = {"MX_TOPOLOGY": str(told)} if told else {}
+    overrides = {"MX_P2P_TOPOLOGY": str(told)} if told else {}
     return current_place(load_settings({**overrides, **names}, environ or {}))
 
 
@@ -88,7 +88,7 @@ def test_names_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_read_is_no_place(told: str, caplog: pytest.LogCaptureFixture) -> None:
     assert set(place(told).topology) == {"host"}
     assert ("says no place" in caplog.text) == (told != "{}")
-    assert place(told, MX_TOPOLOGY_REQUIRED="zone").problem
+    assert place(told, MX_P2P_TOPOLOGY_DOMAIN="zone").problem
 
 
 def test_names_of_modelexpress() -> None:
@@ -100,7 +100,7 @@ def test_names_of_modelexpress() -> None:
     for enforcement, required in (("", "cell"), ("required", "cell"), ("requird", "cell"), ("preferred", "")):
         environ["MX_P2P_TOPOLOGY_ENFORCEMENT"] = enforcement
         assert place("", environ).required == required
-    assert place("pod=ours", environ, MX_TOPOLOGY_REQUIRED="pod").required == "pod"
+    assert place("pod=ours", environ, MX_P2P_TOPOLOGY_DOMAIN="pod").required == "pod"
     assert place("pod=ours", environ).topology == {"pod": "ours"}
 
 
@@ -109,9 +109,9 @@ def test_distances() -> None:
     others = [HERE, {**HERE, "host": "n4"}, {"zone": "a", "rack": "r8"}, {"zone": "b", "rack": ""}, {}]
     assert [here.distance(other) for other in others] == [0, 1, 4, 6, 6]
     assert Place({}, ("zone",)).distance({"zone": ""}) == 1  # unknown is not the same
-    assert place("zone=a", MX_TOPOLOGY_REQUIRED="zone").allows({"zone": "a"})
-    assert not place("zone=a", MX_TOPOLOGY_REQUIRED="zone").allows({})
-    assert not place("rack=r", MX_TOPOLOGY_REQUIRED="zone").allows({"zone": ""})
+    assert place("zone=a", MX_P2P_TOPOLOGY_DOMAIN="zone").allows({"zone": "a"})
+    assert not place("zone=a", MX_P2P_TOPOLOGY_DOMAIN="zone").allows({})
+    assert not place("rack=r", MX_P2P_TOPOLOGY_DOMAIN="zone").allows({"zone": ""})
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def member(server: RunningServer) -> Iterator[Callable[..., Member]]:
     made: list[Member] = []
 
     def make(told: str, seed: int | None = None, **changes: Any) -> Member:
-        made.append(Member(server.address, seed, 4, MX_TOPOLOGY=told, **changes))
+        made.append(Member(server.address, seed, 4, MX_P2P_TOPOLOGY=told, **changes))
         return made[-1]
 
     yield make
@@ -147,7 +147,7 @@ def test_near_sources_are_taken_first(member: Callable[..., Member]) -> None:
 def test_required_fails_closed(member: Callable[..., Member], caplog: pytest.LogCaptureFixture) -> None:
     member("zone=b", SEED).serve()
     member("", SEED).serve()  # it does not say where it is
-    required = {"MX_TOPOLOGY_REQUIRED": "zone", "MX_SOURCE_WAIT_SECS": 20}
+    required = {"MX_P2P_TOPOLOGY_DOMAIN": "zone", "MX_SOURCE_WAIT_SECS": 20}
     target = member("zone=a", **required)
     assert target.membership.find_sources(receiving=True) == []
     assert member("zone=a").membership.find_sources() != []

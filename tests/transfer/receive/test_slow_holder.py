@@ -80,7 +80,8 @@ def test_a_holder_that_drips_loses_its_chunks_to_another(
     monkeypatch.setattr(plan, "_SLOW_SECONDS", 0.3)
     dripping, other = (start_worker("tcp", seed=SEED).serve() for _ in range(2))
     drips.append((dripping.worker_id, []))
-    target = Target("tcp", MX_TCP_CONNECTIONS=1)
+    monkeypatch.setattr(tcp, "connections_of", lambda cores, *, by_tls: 1)
+    target = Target("tcp")
 
     def listed() -> list[object]:
         return [other] if drips[0][1] else []
@@ -100,7 +101,8 @@ def test_a_sole_holder_that_drips_ends_as_a_straggler(
     monkeypatch.setattr(plan, "_DRIP_REST_SECONDS", 0.3)
     dripping = start_worker("tcp", seed=SEED).serve()
     drips.append((dripping.worker_id, []))
-    target = Target("tcp", MX_TCP_CONNECTIONS=1)
+    monkeypatch.setattr(tcp, "connections_of", lambda cores, *, by_tls: 1)
+    target = Target("tcp")
     with pytest.raises(ChunksMissing, match="less than 1 MB/s from all holders") as caught:
         target.receive(dripping)
     assert [type(failure) for failure in caught.value.failures] == [SourceSlow]

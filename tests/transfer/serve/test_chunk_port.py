@@ -30,16 +30,14 @@ from tests.transfer.test_exchange import CHUNK_BYTES, SEED, Target
 SECONDS = 60.0
 
 
-@pytest.mark.parametrize(
-    ("cores", "asked_for", "connections"), [(1, 0, 1), (2, 0, 1), (3, 0, 1), (4, 0, 2), (64, 0, 4), (2, 5, 5)]
-)
-def test_how_many_connections(cores: int, asked_for: int, connections: int) -> None:
-    assert connections_of(cores, asked_for) == connections
+@pytest.mark.parametrize(("cores", "connections"), [(1, 1), (2, 1), (3, 1), (4, 2), (64, 4)])
+def test_how_many_connections(cores: int, connections: int) -> None:
+    assert connections_of(cores) == connections
 
 
-@pytest.mark.parametrize(("cores", "asked_for", "connections"), [(1, 0, 1), (2, 0, 2), (64, 0, 8), (2, 5, 5)])
-def test_how_many_connections_by_tls(cores: int, asked_for: int, connections: int) -> None:
-    assert connections_of(cores, asked_for, by_tls=True) == connections
+@pytest.mark.parametrize(("cores", "connections"), [(1, 1), (2, 2), (64, 8)])
+def test_how_many_connections_by_tls(cores: int, connections: int) -> None:
+    assert connections_of(cores, by_tls=True) == connections
 
 
 @pytest.fixture
@@ -282,7 +280,7 @@ def test_where_the_port_is_not_reached_the_holder_writes(
 
 
 @pytest.mark.parametrize("connections", [1, 3])
-def test_no_agent_is_made_and_as_many_connections_as_it_was_told(
+def test_no_agent_is_made_and_as_many_connections_as_cores_make_sense(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, connections: int
 ) -> None:
     opened: list[int] = []
@@ -294,7 +292,8 @@ def test_no_agent_is_made_and_as_many_connections_as_it_was_told(
             assert live_agents() == 0
 
     monkeypatch.setattr(socket_pull, "SocketReads", Noted)
-    target = Target("tcp", MX_TCP_CONNECTIONS=connections)
+    monkeypatch.setattr(socket_pull, "connections_of", lambda cores, *, by_tls: connections)
+    target = Target("tcp")
     target.receive(start_worker("tcp", seed=SEED).serve())
     assert target.is_right()
     assert opened == [connections]

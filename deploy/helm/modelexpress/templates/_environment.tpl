@@ -22,7 +22,7 @@
 - {name: MX_CACHE_MAX_BYTES, value: {{ .Values.cache.maxBytes | quote }}}
 - {name: MX_SERVER_NOT_READY_SECS, value: {{ .Values.server.notReadySeconds | quote }}}
 - {name: MX_SERVER_DRAIN_SECS, value: {{ .Values.server.drainSeconds | quote }}}
-- {name: MX_LOG_FORMAT, value: {{ .Values.server.logFormat }}}
+- {name: MODEL_EXPRESS_LOG_FORMAT, value: {{ .Values.server.logFormat }}}
 {{- if .Values.cache.huggingFaceSecret }}
 - name: HF_TOKEN
   valueFrom:
@@ -41,7 +41,7 @@
 - {name: MX_AUTH_FILE, value: /etc/mxserver/access/access.toml}
 {{- end }}
 {{- with .Values.auth.audience }}
-- {name: MX_AUTH_AUDIENCE, value: {{ . | quote }}}
+- {name: MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES, value: {{ . | quote }}}
 {{- end }}
 {{- with .Values.auth.accounts }}
 - {name: MODEL_EXPRESS_SECURITY_ALLOWED_SERVICE_ACCOUNTS, value: {{ join "," . | quote }}}
