@@ -99,7 +99,12 @@ def test_wheel_carries_types_and_no_tests(wheel: Path) -> None:
     for name in compiled:
         assert name.replace(".abi3.so", ".pyi") in names
         assert b".debug_info" not in archive.read(name), "symbols are five sixths of a binary"
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mxcore", "mxserver", "vllm_plugin"}
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {
+        "mxbench",
+        "mxcore",
+        "mxserver",
+        "vllm_plugin",
+    }
 
 
 def test_it_runs_on_older_systems_than_this_one(wheel: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -287,7 +288,9 @@ def mover_of(
     tls: ChunkTls | None = None,
     stall_seconds: float = SECONDS,
 ) -> TcpMover:
-    with SourceClient(Source("id", "there", 0, f"127.0.0.1:{port}"), timeout_seconds=10.0) as client:
+    source = Source("id", "there", 0, f"127.0.0.1:{port}")
+    one = patch.object(tcp, "connections_of", lambda *_, **__: 1)
+    with SourceClient(source, timeout_seconds=10.0) as client, one:
         return TcpMover(
             client,
             port,
@@ -295,7 +298,6 @@ def mover_of(
             holder.chunks,
             holder.addresses,
             hashed=True,
-            connections=1,
             stall_timeout_seconds=stall_seconds,
             tls=tls or ChunkTls.of(ClientCredentials.from_environ()),
         )

@@ -139,7 +139,7 @@ def test_a_mover_within_the_host_says_when_it_does_not_end(monkeypatch: pytest.M
     layout, placement = build_layout("raw", tensors.local_tensors())
     chunks = Chunks(layout, 65536)
     local = chunks.local_addresses(placement)
-    mover = SameHostMover("w", os.getpid(), chunks, local, local, hashed=True, stall_timeout_seconds=5, threads=1)
+    mover = SameHostMover("w", os.getpid(), chunks, local, local, hashed=True, stall_timeout_seconds=5)
     monkeypatch.setattr(same_host, "_CLOSE_SECONDS", 0.0)
     reads = mover._reads
     monkeypatch.setattr(mover, "_reads", SimpleNamespace(close=lambda seconds: False))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -214,16 +215,16 @@ class Pretender:
 
 def pull_from(port: int, holder: Holder, stall_seconds: float) -> TcpMover:
     client = SourceClient(Source("id", "there", 0, f"127.0.0.1:{port}"), timeout_seconds=1.0)
-    return TcpMover(
-        client,
-        port,
-        bytes(TOKEN_BYTES),
-        holder.chunks,
-        holder.addresses,
-        hashed=True,
-        connections=1,
-        stall_timeout_seconds=stall_seconds,
-    )
+    with patch.object(socket_pull, "connections_of", lambda *_, **__: 1):
+        return TcpMover(
+            client,
+            port,
+            bytes(TOKEN_BYTES),
+            holder.chunks,
+            holder.addresses,
+            hashed=True,
+            stall_timeout_seconds=stall_seconds,
+        )
 
 
 @pytest.mark.parametrize(("says", "why"), [(b"HTTP/1.1", "it answers b'HTTP/1.1'"), (None, "timed out")])
