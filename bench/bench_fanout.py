@@ -105,7 +105,7 @@ def shaped(receivers: int, megabits: float) -> float:
 @click.option(
     "--megabits",
     type=click.FloatRange(0, min_open=True),
-    default=160.0,
+    default=80.0,
     show_default=True,
     help="Rate of every link, each way, Mbit/s; less beyond 8.",
 )

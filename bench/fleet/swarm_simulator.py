@@ -46,6 +46,7 @@ class Setting:
     look_seconds: float = 0.1
     idle_seconds: float = 2.0
     patience_seconds: float = 8.0
+    timeout_seconds: float = 600.0  # without a byte, whatever full holders say: MX_TRANSFER_TIMEOUT
     server_call_seconds: float = 0.00043
     holder_call_seconds: float = 0.0003
     lease_seconds: float = 15.0
@@ -83,6 +84,7 @@ class Worker:
     from_storage: bool = False
     news_pending: bool = False
     last_news: float = 0.0
+    last_byte: float = 0.0
     readers: set[str] = field(default_factory=set)
     refused: dict[str, float] = field(default_factory=dict)  # readers, and when they were
     holders: dict[str, float] = field(default_factory=dict)  # and when each last gave something
@@ -138,7 +140,13 @@ class Swarm:
     def _add(self, name: str, have: int) -> Worker:
         plan = SwarmPlan(self.setting.chunks, self.setting.chunk_bytes)
         worker = Worker(
-            name, plan, GrantCounts(self.chance), have, arrived=[0] * self.setting.chunks, last_news=self.now
+            name,
+            plan,
+            GrantCounts(self.chance),
+            have,
+            arrived=[0] * self.setting.chunks,
+            last_news=self.now,
+            last_byte=self.now,
         )
         self.workers[name] = worker
         return worker
@@ -187,7 +195,7 @@ class Swarm:
         me, setting = self.workers[name], self.setting
         if not me.alive or me.finished_at is not None:
             return
-        if self.now - me.last_news > setting.patience_seconds:
+        if self.now - me.last_news > setting.patience_seconds or self.now - me.last_byte > setting.timeout_seconds:
             me.from_storage = True
             self._finish(me)
             return
@@ -284,7 +292,7 @@ class Swarm:
         me.arrived[chunk] += 1
         me.have |= 1 << chunk
         me.holders[holder_name] = self.now
-        me.last_news = max(me.last_news, self.now)
+        me.last_news, me.last_byte = max(me.last_news, self.now), self.now
         self._announce(me)
         if me.plan.finished:
             self._finish(me)

@@ -230,6 +230,8 @@ class Receiver:
                     self._failures.append(SourceSlow(f"{', '.join(self._pulls)}: less than 1 MB/s from all holders"))
                     raise self._failed()
                 if self._nobody_left(now) and self._decide():
+                    silent = f"nothing came for {_PATIENCE_STALLS} stall time-outs"
+                    self._failures += [TransferStalled(f"worker {name}: {silent}") for name in self._pulls]
                     raise self._failed()
             with self._received.changed:
                 if not (self._received.finished and self._all_heard()):
