@@ -54,7 +54,7 @@ def load(axis: Any, result: dict[str, Any]) -> None:
     runs = result["seconds"]["warm"]
     speeds = {name: result["size_bytes"] / statistics.median(seconds) / 1e9 for name, seconds in runs.items()}
     names = {
-        "memcpy": ("limit: memcpy", LIMIT),
+        "memcpy": ("memcpy by torch (memory to memory)", LIMIT),
         "ours": ("ours", OURS),
         "safetensors_mmap": ("safetensors (mmap)", OTHERS),
         "runai_best": ("Run:ai's streamer, its best setting", OTHERS),
