@@ -125,7 +125,7 @@ def run(say: Progress) -> dict[str, Any]:
         pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
         stack.callback(cancelled.set)  # before the pool waits for its threads
         results = list(pool.map(lambda case: run_case(case, address, say), CASES))
-    far = far_storage.run(FOLDER, say)
+        far = far_storage.run(FOLDER, say)
     from_peers = [result["path"] == "p2p" for result in results]
     if "left_out" not in far:
         from_peers.append(far["workers"][1].get("path") == "p2p")
