@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -358,10 +359,20 @@ def platform_worker() -> type:
 def engine_of(vllm_config: VllmConfig | None) -> str:
     """Which of a process' engines this is the configuration of; empty where that cannot be said.
 
-    `vllm serve` (0.32) gives a configuration another id once its engine has loaded: the first one asked for stays.
+    `vllm serve` (0.32) gives a configuration another id once its engine has loaded: the first one asked for stays. It
+    is kept beside the configuration: vLLM copies one by its fields, and refuses any other attribute.
     """
-    held = {} if vllm_config is None else vars(vllm_config)
-    return str(held.setdefault("_mx_engine", getattr(vllm_config, "instance_id", "")))
+    if vllm_config is None:
+        return ""
+    key = id(vllm_config)
+    if key not in _first_ids:
+        _first_ids[key] = str(getattr(vllm_config, "instance_id", ""))
+        weakref.finalize(vllm_config, _first_ids.pop, key, None)
+    return _first_ids[key]
+
+
+_first_ids: dict[int, str] = {}
+"""What `engine_of` said first, by the id of a configuration that is alive."""
 
 
 FIRST_MOVE = "its first rearrangement of experts, --enable-eplb"

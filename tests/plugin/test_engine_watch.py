@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json, sys, types
+from vllm.config import VllmConfig
+from vllm.config.utils import replace
 from vllm_plugin import compat
 
 told, done = [], []
@@ -63,6 +65,8 @@ worker.vllm_config = types.SimpleNamespace(instance_id="e1")
 compat.engine_of(worker.vllm_config)
 worker.vllm_config.instance_id = "another"  # as `vllm serve` does it once the engine has loaded
 worker.shutdown()
+real = VllmConfig()
+found["copies"] = [compat.engine_of(each) == compat.engine_of(real) != "" for each in (real, replace(real))]
 sleeps = types.SimpleNamespace(enable_sleep_mode=True)
 found["risks"] = [
     compat.may_lose_memory(config("workers.Worker"), sleeps),
@@ -109,6 +113,11 @@ def test_the_engine_goes_on_as_without_us(found: dict[str, Any]) -> None:
     ]
     assert found["result"] == "slept"
     assert found["raised"] == '"the engine\'s own"'
+
+
+def test_a_configuration_that_was_asked_for_its_engine_can_be_copied(found: dict[str, Any]) -> None:
+    """vLLM does so for a part of a model, such as the language model of one that sees, and for a draft."""
+    assert found["copies"] == [True, True]
 
 
 def test_a_worker_that_cannot_be_watched(found: dict[str, Any]) -> None:

@@ -423,7 +423,7 @@ class Receiver:
         names = ", ".join(map(str, missing[:_NAMED_CHUNKS])) + (", ..." if len(missing) > _NAMED_CHUNKS else "")
         reasons = why or "; ".join(str(error) for error in self._failures) or "nobody had them"
         return ChunksMissing(
-            f"{len(missing)} of {len(self._received.chunks)} chunks did not come ({names}): {reasons}",
+            f"{reasons}: {len(missing)} of {len(self._received.chunks)} chunks did not come ({names})",
             missing=missing,
             failures=self._failures,
             partial=self._partial() if self._received.verified and by_files and self._only is None else None,
