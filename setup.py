@@ -1,8 +1,8 @@
 """Builds the compiled core: every .pyx below mxcore/ becomes an extension module of the same name.
 
-One stable-ABI wheel serves CPython 3.11 and later; MX_LIMITED_API=0 builds for the running one alone (coverage,
-free-threaded builds). MX_COMPILE=0 compiles nothing (the Makefile compiles in place, and lets pip only note where the
-packages are). MX_CFLAGS adds compiler flags (sanitizers), and keeps the symbols, which are left out otherwise.
+One stable-ABI wheel serves CPython 3.11 and later; a free-threaded Python gets a build of its own. MX_COMPILE=0
+compiles nothing (the Makefile compiles in place, and lets pip only note where the packages are). CFLAGS come after our
+own flags, and so win over them; symbols are left out unless they say -g.
 Extensions are compiled side by side, as many as there are cores.
 """
 
@@ -18,10 +18,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-LIMITED_API = os.environ.get("MX_LIMITED_API", "1") != "0" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 SOURCES = sorted((ROOT / "mxcore").rglob("*.pyx")) if os.environ.get("MX_COMPILE", "1") != "0" else []
-MORE_FLAGS = shlex.split(os.environ.get("MX_CFLAGS", ""))
+MORE_FLAGS = shlex.split(os.environ.get("CFLAGS", ""))
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", *MORE_FLAGS]  # Python's own flags begin with -g
+STRIPPED = [] if {"-g", "-g1", "-g2", "-g3", "-ggdb"} & {*MORE_FLAGS} else ["-s"]
 INCLUDED = re.compile(r'^\s*(?:#include|cdef extern from) "([\w/]+\.h)"|^from (mxcore[\w.]*) cimport', re.MULTILINE)
 
 
@@ -45,7 +46,7 @@ def extension(source: Path) -> Extension:
         include_dirs=["third_party/xxhash", "mxcore"],
         depends=sorted(included(source)),
         extra_compile_args=FLAGS,
-        extra_link_args=MORE_FLAGS or ["-s"],
+        extra_link_args=[*MORE_FLAGS, *STRIPPED],
         libraries=["dl", "pthread"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
         py_limited_api=LIMITED_API,

@@ -76,7 +76,7 @@ class SecondEngine:
         if isinstance(source, Files):  # with `needed`, only what no other process could give
             files = find_checkpoint(str(source.folder or self.model)).weight_files
             tensors = lazy_weights(
-                open_checkpoint(files), mode=settings.read_mode, needed=source.needed, read=read.append
+                open_checkpoint(files), mode=settings.reader_mode, needed=source.needed, read=read.append
             )
         else:
             tensors = source.tensors(None, progress)

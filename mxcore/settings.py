@@ -78,8 +78,7 @@ class WorkerSettings(BaseModel):
     nic_pin: str = Field("", alias="MX_RDMA_NIC_PIN", max_length=4096)
     nic_pin_least_gbps: float | None = Field(None, alias="MX_RDMA_NIC_PIN_MIN_RATE_GBPS", ge=0)
     nixl_backend: str = Field("UCX", alias="MX_NIXL_BACKEND", min_length=1)
-    storage_reader: Literal["mx", "engine"] = Field("mx", alias="MX_STORAGE_READER")
-    read_mode: Literal["auto", "buffered", "mapped", "direct", "uring"] = Field("auto", alias="MX_READ_MODE")
+    read_mode: Literal["auto", "buffered", "mapped", "direct", "uring", "engine"] = Field("auto", alias="MX_READ_MODE")
     gpudirect_storage: Literal["auto", "off"] = Field("auto", alias="MX_GPUDIRECT_STORAGE")
     host_memory_limit: str | None = Field(None, alias="MX_HOST_MEMORY_LIMIT")
     model_revision: str = Field("", alias="MX_MODEL_REVISION")
@@ -102,6 +101,11 @@ class WorkerSettings(BaseModel):
     load_paths: tuple[str, ...] = Field(tuple(RUNGS), alias="MX_LOAD_PATHS")
     metrics_port: int | None = Field(None, alias="MX_METRICS_PORT", ge=1, le=65535)
     metrics_enabled: bool = Field(True, alias="MX_METRICS_ENABLED")
+
+    @property
+    def reader_mode(self) -> Literal["auto", "buffered", "mapped", "direct", "uring"]:
+        """How our own reader reads, where the engine's does not."""
+        return "auto" if self.read_mode == "engine" else self.read_mode
 
     @field_validator("server_address")
     @classmethod

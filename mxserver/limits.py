@@ -20,7 +20,7 @@ def _limit(default: int, meaning: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """All limits. Names that end in `_bytes` are bytes, all others are counts."""
+    """All limits. Names that end in `_bytes` are bytes, those that end in `_seconds` seconds, all others are counts."""
 
     calls: int = _limit(20_000, "calls that are in progress at once, of all clients; more are refused")
     streams_per_client: int = _limit(64, "streams of files and downloads that one client has open at once")
@@ -39,6 +39,9 @@ class ServerLimits:
     watches: int = _limit(20_000, "streams of workers that wait for weights or receive them")
     watches_per_client: int = _limit(4_096, "of these, those of one host, and of one caller there")
     answer_bytes: int = _limit(128 * _MiB, "answers under way, that their clients have not taken yet, together")
+    silence_seconds: int = _limit(
+        30, "silence of a client that is connected, after which it is asked for a sign of life"
+    )
 
     def refusal(self, name: str, found: str) -> str:
         """What a refusal says: `found` what is over, the limit's name and value, and the setting that raises it."""

@@ -137,24 +137,10 @@ class ServerSettings(BaseSettings):
         alias="MODEL_EXPRESS_SECURITY_CACHE_TTL_SECS",
         description="a number of seconds from 0 to 86400",
     )
-    kubernetes_api: str = Field(
-        "https://kubernetes.default.svc",
-        pattern=r"^https?://\S+$",
-        alias="MX_KUBERNETES_API",
-        description="https://host:port",
-    )
     limits: Annotated[ServerLimits, NoDecode, BeforeValidator(parsed_limits)] = Field(
         DEFAULT,
         alias="MX_SERVER_LIMITS",
         description="NAME=NUMBER of limits, separated by ','; those of _bytes take MiB and such",
-    )
-    keepalive_seconds: float = Field(
-        30.0,
-        ge=1,
-        le=86400,
-        allow_inf_nan=False,
-        alias="MX_SERVER_KEEPALIVE_SECS",
-        description="a number of seconds from 1 to 86400",
     )
     drain_seconds: Seconds = Field(10.0, alias="MX_SERVER_DRAIN_SECS", description="a number of seconds greater than 0")
     heartbeat_timeout_seconds: Seconds = Field(

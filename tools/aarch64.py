@@ -105,7 +105,8 @@ def get_packages() -> None:
 def compile_core() -> None:
     """The packages with their modules for aarch64, and the tests beside them. Raises WheelError."""
     install_tools()
-    environ = {"MX_CFLAGS": "-O1 -s", **for_aarch64(HEADERS)}
+    environ = for_aarch64(HEADERS)
+    environ["CFLAGS"] += " -O1"
     run(sys.executable, "setup.py", "-q", "build", "--build-base", PLACE / "base", "--build-lib", TREE, environ=environ)
     for name in ("tests", "bench", "pyproject.toml"):
         if (ROOT / name).is_dir():

@@ -39,7 +39,7 @@ LEFT_OUT_TESTS = ("tests/cuda/transfer/test_same_device.py::test_weights_on_one_
 
 def build() -> None:
     """The packages, compiled with the flags, and the tests beside them."""
-    environment = {**os.environ, "MX_CFLAGS": FLAGS}
+    environment = {**os.environ, "CFLAGS": FLAGS}
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(BUILD / "base"), "--build-lib", str(TREE)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     for name in COPIED:
@@ -76,7 +76,7 @@ def run(command: list[str]) -> int:
         "ASAN_OPTIONS": f"detect_leaks=1:log_path={reports}/asan:detect_stack_use_after_return=0",
         "LSAN_OPTIONS": "exitcode=0:fast_unwind_on_malloc=1:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "MX_CFLAGS": FLAGS,  # for the stand-in driver, which the tests compile
+        "CFLAGS": FLAGS,  # for the stand-in driver, which the tests compile
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(TREE),
         "OMP_NUM_THREADS": "1",

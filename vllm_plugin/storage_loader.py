@@ -1,6 +1,6 @@
 """vLLM's default loader, with the bytes of safetensors files read by mxcore.storage, or with tensors from elsewhere.
 
-Which files, which names and what becomes of the tensors stay vLLM's; MX_STORAGE_READER=engine leaves the reading of
+Which files, which names and what becomes of the tensors stay vLLM's; MX_READ_MODE=engine leaves the reading of
 files to it as well.
 """
 
@@ -58,7 +58,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
         if isinstance(self._source, Streamed) and source.model_or_path == self._model:
             return ((source.prefix + name, tensor) for name, tensor in self._streamed(self._source))
         verified = self._source.verified
-        if self._settings.storage_reader == "engine" and verified is None:
+        if self._settings.read_mode == "engine" and verified is None:
             return super()._get_weights_iterator(source)
         with compat.reading_safetensors_with(self._weights):
             return super()._get_weights_iterator(source)
@@ -121,7 +121,7 @@ class StorageLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not ty
             yield from lazy_weights(
                 checkpoint,
                 set(names),
-                mode=self._settings.read_mode,
+                mode=self._settings.reader_mode,
                 gpudirect_storage=self._settings.gpudirect_storage,
                 told=lambda done_bytes: tell(done_bytes, total_bytes),
                 needed=self._source.needed if isinstance(self._source, Files) else None,

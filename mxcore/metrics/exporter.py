@@ -202,25 +202,24 @@ def serve(folder: Path, listener: socket.socket, linger_seconds: float) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 where somebody serves, 1 where the port cannot be had, which standard output says."""
+    """The exit code: 0 where somebody serves, 1 where the port cannot be had, which standard output says.
+
+    Who serves already may be about to end: only when it has had the time to see this rank does it stay.
+    """
     folder, port, linger_seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     lock = os.open(folder / "exporter", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if owns := _owns(lock):
-        try:
-            listener = listen(port)
-        except OSError as error:
-            sys.stdout.write(str(error.strerror))
-            return 1
-    if not _out_of_the_tree():
-        return 0
-    if not owns:
-        deadline = time.monotonic() + STANDBY_SECONDS
-        while not _owns(lock):
-            if time.monotonic() > deadline:
-                return 0
-            time.sleep(LOOK_SECONDS / 4)
+    deadline = time.monotonic() + STANDBY_SECONDS
+    while not _owns(lock):
+        if time.monotonic() > deadline:
+            return 0
+        time.sleep(LOOK_SECONDS / 4)
+    try:
         listener = listen(port)
-    serve(folder, listener, linger_seconds)
+    except OSError as error:
+        sys.stdout.write(str(error.strerror))
+        return 1
+    if _out_of_the_tree():
+        serve(folder, listener, linger_seconds)
     return 0
 
 

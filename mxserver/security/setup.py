@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import grpc
 from mxserver.security.access_file import AccessFile
 from mxserver.security.interceptors import AccessInterceptor, Authenticator, StreamLimit
 from mxserver.security.service_accounts import subjects
-from mxserver.security.token_review import ACCOUNT_FOLDER, TokenReviews
+from mxserver.security.token_review import ACCOUNT_FOLDER, TokenReviews, api_server
 from mxserver.settings import ServerSettings
 from mxserver.wire import SettingError
 from mxserver.wire.calls import channel_options, server_credentials
@@ -31,7 +32,7 @@ def authenticator(settings: ServerSettings) -> Authenticator | None:
         return access
     return TokenReviews(
         subjects(settings.auth_accounts, access),
-        settings.kubernetes_api,
+        api_server(os.environ),
         audiences=settings.auth_audience,
         account_folder=ACCOUNT_FOLDER,
         good_seconds=settings.auth_cache_seconds,
@@ -51,7 +52,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, Any]]:
     """Options of the gRPC server."""
     own = {
         "grpc.max_receive_message_length": settings.limits.publish_bytes,
-        "grpc.keepalive_time_ms": round(settings.keepalive_seconds * 1000),
+        "grpc.keepalive_time_ms": settings.limits.silence_seconds * 1000,
         # gRPC holds this much of a request that nothing here has begun to receive; by default it guesses how much
         # the connection could bring, which was 110 MiB each of four. What is received comes as fast as it can.
         "grpc.http2.bdp_probe": 0,

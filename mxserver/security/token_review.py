@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ REVIEWS_WAITING = 16  # calls that wait for one of those, each in a thread
 LARGEST_ANSWER_BYTES = 1024 * 1024
 
 _POD_NAME = "authentication.kubernetes.io/pod-name"
+
+
+def api_server(environ: Mapping[str, str]) -> str:
+    """https://host:port of the API server: as Kubernetes tells each container, else by its name in every cluster."""
+    host = environ.get("KUBERNETES_SERVICE_HOST", "").strip()
+    if not host:
+        return "https://kubernetes.default.svc"
+    port = environ.get("KUBERNETES_SERVICE_PORT", "").strip() or "443"
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
 @dataclass(frozen=True)

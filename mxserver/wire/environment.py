@@ -14,7 +14,7 @@ from mxserver.wire.nearest_name import nearest
 from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unused_names import UNUSED, is_unused
 
-Reader = Literal["server", "worker", "both", "plugin", "build"]
+Reader = Literal["server", "worker", "both", "plugin"]
 
 PREFIXES = ("MX_", "MODEL_EXPRESS_")
 
@@ -135,13 +135,6 @@ VARIABLES: tuple[Variable, ...] = (
         "60",
     ),
     Variable(
-        "MX_KUBERNETES_API",
-        "server",
-        "the API server that judges tokens",
-        "--kubernetes-api URL",
-        "https://kubernetes.default.svc",
-    ),
-    Variable(
         "MX_SERVER_LIMITS",
         "server",
         "other limits than the default ones of the table below, as NAME=NUMBER",
@@ -154,13 +147,6 @@ VARIABLES: tuple[Variable, ...] = (
         "names under which the page may be asked for without a token, beside addresses and names of the cluster",
         "--metrics-hosts NAMES",
         "those of the cluster",
-    ),
-    Variable(
-        "MX_SERVER_KEEPALIVE_SECS",
-        "server",
-        "a client that is silent in a call is pinged after so long",
-        "--keepalive SECONDS",
-        "30",
     ),
     Variable(
         "MX_SERVER_NOT_READY_SECS",
@@ -330,8 +316,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_RDMA_NIC_PIN_MIN_RATE_GBPS", "worker", "ports below it are left out; unless set all but the fastest"),
     Variable("MX_LAYOUT", "worker", "which kind of layout is exchanged: auto, processed or raw"),
     Variable("MX_NIXL_BACKEND", "worker", "the NIXL backend"),
-    Variable("MX_STORAGE_READER", "worker", "what reads weight files: mx, or engine for the engine's own loader"),
-    Variable("MX_READ_MODE", "worker", "how files are read: auto, buffered, mapped, direct or uring"),
+    Variable(
+        "MX_READ_MODE",
+        "worker",
+        "how files are read: auto, buffered, mapped, direct or uring; engine: by the engine's own loader",
+    ),
     Variable(
         "MX_GPUDIRECT_STORAGE", "worker", "auto: from the disk straight into device memory where that is proven; off"
     ),
@@ -389,9 +378,6 @@ VARIABLES: tuple[Variable, ...] = (
         "plugin",
         "file with the token that `POST /mx/update` asks for, in place of the engine's API key; it may rotate",
     ),
-    # Read by setup.py.
-    Variable("MX_LIMITED_API", "build", "0 builds for the running Python alone instead of the stable ABI"),
-    Variable("MX_CFLAGS", "build", "more compiler and linker flags"),
 )
 
 BY_NAME: dict[str, Variable] = {variable.name: variable for variable in VARIABLES}

@@ -90,7 +90,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_INSTANT_TENSOR", "MX_MS_DISTRIBUTED", "MX_GDS_*"),
         "worker",
         "other ways to read files",
-        "`MX_STORAGE_READER`, `MX_READ_MODE` and `MX_GPUDIRECT_STORAGE` choose",
+        "`MX_READ_MODE` and `MX_GPUDIRECT_STORAGE` choose",
     ),
     Unused(
         ("MX_LOAD_STRATEGY_CHAIN", "MX_LOAD_PLUGIN", "MX_LOAD_PLUGIN_BEFORE", "MX_PLUGIN_DIR", "MX_LOAD_MODE"),

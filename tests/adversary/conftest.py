@@ -64,7 +64,8 @@ class Attacked:
             *("--port", "0", "--store", STORE, "--store-path", str(self.folder / "state.sqlite3"), *redis),
             *("--auth", "file", "--auth-file", str(self.folder / "access.toml")),
             *("--cache-dir", str(self.folder / "cache"), "--file-sources", str(models)),
-            *("--heartbeat-timeout", str(LEASE_SECONDS), "--cache-lease", "3", "--drain", "1", "--keepalive", "3"),
+            *("--heartbeat-timeout", str(LEASE_SECONDS), "--cache-lease", "3", "--drain", "1"),
+            *("--limits", "silence_seconds=3"),
             *self._arguments,
             environ={"HF_ENDPOINT": f"http://127.0.0.1:{self._hub.getsockname()[1]}", **self._environ},
         )

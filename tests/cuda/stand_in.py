@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 
 
 def build(folder: Path) -> Path:
-    """The library, compiled with the machine's cc (and MX_CFLAGS, where a sanitizer's build sets it)."""
+    """The library, compiled with the machine's cc (and CFLAGS, where a sanitizer's build sets it)."""
     library = folder / "libmx_cuda_stand_in.so"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     flags = [
@@ -60,7 +60,7 @@ def build(folder: Path) -> Path:
         "-pthread",
     ]
     sources = [str(SOURCES / name) for name in FILES]
-    extra = shlex.split(os.environ.get("MX_CFLAGS", ""))
+    extra = shlex.split(os.environ.get("CFLAGS", ""))
     subprocess.run(
         [compiler, *flags, *extra, "-I", str(ROOT / "mxcore"), *sources, "-o", str(library)], check=True, timeout=300
     )

@@ -2,8 +2,9 @@
 
 Its input is JSON: `root` (the checkout), `python` (where the interpreter is installed), `uid`, `gid`, `group`
 (fsGroup), `environment`, `arguments`, `mounts` (paths of volumes, as emptyDir has them), `probes` (paths of the port
-9401). Its output: what the probes and the server answered. Nothing of the machine is changed: all mounts are this
-namespace's.
+9401). With `image`, a root file system, its `program` starts there instead of the checkout's server, with `binds` of
+this machine's folders, and the commands of `beside` once the probes answer. Its output: what the probes and the
+programs answered. Nothing of the machine is changed: all mounts are this namespace's.
 """
 
 from __future__ import annotations
@@ -53,6 +54,40 @@ def prepare(root: str, python: str, mounts: list[str], group: int) -> str:
     return str(code)
 
 
+def prepare_image(image: str, mounts: list[str], group: int, binds: dict[str, str]) -> None:
+    """A root file system as a pod sees it: read-only but for its volumes and /tmp."""
+    mount("--make-rprivate", "/")
+    loopback_up()
+    mount("--bind", image, image)
+    mount("-t", "proc", "none", f"{image}/proc")
+    mount("--rbind", "/dev", f"{image}/dev")
+    for source, at in binds.items():
+        mount("--bind", source, image + at)
+        mount("-o", "remount,bind,ro", image + at)
+    for path in mounts:
+        mount("-t", "tmpfs", "-o", f"mode=2777,gid={group}", "none", image + path)
+    mount("-o", "remount,bind,ro", image)
+
+
+def as_user(command: dict[str, Any]) -> list[str]:
+    """What takes root and its capabilities away."""
+    return [
+        *("setpriv", "--reuid", str(command["uid"]), "--regid", str(command["gid"])),
+        *("--groups", str(command["group"]), "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"),
+        *("env", "-i", "-C", "/"),
+    ]
+
+
+def in_checkout(command: dict[str, Any]) -> list[str]:
+    """The server of this checkout, with the packages that it has."""
+    code = prepare(command["root"], command["python"], command["mounts"], command["group"])
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = f"{code}/.venv/lib/{version}/site-packages"
+    environment = [f"{name}={value}" for name, value in command["environment"].items()]
+    places = [f"PYTHONPATH={code}:{packages}", "LD_LIBRARY_PATH=/var/python/lib", "PYTHONDONTWRITEBYTECODE=1"]
+    return [*as_user(command), *places, *environment, f"/var/python/bin/{version}", "-m", "mxserver"]
+
+
 def answer(path: str) -> int:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:9401{path}", timeout=60) as got:
@@ -62,29 +97,15 @@ def answer(path: str) -> int:
 
 
 def main(command: dict[str, Any]) -> dict[str, Any]:
-    code = prepare(command["root"], command["python"], command["mounts"], command["group"])
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = f"{code}/.venv/lib/{version}/site-packages"
-    environment = [f"{name}={value}" for name, value in command["environment"].items()]
-    server = subprocess.Popen(
-        [
-            *("setpriv", "--reuid", str(command["uid"]), "--regid", str(command["gid"])),
-            *("--groups", str(command["group"]), "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"),
-            *(
-                "env",
-                "-i",
-                "-C",
-                "/",
-                f"PYTHONPATH={code}:{packages}",
-                "LD_LIBRARY_PATH=/var/python/lib",
-                *environment,
-                "PYTHONDONTWRITEBYTECODE=1",
-            ),
-            *(f"/var/python/bin/{version}", "-m", "mxserver", *command["arguments"]),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    place = command.get("image", "")
+    if place:
+        prepare_image(place, command["mounts"], command["group"], command.get("binds", {}))
+        environment = [f"{name}={value}" for name, value in command["environment"].items()]
+        inside = ["chroot", place, *as_user(command), *environment]
+        words = [*inside, *command["program"]]
+    else:
+        inside, words = [], in_checkout(command)
+    server = subprocess.Popen([*words, *command["arguments"]], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + START_SECONDS
     answers: dict[str, int] = {}
     while server.poll() is None and time.monotonic() < deadline and answers != dict.fromkeys(command["probes"], 200):
@@ -92,10 +113,21 @@ def main(command: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             answers = {path: answer(path) for path in command["probes"]}
     status = Path(f"/proc/{server.pid}/status").read_text() if server.poll() is None else ""
+    beside = [
+        subprocess.run([*inside, *words], capture_output=True, text=True, check=False)
+        for words in (command.get("beside", []) if server.poll() is None else [])
+    ]
     server.terminate()
     said = server.communicate()[1]
-    written = sorted(str(path) for at in command["mounts"] for path in Path(at).rglob("*") if path.is_file())
-    return {"answers": answers, "code": server.returncode, "said": said, "written": written, "status": status}
+    written = sorted(str(path) for at in command["mounts"] for path in Path(place + at).rglob("*") if path.is_file())
+    return {
+        "answers": answers,
+        "code": server.returncode,
+        "said": said,
+        "written": written,
+        "status": status,
+        "beside": [{"code": one.returncode, "out": one.stdout, "err": one.stderr} for one in beside],
+    }
 
 
 if __name__ == "__main__":

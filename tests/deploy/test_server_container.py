@@ -26,20 +26,8 @@ def _may_unshare() -> bool:
 pytestmark = pytest.mark.skipif(not _may_unshare(), reason="needs root, and namespaces of mounts and networks")
 
 
-def started(uid: int, gid: int, environ: dict[str, str], *arguments: str) -> dict[str, Any]:
-    pod = of_kind("server.yaml", "Deployment")["spec"]["template"]["spec"]
-    one = container("server.yaml")
-    command = {
-        "root": str(ROOT),
-        "python": sys.base_prefix,
-        "uid": uid,
-        "gid": gid,
-        "group": pod["securityContext"]["fsGroup"],
-        "environment": environ,
-        "arguments": [*map(str, one.get("args", [])), *arguments],
-        "mounts": [mount["mountPath"] for mount in one["volumeMounts"]],
-        "probes": sorted({one[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}),
-    }
+def in_namespaces(command: dict[str, Any]) -> dict[str, Any]:
+    """What container.py answers. The command is as it is there."""
     program = str(Path(__file__).with_name("container.py"))
     ran = subprocess.run(
         [*UNSHARE, sys.executable, program], input=json.dumps(command), capture_output=True, text=True, check=False
@@ -47,6 +35,24 @@ def started(uid: int, gid: int, environ: dict[str, str], *arguments: str) -> dic
     assert ran.returncode == 0, ran.stderr
     result: dict[str, Any] = json.loads(ran.stdout)
     return result
+
+
+def started(uid: int, gid: int, environ: dict[str, str], *arguments: str) -> dict[str, Any]:
+    pod = of_kind("server.yaml", "Deployment")["spec"]["template"]["spec"]
+    one = container("server.yaml")
+    return in_namespaces(
+        {
+            "root": str(ROOT),
+            "python": sys.base_prefix,
+            "uid": uid,
+            "gid": gid,
+            "group": pod["securityContext"]["fsGroup"],
+            "environment": environ,
+            "arguments": [*map(str, one.get("args", [])), *arguments],
+            "mounts": [mount["mountPath"] for mount in one["volumeMounts"]],
+            "probes": sorted({one[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}),
+        }
+    )
 
 
 def chart_environment() -> dict[str, str]:

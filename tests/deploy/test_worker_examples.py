@@ -122,4 +122,5 @@ def test_our_settings_exist_and_each_worker_says_where_it_is(file: str) -> None:
             assert ports["mx-worker"] == 6555
             assert str(ports["mx-chunks"]) == environ["MX_WORKER_CHUNK_PORT"]
             assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+            assert container["securityContext"]["runAsUser"] == 0, "to another user the capability is not given"
             assert any(name.startswith("rdma/") for name in container["resources"]["limits"])

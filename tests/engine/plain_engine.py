@@ -102,7 +102,7 @@ class PlainEngine:
                 raise FileNotFoundError(f"no weights in {found.folder}")
             tensors = lazy_weights(
                 open_checkpoint(found.weight_files),
-                mode=settings.read_mode,
+                mode=settings.reader_mode,
                 lazy_least_bytes=0,
                 needed=source.needed,
                 record=source.record,

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.fleet.free_ports import free_port
-from mxcore.metrics import EXPORTED, FAMILIES, LEASES_NOW, STRAGGLERS
+from mxcore.metrics import EXPORTED, FAMILIES, LEASES_NOW, STRAGGLERS, exporter
 from mxcore.metrics.recording import FILE_BYTES, Recorder, record
 from tests.web.conftest import wait_for
 
@@ -149,9 +150,9 @@ def test_a_restart_goes_on_with_what_was_counted_and_another_engine_begins_anew(
     wait_for(lambda: metric(port, "mxworker_ranks") == 1)
     assert metric(port, "mxworker_stragglers_total") == 2
     wait_for(lambda: exporters(tmp_path) == 1)  # the second rank's has found that the first one's serves
-    [exporter] = exporters_of(tmp_path)
+    [serving] = exporters_of(tmp_path)
     second.end()
-    os.kill(exporter, signal.SIGKILL)
+    os.kill(serving, signal.SIGKILL)
     wait_for(lambda: metric(port, "mxworker_ranks") is None)
     third = Rank(port, tmp_path, 0.0)
     wait_for(lambda: metric(port, "mxworker_ranks") == 1)
@@ -254,6 +255,18 @@ def test_a_port_in_use_is_a_line_of_the_log(port: int, tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(port)], capture_output=True, text=True, env=environ, check=True
     )
     assert f"no metrics of this engine's workers at port {port} (MX_METRICS_PORT): Address already in use" in ran.stderr
+
+
+def test_who_stood_by_says_that_the_port_has_gone_meanwhile(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exporter before it ended, and something else took its port."""
+    answers = iter([False, False, True])
+    monkeypatch.setattr(exporter, "_owns", lambda _: next(answers))
+    monkeypatch.setattr(sys, "argv", ["exporter.py", str(tmp_path), str(port), "0"])
+    with socket.create_server(("", port)):
+        assert exporter.main() == 1
+    assert capsys.readouterr().out.startswith("Address already in use")
 
 
 def test_a_folder_of_somebody_else_is_not_taken(port: int, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What error texts and docs say to install can be installed: a path of this checkout, or packages that exist."""
+"""What error texts and docs say to install can be installed: a path of this checkout, or packages that exist. Of
+images, tests/deploy/test_image_files.py."""
 
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ HINT = re.compile(r"pip install ((?:[-\w\[\],.=<>]+|'[^']+'|\{[^}]+\})(?: +(?:[-
 READ = [
     ROOT / "README.md",
     *(ROOT / "docs").rglob("*.md"),
-    *(ROOT / "deploy").rglob("Dockerfile*"),
     *(ROOT / "deploy").rglob("*.yaml"),
 ] + [path for package in ("mxcore", "mxserver", "vllm_plugin") for path in (ROOT / package).rglob("*.py")]
 ENGINES = {"vllm"}  # the user's own; tests run its CPU build, which has another name
@@ -74,5 +74,5 @@ def test_what_nobody_can_install_is_found(words: str) -> None:
 def test_what_error_texts_name_is_what_the_extras_bring() -> None:
     brought = {name: tuple(listed) for name, listed in PROJECT["optional-dependencies"].items() if name in EXTRAS}
     assert brought == EXTRAS
-    assert set(PROJECT["optional-dependencies"]) - set(EXTRAS) == {"vllm", "nixl", "bench", "dev"}
+    assert set(PROJECT["optional-dependencies"]) - set(EXTRAS) == {"vllm", "nixl", "server", "bench", "dev"}
     assert install_command("redis") == "pip install 'redis[hiredis]>=5'"

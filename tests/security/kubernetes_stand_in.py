@@ -64,6 +64,10 @@ class ApiServer:
         context.load_cert_chain(*authority.issue("api-server", "127.0.0.1"))
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.url = f"https://127.0.0.1:{self._server.server_port}"
+        self.environ = {  # as in every container of a cluster
+            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+            "KUBERNETES_SERVICE_PORT": str(self._server.server_port),
+        }
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
 

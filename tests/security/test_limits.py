@@ -40,7 +40,7 @@ def test_default_message_limit_is_the_protocols() -> None:
     assert options["grpc.max_receive_message_length"] == DEFAULT.publish_bytes
     assert options["grpc.max_send_message_length"] == MAX_MESSAGE_BYTES
     assert options["grpc.keepalive_time_ms"] == 30_000
-    options = dict(setup.server_options(load_settings({"keepalive_seconds": "5", "limits": "calls=7"})))
+    options = dict(setup.server_options(load_settings({"limits": "calls=7,silence_seconds=5"})))
     assert (options["grpc.keepalive_time_ms"], options["grpc.max_concurrent_streams"]) == (5000, 7)
     assert dict(setup.server_options(load_settings({})))["grpc.max_concurrent_streams"] == setup.MOST_CALLS_A_CONNECTION
 

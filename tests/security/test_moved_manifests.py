@@ -55,10 +55,10 @@ def mxserver(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
 def test_enforce_is_token_review_with_the_list(
     start_server: StartServer, api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in ENFORCED.items():
+    for name, value in {**ENFORCED, **api.environ}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("mxserver.security.setup.ACCOUNT_FOLDER", api.account)
-    server = start_server(kubernetes_api=api.url)
+    server = start_server()
 
     def client(token: str | None) -> ServerClient:
         path = tmp_path / "token"

@@ -14,7 +14,7 @@ from mxserver.security import AccessUnknown, Role, Unauthenticated, token_review
 from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import Caller
 from mxserver.security.service_accounts import AllowedAccounts, FileSubjects
-from mxserver.security.token_review import TokenReviews
+from mxserver.security.token_review import TokenReviews, api_server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials
@@ -266,6 +266,19 @@ def test_api_server_of_another_authority_is_not_asked(api: ApiServer, subjects: 
     assert api.reviews == []
 
 
+@pytest.mark.parametrize(
+    ("environ", "url"),
+    [
+        ({}, "https://kubernetes.default.svc"),
+        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "https://10.96.0.1:443"),
+        ({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "6443"}, "https://10.96.0.1:6443"),
+        ({"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}, "https://[fd00::1]:443"),
+    ],
+)
+def test_the_api_server_is_where_kubernetes_says(environ: dict[str, str], url: str) -> None:
+    assert api_server(environ) == url
+
+
 def test_ca_that_is_none_is_refused_at_start(api: ApiServer, subjects: Path) -> None:
     (api.account / "ca.crt").write_text("no PEM")
     with pytest.raises(SettingError, match=r"ca\.crt, cannot be used"):
@@ -276,7 +289,9 @@ def test_server_with_token_review(
     start_server: StartServer, api: ApiServer, subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mxserver.security.setup.ACCOUNT_FOLDER", api.account)
-    server = start_server(auth="kubernetes", auth_file=subjects, kubernetes_api=api.url)
+    for name, value in api.environ.items():
+        monkeypatch.setenv(name, value)
+    server = start_server(auth="kubernetes", auth_file=subjects)
 
     def client(token: str) -> ServerClient:
         path = tmp_path / token

@@ -141,7 +141,7 @@ def _engine(model: str, settings: WorkerSettings, _: Sequence[str]) -> tuple[Ver
         return "skip", "vLLM is not installed here"
     if model and Path(model).is_absolute() and not Path(model).is_dir():
         return "skip", f"there is no folder {model}"
-    return "take", f"vLLM's default loader, files read by MX_STORAGE_READER={settings.storage_reader}"
+    return "take", f"vLLM's default loader, MX_READ_MODE={settings.read_mode}"
 
 
 _PROBES: dict[str, Callable[[str, WorkerSettings, Sequence[str]], tuple[Verdict, str]]] = {

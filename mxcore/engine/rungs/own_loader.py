@@ -23,8 +23,8 @@ class EngineRung(Rung[Loaded]):
 
     def poll(self) -> PollResult:
         """Always taken."""
-        engine, reader = self._context.engine, self._context.settings.storage_reader
-        return take(f"{engine.model} by {engine.own_loader} (MX_STORAGE_READER={reader})")
+        engine, mode = self._context.engine, self._context.settings.read_mode
+        return take(f"{engine.model} by {engine.own_loader} (MX_READ_MODE={mode})")
 
     def load(self) -> Loaded:
         """A model as the engine's own loader makes it; raises what that raises."""

@@ -244,7 +244,7 @@ def _files_are_the_same(context: LoadContext) -> bool:
     return (
         context.role.reads_storage
         and not context.any_checkpoint
-        and context.settings.storage_reader != "engine"
+        and context.settings.read_mode != "engine"
         and context.uri is None  # the digest is that of files elsewhere
     )
 

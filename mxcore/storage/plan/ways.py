@@ -68,8 +68,10 @@ def chosen_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> Re
             raise ValueError(f"mode is {mode!r}, has to be one of {', '.join(get_args(ReadMode))}")
         return cast(ReadMode, mode)
     text = environment.setting(environ, SETTING)
-    if text is None or text.lower() in get_args(ReadMode):
-        return cast(ReadMode, (text or "auto").lower())
+    if text is None or text.lower() == "engine":  # the engine's own loader reads: what is read here has no say in it
+        return "auto"
+    if text.lower() in get_args(ReadMode):
+        return cast(ReadMode, text.lower())
     tell_once(
         logging.WARNING, f"{SETTING}={text!r} is refused: it is one of {', '.join(get_args(ReadMode))}; auto is used"
     )

@@ -117,7 +117,7 @@ class VerifiedFiles:
         if unread := sorted({*self.chosen.files} - self._verified):
             raise SignatureError(
                 f"{self._folder.name}: {_some(unread)} were not read by what verifies signatures, so nothing is "
-                "used: it reads safetensors alone, for the engine's default loader, with MX_STORAGE_READER=mx"
+                "used: it reads safetensors alone, for the engine's default loader"
             )
 
     def told(self, load_seconds: float) -> str:

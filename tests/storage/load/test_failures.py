@@ -256,6 +256,7 @@ def test_a_wrong_setting_warns_and_is_auto(caplog: pytest.LogCaptureFixture) -> 
     assert "MX_READ_MODE='warp' is refused" in caplog.text
     assert chosen_mode(None, {"MX_READ_MODE": " Direct "}) == "direct"
     assert chosen_mode(None, {}) == "auto"
+    assert chosen_mode(None, {"MX_READ_MODE": "engine"}) == "auto"
 
 
 def test_the_environment_forces_a_way(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
