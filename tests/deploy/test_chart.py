@@ -6,6 +6,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.web.conftest import WebServer, start_web
 from tools.render_manifests import CHART, FOLDER, MANIFESTS, VALUES, helm, manifest, rendered
 
+__all__ = ["start_web"]  # a fixture
 pytestmark = pytest.mark.skipif(not helm().exists(), reason="no helm: tools/get_helm.py had no network, or no x86-64")
 
 SETUPS = sorted(path.name for path in VALUES.glob("*.yaml"))
@@ -178,6 +182,37 @@ def test_notes_have_the_url_for_workers() -> None:
 @pytest.mark.parametrize("file", sorted(MANIFESTS))
 def test_deploy_kubernetes_is_what_the_chart_makes(file: str) -> None:
     assert (FOLDER / file).read_text() == manifest(file), "run tools/render_manifests.py"
+
+
+def pod_of_helm_test(*arguments: str) -> dict[str, Any]:
+    """What `helm test` starts."""
+    command = [str(helm()), "template", "mx", str(CHART), "--show-only", "templates/tests/health.yaml", *arguments]
+    pod: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return pod
+
+
+@pytest.mark.parametrize("arguments", [(), ("--set", "tls.secret=s")])
+def test_the_pod_of_helm_test_fits_the_schemas(arguments: tuple[str, ...]) -> None:
+    for version in VERSIONS:
+        kubernetes_validate.validate(pod_of_helm_test(*arguments), version, strict=True)
+
+
+def test_the_pod_of_helm_test_tells_a_server_that_is_ready_from_one_that_is_not(
+    start_web: Callable[..., WebServer],
+) -> None:
+    [one] = pod_of_helm_test()["spec"]["containers"]
+    web = start_web()
+
+    def asked() -> int:
+        [program] = one["args"]
+        here = program.replace("http://mx:9401", web.url)
+        assert here != program
+        return subprocess.run([sys.executable, *one["command"][1:], here], capture_output=True, check=False).returncode
+
+    assert one["command"][0] == "python", "in the image, tests/images asks for it"
+    assert asked() == 0
+    web.close()
+    assert asked() != 0
 
 
 def test_an_archive_has_everything_in_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/kubernetes.md: its commands run as they stand there, or say why they are not run."""
+"""docs/kubernetes.md and docs/migrate.md: their commands run as they stand there, or say why they are not run."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from tools.render_manifests import helm
 
 __all__ = ["start_web"]  # a fixture
 
-PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("kubernetes.md", "migrate.md")}
 SERVER = "localhost:8001"
 STATE = "/var/lib/mxserver"
 
 
-def commands() -> Iterator[tuple[str, str]]:
+def commands(page: str) -> Iterator[tuple[str, str]]:
     """Each command, and why it is not run."""
-    for block in re.findall(r"^( *)```sh\n(.*?)^\1```", PAGE.replace("4. ```sh", "   ```sh"), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^( *)```sh\n(.*?)^\1```", page.replace("4. ```sh", "   ```sh"), re.MULTILINE | re.DOTALL):
         for line in block[1].splitlines():
             command, _, why = line.strip().partition("  # not run: ")
             yield command, why
 
 
-COMMANDS = list(dict.fromkeys(commands()))
+COMMANDS = list(dict.fromkeys(one for page in PAGES.values() for one in commands(page)))
 RUN = [command for command, why in COMMANDS if not why]
 
 
 def test_what_is_not_run_could_not_be_run_here() -> None:
     assert len(COMMANDS) > 20
+    assert all(len(list(commands(page))) > 5 for page in PAGES.values())
     for command, why in COMMANDS:
         if why:
             assert re.match(r"(helm (install|test|upgrade)|kubectl|docker) ", command), command
@@ -47,7 +48,7 @@ def test_what_is_not_run_could_not_be_run_here() -> None:
 
 
 def test_files_and_values_that_are_named_exist() -> None:
-    for path in set(re.findall(r"(?<![\w/])deploy/[\w./-]+\w", PAGE)):
+    for path in set(re.findall(r"(?<![\w/])deploy/[\w./-]+\w", "".join(PAGES.values()))):
         assert (ROOT / path).exists(), path
 
 

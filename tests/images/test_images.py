@@ -15,6 +15,7 @@ from tests.images.conftest import DEBIAN, VLLM
 from tools.image_chroot import Builder, Image
 
 IMAGES = ROOT / "deploy" / "images"
+STATUS = ["mx", "status", "--server", "127.0.0.1:8001"]
 PROBES = ["/livez", "/readyz"]
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for Debian, and for a compiler
 
@@ -46,11 +47,12 @@ def started(image: Image, uid: int, gid: int, beside: list[list[str]]) -> dict[s
 def test_the_server_answers_as_a_random_user_with_a_read_only_root(server: Image) -> None:
     assert server.user == "65532:65532"
     doctor = ["mx", "doctor", "--server", "127.0.0.1:8001", "--json"]
-    found = started(server, RANDOM_UID, 0, [doctor, ["mx", "status", "--server", "127.0.0.1:8001"], ["touch", "/x"]])
+    found = started(server, RANDOM_UID, 0, [doctor, STATUS, ["touch", "/x"], ["python", "-c", ""]])
     assert found["answers"] == dict.fromkeys(PROBES, 200), found["said"]
     assert found["code"] == 0
     assert "/var/lib/mxserver/state.sqlite3" in "".join(found["written"])
-    doctor_said, status_said, touched = found["beside"]
+    doctor_said, status_said, touched, python_said = found["beside"]
+    assert python_said["code"] == 0, "what `helm test` starts there"
     assert touched["code"] != 0
     assert "Read-only file system" in touched["err"]
     findings = {one["name"]: one["state"] for one in json.loads(doctor_said["out"])["findings"]}
