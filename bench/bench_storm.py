@@ -98,12 +98,11 @@ def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
         share, idle, failed = holder_core_share(REFUSED)
         figures |= {f"holder_core_share_refusing_{REFUSED}": round(share, 4), "holder_core_share_idle": round(idle, 4)}
         figures["errors"] += failed
-    result = {"bench": "storm", "shape": shape, "cores": len(os.sched_getaffinity(0)), "figures": figures, "runs": runs}
+    result: dict[str, Any] = {"shape": shape, "cores": len(os.sched_getaffinity(0)), "runs": runs}
     if as_json:
         from mxbench.results import document
 
-        figures = result.pop("figures")
-        click.echo(json.dumps(document(result.pop("bench"), figures, settings={"store": store, **shape}, **result)))
+        click.echo(json.dumps(document("storm", figures, settings={"store": store, **shape}, **result)))
         return
     for name, value in figures.items():
         click.echo(f"{name:32} {value:g}")
@@ -182,7 +181,7 @@ class _Children:
         return [child.pid for child in self._processes]
 
     def start(self, module: str, task: dict[str, Any]) -> None:
-        from bench.control.processes import ROOT
+        from mxbench.checkout import ROOT
 
         command = [sys.executable, "-m", module]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
