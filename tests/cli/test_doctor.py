@@ -15,7 +15,8 @@ from mxcore.cli.connection import Connection
 from mxcore.cli.doctor import machine as doctor_machine
 from mxcore.cli.doctor import probes as doctor_probes
 from mxcore.cli.doctor import server as doctor_server
-from mxcore.cli.doctor.findings import Finding, failed
+from mxcore.cli.doctor.findings import Finding, State, failed
+from mxcore.settings import load_settings
 from tests.cli.mx_process import mx
 from tests.installs import installed
 from tests.web.conftest import WebServer, start_web, web
@@ -187,16 +188,38 @@ def test_io_uring_agrees_with_the_kernel() -> None:
     assert doctor_machine.io_uring().state in ("ok", "note")
 
 
-def test_missing_nixl_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_needed", "state"), [(True, "fail"), (False, "note")])
+def test_missing_nixl_is_a_failure_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_needed: bool, state: str
+) -> None:
     """The probe's process finds a NIXL that cannot be opened."""
     library = tmp_path / ".nixl_cu12.mesonpy.libs" / "libnixl_capi.so"
     make(tmp_path, "nixl_cu12/__init__.py")
     make(tmp_path, "nixl_cu13/__init__.py")
     make(tmp_path, str(library.relative_to(tmp_path)), "no library")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    finding = doctor_probes.nixl()
-    assert finding.state == "fail"
+    finding = doctor_probes.nixl(is_needed=is_needed)
+    assert finding.state == state
+    assert ("none is needed here" in finding.do) is not is_needed
     assert "pip install" in finding.do
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "environ", "is_needed"),
+    [
+        ("cuda", "note", {}, False),  # no driver
+        ("rdma", "note", {}, False),  # no device
+        ("cuda", "ok", {}, True),
+        ("rdma", "warn", {}, True),
+        ("cuda", "note", {"MX_TRANSPORT": "rdma"}, True),
+        ("cuda", "note", {"MX_TCP_TRANSFER": "nixl"}, True),
+        ("memlock", "fail", {"MX_TRANSPORT": "tcp"}, False),
+    ],
+)
+def test_nixl_is_needed_for_devices_rdma_and_where_a_setting_says_so(
+    name: str, state: State, environ: dict[str, str], is_needed: bool
+) -> None:
+    assert doctor_probes.needs_nixl([Finding(name, state, "", "")], load_settings({}, environ)) is is_needed
 
 
 def test_every_compiled_module_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_the_server_answers_as_a_random_user_with_a_read_only_root(server: Image
     assert "Read-only file system" in touched["err"]
     findings = {one["name"]: one["state"] for one in json.loads(doctor_said["out"])["findings"]}
     assert (findings["server"], findings["compiled core"]) == ("ok", "ok"), doctor_said["out"]
+    assert doctor_said["code"] == 0, doctor_said["out"]
     assert status_said["code"] == 0, status_said
 
 

@@ -46,12 +46,11 @@ def doctor(connection: Connection, no_server: bool, as_json: bool) -> None:
         server as doctor_server,
     )
     from mxcore.cli.doctor.findings import failed
+    from mxcore.settings import load_settings
 
-    findings = [
-        *doctor_machine.all_findings(),
-        *doctor_cuda.all_findings(),
-        *doctor_probes.all_findings(),
-    ]
+    findings = [*doctor_machine.all_findings(), *doctor_cuda.all_findings()]
+    is_needed = doctor_probes.needs_nixl(findings, load_settings({}, told=True))
+    findings += doctor_probes.all_findings(nixl_is_needed=is_needed)
     if not no_server:
         if connection.server is None:
             findings += doctor_server.environment(os.environ)

@@ -12,11 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mxcore.cli.doctor.findings import Finding
 from mxcore.errors import NixlMissing
+from mxcore.settings import WorkerSettings
 
 PROBE_SECONDS = 30.0
 VLLM_SECONDS = 180.0  # importing it takes most of it
@@ -27,14 +28,23 @@ _CLASS_NAME = re.compile(r"^mxcore\.\w+(\.\w+)*: ")
 _NO_LIBRARY = re.compile(r"(\S+): cannot open shared object file: No such file or directory")
 
 
-def nixl() -> Finding:
+def needs_nixl(findings: Sequence[Finding], settings: WorkerSettings) -> bool:
+    """Whether weights on this machine move by NIXL: device memory, RDMA, or where a setting wants it."""
+    found = any(finding.name in ("cuda", "rdma") and finding.state != "note" for finding in findings)
+    return found or settings.transport == "rdma" or settings.tcp_transfer == "nixl"
+
+
+def nixl(*, is_needed: bool) -> Finding:
     """NIXL's library opens, and its UCX backend makes an agent that registers memory."""
     ran = _run("agent")
     if ran.returncode == 0:
         return Finding("nixl", "ok", ran.stdout.strip())
     reason = _last_line(ran) or f"the probe ended with {ran.returncode}"
     do = "pip install --no-deps nixl-cu12 (250 MB; nixl-cu13 for CUDA 13); without it, no device memory and no RDMA"
-    return Finding("nixl", "fail", reason, do)
+    if is_needed:
+        return Finding("nixl", "fail", reason, do)
+    instead = "none is needed here: host memory goes by our own TCP connections, or within the host. For devices or RDMA: "
+    return Finding("nixl", "note", reason, instead + do.partition(";")[0])
 
 
 def nixl_backends() -> Finding:
@@ -102,8 +112,8 @@ def load_formats(environ: Mapping[str, str]) -> list[Finding]:
     return [Finding("load formats", "ok", f"vLLM finds our plugin ({', '.join(ours)}), and no other takes its formats")]
 
 
-def all_findings() -> list[Finding]:
-    return [nixl(), nixl_backends(), same_host(), *load_formats(os.environ)]
+def all_findings(*, nixl_is_needed: bool) -> list[Finding]:
+    return [nixl(is_needed=nixl_is_needed), nixl_backends(), same_host(), *load_formats(os.environ)]
 
 
 def _command(name: str) -> list[str]:
