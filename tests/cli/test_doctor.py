@@ -256,7 +256,7 @@ def test_plugins_of_a_folder_of_ones_own(
 
 def test_backend_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MX_NIXL_BACKEND", "NOWHERE")
-    finding = doctor_probes.nixl()
+    finding = doctor_probes.nixl(is_needed=True)
     assert (finding.state, "NOWHERE" in finding.fact) == ("fail", True)
 
 
@@ -264,7 +264,7 @@ def test_probe_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor_probes, "PROBE_SECONDS", 0.5)
     monkeypatch.setattr(doctor_probes, "_command", lambda name: [sys.executable, "-c", "import time; time.sleep(600)"])
     started = time.monotonic()
-    finding = doctor_probes.nixl()
+    finding = doctor_probes.nixl(is_needed=True)
     assert (finding.state, finding.fact) == ("fail", "no answer within 0.5 s")
     assert time.monotonic() - started < 300
 

@@ -17,7 +17,15 @@ from tools.image_chroot import Builder, ImageError, debian
 DEBIAN = "debian:bookworm-slim"
 VLLM = "vllm-of-this-environment"
 PACKAGES = "/opt/packages"  # where the chroots see this environment's packages
-OURS = ("grpc_health", "grpcio_health_checking", "xxhash", "mx_modelexpress", "__editable__", "_virtualenv", "distutils")
+OURS = (
+    "grpc_health",
+    "grpcio_health_checking",
+    "xxhash",
+    "mx_modelexpress",
+    "__editable__",
+    "_virtualenv",
+    "distutils",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

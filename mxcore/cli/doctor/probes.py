@@ -43,7 +43,9 @@ def nixl(*, is_needed: bool) -> Finding:
     do = "pip install --no-deps nixl-cu12 (250 MB; nixl-cu13 for CUDA 13); without it, no device memory and no RDMA"
     if is_needed:
         return Finding("nixl", "fail", reason, do)
-    instead = "none is needed here: host memory goes by our own TCP connections, or within the host. For devices or RDMA: "
+    instead = (
+        "none is needed here: host memory goes by our own TCP connections, or within the host. For devices or RDMA: "
+    )
     return Finding("nixl", "note", reason, instead + do.partition(";")[0])
 
 
