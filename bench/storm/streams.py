@@ -8,6 +8,7 @@ that a worker serves.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import selectors
 import socket
@@ -115,7 +116,8 @@ def measured(count: int) -> dict[str, float]:
     streams = Streams()
     with tempfile.TemporaryDirectory(prefix="mx-bench-") as place:
         limits = ["--limits", f"watches_per_client={2 * count}"]
-        server = Server(Path(place), 0, ["--store-path", f"{place}/state.sqlite3", *limits], 0)
+        core = min(os.sched_getaffinity(0))
+        server = Server(Path(place), 0, ["--store-path", f"{place}/state.sqlite3", *limits], core)
         pid = server.process.pid
         resource.prlimit(pid, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
         try:

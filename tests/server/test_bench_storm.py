@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
+import pytest
 from click.testing import CliRunner
 
 from bench.bench_storm import worse
+from bench.storm import core_shares, refusing, streams
 from mxcore.cli.main import mx
 
 ARGUMENTS = ["--ranks", "11", "--whole", "3", "--ranks-per-host", "2", "--processes", "1", "--start-seconds", "0.2"]
@@ -31,3 +35,31 @@ def test_of_two_stores_the_worse_figure_counts() -> None:
     runs = {"sqlite": {"figures": dict.fromkeys(names, 1.0)}, "redis": {"figures": dict.fromkeys(names, 2.0)}}
     found = worse(runs)
     assert (found["ranks"], found["errors"]) == (1.0, 2.0)
+
+
+def test_streams_are_opened_and_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "SECONDS", 0.2)
+    monkeypatch.setattr(streams, "AT_ONCE", 8)
+    found = streams.measured(20)
+    assert found["streams"] == 20
+    assert found["kib_a_stream"] < 1024
+
+
+def test_a_holder_refuses_whoever_finds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SETTLE_SECONDS", "SECONDS", "RENEW_SECONDS"):
+        monkeypatch.setattr(refusing, name, 0.4)
+    monkeypatch.setattr(refusing, "own_connections", lambda: None)  # which would last
+    found = refusing.measured(5)
+    assert found.failed == 0
+    assert found.refusals >= 5
+
+
+def test_what_processes_use_is_told_for_each_stretch_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_shares, "EVERY_SECONDS", 0.05)
+    with core_shares.CoreShares(time.monotonic(), me=[os.getpid()], nobody=[2**30]) as shares:
+        while len(shares.found) < 2:
+            sum(range(1000))
+    at, used = shares.found[0]
+    assert at > 0
+    assert set(used) == {"me", "nobody"}
+    assert used["nobody"] == 0

@@ -54,7 +54,8 @@ never_freed: list[object] = []
 _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
 _FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked soon
-_FIND_SECONDS = 1.0  # between two calls to the server
+_FIND_SECONDS = 1.0  # between two questions, unless there is something new,
+_LEAST_FIND_SECONDS = 0.1  # and then
 _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for another
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
@@ -134,7 +135,7 @@ class Receiver:
         self._clean, self._in_clear, self._may_find = True, False, False
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
-        self._over = threading.Event()
+        self._over, self._news_of_others = threading.Event(), threading.Event()
         self._pace = Pace()
 
     def receive(
@@ -179,6 +180,7 @@ class Receiver:
                         raise pull.failure
             finally:
                 self._over.set()
+                self._news_of_others.set()
                 with self._received.changed:
                     self._received.changed.notify_all()
                 for thread in background:
@@ -191,6 +193,10 @@ class Receiver:
         if step is not None:
             report.tell(step)
         return report
+
+    def look(self) -> None:
+        """Something is new of who has weights: `find_more` is asked soon. From any thread, at any time."""
+        self._news_of_others.set()
 
     def progress(self) -> Progress:
         """How far it is and which holder gave most; from any thread, while `receive` runs or after."""
@@ -462,7 +468,11 @@ class Receiver:
         """On a thread of its own, since the server may be slow: looks for more holders."""
         pause = _FIRST_FIND_SECONDS
         errors = RecentErrors(logger, "sources cannot be listed")
-        while not self._over.wait(pause * (0.5 + self._chance.random())):
+        while True:
+            self._news_of_others.wait(pause * (0.5 + self._chance.random()))
+            self._news_of_others.clear()
+            if self._over.is_set():
+                return
             asked_at = time.monotonic()
             with errors:
                 found = find_more()
@@ -471,6 +481,7 @@ class Receiver:
                         self._add(found)
                         self._listed_at = asked_at - self._lag_seconds
             pause = min(2 * pause, _FIND_SECONDS)
+            self._over.wait(_LEAST_FIND_SECONDS)
 
     def _report(self, seconds: float) -> ReceiveReport:
         received = self._received
