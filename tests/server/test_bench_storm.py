@@ -72,7 +72,7 @@ def test_what_processes_use_is_told_for_each_stretch_of_time(monkeypatch: pytest
 
 
 def test_a_stream_by_hand_says_what_the_server_tells() -> None:
-    server = Server(load_settings({"host": "127.0.0.1", "port": "0", "store": "memory", "drain_seconds": "0"}))
+    server = Server(load_settings({"host": "127.0.0.1", "port": "0", "store": "memory", "drain_seconds": "1"}))
     address, reader = f"127.0.0.1:{server.port}", WatchReader()
     identity = p2p_pb2.SourceIdentity(model_name="bench/by-hand")
     asked = watch_pb2.WatchSourcesRequest(mx_source_id=source_id(identity), worker_id="asks")

@@ -357,7 +357,7 @@ def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -
 def test_who_begins_to_serve_is_heard_of_at_once(new_member: NewMember, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server tells it on the stream: nobody waits until it is time to look for others again."""
     for name in ("_FIRST_FIND_SECONDS", "_FIND_SECONDS"):
-        monkeypatch.setattr(f"mxcore.transfer.receive.receiver.{name}", 600.0)
+        monkeypatch.setattr(f"mxcore.transfer.receive.holder_search.{name}", 600.0)
     half, late, target = new_member(SEED), new_member(SEED), new_member(MX_STALL_TIMEOUT_SECS=600)
     source = half.serve()
     served = half.membership.holder
