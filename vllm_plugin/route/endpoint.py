@@ -89,6 +89,7 @@ class MxEndpoint:
         self._served: list[str] = []
         self._progress = _Progress()
         self._is_busy = False
+        self._was_paused = False
         self._pauses: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
 
@@ -121,8 +122,9 @@ class MxEndpoint:
 
         Of several API servers of an engine one updates it: the others see that it is paused.
         """
-        paused = None if self._is_busy or self._engine is None else await self._is_paused()
-        if self._progress.phase == "failed" and paused is False:
+        may_ask = self._engine is not None and not self._is_busy
+        paused = may_ask and await self._is_paused()
+        if may_ask and self._progress.phase == "failed" and not paused:
             await self._look_again()
         told = {"phase": self._progress.phase, "trouble": self._progress.trouble}
         if told["phase"] == "ready" and paused:
@@ -241,12 +243,11 @@ class MxEndpoint:
             await self._pauses
             await self._engine.resume_generation()
 
-    async def _is_paused(self) -> bool | None:
-        """None where the engine does not say so at once: it computes, or has ended, which `live` tells."""
-        try:
-            return bool(await asyncio.wait_for(self._engine.is_paused(), _PAUSED_SECONDS))
-        except Exception:  # noqa: BLE001 - whatever it is
-            return None
+    async def _is_paused(self) -> bool:
+        """As it was, where the engine does not say so at once: it computes, takes weights, or has ended."""
+        with suppress(Exception):
+            self._was_paused = bool(await asyncio.wait_for(self._engine.is_paused(), _PAUSED_SECONDS))
+        return self._was_paused
 
     async def _look_again(self) -> None:
         """Where an update failed, and somebody else had the engine resumed: it may have whole weights again."""
