@@ -163,6 +163,18 @@ def digests_of(worker: Any) -> dict[str, str]:
     return {name: f"{digest(tensor):x}" for name, tensor in named.items() if tensor.numel()}
 
 
+def addresses(command: dict[str, Any]) -> dict[str, Any]:
+    """Where the parameters and buffers of the kept engine's workers are."""
+    return {"addresses": command_state["engine"].collective_rpc(addresses_of)}
+
+
+def addresses_of(worker: Any) -> dict[str, int]:
+    """Of each parameter and buffer that has bytes."""
+    model = worker.model_runner.get_model()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.data_ptr() for name, tensor in named.items() if tensor.numel()}
+
+
 @contextlib.contextmanager
 def kept_serving() -> Iterator[None]:
     """What is served outlives the engine that ends within it, so that the next one of this process has a source."""
@@ -381,6 +393,7 @@ COMMANDS = {
         sleep,
         update,
         answers,
+        addresses,
         wake_up,
         reload,
         plain_linear,

@@ -66,12 +66,24 @@ def load_running(engine: Engine, role: Role) -> nn.Module:
     """As `load`; the model can be given new weights later (`update`), while the engine runs."""
     loaded, report = load_reported(engine, role, keeps_constructed=True)
     if engine.instance:
-        running = Running(loaded.model, engine, role, loaded.constructed, report.checkpoint)
+        constructed = _settled(loaded.constructed, loaded.model)
+        running = Running(loaded.model, engine, role, constructed, report.checkpoint)
         running.version = engine.revision or engine.model
         running.report = report.to_json()
         with _lock:
             _running[engine.instance, engine.part] = running
     return loaded.model
+
+
+def _settled(constructed: Constructed | None, model: nn.Module) -> Constructed | None:
+    """Once the model is loaded, before it runs; None where nobody could say later what of it is a weight."""
+    try:
+        if constructed is not None:
+            constructed.built.settle(model)
+    except Exception:  # noqa: BLE001 - the engine starts all the same
+        _log.exception("this model takes no other version's weights while it runs")
+        return None
+    return constructed
 
 
 def running_of(instance: str, part: str = "") -> Running | None:

@@ -11,8 +11,8 @@ from mxcore.engine.loaded import Loaded
 from mxcore.engine.loading import load_reported
 from mxcore.engine.protocol import Engine
 from mxcore.engine.report import LoadReport
-from mxcore.engine.rungs import Tried, rungs_of
-from mxcore.engine.update.live_rung import LiveRung
+from mxcore.engine.rungs import rungs_of
+from mxcore.engine.update.live_rung import live
 from mxcore.engine.update.replacement import Replacement
 from mxcore.engine.update.running import Running
 from mxcore.errors import UpdateFailed
@@ -135,23 +135,21 @@ def _load(running: Running, replacement: Replacement, engine: Engine, paths: Seq
 
     if running.constructed is None:
         raise UpdateFailed(_NOT_BUILT_HERE)
-    with running.constructed.names():
+    constructed = running.constructed
+    with constructed.names():
+        if running.is_whole:
+            constructed.built.begin(running.model)
         _loaded, report = load_reported(
-            engine, running.role, rungs=rungs, check=replacement.check, constructed=running.constructed
+            engine, running.role, rungs=rungs, check=replacement.check, constructed=constructed
         )
+        constructed.built.settle(running.model)
     running.is_whole = True
     return report
 
 
 def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
     """Those of a load, without the ones that have another version, and none of which is taken without the others."""
-    found: list[Rung[Loaded]] = []
-    for rung in rungs_of(context):
-        if rung.name not in (*paths, "fleet"):
-            continue
+    found = [rung for rung in rungs_of(context) if rung.name in (*paths, "fleet")]
+    for rung in found:
         rung.is_last_resort = False
-        if rung.name == "p2p" and context.kind == "processed" and not any(other.name == "p2p" for other in found):
-            found.append(LiveRung(context, Tried(context.cannot_receive), running))
-            continue
-        found.append(rung)
-    return found
+    return live(found, context, running)
