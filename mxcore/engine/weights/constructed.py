@@ -228,13 +228,13 @@ class Staged:
         transient = live["_non_persistent_buffers_set"]
         _write(module, live["_parameters"], new_parameters, makes_more=makes_more)
         values = self._as_built[id(module)]
-        prefix, written = self._constructed.prefixes[id(module)], self._constructed.built.written or ()
+        prefix, by_loading = self._constructed.prefixes[id(module)], self._constructed.built.written or set()
         kept = {
             name
             for name, value in values.items()
             if name in transient
             and name in new_buffers
-            and prefix + name not in written
+            and prefix + name not in by_loading
             and _same(new_buffers[name], value)
         }  # what only the constructor has valued: tables, and what the engine writes while it runs
         buffers = {name: buffer for name, buffer in live["_buffers"].items() if name not in kept}
