@@ -163,6 +163,11 @@ def digests_of(worker: Any) -> dict[str, str]:
     return {name: f"{digest(tensor):x}" for name, tensor in named.items() if tensor.numel()}
 
 
+def rpc(command: dict[str, Any]) -> dict[str, Any]:
+    """What each of the kept engine's workers gives for a method."""
+    return {"given": command_state["engine"].collective_rpc(command["method"], args=tuple(command.get("args", ())))}
+
+
 def addresses(command: dict[str, Any]) -> dict[str, Any]:
     """Where the parameters and buffers of the kept engine's workers are."""
     return {"addresses": command_state["engine"].collective_rpc(addresses_of)}
@@ -393,6 +398,7 @@ COMMANDS = {
         sleep,
         update,
         answers,
+        rpc,
         addresses,
         wake_up,
         reload,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mxcore.engine.weights.collect import Collected
 from mxcore.transfer.layout import LocalTensor
@@ -74,6 +74,6 @@ def _others(found: Collected) -> set[str]:
     return {*found.scalars, *found.decided, *found.classes, *found.functions, *found.refused}
 
 
-def _drop(named: dict[str, object] | dict[str, float], names: set[str]) -> None:
+def _drop(named: dict[str, Any], names: set[str]) -> None:
     for name in names & named.keys():
         del named[name]
