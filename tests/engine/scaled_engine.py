@@ -22,7 +22,7 @@ ONE_MORE = 0.25  # a scale with which processing makes one more tensor
 class Scaled(nn.Module):
     """A matrix, and a scale that a checkpoint may have: what processing makes of it lies in a number and two buffers.
 
-    What requests write is no weight: a cache, a count, a buffer that nobody gave a value, a number.
+    What requests write is no weight: a cache, a count, a buffer that nobody gave a value, a number, a flag.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,7 @@ class Scaled(nn.Module):
         self.register_buffer("hidden", torch.empty(SIZE), persistent=False)
         self.cache = torch.tensor([])
         self.last_float = 0.0
+        self.has_run = False
         self._scale_float = 1.0
 
     def process(self) -> None:
@@ -47,6 +48,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.requests += 1
+        self.has_run = True
         self.hidden.copy_(x)
         self.last_float = 1.0 + float(self.requests)
         if not self.cache.numel():

@@ -11,7 +11,8 @@ import torch
 
 from bench.demo.processes import files_away
 from mxcore.engine import Role, Running, forget, leave, load_running, running_of, update
-from mxcore.errors import UpdateFailed
+from mxcore.errors import FenceFailed, UpdateFailed
+from mxcore.transfer.receive.receiver import Receiver
 from mxcore.transfer.serve import SelfCheck
 from tests.engine.plain_engine import answer
 from tests.engine.scaled_engine import SIZE, ScaledEngine, fresh, scaled
@@ -84,8 +85,7 @@ def test_there_and_back(pair: Pair) -> None:
     layer: Any = pair.target.model[1]
     assert pair.target.report["path"] == "p2p"
     for turn, model in enumerate((pair.two, pair.one, pair.two), 1):
-        for running in (pair.source, pair.target):
-            answer(running.model, SIZE)
+        answer(pair.target.model, SIZE)  # the source has not run yet, the first time
         cache, hidden = layer.cache.clone(), layer.hidden.clone()
         told = pair.to(pair.source, model)
         assert (told["path"], told["layout"], told["serving"]) == ("storage", "processed", True)
@@ -140,3 +140,21 @@ def test_equal_weights_move_nothing(pair: Pair, tmp_path: Path) -> None:
     assert pair.to(pair.target, same) == {}
     assert (pair.target.version, pair.target.report["worker_id"]) == (str(same), offer)
     assert answer(pair.target.model, SIZE) == fresh(same)
+
+
+def test_memory_that_may_still_be_written_to_is_never_answered_from_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is in it: no other place mends that, nor does the next update. Only a restart helps."""
+
+    def fails(receiver: Receiver, *arguments: Any) -> None:
+        raise FenceFailed("as if an agent had not been destroyed")
+
+    pair.to(pair.source, pair.two)
+    with monkeypatch.context() as patched, pytest.raises(UpdateFailed, match="restart this engine"):
+        patched.setattr(Receiver, "_receive", fails)
+        pair.to(pair.target, pair.two)
+    assert not pair.target.state()["ready"]
+    with pytest.raises(UpdateFailed, match="restart this engine"):
+        pair.to(pair.target, pair.one)
+    assert not pair.target.state()["ready"]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from torch import nn
+
 from mxcore.agreement import SiblingFailed
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Loaded
-from mxcore.engine.rungs import FleetRung, PeerRung, Tried
+from mxcore.engine.rungs import Attempt, FleetRung, PeerRung, Tried
 from mxcore.engine.update.running import Running
-from mxcore.engine.weights import Weights
-from mxcore.errors import LayoutUnsupported, SourceUnreachable
-from mxcore.load_ladder import Rung
+from mxcore.engine.weights import Fit, Weights
+from mxcore.errors import FenceFailed, LayoutUnsupported, SourceUnreachable
+from mxcore.load_ladder import Rung, reason_of
+from mxcore.transfer.receive import ReceiveReport
+from mxserver.wire import MxError
 
 __all__ = ["LiveFleetRung", "LiveRung", "live"]
 
@@ -41,6 +45,14 @@ class LiveRung(PeerRung):
         kept = (weights,) if "processed" in context.kept_kinds else ()
         part = self._part(attempt, weights.received, {})
         return Loaded(running.model, kept, attempt.checkpoint, part, None, weights.received.bytes_from)
+
+    def _receive(self, attempt: Attempt, unprocessed: nn.Module | None, fit: Fit) -> ReceiveReport:
+        try:
+            return super()._receive(attempt, unprocessed, fit)
+        except MxError as error:
+            if fence := next((each for each in (error, error.__cause__) if isinstance(each, FenceFailed)), None):
+                self._running.lost = reason_of(fence)
+            raise
 
     def _before_receiving(self) -> None:
         """Once all processes have found weights that fit."""

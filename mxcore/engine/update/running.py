@@ -29,7 +29,8 @@ class Running:
     `engine` is what the weights are of, `checkpoint` their digest (empty where nobody knows it), `version` what the
     user calls them, `place` where an update finds them again. `is_whole` is False from the first byte of an update that
     is written until its last check: the engine must not answer then. `trouble` is why the last update failed, `report`
-    that of the last load or update, `held` what has to stay in memory beside the model until the next one.
+    that of the last load or update, `held` what has to stay in memory beside the model until the next one. `lost` is
+    why its memory can never be used again: something may still write there.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Running:
     trouble: str = ""
     report: dict[str, Any] = field(default_factory=dict)
     held: object = None
+    lost: str = ""
 
     def begin_writing(self) -> None:
         """Before the first byte of the model is changed: nobody reads it any more, and nothing may be answered."""

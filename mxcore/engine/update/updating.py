@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from mxcore.engine import serving
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Loaded
 from mxcore.engine.loading import load_reported
@@ -61,6 +62,7 @@ def has_version(running: Running, version: str, new: EngineOf) -> bool:
 
 def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
     """As `has_version`; raises what the engine raises."""
+    _require_memory(running)
     wanted = engine.wanted_digest()
     if running.is_whole and wanted and wanted == running.checkpoint:
         running.version, running.trouble = version, ""
@@ -89,6 +91,8 @@ def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, path
         report = _load(running, replacement, engine, paths)
     except Exception as error:
         running.trouble = f"{version}: {reason_of(error)}"
+        if running.lost:
+            raise UpdateFailed(running.trouble) from error
         if running.is_whole:
             raise UpdateFailed(
                 f"version {version} is not loaded, {running.version} still is: {reason_of(error)}"
@@ -133,9 +137,9 @@ def _load(running: Running, replacement: Replacement, engine: Engine, paths: Seq
     def rungs(context: LoadContext) -> list[Rung[Loaded]]:
         return _rungs(context, running, paths)
 
-    if running.constructed is None:
-        raise UpdateFailed(_NOT_BUILT_HERE)
     constructed = running.constructed
+    if constructed is None:
+        raise UpdateFailed(_NOT_BUILT_HERE)
     with constructed.names():
         if running.is_whole:
             constructed.built.begin(running.model)
@@ -143,8 +147,19 @@ def _load(running: Running, replacement: Replacement, engine: Engine, paths: Seq
             engine, running.role, rungs=rungs, check=replacement.check, constructed=constructed
         )
         constructed.built.settle(running.model)
+    if running.lost:
+        serving.leave("its memory may still be written to", running.engine.instance, running.engine.part)
+    _require_memory(running)
     running.is_whole = True
     return report
+
+
+def _require_memory(running: Running) -> None:
+    """Raises UpdateFailed where the model's memory is lost, whatever was written into it since."""
+    if running.lost:
+        raise UpdateFailed(
+            f"something that was given up may still write to the model's memory: restart this engine ({running.lost})"
+        )
 
 
 def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
