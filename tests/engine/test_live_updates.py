@@ -151,9 +151,10 @@ def test_memory_that_may_still_be_written_to_is_never_answered_from_again(
         raise FenceFailed("as if an agent had not been destroyed")
 
     pair.to(pair.source, pair.two)
-    with monkeypatch.context() as patched, pytest.raises(UpdateFailed, match="restart this engine"):
+    with monkeypatch.context() as patched:
         patched.setattr(Receiver, "_receive", fails)
-        pair.to(pair.target, pair.two)
+        with pytest.raises(UpdateFailed, match="restart this engine"):
+            pair.to(pair.target, pair.two)
     assert not pair.target.state()["ready"]
     with pytest.raises(UpdateFailed, match="restart this engine"):
         pair.to(pair.target, pair.one)

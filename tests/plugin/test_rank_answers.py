@@ -1,5 +1,6 @@
-"""What ranks answer after one of them has failed: vLLM's own executor, with queues of the test's. In a process of its own:
-the plugin changes vLLM for all of it.
+"""What ranks answer after one of them has failed: vLLM's own executor, with queues of the test's.
+
+In a process of its own: the plugin changes vLLM for all of it.
 """
 
 from __future__ import annotations

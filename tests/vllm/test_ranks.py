@@ -210,10 +210,8 @@ def test_experts_in_the_identity(source: EngineHost, experts: Path) -> None:
     assert dealt_out == "data=1 context=1 placement=round_robin"
 
 
-def test_all_ranks_take_another_version_or_none(
-    ranked: tuple[EngineHost, EngineHost], folder: Path
-) -> None:
-    """Rank 1 fails where rank 0 has written: at a transfer, then both take storage; at processing, then both go back."""
+def test_all_ranks_take_another_version_or_none(ranked: tuple[EngineHost, EngineHost], folder: Path) -> None:
+    """Rank 1 fails where rank 0 has written: at a transfer, and both take storage; at processing, and both go back."""
     source, target = ranked
     versions = versions_of(folder, "llama")
     options = {"tensor_parallel_size": 2}

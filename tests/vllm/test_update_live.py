@@ -69,7 +69,7 @@ def test_what_hides_beside_parameters_comes_too(
 def test_a_holder_that_lies_changes_no_answer(
     folder: Path, source: EngineHost, target: EngineHost, unpacked: None
 ) -> None:
-    """Its bytes are in the model's memory when they are found out: storage has the version, else the old one is back."""
+    """Its bytes are in the model's memory when they are found out: storage gives the version, else the old one."""
     versions = versions_of(folder, "llama")
     expected = {model: as_loaded(target, model) for model in versions}
     first = source.load(versions.two, keep=True, **PROCESSED).report

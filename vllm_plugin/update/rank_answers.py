@@ -1,7 +1,7 @@
 """Every rank's answer to a call is taken, also where one of them says that it failed.
 
-vLLM's executor of several processes (0.32) reads the ranks' answers in turn and raises at the first failure. The answers
-of later ranks stay in their queues, and are taken for answers to the next call. An update fails on all ranks together,
+vLLM's executor of several processes (0.32) reads the ranks' answers in turn and raises at the first failure. What later
+ranks answered stays in their queues, and is taken for answers to the next call. An update fails on all ranks together,
 so that after it nothing that ranks say could be believed: whether they are whole, which version they have.
 """
 
