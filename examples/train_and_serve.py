@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 
 from mxcore import publish
 
-PROMPT, WANTED = [1, 2, 3], [17, 4, 30, 4, 9, 11]
+PROMPT, WANTED = [1, 2, 3], [17, 4, 30, 8, 9, 11]
 CONFIG = LlamaConfig(
     vocab_size=512,
     hidden_size=128,
@@ -69,7 +69,7 @@ def train(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, steps: int)
 
 def main() -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).float()
+    model = LlamaForCausalLM(CONFIG).float()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = serve(folder)
@@ -77,7 +77,7 @@ def main() -> None:
         learning = [*model.model.layers[-1].parameters(), *model.lm_head.parameters()]  # the rest stays as it is
         optimizer = torch.optim.AdamW(learning, lr=1e-2)
         for version in (1, 2, 3):
-            train(model, optimizer, steps=10)
+            train(model, optimizer, steps=30)
             with publish("policy", model, version) as published:
                 update(engine, published.uri)
                 sent = f"{published.bytes_given} of {published.total_bytes} bytes"

@@ -150,6 +150,22 @@ def test_after_a_deep_sleep_weights_come_from_a_worker_that_has_them(
     assert after == slept.answers == references.of(model)
 
 
+def test_an_engine_that_gets_no_weights_again_does_not_wake_up(
+    source: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    model = model_paths["qwen3"]
+    slept = source.load(model, keep=True, worker_cls="tests.vllm.sleeping_worker.SleepingWorker")
+    try:
+        source.ask("sleep", level=2)
+        with files_away(weight_files(model)), pytest.raises(AssertionError, match="this engine has no weights"):
+            source.ask("wake_up", tags=["weights"])
+        source.ask("wake_up", tags=["weights"])
+        after = source.ask("answers")["answers"]
+    finally:
+        source.ask("end")
+    assert after == slept.answers == references.of(model)
+
+
 def test_reloading_ends_the_offer_and_begins_another(
     awake: dict[str, Any], client: ServerClient, source: EngineHost
 ) -> None:

@@ -97,7 +97,7 @@ def test_the_example_serves_what_it_trains(server: str, folder: Path) -> None:
     found = [match.groups() for line in ran.stdout.splitlines() if (match := ANSWER.fullmatch(line))]
     assert [number for number, *_others in found] == ["1", "2", "3"], ran.stdout
     assert all(tokens == own for *_others, tokens, own in found)
-    assert json.loads(found[-1][3]) == [17, 4, 30, 4, 9, 11]
+    assert json.loads(found[-1][3]) == [17, 4, 30, 8, 9, 11]
     assert f"before training: {found[-1][3]}" not in ran.stdout
     given = [int(bytes_given) / int(total) for _number, bytes_given, total, *_others in found]
     assert given[0] == 1.0
