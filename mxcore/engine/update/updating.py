@@ -182,10 +182,14 @@ def _load(running: Running, replacement: Replacement, engine: UpdatedEngine, pat
 
 
 def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
-    """Those of a load, without the ones that have another version, and none of which is taken without the others."""
+    """Those of a load, without the ones that have another version, and none of which is taken without the others.
+
+    Who cannot read storage waits for nobody's turn to read it, and takes none.
+    """
     found: list[Rung[Loaded]] = []
+    names = paths if set(paths) <= {"p2p"} else (*paths, "fleet")
     for rung in rungs_of(context):
-        if rung.name not in (*paths, "fleet"):
+        if rung.name not in names:
             continue
         rung.is_last_resort = False
         if rung.name == "p2p" and context.kind == "processed" and not any(other.name == "p2p" for other in found):
