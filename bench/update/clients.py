@@ -28,8 +28,12 @@ def tokens_of(url: str, prompt: str) -> list[int]:
     body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
     data, headers = json.dumps({**body, "ignore_eos": True}).encode(), {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", data, headers)  # noqa: S310 - the bench's own engine
-    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:  # noqa: S310 - as above
-        tokens: list[int] = json.loads(answer.read())["choices"][0]["token_ids"]
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:  # noqa: S310 - as above
+            tokens: list[int] = json.loads(answer.read())["choices"][0]["token_ids"]
+    except urllib.error.HTTPError as error:
+        with error:
+            raise OSError(f"HTTP {error.code}: {error.read()[:500]!r}") from None
     return tokens
 
 
