@@ -1,11 +1,11 @@
 """`mx bench update`: other weights for running vLLM engines: how long they pause for it, and what they answer.
 
 Engines, an object store and a trainer have a network namespace each, with links that the kernel shapes (root). Each
-engine is asked all the while. In a round all take another version out of the store by `mx rollout`, one after the other;
-then one takes what the trainer publishes; then all take at once what it publishes next. `pause_over_transfer` is the
-time without answers, the drain left out, of those that took weights from others, over that of a bare receive of the same
-bytes over the same link; `t4_over_t1` the time until all have what the trainer publishes over that of one alone (t4: of
-four engines); `storage_models_read` what came from the store for all engines, in models.
+engine is asked all the while. In a round all take another version out of the store by `mx rollout`, one after the
+other; then one takes what the trainer publishes; then all take at once what it publishes next. `pause_over_transfer` is
+the time without answers, the drain left out, of those that took weights from others, over that of a bare receive of the
+same bytes over the same link; `t4_over_t1` the time until all have what the trainer publishes over that of one alone
+(t4: of four engines); `storage_models_read` what came from the store for all engines, in models.
 """
 
 from __future__ import annotations

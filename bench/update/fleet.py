@@ -1,4 +1,4 @@
-"""The bench's machines: engines, an object store, a trainer and a bare reader, each in a namespace with a shaped link."""
+"""The bench's machines: engines, an object store, a trainer, a bare reader, each behind a shaped link."""
 
 from __future__ import annotations
 

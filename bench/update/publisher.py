@@ -35,7 +35,7 @@ def main() -> None:
         else:
             report = fetch(NAME, command["fetch"], wait_seconds=60).report
             answer = {"seconds": report.seconds, "bytes": report.bytes, "transport": report.transport}
-        print(json.dumps(answer), flush=True)  # noqa: T201 - who started it reads it
+        print(json.dumps(answer), flush=True)
     if published is not None:
         published.close()
 

@@ -84,7 +84,10 @@ def test_no_pause_is_none(engine: Any) -> None:
 
 
 def test_an_engine_that_did_not_replace_its_weights_ends_the_bench(engine: Any) -> None:
-    for answer, what in (((200, {"changed": False}), "had mx://a/1 already"), ((502, {}), "did not take mx://a/1: 502")):
+    for answer, what in (
+        ((200, {"changed": False}), "had mx://a/1 already"),
+        ((502, {}), "did not take mx://a/1: 502"),
+    ):
         engine.said["/mx/update"] = answer
         with pytest.raises(RuntimeError, match=what):
             update_engine(url(engine), "mx://a/1")
