@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mxcore.engine import Fill, Replacement, Staged, find_checkpoint
+from mxcore.exchange import PublishedVersion
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 
 __all__ = ["ONE_MORE", "SIZE", "ScaledEngine", "fresh", "scaled"]
@@ -73,6 +74,7 @@ class ScaledEngine(PlainEngine):
         super().__init__(folder, options or {}, size=SIZE, processed_weights_move=processed_weights_move)
         self.instance = instance
         self.replacement = replacement
+        self.published: PublishedVersion | None = None
         self.breaks = breaks if breaks is not None else [0]
 
     def building_state(self) -> Callable[[], None]:
