@@ -31,9 +31,9 @@ class Running:
     user calls them, `place` where an update finds them again. `is_whole` is False from the first byte of an update that
     is written until its last check: the engine must not answer then. `trouble` is why the last update failed, `report`
     that of the last load or update, `held` what has to stay in memory beside the model until the next one. `published`
-    is the version that was taken from publishers, as it came; None where the weights are of another place. `is_dropped`:
-    the engine sleeps without its weights. `lost` is why its memory can never be used again: something may still write
-    there.
+    is the version that was taken from publishers, as it came; None where the weights are of another place.
+    `is_dropped`: the engine sleeps without its weights. `lost` is why its memory can never be used again: something may
+    still write there.
     """
 
     model: nn.Module
