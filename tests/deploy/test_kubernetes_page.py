@@ -1,4 +1,4 @@
-"""docs/kubernetes.md and docs/migrate.md: their commands run as they stand there, or say why they are not run."""
+"""docs/how-to/kubernetes.md and migrate.md: their commands run as they stand there, or say why they are not run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.render_manifests import helm
 
 __all__ = ["start_web"]  # a fixture
 
-PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("kubernetes.md", "migrate.md")}
+PAGES = {name: (ROOT / "docs" / "how-to" / name).read_text() for name in ("kubernetes.md", "migrate.md")}
 SERVER = "localhost:8001"
 STATE = "/var/lib/mxserver"
 

@@ -128,8 +128,10 @@ def wake_up(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def reload(command: dict[str, Any]) -> dict[str, Any]:
-    """The kept engine loads its weights anew, in place."""
-    command_state["engine"].collective_rpc("reload_weights")
+    """The kept engine loads its weights anew, in place; with `path` those of that folder."""
+    llm = command_state["engine"]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path} if (path := command.get("path")) else {})
+    llm.reset_prefix_cache()
     return {}
 
 
@@ -161,6 +163,23 @@ def digests_of(worker: Any) -> dict[str, str]:
     model = worker.model_runner.get_model()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: f"{digest(tensor):x}" for name, tensor in named.items() if tensor.numel()}
+
+
+def rpc(command: dict[str, Any]) -> dict[str, Any]:
+    """What each of the kept engine's workers gives for a method."""
+    return {"given": command_state["engine"].collective_rpc(command["method"], args=tuple(command.get("args", ())))}
+
+
+def addresses(command: dict[str, Any]) -> dict[str, Any]:
+    """Where the parameters and buffers of the kept engine's workers are."""
+    return {"addresses": command_state["engine"].collective_rpc(addresses_of)}
+
+
+def addresses_of(worker: Any) -> dict[str, int]:
+    """Of each parameter and buffer that has bytes."""
+    model = worker.model_runner.get_model()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.data_ptr() for name, tensor in named.items() if tensor.numel()}
 
 
 @contextlib.contextmanager
@@ -381,6 +400,8 @@ COMMANDS = {
         sleep,
         update,
         answers,
+        rpc,
+        addresses,
         wake_up,
         reload,
         plain_linear,
