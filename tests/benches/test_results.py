@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +17,7 @@ from click.testing import CliRunner, Result
 from mxbench.results import document, quantile
 from mxbench.results.machine import machine
 from mxbench.results.units import better, unit_of
+from mxcore.cli.bench import bench_modules
 from mxcore.cli.main import mx
 
 ROUNDS = {
@@ -57,6 +61,14 @@ def test_a_document_has_units_spread_and_machine() -> None:
     assert made["details"]["figures"]["runs"] == {"unit": "count", "rounds": 1, "median": 20, "p10": 20, "p90": 20}
     assert made["details"]["settings"] == {"rounds": 5}
     assert json.loads(json.dumps(made)) == made
+
+
+@pytest.mark.parametrize("name", sorted(bench_modules().keys() - {"compare", "report"}))
+def test_every_bench_tells_its_results_as_a_document(name: str) -> None:
+    """Its module calls `document`, whatever it measured."""
+    module = importlib.import_module(bench_modules()[name])
+    called = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+    assert any(isinstance(call.func, ast.Name) and call.func.id == "document" for call in called)
 
 
 def test_the_machine_is_told() -> None:
