@@ -24,7 +24,7 @@ import click
 
 SETTLE_SECONDS = 3.0
 LEAD_SECONDS = 5.0  # processes of ranks import and make their clients
-SLACK_SECONDS = 180.0  # a reader that died is replaced, and that one reads as long again
+SLACK_SECONDS = 10.0
 REFUSED = 192
 
 
@@ -121,6 +121,7 @@ def worse(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _measure(stack: ExitStack, place: Path, store: str, shape: dict[str, Any]) -> dict[str, Any]:
     from bench.control.processes import Redis, Server, cpu_seconds
+    from bench.storm.core_shares import CoreShares
 
     cores = sorted(os.sched_getaffinity(0))
     arguments = ["--store", store, "--store-path", str(place / "state.sqlite3")]
@@ -139,12 +140,14 @@ def _measure(stack: ExitStack, place: Path, store: str, shape: dict[str, Any]) -
     stack.callback(children.end)
     began = time.monotonic() + LEAD_SECONDS
     _start(children, [server.address for server in servers], shape, began)
+    shares = stack.enter_context(CoreShares(began, servers=pids, ranks=children.pids))
     time.sleep(max(0.0, began + shape["start_seconds"] + SETTLE_SECONDS - time.monotonic()))
     waited_from, used = time.monotonic(), sum(map(cpu_seconds, pids))
     time.sleep(max(1.0, began + shape["read_seconds"] - 1.0 - time.monotonic()))
     waiting_share = (sum(map(cpu_seconds, pids)) - used) / (time.monotonic() - waited_from)
     *answers, whole = [json.loads(line) for line in children.lines()]
     seconds = time.monotonic() - began
+    told = list(shares.found)
     live = {tuple(pair) for answer in (*answers, whole) for pair in answer["live"]}
     stale = _stale(servers[0].address, live)
     figures = _figures(shape["count"], waiting_share, answers, whole, stale)
@@ -158,6 +161,8 @@ def _measure(stack: ExitStack, place: Path, store: str, shape: dict[str, Any]) -
         "load_average": os.getloadavg(),
         "calls": dict(calls),
         "loading_calls": dict(loading),
+        "core_shares": told,
+        "slow_calls": _by_time(began, answers),
         "errors": dict(sum((Counter(answer["errors"]) for answer in answers), outcomes)),
         "figures": {name: round(value, 4) for name, value in figures.items()},
     }
@@ -169,6 +174,11 @@ class _Children:
     def __init__(self, cores: set[int]) -> None:
         self._cores = cores
         self._processes: list[subprocess.Popen[str]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that were started."""
+        return [child.pid for child in self._processes]
 
     def start(self, module: str, task: dict[str, Any]) -> None:
         from mxbench.checkout import ROOT
@@ -252,6 +262,12 @@ def _figures(
         "whole_from_peers": outcomes["peers"],
         "whole_refused": whole["refused"],
     }
+
+
+def _by_time(began: float, answers: list[dict[str, Any]]) -> dict[str, int]:
+    """How many calls were slow in each ten seconds, by name."""
+    slow = sorted((int((at - began) // 10), name) for answer in answers for at, name, _ in answer["slow_calls"])
+    return {f"{10 * tens} s, {name}": times for (tens, name), times in Counter(slow).items()}
 
 
 def _stale(address: str, live: set[tuple[str, ...]]) -> int:
