@@ -73,7 +73,11 @@ def test_a_link_that_got_slower_by_a_fifth_is_named(mesh: Mesh, tmp_path: Path) 
         assert ran.returncode == (1 if told["figures"]["slower_figures"] else 0), ran.stderr
         return {row["name"]: row["verdict"] for row in told["changes"] if row["unit"] == "GB/s"}
 
-    rates = {*(f"take_link_sockets_{count}_gbps" for count in (1, 2, 4)), "take_tcp_few_gbps", "take_tcp_few_whole_gbps"}
+    rates = {
+        *(f"take_link_sockets_{count}_gbps" for count in (1, 2, 4)),
+        "take_tcp_few_gbps",
+        "take_tcp_few_whole_gbps",
+    }
     assert changed(files[0]) == dict.fromkeys(rates, "no change")
     assert changed(files[1]) == dict.fromkeys(rates, "no change")
     assert changed(files[2]) == dict.fromkeys(rates, "slower")

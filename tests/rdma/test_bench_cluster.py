@@ -1,4 +1,4 @@
-"""`mx bench cluster` over RDMA ports: two machines, one on another node as the workers here, the model over the ports."""
+"""`mx bench cluster` over RDMA ports: two machines, one of them another node as the workers here are."""
 
 from __future__ import annotations
 
