@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from mxcore.exchange.device_arrays import copy_extents_to_host
 from mxcore.exchange.tensors import NewTensors, Tensors, by_name, described, framework_of, synchronize
-from mxcore.exchange.versions import identity_of, settings_of, version_text
+from mxcore.exchange.versions import identity_of, published_uri, settings_of, version_text
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement, build_layout
 from mxcore.transfer.member import Membership
 
@@ -39,6 +39,11 @@ class Published:
     def rank(self) -> int:
         """Which part of the whole these tensors are."""
         return self._member.worker_rank
+
+    @property
+    def uri(self) -> str:
+        """What running engines call it: mx://NAME/VERSION, for their updates."""
+        return published_uri(self.name, self.version)
 
     @property
     def worker_id(self) -> str:
@@ -111,11 +116,12 @@ def publish(
     devices, there also other arrays (`__cuda_array_interface__`: cupy, numba, jax); tied ones travel once. They are
     served where they are, and must not change until `close`; with `copy` a copy in host memory is served, and they may.
     Where a model is in parts, each process publishes its own under its `rank`. Several processes may publish equal
-    bytes under one version; where the bytes differ, nobody is believed unless most agree (docs/threat-model.md).
+    bytes under one version; where the bytes differ, nobody is believed unless most agree
+    (docs/explanation/threat-model.md).
 
     `server` is host:port or https://host:port, by default that of MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; `settings`
-    are others of docs/settings.md, by name, before the environment's. Certificates and tokens are the environment's.
-    Returns when the server knows of it. Call it after a fork, from any thread.
+    are others of docs/reference/settings.md, by name, before the environment's. Certificates and tokens are the
+    environment's. Returns when the server knows of it. Call it after a fork, from any thread.
 
     Raises:
         SettingError: a name, a version or a setting that cannot be used; no server.

@@ -1,8 +1,8 @@
-"""New weights for a running vLLM engine: the weight transfer engine `mx` (docs/vllm.md, "Updates")."""
+"""New weights for a running vLLM engine: the weight transfer engine `mx` (docs/reference/vllm.md, "Updates")."""
 
 from __future__ import annotations
 
 from vllm_plugin.update.draining import drain_preempted
-from vllm_plugin.update.registering import register_transfer_engine
+from vllm_plugin.update.registering import register_transfer_engine, reload_by_us
 
-__all__ = ["drain_preempted", "register_transfer_engine"]
+__all__ = ["drain_preempted", "register_transfer_engine", "reload_by_us"]
