@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import pytest
 
-from bench.bench_transfer import Pair
-from bench.fleet.fleet import Fleet
 from mxbench.fleet import scaled, total_bytes
+from mxbench.fleet.fleet import Fleet
 from mxbench.fleet.model_memory import CONTENT_BYTES, HostMemory, content_pieces, tensors_of, written_file
 from mxbench.fleet.shapes import ALIGNED_BYTES, places_of, stretches
+from mxbench.transfer.command import Pair
 
 
 def test_content_is_the_same_everywhere_and_differs_by_version(tmp_path: Path) -> None:
