@@ -65,6 +65,7 @@ class Collected:
     functions: dict[str, str] = field(
         default_factory=dict
     )  # where they, and classes that are values, are defined; classes of what functions alone hold
+    modules: set[str] = field(default_factory=set)  # of the model's tree; the model itself is ""
     parameters: set[str] = field(default_factory=set)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     beside: dict[str, torch.Tensor] = field(default_factory=dict)  # of `refused`: tensors that have values
@@ -147,6 +148,7 @@ class _Walk:
     def run(self) -> Collected:
         modules = list(self.model.named_modules())
         self.seen.update(id(module) for _, module in modules)
+        self.found.modules.update(name for name, _ in modules)
         for name, module in modules:
             self.module(module, f"{name}." if name else "")
         self.run_functions()
