@@ -3,8 +3,8 @@
 Weights hide: beside parameters and buffers there are tensors in plain attributes of modules, in helper objects that
 are no modules (quantisation methods, attention implementations), in lists and dictionaries of those, on the parameters
 themselves, and Python floats such as `_k_scale_float`. A copy that lacks one of them gives plausible, wrong text. So
-everything reachable by value is walked. What of it is a weight, `evidence` says; what cannot be looked at is named in
-`refused`, never left out in silence.
+everything reachable by value is walked. What of it is a weight, `evidence` says; what may be one and cannot be moved is
+named in `refused`. Left out are bytes and sets, which hold handles and names, and integers of helper objects: budgets.
 
 Nothing of torch is patched, and nothing is written until `Collected.set_scalars`.
 """
@@ -44,7 +44,7 @@ MAXIMUM_TEXT = 200  # characters of what was decided that are kept as they are
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 _Setter = Callable[[float], None]
-_BYTES = (bytes, bytearray, memoryview, array)
+_BYTES = (bytes, bytearray, memoryview, array)  # handles, and the ring that an engine's ranks share: each process' own
 _BY_NAME = (type, types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -120,8 +120,6 @@ def _hanging_on(roots: Sequence[object]) -> set[int]:
         if isinstance(value, nn.Module | torch.Tensor) or not _may_hold(value, ()) or id(value) in found:
             continue
         found.add(id(value))
-        if isinstance(value, memoryview | bytearray | array):  # bytes: the ring that an engine's ranks share
-            continue
         if isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, Sequence | set | frozenset):
@@ -192,8 +190,6 @@ class _Walk:
         if isinstance(value, bool | str | complex | enum.Enum | torch.dtype | np.generic):
             self.found.decided[name] = _short(repr(value))
             return None
-        if isinstance(value, _BYTES):
-            return self.bytes_of(value, name)
         if isinstance(value, _BY_NAME):
             self.found.functions[name] = _place(value)
             return None
@@ -272,14 +268,6 @@ class _Walk:
         else:
             self.found.refused[name] = "an array that cannot be written"
             self.found.beside[name] = tensor
-
-    def bytes_of(self, value: Any, name: str) -> None:
-        if id(value) in self.seen:
-            return
-        try:
-            self.found.decided[name] = f"{len(memoryview(value))} of {xxh3_64(bytes(memoryview(value))):x}"
-        except (TypeError, ValueError):  # released already
-            self.found.decided[name] = "nothing"
 
     def scalar(self, name: str, value: float, setter: _Setter) -> None:
         self.found.scalars[name] = value
@@ -364,9 +352,11 @@ def _local(name: str, tensor: torch.Tensor) -> LocalTensor:
 
 
 def _may_hold(value: Any, left_out: Sequence[str] = MACHINERY) -> bool:
-    if value is None or isinstance(value, int | str | bytes | complex | enum.Enum | type | torch.dtype | torch.device):
+    if value is None or isinstance(value, int | str | complex | enum.Enum | type | torch.dtype | torch.device):
         return False
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | range | set | frozenset):
+        return False
+    if isinstance(value, _BYTES):
         return False
     if isinstance(value, nn.Module | torch.ScriptObject | types.FunctionType | types.MethodType | functools.partial):
         return True
