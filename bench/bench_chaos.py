@@ -30,7 +30,7 @@ SETTINGS = ("tcp", BY_NIXL, "same-host", "network")
 
 def choose(chance: random.Random, setting: str, faults: tuple[str, ...]) -> str:
     """Chooses the fault of one run. Unless the user chose faults, every third run stalls a source."""
-    possible = [*FAULTS, *(CUTS if setting == "network" else ())]
+    possible: list[str] = [*FAULTS, *(CUTS if setting == "network" else ())]
     if faults:
         return chance.choice([fault for fault in possible if fault in faults] or possible)
     return STALLED if chance.random() < 1 / 3 else chance.choice(possible)

@@ -280,8 +280,8 @@ def measure(total_bytes: int, rounds: int, small_files: int) -> tuple[dict[str, 
         bench = Bench(Path(scratch), stack, total_bytes, small_files)
         for streams in STREAMS:
             bench.round(streams)  # once unmeasured: connections, imports, digests of parts
-        taken = {streams: [] for streams in STREAMS}
-        small = []
+        taken: dict[int, list[dict[str, Took]]] = {streams: [] for streams in STREAMS}
+        small: list[tuple[Took, Took, float]] = []
         for _ in range(rounds):
             for streams in STREAMS:
                 taken[streams].append(bench.round(streams))

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
+from mxbench.checkout import ROOT
 from mxbench.results import document
 
-ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
 URI = "s3://models/bench"
 RUN_SECONDS = 600

@@ -19,12 +19,14 @@ import click
 from bench.fleet.certificates import certificates
 from bench.fleet.fleet import Fleet, Process
 from bench.transfer import limits, registration
-from bench.transfer.shapes import SHAPES, Shape, scaled, total_bytes
+from bench.transfer.shapes import SHAPES, scaled
+from mxbench.fleet import Shape, total_bytes
 from mxbench.results import document
 
 MIB = 1 << 20
 REGISTERED_TENSORS, REGISTERED_BYTES = 5000, 50 << 10
 IDLE_SECONDS = 3.0
+RECEIVER = "bench.transfer.receiver"
 LINK = {"MX_SOURCE_RATE_LIMIT": "1GB"}  # a second: as a network's link would, it leaves cores free
 VERIFY_ROUNDS = 9  # at least: what is compared differs by a few percent
 MANY_ROUNDS = 9  # of the shape that has a goal
@@ -64,7 +66,6 @@ class Pair:
         task = {
             "model": "bench/transfer",
             "content": 5,
-            "model_bytes": total_bytes(shape),
             "chunk_bytes": 16 * MIB,
             "strategy": "star",
             "shape": shape,
@@ -77,7 +78,9 @@ class Pair:
             {**task, "role": "seed"}, transport=transport, environ={**(both or {}), **(source or {})}
         )
         self.source.expect("serving")
-        self._target = fleet.add({**task, "role": "receiver"}, transport=transport, environ=dict(both or {}))
+        self._target = fleet.add(
+            {**task, "role": "receiver"}, transport=transport, environ=dict(both or {}), module=RECEIVER
+        )
         self._target.expect("ready")
 
     def receive(self, *, verified: bool) -> tuple[float, float]:
@@ -92,7 +95,7 @@ class Pair:
         self.cpu_seconds_per_gb = cpu_seconds / self._bytes * 1e9
         self._target.send("again")
         self._target.expect("ready")
-        return tuple(self._bytes / done[name] / 1e9 for name in ("moving_seconds", "receive_seconds"))  # type: ignore[return-value]
+        return self._bytes / done["moving_seconds"] / 1e9, self._bytes / done["receive_seconds"] / 1e9
 
 
 def verifying(pair: Pair, rates: Rates, number: int) -> None:
@@ -282,7 +285,7 @@ def command(scale: float, repeats: int, as_json: bool) -> None:
     machine["tls_vs_plain_by_cpu"] = median(in_clear.cpu) / median(encrypted.cpu)
     machine["tls_cpu_seconds_per_gb"], machine["plain_cpu_seconds_per_gb"] = median(encrypted.cpu), median(in_clear.cpu)
     machine["tls_gbps"], machine["tls_plain_gbps"] = median(encrypted.moving), median(in_clear.moving)
-    linked = {way: behind_a_link(way, few, max(repeats, VERIFY_ROUNDS)) for way in TRANSPORTS}
+    linked: dict[str, Rates] = {way: behind_a_link(way, few, max(repeats, VERIFY_ROUNDS)) for way in TRANSPORTS}
     figures = {name: round(value, 4) for name, value in figures_of(rates, linked, machine).items()}
     details = {
         **{name: round(value, 4) for name, value in machine.items() if name not in figures},

@@ -54,12 +54,13 @@ def measure(rounds: int, say: Callable[[str], None]) -> dict[str, dict[str, dict
         try:
             address = server.start()
             hosts = [EngineHost(name, folder, address, stock=True) for name in ("source", "target")]
+            source, target = hosts
             for name, (make, options) in CASES.items():
                 model = make(folder / "models" / name)
                 best: dict[str, dict[str, float]] = {}
                 for number in range(rounds + 1):
                     say(f"{name}: round {number} of {rounds}")
-                    found = one_round(*hosts, model, options)
+                    found = one_round(source, target, model, options)
                     for way, steps in found.items() if number else ():
                         best[way] = min(best.get(way, steps), steps, key=lambda steps: steps["own"])
                 measured[name] = best

@@ -384,6 +384,8 @@ class SourceBusy(SourceRefused):
     code = "MX_SOURCE_BUSY"
     again_seconds: float = 0.0
     """When the holder wants to be asked again; 0: it did not say."""
+    had_chunks: int | None = None
+    """How many chunks the holder had; None: it did not say."""
 
 
 class ReceivedInPart(Protocol):

@@ -39,6 +39,7 @@ from mxcore.storage.plan import Progress
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin import compat, drafts
 from vllm_plugin.identity import source_identity, worker_rank
+from vllm_plugin.ray_variables import lost_by_ray
 from vllm_plugin.storage_loader import StorageLoader
 
 __all__ = ["MX", "MX_SOURCE", "MX_TARGET", "VllmEngine", "load_model", "role_of"]
@@ -75,7 +76,7 @@ def load_model(
 ) -> nn.Module:
     """Loads a model; raises what vLLM's default loader raises, LoadPathsExhausted where that is left out, NoSource."""
     compat.route_logs()
-    if lost := compat.lost_by_ray(vllm_config, os.environ):
+    if lost := lost_by_ray(vllm_config, os.environ):
         _log.warning("%s", lost)
     if not drafts.has_weights(vllm_config, model_config):
         loader = DefaultModelLoader(compat.plain_load_config(load_config, "auto"))

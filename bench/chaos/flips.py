@@ -125,7 +125,8 @@ def _places(chance: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype
     """A place in each of `count` chunks."""
     begins = chance.permutation(CHUNKS)[:count] * CHUNK_BYTES
     lengths = np.minimum(CHUNK_BYTES, MODEL_BYTES - begins)
-    return begins + (chance.random(count) * lengths).astype(np.int64)
+    inside: np.ndarray[Any, np.dtype[np.int64]] = (chance.random(count) * lengths).astype(np.int64)
+    return inside + begins
 
 
 def _layout(memory: Memory) -> tuple[Layout, Placement]:

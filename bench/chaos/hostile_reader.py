@@ -20,10 +20,11 @@ import numpy as np
 
 from mxcore.cuda import OpenedMemory, Stream, address_range, context_of, copy_to_device
 from mxcore.cuda import driver as cuda_driver
-from mxcore.errors import MxError, SourceUnreachable
+from mxcore.errors import SourceUnreachable
 from mxcore.memory import HostBuffer
 from mxcore.transfer.layout import ChunkRequest, Layout, Placement, all_chunks
 from mxcore.transfer.move import AgentSession, ChunkTls, Move, Source, SourceClient, show_token
+from mxserver.wire import MxError
 from mxserver.wire.calls import open_channel
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.proto import mx_pb2, p2p_pb2, p2p_pb2_grpc

@@ -14,7 +14,8 @@ from typing import Any
 
 from bench.chaos.liars import start
 from bench.fleet.certificates import certificates
-from bench.fleet.fleet import BY_NIXL, ROOT, Fleet, FleetError
+from bench.fleet.fleet import BY_NIXL, Fleet, FleetError
+from mxbench.checkout import ROOT
 
 SECONDS = 120.0
 BY_TCP, BY_ATTACHING = "tcp,self", "tcp,cma,self"

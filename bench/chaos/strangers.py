@@ -53,7 +53,8 @@ class _Strangers:
         channel = stack.enter_context(grpc.insecure_channel(source["endpoint"], options=OPTIONS))
         self._worker = p2p_pb2_grpc.WorkerServiceStub(channel)
         self._transfer = mx_pb2_grpc.TransferServiceStub(channel)
-        layout = self._transfer.GetLayout(self._about(mx_pb2.GetLayoutRequest), timeout=CALL_SECONDS)
+        asked = mx_pb2.GetLayoutRequest(mx_source_id=source["source_id"], worker_id=source["worker_id"])
+        layout = self._transfer.GetLayout(asked, timeout=CALL_SECONDS)
         self._chunk_port = layout.transport.chunk_port
         self._fingerprint = layout.fingerprint
         self._huge = bytes(HUGE_BYTES)
@@ -70,9 +71,6 @@ class _Strangers:
             with suppress(grpc.RpcError, OSError):
                 kind()
             self.calls += 1  # about: threads do not wait for each other here
-
-    def _about(self, kind: type) -> object:
-        return kind(mx_source_id=self.source["source_id"], worker_id=self.source["worker_id"])
 
     def huge_sets(self) -> None:
         self._transfer.AskChunks(mx_pb2.AskChunksRequest(lease_id="x", wanted=self._huge), timeout=CALL_SECONDS)

@@ -38,4 +38,4 @@ class Tally:
         }
 
 
-STALLED = "kill a target while its source is stalled"
+STALLED: str = "kill a target while its source is stalled"

@@ -7,37 +7,41 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from bench.fleet.fleet_worker import FleetWorker, Memory, say
+from mxbench.fleet.model_memory import HostMemory, content_pieces
+from mxbench.fleet.model_worker import ModelWorker, be, say
 from mxcore.errors import TransferError
 from mxcore.transfer.move import Source
 from mxcore.transfer.serve import SelfCheck
+
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 LIES = ("before its digests", "after its digests", "all of it")
 """Where a holder's memory is wrong: one bit that its digests vouch for, two that they do not, or other weights."""
 
 
-class ChaosWorker(FleetWorker):
+class ChaosWorker(ModelWorker):
     """Holds one model for long; what it is told is the methods' names and their arguments."""
 
     @cached_property
-    def right(self) -> Memory:
+    def right(self) -> Bytes:
         """What every byte should be."""
-        return super().content()
+        pieces = content_pieces(self.task["content"], self.memory.size_bytes)
+        return np.frombuffer(b"".join(piece for _, piece in pieces), np.uint8)
 
-    def content(self) -> Memory:
-        """See FleetWorker; made once."""
-        return self.right
+    def bytes_there(self) -> Bytes:
+        """The model's memory, to be written to."""
+        assert isinstance(self.memory, HostMemory)
+        return np.frombuffer(self.memory.view, np.uint8)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -48,7 +52,7 @@ class ChaosWorker(FleetWorker):
     def run(self) -> None:
         """Takes lines until there are no more."""
         if not self.task.get("looks", True):
-            SelfCheck.start = lambda check: None  # type: ignore[method-assign] # a liar knows that it lies
+            SelfCheck.start = lambda self: None  # type: ignore[method-assign] # a liar knows that it lies
         told = {name: getattr(self, name) for name in ("lie", "receive", "flip", "changed", "again", "leases")}
         if self.task["role"] == "seed":
             self.lie("nothing", "0")
@@ -61,13 +65,13 @@ class ChaosWorker(FleetWorker):
     def lie(self, about: str, seed: str) -> None:
         """Serves anew, with a lie of `LIES` by its number, or `nothing`."""
         self.member.withdraw()
-        self.from_storage()
+        self.bytes_there()[:] = self.right
         lie = "" if about == "nothing" else LIES[int(about)]
-        places = np.random.default_rng(int(seed)).integers(0, 8 * self.memory.nbytes, 2)
+        places = np.random.default_rng(int(seed)).integers(0, 8 * self.memory.size_bytes, 2)
         if lie == LIES[0]:
             self._flip(int(places[0]))
         elif lie == LIES[2]:
-            np.bitwise_xor(self.memory, 0x5A, out=self.memory)
+            self.bytes_there()[:] ^= 0x5A
         self.member.on_bad_memory = lambda what: say(event="noticed", at=time.monotonic(), what=what)
         self.member.serve(self.layout, self.placement, {}, keep_alive=self.memory)
         if lie == LIES[1]:
@@ -75,17 +79,14 @@ class ChaosWorker(FleetWorker):
                 self._flip(int(place))
         say(event="serving", source=self.source)
 
-    def _flip(self, place: int) -> None:
-        self.memory[place // 8] ^= 1 << place % 8
-
     def flip(self, place: str) -> None:
         """Flips one bit of what is served."""
-        self._flip(int(place) % (8 * self.memory.nbytes))
+        self._flip(int(place))
         say(event="flipped", at=time.monotonic())
 
     def changed(self) -> None:
         """How many bytes are not what they should be."""
-        say(event="changed", bytes=int(np.count_nonzero(self.memory != self.right)))
+        say(event="changed", bytes=int(np.count_nonzero(self.bytes_there() != self.right)))
 
     def leases(self) -> None:
         """How many readers it has."""
@@ -95,7 +96,7 @@ class ChaosWorker(FleetWorker):
     def again(self) -> None:
         """Leaves the fleet, and joins it as another worker."""
         self.member.close()
-        self.member = self._join()
+        self.member = self._joined()
         say(event="ready")
 
     def receive(self, count: str, seed: str, cancelled: str, sources: str) -> None:
@@ -109,7 +110,7 @@ class ChaosWorker(FleetWorker):
 
     def _receive_once(self, sources: Sequence[Source], cancelled: bool, chance: random.Random) -> str:
         settings = self.member.settings
-        self.memory.fill(1)
+        self._forget()
         if cancelled:
             self.member.settings = settings.model_copy(update={"transfer_timeout_seconds": chance.uniform(0.001, 0.03)})
         try:
@@ -119,16 +120,8 @@ class ChaosWorker(FleetWorker):
             return "cancelled" if cancelled else "refused"
         finally:
             self.member.settings = settings
-        return "right" if self.is_right() else "wrong"
-
-
-def main() -> None:
-    sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
-    os.dup2(2, 1)
-    worker = ChaosWorker(json.loads(sys.argv[1]))
-    worker.run()
-    worker.member.close()
+        return "right" if np.array_equal(self.bytes_there(), self.right) else "wrong"
 
 
 if __name__ == "__main__":
-    main()
+    be(ChaosWorker)

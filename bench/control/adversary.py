@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.control.processes import ROOT
+from mxbench.checkout import ROOT
 
 
 class Attack(NamedTuple):

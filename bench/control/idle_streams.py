@@ -22,7 +22,8 @@ from typing import Any
 
 import grpc
 
-from bench.control.processes import ROOT, cpu_seconds
+from bench.control.processes import cpu_seconds
+from mxbench.checkout import ROOT
 
 COUNTS = (1600, 10_000)
 SECONDS = 10.0
@@ -126,7 +127,8 @@ def measured(kind: str, count: int) -> dict[str, object]:
     assert server.stdout is not None
     assert server.stdin is not None
     port = int(server.stdout.readline())
-    beat = grpc.insecure_channel(f"127.0.0.1:{port}").unary_unary("/s/beat")
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    beat: Any = channel.unary_unary("/s/beat")
     beat(b"")
     before_kib, began = of_process(server.pid, "VmRSS"), time.monotonic()
     streams: list[socket.socket] = []
@@ -146,7 +148,8 @@ def measured(kind: str, count: int) -> dict[str, object]:
     idle_cpu = (cpu_seconds(server.pid) - cpu) / (time.monotonic() - began)
     kib, threads = of_process(server.pid, "VmRSS"), of_process(server.pid, "Threads")
     cpu, told = cpu_seconds(server.pid), time.monotonic()
-    grpc.insecure_channel(f"127.0.0.1:{port}").unary_unary("/s/tell")(b"")
+    tell: Any = channel.unary_unary("/s/tell")
+    tell(b"")
     for each in streams:
         read_until(each, b"news")
     told_seconds, told_cpu = time.monotonic() - told, cpu_seconds(server.pid) - cpu

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from mxbench.checkout import ROOT
+
 LISTENING = re.compile(r"listening on (\S+:\d+)")
 START_SECONDS = 60.0
 

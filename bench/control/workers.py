@@ -76,7 +76,8 @@ def new_worker(task: Task, number: int) -> Worker:
     identity = p2p_pb2.SourceIdentity(
         mx_version="mx-1", model_name=f"bench/model-{fleet}", dtype="bfloat16", tensor_parallel_size=task.ranks
     )
-    return Worker(f"worker-{number}", member % task.ranks, identity, channel, p2p_pb2_grpc.P2pServiceStub(channel))
+    stub: Any = p2p_pb2_grpc.P2pServiceStub(channel)  # for types it is that of plain channels
+    return Worker(f"worker-{number}", member % task.ranks, identity, channel, stub)
 
 
 async def start(worker: Worker, outcome: Outcome) -> None:

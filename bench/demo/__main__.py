@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +25,7 @@ from bench.demo import far_storage, models
 from bench.demo.processes import DemoError, bring_back, cancelled, files_away
 from bench.demo.workers import Server, Worker
 
-FOLDER = Path(__file__).parents[2] / ".demo"
+FOLDER = Path(".demo").absolute()
 COLUMNS = ("model", "worker", "weights from", "tensors", "bytes", "verified chunks", "equal")
 FAR_COLUMNS = ("model", "worker", "weights from", "bytes", "seconds", "GB/s")
 
@@ -181,13 +181,13 @@ def far_table(far: dict[str, Any]) -> str:
 def _giver(worker: dict[str, Any], workers: list[dict[str, Any]]) -> str:
     """Who gave this worker its weights: storage, or another row's worker."""
     if worker.get("path") != "p2p":
-        path = worker.get("path", "?")
+        path: str = worker.get("path", "?")
         return {"uri": "object store"}.get(path, path)
     givers = {offer["worker_id"]: other["worker"] for other in workers for offer in other.get("offers", ())}
     return f"worker {givers.get(worker['source_worker'], '?')}"
 
 
-def _aligned(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _aligned(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in (columns, *rows)) for column in range(len(columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -79,12 +79,12 @@ def generate(folder: Path, model_type: str, shape: dict[str, Any], *, seed: int 
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder)
     config = AutoConfig.for_model(model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, **shape)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)  # type: ignore[no-untyped-call]
     fill(model, seed=seed)
     model.save_pretrained(folder, max_shard_size=shard_size)
     (folder / "ready").touch()

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parents[2]
+from mxbench.checkout import ROOT
+
 BY_NIXL = "tcp-by-nixl"
 DEADLINE_SECONDS = 180.0
 _serial = itertools.count()
@@ -242,7 +243,7 @@ class Fleet:
         *,
         transport: str = "tcp",
         environ: dict[str, str] | None = None,
-        module: str = "bench.fleet.fleet_worker",
+        module: str = "mxbench.fleet.model_worker",
     ) -> Process:
         """Starts a worker; in a network, in the first free place.
 

@@ -46,7 +46,7 @@ class Setting:
     look_seconds: float = 0.1
     idle_seconds: float = 2.0
     patience_seconds: float = 8.0
-    timeout_seconds: float = 600.0  # without a byte, whatever full holders say: MX_TRANSFER_TIMEOUT
+    timeout_seconds: float = 600.0  # without a byte, whatever holders say: MX_TRANSFER_TIMEOUT
     server_call_seconds: float = 0.00043
     holder_call_seconds: float = 0.0003
     lease_seconds: float = 15.0
@@ -90,6 +90,7 @@ class Worker:
     holders: dict[str, float] = field(default_factory=dict)  # and when each last gave something
     opening: set[str] = field(default_factory=set)  # holders that were called and give nothing yet
     not_before: dict[str, float] = field(default_factory=dict)  # of holders that were full
+    most_had: dict[str, int] = field(default_factory=dict)  # by holder that was full: chunks it was heard to have
     arrived: list[int] = field(default_factory=list)
 
 
@@ -226,11 +227,19 @@ class Swarm:
             holder.refused[name] = self.now
             again = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, SECONDS_A_READER * len(holder.refused)))
             me.not_before[holder_name] = self.now + again * self.chance.uniform(0.75, 1.25)
-            me.last_news = max(me.last_news, me.not_before[holder_name])  # it is alive: nothing is missed until then
+            if self._is_worth_waiting_for(me, holder):
+                me.last_news = max(me.last_news, me.not_before[holder_name])
             return
         holder.readers.add(name)
         self.most_readers_seen = max(self.most_readers_seen, len(holder.readers))
         self._at(self._call(holder) + setting.register_seconds, "open", name, holder_name)
+
+    def _is_worth_waiting_for(self, me: Worker, holder: Worker) -> bool:
+        """As ReceivedChunks.full has it: it has more than before, or must have something that is missing here."""
+        had = holder.have.bit_count()
+        before = me.most_had.get(holder.name, had)
+        me.most_had[holder.name] = max(before, had)
+        return had > before or had > me.have.bit_count()
 
     def _open(self, name: str, holder_name: str) -> None:
         """The reader has registered its memory, and asks for chunks."""

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.control.processes import ROOT
 from bench.demo import models
 from bench.demo.workers import Server, Worker
+from mxbench.checkout import ROOT
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import Layout, Placement
 from mxcore.transfer.move import Source, SourceClient

@@ -10,4 +10,4 @@ __all__ = ["own_connections"]
 def own_connections() -> None:
     """From now on each channel of this process connects by itself; else those to one address share a connection."""
     options = channels.channel_options
-    channels.channel_options = lambda: (*options(), ("grpc.use_local_subchannel_pool", 1))  # type: ignore[assignment]
+    channels.channel_options = lambda: [*options(), ("grpc.use_local_subchannel_pool", 1)]

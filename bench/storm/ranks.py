@@ -33,6 +33,7 @@ from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
 
 CALL_SECONDS = 30.0
+SLOW_SECONDS = 0.5  # calls that take longer are told one by one
 _LOOK_SECONDS = 1.0  # as a receive looks for more holders
 _MOMENTS: tuple[Moment, ...] = ("waiting", "receiving", "serving")
 
@@ -59,6 +60,7 @@ class Told:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     call_seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    slow_calls: list[tuple[float, str, float]] = field(default_factory=list)  # moment of the end, name, seconds
     loading_calls: Counter[str] = field(default_factory=Counter)  # by name, those of ranks that receive
     loading_seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
@@ -94,7 +96,10 @@ class CountingClient(ServerClient):
             raise
         finally:
             with self._tally.lock:
-                self._tally.call_seconds[name].append(time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                self._tally.call_seconds[name].append(seconds)
+                if seconds > SLOW_SECONDS:
+                    self._tally.slow_calls.append((time.monotonic(), name, seconds))
                 self._tally.loading_calls[name] += self.loads
 
     def watch_sources(self, request: Any) -> Any:

@@ -39,7 +39,8 @@ def holder_core_share(refused: int) -> tuple[float, float, int]:
             [ref] = client.list_sources()
         source = Source(ref.mx_source_id, ref.worker_id, ref.worker_rank, ref.worker_grpc_endpoint)
         idle = _share(process.popen.pid, SECONDS / 4)
-        over, failed = threading.Event(), []
+        over = threading.Event()
+        failed: list[str] = []
         threads = [
             threading.Thread(target=_read, args=(source, number, over, failed), daemon=True)
             for number in range(PLACES + refused)

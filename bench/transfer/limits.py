@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from statistics import median
@@ -35,7 +36,7 @@ def memcpy_rate(count: int) -> float:
 def digest_rate(count: int) -> float:
     """10^9 bytes a second of XXH3-64 by one thread; the median of some."""
     data = np.ones(count, np.uint8)
-    return _median(count, lambda: xxh3_64(data))
+    return _median(count, lambda: xxh3_64(data.data))
 
 
 def all_cores(count: int) -> tuple[list[float], list[float]]:
@@ -51,8 +52,9 @@ def all_cores(count: int) -> tuple[list[float], list[float]]:
         _in_threads(lambda: np.bitwise_or.reduce(left.pop()), len(parts))
 
     rates: tuple[list[float], list[float]] = ([], [])
+    ways: tuple[Callable[[], object], Callable[[], object]] = (read, lambda: _digests(data))
     for _ in range(2 * _ROUNDS + 1):
-        for found, function in zip(rates, (read, lambda: _digests(data)), strict=True):
+        for found, function in zip(rates, ways, strict=True):
             started = time.perf_counter()
             function()
             found.append(data.nbytes / (time.perf_counter() - started) / 1e9)
@@ -73,7 +75,7 @@ def _socket_rate(count: int, connections: int) -> float:
             _in_threads(lambda: _send(server.getsockname(), data, each), connections)
             os._exit(0)
         accepted = [server.accept()[0] for _ in range(connections)]
-    buffers = [memoryview(np.ones(MIB, np.uint8)).cast("B") for _ in accepted]
+    buffers = [np.ones(MIB, np.uint8).data for _ in accepted]
     pairs = list(zip(accepted, buffers, strict=True))
     started = time.monotonic()
     _in_threads(lambda: _drain(*pairs.pop()), connections)
@@ -85,7 +87,7 @@ def _socket_rate(count: int, connections: int) -> float:
 def _send(address: Any, data: np.ndarray[Any, Any], times: int) -> None:
     with socket.create_connection(address) as out:
         for _ in range(times):
-            out.sendall(data)
+            out.sendall(data.data)
 
 
 def _drain(connection: socket.socket, buffer: memoryview) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-Shape = list[tuple[int, int]]
+from mxbench.fleet import Shape
 
-ALIGNED_BYTES = 512  # where a caching allocator for an accelerator begins a tensor
 GAP_BYTES = 64  # between tensors that are allocations of malloc: none adjoins the next
 
 MANY: Shape = [(20_000, 50 << 10)]
@@ -37,8 +36,3 @@ SHAPES: dict[str, tuple[Shape, int]] = {  # with the gap between two tensors
 def scaled(shape: Shape, factor: float) -> Shape:
     """The same tensors, smaller."""
     return [(count, max(1, int(size * factor))) for count, size in shape]
-
-
-def total_bytes(shape: Shape) -> int:
-    """Of all tensors."""
-    return sum(count * size for count, size in shape)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mxcore.cli.failures import EXIT_USAGE
+from mxserver.wire import install_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_HERE = f"More benches run from a source checkout alone, not from {ROOT}."
@@ -33,6 +34,27 @@ def bench_modules() -> dict[str, str]:
     return found | installed
 
 
+def what_is_missing(name: str, error: ModuleNotFoundError) -> str:
+    """What a bench needs that is not here. Raises the error again where it is a module of ours."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "bench", "mxbench", "mxcore", "mxserver", "vllm_plugin"):
+        raise error
+    if package == "tests":
+        return f"mx bench {name} runs from a source checkout alone: what it measures against is among its tests."
+    bringing = install_command("bench")
+    return f"mx bench {name} needs {package}: {bringing if package in bringing else 'it is not installed'}"
+
+
+def _unable(name: str, why: str) -> click.Command:
+    """Listed with the others; whatever it is told, it says why it does not run."""
+
+    def refuse() -> None:
+        raise BadArgument(why)
+
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    return click.Command(name, callback=refuse, help=why, context_settings=anything)
+
+
 class BenchGroup(click.Group):
     """Lists the benches; the module of each has a click command called `command`."""
 
@@ -50,7 +72,10 @@ class BenchGroup(click.Group):
             if not (ROOT / "bench").is_dir():
                 raise click.UsageError(f"no bench {name!r} is here. {NOT_HERE}")
             return None
-        command: click.Command = importlib.import_module(module).command
+        try:
+            command: click.Command = importlib.import_module(module).command
+        except ModuleNotFoundError as error:
+            return _unable(name, what_is_missing(name, error))
         return command
 
     def invoke(self, context: click.Context) -> Any:
@@ -58,6 +83,8 @@ class BenchGroup(click.Group):
             return super().invoke(context)
         except click.UsageError as error:
             raise BadArgument(" ".join(error.format_message().split())) from error
+        except ModuleNotFoundError as error:
+            raise BadArgument(what_is_missing(context.invoked_subcommand or "", error)) from error
 
 
 @click.group(cls=BenchGroup)

@@ -6,7 +6,7 @@ from mxserver.calls.answers import AnswersUnderWay
 from mxserver.calls.call_pool import CallPool
 from mxserver.calls.freed_memory import give_large_parts_back
 from mxserver.calls.handlers import Around, Handler, WrappingInterceptor, with_behaviour
-from mxserver.calls.nested import length_delimited, split_off
+from mxserver.calls.nested import length_delimited, split_off, without_large_fields
 from mxserver.calls.pools import PoolInterceptor, in_pool
 from mxserver.calls.pushed import PushedStream, without_thread
 from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
@@ -34,5 +34,6 @@ __all__ = [
     "refusing",
     "split_off",
     "with_behaviour",
+    "without_large_fields",
     "without_thread",
 ]

@@ -86,6 +86,43 @@ def split_off(data: bytes, number: int) -> tuple[bytes, bytes | None]:
     return b"".join(rest), (found[0] if len(found) == 1 else b"".join(found)) if found else None
 
 
+_LARGE_BYTES = 64 * 1024
+_LOOKED_AT = 1000  # fields: a message of many small ones costs the parser less than it costs Python
+
+
+def without_large_fields(data: bytes, descriptor: Descriptor) -> bytes:
+    """A serialised message without the large ones, among its first thousand fields, that the descriptor does not have:
+    a parser keeps a copy of these.
+
+    Where the message is not well-formed, its rest comes as it is: the parser says what is wrong.
+    """
+    known = {one.number for one in descriptor.fields}
+    kept: list[bytes] = []
+    begin = at = 0  # of what is kept next, and of the next field
+    end = len(data)
+    for _ in range(_LOOKED_AT):
+        if at >= end:
+            break
+        start = at
+        tag, at = _varint(data, at, end)
+        wire = tag & 7
+        if wire == _LENGTH:
+            size, at = _varint(data, at, end)
+            if size > end - at:
+                break
+            at += size
+            if size >= _LARGE_BYTES and tag >> 3 not in known:
+                kept.append(data[begin:start])
+                begin = at
+        elif wire == _VARINT:
+            _, at = _varint(data, at, end)
+        elif wire in (_FIXED64, _FIXED32):
+            at += 8 if wire == _FIXED64 else 4
+        else:
+            break
+    return b"".join((*kept, data[begin:])) if kept else data
+
+
 def length_delimited(number: int, size: int) -> bytes:
     """What stands before the content of a field of bytes or of a message, of this number and size."""
     return _as_varint(number << 3 | _LENGTH) + _as_varint(size)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from google.protobuf.descriptor import Descriptor
 
 from mxserver.calls import split_off
+from mxserver.store import small_part
 from mxserver.wire.proto import record_pb2
 
 _WORKER = record_pb2.PublishRequest.WORKER_FIELD_NUMBER
@@ -30,11 +31,5 @@ class PublishRequest:
         facts = record_pb2.PublishRequest.FromString(rest)
         if worker is not None:
             facts.worker.SetInParent()
-            facts.worker.MergeFromString(_small_part(worker))
+            facts.worker.MergeFromString(small_part(worker))
         return cls(facts, worker or b"")
-
-
-def _small_part(worker: bytes) -> bytes:
-    facts = record_pb2.WorkerFacts.FromString(worker)
-    facts.DiscardUnknownFields()
-    return facts.SerializeToString()

@@ -8,6 +8,7 @@ from mxserver.store.index import require_epoch, require_owner
 from mxserver.store.interface import Leases, Publication, Query, RecordKey, SourceRecord, SourceStore, Status
 from mxserver.store.memory import MemoryStore
 from mxserver.store.sqlite import SqliteStore
+from mxserver.store.stored_amount import small_part
 from mxserver.store.turns import LEASE_SECONDS, MemoryTurns, Turn, Turns
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "UnknownRecord",
     "require_epoch",
     "require_owner",
+    "small_part",
 ]

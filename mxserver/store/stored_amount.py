@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from mxserver.calls import without_large_fields
 from mxserver.limits import ServerLimits
 from mxserver.store.errors import StoreFull
 from mxserver.store.interface import SourceRecord
@@ -54,6 +55,6 @@ def without_large_parts(record: SourceRecord) -> SourceRecord:
 
 def small_part(worker: bytes) -> bytes:
     """What the server itself reads of a worker's metadata."""
-    facts = record_pb2.WorkerFacts.FromString(worker)
+    facts = record_pb2.WorkerFacts.FromString(without_large_fields(worker, record_pb2.WorkerFacts.DESCRIPTOR))
     facts.DiscardUnknownFields()
     return facts.SerializeToString()

@@ -100,6 +100,7 @@ class LoadHistory:
         self._revisions: dict[str, int] = {}
         self._count = self._bytes = 0
         self._last_id = 0
+        self._last_revision = 0
         self._file: _LoadFile | None = None
         if path is None:
             return
@@ -158,7 +159,7 @@ class LoadHistory:
         of = self._of.setdefault(name, deque())
         of.append(_Entry(number, size, load))
         self._count, self._bytes = self._count + 1, self._bytes + size
-        self._revisions[name] = number
+        self._revise(name)
         gone = []
         if len(of) > KEPT_OF_A_MODEL:
             gone.append(self._drop(name))
@@ -170,10 +171,14 @@ class LoadHistory:
         of = self._of[name]
         entry = of.popleft()
         self._count, self._bytes = self._count - 1, self._bytes - entry.size
-        self._revisions[name] = self._revisions.get(name, 0) + 1
+        self._revise(name)
         if not of:
             del self._of[name], self._revisions[name]
         return entry.number
+
+    def _revise(self, name: str) -> None:
+        self._last_revision += 1
+        self._revisions[name] = self._last_revision
 
 
 class _Entry(NamedTuple):

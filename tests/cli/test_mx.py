@@ -155,6 +155,36 @@ def test_bench_outside_a_checkout_says_where_benches_are(monkeypatch: pytest.Mon
     assert set(bench_module.bench_modules()) == set(COMMANDS_OF_MXBENCH)
 
 
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        ("numpy", "pip install 'fastsafetensors"),
+        ("no_such_engine", "no_such_engine: it is not installed"),
+        ("tests.no_such_stand_in", "source checkout"),
+    ],
+)
+def test_a_bench_that_lacks_a_package_is_listed_and_says_which(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, said: str
+) -> None:
+    """When it is imported, and when it runs."""
+    lines = f"import click\n@click.command()\ndef command() -> None:\n    import {package}\n"
+    (tmp_path / "late_need.py").write_text(lines)
+    (tmp_path / "early_need.py").write_text(f"import {package}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "late_need", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(bench_module, "bench_modules", lambda: {"early": "early_need", "late": "late_need"})
+    listed = CliRunner().invoke(mx, ["bench", "--help"])
+    assert listed.exit_code == 0, listed.output
+    assert "early" in listed.output
+    for name in ("early", "late"):
+        ran = CliRunner().invoke(mx, ["bench", name, *(["--rounds", "3"] if name == "early" else [])])
+        assert ran.exit_code == 2
+        [line] = ran.output.strip().splitlines()
+        assert said in line
+        assert f"mx bench {name} " in line
+
+
 def test_bench_runs_what_the_checkout_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench_speed.py").write_text("command = None\n")

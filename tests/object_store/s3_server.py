@@ -41,7 +41,7 @@ class S3Server:
         self.start()
 
     def start(self) -> None:
-        command = [RCLONE, "serve", "s3", "--addr", self.own_address, "--auth-key", f"{KEY_ID},{SECRET}"]
+        command = [str(RCLONE), "serve", "s3", "--addr", self.own_address, "--auth-key", f"{KEY_ID},{SECRET}"]
         command += ["--config", "", "--dir-cache-time", "0s" if self._changing else "1h"]
         self.process = subprocess.Popen(
             [*command, self.root], stderr=subprocess.DEVNULL, env={"HOME": str(self.root.parent), "PATH": ""}

@@ -74,5 +74,5 @@ def test_what_nobody_can_install_is_found(words: str) -> None:
 def test_what_error_texts_name_is_what_the_extras_bring() -> None:
     brought = {name: tuple(listed) for name, listed in PROJECT["optional-dependencies"].items() if name in EXTRAS}
     assert brought == EXTRAS
-    assert set(PROJECT["optional-dependencies"]) - set(EXTRAS) == {"vllm", "nixl", "bench", "dev"}
+    assert set(PROJECT["optional-dependencies"]) - set(EXTRAS) == {"vllm", "nixl", "dev"}
     assert install_command("redis") == "pip install 'redis[hiredis]>=5'"

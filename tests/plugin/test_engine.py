@@ -19,11 +19,15 @@ from vllm.config import LoadConfig
 from mxcore.engine import Engine
 from vllm_plugin import compat
 from vllm_plugin.engine import VllmEngine, role_of
+from vllm_plugin.ray_variables import lost_by_ray
 
 names = ("mx", "mx-source", "mx-target", "modelexpress")
 found = {"roles": {name: [*role_of(name)[:4], role_of(name).is_fixed] for name in names}}
 found["a class"] = role_of(object).load_format
 found["advice"] = [bool(role_of(name).otherwise) for name in names]
+
+class Config(types.SimpleNamespace):  # as vLLM's, one that can be held weakly
+    pass
 
 def parallel(tp, pp, dp, ep):
     return types.SimpleNamespace(parallel_config=types.SimpleNamespace(
@@ -43,8 +47,8 @@ found["experts"] = [compat.has_experts(model) for model in models]
 ray = types.SimpleNamespace(parallel_config=types.SimpleNamespace(distributed_executor_backend="ray"))
 copied = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 environs = {}, {copied: "OTHER_, MX_"}, {copied: "MX_,MODEL_EXPRESS_"}, {"MODEL_EXPRESS_URL": "h:1"}
-found["lost"] = [compat.lost_by_ray(ray, environ) for environ in environs]
-found["lost elsewhere"] = compat.lost_by_ray(parallel(1, 1, 1, False), {})
+found["lost"] = [lost_by_ray(ray, environ) for environ in environs]
+found["lost elsewhere"] = lost_by_ray(parallel(1, 1, 1, False), {})
 
 kernels = lambda name: name.startswith("VLLM_")
 texts = (
@@ -53,10 +57,10 @@ texts = (
     {"VLLM_NOBODY_KNOWS": "1"}, {"VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE": "many"})
 found["variables"] = [compat.chosen_variables(environ, kernels) for environ in texts]
 
-here = types.SimpleNamespace(
+here = Config(
     load_config=types.SimpleNamespace(device=None), device_config=types.SimpleNamespace(device="cpu"), instance_id="e1",
     parallel_config=types.SimpleNamespace(local_world_size=2, tensor_parallel_size=4, pipeline_parallel_size=1))
-before = types.SimpleNamespace(**{**vars(here), "parallel_config": types.SimpleNamespace(
+before = Config(**{**vars(here), "parallel_config": types.SimpleNamespace(
     tensor_parallel_size=4, pipeline_parallel_size=2)})
 options = {"layout": "raw"}
 load_config = LoadConfig(load_format="mx", model_loader_extra_config=options)

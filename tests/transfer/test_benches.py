@@ -16,7 +16,8 @@ from bench.chaos.soak import Course, soak
 from bench.chaos.strangers import strangers_beside
 from bench.chaos.tally import STALLED, Tally
 from bench.transfer import limits, registration
-from bench.transfer.shapes import MANY, MIX, SHAPES, scaled, total_bytes
+from bench.transfer.shapes import MANY, MIX, SHAPES, scaled
+from mxbench.fleet import total_bytes
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from bench.fleet import swarm_simulator
 from bench.fleet.swarm_simulator import SEED, Setting, Swarm, table
 from mxcore.transfer.layout import all_chunks
 
-SLOW = {"bytes_per_second": 1e9, "look_seconds": 0.1, "timeout_seconds": 20.0}
+SLOW = {"bytes_per_second": 1e9, "look_seconds": 0.1}
 
 
 def check(swarm: Swarm) -> None:
@@ -43,9 +44,20 @@ def test_full_holders_that_lack_the_same_keep_nobody_for_ever() -> None:
     chance = random.Random(5)
     joins = [0.3 * chance.random() for _ in range(24)]
     swarm = Swarm(Setting(24, 60, **SLOW), 874, joins=joins, deaths=[(0.75, 0)])
-    swarm.run()
+    seconds = swarm.run()
     check(swarm)
     assert any(worker.from_storage for worker in swarm.workers.values())
+    assert seconds < swarm.setting.timeout_seconds / 4, "their patience ended, not the time for a transfer"
+
+
+def test_readers_of_a_busy_source_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """192 find the eight places of the only source taken for far longer than their patience: nobody gives up."""
+    swarm = Swarm(Setting(200, 60, patience_seconds=2.0, bytes_per_second=1e9, timeout_seconds=math.inf), 1)
+    monkeypatch.setattr(swarm, "_told", lambda me: [swarm.workers[SEED]])
+    assert swarm.run() > 50 * swarm.setting.patience_seconds
+    check(swarm)
+    assert swarm.refusals > 192
+    assert not any(worker.from_storage for worker in swarm.workers.values())
 
 
 def test_hundreds_of_workers_of_which_some_die() -> None:

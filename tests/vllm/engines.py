@@ -31,11 +31,15 @@ class Loaded:
     report_path: Path
     default_steps: dict[str, float]  # seconds of vLLM's default loader, where it was that
 
+    def of_rank(self, rank: int, part: str = "") -> dict[str, Any]:
+        """A rank's report, of its model or of a `part` such as its draft."""
+        name = ".".join(filter(None, (self.report_path.name, part, f"rank{rank}" if rank else "")))
+        found: dict[str, Any] = json.loads(self.report_path.with_name(name).read_text())
+        return found
+
     def ranks(self, count: int, part: str = "") -> list[dict[str, Any]]:
-        """The reports of all ranks of an engine of several workers, of its model or of a `part` such as its draft."""
-        name = ".".join(filter(None, (self.report_path.name, part)))
-        names = [name, *(f"{name}.rank{rank}" for rank in range(1, count))]
-        return [json.loads(self.report_path.with_name(each).read_text()) for each in names]
+        """The reports of all ranks of an engine of several workers."""
+        return [self.of_rank(rank, part) for rank in range(count)]
 
 
 class EngineHost:

@@ -91,7 +91,7 @@ def of_draft(loaded: Loaded) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[Any]]:
-    """What vLLM's default loader makes of each draft, once it was asked."""
+    """What vLLM's default loader makes of each draft, once asked. For tests with `unpacked`: each weight shows."""
     return {}
 
 
@@ -166,6 +166,7 @@ def small(folder: Path, models: dict[str, Path]) -> dict[str, Path]:
 def test_a_draft_in_the_models_files_comes_from_model_uri_with_them(
     source: EngineHost,
     target: EngineHost,
+    unpacked: None,
     folder: Path,
     models: dict[str, Path],
     small: dict[str, Path],
@@ -197,7 +198,11 @@ def test_a_draft_in_the_models_files_comes_from_model_uri_with_them(
 
 
 def test_a_draft_in_files_of_its_own_is_not_looked_for_at_model_uri(
-    target: EngineHost, models: dict[str, Path], small: dict[str, Path], expected: dict[str, list[Any]]
+    target: EngineHost,
+    unpacked: None,
+    models: dict[str, Path],
+    small: dict[str, Path],
+    expected: dict[str, list[Any]],
 ) -> None:
     pair = "an EAGLE head"
     wanted = of_the_default_loader(expected, target, pair, models)
@@ -237,6 +242,7 @@ def test_a_draft_comes_from_the_servers_cache(
     pair: str,
     to_disk: str,
     target: EngineHost,
+    unpacked: None,
     filled: ServerProcess,
     folder: Path,
     models: dict[str, Path],
@@ -252,6 +258,7 @@ def test_a_draft_comes_from_the_servers_cache(
     }
     host = EngineHost("cached-drafts", folder, filled.address, environ)
     try:
+        host.ask("plain_linear", on=True)  # as `unpacked` has it
         loaded = start(host, pair, {name: f"org/{name}" for name in models})
     finally:
         host.close()
@@ -262,7 +269,7 @@ def test_a_draft_comes_from_the_servers_cache(
 
 
 def test_a_draft_is_verified_as_its_model_is(
-    source: EngineHost, target: EngineHost, tmp_path: Path, model_paths: dict[str, Path]
+    source: EngineHost, target: EngineHost, unpacked: None, tmp_path: Path, model_paths: dict[str, Path]
 ) -> None:
     """By its own folder's signature; one in the model's files by the model's. What was not signed ends the start."""
     key, signed = Key(tmp_path / "keys"), made(tmp_path, shutil.copytree(model_paths["llama"], tmp_path / "llama"))

@@ -32,13 +32,13 @@ class PublishedWorker(Worker):
     """A worker as a page starts it."""
 
     def __init__(self, name: str, example: dict[str, Any], model: Path, folder: Path, server: str) -> None:
-        self.pooling, self.ranks, self.port = False, 1, free_port()
+        self.pooling, self.ranks, self.host, self.port = False, 1, "127.0.0.1", free_port()
         self.report_path = folder / f"published-{name}.json"
         given = [str(model) if part == example["model"] else part for part in example["arguments"]]
         given = ["--tensor-parallel-size=1" if part.startswith("--tensor-parallel-size=") else part for part in given]
         if given[0] == "--model":  # `vllm serve` takes the model by its place
             given = given[1:]
-        needed = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "demo", "--enforce-eager"]
+        needed = ["--host", self.host, "--port", str(self.port), "--served-model-name", "demo", "--enforce-eager"]
         needed += ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--seed", "0"]
         needed += ["--kv-cache-memory-bytes", str(64 << 20)]
         needed += ["--model-loader-extra-config", json.dumps({"report_path": str(self.report_path)})]

@@ -155,7 +155,7 @@ def test_replicas_hold_different_parts_of_the_experts(together: bool, replicas: 
 
     assert expected[0] != expected[1]
     assert [loaded.answers for loaded in first] == [loaded.answers for loaded in second] == expected
-    before, after = ([load.ranks(rank + 1)[rank] for rank, load in enumerate(loads)] for loads in (first, second))
+    before, after = ([load.of_rank(rank) for rank, load in enumerate(loads)] for loads in (first, second))
     assert [report["rank"] for report in after] == [0, 1]
     assert [report["path"] for report in after] == ["p2p", "p2p"]
     assert [report["source_worker"] for report in after] == [report["worker_id"] for report in before]

@@ -43,6 +43,11 @@ class HostMemory:
         self.address, self.size_bytes = self._buffer.address, size_bytes
         self.device = ("cpu", 0)
 
+    @property
+    def view(self) -> memoryview:
+        """All of it."""
+        return self._view
+
     def write(self, at: int, data: bytes) -> None:
         """See ModelMemory."""
         self._view[at : at + len(data)] = data

@@ -1,13 +1,15 @@
 """A worker in a process of its own that holds or receives a made-up model, and serves it.
 
-Started with one argument, a JSON object; prints JSON objects, one a line: `serving` or `ready`, `progress`, `done`,
-`cpu`, `sent`. It takes lines: `start` receives, `again` forgets what came and joins anew, `next` joins for the next
-version of the model, in the memory of this one, `cpu` and `sent` ask. It ends with its input.
+Started with one argument, a JSON object; prints JSON objects, one a line: `serving` or `ready`, `progress`, `lost` (a
+source was dropped), `done`, `cpu`, `sent`, `flipped`. It takes lines: `start` receives, `again` forgets what came and
+joins anew, `next` joins for the next version of the model, in the memory of this one, `cpu` and `sent` ask, `flip N`
+changes one bit. It ends with its input.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -24,12 +26,12 @@ from mxbench.fleet.model_memory import (
     tensors_of,
     written_file,
 )
-from mxbench.fleet.shapes import stretches, total_bytes
+from mxbench.fleet.shapes import places_of
 from mxcore.errors import TransferError
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import build_layout
 from mxcore.transfer.member import PROTOCOL_VERSION, Membership
-from mxcore.transfer.receive import ReceiveReport
+from mxcore.transfer.receive import ReceivedChunks, ReceiveReport
 from mxserver.wire.proto import p2p_pb2
 
 _SAMPLES = 200
@@ -43,16 +45,29 @@ def say(**values: Any) -> None:
     sys.stdout.flush()
 
 
-class ModelWorker:
-    """What the process is. `task`: model, content, shape, chunk_bytes, role (seed, receiver), strategy, settings.
+class _Losses(logging.Handler):
+    """Tells when a receiver drops a source."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and "gives no" in str(record.msg):
+            worker, _, asked_seconds, *_ = record.args
+            why = record.getMessage()[:400]
+            say(event="lost", at=time.monotonic(), worker=str(worker), asked_seconds=asked_seconds, why=why)
+
+
+class ModelWorker:
+    """What the process is. `task`: model, content, chunk_bytes, role (seed, receiver), strategy, settings.
+
+    `shape`, with `gap_bytes` between two tensors, or `model_bytes`: what the model is (shapes.places_of).
     `strategy`: star (all from the seed), doubling (finished copies serve), swarm (ours: receivers serve at once).
     `device`: index of a CUDA device that the model is on; else it is in host memory. `folder`: where storage is.
     """
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
-        self._stretches = stretches([(count, size) for count, size in task["shape"]])
+        if task["strategy"] == "star":  # others have no rule that sends a receiver to storage for a slow source
+            ReceivedChunks.drips = lambda self: False  # type: ignore[method-assign]
+        self._stretches = places_of(task)
         self._folder = tempfile.TemporaryDirectory(prefix="mx-bench-", dir=task.get("folder") or None)
         size_bytes = self._stretches[-1][1]
         device = task.get("device")
@@ -116,24 +131,36 @@ class ModelWorker:
         """Until the input ends."""
         self._begin()
         for line in sys.stdin:
-            match line.strip():
-                case "start":
-                    self._start()
-                case "again":
-                    self.member.close()
-                    self._forget()
-                    self.member = self._joined()
-                    self._begin()
-                case "next":
-                    self.member.close()
-                    self.task["content"] += 1
-                    self.member = self._joined()
-                    self._begin()
-                case "cpu":
-                    say(event="cpu", seconds=time.process_time())
-                case "sent":
-                    holder = self.member.holder
-                    say(event="sent", bytes=holder.bytes_granted if holder else 0)
+            self.take(*line.split())
+
+    def take(self, told: str, *words: str) -> None:
+        """One line of the input."""
+        match told:
+            case "start":
+                self._start()
+            case "again":
+                self.member.close()
+                self._forget()
+                self.member = self._joined()
+                self._begin()
+            case "next":
+                self.member.close()
+                self.task["content"] += 1
+                self.member = self._joined()
+                self._begin()
+            case "cpu":
+                say(event="cpu", seconds=time.process_time())
+            case "sent":
+                holder = self.member.holder
+                say(event="sent", bytes=holder.bytes_granted if holder else 0)
+            case "flip":
+                self._flip(int(words[0]))
+                say(event="flipped", at=time.monotonic())
+
+    def _flip(self, number: int) -> None:
+        """One bit of the memory, whatever the number."""
+        place, bit = divmod(number % (8 * self.memory.size_bytes), 8)
+        self.memory.write(place, bytes([self.memory.read(place, 1)[0] ^ 1 << bit]))
 
     def _begin(self) -> None:
         """A seed serves, a receiver waits to be told."""
@@ -171,13 +198,14 @@ class ModelWorker:
             started=started,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
-            bytes=total_bytes([(count, size) for count, size in self.task["shape"]]),
+            bytes=sum(end - begin for begin, end in self._stretches),
             receive_seconds=report.seconds if report else 0.0,
             moving_seconds=report.moving_seconds if report else 0.0,
             transport=report.transport if report else "",
             operation=report.operation if report else "",
             bytes_again=report.bytes_again if report else 0,
             holders=len(report.bytes_from) if report else 0,
+            bytes_from=dict(report.bytes_from) if report else {},
             failures=[*failures, *(report.failures if report else ())],
         )
 
@@ -210,14 +238,15 @@ class ModelWorker:
         self._folder.cleanup()
 
 
-def main() -> None:
-    """One worker."""
+def be(kind: type[ModelWorker]) -> None:
+    """This process is one worker of that kind."""
     sys.stdout = os.fdopen(os.dup(1), "w")  # UCX and NIXL log to file 1, which becomes stderr; answers go here
     os.dup2(2, 1)
-    worker = ModelWorker(json.loads(sys.argv[1]))
+    logging.getLogger("mxcore.transfer.receive.receiver").addHandler(_Losses())
+    worker = kind(json.loads(sys.argv[1]))
     worker.run()
     worker.close()
 
 
 if __name__ == "__main__":
-    main()
+    be(ModelWorker)

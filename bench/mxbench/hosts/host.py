@@ -26,6 +26,7 @@ class Child:
     def __init__(self, host: Host, name: str, program: str) -> None:
         self.host, self.name, self.program = host, name, program
         self.progress: list[tuple[float, int]] = []  # its own clock's seconds, bytes
+        self.lost: list[dict[str, Any]] = []  # which source was dropped when, and why
         self.alive = True
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._moved = threading.Condition()
@@ -36,6 +37,9 @@ class Child:
             with self._moved:
                 self.progress.append((event["at"], event["bytes"]))
                 self._moved.notify_all()
+            return
+        if event.get("event") == "lost":
+            self.lost.append(event)
             return
         if event.get("event") == "ended":
             with self._moved:

@@ -20,7 +20,7 @@ from mxcore.transfer.move.nixl_write import NixlWriteMover
 from mxcore.transfer.move.registered_sessions import RegisteredSessions
 from mxcore.transfer.move.same_host import SameHostMover, threads_of
 from mxcore.transfer.move.session_ahead import SessionAhead
-from mxcore.transfer.move.source_client import AGAIN_METADATA, PendingCall, Source, SourceClient
+from mxcore.transfer.move.source_client import AGAIN_METADATA, HAD_METADATA, PendingCall, Source, SourceClient
 from mxcore.transfer.move.staged import StagedMover
 from mxcore.transfer.move.tcp import TcpMover
 
@@ -28,6 +28,7 @@ __all__ = [
     "AGAIN_METADATA",
     "FENCE_SECONDS",
     "GREETING",
+    "HAD_METADATA",
     "TOKEN_BYTES",
     "AgentSession",
     "ChunkTls",

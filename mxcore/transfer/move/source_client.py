@@ -16,12 +16,14 @@ from mxserver.wire import SettingError
 from mxserver.wire.calls import Closing, open_channel
 from mxserver.wire.proto import mx_pb2, mx_pb2_grpc, p2p_pb2, p2p_pb2_grpc
 
-__all__ = ["AGAIN_METADATA", "PendingCall", "Source", "SourceClient"]
+__all__ = ["AGAIN_METADATA", "HAD_METADATA", "PendingCall", "Source", "SourceClient"]
 
 Response = TypeVar("Response")
 
 AGAIN_METADATA = "mx-again-ms"
 """Trailing metadata of a holder that is full: after how many milliseconds it wants to be asked again."""
+HAD_METADATA = "mx-had-chunks"
+"""Trailing metadata of a holder that is full: how many chunks it has, so that readers know whether to wait for it."""
 
 _LONGEST_AGAIN_MS = 60_000  # whatever a holder says
 _RELEASE_SECONDS = 1.0
@@ -194,9 +196,11 @@ class SourceClient(Closing):
         if call.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND):
             return SourceRefused(text)
         busy = SourceBusy(text)
-        told = dict(call.trailing_metadata() or ()).get(AGAIN_METADATA)
+        told = dict(call.trailing_metadata() or ())
         with suppress(TypeError, ValueError):
-            busy.again_seconds = min(max(int(told or 0), 0), _LONGEST_AGAIN_MS) / 1000
+            busy.again_seconds = min(max(int(told.get(AGAIN_METADATA, 0)), 0), _LONGEST_AGAIN_MS) / 1000
+        with suppress(TypeError, ValueError):
+            busy.had_chunks = int(told[HAD_METADATA]) if HAD_METADATA in told else None
         return busy
 
     def close(self) -> None:

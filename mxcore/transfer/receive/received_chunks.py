@@ -49,8 +49,9 @@ class ReceivedChunks:
 
     `changed` guards the plan and is notified of every change. All chunks are of one content: that of the first holder
     that was admitted, until the `claims` of others decide for another one. In monotonic seconds: `news` is when there
-    was last any progress, `first_asked_at` when the first chunk was granted, `done_at` when a chunk was last verified.
-    `total_bytes` are those that are received: of all chunks, or of the set `only`.
+    was last any progress, or when a full holder that has more than is here may be asked again; `first_asked_at` when
+    the first chunk was granted, `done_at` when a chunk was last verified. `total_bytes` are those that are received: of
+    all chunks, or of the set `only`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ReceivedChunks:
         self.bytes_from: dict[str, int] = {}
         self.bytes_again = 0  # of chunks that had to be asked for a second time
         self.news = time.monotonic()
+        self._most_had: dict[str, int] = {}  # by holder: how many chunks it was heard to have
         self.first_asked_at: float | None = None
         self.done_at = self.news
         self._scalar_names = frozenset(scalar_names)
@@ -107,7 +109,11 @@ class ReceivedChunks:
     def missing(self) -> list[int]:
         """The chunks that are not verified, ascending."""
         with self.changed:
-            return list(chunks_of(self._plan.everything & ~self._plan.completed))
+            return list(chunks_of(self._lacking))
+
+    @property
+    def _lacking(self) -> int:
+        return self._plan.everything & ~self._plan.completed
 
     def admit(
         self, holder: str, answer: mx_pb2.GetLayoutResponse, *, owner: str = "", known: ChunkDigests | None = None
@@ -185,13 +191,27 @@ class ReceivedChunks:
         """Adds a holder that can be asked, at this distance; what it has is not known yet."""
         with self.changed:
             self._plan.add_holder(holder, 0, distance)
-            self.news = time.monotonic()
 
     def has(self, holder: str, have: int) -> None:
-        """Records what a holder has now."""
+        """Records what a holder has now. News, where that is more than before or something that is missing here."""
         with self.changed:
             self._plan.add_holder(holder, have)
-            self.news = time.monotonic()
+            if self._has_more(holder, have.bit_count()) or have & self._lacking:
+                self.news = time.monotonic()
+
+    def full(self, holder: str, had: int, *, until: float) -> None:
+        """A holder with so many chunks takes no reader until then. It is waited for where it has more than before, or
+        must have something that is missing here: else workers that lack the same would wait for each other for ever.
+        """
+        with self.changed:
+            if self._has_more(holder, had) or had > len(self.chunks) - self._lacking.bit_count():
+                self.news = max(self.news, until)
+
+    def _has_more(self, holder: str, had: int) -> bool:
+        """Whether a holder has more chunks than ever before; not where it is heard of for the first time."""
+        before = self._most_had.get(holder, had)
+        self._most_had[holder] = max(before, had)
+        return had > before
 
     def wanted(self, holder: str) -> ChunkRequest:
         """What to ask a holder for."""

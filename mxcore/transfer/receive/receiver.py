@@ -324,8 +324,10 @@ class Receiver:
             raise error
         if isinstance(error, SourceBusy):
             again_at = self._tried.full(source.worker_id, error, time.monotonic())
-            with self._received.changed:  # it is alive and gives to others: until then nothing is missed
-                self._received.news = again_at
+            had = error.had_chunks
+            if had is None:  # it is of an older release
+                had = 0 if source.receiving else len(self._received.chunks)
+            self._received.full(source.worker_id, had, until=again_at)
             return
         logger.warning(
             "worker %s (%s), asked for %.1f s, gives no (more) weights: %s",

@@ -134,6 +134,11 @@ class Holder:
         return self._have == self._everything
 
     @property
+    def chunks_had(self) -> int:
+        """How many chunks are there."""
+        return self._have.bit_count()
+
+    @property
     def bytes_granted(self) -> int:
         """What readers were allowed to fetch so far."""
         return self._bytes_sent

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mxcore.errors import CudaError, HolderBusy, HolderDraining, LeaseEnded, TransferError
 from mxcore.process import allow_attaching
 from mxcore.transfer.layout import ChunkRequest, scalars_digest, scalars_to_proto, set_from_bytes, set_to_bytes
-from mxcore.transfer.move import AGAIN_METADATA, chunk_server_context
+from mxcore.transfer.move import AGAIN_METADATA, HAD_METADATA, chunk_server_context
 from mxcore.transfer.route import DeviceProbeTarget, ProbeTarget, UcxPolicy, device_offer
 from mxcore.transfer.serve.chunk_listener import ChunkListener
 from mxcore.transfer.serve.holder import Holder
@@ -84,7 +84,8 @@ class _WorkerService(p2p_pb2_grpc.WorkerServiceServicer):
                 lease = self._holder.grant(_reader_of(context))
             except HolderBusy:
                 again_ms = round(1000 * self._refused.again_seconds(context.peer()))
-                context.set_trailing_metadata(((AGAIN_METADATA, str(again_ms)),))
+                had = str(self._holder.chunks_had)
+                context.set_trailing_metadata(((AGAIN_METADATA, str(again_ms)), (HAD_METADATA, had)))
                 raise
         return (
             p2p_pb2.PrepareTensorReadResponse(lease_id=lease.lease_id).SerializeToString()

@@ -13,13 +13,13 @@ from google.protobuf.message import DecodeError
 
 from mxserver.calls.arriving import ArrivingCall
 from mxserver.calls.call_pool import _Turns
-from mxserver.calls.nested import has_more_messages, split_off
+from mxserver.calls.nested import has_more_messages, split_off, without_large_fields
 from mxserver.calls.pools import POOLS
 from mxserver.calls.receiving import Receiving
 from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient
-from mxserver.wire.proto import p2p_pb2
+from mxserver.wire.proto import p2p_pb2, record_pb2
 
 P2P = "/model_express.p2p.P2pService/"
 METHODS = (
@@ -151,6 +151,27 @@ def test_a_field_is_split_off_and_comes_together_again() -> None:
     for cut in (data[:-1], data + b"\x0f"):
         with pytest.raises(DecodeError):
             p2p_pb2.PublishMetadataRequest.FromString(split_off(cut, 2)[0])
+
+
+def test_large_fields_that_the_parser_does_not_know_are_left_out() -> None:
+    """It would keep a copy of each. What is known stays, whatever its size, and so does what is not well-formed."""
+    name = "n" * 100_000
+    worker = p2p_pb2.WorkerMetadata(
+        worker_rank=3, nixl_metadata=b"x" * 1_000_000, worker_grpc_endpoint=name, accelerator="a", agent_name="small"
+    )
+    worker.topology["zone"] = "z"
+    data = worker.SerializeToString() * 2
+    left = without_large_fields(data, record_pb2.WorkerFacts.DESCRIPTOR)
+    assert len(left) < 2 * len(name) + 1000
+    parsed, whole = record_pb2.WorkerFacts.FromString(left), record_pb2.WorkerFacts.FromString(data)
+    for facts in (parsed, whole):
+        facts.DiscardUnknownFields()
+    assert parsed == whole
+    assert parsed.worker_grpc_endpoint == name
+    assert without_large_fields(left, record_pb2.WorkerFacts.DESCRIPTOR) == left
+    for cut in (data[:-1], data + b"\x0f"):
+        with pytest.raises(DecodeError):
+            record_pb2.WorkerFacts.FromString(without_large_fields(cut, record_pb2.WorkerFacts.DESCRIPTOR))
 
 
 class Slow:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mxcore.errors import ChunksMissing, SourceBusy, SourceRefused, SourceUnreachable, TransferError
+from mxcore.settings import load_settings
 from mxcore.transfer.layout import all_chunks, digest_threads
 from mxcore.transfer.move import LeaseKeeper, Source, SourceClient, lease_keeper
-from mxcore.transfer.receive import ReceivedChunks
+from mxcore.transfer.receive import ReceivedChunks, Receiver
 from mxcore.transfer.receive.pace import MEGABYTE, Pace
 from mxcore.transfer.serve.refused_readers import LONGEST_SECONDS, SECONDS_A_READER, SHORTEST_SECONDS, RefusedReaders
 from tests.transfer.conftest import wait_for
 from tests.transfer.fleet_member import CHUNK_BYTES, SEED, Member, NewMember
 from tests.transfer.test_exchange import Target
+
+HERE = 9  # chunks that a receiver has
 
 
 def test_a_transfer_that_moves_has_no_deadline(new_member: NewMember, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,3 +244,84 @@ def _holds(storage: Any, address: int) -> bool:
 def test_digests_are_made_by_as_many_threads_as_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(192)))
     assert digest_threads() == 64  # more are refused
+
+
+def test_full_holders_that_lack_the_same_are_not_waited_for(new_member: NewMember) -> None:
+    """Half is here, the one that gave it has no more, and a full one has the same: both go on, and nothing can come."""
+    first, second = new_member(SEED), new_member(SEED, MX_SOURCE_MAX_READERS=1)
+    sources = [first.serve(), second.serve()]
+    for member in (first, second):
+        served = member.membership.holder
+        assert served is not None
+        served.update(all_chunks(len(served.chunks) // 2))  # the rest never comes
+    target = new_member(MX_STALL_TIMEOUT_SECS=3, MX_TRANSFER_TIMEOUT=30)
+    with (
+        SourceClient(sources[1], timeout_seconds=60) as reader,
+        LeaseKeeper(reader, reader.prepare()),
+        pytest.raises(ChunksMissing, match="nothing came for 2 stall time-outs") as raised,
+    ):
+        target.receive([replace(source, receiving=True) for source in sources])
+    assert raised.value.partial is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "receiving", "waits"),
+    [
+        (1, True, True),  # one more than are here, so that it must have something that is missing
+        (0, True, False),  # as many: perhaps the same
+        (0, False, False),
+        (None, False, True),  # of an older release: as the server lists it
+        (None, True, False),
+    ],
+)
+def test_a_full_holder_is_waited_for_where_it_has_something(
+    new_member: NewMember, more: int | None, receiving: bool, waits: bool
+) -> None:
+    member, settings = new_member(), load_settings({}, {})
+    receiver = Receiver(member.layout, member.placement, settings=settings, worker_id="w", chunk_bytes=CHUNK_BYTES)
+    received = receiver._received
+    received.adopt(all_chunks(HERE))
+    busy = SourceBusy("full")
+    busy.again_seconds, busy.had_chunks = 1000.0, None if more is None else HERE + more
+    received.news = 0.0
+    receiver._failed_holder(Source("source", "full", 0, "", receiving=receiving), busy, 0.0)
+    assert bool(received.news) == waits
+
+
+def test_a_holder_that_gets_more_is_waited_for(new_member: NewMember) -> None:
+    """A worker that reads storage and is full: each refusal that tells of more chunks is news, others are not."""
+    received = _received(new_member())
+    received.adopt(all_chunks(HERE))
+    heard = []
+    for had in (3, 3, 4, 4, 2, 4, 5):
+        received.news = 0.0
+        received.full("reads storage", had, until=1.0)
+        heard.append(received.news)
+    assert heard == [0, 0, 1, 0, 0, 0, 1]
+
+
+def test_a_holder_without_anything_new_is_no_news(new_member: NewMember) -> None:
+    """Workers that lack the same take each other's leases in turn: that is no progress."""
+    received = _received(new_member())
+    received.adopt(all_chunks(HERE))
+    heard = []
+    for have in (all_chunks(HERE - 1), all_chunks(HERE), all_chunks(HERE), 1 << HERE):
+        received.news = 0.0
+        received.join("other", 0)
+        received.has("other", have)
+        received.drop("other")
+        heard.append(bool(received.news))
+    assert heard == [False, True, False, True]
+
+
+def test_a_refusal_tells_how_many_chunks_there_are(new_member: NewMember) -> None:
+    holder = new_member(SEED, MX_SOURCE_MAX_READERS=1)
+    source = holder.serve()
+    served = holder.membership.holder
+    assert served is not None
+    served.update(all_chunks(3))
+    with SourceClient(source, timeout_seconds=60) as client:
+        client.prepare()
+        with pytest.raises(SourceBusy) as raised:
+            client.prepare()
+    assert raised.value.had_chunks == 3
