@@ -87,8 +87,7 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
         return self._real
 
     def writable(self) -> torch.Tensor:
-        """As `materialized`; what is written there is seen in the whole, and in all that is cut out of it from then on.
-        """
+        """As `materialized`; what is written there is in the whole, and in all that is cut out of it from then on."""
         if self._whole is not None:
             self._whole.materialized()
         return self.materialized()
@@ -159,7 +158,7 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)

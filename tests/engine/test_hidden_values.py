@@ -1,4 +1,4 @@
-"""Values of weights that a function, an array or a container alone has: they come along, or are refused, never left out.
+"""Values of weights that a function, an array or a container alone has: they come along, or are refused.
 
 And what processing decided, where no flag says so: a method, a default of a function, a class, an order of integers.
 """
@@ -64,7 +64,8 @@ def closure(layer: Any) -> None:
 
 
 def default(layer: Any) -> None:
-    layer.call = lambda x, _gain=largest(layer): x * _gain
+    gain = largest(layer)
+    layer.call = lambda x, _gain=gain: x * _gain
 
 
 def partly(layer: Any) -> None:
@@ -170,6 +171,10 @@ def assigned(value: Any) -> Callable[[Any], None]:
     return process
 
 
+def holding(of: Any) -> Callable[[Any], None]:
+    return assigned(lambda x: (x, of))
+
+
 KERNEL = Kernel()
 DECISIONS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
     "default": (flagged(flag=True), flagged(flag=False)),
@@ -179,7 +184,7 @@ DECISIONS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
     "overload": (assigned(torch.ops.aten.add.Tensor), assigned(torch.ops.aten.sub.Tensor)),
     "built in": (assigned(max), assigned(min)),
     "class": (assigned(Kernel), assigned(Layer)),
-    "behind a function": (assigned(lambda x, _of=Kernel(): x), assigned(lambda x, _of=Layer: x)),
+    "behind a function": (holding(KERNEL), holding(Layer)),
     "integers": (assigned([3, {"a": (1, True)}]), assigned([3, {"a": (2, True)}])),
 }
 

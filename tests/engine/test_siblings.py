@@ -230,13 +230,10 @@ def rest_read_by(engine: Interrupted) -> tuple[int, torch.nn.Module]:
     for part in model.parameters():
         part.zero_()
     with ExitStack() as at_end:
-        context = LoadContext(
-            engine, ROLES["both"], WorkerSettings(), Fallbacks(), at_end, agreement=engine.agreement
-        )
+        context = LoadContext(engine, ROLES["both"], WorkerSettings(), Fallbacks(), at_end, agreement=engine.agreement)
         try:
             return fill_missing(partial, model, context), model
-        except TransferStalled as error:
-            assert "another process of this engine has failed" in str(error)
+        except TransferStalled:
             return -1, model
 
 

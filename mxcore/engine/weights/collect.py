@@ -185,8 +185,9 @@ class _Walk:
             return self.tensor(value, name, depth)
         if isinstance(value, float):  # bool is no float
             return self.scalar(name, value, setter)
-        if isinstance(value, np.inexact) and not isinstance(value, np.complexfloating):
-            return self.scalar(name, float(value), lambda number: setter(type(value)(number)))
+        if isinstance(value, np.floating):
+            kind: Any = type(value)
+            return self.scalar(name, float(value), lambda number: setter(kind(number)))
         if isinstance(value, bool | str | complex | enum.Enum | torch.dtype | np.generic):
             self.found.decided[name] = _short(repr(value))
             return None

@@ -16,7 +16,15 @@ from mxcore.engine.weights.collect import Collected
 from mxcore.errors import LayoutMismatch
 from mxcore.transfer.layout import Scalars
 
-__all__ = ["FLAG_PREFIX", "flags_of", "numbers_of", "require_same_structure", "set_flags", "structure_of", "structure_rows"]
+__all__ = [
+    "FLAG_PREFIX",
+    "flags_of",
+    "numbers_of",
+    "require_same_structure",
+    "set_flags",
+    "structure_of",
+    "structure_rows",
+]
 
 FLAG_PREFIX = "loaded: "
 """Of names in a manifest of flags that loading set on the model or a module of it: what of it a checkpoint has
