@@ -93,11 +93,15 @@ def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
         click.echo(f"{name}: {json.dumps(runs[name]['figures'])}", err=True)
     figures = worse(runs)
     if refusing:
-        from bench.storm.refusing import holder_core_share
+        from bench.storm.refusing import measured
 
-        share, idle, failed = holder_core_share(REFUSED)
-        figures |= {f"holder_core_share_refusing_{REFUSED}": round(share, 4), "holder_core_share_idle": round(idle, 4)}
-        figures["errors"] += failed
+        found = measured(REFUSED)
+        figures |= {
+            f"holder_core_share_refusing_{REFUSED}": round(found.core_share, 4),
+            "holder_core_share_idle": round(found.idle_core_share, 4),
+            "holder_refusals": found.refusals,
+        }
+        figures["errors"] += found.failed
     result: dict[str, Any] = {"shape": shape, "cores": len(os.sched_getaffinity(0)), "runs": runs}
     if as_json:
         from mxbench.results import document

@@ -323,7 +323,8 @@ class Server:
         """Finds out whether the server is ready; gRPC's health service says the same as the HTTP probes."""
         readiness = self._operations.readiness
         readiness.look()
-        problem = readiness.not_ready() or self._ticker.problem or self._watches.problem
+        supervised = (self._ticker, self._watches, self._pools.large_requests)
+        problem = readiness.not_ready() or next((one.problem for one in supervised if one.problem), None)
         self._health.show_store(works=problem is None)
 
 

@@ -38,12 +38,15 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
         """
         try:
             from vllm_plugin.engine import load_model
+            from vllm_plugin.update import reload_by_us
         except Exception:
             if self.load_config.load_format == "mx-target" or self._has_to_be_signed():
                 raise
             _log.exception("ModelExpress cannot be used here: loading from storage, alone")
             return compat.load_model(self._storage(), vllm_config, model_config, prefix)
-        return load_model(self.load_config, vllm_config, model_config, prefix)
+        model = load_model(self.load_config, vllm_config, model_config, prefix)
+        reload_by_us(vllm_config)
+        return model
 
     def download_model(self, model_config: ModelConfig) -> None:
         """As vLLM's default loader; nothing for mx-target, which has no use for files."""

@@ -1,9 +1,10 @@
 """One process of ranks that start together: `python -m bench.storm.ranks`, told what to do by a line of JSON on stdin.
 
-Each rank is the product's own client code (record, heartbeat, load report, stream, directory, wait, election) over a
-connection of its own; only the bytes are left out: reading storage and receiving are time that passes, and places at
-holders are counted here. All workers of one rank are in one process. Moments are of the monotonic clock, which all
-processes of a machine share.
+Each rank is the product's own client code (record, heartbeat, load report, what is told, directory, wait, election)
+over a connection of its own; only the bytes are left out: reading storage and receiving are time that passes, and
+places at holders are counted here. The streams are read by one thread, for grpcio wakes some threads for each of them
+several times a second, which hundreds in one process do not bear; for the same reason who waits looks only when told.
+All workers of one rank are in one process. Moments are of the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.control.idle_streams import raise_file_limit
 from bench.storm.connections import own_connections
+from bench.storm.http2_stream import Watch, WatchReader
 from bench.storm.places import OF_A_HOLDER, OF_A_RECEIVER, Moment, Places
+from mxcore.transfer.member import source_wait
 from mxcore.transfer.member.directory import Directory
 from mxcore.transfer.member.place import Place
 from mxcore.transfer.member.record import Served, WorkerRecord
@@ -30,11 +34,13 @@ from mxcore.transfer.member.watched_sources import WatchedSources
 from mxcore.transfer.move import Source
 from mxserver.wire import WireError
 from mxserver.wire.calls import ServerClient
-from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2
+from mxserver.wire.proto import load_pb2, mx_pb2, p2p_pb2, watch_pb2
 
 CALL_SECONDS = 30.0
 SLOW_SECONDS = 0.5  # calls that take longer are told one by one
-_LOOK_SECONDS = 1.0  # as a receive looks for more holders
+_LOOK_SECONDS = 10.0  # at what was told; a receive looks when it is told, and each second, which no server notices
+_WAIT_SECONDS = 5.0  # until who waits looks without being told, for the same reason
+_SWITCH_SECONDS = 0.2  # threads that wait for Python wake so often
 _MOMENTS: tuple[Moment, ...] = ("waiting", "receiving", "serving")
 
 
@@ -81,8 +87,9 @@ class Told:
 class CountingClient(ServerClient):
     """A client that tells of its calls."""
 
-    def __init__(self, address: str, told: Told) -> None:
+    def __init__(self, address: str, told: Told, reader: WatchReader) -> None:
         super().__init__(address, timeout_seconds=CALL_SECONDS)
+        self._reader = reader
         self._tally = told
         self.loads = False  # whether its rank receives now
 
@@ -102,22 +109,22 @@ class CountingClient(ServerClient):
                     self._tally.slow_calls.append((time.monotonic(), name, seconds))
                 self._tally.loading_calls[name] += self.loads
 
-    def watch_sources(self, request: Any) -> Any:
+    def watch_sources(self, request: watch_pb2.WatchSourcesRequest) -> Watch:  # type: ignore[override]
         with self._tally.lock:
             self._tally.loading_calls["WatchSources"] += self.loads
-        return super().watch_sources(request)
+        return self._reader.open(self.address, request)
 
 
 class Rank:
     """One worker of one rank, from its start to the end of the run."""
 
-    def __init__(self, task: Task, number: int, told: Told, places: Places) -> None:
+    def __init__(self, task: Task, number: int, told: Told, places: Places, reader: WatchReader) -> None:
         self._task, self._told, self._places = task, told, places
         self._chance = random.Random(number)
         self.rank, self._host = number % task.ranks, number // task.ranks
         self._dies: Moment = _MOMENTS[number // 100 % 3] if number % 100 == 99 and number // 100 < task.dying else ""
         self._identity = p2p_pb2.SourceIdentity(model_name="bench/storm", tensor_parallel_size=task.ranks)
-        self._client = CountingClient(task.addresses[number % len(task.addresses)], told)
+        self._client = CountingClient(task.addresses[number % len(task.addresses)], told, reader)
         self._worker_id = f"w{number}"
         self._endpoint = ""
         place = Place({"host": f"h{self._host}", "rack": f"r{self._host // 16}"}, ("rack", "host"))
@@ -239,9 +246,12 @@ def main() -> None:
     task = Task(**json.loads(sys.stdin.readline()))
     own_connections()
     threading.stack_size(256 * 1024)
-    told = Told()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    source_wait._FIRST_RETRY_SECONDS = _WAIT_SECONDS
+    raise_file_limit()
+    told, reader = Told(), WatchReader()
     places: dict[int, Places] = defaultdict(Places)
-    ranks = [Rank(task, number, told, places[number % task.ranks]) for number in task.numbers]
+    ranks = [Rank(task, number, told, places[number % task.ranks], reader) for number in task.numbers]
     threads = [threading.Thread(target=rank.run, daemon=True) for rank in ranks]
     for thread in threads:
         thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import dataclass
 
 from bench.control.processes import cpu_seconds
 from bench.fleet.fleet import Fleet
@@ -20,8 +21,19 @@ SECONDS = 20.0
 RENEW_SECONDS = 5.0
 
 
-def holder_core_share(refused: int) -> tuple[float, float, int]:
-    """The share of a core while so many are refused, and eight have leases; the same while nobody calls; errors."""
+@dataclass(frozen=True)
+class Refusing:
+    """The share of a core while so many are refused, and eight have leases; the same while nobody calls; how often one
+    was refused in all, and how many readers failed.
+    """
+
+    core_share: float
+    idle_core_share: float
+    refusals: int
+    failed: int
+
+
+def measured(refused: int) -> Refusing:
     own_connections()
     task = {
         "model": "bench/refusing",
@@ -39,10 +51,9 @@ def holder_core_share(refused: int) -> tuple[float, float, int]:
             [ref] = client.list_sources()
         source = Source(ref.mx_source_id, ref.worker_id, ref.worker_rank, ref.worker_grpc_endpoint)
         idle = _share(process.popen.pid, SECONDS / 4)
-        over = threading.Event()
-        failed: list[str] = []
+        over, refusals, failed = threading.Event(), list[float](), list[str]()
         threads = [
-            threading.Thread(target=_read, args=(source, number, over, failed), daemon=True)
+            threading.Thread(target=_read, args=(source, number, over, refusals, failed), daemon=True)
             for number in range(PLACES + refused)
         ]
         for thread in threads:
@@ -54,7 +65,7 @@ def holder_core_share(refused: int) -> tuple[float, float, int]:
         over.set()
         for thread in threads:
             thread.join()
-    return share, idle, len(failed)
+    return Refusing(share, idle, len(refusals), len(failed))
 
 
 def _share(pid: int, seconds: float) -> float:
@@ -63,7 +74,7 @@ def _share(pid: int, seconds: float) -> float:
     return (cpu_seconds(pid) - used) / (time.monotonic() - began)
 
 
-def _read(source: Source, number: int, over: threading.Event, failed: list[str]) -> None:
+def _read(source: Source, number: int, over: threading.Event, refusals: list[float], failed: list[str]) -> None:
     """One reader, as a receive is one: it keeps its connection, and its lease once it has one."""
     chance = random.Random(number)
     try:
@@ -72,6 +83,7 @@ def _read(source: Source, number: int, over: threading.Event, failed: list[str])
                 try:
                     lease = client.prepare()
                 except SourceBusy as error:
+                    refusals.append(error.again_seconds)
                     over.wait(error.again_seconds * (0.75 + 0.5 * chance.random()))
                     continue
                 while not over.wait(RENEW_SECONDS):

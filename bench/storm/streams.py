@@ -1,18 +1,16 @@
 """What open streams of workers that wait cost the server: `python -m bench.storm.streams 1600 10000`, JSON lines.
 
-A real server, and for each stream a connection of its own, which a loop over sockets answers as HTTP/2 asks (RFC 9113):
-no client library, which would cost more than the server. Heartbeats go on meanwhile; in the end all are told at once
+A real server, and for each stream a connection of its own. Heartbeats go on meanwhile; in the end all are told at once
 that a worker serves.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import selectors
-import socket
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 
 from bench.control.idle_streams import of_process, raise_file_limit
 from bench.control.processes import Server, cpu_seconds
+from bench.storm.http2_stream import Http2Stream
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2, watch_pb2
 
@@ -28,49 +27,17 @@ SECONDS = 20.0
 DEADLINE_SECONDS = 300.0
 AT_ONCE = 100  # gRPC turns calls away where a thousand wait for Python
 IDENTITY = p2p_pb2.SourceIdentity(model_name="bench/streams")
-PATH = "/model_express.mx.WatchService/WatchSources"
-_DATA, _HEADERS, _SETTINGS, _PING, _GOAWAY = 0, 1, 4, 6, 7
-_ACK = 1
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+class Stream(Http2Stream):
+    """`told` has the messages so far."""
 
+    told = b""
 
-class Stream:
-    """One connection with one call. `told` has the bytes of the messages so far."""
-
-    def __init__(self, port: int, number: int) -> None:
-        fields = [(":method", "POST"), (":scheme", "http"), (":path", PATH), (":authority", "x")]
-        fields += [("te", "trailers"), ("content-type", "application/grpc")]
-        block = b"".join(b"\0" + bytes((len(k),)) + k.encode() + bytes((len(v),)) + v.encode() for k, v in fields)
-        body = watch_pb2.WatchSourcesRequest(
-            mx_source_id=source_id(IDENTITY), worker_id=f"w{number}", limit=16
-        ).SerializeToString()
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        self.told = b""
-        self._read = b""
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0))
-        message = b"\0" + struct.pack(">I", len(body)) + body
-        self.socket.sendall(_frame(_HEADERS, 4, 1, block) + _frame(_DATA, 1, 1, message))
-
-    def take(self) -> None:
-        """Reads what has come, and answers settings and pings."""
-        part = self.socket.recv(65536)
-        if not part:
-            raise RuntimeError(f"the server closed a stream that was told {self.told[:200]!r}")
-        self._read += part
-        while len(self._read) >= 9:
-            size, kind, flags = int.from_bytes(self._read[:3], "big"), self._read[3], self._read[4]
-            if len(self._read) < 9 + size:
-                return
-            payload, self._read = self._read[9 : 9 + size], self._read[9 + size :]
-            if kind == _DATA:
-                self.told += payload
-            elif kind in (_SETTINGS, _PING) and not flags & _ACK:
-                self.socket.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
-            elif kind == _GOAWAY:
-                raise RuntimeError(f"the server says goodbye: {payload[8:]!r}")
+    def take(self) -> list[bytes]:
+        messages = super().take()
+        self.told += b"".join(messages)
+        return messages
 
 
 class Streams:
@@ -80,9 +47,11 @@ class Streams:
         self._selector = selectors.DefaultSelector()
         self.all: list[Stream] = []
 
-    def open(self, port: int, count: int) -> None:
+    def open(self, address: str, count: int) -> None:
         for _ in range(count):
-            stream = Stream(port, len(self.all))
+            name = f"w{len(self.all)}"
+            asked = watch_pb2.WatchSourcesRequest(mx_source_id=source_id(IDENTITY), worker_id=name, limit=16)
+            stream = Stream(address, asked)
             self.all.append(stream)
             self._selector.register(stream.socket, selectors.EVENT_READ, stream)
 
@@ -115,7 +84,8 @@ def measured(count: int) -> dict[str, float]:
     streams = Streams()
     with tempfile.TemporaryDirectory(prefix="mx-bench-") as place:
         limits = ["--limits", f"watches_per_client={2 * count}"]
-        server = Server(Path(place), 0, ["--store-path", f"{place}/state.sqlite3", *limits], 0)
+        core = min(os.sched_getaffinity(0))
+        server = Server(Path(place), 0, ["--store-path", f"{place}/state.sqlite3", *limits], core)
         pid = server.process.pid
         resource.prlimit(pid, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
         try:
@@ -123,7 +93,7 @@ def measured(count: int) -> dict[str, float]:
                 _publish(client, "first-of-all")
                 before_kib, began = of_process(pid, "VmRSS"), time.monotonic()
                 while len(streams.all) < count:
-                    streams.open(int(server.address.rpartition(":")[2]), min(AT_ONCE, count - len(streams.all)))
+                    streams.open(server.address, min(AT_ONCE, count - len(streams.all)))
                     streams.until_told(b"first-of-all")
                 opened_seconds = time.monotonic() - began
                 used, began, beats = cpu_seconds(pid), time.monotonic(), []

@@ -24,12 +24,14 @@ class BadArgument(click.ClickException):
 
 
 def bench_modules() -> dict[str, str]:
-    """Bench name → module: those of mxbench, and `bench/bench_NAME.py` of the checkout this package runs from."""
+    """Bench name → module: those of mxbench, and `bench/bench_NAME.py` or `bench/NAME/command.py` of the checkout this
+    package runs from."""
     folder = ROOT / "bench"
     if folder.is_dir():  # an editable install maps the packages alone, not the folder they lie in
         sys.path += [place for place in (str(ROOT), str(folder)) if place not in sys.path]
     names = (module.name for module in pkgutil.iter_modules([str(folder)]))
     found = {name.removeprefix("bench_"): f"bench.{name}" for name in names if name.startswith("bench_")}
+    found |= {place.parent.name: f"bench.{place.parent.name}.command" for place in folder.glob("*/command.py")}
     installed: dict[str, str] = importlib.import_module("mxbench").COMMANDS
     return found | installed
 

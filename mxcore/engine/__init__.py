@@ -12,7 +12,16 @@ from mxcore.engine.model_files import CheckpointFiles, UriPlace, find_checkpoint
 from mxcore.engine.protocol import Engine, Files, Fill, Source, Streamed
 from mxcore.engine.serving import EngineWatch, leave
 from mxcore.engine.siblings import gather_over_gloo
-from mxcore.engine.update import Replacement, Running, forget, has_version, load_running, running_of, update
+from mxcore.engine.update import (
+    Replacement,
+    Running,
+    forget,
+    has_version,
+    load_running,
+    restore,
+    running_of,
+    update,
+)
 from mxcore.engine.weights import Kind, Staged, Weights
 
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "load",
     "load_running",
     "model_name",
+    "restore",
     "running_of",
     "update",
 ]

@@ -16,7 +16,7 @@ from mxserver.wire import MxError, unique_beside
 
 __all__ = ["Fallbacks", "LoadReport", "LoadedPart", "StepSeconds", "StoredPath"]
 
-StoredPath: TypeAlias = Literal["uri", "cache", "storage"]
+StoredPath: TypeAlias = Literal["p2p", "uri", "cache", "storage"]
 
 _log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxcore.exchange.fetching import Fetched, fetch
+from mxcore.exchange.held_version import HeldVersion, PublishedVersion
 from mxcore.exchange.publishing import Published, publish
 
-__all__ = ["Fetched", "Published", "fetch", "publish"]
+__all__ = ["Fetched", "HeldVersion", "Published", "PublishedVersion", "fetch", "publish"]

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mxcore.errors import LayoutMismatch, SourceRefused, SourceUnreachable, TransferError
+from mxcore.exchange.held_version import CHUNK_BYTES_OF_PUBLISHED
 from mxcore.exchange.tensors import (
     NewTensors,
     Tensors,
@@ -31,7 +32,6 @@ from mxserver.wire.calls import ServerClient
 
 __all__ = ["Fetched", "fetch"]
 
-_CHUNK_BYTES = range(64 * 1024, 64 * 1024 * 1024 + 1)  # that a holder may have
 _AGAIN_SECONDS = 0.2
 _NAMED = 5
 
@@ -278,7 +278,7 @@ class _Receive:
         for source in holders:
             try:
                 manifest = manifest_of(source, timeout_seconds=settings.stall_timeout_seconds)
-                if manifest.chunk_bytes not in _CHUNK_BYTES:
+                if manifest.chunk_bytes not in CHUNK_BYTES_OF_PUBLISHED:
                     raise SourceRefused(f"worker {source.worker_id} has chunks of {manifest.chunk_bytes} bytes")
                 return manifest.layout, manifest.chunk_bytes
             except TransferError as error:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from mxcore.exchange.device_arrays import copy_extents_to_host
 from mxcore.exchange.tensors import NewTensors, Tensors, by_name, described, framework_of, synchronize
-from mxcore.exchange.versions import identity_of, settings_of, version_text
+from mxcore.exchange.versions import identity_of, published_uri, settings_of, version_text
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement, build_layout
 from mxcore.transfer.member import Membership
 
@@ -39,6 +39,11 @@ class Published:
     def rank(self) -> int:
         """Which part of the whole these tensors are."""
         return self._member.worker_rank
+
+    @property
+    def uri(self) -> str:
+        """What running engines call it: mx://NAME/VERSION, for their updates."""
+        return published_uri(self.name, self.version)
 
     @property
     def worker_id(self) -> str:

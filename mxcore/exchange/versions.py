@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping
+from urllib.parse import quote, unquote
 
 from mxcore.errors import NoSource
 from mxcore.settings import WorkerSettings, load_settings
@@ -16,13 +17,14 @@ from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import mx_pb2, p2p_pb2
 
-__all__ = ["identity_of", "settings_of", "version_text", "wait_for_version"]
+__all__ = ["identity_of", "named_by", "published_uri", "settings_of", "version_text", "wait_for_version"]
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_PARAMETER = "published"
 """The extra parameter of what was published by `publish`: a digest of name and version, which ids do not lower-case."""
 
+_SCHEME = "mx://"
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
 _NAMED_VERSIONS = 5
@@ -47,6 +49,21 @@ def identity_of(name: str, version: str) -> p2p_pb2.SourceIdentity:
         revision=version,
         extra_parameters={"layout": "raw", PUBLISHED_PARAMETER: exact},
     )
+
+
+def published_uri(name: str, version: str) -> str:
+    """What names a published version where a URI is asked for: mx://NAME/VERSION."""
+    return f"{_SCHEME}{quote(name)}/{quote(version, safe='')}"
+
+
+def named_by(uri: str) -> tuple[str, str] | None:
+    """The name and the version of mx://NAME/VERSION; None for other URIs. Raises SettingError."""
+    if not uri.startswith(_SCHEME):
+        return None
+    name, _, version = uri.removeprefix(_SCHEME).rpartition("/")
+    if not name or not version:
+        raise SettingError(f"{uri}: a published version is named mx://NAME/VERSION")
+    return unquote(name), unquote(version)
 
 
 def settings_of(server: str | None, given: Mapping[str, object] | None) -> WorkerSettings:

@@ -37,6 +37,8 @@ class _Answer:
     bytes: int
     since: float  # monotonic seconds
     ends: bool = False
+    is_made: bool = False  # until then what it takes is in memory whether or not the call goes on
+    is_over: bool = False
 
     def may_end_at(self) -> float:
         """When a slow client would have taken it."""
@@ -58,8 +60,9 @@ class AnswersUnderWay(HandlerInterceptor):
         """Of all answers that are counted."""
         return self._bytes
 
-    def reserve(self, context: grpc.ServicerContext, size_bytes: int) -> None:
-        """Waits for room for this call's answer; before it is made, where that takes memory too. Ends with the call.
+    def reserve(self, context: grpc.ServicerContext, size_bytes: int, *, is_made: bool = False) -> None:
+        """Waits for room for this call's answer; before it is made, where that takes memory too. Ends with the call,
+        and not before the answer is made.
 
         Refuses the call where none comes.
         """
@@ -77,13 +80,14 @@ class AnswersUnderWay(HandlerInterceptor):
                 self._changed.wait(max(0.01, wait))
                 refused = time.monotonic() >= latest
             if not refused:
-                self._under_way[context] = _Answer(context.peer(), size_bytes, time.monotonic())
+                self._under_way[context] = _Answer(context.peer(), size_bytes, time.monotonic(), is_made=is_made)
                 self._bytes += size_bytes
         if refused:
             found = f"this answer has {size_bytes} bytes, and {self._bytes} are under way to others"
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, self._limits.refusal("answer_bytes", found))
         if not context.add_callback(lambda: self._ended(context)):
             self._ended(context)
+            self._made(context)  # it will not be
             refuse(context, grpc.StatusCode.CANCELLED, "nobody waits for this answer any more")
 
     def _has_room(self, size_bytes: int) -> bool:
@@ -111,9 +115,22 @@ class AnswersUnderWay(HandlerInterceptor):
 
     def _ended(self, context: grpc.ServicerContext) -> None:
         with self._changed:
-            if (answer := self._under_way.pop(context, None)) is not None:
-                self._bytes -= answer.bytes
-                self._changed.notify_all()
+            if (answer := self._under_way.get(context)) is not None:
+                answer.is_over = True
+                self._drop_if_gone(context, answer)
+
+    def _made(self, context: grpc.ServicerContext) -> None:
+        with self._changed:
+            if (answer := self._under_way.get(context)) is not None:
+                answer.is_made = True
+                self._drop_if_gone(context, answer)
+
+    def _drop_if_gone(self, context: grpc.ServicerContext, answer: _Answer) -> None:
+        """Called with the lock."""
+        if answer.is_over and answer.is_made:
+            del self._under_way[context]
+            self._bytes -= answer.bytes
+            self._changed.notify_all()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return not handler.response_streaming
@@ -123,8 +140,11 @@ class AnswersUnderWay(HandlerInterceptor):
 
         @functools.wraps(behaviour)  # keeps a method's own thread pool
         def answer(request: Any, context: grpc.ServicerContext) -> bytes:
-            made: bytes = _serialized(behaviour(request, context), serialize)
-            self.reserve(context, len(made))
+            try:
+                made: bytes = _serialized(behaviour(request, context), serialize)
+                self.reserve(context, len(made), is_made=True)
+            finally:
+                self._made(context)
             return made
 
         return made_handler(

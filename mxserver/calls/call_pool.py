@@ -84,6 +84,11 @@ class CallPool(ThreadPoolExecutor):
         return len(self._waiting) + len(self._waiting_slow)
 
     @property
+    def held_bytes(self) -> int:
+        """Of requests that are there and not yet answered."""
+        return self._held_bytes
+
+    @property
     def unanswered(self) -> int:
         """Calls that no thread has begun to answer, and that are not being received either."""
         return self.waiting + self._work_queue.qsize()

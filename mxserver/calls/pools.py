@@ -18,7 +18,7 @@ from mxserver.calls.call_pool import CallPool
 from mxserver.calls.handlers import Handler, HandlerInterceptor, behaviour_of, made_handler
 from mxserver.calls.nested import has_more_messages
 from mxserver.calls.pushed import is_without_thread
-from mxserver.calls.receiving import PATIENCE_SECONDS, Receiving
+from mxserver.calls.receiving import PATIENCE_SECONDS, LargeRequests, Receiving
 from mxserver.calls.refusals import refuse
 from mxserver.limits import DEFAULT, ServerLimits
 
@@ -93,7 +93,11 @@ class PoolInterceptor(HandlerInterceptor):
         self._pools = {
             name: CallPool(kind.threads, f"call-{name}", receiving[kind.receives]) for name, kind in POOLS.items()
         }
-        self._pools["heartbeats"].hands_over(update_waits, self._pools["publishes"])
+        publishes = self._pools["publishes"]
+        self._pools["heartbeats"].hands_over(update_waits, publishes)
+        others = [receiving["heartbeats"], receiving["small"]]
+        self.large_requests = LargeRequests(receiving["publishes"], others, lambda: publishes.held_bytes)
+        self.large_requests.start()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return True
@@ -117,6 +121,7 @@ class PoolInterceptor(HandlerInterceptor):
 
     def close(self) -> None:
         """Ends the threads, after the calls that they answer. Idempotent."""
+        self.large_requests.stop()
         for pool in self._pools.values():
             pool.shutdown()
 

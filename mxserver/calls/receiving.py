@@ -10,13 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
 from mxserver.calls.arriving import ArrivingCall
+from mxserver.calls.freed_memory import LARGE_BYTES
+from mxserver.periodic import Periodic
 
 _TOO_SLOW = "the request came too slowly while others waited; try again"
+_TOO_LARGE = "the request came too slowly while a large one was there; try again"
 
 
 PATIENCE_SECONDS = 0.1  # for a request that others wait behind; most come with the call's headers
@@ -35,6 +38,8 @@ class Receiving:
         self._waiting: dict[Callable[[], None], None] = {}  # what to call when there is a place, the first one first
         self._timer: threading.Timer | None = None
         self._slow: OrderedDict[str, None] = OrderedDict()  # connections whose last request was refused here
+        self.begun: Callable[[], None] = lambda: None
+        """Called for each request that begins to be received."""
 
     def reserve(self, when_free: Callable[[], None]) -> bool:
         """Takes a place. Where there is none, `when_free` is called once there may be one."""
@@ -62,6 +67,20 @@ class Receiving:
         with self._lock:
             self._reserved -= 1
             self._since[call] = time.monotonic()
+        self.begun()
+
+    def under_way(self, latest: float) -> list[tuple[float, ArrivingCall]]:
+        """The requests that are not there yet of those that began by `latest`: since when, in monotonic seconds."""
+        with self._lock:
+            return [(since, call) for call, since in self._since.items() if since <= latest]
+
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._since
+
+    def refuse(self, call: ArrivingCall, reason: str) -> None:
+        """Refuses a request that is not there yet. Its place is free when gRPC tells of its end."""
+        call.after_events(lambda: self._refuse(call, reason))
 
     def give_back(self) -> None:
         """The reserved place is not needed."""
@@ -104,14 +123,13 @@ class Receiving:
             self._timer = None
             slow = [call for call, since in self._since.items() if since <= latest] if self._waiting else []
         for call in slow:
-            # Its place is free when gRPC tells of its end.
-            call.after_events(lambda call=call: self._refuse(call))  # type: ignore[misc]
+            self.refuse(call, _TOO_SLOW)
         with self._lock:
             if self._waiting:
                 self._look_later()
         self._tell()
 
-    def _refuse(self, call: ArrivingCall) -> None:
+    def _refuse(self, call: ArrivingCall, reason: str) -> None:
         """Refuses it, unless it had come by the time that it was looked at and only we had not noticed."""
         with self._lock:
             still = call in self._since
@@ -120,4 +138,47 @@ class Receiving:
                 if len(self._slow) > MOST_SLOW_CONNECTIONS:
                     self._slow.popitem(last=False)
         if still:
-            call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_SLOW)
+            call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+
+
+LOOK_SECONDS = 0.01  # between two looks at requests under way; who is honest and small needs less
+
+
+class LargeRequests:
+    """Has one large request at a time received, of all pools: grpcio has three copies of it when it has come.
+
+    Nothing says before that a request is large; it takes a while. So one that takes longer than most, publishes aside,
+    is refused where a publish does so as well, or a large one is being answered, or another such request was first.
+    Thread-safe; `start` it, `stop` it.
+    """
+
+    def __init__(self, publishes: Receiving, others: Sequence[Receiving], held_bytes: Callable[[], int]) -> None:
+        """`held_bytes`: of publishes that are there and not yet answered."""
+        self._publishes, self._others, self._held_bytes = publishes, others, held_bytes
+        self._looks = Periodic("large-requests", 3600.0, self._look)
+        for each in (publishes, *others):
+            each.begun = self._looks.wake
+
+    def start(self) -> None:
+        """Call once."""
+        self._looks.start()
+
+    def stop(self) -> None:
+        """Idempotent."""
+        self._looks.stop()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps it from its work."""
+        return self._looks.problem
+
+    def _look(self) -> None:
+        time.sleep(LOOK_SECONDS)
+        latest = time.monotonic() - LOOK_SECONDS
+        slow = [(since, each, call) for each in self._others for since, call in each.under_way(latest)]
+        slow.sort(key=lambda one: one[0])
+        is_one_there = bool(self._publishes.under_way(latest)) or self._held_bytes() >= LARGE_BYTES
+        for _, receiving, call in slow if is_one_there else slow[1:]:
+            receiving.refuse(call, _TOO_LARGE)
+        if not all(each.is_idle() for each in (self._publishes, *self._others)):
+            self._looks.wake()

@@ -14,7 +14,6 @@ import http.server
 import os
 import re
 import socket
-import ssl
 import struct
 import threading
 from http import HTTPStatus
@@ -24,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import grpc
 
 from mxserver.files_port.range_digests import RangeDigests, read_blocks
+from mxserver.files_port.tls_connection import TlsConnection
 from mxserver.models import (
     FileDamaged,
     FileRecord,
@@ -239,7 +239,7 @@ class FileRequests(http.server.BaseHTTPRequestHandler):
         if end - begin <= SMALL_BYTES:
             return read_blocks(opened.fileno(), begin, end, self.wfile.write) == end - begin
         self.wfile.flush()
-        if isinstance(self.connection, ssl.SSLSocket):
+        if isinstance(self.connection, TlsConnection):
             return read_blocks(opened.fileno(), begin, end, self.connection.sendall) == end - begin
         return self._send_file(opened.fileno(), begin, end)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mxserver.files_port.range_digests import RangeDigests
 from mxserver.files_port.requests import Answers, FileRequests, Shared
+from mxserver.files_port.tls_connection import TlsConnection
 from mxserver.models import OpenCache
 from mxserver.security import Authenticator
 from mxserver.wire.credentials import ServerTls, server_context
@@ -116,9 +117,9 @@ class _Server(socketserver.ThreadingTCPServer):
         if self._context is None:
             FileRequests(request, client_address, self)
             return
-        request.settimeout(self.shared.silence_seconds)
-        with contextlib.suppress(OSError), self._context.wrap_socket(request.dup(), server_side=True) as secured:
-            FileRequests(secured, client_address, self)
+        with contextlib.suppress(OSError):
+            secured = TlsConnection(request, self._context, self.shared.silence_seconds)
+            FileRequests(secured, client_address, self)  # type: ignore[arg-type]
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:

@@ -25,6 +25,7 @@ from mxcore.engine import (
 )
 from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
+from mxcore.exchange import PublishedVersion
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
 from tests.storage.signed.signing import Key
 
@@ -67,6 +68,7 @@ class ScaledEngine(PlainEngine):
     ) -> None:
         super().__init__(folder, options or {}, size=SIZE)
         self.replacement = replacement
+        self.published: PublishedVersion | None = None
         self.breaks = breaks if breaks is not None else [0]
 
     def building_state(self) -> Callable[[], None]:

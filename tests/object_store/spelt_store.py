@@ -30,6 +30,7 @@ class SpeltStore:
         self.objects = objects
         self.refusal: Refusal | None = None
         self.requests = 0
+        self.page_keys = 1000  # as S3 itself
         self.url = ""
 
     def environ(self) -> dict[str, str]:
@@ -41,11 +42,17 @@ class SpeltStore:
         }
 
     def listed(self, query: dict[str, list[str]]) -> bytes:
-        prefix, after = query.get("prefix", [""])[0], query.get("start-after", [""])[0]
-        text, folders = HEAD, set()
+        prefix = query.get("prefix", [""])[0]
+        after = max(query.get("start-after", [""])[0], query.get("continuation-token", [""])[0])
+        text, folders, told, last = HEAD, set[str](), 0, ""
         for key in sorted(self.objects):
             if not key.startswith(prefix) or key <= after:
                 continue
+            if told == self.page_keys:
+                text = text.replace("<IsTruncated>false", "<IsTruncated>true")
+                text += f"<NextContinuationToken>{escape(last)}</NextContinuationToken>"
+                break
+            told, last = told + 1, key
             folder, slash, _ = key[len(prefix) :].partition("/")
             if query.get("delimiter") and slash:
                 folders.add(f"{prefix}{folder}/")

@@ -1,4 +1,4 @@
-"""What a store refuses and why, for worker and server alike; keys that are no paths (findings, rows 5 to 8)."""
+"""What a store refuses and why, for worker and server alike; keys that are no paths (findings, rows 5 to 8, 31, 33)."""
 
 from __future__ import annotations
 
@@ -88,6 +88,37 @@ def test_an_odd_key_at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in store.environ().items():
             monkeypatch.setenv(name, value)
         assert on_the_server() == {name: len(data) for name, data in FILES.items()}
+
+
+def test_more_keys_than_one_page_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Findings, row 33; the neighbour `m-2` is none of them."""
+    files = {f"{number:04}.json": b"{}" for number in range(1202)}
+    objects = {f"models/m/{name}": data for name, data in files.items()} | {"models/m-2/x.json": b"{}"}
+    with spelt_store(objects) as store:
+        for name, value in store.environ().items():
+            monkeypatch.setenv(name, value)
+        assert on_the_server() == dict.fromkeys(files, 2)
+        folder = on_the_worker()
+        try:
+            assert {file.path for file in folder.files} == set(files)
+            assert store.requests >= 4  # two pages each
+        finally:
+            folder.close()
+
+
+def test_names_that_have_to_be_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Findings, row 31."""
+    files = {name: name.encode() for name in ("a b.json", "ü.json", "100%.json", "%41.json", "1+1.json", "a#b&c.json")}
+    with spelt_store({f"models/m/{name}": data for name, data in files.items()}) as store:
+        for name, value in store.environ().items():
+            monkeypatch.setenv(name, value)
+        assert on_the_server() == {name: len(data) for name, data in files.items()}
+        folder = on_the_worker()
+        try:
+            assert pull_small_files(folder, tmp_path) == len(files)
+        finally:
+            folder.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize("case", CASES)

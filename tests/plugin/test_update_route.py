@@ -111,6 +111,40 @@ def test_a_model_that_is_not_whole_stays_paused_until_an_update_succeeds() -> No
     with_engine(test)
 
 
+def test_other_api_servers_of_the_engine_are_unready_too() -> None:
+    """vLLM starts several with data parallelism: a probe asks any of them."""
+
+    async def run() -> None:
+        engine = SmallEngine()
+        async with calling(engine) as one, calling(engine) as other:
+            engine.may_go_on.clear()
+            updating = asyncio.create_task(update(one))
+            assert await asyncio.to_thread(engine.has_begun.wait, WAIT_SECONDS)
+            assert await health(other) == [503, 200]
+            engine.may_go_on.set()
+            assert (await updating)[0] == 200
+            assert await health(other) == [200, 200]
+
+            engine.fails = ["after"]
+            assert (await update(one, revision="three", version="three"))[0] == 503
+            assert await health(one) == await health(other) == [503, 200]
+            assert (await update(other, revision="four", version="four"))[0] == 200
+            assert await health(one) == await health(other) == [200, 200]
+            assert (await one.get("/mx/update")).json()["phase"] == "ready"
+
+    asyncio.run(run())
+
+
+def test_a_model_that_is_not_whole_stays_unready_though_somebody_resumes_the_engine() -> None:
+    async def test(engine: SmallEngine, client: httpx.AsyncClient) -> None:
+        engine.fails = ["after"]
+        assert (await update(client))[0] == 503
+        await engine.resume_generation()
+        assert await health(client) == [503, 200]
+
+    with_engine(test)
+
+
 def test_who_has_the_weights_is_not_paused() -> None:
     async def test(engine: SmallEngine, client: httpx.AsyncClient) -> None:
         status, told = await update(client, revision="one", version="another name")

@@ -128,8 +128,10 @@ def wake_up(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def reload(command: dict[str, Any]) -> dict[str, Any]:
-    """The kept engine loads its weights anew, in place."""
-    command_state["engine"].collective_rpc("reload_weights")
+    """The kept engine loads its weights anew, in place; with `path` those of that folder."""
+    llm = command_state["engine"]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path} if (path := command.get("path")) else {})
+    llm.reset_prefix_cache()
     return {}
 
 

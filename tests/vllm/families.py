@@ -1,4 +1,4 @@
-"""Small random models of the families that docs/vllm.md lists, by the names of transformers' configurations."""
+"""Small random models of the families in docs/explanation/layouts.md, by transformers' names of configurations."""
 
 from __future__ import annotations
 

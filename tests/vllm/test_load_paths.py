@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,6 +252,28 @@ def test_from_the_servers_cache_with_no_hub_and_no_shared_storage(
     here = folder / "hf-home" / "hub" / f"models--org--{name}"
     assert list(here.rglob("config.json"))
     assert bool(list(here.rglob("*.safetensors"))) == (cached == "1")
+
+
+def test_reload_weights_takes_them_from_the_servers_cache_again(
+    stored: EngineHost, filled: ServerProcess, references: References, model_paths: dict[str, Path]
+) -> None:
+    environ = {
+        "MODEL_EXPRESS_URL": filled.address,
+        "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+        "MX_CACHE_WEIGHTS": "0",
+    }
+    stored.ask("setenv", environ=environ)
+    try:
+        extra = {"server_address": filled.address, "load_paths": "cache"}
+        loaded = stored.load("org/llama", extra=extra, keep=True)
+        stored.ask("reload")
+        answers = stored.ask("answers")["answers"]
+    finally:
+        stored.ask("end")
+        stored.ask("setenv", environ=dict.fromkeys(environ))
+    report = json.loads(Path(f"{loaded.report_path}.update").read_text())
+    assert (report["path"], report["fallbacks"]) == ("cache", [])
+    assert answers == loaded.answers == references.of(model_paths["llama"])
 
 
 def test_a_worker_whose_disk_is_full_or_read_only_streams_past_it_and_the_next_one_with_room_does_not(

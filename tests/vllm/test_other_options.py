@@ -1,6 +1,6 @@
 """Source and target in other options: what is local stays the target's own, and other kernels are refused by name.
 
-The table in docs/vllm.md, "Workers in other options", is this file's.
+The table in docs/explanation/layouts.md, "Workers in other options", is this file's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.demo.processes import files_away
 from tests.vllm import families
 from tests.vllm.engines import EngineHost
 
-PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "layouts.md"
 NOT_EAGER: dict[str, Any] = {"enforce_eager": False}
 LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8}
 POOLING: dict[str, Any] = {"runner": "pooling"}

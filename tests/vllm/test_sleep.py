@@ -6,6 +6,7 @@ a sleep on an accelerator takes their memory away.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,60 @@ def test_weights_that_changed_during_sleep_are_not_served_again(
     assert source.ask("leave")["left"] == 0
 
 
-def test_a_deep_sleep_ends_the_offer(awake: dict[str, Any], client: ServerClient, source: EngineHost) -> None:
+def test_a_deep_sleep_ends_the_offer_and_waking_up_begins_another(
+    awake: dict[str, Any], client: ServerClient, source: EngineHost
+) -> None:
     source.ask("sleep", level=2)
     assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+    assert source.ask("leave")["left"] == 0
     source.ask("wake_up", tags=None)
     assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
+    assert source.ask("leave")["left"] == 1
 
 
-def test_reloading_ends_the_offer(awake: dict[str, Any], client: ServerClient, source: EngineHost) -> None:
+def test_after_a_deep_sleep_weights_come_from_a_worker_that_has_them(
+    source: EngineHost, target: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    """Its memory was overwritten meanwhile, as an accelerator's is given to others."""
+    model = model_paths["qwen3"]
+    source.load(model, keep=True)
+    slept = target.load(model, keep=True, worker_cls="tests.vllm.sleeping_worker.SleepingWorker")
+    try:
+        target.ask("sleep", level=2)
+        target.ask("wake_up", tags=["kv_cache"])
+        with files_away(weight_files(model)):
+            target.ask("wake_up", tags=["weights"])
+        after = target.ask("answers")["answers"]
+    finally:
+        source.ask("end")
+        target.ask("end")
+    report = json.loads(Path(f"{slept.report_path}.update").read_text())
+    assert (report["path"], report["serving"]) == ("p2p", True)
+    assert after == slept.answers == references.of(model)
+
+
+def test_an_engine_that_gets_no_weights_again_does_not_wake_up(
+    source: EngineHost, references: References, model_paths: dict[str, Path]
+) -> None:
+    model = model_paths["qwen3"]
+    slept = source.load(model, keep=True, worker_cls="tests.vllm.sleeping_worker.SleepingWorker")
+    try:
+        source.ask("sleep", level=2)
+        with files_away(weight_files(model)), pytest.raises(AssertionError, match="this engine has no weights"):
+            source.ask("wake_up", tags=None)
+        source.ask("wake_up", tags=None)
+        after = source.ask("answers")["answers"]
+    finally:
+        source.ask("end")
+    assert after == slept.answers == references.of(model)
+
+
+def test_reloading_ends_the_offer_and_begins_another(
+    awake: dict[str, Any], client: ServerClient, source: EngineHost
+) -> None:
     source.ask("reload")
     assert status(client, awake) == p2p_pb2.SOURCE_STATUS_STALE
-    assert source.ask("leave")["left"] == 0
+    assert source.ask("leave")["left"] == 1
 
 
 def test_the_engines_end_frees_the_memory(

@@ -33,6 +33,7 @@ _log = logging.getLogger("vllm.modelexpress")
 _PLACES = ("path", "revision", "uri")
 _NAMES = (*_PLACES, "version", "checkpoint", "mode", "drain_seconds", "on_drain_limit")
 _MOST_SECONDS = 86400.0
+_PAUSED_SECONDS = 1.0  # for the engine to say whether it is paused; kubelet waits for a probe as long
 _TOKEN_PATH = "MX_UPDATE_TOKEN_PATH"  # noqa: S105 - a setting's name
 _NO_UPDATES = 'no updates here: start the engine with --load-format mx --weight-transfer-config \'{"backend": "mx"}\''
 
@@ -88,6 +89,7 @@ class MxEndpoint:
         self._served: list[str] = []
         self._progress = _Progress()
         self._is_busy = False
+        self._was_paused = False
         self._pauses: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
 
@@ -116,10 +118,19 @@ class MxEndpoint:
         return Response(status_code=HTTPStatus.OK)
 
     async def health(self) -> Response:
-        """200 while requests are answered; 503 with the reason while they are not."""
-        if self._progress.phase != "ready":
-            progress = {"phase": self._progress.phase, "trouble": self._progress.trouble}
-            return JSONResponse(progress, HTTPStatus.SERVICE_UNAVAILABLE)
+        """200 while requests are answered; 503 with the reason while they are not.
+
+        Of several API servers of an engine one updates it: the others see that it is paused.
+        """
+        may_ask = self._engine is not None and not self._is_busy
+        paused = may_ask and await self._is_paused()
+        if may_ask and self._progress.phase == "failed" and not paused:
+            await self._look_again()
+        told = {"phase": self._progress.phase, "trouble": self._progress.trouble}
+        if told["phase"] == "ready" and paused:
+            told = {"phase": "paused", "trouble": "the engine is paused, and not by this API server"}
+        if told["phase"] != "ready":
+            return JSONResponse(told, HTTPStatus.SERVICE_UNAVAILABLE)
         return await self.live()
 
     async def state(self, request: Request) -> JSONResponse:
@@ -231,6 +242,18 @@ class MxEndpoint:
                 raise
             await self._pauses
             await self._engine.resume_generation()
+
+    async def _is_paused(self) -> bool:
+        """As it was, where the engine does not say so at once: it computes, takes weights, or has ended."""
+        with suppress(Exception):
+            self._was_paused = bool(await asyncio.wait_for(self._engine.is_paused(), _PAUSED_SECONDS))
+        return self._was_paused
+
+    async def _look_again(self) -> None:
+        """Where an update failed, and somebody else had the engine resumed: it may have whole weights again."""
+        with suppress(Exception):
+            if not await self._why_not() and not self._is_busy:
+                self._tell("ready")
 
     async def _take(self, info: dict[str, str]) -> None:
         """Raises what the workers raise."""

@@ -21,21 +21,24 @@ from mxcore.engine import (
     UriPlace,
     find_checkpoint,
     model_name,
+    restore,
     update,
 )
 from mxcore.errors import UpdateFailed
+from mxcore.exchange import PublishedVersion
 from mxcore.settings import load_settings
 from mxserver.wire.proto import p2p_pb2
 from vllm_plugin.engine import VllmEngine
 from vllm_plugin.identity import written_settings
 from vllm_plugin.update import layers
 
-__all__ = ["LiveEngine", "Version", "held", "take"]
+__all__ = ["LiveEngine", "Version", "held", "take", "take_back"]
 
 
 @dataclass(frozen=True)
 class Version:
-    """Which weights: those of a folder, of a revision on the hub, of a prefix in an object store. One of the three.
+    """Which weights: those of a folder, of a revision on the hub, or of a URI: a prefix in an object store, or what is
+    published (mx://NAME/VERSION). One of the three.
 
     `checkpoint` is their digest, for where the files are not here. `label` is what the user calls the version.
     """
@@ -56,6 +59,11 @@ class Version:
         """The one that is named."""
         named = {"path": self.path, "revision": self.revision, "uri": self.uri}
         return {kind: where for kind, where in named.items() if where}
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the URI is that of an object store."""
+        return bool(self.uri) and not self.uri.startswith("mx://")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -95,12 +103,13 @@ class LiveEngine(VllmEngine):
         self._replacement = replacement
         self._before = model_config
         self._version = version
+        self.published = PublishedVersion.named(version.uri, load_settings(self.options, told=True))
 
     @property
     def options(self) -> Mapping[str, Any]:
         given = dict(super().options)
         given.pop("MX_MODEL_URI", None)
-        given["model_uri"] = self._version.uri
+        given["model_uri"] = self._version.uri if self._version.is_stored else ""
         if report_path := given.get("report_path"):
             given["report_path"] = f"{report_path}.update"
         return given
@@ -123,7 +132,10 @@ class LiveEngine(VllmEngine):
         return super().identity(kind, revision, checkpoint)
 
     def wanted_digest(self) -> str:
-        """Of the files or objects of the version; else what whoever asked for the update says that it is."""
+        """Of the files or objects of the version, or of what is published; else what whoever asked for the update says
+        that it is, or what the engine had."""
+        if self.published is not None:  # going back needs no publisher: it may have gone
+            return self._replacement.checkpoint or self.published.digest
         if self._version.uri:
             place = UriPlace(self._version.uri)
             try:
@@ -164,8 +176,10 @@ def held(running: Running) -> Version:
     return Version(path=running.engine.model, label=label)
 
 
-def take(running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
-    """Gives the model these weights, all of them or none. Raises UpdateFailed."""
+def take(
+    running: Running, version: Version, vllm_config: VllmConfig, model_config: ModelConfig, *, anew: bool = False
+) -> None:
+    """Gives the model these weights, all of them or none; with `anew` also where it has them. Raises UpdateFailed."""
     before = held(running)
     update(
         running,
@@ -173,5 +187,15 @@ def take(running: Running, version: Version, vllm_config: VllmConfig, model_conf
         lambda replacement: LiveEngine(replacement, version, vllm_config.load_config, vllm_config, model_config),
         lambda replacement: LiveEngine(replacement, before, vllm_config.load_config, vllm_config, model_config),
         paths=version.paths,
+        anew=anew,
+        checkpoint=running.checkpoint if version.place == before.place else "",
     )
     running.place = version.place
+
+
+def take_back(running: Running, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    """Gives a model that has lost its weights just those again. Raises UpdateFailed."""
+    before = held(running)
+    restore(
+        running, lambda replacement: LiveEngine(replacement, before, vllm_config.load_config, vllm_config, model_config)
+    )

@@ -36,7 +36,8 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://).
+    """Which weights: one of `path` (a folder), `revision` (of the model's name on the hub), `uri` (s3://, gs://, az://;
+    mx://NAME/VERSION for what is published).
 
     `version` is what the version is called from then on, `checkpoint` the digest of its weights, which has to be known
     for a `path` whose files are not on this machine (the state of an engine that has them says it).

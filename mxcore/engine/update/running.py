@@ -14,6 +14,7 @@ from mxcore.engine.context import Role
 from mxcore.engine.loading import load_reported
 from mxcore.engine.protocol import Engine
 from mxcore.engine.weights import Constructed
+from mxcore.exchange import HeldVersion
 
 __all__ = ["Running", "forget", "load_running", "running_of"]
 
@@ -29,7 +30,9 @@ class Running:
     `engine` is what the weights are of, `checkpoint` their digest (empty where nobody knows it), `version` what the
     user calls them, `place` where an update finds them again. `is_whole` is False from the first byte of an update that
     is written until its last check: the engine must not answer then. `trouble` is why the last update failed, `report`
-    that of the last load or update, `held` what has to stay in memory beside the model until the next one.
+    that of the last load or update, `held` what has to stay in memory beside the model until the next one. `published`
+    is the version that was taken from publishers, as it came; None where the weights are of another place.
+    `is_dropped`: the engine sleeps without its weights.
     """
 
     model: nn.Module
@@ -43,12 +46,26 @@ class Running:
     trouble: str = ""
     report: dict[str, Any] = field(default_factory=dict)
     held: object = None
+    published: HeldVersion | None = None
+    is_dropped: bool = False
 
     def begin_writing(self) -> None:
         """Before the first byte of the model is changed: nobody reads it any more, and nothing may be answered."""
         if self.is_whole:
             self.is_whole = False
             serving.leave("the engine's weights are replaced", self.engine.instance, self.engine.part)
+
+    def hold(self, published: HeldVersion | None) -> None:
+        """Lets go of the published version that was held, and holds this one, or none."""
+        before, self.published = self.published, published
+        if before is not None and before is not published:
+            before.close()
+
+    def drop(self) -> None:
+        """Before a sleep that keeps no weights: they are taken anew when the engine wakes up."""
+        self.begin_writing()
+        self.is_dropped = True
+        self.trouble = "the engine sleeps, and its weights are dropped"
 
     def state(self) -> dict[str, Any]:
         """For people and programs."""
@@ -83,5 +100,6 @@ def running_of(instance: str, part: str = "") -> Running | None:
 def forget(instance: str) -> None:
     """When the engine ends: its models are not held any more. Idempotent, thread-safe."""
     with _lock:
-        for key in [key for key in _running if key[0] == instance or not instance]:
-            del _running[key]
+        gone = [_running.pop(key) for key in [key for key in _running if key[0] == instance or not instance]]
+    for running in gone:
+        running.hold(None)

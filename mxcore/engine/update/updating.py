@@ -13,13 +13,15 @@ from mxcore.engine.protocol import Engine
 from mxcore.engine.report import LoadReport
 from mxcore.engine.rungs import Tried, rungs_of
 from mxcore.engine.update.live_rung import LiveRung
+from mxcore.engine.update.published_rung import PublishedRung
 from mxcore.engine.update.replacement import Replacement
 from mxcore.engine.update.running import Running
 from mxcore.errors import UpdateFailed
+from mxcore.exchange import PublishedVersion
 from mxcore.load_ladder import Rung, reason_of
 from mxserver.wire import MxError
 
-__all__ = ["Outcome", "has_version", "update"]
+__all__ = ["Outcome", "has_version", "restore", "update"]
 
 _log = logging.getLogger(__name__)
 _NOT_BUILT_HERE = "how this model was built is not known: it can only be loaded anew, by a restart"
@@ -27,6 +29,10 @@ _NOT_BUILT_HERE = "how this model was built is not known: it can only be loaded 
 
 class UpdatedEngine(Engine, Protocol):
     """An engine whose `build` and `building_state` are a `Replacement`'s."""
+
+    @property
+    def published(self) -> PublishedVersion | None:
+        """The published version that its weights are of; None where they are of files or of engines."""
 
     def wanted_digest(self) -> str:
         """Of the checkpoint whose weights it is to have; empty where nobody here knows it. Raises MxError."""
@@ -71,19 +77,29 @@ def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
     return False
 
 
-def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, paths: Sequence[str]) -> Outcome:
+def update(
+    running: Running,
+    version: str,
+    new: EngineOf,
+    old: EngineOf,
+    *,
+    paths: Sequence[str],
+    anew: bool = False,
+    checkpoint: str = "",
+) -> Outcome:
     """Gives a running model the weights of `version`; on the engine's thread, while it computes nothing.
 
     `new` makes the engine whose weights those are, `old` the one whose weights it has; `paths` are the names of the
-    rungs that have the new version. Weights that it has are not loaded again. All processes of an engine call this
-    together.
+    rungs that have the new version, `checkpoint` its digest where it may be that nobody here can say it. Weights that
+    the model has are not loaded again, unless `anew`. All processes of an engine call this together.
 
     Raises UpdateFailed; then the model has its old weights (`running.is_whole`), or it must not be used.
     """
     replacement = Replacement(running)
     try:
+        replacement.checkpoint = checkpoint if anew else ""
         engine = new(replacement)
-        if _has(running, version, engine):
+        if _has(running, version, engine) and not anew:
             _log.info("version %s has the weights that this engine has: nothing is moved", version)
             return Outcome(False, {})
         report = _load(running, replacement, engine, paths)
@@ -100,24 +116,44 @@ def update(running: Running, version: str, new: EngineOf, old: EngineOf, *, path
     running.engine, running.version, running.trouble = engine, version, ""
     running.checkpoint = report.checkpoint
     running.report = report.to_json()
+    if engine.published is None:
+        running.hold(None)
     return Outcome(True, running.report)
 
 
-def _back(running: Running, old: EngineOf) -> None:
-    """The old version again, from wherever it is to be had. Raises UpdateFailed."""
-    first = running.trouble
-    replacement = Replacement(running)
+def restore(running: Running, old: EngineOf) -> None:
+    """The weights that a model has lost, from wherever they are to be had: just these, though its files may be others
+    by now. On the engine's thread; all processes of an engine call this together. Raises UpdateFailed.
+    """
     try:
-        engine = old(replacement)
-        is_here = not running.checkpoint or _digest_here(engine) == running.checkpoint
-        replacement.checkpoint = running.checkpoint
-        report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if is_here else ("p2p",))
+        _load_again(running, old)
+    except Exception as error:
+        running.trouble = f"{running.version} could not be loaded again: {reason_of(error)}"
+        raise UpdateFailed(
+            f"this engine has no weights and must not answer: {running.trouble}; update it, or restart it"
+        ) from error
+    running.trouble = ""
+
+
+def _back(running: Running, old: EngineOf) -> None:
+    """The old version again. Raises UpdateFailed."""
+    first = running.trouble
+    try:
+        _load_again(running, old)
     except Exception as error:
         running.trouble = f"{first}; and {running.version} could not be loaded again: {reason_of(error)}"
         raise UpdateFailed(
             f"this engine has weights of two versions and must not answer: {running.trouble}; update it again, or "
             "restart it"
         ) from error
+
+
+def _load_again(running: Running, old: EngineOf) -> None:
+    replacement = Replacement(running)
+    engine = old(replacement)
+    is_here = not running.checkpoint or _digest_here(engine) == running.checkpoint
+    replacement.checkpoint = running.checkpoint
+    report = _load(running, replacement, engine, ("p2p", "uri", "cache", "engine") if is_here else ("p2p",))
     running.engine = engine
     running.report = report.to_json()
 
@@ -129,8 +165,10 @@ def _digest_here(engine: UpdatedEngine) -> str:
         return ""
 
 
-def _load(running: Running, replacement: Replacement, engine: Engine, paths: Sequence[str]) -> LoadReport:
+def _load(running: Running, replacement: Replacement, engine: UpdatedEngine, paths: Sequence[str]) -> LoadReport:
     def rungs(context: LoadContext) -> list[Rung[Loaded]]:
+        if (published := engine.published) is not None:
+            return [PublishedRung(context, running, published, engine.wanted_digest)]
         return _rungs(context, running, paths)
 
     if running.constructed is None:
@@ -139,15 +177,19 @@ def _load(running: Running, replacement: Replacement, engine: Engine, paths: Seq
         _loaded, report = load_reported(
             engine, running.role, rungs=rungs, check=replacement.check, constructed=running.constructed
         )
-    running.is_whole = True
+    running.is_whole, running.is_dropped = True, False
     return report
 
 
 def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
-    """Those of a load, without the ones that have another version, and none of which is taken without the others."""
+    """Those of a load, without the ones that have another version, and none of which is taken without the others.
+
+    Who cannot read storage waits for nobody's turn to read it, and takes none.
+    """
     found: list[Rung[Loaded]] = []
+    names = paths if set(paths) <= {"p2p"} else (*paths, "fleet")
     for rung in rungs_of(context):
-        if rung.name not in (*paths, "fleet"):
+        if rung.name not in names:
             continue
         rung.is_last_resort = False
         if rung.name == "p2p" and context.kind == "processed" and not any(other.name == "p2p" for other in found):

@@ -221,11 +221,14 @@ class Membership:
                 watched=None if match_any_checkpoint else self._watching(opened, wants_turn=True),
             )
 
-    def _watching(self, opened: ExitStack, *, wants_turn: bool = False) -> WatchedSources | None:
+    def _watching(
+        self, opened: ExitStack, *, wants_turn: bool = False, when_told: Callable[[], None] = lambda: None
+    ) -> WatchedSources | None:
         """What the server tells of this worker's identity until `opened` ends; None where it does not know it."""
         if self._client is None or self._directory is None or not self._record.published:
             return None
-        return opened.enter_context(WatchedSources(self._client, self._directory, self.identity, wants_turn=wants_turn))
+        asks = (self._client, self._directory, self.identity)
+        return opened.enter_context(WatchedSources(*asks, wants_turn=wants_turn, when_told=when_told))
 
     def published_ranks(self, *, ready: bool) -> set[int]:
         """Ranks of the workers with this identity: of those that are READY, or of all. Raises WireError."""
@@ -285,7 +288,7 @@ class Membership:
         )
         try:
             with self._record.loads.loading(load_pb2.LOAD_PATH_UNSPECIFIED) as step, ExitStack() as opened:
-                watched = self._watching(opened)
+                watched = self._watching(opened, when_told=receiver.look)
                 return receiver.receive(sources, watched.holders if watched is not None else None, step)
         except BaseException:
             self.withdraw(_FAILED_DRAIN_SECONDS)

@@ -38,11 +38,19 @@ class WatchedSources(Closing):
     """
 
     def __init__(
-        self, client: ServerClient, directory: Directory, identity: p2p_pb2.SourceIdentity, *, wants_turn: bool = False
+        self,
+        client: ServerClient,
+        directory: Directory,
+        identity: p2p_pb2.SourceIdentity,
+        *,
+        wants_turn: bool = False,
+        when_told: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wants_turn`: this worker would read storage for others."""
+        """`wants_turn`: this worker would read storage for others. `when_told` is called, on the thread that reads the
+        stream, when there is something else to know.
+        """
         self._client, self._directory, self._identity = client, directory, identity
-        self._wants_turn = wants_turn
+        self._wants_turn, self._when_told = wants_turn, when_told
         self._changed = threading.Condition()
         self._now: watch_pb2.SourcesNow | None = None  # None while there is no stream
         self._messages = self._seen = 0
@@ -152,6 +160,7 @@ class WatchedSources(Closing):
                 self._now = now
                 self._messages += 1
                 self._changed.notify_all()
+            self._when_told()
 
     def _tell_doubts(self, now: watch_pb2.SourcesNow) -> None:
         for doubt in now.doubts:

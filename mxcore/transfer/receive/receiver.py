@@ -27,9 +27,9 @@ from mxcore.errors import (
 from mxcore.settings import WorkerSettings
 from mxcore.transfer.layout import CHUNK_BYTES, Layout, Placement
 from mxcore.transfer.move import RegisteredSessions, SessionAhead, Source, SourceClient
-from mxcore.transfer.receive.change_log import RecentErrors
 from mxcore.transfer.receive.content_claims import Content
 from mxcore.transfer.receive.holder_pull import END_SECONDS, HolderPull, call_deadline_seconds
+from mxcore.transfer.receive.holder_search import FindMore, HolderSearch
 from mxcore.transfer.receive.load_progress import LoadStep, Progress, peer_path
 from mxcore.transfer.receive.pace import MEGABYTE, Pace
 from mxcore.transfer.receive.partial import PartialReceive
@@ -43,8 +43,6 @@ __all__ = ["FindMore", "ReceiveReport", "Receiver", "Relay", "never_freed"]
 
 logger = logging.getLogger(__name__)
 
-FindMore: TypeAlias = Callable[[], Sequence[Source] | None]
-"""Other holders, as the server knows them; None: it was not asked anew. May raise WireError."""
 TellDoubt: TypeAlias = Callable[[mx_pb2.DoubtKind.ValueType, Collection[str], int, str], None]
 """Takes whose bytes are doubted and why: the kind, holders, number of chunks, a text. Does not wait."""
 
@@ -53,8 +51,6 @@ never_freed: list[object] = []
 
 _HOLDERS_AT_ONCE = 8
 _POLL_SECONDS = 0.1  # between two checks of which holders ended, are slow, or are new
-_FIRST_FIND_SECONDS = 0.1  # workers that start together can be asked soon
-_FIND_SECONDS = 1.0  # between two calls to the server
 _IDLE_SECONDS = 2.0  # a holder that gave nothing for so long makes room for another
 _PATIENCE_STALLS = 2  # stall time-outs without any progress, then the rest is missing
 _NAMED_CHUNKS = 8
@@ -135,6 +131,7 @@ class Receiver:
         self._listed_at = 0.0  # when the server was last asked, of the questions that it answered
         self._began = 0.0
         self._over = threading.Event()
+        self._search = HolderSearch(self._others_found, self._chance)
         self._pace = Pace()
 
     def receive(
@@ -166,7 +163,7 @@ class Receiver:
         self._add(sources)
         background = [threading.Thread(target=self._relaying, name="mx-relay", daemon=True)] if self._relay else []
         if find_more is not None:
-            background.append(threading.Thread(target=self._finding, args=(find_more,), name="mx-find", daemon=True))
+            self._search.start(find_more)
         for thread in background:
             thread.start()
         try:
@@ -181,6 +178,7 @@ class Receiver:
                 self._over.set()
                 with self._received.changed:
                     self._received.changed.notify_all()
+                self._search.stop()
                 for thread in background:
                     thread.join()
                 for client in [*self._clients.values(), *(pull.kept_client for pull in self._pulls.values())]:
@@ -191,6 +189,10 @@ class Receiver:
         if step is not None:
             report.tell(step)
         return report
+
+    def look(self) -> None:
+        """Something is new of who has weights: `find_more` is asked soon. From any thread, at any time."""
+        self._search.look()
 
     def progress(self) -> Progress:
         """How far it is and which holder gave most; from any thread, while `receive` runs or after."""
@@ -458,19 +460,10 @@ class Receiver:
                 if not self._over.is_set() and (received.content, received.verified) == (content, verified):
                     received.changed.wait(_POLL_SECONDS)
 
-    def _finding(self, find_more: FindMore) -> None:
-        """On a thread of its own, since the server may be slow: looks for more holders."""
-        pause = _FIRST_FIND_SECONDS
-        errors = RecentErrors(logger, "sources cannot be listed")
-        while not self._over.wait(pause * (0.5 + self._chance.random())):
-            asked_at = time.monotonic()
-            with errors:
-                found = find_more()
-                if found is not None:
-                    with self._received.changed:
-                        self._add(found)
-                        self._listed_at = asked_at - self._lag_seconds
-            pause = min(2 * pause, _FIND_SECONDS)
+    def _others_found(self, found: Sequence[Source], asked_at: float) -> None:
+        with self._received.changed:
+            self._add(found)
+            self._listed_at = asked_at - self._lag_seconds
 
     def _report(self, seconds: float) -> ReceiveReport:
         received = self._received

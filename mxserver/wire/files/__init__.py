@@ -9,6 +9,7 @@ from mxserver.wire.files.model_client import ModelClient, ModelFiles
 from mxserver.wire.files.model_names import SCHEMES, Provider, name_problem, provider_of
 from mxserver.wire.files.partial_file import FileInfo, has_content
 from mxserver.wire.files.pieces import DIGEST_OF_LAST, FILES_FOLDER, MOST_DIGESTED_BYTES
+from mxserver.wire.files.tls_records import TlsRecords
 
 __all__ = [
     "DIGEST_OF_LAST",
@@ -22,6 +23,7 @@ __all__ = [
     "ModelFiles",
     "PortState",
     "Provider",
+    "TlsRecords",
     "full_disk_is_told",
     "has_content",
     "name_problem",

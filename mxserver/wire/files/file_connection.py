@@ -1,7 +1,7 @@
 """One connection to a port for files, plain or TLS, that brings much in one read.
 
-A socket of Python's with a time-out polls before each read, and its TLS gives a record of 16 KiB in each, by two reads
-of the kernel. So the kernel has the time-out here (SO_RCVTIMEO), and what TLS decrypts comes through memory.
+A socket of Python's with a time-out polls before each read, so the kernel has the time-out here (SO_RCVTIMEO). And who
+waits for much is not woken for each packet (SO_RCVLOWAT): that costs both ends more than the bytes themselves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from mxserver.wire.calls import KEEPALIVE_INTERVAL_MS, KEEPALIVE_TIMEOUT_MS
+from mxserver.wire.files.tls_records import TlsRecords
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = (KEEPALIVE_INTERVAL_MS + KEEPALIVE_TIMEOUT_MS) / 1000
-READ_BYTES = 256 * 1024  # fits in a core's cache, so that whoever looks at the bytes next finds them there
+READ_BYTES = 1024 * 1024  # still in the processor's cache for who looks at the bytes next
+WAKE_BYTES = 256 * 1024  # a reader who waits for more is woken for so many
 
 
 class FileConnection:
@@ -31,12 +33,13 @@ class FileConnection:
     ) -> None:
         """Connected, and for TLS shaken hands with a server that `context` trusts as `host`. Raises OSError."""
         self._silence_seconds = silence_seconds
-        self._tls: ssl.SSLObject | None = None
+        self._wake_bytes = 1
+        self._tls: TlsRecords | None = None
         self._plain = socket.create_connection((host, port), CONNECT_SECONDS)
         try:
             self._plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context is not None:
-                self._shake_hands(context, host)
+                self._tls = TlsRecords(context, self._received, self._sent, server_name=host)
             self._plain.settimeout(None)
             seconds, rest = divmod(silence_seconds, 1)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -45,43 +48,16 @@ class FileConnection:
             self._plain.close()
             raise
 
-    def _shake_hands(self, context: ssl.SSLContext, host: str) -> None:
-        self._encrypted = memoryview(bytearray(READ_BYTES))
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        while True:
-            try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                self._bring_encrypted()
-            else:
-                break
-        self._send_encrypted()
-
     def recv_into(self, into: memoryview) -> int:
         """Reads at least one byte, and as many as are there; 0 at the connection's end."""
-        if self._tls is None:
-            return self._received(into)
-        done = 0
-        while done < len(into):
-            try:
-                count: int = self._tls.read(len(into) - done, into[done:])  # type: ignore[assignment]
-            except ssl.SSLWantReadError:
-                if done:
-                    break
-                self._bring_encrypted()
-            else:
-                if not count:
-                    break
-                done += count
-        return done
+        return self._received(into) if self._tls is None else self._tls.recv_into(into)
 
-    def _bring_encrypted(self) -> None:
-        self._send_encrypted()
-        if count := self._received(self._encrypted):
-            self._incoming.write(self._encrypted[:count])
-        else:
-            self._incoming.write_eof()  # TLS says whether it may end here
+    def await_bytes(self, count: int) -> None:
+        """So many are sure to come: of many, a read waits for a good part. Say 0 before a line is read."""
+        wake_bytes = WAKE_BYTES if count >= 2 * WAKE_BYTES else 1  # TLS may have read a record more than it gave
+        if wake_bytes != self._wake_bytes:
+            self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
+            self._wake_bytes = wake_bytes
 
     def _received(self, into: memoryview) -> int:
         try:
@@ -94,12 +70,7 @@ class FileConnection:
         if self._tls is None:
             self._sent(data)
         else:
-            self._tls.write(data)
-            self._send_encrypted()
-
-    def _send_encrypted(self) -> None:
-        if self._outgoing.pending:
-            self._sent(self._outgoing.read())
+            self._tls.sendall(data)
 
     def _sent(self, data: bytes) -> None:
         try:

@@ -51,13 +51,16 @@ class HttpFiles:
         block = memoryview(bytearray(min(READ_BYTES, length)))
         done = 0
         while done < length:
-            data = block[: length - done]
-            self._fill(answer, data)
-            done += len(data)
+            left = length - done
+            count, failed = self._filled(answer, block[:left], behind=max(0, left - len(block)), buffered=not done)
+            done += count
             if done == length:
                 answer.close()
                 self._is_busy = False
-            yield Piece(path, offset + done - len(data), data, None)
+            if count:  # also of a block that was cut: it need not come again
+                yield Piece(path, offset + done - count, block[:count], None)
+            if failed is not None:
+                raise failed
 
     def pieces(self, path: str, offset: int, into: memoryview) -> Iterator[Piece]:
         """Fills `into` with the file's bytes from `offset` on, in pieces of which the server tells the digest.
@@ -76,7 +79,9 @@ class HttpFiles:
                 raise CallFailed(grpc.StatusCode.UNAVAILABLE, f"a chunk has {count} bytes, not {len(into) - done}")
             data = into[done : done + count]
             hasher = xxhash.xxh3_64()
-            self._fill(answer, data, hasher)
+            _, failed = self._filled(answer, data, hasher)
+            if failed is not None:
+                raise failed
             self._line(answer)
             count, digest = self._chunk_line(answer)
             if count == 0:
@@ -171,24 +176,39 @@ class HttpFiles:
             self._http.sock = self._connection
         return self._http
 
-    def _fill(self, answer: Any, into: memoryview, hasher: xxhash.xxh3_64 | None = None) -> None:
-        """`hasher` takes the bytes while they are in the core's cache."""
+    def _filled(
+        self,
+        answer: Any,
+        into: memoryview,
+        hasher: xxhash.xxh3_64 | None = None,
+        *,
+        behind: int = 0,
+        buffered: bool = True,
+    ) -> tuple[int, CallFailed | None]:
+        """How many bytes came, and why not all. `hasher` takes them while they are in the core's cache; so many more
+        bytes follow `behind` these; `buffered`: the reader of lines may have some of them.
+        """
+        done = 0
         try:
             if (connection := self._connection) is None:
                 raise ConnectionError("the connection was closed")
-            done = take_buffered(answer.fp, into)
-            if hasher is not None:
-                hasher.update(into[:done])
             while done < len(into):
-                count = connection.recv_into(into[done : done + READ_BYTES])
+                part = into[done : done + READ_BYTES]
+                if buffered and not done:
+                    count = take_buffered(answer.fp, part)
+                else:
+                    connection.await_bytes(len(into) - done + behind)
+                    count = connection.recv_into(part)
                 if not count:
                     raise http.client.IncompleteRead(b"", len(into) - done)
                 if hasher is not None:
-                    hasher.update(into[done : done + count])
+                    hasher.update(part[:count])
                 done += count
+            connection.await_bytes(behind)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()
-            raise CallFailed(grpc.StatusCode.UNAVAILABLE, _text(error)) from error
+            return done, CallFailed(grpc.StatusCode.UNAVAILABLE, _text(error))
+        return done, None
 
     def abort(self) -> None:
         """Ends a read that runs in another thread: CallFailed there."""

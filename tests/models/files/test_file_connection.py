@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mxserver.wire.files.file_connection import FileConnection, take_buffered
+from mxserver.wire.files.file_connection import WAKE_BYTES, FileConnection, take_buffered
 from tests.models.conftest import pattern
 from tests.security.authority import Authority
 
@@ -96,6 +96,45 @@ def test_silence_has_an_end(connect: Connect) -> None:
     assert connection.recv_into(into) == 1
     with pytest.raises(TimeoutError, match=r"no byte came for 0.1 s"):
         connection.recv_into(into)
+
+
+def test_much_that_is_awaited_comes_in_large_reads_and_the_line_behind_it_at_once(connect: Connect) -> None:
+    """Not even the last of it waits for more; the server says nothing after its line."""
+
+    def answer(client: socket.socket, over: threading.Event) -> None:
+        for begin in range(0, len(BODY), 10_000):
+            client.sendall(BODY[begin : begin + 10_000])
+        client.sendall(b"and a line\n")
+        over.wait()
+
+    connection = connect(answer)
+    lines = connection.makefile("rb")
+    into, counts = memoryview(bytearray(len(BODY))), list[int]()
+    while (done := sum(counts)) < len(into):
+        connection.await_bytes(len(into) - done)
+        counts.append(connection.recv_into(into[done:]))
+    connection.await_bytes(0)
+    assert sha(bytes(into)) == sha(BODY)
+    assert lines.readline() == b"and a line\n"
+    assert counts[0] >= WAKE_BYTES - 64 * 1024  # of TLS, whole records of what came
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_less_than_was_awaited_is_given_all_the_same(connect: Connect, ends: bool) -> None:
+    """Where the server falls silent, or ends."""
+
+    def answer(client: socket.socket, over: threading.Event) -> None:
+        client.sendall(BODY[:100_000])
+        if not ends:
+            over.wait()
+
+    connection = connect(answer, silence_seconds=60 if ends else 0.2)
+    connection.await_bytes(len(BODY))
+    into, done = memoryview(bytearray(len(BODY))), 0
+    with pytest.raises(TimeoutError, match=r"no byte came") if not ends else suppress(OSError):
+        while count := connection.recv_into(into[done:]):
+            done += count
+    assert bytes(into[:done]) == BODY[:100_000]
 
 
 def test_server_that_takes_nothing_has_an_end(connect: Connect) -> None:

@@ -19,7 +19,8 @@ import xxhash
 from mxserver.wire import ServerRefused
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import ModelClient
-from mxserver.wire.files.pieces import FilesPlace
+from mxserver.wire.files.http_files import HttpFiles
+from mxserver.wire.files.pieces import CallFailed, FilesPlace
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, digest_of, digests_of, files_below
 from tests.models.hub_stand_in import HubStandIn
 from tests.models.tcp_proxy import TcpProxy
@@ -122,6 +123,44 @@ def test_cut_answer_goes_on_where_it_was(client: ModelClient, tmp_path: Path) ->
     assert report.bytes_received == sum(map(len, FILES.values()))
     assert files_below(tmp_path / "to") == FILE_DIGESTS
     assert digest_of(into) == FILE_DIGESTS[LARGE]
+
+
+class Cuts(http.server.BaseHTTPRequestHandler):
+    """Sends the first 700,000 bytes of what was asked for."""
+
+    def do_GET(self) -> None:
+        begin, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{last}/{len(FILES[LARGE])}")
+        self.send_header("Content-Length", str(last + 1 - begin))
+        self.end_headers()
+        self.wfile.write(FILES[LARGE][begin : min(last + 1, begin + 700_000)])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_cut_in_the_middle_of_a_block_loses_no_byte() -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cuts) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        source = HttpFiles("127.0.0.1:1", ClientCredentials(), FilesPlace(server.server_port, "/"))
+        came, cuts = bytearray(), 0
+        try:
+            while len(came) < len(FILES[LARGE]):
+                try:
+                    for piece in source.blocks("x", len(came), len(FILES[LARGE]) - len(came), ""):
+                        assert piece.offset == len(came)
+                        came += piece.data
+                except CallFailed:
+                    cuts += 1
+                    assert len(came) == cuts * 700_000
+        finally:
+            source.close()
+            server.shutdown()
+            thread.join()
+    assert cuts == len(FILES[LARGE]) // 700_000
+    assert bytes(came) == FILES[LARGE]
 
 
 def by_grpc(client: ModelClient, folder: Path, caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -14,13 +14,14 @@ import xxhash
 
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
-from mxserver.wire.credentials import ClientCredentials
+from mxserver.wire.credentials import ClientCredentials, ServerTls
 from mxserver.wire.files import FileSource, PortState
 from mxserver.wire.files.http_files import HttpFiles
 from mxserver.wire.files.model_client import ModelClient
 from mxserver.wire.files.pieces import CallFailed, FilesPlace
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import FILES, REPOSITORY, StartServer
+from tests.security.authority import Authority
 from tests.server.conftest import ServerProcess
 
 LARGE = "model-00001-of-00002.safetensors"
@@ -30,13 +31,41 @@ MANY_BYTES = 48 * 1024 * 1024  # more than the buffers of two sockets hold
 class Port:
     """A port for files in this process, over the cache of a server that has filled it."""
 
-    def __init__(self, opened: OpenCache, path: str, *, most_per_host: int = 64, silence_seconds: float = 10.0) -> None:
-        self.files = FilesPort("127.0.0.1", 0, opened, most_per_host=most_per_host, silence_seconds=silence_seconds)
+    def __init__(
+        self,
+        opened: OpenCache,
+        path: str,
+        *,
+        most_per_host: int = 64,
+        silence_seconds: float = 10.0,
+        tls: tuple[ServerTls, Path] | None = None,
+    ) -> None:
+        """`tls`: the server's files, and the CA that its clients trust."""
+        self.files = FilesPort(
+            "127.0.0.1",
+            0,
+            opened,
+            tls=tls[0] if tls else None,
+            most_per_host=most_per_host,
+            silence_seconds=silence_seconds,
+        )
         self.path = path
+        self._known = ClientCredentials(ca_file=tls[1]) if tls else None
         self.files.start()
 
+    def source(self) -> HttpFiles:
+        """Our client."""
+        address = "127.0.0.1:1" if self._known is None else "https://localhost:1"
+        return HttpFiles(address, self._known or ClientCredentials(), FilesPlace(self.files.port, self.path))
+
     def connected(self) -> http.client.HTTPConnection:
-        made = http.client.HTTPConnection("127.0.0.1", self.files.port, timeout=60)
+        made = (
+            http.client.HTTPConnection("localhost", self.files.port, timeout=60)
+            if self._known is None
+            else http.client.HTTPSConnection(
+                "localhost", self.files.port, timeout=60, context=self._known.ssl_context()
+            )
+        )
         made.connect()
         return made
 
@@ -71,12 +100,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenCache
     made.close()
 
 
-@pytest.fixture
-def port(opened: tuple[OpenCache, str]) -> Iterator[Callable[..., Port]]:
+@pytest.fixture(params=["plain", "tls"])
+def port(
+    opened: tuple[OpenCache, str], request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Callable[..., Port]]:
     started: list[Port] = []
+    tls = None
+    if request.param == "tls":
+        authority = Authority(tmp_path)
+        tls = ServerTls(*authority.issue("server", "localhost")), authority.ca_file
 
     def start(**limits: float) -> Port:
-        started.append(Port(*opened, **limits))  # type: ignore[arg-type]
+        started.append(Port(*opened, tls=tls, **limits))  # type: ignore[arg-type]
         return started[-1]
 
     yield start
@@ -91,6 +126,7 @@ def body_of(connection: http.client.HTTPConnection, path: str, **headers: str) -
     return answer.read()
 
 
+@pytest.mark.parametrize("port", ["plain"], indirect=True)
 def test_a_host_has_so_many_connections_and_no_more(port: Callable[..., Port]) -> None:
     limited = port(most_per_host=2)
     path = limited.path + "config.json"
@@ -120,6 +156,27 @@ def test_who_asks_nothing_is_cut(port: Callable[..., Port]) -> None:
         connection.sock.sendall(sent)
         assert connection.sock.recv(1) == b""
         connection.close()
+
+
+@pytest.mark.parametrize("port", ["tls"], indirect=True)
+@pytest.mark.parametrize("trickles", [False, True])
+def test_who_does_not_shake_hands_is_cut(port: Callable[..., Port], trickles: bool) -> None:
+    """Also who sends a byte now and then: the time is for the whole handshake."""
+    client = socket.create_connection(("127.0.0.1", port(silence_seconds=0.3).files.port), timeout=60)
+    client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc")  # a ClientHello of 512 bytes begins
+    if trickles:
+        client.settimeout(0.05)
+    for _ in range(500):
+        try:
+            assert client.recv(100) in (b"", b"\x15\x03\x01\x00\x02\x02\x32")
+            break
+        except ConnectionResetError:
+            break
+        except TimeoutError:
+            client.sendall(b"\x03")
+    else:
+        raise AssertionError("the server waits for the rest of the handshake")
+    client.close()
 
 
 def test_who_takes_nothing_is_cut(port: Callable[..., Port]) -> None:
@@ -198,15 +255,11 @@ def test_a_file_that_changed_since_it_was_listed_is_not_mixed(warm_server: str) 
         )
 
 
-def reading(port: Port) -> HttpFiles:
-    return HttpFiles("127.0.0.1:1", ClientCredentials(), FilesPlace(port.files.port, port.path))
-
-
 def test_a_digest_of_bytes_read_wrong_is_made_again(port: Callable[..., Port], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered does not refuse right bytes for ever."""
     one = port()
     digests = one.files._server.shared.digests
-    source = reading(one)
+    source = one.source()
     into = memoryview(bytearray(20_000_000))
 
     def right() -> list[bool]:
@@ -224,7 +277,7 @@ def test_a_digest_of_bytes_read_wrong_is_made_again(port: Callable[..., Port], m
 
 
 def test_rest_of_an_answer_is_not_taken_for_the_next(port: Callable[..., Port]) -> None:
-    source = reading(port())
+    source = port().source()
     into = memoryview(bytearray(20_000_000))
     try:
         for piece in source.pieces("big.bin", 0, into):

@@ -267,6 +267,31 @@ def test_offline_server_serves_what_lies_in_its_folder(
     assert hub.requests.total() == asked
 
 
+def test_a_name_that_somebody_wrote_with_a_line_end(
+    start_server: StartServer, hub: HubStandIn, cache_folder: Path
+) -> None:
+    """As `echo COMMIT > refs/main` does (findings, row 32)."""
+    with ModelClient(start_server().address) as client:
+        commit = client.ensure(REPOSITORY)
+    (cache_folder / "models--org--tiny-1.0" / "refs" / "main").write_text(f"{commit}\n")
+    with ModelClient(start_server(HF_HUB_OFFLINE="1").address) as client:
+        assert client.ensure(REPOSITORY) == commit
+        assert {info.path for info in client.list_files(REPOSITORY).files} == set(FILES)
+
+
+def test_names_that_have_to_be_quoted(client: ModelClient, hub: HubStandIn, tmp_path: Path) -> None:
+    """Findings, row 31."""
+    names = ("a b.json", "ü.json", "100%.json", "%41.json", "1+1.json", "a#b&c.json")
+    files = {name: name.encode() for name in names}
+    hub.add("org/quoted", files)
+    client.ensure("org/quoted")
+    client.fetch("org/quoted", tmp_path / "http")
+    with ModelClient(client.address, files_port=0) as by_grpc:
+        by_grpc.fetch("org/quoted", tmp_path / "grpc")
+    for way in ("http", "grpc"):
+        assert files_below(tmp_path / way) == digests_of(files)
+
+
 @pytest.mark.parametrize("which", ["", "blobs"], ids=["repository", "blobs"])
 def test_a_link_to_another_disk_is_named(
     start_server: StartServer, hub: HubStandIn, cache_folder: Path, tmp_path: Path, which: str

@@ -82,6 +82,34 @@ def test_an_answer_whose_caller_left_while_it_waited_is_not_made() -> None:
     assert under_way.bytes_under_way == 0
 
 
+def test_an_answer_whose_caller_leaves_while_it_is_made_takes_room_until_it_is() -> None:
+    """Else many that are made for nobody are in memory at the same time."""
+    context = create_autospec(grpc.ServicerContext, instance=True)
+    under_way = answers.AnswersUnderWay()
+
+    def made(request: bytes, context: grpc.ServicerContext) -> bytes:
+        under_way.reserve(context, 5 * MIB)
+        [ended] = context.add_callback.call_args.args
+        ended()
+        assert under_way.bytes_under_way == 5 * MIB
+        return bytes(6 * MIB)
+
+    handler = under_way._replacement("method", grpc.unary_unary_rpc_method_handler(made))
+    assert len(handler.unary_unary(b"", context)) == 6 * MIB
+    assert under_way.bytes_under_way == 0
+
+
+def test_an_answer_that_is_made_takes_room_until_the_call_ends() -> None:
+    context = create_autospec(grpc.ServicerContext, instance=True)
+    under_way = answers.AnswersUnderWay()
+    handler = under_way._replacement("method", grpc.unary_unary_rpc_method_handler(lambda request, context: bytes(MIB)))
+    handler.unary_unary(b"", context)
+    assert under_way.bytes_under_way == MIB
+    [ended] = context.add_callback.call_args.args
+    ended()
+    assert under_way.bytes_under_way == 0
+
+
 def test_an_answer_that_finds_no_room_is_refused_with_the_limit(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

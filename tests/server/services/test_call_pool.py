@@ -15,7 +15,7 @@ from mxserver.calls.arriving import ArrivingCall
 from mxserver.calls.call_pool import _Turns
 from mxserver.calls.nested import has_more_messages, split_off, without_large_fields
 from mxserver.calls.pools import POOLS
-from mxserver.calls.receiving import Receiving
+from mxserver.calls.receiving import LargeRequests, Receiving
 from mxserver.limits import DEFAULT
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient
@@ -228,3 +228,35 @@ def test_a_request_that_had_come_when_it_was_looked_at_is_not_refused() -> None:
     assert looked.wait(60)
     assert free.wait(60)
     assert not call.refused.is_set()
+
+
+def receives(receiving: Receiving, name: str) -> Slow:
+    """A request that began to come a while ago."""
+    call = Slow(name)
+    assert receiving.reserve(lambda: None)
+    receiving.begin(cast(ArrivingCall, call))
+    return call
+
+
+def test_of_requests_that_take_long_one_is_received_beside_no_publish() -> None:
+    """Nothing says that they are large, before grpcio has three copies of each."""
+    held = [0]
+    publishes, others = Receiving(1, 60.0), [Receiving(2, 60.0), Receiving(3, 60.0)]
+    large = LargeRequests(publishes, others, lambda: held[0])
+    large.start()
+    first = receives(others[0], "a")
+    second = receives(others[1], "b")
+    assert second.refused.wait(60)
+    assert not first.refused.is_set()
+    others[1].end(cast(ArrivingCall, second))
+
+    published = receives(publishes, "c")
+    assert first.refused.wait(60)
+    others[0].end(cast(ArrivingCall, first))
+    publishes.end(cast(ArrivingCall, published))
+    assert not published.refused.is_set()
+
+    held[0] = 8 * 1024 * 1024
+    assert receives(others[0], "d").refused.wait(60)
+    assert large.problem is None
+    large.stop()

@@ -352,3 +352,23 @@ def test_news_of_a_holder_and_chunks_that_are_not_there(new_member: NewMember) -
     holder.update(0b101)
     with pytest.raises(ValueError, match="are not here"):
         next(holder.push(lease.lease_id, [1], lambda: False))
+
+
+def test_who_begins_to_serve_is_heard_of_at_once(new_member: NewMember, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server tells it on the stream: nobody waits until it is time to look for others again."""
+    for name in ("_FIRST_FIND_SECONDS", "_FIND_SECONDS"):
+        monkeypatch.setattr(f"mxcore.transfer.receive.holder_search.{name}", 600.0)
+    half, late, target = new_member(SEED), new_member(SEED), new_member(MX_STALL_TIMEOUT_SECS=600)
+    source = half.serve()
+    served = half.membership.holder
+    assert served is not None
+    served.update(all_chunks(len(served.chunks) // 2))  # the rest never comes
+    target.membership.join()
+    begun = threading.Event()
+    receiving = threading.Thread(target=lambda: target.receive([source], lambda done, total: begun.set()))
+    receiving.start()
+    assert begun.wait(60)
+    late.serve()
+    receiving.join(60)
+    assert not receiving.is_alive()
+    assert target.is_right

@@ -1,0 +1,1 @@
+"""What `mx bench update` measures: running engines that take other weights."""
