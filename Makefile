@@ -8,7 +8,7 @@
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make test-aarch64  compiles the core for aarch64 and passes its tests under qemu-user (needs Debian's apt, not root)
 # make wheel      builds the wheel that an index takes into dist/ (manylinux_2_28, stable ABI, checked)
-# make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/gpu-testing.md)
+# make gpu-kit    packs what runs vLLM on a GPU without a network into build/gpu-kit (docs/notes/gpu-testing.md)
 # make bench-deps  installs what `mx bench load` compares with and `mx bench fanout --plot` draws with
 # make soak   1,000 transfers between the same two processes, by each way: memory, threads and descriptors stay flat;
 #             and make soak-server: 10,000 workers join and leave a server, which is as large afterwards (JOINS=10000)

@@ -2,7 +2,7 @@
 
 Self-contained: a checkout, this package's wheels, no network. Each part runs in a process of its own: what fails, and
 what is not there (torch with CUDA, for the other loaders), is told under `left_out`, and the other figures come.
-docs/gpu-testing.md says how to run it where nothing else is.
+docs/notes/gpu-testing.md says how to run it where nothing else is.
 """
 
 from __future__ import annotations

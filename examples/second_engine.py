@@ -54,7 +54,7 @@ class SecondEngine:
 
     def __init__(self, model: str, options: dict[str, str]) -> None:
         self.model = model
-        self.options = options  # settings of docs/settings.md, by name; and `report_path`
+        self.options = options  # settings of docs/reference/settings.md, by name; and `report_path`
         self.watched: EngineWatch | None = None
 
     # Building a model: mxcore calls `build`, which calls `fill(model)` between construction and processing.

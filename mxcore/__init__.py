@@ -1,4 +1,6 @@
-"""Model weights: read from where they lie, and moved from process to process, each byte verified (docs/api.md).
+"""Model weights: read from where they lie, and moved from process to process, each byte verified.
+
+docs/reference/api.md is for who uses it.
 
 Importing this package loads nothing: no torch, no numpy, no gRPC, no CUDA, no compiled module. Each name of `__all__`
 is looked up when it is first used; their types are in `__init__.pyi`.

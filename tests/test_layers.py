@@ -1,4 +1,4 @@
-"""The plan of docs/ARCHITECTURE.md: which packages there are, how large, and who may import whom."""
+"""The plan of docs/explanation/architecture.md: which packages there are, how large, and who may import whom."""
 
 from __future__ import annotations
 

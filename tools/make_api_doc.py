@@ -1,4 +1,4 @@
-"""Writes the reference in docs/api.md from the docstrings of what `mxcore` exports: `python tools/make_api_doc.py`.
+"""Writes the reference in docs/reference/api.md from the docstrings of what `mxcore` exports.
 
 tests/exchange/test_api_doc.py holds the page to the code.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import mxcore
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "api.md"
+PAGE = ROOT / "docs" / "reference" / "api.md"
 BEGIN = "<!-- reference: made by python tools/make_api_doc.py -->"
 END = "<!-- end of the reference -->"
 

@@ -1,4 +1,4 @@
-"""Makes docs/errors.md, and the same for the status page: every stable code of an error, what it means, what to do.
+"""Makes docs/reference/errors.md, and the same for the status page: every error's code, what it means, what to do.
 
 The meaning is the first paragraph of the error's docstring, the advice that of error_advice.toml. A code
 without advice, and advice without a code, end the run.
@@ -21,7 +21,7 @@ import mxcore  # noqa: E402 - of this checkout
 import mxserver  # noqa: E402
 from mxserver.wire import MxError  # noqa: E402
 
-PAGE = ROOT / "docs" / "errors.md"
+PAGE = ROOT / "docs" / "reference" / "errors.md"
 SERVED = ROOT / "mxserver" / "web" / "assets" / "errors.html"
 ADVICE = ROOT / "tools" / "error_advice.toml"
 
@@ -30,8 +30,8 @@ INTRODUCTION = """# Error codes
 Every error of ours ends with its code in brackets: `… [MX_NO_SOURCE]`. The code stays the same in all releases; the
 text before it says what failed, where and with which values. This page is made by `python tools/make_errors_doc.py`.
 
-Most of these never end a worker: where one place gives no weights, the next one is tried (docs/loading.md), and the
-load's report has each reason under `paths` and `fallbacks`.
+Most of these never end a worker: where one place gives no weights, the next one is tried ([where weights come
+from](../explanation/loading.md)), and the load's report has each reason under `paths` and `fallbacks`.
 """
 
 SAFETENSORS = "MX_SAFETENSORS"
@@ -79,7 +79,7 @@ def groups() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def page() -> str:
-    """The whole of docs/errors.md. Raises as `groups`."""
+    """The whole of docs/reference/errors.md. Raises as `groups`."""
     parts = [INTRODUCTION]
     for title, codes in groups().items():
         parts.append(f"\n## {title}\n\n| code | what it means | what to do |\n|---|---|---|\n")

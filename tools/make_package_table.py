@@ -1,4 +1,4 @@
-"""Writes the table of packages in docs/ARCHITECTURE.md: `python tools/make_package_table.py`.
+"""Writes the table of packages in docs/explanation/architecture.md: `python tools/make_package_table.py`.
 
 tests/test_layers.py holds it to the code. Sizes are not in it: they would change with every commit.
 """
@@ -9,7 +9,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "ARCHITECTURE.md"
+PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 BEGIN = "<!-- packages:"
 END = "<!-- end -->"
 _LAYERS = ("vllm_plugin", "mxcore", "mxserver", "bench")

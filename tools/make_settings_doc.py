@@ -1,4 +1,4 @@
-"""Makes docs/settings.md from the code: one table a program, and the names that have no effect yet.
+"""Makes docs/reference/settings.md from the code: one table a program, and the names that have no effect yet.
 
     python tools/make_settings_doc.py
 
@@ -27,7 +27,7 @@ from mxserver.wire import (  # noqa: E402
     VARIABLES,
 )
 
-PAGE = ROOT / "docs" / "settings.md"
+PAGE = ROOT / "docs" / "reference" / "settings.md"
 
 INTRODUCTION = """\
 # Settings
@@ -83,7 +83,7 @@ that form, each with its origin, without passwords. `mxserver --check-config` al
 file. It exits with 0, or with 2 and one line that says what is wrong.
 
 Certificates, keys, and the access file are read again when they change. If a new file cannot be used, the server logs
-it and keeps the old one in use. The access file's form is in `docs/threat-model.md`.
+it and keeps the old one in use. The access file's form is in `docs/explanation/threat-model.md`.
 """
 
 WORKER = """\

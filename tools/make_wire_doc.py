@@ -1,4 +1,4 @@
-"""Writes the table of calls in docs/wire.md out of the protocol's stubs and the roles: `python tools/make_wire_doc.py`.
+"""Writes the table of calls in docs/reference/wire.md out of the protocol's stubs and the roles.
 
 tests/wire/test_wire_doc.py holds it to them.
 """
@@ -24,7 +24,7 @@ from mxserver.wire.proto import (  # noqa: E402
     watch_pb2,
 )
 
-PAGE = ROOT / "docs" / "wire.md"
+PAGE = ROOT / "docs" / "reference" / "wire.md"
 BEGIN = "<!-- calls:"
 END = "<!-- end -->"
 FILES = (p2p_pb2, mx_pb2, watch_pb2, model_pb2, cache_pb2, health_pb2, api_pb2)

@@ -1,8 +1,8 @@
 """A NIXL wheel with what workers use of it alone: python tools/slim_nixl.py WHEEL FOLDER
 
 NIXL's libraries, its UCX plugin and UCX stay; its Python bindings, the plugins for storage and the expert-parallel
-kernels, which are most of its size, go. For places with a limit on what can be carried there (docs/gpu-testing.md);
-the result installs like the wheel that it was made of.
+kernels, which are most of its size, go. For places with a limit on what can be carried there
+(docs/notes/gpu-testing.md); the result installs like the wheel that it was made of.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class MxModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not type-
 
             raise SignatureError(
                 "weights that are loaded anew into a model are not verified, and MX_MODEL_SIGNATURE=require: "
-                "nothing of them is loaded (docs/signing.md)"
+                "nothing of them is loaded (docs/how-to/signing.md)"
             )
 
     def _withdraw(self) -> None:

@@ -1,4 +1,4 @@
-"""mixsum-64 (docs/digests.md) of device memory, by kernels that the driver compiles of the PTX beside this module."""
+"""mixsum-64 (docs/reference/digests.md) of device memory, by kernels that the driver compiles of the PTX beside it."""
 
 from pathlib import Path
 from typing import final

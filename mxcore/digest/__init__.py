@@ -1,4 +1,4 @@
-"""Digests of memory, XXH3-64 and mixsum-64, compiled (docs/digests.md)."""
+"""Digests of memory, XXH3-64 and mixsum-64, compiled (docs/reference/digests.md)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """XXH3-64 and mixsum-64 over buffers and over raw memory, compiled.
 
 XXH3: 64 bits, default secret, as in xxHash 0.8 (third_party/xxhash). mixsum-64: ours, for a GPU's thousands of threads
-(mixsum.h, docs/digests.md); from the host's memory it is as fast. Neither is cryptographic. Digests are the
+(mixsum.h, docs/reference/digests.md); from the host's memory it is as fast. Neither is cryptographic. Digests are the
 same on every processor. All functions release the GIL for what takes longer than that costs, and may be called from
 several threads at once. Memory that is written to meanwhile gives a digest of no use, and nothing worse.
 

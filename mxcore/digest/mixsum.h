@@ -3,7 +3,7 @@
  * The bytes are words of 8, little-endian, the last one filled up with zeros. Word i is xored with its key, (i + 1)
  * times the golden ratio of 2^64, and mixed (Stafford's variant 13 of MurmurHash3's finalizer, as in SplitMix64). The
  * words' sum modulo 2^64, and the number of bytes, are mixed once more. A sum does not care who adds first: any stretch
- * of words can be summed anywhere, in any order. docs/digests.md says what it detects, and what not.
+ * of words can be summed anywhere, in any order. docs/reference/digests.md says what it detects, and what not.
  *
  * For C, C++ and CUDA: nothing here is more than arithmetic.
  */

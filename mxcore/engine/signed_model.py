@@ -70,7 +70,7 @@ def _keyless(settings: WorkerSettings) -> KeylessSigner | None:
     if missing:
         raise SignatureError(
             f"{' and '.join(missing)} not set: a keyless signature is by an identity, as an issuer knows it, and a "
-            "trusted root's file says which Sigstore is believed (docs/signing.md): nothing is loaded"
+            "trusted root's file says which Sigstore is believed (docs/how-to/signing.md): nothing is loaded"
         )
     identity, issuer, trust = said.values()
     return KeylessSigner(identity, issuer, Path(trust))
@@ -82,7 +82,7 @@ def _refuse_misspelt() -> None:
         if "SIGNATURE" in {*name.split("_"), *(near or "").split("_")}:
             raise SignatureError(
                 f"{name} is no setting{f', did you mean {near}?' if near else ''} it looks like one that requires "
-                "signatures, so nothing is loaded: correct or unset it (docs/signing.md)"
+                "signatures, so nothing is loaded: correct or unset it (docs/how-to/signing.md)"
             )
 
 
@@ -109,7 +109,7 @@ def _signature(file: str, folder: Path | None, uri: UriPlace | None) -> tuple[by
     tried = ", ".join(map(str, places)) or f"no folder of this machine that could have {file}"
     raise SignatureInvalid(
         f"MX_MODEL_SIGNATURE=require, and there is no signature ({tried}): nothing is loaded. Sign the model "
-        "(docs/signing.md), or name the signature's file by MX_MODEL_SIGNATURE_FILE"
+        "(docs/how-to/signing.md), or name the signature's file by MX_MODEL_SIGNATURE_FILE"
     )
 
 

@@ -116,11 +116,12 @@ def publish(
     devices, there also other arrays (`__cuda_array_interface__`: cupy, numba, jax); tied ones travel once. They are
     served where they are, and must not change until `close`; with `copy` a copy in host memory is served, and they may.
     Where a model is in parts, each process publishes its own under its `rank`. Several processes may publish equal
-    bytes under one version; where the bytes differ, nobody is believed unless most agree (docs/threat-model.md).
+    bytes under one version; where the bytes differ, nobody is believed unless most agree
+    (docs/explanation/threat-model.md).
 
     `server` is host:port or https://host:port, by default that of MODEL_EXPRESS_URL or MX_SERVER_ADDRESS; `settings`
-    are others of docs/settings.md, by name, before the environment's. Certificates and tokens are the environment's.
-    Returns when the server knows of it. Call it after a fork, from any thread.
+    are others of docs/reference/settings.md, by name, before the environment's. Certificates and tokens are the
+    environment's. Returns when the server knows of it. Call it after a fork, from any thread.
 
     Raises:
         SettingError: a name, a version or a setting that cannot be used; no server.

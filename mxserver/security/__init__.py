@@ -1,4 +1,4 @@
-"""Who may do what: roles, tokens, limits. docs/threat-model.md names the boundaries."""
+"""Who may do what: roles, tokens, limits. docs/explanation/threat-model.md names the boundaries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """All environment names of server and worker, and what to do with unknown names.
 
-The one table: settings read it, docs/settings.md is made from it, and every program warns about unknown names that look
-like ours. Nothing here reads the environment itself; it works on the mapping that it is given.
+The one table: settings read it, docs/reference/settings.md is made from it, and every program warns about unknown names
+that look like ours. Nothing here reads the environment itself; it works on the mapping that it is given.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ VARIABLES: tuple[Variable, ...] = (
         "server",
         "other limits than the default ones of the table below, as NAME=NUMBER",
         "--limits NAME=NUMBER,...",
-        "as in docs/settings.md",
+        "as in docs/reference/settings.md",
     ),
     Variable(
         "MX_SERVER_METRICS_HOSTS",
@@ -310,7 +310,7 @@ VARIABLES: tuple[Variable, ...] = (
         "MX_P2P_TOPOLOGY",
         "worker",
         "where this worker is: zone=a,rack=r7,host=n3, a JSON object of such pairs, or a file or folder of Kubernetes' "
-        "downward API with such labels; near sources are taken first (docs/swarm.md)",
+        "downward API with such labels; near sources are taken first (docs/explanation/swarm.md)",
     ),
     Variable(
         "POD_NAME", "worker", "the name of this worker's pod, for the status page; in a pod its host name unless set"
@@ -337,16 +337,14 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MX_HOST_MEMORY_LIMIT", "worker", "host memory that reading may hold beside the model, such as 8GiB"),
     Variable("MX_MODEL_REVISION", "worker", "the model's revision, where the engine names none"),
-    Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder (docs/loading.md)"),
-    Variable(
-        "MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC (docs/loading.md)"
-    ),
+    Variable("MX_MODEL_URI", "worker", "where weights lie: s3://, gs://, az://, file:// or a folder"),
+    Variable("MODEL_EXPRESS_NO_SHARED_STORAGE", "worker", "1: model files come from the server over gRPC"),
     Variable("MX_CACHE_WEIGHTS", "worker", "0: weights from the server go into the model without touching the disk"),
     Variable(
         "MX_MODEL_SIGNATURE",
         "worker",
-        "require: nothing is loaded, taken or served but files that were signed (docs/signing.md); off; any other word "
-        "counts as require",
+        "require: nothing is loaded, taken or served but files that were signed (docs/how-to/signing.md); off; any "
+        "other word counts as require",
     ),
     Variable(
         "MX_MODEL_SIGNATURE_FILE", "worker", "the signature: a name in the model's folder, or a path of this machine"
@@ -356,11 +354,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MX_MODEL_SIGNATURE_IDENTITY", "worker", "who signs without a key, instead: an address or a URI"),
     Variable("MX_MODEL_SIGNATURE_ISSUER", "worker", "the OpenID Connect issuer that knows that identity: a URL"),
     Variable("MX_MODEL_SIGNATURE_TRUST", "worker", "the trusted root of the Sigstore that certified it: a JSON file"),
-    Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/loading.md)"),
+    Variable("MX_LOAD_PATHS", "worker", "where weights may come from, in this order (docs/explanation/loading.md)"),
     Variable(
         "MX_SOURCE_KEEP",
         "worker",
-        "which weights a source keeps and offers: processed, raw, or both (costs memory: docs/vllm.md)",
+        "which weights a source keeps and offers: processed, raw, or both (costs memory: docs/reference/vllm.md)",
     ),
     Variable(
         "MX_MODEL_NAME_OVERRIDE",
@@ -370,7 +368,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MX_METRICS_PORT",
         "worker",
-        "port of the metrics of all ranks of an engine on a machine (docs/operations.md); none unless set",
+        "port of the metrics of all ranks of an engine on a machine (docs/reference/operations.md); none unless set",
     ),
     Variable("MX_METRICS_ENABLED", "worker", "0: no metrics, whatever the port"),
     # The load formats mx-source and mx-target alone.
@@ -470,7 +468,7 @@ def unprotected(environ: Mapping[str, str]) -> str:
             hint = f", did you mean {near}?" if near else ":"
             lines.append(f"{name} is no setting{hint} it looks like one that protects, so it is not ignored")
     lines += [line for line in removed(environ) if _PROTECTING & {*line.partition(" ")[0].split("_")}]
-    return f"{'; '.join(lines)}; correct or unset it (docs/settings.md has the names)" if lines else ""
+    return f"{'; '.join(lines)}; correct or unset it (docs/reference/settings.md has the names)" if lines else ""
 
 
 def without_effect(environ: Mapping[str, str], reader: Literal["server", "worker"]) -> list[str]:
@@ -492,5 +490,5 @@ def warnings_for(environ: Mapping[str, str], reader: Literal["server", "worker"]
     lines += removed(environ)
     if unused := without_effect(environ, reader):
         have = "has" if len(unused) == 1 else "have"
-        lines.append(f"{', '.join(unused)} {have} no effect here (docs/settings.md says why)")
+        lines.append(f"{', '.join(unused)} {have} no effect here (docs/reference/settings.md says why)")
     return lines

@@ -1,7 +1,7 @@
 """Names that manifests for NVIDIA's ModelExpress set and that have no effect here, each with why.
 
 They are known, so that whoever moves such a manifest here is told once, in one line, and not that each is misspelt.
-docs/settings.md is made from this table.
+docs/reference/settings.md is made from this table.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ UNUSED: tuple[Unused, ...] = (
         ),
         "worker",
         "which source a worker takes",
-        "chunks come from all sources at once, near ones first, rarest first (docs/swarm.md)",
+        "chunks come from all sources at once, near ones first, rarest first (docs/explanation/swarm.md)",
     ),
     Unused(
         ("MX_DISABLE_DRAFT_P2P",),
         "worker",
         "draft models",
-        'they are exchanged as models are (docs/vllm.md, "Drafts"); `draft_load_config` in `--speculative-config` '
-        "gives them a load format of their own",
+        'they are exchanged as models are (docs/reference/vllm.md, "Drafts"); `draft_load_config` in '
+        "`--speculative-config` gives them a load format of their own",
     ),
     Unused(
         ("MX_INSTANT_TENSOR", "MX_MS_DISTRIBUTED", "MX_GDS_*"),
@@ -110,7 +110,8 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_METRICS_PUSHGATEWAY", "MX_METRICS_SCHEME", "MX_METRICS_BIND_RETRY_SECS", "MX_METRICS_SOURCE_ID_LABEL"),
         "worker",
         "how metrics of a worker are told, and a label of them",
-        "they are asked for at `MX_METRICS_PORT` (docs/operations.md); labels of a run are the scrape's to give",
+        "they are asked for at `MX_METRICS_PORT` (docs/reference/operations.md); labels of a run are the scrape's to "
+        "give",
     ),
     Unused(
         ("MX_REFIT_*", "MX_RESHARD_*", "MX_GENERATOR_SOURCE_ORDER", "MX_TRAINER_STAGING_MODE"),
@@ -123,7 +124,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_S3_*", "MX_AZURE_*"),
         "worker",
         "how object stores are read",
-        "every store is read in one way (docs/loading.md)",
+        "every store is read in one way (docs/explanation/loading.md)",
     ),
     # The server's.
     Unused(

@@ -1,7 +1,7 @@
 """Which files of a folder an engine reads weights from: one answer for readers and digests, here and elsewhere.
 
-As vLLM 0.32's default loader chooses them (docs/storage.md has the table). Names only: nothing is opened but an index
-and modules.json, which the caller reads.
+As vLLM 0.32's default loader chooses them (docs/explanation/storage.md has the table). Names only: nothing is opened
+but an index and modules.json, which the caller reads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/kubernetes.md: its commands run as they stand there, or say why they are not run."""
+"""docs/how-to/kubernetes.md: its commands run as they stand there, or say why they are not run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.render_manifests import helm
 
 __all__ = ["start_web"]  # a fixture
 
-PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text()
 SERVER = "localhost:8001"
 STATE = "/var/lib/mxserver"
 

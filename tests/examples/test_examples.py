@@ -1,4 +1,4 @@
-"""The examples, as docs/api.md has them, between two network namespaces."""
+"""The examples, as docs/reference/api.md has them, between two network namespaces."""
 
 from __future__ import annotations
 
@@ -127,5 +127,5 @@ def test_the_second_engine_has_all_that_the_protocol_asks_for() -> None:
 
 
 def test_the_page_names_each_example() -> None:
-    page = (ROOT / "docs" / "api.md").read_text()
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
     assert [path.name for path in (ROOT / "examples").glob("*.py") if f"examples/{path.name}" not in page] == []

@@ -9,8 +9,13 @@ import pytest
 from tests import doc_pages
 from tests.transfer.conftest import ROOT
 
-PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
-WORD_FOR_WORD = {"tutorial.md": "tests/vllm/test_tutorial.py", "tls-and-tokens.md": "tests/security/test_how_to.py"}
+PAGES = [ROOT / "docs" / "tutorial" / "two-workers.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+WORD_FOR_WORD = {
+    "two-workers.md": "tests/vllm/test_tutorial.py",
+    "tls-and-tokens.md": "tests/security/test_how_to.py",
+    "signing.md": "tests/storage/signed/test_signing_page.py",
+    "kubernetes.md": "tests/deploy/test_kubernetes_page.py",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

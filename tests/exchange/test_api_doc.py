@@ -1,4 +1,4 @@
-"""docs/api.md has the reference that the docstrings give."""
+"""docs/reference/api.md has the reference that the docstrings give."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_port_that_goes_down_costs_what_was_in_flight(start_worker: StartWorke
     assert set(report.bytes_from) == {source.worker_id for source in sources}
     assert any(sources[0].worker_id in failure for failure in report.failures)
     wire.mend()
-    # Not of the same holder: on Soft-RoCE its UCX may end it (docs/swarm.md, what cannot be covered).
+    # Not of the same holder: on Soft-RoCE its UCX may end it (docs/explanation/swarm.md, what cannot be covered).
     again = Target("auto")
     assert again.receive(start_worker("auto", seed=SEED).serve()).transport == "rdma"  # this process, the same ports
     assert again.is_right()

@@ -1,4 +1,4 @@
-"""Tests that docs/threat-model.md names as proof are there."""
+"""Tests that docs/explanation/threat-model.md names as proof are there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_proof_is_a_test() -> None:
-    text = (ROOT / "docs" / "threat-model.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "threat-model.md").read_text()
     file, named = "", 0
     for path, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", text):
         file = path or file

@@ -24,7 +24,7 @@ from tests.storage.signed.signing import Key
 from tests.vllm import drafts
 from tests.vllm.engines import EngineHost, Loaded
 
-PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "vllm.md"
 DRAFTED = "tests.vllm.draft_worker.DraftWorker"
 
 

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, word for word."""
+"""docs/tutorial/two-workers.md, word for word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.vllm
 
 def test_the_tutorial_does_what_it_says() -> None:
     shutil.rmtree(ROOT / "build" / "tutorial", ignore_errors=True)
-    done = doc_pages.run(ROOT / "docs" / "tutorial.md", ROOT, seconds=540)
+    done = doc_pages.run(ROOT / "docs" / "tutorial" / "two-workers.md", ROOT, seconds=540)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     paths = re.findall(r" rank 0: (storage|p2p)\b", done.stdout)
     assert paths == ["storage", "p2p"]

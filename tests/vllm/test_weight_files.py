@@ -1,4 +1,4 @@
-"""The files and tensors that we read of a folder are those of vLLM's own loader, but where docs/storage.md says why."""
+"""Files and tensors that we read of a folder are vLLM's loader's, but where docs/explanation/storage.md says why."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def test_the_docs_have_the_table_that_vllm_safetensors_and_we_make() -> None:
     command = [sys.executable, "-m", "tests.vllm.weight_file_table"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     made = done.stdout[done.stdout.index("<!-- made by") :]
-    assert made in (ROOT / "docs" / "storage.md").read_text()
+    assert made in (ROOT / "docs" / "explanation" / "storage.md").read_text()

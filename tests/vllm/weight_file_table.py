@@ -1,7 +1,7 @@
 """The files and tensors that we read of a folder beside those of vLLM's own loader and of safetensors.
 
-The table in docs/storage.md is what `python -m tests.vllm.weight_file_table` prints. In a process of its own, since
-importing vLLM warns.
+The table in docs/explanation/storage.md is what `python -m tests.vllm.weight_file_table` prints. In a process of its
+own, since importing vLLM warns.
 """
 
 from __future__ import annotations

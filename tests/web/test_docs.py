@@ -1,4 +1,4 @@
-"""docs/operations.md against the code."""
+"""docs/reference/operations.md against the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mxserver.cli import main
 from mxserver.web import pages
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "operations.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "operations.md").read_text()
 
 
 def test_metrics_table_is_that_of_the_code() -> None:

@@ -107,10 +107,10 @@ def test_warnings_are_one_line_a_misspelt_name_and_one_for_all_without_effect() 
     assert environment.warnings_for(environ, "worker") == [
         "MX_LAYUOT is no setting; the nearest one is MX_LAYOUT",
         "MX_QUITE_ELSE is no setting",
-        "MX_METADATA_PORT, MX_POOL_REG have no effect here (docs/settings.md says why)",
+        "MX_METADATA_PORT, MX_POOL_REG have no effect here (docs/reference/settings.md says why)",
     ]
     assert environment.warnings_for({"MX_METADATA_NAMESPACE": "n"}, "server") == [
-        "MX_METADATA_NAMESPACE has no effect here (docs/settings.md says why)"
+        "MX_METADATA_NAMESPACE has no effect here (docs/reference/settings.md says why)"
     ]
 
 

@@ -1,4 +1,4 @@
-"""docs/wire.md has every call of the protocol, with who answers it and who may call."""
+"""docs/reference/wire.md has every call of the protocol, with who answers it and who may call."""
 
 from __future__ import annotations
 

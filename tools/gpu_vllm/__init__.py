@@ -1,1 +1,1 @@
-"""Real vLLM engines on one GPU of a machine without a network: docs/gpu-testing.md."""
+"""Real vLLM engines on one GPU of a machine without a network: docs/notes/gpu-testing.md."""

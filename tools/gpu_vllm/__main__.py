@@ -1,4 +1,4 @@
-"""python -m tools.gpu_vllm pack | run | dry-run: docs/gpu-testing.md, "A model in vLLM".
+"""python -m tools.gpu_vllm pack | run | dry-run: docs/notes/gpu-testing.md, "A model in vLLM".
 
 `pack` makes the kit where there is a network; `run` runs it on the GPU machine, with that machine's Python and torch;
 `dry-run` runs the same steps here, with vLLM's CPU build.

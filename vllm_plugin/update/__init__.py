@@ -1,4 +1,4 @@
-"""New weights for a running vLLM engine: the weight transfer engine `mx` (docs/vllm.md, "Updates")."""
+"""New weights for a running vLLM engine: the weight transfer engine `mx` (docs/reference/vllm.md, "Updates")."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def environment(environ: Mapping[str, str]) -> list[Finding]:
     ]
     if unused := without_effect(environ, "worker"):
         fact = f"without effect on a worker: {', '.join(unused)}"
-        findings.append(Finding("setting", "note", fact, "docs/settings.md says why, and what does it here"))
+        findings.append(Finding("setting", "note", fact, "docs/reference/settings.md says why, and what does it here"))
     for name in SERVER_NAMES:
         if is_kubernetes_value(environ.get(name, "")):
             do = "enableServiceLinks: false in the pod, or another name for the service"

@@ -16,7 +16,7 @@ from mxcore.cli.tables import table, terminal_width
 EPILOG = """
 \b
 Engines are vLLM's, with --load-format mx, --weight-transfer-config '{"backend": "mx"}' and
-VLLM_PLUGINS=modelexpress_mx,mx_update (docs/vllm.md, Updates). Each ends the requests that it has, takes the
+VLLM_PLUGINS=modelexpress_mx,mx_update (docs/reference/vllm.md, Updates). Each ends the requests that it has, takes the
 weights, and answers again; the first one reads storage, the others take them from engines that have them.
 Where one fails, nothing more is begun and those that were updated by this call go back (--no-back: they stay).
 Called again, it goes on: engines that have the version are left alone.

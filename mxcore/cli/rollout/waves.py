@@ -88,7 +88,7 @@ class Rollout:
             reason = answer.body.get("trouble", "")
             raise EngineUnreachable(
                 f"{engine.url}: HTTP {answer.status} {reason or 'and no route for updates'}: start it as "
-                "docs/vllm.md, Updates, says"
+                "docs/reference/vllm.md, Updates, says"
             )
         names = [str(name) for name in answer.body.get("served", [])]
         if model not in names:

@@ -132,7 +132,9 @@ class PeerRung(Rung[Loaded]):
         if received is None:
             raise SourceUnreachable("nothing was received: the engine has filled no model")
         if received.in_clear:
-            context.fallbacks.append(f"{self.name}: weights came in clear, for UCX has no TLS (docs/threat-model.md)")
+            context.fallbacks.append(
+                f"{self.name}: weights came in clear, for UCX has no TLS (docs/explanation/threat-model.md)"
+            )
         with steps.step("keep"):
             kept = keeping.processed(model)
         attempt.others_may_do = True  # if it comes to nothing, a sibling is why

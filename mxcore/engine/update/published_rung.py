@@ -44,7 +44,7 @@ class PublishedRung(Rung[Loaded]):
         if self._context.signed is not None:
             raise SignatureError(
                 f"version {self._published.version} of {self._published.name!r} is published and not signed, and "
-                "MX_MODEL_SIGNATURE=require (docs/signing.md)"
+                "MX_MODEL_SIGNATURE=require (docs/how-to/signing.md)"
             )
         loaded = load_stored(self._context, "p2p", load_pb2.LOAD_PATH_UNSPECIFIED, self._stored, reading_alone=False)
         received = self._taken.bytes_received if self._taken is not None else 0

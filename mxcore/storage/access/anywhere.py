@@ -56,7 +56,7 @@ def load(
 
     `wants` maps names to destinations in host memory of the tensor's shape and dtype, or is a sequence of `Want(name,
     destination, box)`; a box has (first, end) for each dimension, and only its bytes are read. `mode` forces a way to
-    read local files (docs/storage.md). `progress` is called with (bytes done, bytes in all).
+    read local files (docs/explanation/storage.md). `progress` is called with (bytes done, bytes in all).
 
     Raises KeyError, IndexError, DestinationMismatch before anything is read; StorageError and its kin: what the
     destinations hold is undefined then, and nothing writes to them any more.

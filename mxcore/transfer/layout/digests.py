@@ -1,4 +1,4 @@
-"""Digests of chunks: their kinds, and what makes them in host memory (docs/digests.md)."""
+"""Digests of chunks: their kinds, and what makes them in host memory (docs/reference/digests.md)."""
 
 from __future__ import annotations
 

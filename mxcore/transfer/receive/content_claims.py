@@ -1,7 +1,7 @@
 """What the holders of one identity say that its bytes are, and whom a receiver believes when they differ.
 
 A difference proves that some holder is wrong, by broken memory for instance. It is never settled by who answered
-first. This guards against faults, not against hostile workers: those can be many (docs/threat-model.md).
+first. This guards against faults, not against hostile workers: those can be many (docs/explanation/threat-model.md).
 """
 
 from __future__ import annotations

@@ -494,6 +494,6 @@ class HolderPull:
 def _tell_in_clear(transport: str) -> None:
     logger.warning(
         "weights come in clear, by UCX over %s, although workers have certificates: UCX has no TLS; keep that network "
-        "for the fleet alone (docs/threat-model.md)",
+        "for the fleet alone (docs/explanation/threat-model.md)",
         transport,
     )

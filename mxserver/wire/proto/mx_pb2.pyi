@@ -274,7 +274,7 @@ class GetLayoutResponse(google.protobuf.message.Message):
     fingerprint: builtins.str
     chunk_bytes: builtins.int
     digest_kind: builtins.str
-    """"xxh3-64" or "mixsum-64" (docs/digests.md)"""
+    """"xxh3-64" or "mixsum-64" (docs/reference/digests.md)"""
     digests: builtins.bytes
     """8 bytes little-endian a chunk"""
     scalars_digest: builtins.str

@@ -1,4 +1,4 @@
-"""mixsum-64 against its definition, its vectors, and what docs/digests.md says that it detects."""
+"""mixsum-64 against its definition, its vectors, and what docs/reference/digests.md says that it detects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mix(word: int) -> int:
 
 
 def definition(data: bytes) -> int:
-    """As docs/digests.md has it, slowly."""
+    """As docs/reference/digests.md has it, slowly."""
     total = 0
     for index, begin in enumerate(range(0, len(data), 8)):
         word = int.from_bytes(data[begin : begin + 8].ljust(8, b"\0"), "little")
@@ -114,7 +114,7 @@ def test_wrong_arguments_are_refused() -> None:
         mixsum_64("text")  # type: ignore[arg-type]
 
 
-# ---- what it detects (docs/digests.md) ----
+# ---- what it detects (docs/reference/digests.md) ----
 
 
 def test_any_change_within_a_word_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""docs/errors.md, and what the server answers at /errors, have every code, once, with what to do."""
+"""docs/reference/errors.md, and what the server answers at /errors, have every code, once, with what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRINT = (
 def test_pages_are_what_the_generator_makes() -> None:
     """Which ends for a code without advice."""
     run = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True, cwd=ROOT)
-    page = (ROOT / "docs" / "errors.md").read_text()
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
     served = (ROOT / "mxserver" / "web" / "assets" / "errors.html").read_text()
     assert [page, served] == json.loads(run.stdout), "run: python tools/make_errors_doc.py"
     codes = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `MX_")]

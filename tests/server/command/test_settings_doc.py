@@ -1,4 +1,4 @@
-"""docs/settings.md is what the code says."""
+"""docs/reference/settings.md is what the code says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ PRINT = (
 
 def test_page_is_what_the_generator_makes() -> None:
     run = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert (ROOT / "docs" / "settings.md").read_text() == run.stdout, "run: python tools/make_settings_doc.py"
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    assert page == run.stdout, "run: python tools/make_settings_doc.py"
 
 
 def test_page_has_every_setting_and_no_path_of_this_machine() -> None:
-    page = (ROOT / "docs" / "settings.md").read_text()
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
     for settings in (ServerSettings, WorkerSettings):
         assert all(f"| `{field.alias}` |" in page for field in settings.model_fields.values())
     assert all(f"| `{variable.name}` |" in page for variable in VARIABLES if variable.reader in ("worker", "both"))

@@ -38,7 +38,7 @@ def test_a_seed_is_what_its_folder_says(folder: str, name: str) -> None:
 
 
 def test_where_we_refuse_more_is_in_the_docs() -> None:
-    page = (ROOT / "docs" / "storage.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "storage.md").read_text()
     assert all(f"`{name}`" in page for seeds in FOLDERS.values() for name in seeds)
     assert OUR_CHOICE
 
