@@ -34,12 +34,13 @@ def register() -> None:
         from vllm_plugin import compat, formats
         from vllm_plugin.load_format_names import LOAD_FORMATS, TRANSFER_BACKENDS
         from vllm_plugin.loader import MxModelLoader, prepare, prepare_offline
-        from vllm_plugin.update import drain_preempted, register_transfer_engine
+        from vllm_plugin.update import drain_preempted, register_transfer_engine, take_all_answers
 
         for name in LOAD_FORMATS:
             compat.register_loader(name, MxModelLoader)
         register_transfer_engine(TRANSFER_BACKENDS, "vllm_plugin.update.transfer_engine", "MxWeightTransferEngine")
         drain_preempted()
+        take_all_answers()
         formats.warn_of_taken()
         compat.before_parsing(formats.default_format)
         compat.before_configuring(prepare, prepare_offline)

@@ -336,20 +336,22 @@ def platform_worker() -> type:
 def engine_of(vllm_config: VllmConfig | None) -> str:
     """Which of a process' engines this is the configuration of; empty where that cannot be said.
 
-    `vllm serve` (0.32) gives a configuration another id once its engine has loaded: the first one asked for stays. It
-    is kept beside the configuration: vLLM copies one by its fields, and refuses any other attribute.
+    `vllm serve` (0.32) gives a configuration another id once its engine has loaded, and so does each copy, with which
+    drafts are loaded: the first one asked for stays. All copies of an engine's configuration have one
+    `compilation_config`, in which its layers enter themselves; what was said is kept by that.
     """
     if vllm_config is None:
         return ""
-    key = id(vllm_config)
+    shared = getattr(vllm_config, "compilation_config", None) or vllm_config
+    key = id(shared)
     if key not in _first_ids:
         _first_ids[key] = str(getattr(vllm_config, "instance_id", ""))
-        weakref.finalize(vllm_config, _first_ids.pop, key, None)
+        weakref.finalize(shared, _first_ids.pop, key, None)
     return _first_ids[key]
 
 
 _first_ids: dict[int, str] = {}
-"""What `engine_of` said first, by the id of a configuration that is alive."""
+"""What `engine_of` said first, by the id of what the configurations of an engine that is alive share."""
 
 
 FIRST_MOVE = "its first rearrangement of experts, --enable-eplb"

@@ -82,11 +82,10 @@ def _read(source: Source, number: int, over: threading.Event, refusals: list[flo
             while not over.is_set():
                 try:
                     lease = client.prepare()
-                except SourceBusy as error:
+                    while not over.wait(RENEW_SECONDS):
+                        client.renew(lease)
+                except SourceBusy as error:  # also whose place went to another, since it reads nothing
                     refusals.append(error.again_seconds)
                     over.wait(error.again_seconds * (0.75 + 0.5 * chance.random()))
-                    continue
-                while not over.wait(RENEW_SECONDS):
-                    client.renew(lease)
     except TransferError as error:
         failed.append(str(error))

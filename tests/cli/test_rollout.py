@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from mxcore.cli.main import mx
+from mxcore.cli.rollout.waves import wanted_of
 from tests.cli.mx_process import mx as run_mx
 from tests.plugin.small_engine import WAIT_SECONDS, Serving, SmallEngine
 
@@ -88,6 +89,13 @@ def test_a_folder_is_asked_about_again_as_its_files_may_be_others(engines: list[
     engines[1].engine.ranks[0]["checkpoint"] = "of other files"
     code, told, _ = rolled(engines, to=str(tmp_path))
     assert (code, outcomes(told)) == (0, ["had it", "updated", "had it"])
+
+
+def test_what_is_published_is_named_by_its_uri(engines: list[Serving]) -> None:
+    uri = "mx://team/policy/7"
+    assert wanted_of(uri) == {"uri": uri, "version": uri}
+    ran = CliRunner().invoke(mx, ["rollout", "demo", "--to", uri, "--json", "--engines", engines[0].url])
+    assert json.loads(ran.stdout)["engines"][0]["version"] == uri
 
 
 def test_an_update_that_is_under_way_is_waited_for(engines: list[Serving]) -> None:

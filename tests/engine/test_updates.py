@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from mxcore.engine import (
-    Fill,
-    Replacement,
     Role,
     Running,
-    Staged,
     find_checkpoint,
     has_version,
     load_running,
@@ -25,86 +20,12 @@ from mxcore.engine import (
 )
 from mxcore.engine.weights import constructed
 from mxcore.errors import UpdateFailed
-from mxcore.exchange import PublishedVersion
-from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint
+from tests.engine.plain_engine import answer
+from tests.engine.scaled_engine import ONE_MORE, SIZE, ScaledEngine, fresh, scaled
 from tests.storage.signed.signing import Key
 
 BOTH = Role("mx", pulls=True, reads_storage=True, offers=True)
 PATHS = ("p2p", "engine")
-SIZE = 64
-ONE_MORE = 0.25  # a scale with which processing makes one more tensor
-
-
-class Scaled(nn.Module):
-    """A matrix, and a scale that a checkpoint may have: what processing makes of it lies in a number and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(SIZE, SIZE), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.register_buffer("limit", torch.ones(()))
-        self._scale_float = 1.0
-
-    def process(self) -> None:
-        if float(self.scale) != 1.0:
-            self._scale_float = float(self.scale)
-            self.limit.fill_(float(self.scale))
-        if float(self.scale) == ONE_MORE:
-            self.register_buffer("offset", torch.ones(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ self.weight * self._scale_float) * self.limit
-
-
-class ScaledEngine(PlainEngine):
-    """With `replacement`, an engine whose model runs. `breaks`: processing fails after its first layer, that often."""
-
-    def __init__(
-        self,
-        folder: Path,
-        replacement: Replacement | None = None,
-        breaks: list[int] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(folder, options or {}, size=SIZE)
-        self.replacement = replacement
-        self.published: PublishedVersion | None = None
-        self.breaks = breaks if breaks is not None else [0]
-
-    def building_state(self) -> Callable[[], None]:
-        return self.replacement.abandon if self.replacement else super().building_state()
-
-    def build(self, fill: Fill) -> nn.Module:
-        if self.replacement is not None:
-            return self.replacement.build(fill, self._process)
-        model = nn.Sequential(Scaled(), Scaled(), Scaled())
-        fill(model)
-        for layer in model:
-            layer.process()
-        return model.eval()
-
-    def _process(self, staged: Staged) -> None:
-        for place, module in enumerate(staged.modules):
-            if isinstance(module, Scaled):
-                module.process()
-            staged.commit(module)
-            if place == 1 and self.breaks[0]:
-                self.breaks[0] -= 1
-                raise RuntimeError("the kernel does not like it")
-
-    def wanted_digest(self) -> str:
-        return find_checkpoint(self.model).digest()
-
-    def check_settings(self) -> None:
-        """All checkpoints are of one model here."""
-
-
-def scaled(folder: Path, seed: int, scale: float | None) -> Path:
-    write_checkpoint(folder, seed, SIZE)
-    if scale is not None:
-        first = folder / "model-0.safetensors"
-        save_file({**load_file(first), "1.scale": torch.tensor(scale)}, first)
-    return folder
 
 
 @pytest.fixture
@@ -136,29 +57,19 @@ def to(
     ).changed
 
 
-def fresh(folder: Path) -> str:
-    return answer(ScaledEngine(folder).build(lambda model: _fill(model, folder)), SIZE)
-
-
-def _fill(model: nn.Module, folder: Path) -> None:
-    parameters = dict(model.named_parameters())
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            parameters[name].copy_(tensor)
-
-
 def test_what_the_old_version_wrote_and_the_new_one_leaves_is_the_constructors(versions: tuple[Path, Path]) -> None:
     one, two = versions
     running = started(one)
     tensors = {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()}
     layer = running.model[1]
-    assert layer._scale_float == float(layer.limit) == 0.5
+    assert layer._scale_float == float(layer.limit) == float(layer.cap) == 0.5
     for new, old in ((two, one), (one, two), (two, one)):
         assert to(running, new, old)
         assert answer(running.model, SIZE) == fresh(new)
         assert running.state()["version"] == str(new)
         assert {name: tensor.data_ptr() for name, tensor in running.model.state_dict().items()} == tensors
-    assert layer._scale_float == float(layer.limit) == float(layer.scale) == 1.0
+    assert layer._scale_float == float(layer.limit) == float(layer.cap) == float(layer.scale) == 1.0
+    assert (float(layer.requests), layer.last_float) == (3, 4.0)  # what requests wrote stays
 
 
 def test_a_version_that_processing_makes_one_more_tensor_of_is_refused(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ compat.engine_of(worker.vllm_config)
 worker.vllm_config.instance_id = "another"  # as `vllm serve` does it once the engine has loaded
 worker.shutdown()
 real = VllmConfig()
+copies = VllmConfig(compilation_config=real.compilation_config), VllmConfig()  # as vLLM copies; of another engine
+found["same"] = [compat.engine_of(each) == compat.engine_of(real) for each in copies]
 found["copies"] = [compat.engine_of(real) != "", bool([is_init_field(VllmConfig, name) for name in vars(real)])]
 sleeps = types.SimpleNamespace(enable_sleep_mode=True)
 found["risks"] = [
@@ -121,6 +123,7 @@ def test_a_configuration_that_was_asked_for_its_engine_can_be_copied(found: dict
     It asks of each attribute whether it is a field, and raises for one that is none.
     """
     assert found["copies"] == [True, True]
+    assert found["same"] == [True, False]  # drafts are loaded with copies
 
 
 def test_a_worker_that_cannot_be_watched(found: dict[str, Any]) -> None:

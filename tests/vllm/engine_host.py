@@ -165,6 +165,23 @@ def digests_of(worker: Any) -> dict[str, str]:
     return {name: f"{digest(tensor):x}" for name, tensor in named.items() if tensor.numel()}
 
 
+def rpc(command: dict[str, Any]) -> dict[str, Any]:
+    """What each of the kept engine's workers gives for a method."""
+    return {"given": command_state["engine"].collective_rpc(command["method"], args=tuple(command.get("args", ())))}
+
+
+def addresses(command: dict[str, Any]) -> dict[str, Any]:
+    """Where the parameters and buffers of the kept engine's workers are."""
+    return {"addresses": command_state["engine"].collective_rpc(addresses_of)}
+
+
+def addresses_of(worker: Any) -> dict[str, int]:
+    """Of each parameter and buffer that has bytes."""
+    model = worker.model_runner.get_model()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.data_ptr() for name, tensor in named.items() if tensor.numel()}
+
+
 @contextlib.contextmanager
 def kept_serving() -> Iterator[None]:
     """What is served outlives the engine that ends within it, so that the next one of this process has a source."""
@@ -383,6 +400,8 @@ COMMANDS = {
         sleep,
         update,
         answers,
+        rpc,
+        addresses,
         wake_up,
         reload,
         plain_linear,

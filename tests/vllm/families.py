@@ -111,17 +111,17 @@ _VISION: dict[str, Any] = {
 }
 
 
-def classifier(folder: Path) -> Path:
+def classifier(folder: Path, *, seed: int = 20) -> Path:
     """A decoder with a classifier's head and none for tokens, as transformers write it; returns `folder`."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    models.generate(folder, "qwen3", {**_DECODER, "head_dim": 32, "tie_word_embeddings": True})
+    models.generate(folder, "qwen3", {**_DECODER, "head_dim": 32, "tie_word_embeddings": True}, seed=seed)
     shards = models.weight_files(folder)
     tensors = {
         name: tensor for file in shards if file.suffix == ".safetensors" for name, tensor in load_file(file).items()
     }
-    tensors["score.weight"] = torch.randn(3, 128, generator=torch.Generator().manual_seed(20)).to(torch.bfloat16)
+    tensors["score.weight"] = torch.randn(3, 128, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     for file in shards:
         file.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

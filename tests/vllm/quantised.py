@@ -24,12 +24,12 @@ _NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns is the n-th nibble of an AWQ word
 
 
-def generate(folder: Path, name: str) -> Path:
+def generate(folder: Path, name: str, *, seed: int = 20) -> Path:
     """Writes the checkpoint of a Llama quantised as `name` says, a key of `QUANTISATIONS`; returns `folder`."""
     if (folder / "ready").exists():
         return folder
     quantise, config = QUANTISATIONS[name]
-    plain = models.generate(folder.with_name(f"{folder.name}.plain"), "llama", LLAMA)
+    plain = models.generate(folder.with_name(f"{folder.name}.plain"), "llama", LLAMA, seed=seed)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(plain, folder, ignore=shutil.ignore_patterns("*.safetensors*", "ready"))
     tensors: dict[str, torch.Tensor] = {}

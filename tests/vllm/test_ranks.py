@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from tests.metrics.test_metrics import metric
 from tests.vllm import drafts, families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded
+from tests.vllm.updated import TRANSFER, versions_of
 from tests.web.conftest import wait_for
 
 REPLICA = [f"VLLM_DP_{name}" for name in ("SIZE", "RANK", "RANK_LOCAL", "MASTER_IP", "MASTER_PORT")]
@@ -206,6 +208,50 @@ def test_experts_in_the_identity(source: EngineHost, experts: Path) -> None:
     assert identity(source, experts, data_parallel_size=2, **together) == (four, "data=2 context=1 placement=linear")
     dealt_out = identity(source, experts, expert_placement_strategy="round_robin", **together)[1]
     assert dealt_out == "data=1 context=1 placement=round_robin"
+
+
+def test_all_ranks_take_another_version_or_none(ranked: tuple[EngineHost, EngineHost], folder: Path) -> None:
+    """Rank 1 fails where rank 0 has written: at a transfer, and both take storage; at processing, and both go back."""
+    source, target = ranked
+    versions = versions_of(folder, "llama")
+    options = {"tensor_parallel_size": 2}
+    processed = {"layout": "processed"}
+    expected = {model: target.load(model, "auto", **options).answers for model in versions}
+    bad = {"worker_extension_cls": "tests.vllm.corrupting.CorruptingExtension"}
+    cut = {"worker_extension_cls": "tests.vllm.cutting.CuttingExtension"}
+    first = source.load(versions.two, "mx", processed, keep=True, ask="corrupt_rank_1", **options, **bad)
+    assert sorted(first.answers)[0] == 0 < sorted(first.answers)[1], "rank 1 alone was changed"
+    loaded = target.load(versions.one, "mx", processed, keep=True, **options, **cut, **TRANSFER)
+
+    def update(model: Path) -> tuple[str, list[str]]:
+        """The error, and the versions that all ranks have, whole."""
+        told = target.ask("update", info={"path": str(model)})
+        states = [state["models"][0] for state in told["states"]]
+        assert all(state["ready"] for state in states)
+        return told["error"], [state["version"] for state in states]
+
+    try:
+        assert update(versions.two) == ("", [str(versions.two)] * 2)
+        reports = [json.loads(path.read_text()) for path in reports_of(loaded)]
+        assert [report["path"] for report in reports] == ["storage"] * 2
+        assert any("process 1: " in line and "MX_DIGEST_MISMATCH" in line for line in reports[0]["fallbacks"])
+        assert target.ask("answers")["answers"] == expected[versions.two]
+        target.ask("rpc", method="cut_rank_1", args=[9])
+        error, both = update(versions.one)
+        assert "is again: " in error
+        assert both == [str(versions.two)] * 2
+        assert target.ask("answers")["answers"] == expected[versions.two]
+        assert update(versions.one) == ("", [str(versions.one)] * 2)
+        assert target.ask("answers")["answers"] == expected[versions.one]
+    finally:
+        source.ask("end")
+        target.ask("end")
+
+
+def reports_of(loaded: Loaded) -> list[Path]:
+    """Of both ranks' last update."""
+    name = f"{loaded.report_path.name}.update"
+    return [loaded.report_path.with_name(each) for each in (name, f"{name}.rank1")]
 
 
 def test_each_rank_takes_its_part_of_a_draft(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +14,7 @@ from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost
-
-TRANSFER: dict[str, Any] = {"weight_transfer_config": {"backend": "mx"}}
+from tests.vllm.updated import TRANSFER, as_loaded, now, update
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +28,6 @@ def versions(folder: Path) -> tuple[Path, Path]:
 def client(server: str) -> Iterator[ServerClient]:
     with ServerClient(server) as connected:
         yield connected
-
-
-def now(host: EngineHost) -> dict[str, Any]:
-    """What the kept engine answers, and its tensors' digests."""
-    told = host.ask("answers")
-    return {"answers": told["answers"], "digests": told["digests"]}
-
-
-def as_loaded(host: EngineHost, model: Path, **options: Any) -> dict[str, Any]:
-    """The same of an engine that vLLM's default loader loads."""
-    host.load(model, "auto", keep=True, **options)
-    told = now(host)
-    host.ask("end")
-    return told
-
-
-def update(host: EngineHost, **info: Any) -> dict[str, Any]:
-    """Without an error; the state of the first worker's model."""
-    told = host.ask("update", info=info)
-    assert told["error"] == ""
-    state: dict[str, Any] = told["states"][0]["models"][0]
-    assert state["ready"]
-    return state
 
 
 def test_from_storage_and_from_a_worker_there_and_back(

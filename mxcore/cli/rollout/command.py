@@ -26,13 +26,19 @@ Exit codes: 0 all have it, 1 some do not, 2 usage, 3 an engine does not answer.
 Examples:
   mx rollout Qwen/Qwen3-32B --to 9216db5781bf21249d130ec9da846c4624c16137 --engines http://a:8000
   mx rollout qwen --to s3://models/qwen3-tuned --engines http://a:8000 http://b:8000 --at-once 4
+  mx rollout qwen --to mx://policy/7 --engines http://a:8000
   mx rollout qwen --to /models/qwen3-tuned --engines http://a:8000 --dry-run
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
-@click.option("--to", required=True, metavar="VERSION", help="A revision, a folder, or s3://, gs://, az://.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="VERSION",
+    help="A revision, a folder, s3://, gs://, az://, mx://NAME/VERSION (published).",
+)
 @click.option("--engines", "urls", required=True, multiple=True, metavar="URL...", help="All engines, by URL.")
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--at-once", default=1, show_default=True, type=click.IntRange(1), help="Engines in a wave.")

@@ -6,7 +6,7 @@ is for who waits for other workers.
 from __future__ import annotations
 
 from mxcore.engine.rungs.choice import rungs_of
-from mxcore.engine.rungs.peer import PeerRung, Tried
+from mxcore.engine.rungs.peer import Attempt, FleetRung, PeerRung, Tried
 from mxcore.engine.rungs.waiting import Wait, wait_for_ranks
 
-__all__ = ["PeerRung", "Tried", "Wait", "rungs_of", "wait_for_ranks"]
+__all__ = ["Attempt", "FleetRung", "PeerRung", "Tried", "Wait", "rungs_of", "wait_for_ranks"]

@@ -24,7 +24,7 @@ from mxcore.transfer.move import Source
 from mxcore.transfer.receive import ReceiveReport
 from mxserver.wire.proto import load_pb2
 
-__all__ = ["FleetRung", "PeerRung", "RawRung", "Tried"]
+__all__ = ["Attempt", "FleetRung", "PeerRung", "RawRung", "Tried"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Tried:
 
 
 @dataclass
-class _Attempt:
+class Attempt:
     """One model that is filled by peers: raw weights before processing; processed ones after it, over what it made.
 
     `checkpoint` is what the sources say that it is.
@@ -63,7 +63,7 @@ class PeerRung(Rung[Loaded]):
         self._context = context
         self._tried = tried
         self._sources: Sequence[Source] = ()
-        self._attempt: _Attempt | None = None
+        self._attempt: Attempt | None = None
 
     @property
     def _kind(self) -> Kind:
@@ -141,11 +141,11 @@ class PeerRung(Rung[Loaded]):
         part = self._part(attempt, received, steps)
         return Loaded(model, kept, attempt.checkpoint, part, constructed, received.bytes_from)
 
-    def _begin(self, weights: Weights) -> _Attempt:
-        self._attempt = _Attempt(weights)
+    def _begin(self, weights: Weights) -> Attempt:
+        self._attempt = Attempt(weights)
         return self._attempt
 
-    def _part(self, attempt: _Attempt, received: ReceiveReport, steps: Mapping[str, float]) -> LoadedPart:
+    def _part(self, attempt: Attempt, received: ReceiveReport, steps: Mapping[str, float]) -> LoadedPart:
         return LoadedPart(
             path="p2p",
             layout=self._kind,
@@ -164,7 +164,7 @@ class PeerRung(Rung[Loaded]):
         """The copies of what building computed are freed."""
         self._attempt = None
 
-    def _built(self, attempt: _Attempt, fill: Fill, *, with_placeholder: bool) -> BuiltModel:
+    def _built(self, attempt: Attempt, fill: Fill, *, with_placeholder: bool) -> BuiltModel:
         try:
             return built(self._context, fill, with_placeholder=with_placeholder)
         except SiblingFailed:
@@ -184,7 +184,7 @@ class PeerRung(Rung[Loaded]):
                 _log.warning("worker %s is left aside: %s", source.worker_id, error)
         raise failure
 
-    def _receive(self, attempt: _Attempt, unprocessed: nn.Module | None, fit: Fit) -> ReceiveReport:
+    def _receive(self, attempt: Attempt, unprocessed: nn.Module | None, fit: Fit) -> ReceiveReport:
         """From workers; with `unprocessed`, what they could not give any more comes from storage."""
         context, membership = self._context, self._membership()
         if membership is None:

@@ -32,7 +32,8 @@ class Running:
     is written until its last check: the engine must not answer then. `trouble` is why the last update failed, `report`
     that of the last load or update, `held` what has to stay in memory beside the model until the next one. `published`
     is the version that was taken from publishers, as it came; None where the weights are of another place.
-    `is_dropped`: the engine sleeps without its weights.
+    `is_dropped`: the engine sleeps without its weights. `lost` is why its memory can never be used again: something may
+    still write there.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Running:
     trouble: str = ""
     report: dict[str, Any] = field(default_factory=dict)
     held: object = None
+    lost: str = ""
     published: HeldVersion | None = None
     is_dropped: bool = False
 
@@ -63,6 +65,9 @@ class Running:
 
     def drop(self) -> None:
         """Before a sleep that keeps no weights: they are taken anew when the engine wakes up."""
+        if self.is_whole and self.constructed is not None:
+            with self.constructed.names():
+                self.constructed.built.begin(self.model)
         self.begin_writing()
         self.is_dropped = True
         self.trouble = "the engine sleeps, and its weights are dropped"
@@ -83,12 +88,24 @@ def load_running(engine: Engine, role: Role) -> nn.Module:
     """As `load`; the model can be given new weights later (`update`), while the engine runs."""
     loaded, report = load_reported(engine, role, keeps_constructed=True)
     if engine.instance:
-        running = Running(loaded.model, engine, role, loaded.constructed, report.checkpoint)
+        constructed = _settled(loaded.constructed, loaded.model)
+        running = Running(loaded.model, engine, role, constructed, report.checkpoint)
         running.version = engine.revision or engine.model
         running.report = report.to_json()
         with _lock:
             _running[engine.instance, engine.part] = running
     return loaded.model
+
+
+def _settled(constructed: Constructed | None, model: nn.Module) -> Constructed | None:
+    """Once the model is loaded, before it runs; None where nobody could say later what of it is a weight."""
+    try:
+        if constructed is not None:
+            constructed.built.settle(model)
+    except Exception:  # noqa: BLE001 - the engine starts all the same
+        _log.exception("this model takes no other version's weights while it runs")
+        return None
+    return constructed
 
 
 def running_of(instance: str, part: str = "") -> Running | None:

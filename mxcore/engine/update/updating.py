@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from mxcore.engine import serving
 from mxcore.engine.context import LoadContext
 from mxcore.engine.loaded import Loaded
 from mxcore.engine.loading import load_reported
 from mxcore.engine.protocol import Engine
 from mxcore.engine.report import LoadReport
-from mxcore.engine.rungs import Tried, rungs_of
-from mxcore.engine.update.live_rung import LiveRung
+from mxcore.engine.rungs import rungs_of
+from mxcore.engine.update.live_rung import live
 from mxcore.engine.update.published_rung import PublishedRung
 from mxcore.engine.update.replacement import Replacement
 from mxcore.engine.update.running import Running
@@ -67,6 +68,7 @@ def has_version(running: Running, version: str, new: EngineOf) -> bool:
 
 def _has(running: Running, version: str, engine: UpdatedEngine) -> bool:
     """As `has_version`; raises what the engine raises."""
+    _require_memory(running)
     wanted = engine.wanted_digest()
     if running.is_whole and wanted and wanted == running.checkpoint:
         running.version, running.trouble = version, ""
@@ -105,6 +107,8 @@ def update(
         report = _load(running, replacement, engine, paths)
     except Exception as error:
         running.trouble = f"{version}: {reason_of(error)}"
+        if running.lost:
+            raise UpdateFailed(running.trouble) from error
         if running.is_whole:
             raise UpdateFailed(
                 f"version {version} is not loaded, {running.version} still is: {reason_of(error)}"
@@ -171,14 +175,29 @@ def _load(running: Running, replacement: Replacement, engine: UpdatedEngine, pat
             return [PublishedRung(context, running, published, engine.wanted_digest)]
         return _rungs(context, running, paths)
 
-    if running.constructed is None:
+    constructed = running.constructed
+    if constructed is None:
         raise UpdateFailed(_NOT_BUILT_HERE)
-    with running.constructed.names():
+    with constructed.names():
+        if running.is_whole:
+            constructed.built.begin(running.model)
         _loaded, report = load_reported(
-            engine, running.role, rungs=rungs, check=replacement.check, constructed=running.constructed
+            engine, running.role, rungs=rungs, check=replacement.check, constructed=constructed
         )
+        constructed.built.settle(running.model)
+    if running.lost:
+        serving.leave("its memory may still be written to", running.engine.instance, running.engine.part)
+    _require_memory(running)
     running.is_whole, running.is_dropped = True, False
     return report
+
+
+def _require_memory(running: Running) -> None:
+    """Raises UpdateFailed where the model's memory is lost, whatever was written into it since."""
+    if running.lost:
+        raise UpdateFailed(
+            f"something that was given up may still write to the model's memory: restart this engine ({running.lost})"
+        )
 
 
 def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list[Rung[Loaded]]:
@@ -186,14 +205,8 @@ def _rungs(context: LoadContext, running: Running, paths: Sequence[str]) -> list
 
     Who cannot read storage waits for nobody's turn to read it, and takes none.
     """
-    found: list[Rung[Loaded]] = []
     names = paths if set(paths) <= {"p2p"} else (*paths, "fleet")
-    for rung in rungs_of(context):
-        if rung.name not in names:
-            continue
+    found = [rung for rung in rungs_of(context) if rung.name in names]
+    for rung in found:
         rung.is_last_resort = False
-        if rung.name == "p2p" and context.kind == "processed" and not any(other.name == "p2p" for other in found):
-            found.append(LiveRung(context, Tried(context.cannot_receive), running))
-            continue
-        found.append(rung)
-    return found
+    return live(found, context, running)

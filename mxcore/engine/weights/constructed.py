@@ -76,6 +76,8 @@ class Constructed:
         self._forms: dict[int, _Form] = {}
         self._values_bytes = 0
         self._modules = [self._seen(module) for module in model.modules()]
+        self.prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+        """What the names of a module's tensors begin with, by the module's id."""
         values = {
             (form.storage, form.offset, form.dtype, form.shape, form.stride): form.value
             for form in self._forms.values()
@@ -226,10 +228,14 @@ class Staged:
         transient = live["_non_persistent_buffers_set"]
         _write(module, live["_parameters"], new_parameters, makes_more=makes_more)
         values = self._as_built[id(module)]
+        prefix, by_loading = self._constructed.prefixes[id(module)], self._constructed.built.written or set()
         kept = {
             name
             for name, value in values.items()
-            if name in transient and name in new_buffers and _same(new_buffers[name], value)
+            if name in transient
+            and name in new_buffers
+            and prefix + name not in by_loading
+            and _same(new_buffers[name], value)
         }  # what only the constructor has valued: tables, and what the engine writes while it runs
         buffers = {name: buffer for name, buffer in live["_buffers"].items() if name not in kept}
         written = {name: buffer for name, buffer in new_buffers.items() if name not in kept}

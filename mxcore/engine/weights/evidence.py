@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from mxcore.digest import xxh3_64
 from mxcore.engine.weights.collect import Collected, collect
+from mxcore.engine.weights.engines_own import EnginesOwn, Form, form_of
 from mxcore.engine.weights.uninitialised import still_marked
 from mxcore.errors import LayoutMismatch
 from mxcore.transfer.layout import Layout, LocalTensor
@@ -32,7 +32,6 @@ LEAST_SHARE = 16  # of the bytes that a module loaded, the part that it must sti
 MOST_ADDRESSES = 65536  # elements of a tensor that may be a table of addresses
 _NAMED = 5
 
-_Form: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
 _WORDS = (torch.int64, torch.uint64)
 
 
@@ -57,8 +56,11 @@ class Built:
         self._device = device
         self._keeps_copies = keeps_copies
         self._configuration = configuration
+        self._own = EnginesOwn()
+        self.written: set[str] | None = None
+        """Of a model that runs: names of the tensors and numbers that loading wrote, with this version or before."""
         found = self.look(model)
-        self._forms = {tensor.name: _form(tensor) for tensor in found.tensors}
+        self._forms: dict[str, Form] = {tensor.name: form_of(tensor) for tensor in found.tensors}
         self._unwritten = still_marked(found.kept)
         self._numbers = dict(found.scalars)
         self._decided = dict(found.decided)
@@ -75,8 +77,32 @@ class Built:
             self._copies[name] = found.kept[name].to(place, copy=True) if known is None else known
 
     def look(self, model: nn.Module) -> Collected:
-        """All that the model holds now."""
-        return collect(model, self._device, self._configuration)
+        """All that the model holds now; of one that runs, without what is the engine's own."""
+        return self._own.taken_from(collect(model, self._device, self._configuration))
+
+    def settle(self, model: nn.Module) -> None:
+        """When a model that will run, or runs, was loaded: what it holds now is what loading and processing left."""
+        found = self.look(model)
+        self._own.settle(found)
+        weights = self.weights(found)
+        self.writing(weights.kept.keys() | weights.scalars.keys())
+
+    def begin(self, model: nn.Module) -> None:
+        """Before a model that was settled, and has run since, is given other weights."""
+        found = collect(model, self._device, self._configuration)
+        weights = self.weights(found)
+        self._own.begin(found, (weights.kept.keys() | weights.scalars.keys()) - (self.written or set()))
+
+    def writing(self, names: Collection[str]) -> None:
+        """Before something else than the constructor gives these tensors and numbers a value."""
+        self.written = {*(self.written or ()), *names}
+
+    def bytes_by_name(self) -> dict[str, int]:
+        """Of each tensor's elements, as the constructor made it."""
+        return {
+            name: getattr(torch, dtype.removeprefix("torch.")).itemsize * math.prod(shape)
+            for name, (dtype, shape, _stride) in self._forms.items()
+        }
 
     def weights(self, found: Collected) -> Collected:
         """What of `found`, the same model later, is a weight; `refused` has what should be and cannot be moved."""
@@ -106,7 +132,7 @@ class Built:
         certain = {
             tensor.name
             for tensor in found.tensors
-            if self._forms.get(tensor.name) != _form(tensor)
+            if self._forms.get(tensor.name) != form_of(tensor)
             or (tensor.name in found.parameters and tensor.name not in self._unwritten)
         }
         extra = certain - names
@@ -129,13 +155,17 @@ class Built:
         }
 
     def put_back(self, found: Collected, tensors: set[str], numbers: Mapping[str, float]) -> None:
-        """What was written here and nobody sent is as built again (tensors: needs `copies`)."""
+        """What was written here and nobody sent is as built again (tensors: needs `copies`); of a model that runs, what
+        loading wrote, and not what the engine wrote."""
+        written = self.written
         with torch.no_grad():
             for name, value in self._copies.items():
                 tensor = found.kept.get(name)
-                if name not in tensors and tensor is not None and tensor.shape == value.shape:
+                is_ours = name not in tensors and (written is None or name in written)
+                if is_ours and tensor is not None and tensor.shape == value.shape:
                     tensor.copy_(value)
         changed = _changed(found.scalars, self._numbers).keys() & self._numbers.keys()
+        changed = changed if written is None else changed & written
         found.set_scalars({name: self._numbers[name] for name in changed - numbers.keys()})
         if not self._keeps_copies:
             self._copies.clear()
@@ -155,7 +185,7 @@ class Built:
 
         def is_local(tensor: LocalTensor) -> bool:
             name = tensor.name
-            if self._forms.get(name) != _form(tensor):
+            if self._forms.get(name) != form_of(tensor):
                 return False
             if name in self._unwritten:
                 return name in unwritten
@@ -250,10 +280,6 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
 
 def _changed(numbers: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if repr(before.get(name)) != repr(value)}
-
-
-def _form(tensor: LocalTensor) -> _Form:
-    return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride)
 
 
 def some(names: set[str]) -> str:

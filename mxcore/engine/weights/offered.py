@@ -77,6 +77,7 @@ class Weights:
         """In place of `loaded`, for processed weights of a model that ran before: `built` is from when it was built."""
         self._built = built
         self._flags = built.flags(built.look(model))
+        self._bytes_before = self._bytes_before or built.bytes_by_name()
 
     def processed(self, model: nn.Module, receive: Receive | None = None) -> None:
         """After processing. Processed: these are the weights. Raw: they must still be what they were."""
@@ -165,6 +166,8 @@ class Weights:
             self.scalars = dict(manifest.scalars)  # who passes weights on says what it was told
             valued = (tensor for name, tensor in chosen.kept.items() if name not in found.parameters)
             self._overwritten = [(tensor, tensor.clone()) for tensor in valued] if self.kind == "raw" else []
+            if built.written is not None:
+                built.writing(chosen.kept.keys() | numbers_of(manifest.scalars).keys())
             return placement
 
         self.received = receive(fit)

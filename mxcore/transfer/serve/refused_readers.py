@@ -9,7 +9,7 @@ from collections import OrderedDict
 __all__ = ["RefusedReaders"]
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.5, 30.0
-SECONDS_A_READER = 0.05  # so that they ask twenty times a second, however many they are
+SECONDS_A_READER = 0.1  # so that they ask ten times a second, however many they are
 _MOST_KNOWN = 4096
 
 
