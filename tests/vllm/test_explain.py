@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_the_same_arguments(server: str, served: str) -> None:
     verdict, reason = explained(server, served)
     assert verdict == "take"
     assert "1 workers of rank 0 have just these weights (raw)" in reason
+
+
+def test_without_weight_files_those_of_the_others_are_taken(
+    server: str, model_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_paths["llama"], model)
+    raw, _ = engine_identities(str(model), ["--revision", "explained"])
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    with ServerClient(server) as client:
+        record = p2p_pb2.WorkerMetadata(worker_rank=0, status=p2p_pb2.SOURCE_STATUS_READY)
+        client.publish(raw, record, "worker-with-files")
+        verdict, reason = explained(server, str(model))
+        assert verdict == "take"
+        assert "1 workers of rank 0 have such weights (raw)" in reason
 
 
 def test_what_differs_is_named(server: str, served: str) -> None:

@@ -17,7 +17,7 @@ from mxcore.cli.explain.engine_identities import engine_identities
 from mxcore.load_ladder import reason_of
 from mxcore.settings import WorkerSettings
 from mxcore.storage.remote import missing_packages, parse_model_uri
-from mxcore.transfer.member import differs_least
+from mxcore.transfer.member import CHECKPOINT_PARAMETER, differs_least, equal_but_for_files
 from mxserver.wire import SettingError
 
 __all__ = ["Probe", "probe"]
@@ -72,6 +72,13 @@ def _p2p(model: str, settings: WorkerSettings, arguments: Sequence[str]) -> tupl
             if same := client.list_sources(identity, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=ranks[0]):
                 kind = identity.extra_parameters["layout"]
                 return "take", f"{len(same)} workers of rank {ranks[0]} have just these weights ({kind}); {there}"
+        for identity in identities:  # a worker without weight files takes those that all others have
+            if not identity.extra_parameters[CHECKPOINT_PARAMETER] and (
+                count := equal_but_for_files(client, identity, ranks[0])
+            ):
+                kind = identity.extra_parameters["layout"]
+                fit = f"{count} workers of rank {ranks[0]} have such weights ({kind})"
+                return "take", f"no weight files are here to compare: {fit}, and are taken if their files are equal"
         nearest = [text for each in identities if (text := differs_least(client, each, ranks[0]))]
     return "skip", f"{there}, and none has just these weights: {min(nearest, key=len, default='they have left')}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxcore.transfer.member.directory import Directory, differs_least
+from mxcore.transfer.member.directory import Directory, differs_least, equal_but_for_files
 from mxcore.transfer.member.manifest import manifest_of
 from mxcore.transfer.member.membership import CHECKPOINT_PARAMETER, PROTOCOL_VERSION, Membership
 from mxcore.transfer.member.place import current_place
@@ -17,6 +17,7 @@ __all__ = [
     "Side",
     "current_place",
     "differs_least",
+    "equal_but_for_files",
     "manifest_of",
     "refusals_of",
 ]

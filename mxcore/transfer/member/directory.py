@@ -14,7 +14,7 @@ from mxserver.wire import WireError
 from mxserver.wire.calls import ServerClient, canonical_json, source_id
 from mxserver.wire.proto import p2p_pb2, watch_pb2
 
-__all__ = ["CHECKPOINT_PARAMETER", "Directory", "differs_least"]
+__all__ = ["CHECKPOINT_PARAMETER", "Directory", "differs_least", "equal_but_for_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,19 @@ def differs_least(client: ServerClient, identity: p2p_pb2.SourceIdentity, worker
         if record is not None and (told := differences(record.identity, identity))
     ]
     return min(found, default=(0, ""))[1]
+
+
+def equal_but_for_files(client: ServerClient, identity: p2p_pb2.SourceIdentity, worker_rank: int) -> int:
+    """How many READY workers of a rank have an identity that equals this one in all but the weight files.
+
+    Of the newest ones. Raises WireError.
+    """
+    refs = client.list_sources(
+        model_name=identity.model_name, status=p2p_pb2.SOURCE_STATUS_READY, worker_rank=worker_rank, limit=_NEAREST
+    )
+    records = [client.get_metadata(ref.mx_source_id, ref.worker_id) for ref in refs]
+    ours = _without_checkpoint(identity)
+    return sum(record is not None and _without_checkpoint(record.identity) == ours for record in records)
 
 
 def _without_checkpoint(identity: p2p_pb2.SourceIdentity) -> str:
