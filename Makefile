@@ -31,7 +31,7 @@ STORE   ?= sqlite
 JOINS   ?= 10000
 
 demo: $(VENV)/.built
-	@$(BIN)/python -m bench.demo $(ARGS)
+	@$(BIN)/python -m mxbench.demo $(ARGS)
 
 test: $(VENV)/.built
 	@sh tools/install_test_packages.sh
@@ -105,7 +105,7 @@ charts: bench-deps  # and Debian's graphviz
 	@$(BIN)/python tools/make_charts.py
 
 soak: soak-server
-	@$(BIN)/python -m bench.chaos.soak $(ARGS)
+	@$(BIN)/python -m mxbench.chaos.soak $(ARGS)
 
 fuzz: $(VENV)/.built
 	@$(BIN)/python tools/sanitize.py fuzz --seconds $(SECONDS)

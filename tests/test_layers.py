@@ -41,7 +41,6 @@ GUARDED = {
     "vllm",
     "torch",
     "tests",
-    "bench",
     "mxbench",
     "nixl",
     "nixl_cu12",

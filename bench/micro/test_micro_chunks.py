@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from array import array
 
@@ -85,6 +86,35 @@ def test_descriptors_are_merged(measure: Measure, made: tuple[Layout, Placement]
 def test_regions_are_merged(measure: Measure, made: tuple[Layout, Placement]) -> None:
     layout, placement = made
     assert measure(lambda: merge_regions(placement, layout.extent_bytes), times=TENSORS)
+
+
+def test_limit_memcpy(measure: Measure) -> None:
+    """The numbers that describe them (where from, where to, how long), copied once."""
+    numbers = array("Q", range(3 * TENSORS))
+    into = array("Q", bytes(numbers.itemsize * len(numbers)))
+    (begin, count), (target, _) = numbers.buffer_info(), into.buffer_info()
+    measure(lambda: ctypes.memmove(target, begin, count * numbers.itemsize), times=TENSORS)
+    assert into == numbers
+
+
+@pytest.mark.benchmark(group="140 GB: 8,750 chunks, four holders")
+def test_limit_loop(measure: Measure) -> None:
+    """Nothing but a number of each chunk, one after the other, as Python counts."""
+
+    def counted() -> int:
+        last = 0
+        for chunk in range(CHUNKS):
+            last = chunk
+        return last
+
+    assert measure(counted, times=CHUNKS) == CHUNKS - 1
+
+
+@pytest.mark.benchmark(group="140 GB: 8,750 chunks, four holders")
+def test_limit_set_memcpy(measure: Measure) -> None:
+    """A copy of the bytes of a set."""
+    have = random.Random(1).randbytes(CHUNKS // 8 + 1)
+    assert measure(lambda: bytearray(have), times=1) == have
 
 
 @pytest.mark.benchmark(group="140 GB: 8,750 chunks, four holders")

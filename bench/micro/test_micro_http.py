@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.files.bare import bare_http, take_http
-from bench.files.server import running_server
 from bench.micro.conftest import Measure
+from mxbench.files.bare import bare_http, take_http
+from mxbench.files.server import running_server
 from mxserver.wire.files import ModelClient
 
 SIZE_BYTES = 64 * 1024 * 1024

@@ -59,7 +59,7 @@ def test_limit_page_cache(measure: Measure, file: Path) -> None:
 
 def test_limit_disk(measure: Measure, file: Path) -> None:
     """Four reads of 8 MiB in flight, past the page cache."""
-    from bench.load.candidates import disk_limit
+    from mxbench.load.candidates import disk_limit
 
     read = disk_limit(4)
     measure(lambda: read([file], {}), total_bytes=TOTAL_BYTES)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.control.processes import Redis, Server
 from bench.micro.conftest import Measure
+from mxbench.control.processes import Redis, Server
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 

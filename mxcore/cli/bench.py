@@ -1,9 +1,8 @@
-"""`mx bench NAME`: runs a bench, of the package `mxbench` or, in a source checkout, of its folder `bench`."""
+"""`mx bench NAME`: runs a bench of the package `mxbench`."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from mxcore.cli.failures import EXIT_USAGE
 from mxserver.wire import install_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NOT_HERE = f"More benches run from a source checkout alone, not from {ROOT}."
 
 
 class BadArgument(click.ClickException):
@@ -24,22 +22,18 @@ class BadArgument(click.ClickException):
 
 
 def bench_modules() -> dict[str, str]:
-    """Bench name → module: those of mxbench, and `bench/bench_NAME.py` or `bench/NAME/command.py` of the checkout this
-    package runs from."""
-    folder = ROOT / "bench"
-    if folder.is_dir():  # an editable install maps the packages alone, not the folder they lie in
-        sys.path += [place for place in (str(ROOT), str(folder)) if place not in sys.path]
-    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
-    found = {name.removeprefix("bench_"): f"bench.{name}" for name in names if name.startswith("bench_")}
-    found |= {place.parent.name: f"bench.{place.parent.name}.command" for place in folder.glob("*/command.py")}
-    installed: dict[str, str] = importlib.import_module("mxbench").COMMANDS
-    return found | installed
+    """Bench name → module."""
+    benches = ROOT / "bench"
+    if (benches / "mxbench").is_dir():  # a checkout: its tests stand in for others; it may not have been installed anew
+        sys.path += [place for place in (str(ROOT), str(benches)) if place not in sys.path]
+    found: dict[str, str] = importlib.import_module("mxbench").COMMANDS
+    return found
 
 
 def what_is_missing(name: str, error: ModuleNotFoundError) -> str:
     """What a bench needs that is not here. Raises the error again where it is a module of ours."""
     package = (error.name or "").partition(".")[0]
-    if package in ("", "bench", "mxbench", "mxcore", "mxserver", "vllm_plugin"):
+    if package in ("", "mxbench", "mxcore", "mxserver", "vllm_plugin"):
         raise error
     if package == "tests":
         return f"mx bench {name} runs from a source checkout alone: what it measures against is among its tests."
@@ -63,16 +57,9 @@ class BenchGroup(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted(bench_modules())
 
-    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        if not (ROOT / "bench").is_dir():
-            formatter.write_paragraph()
-            formatter.write_text(NOT_HERE)
-
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         module = bench_modules().get(name)
         if module is None:
-            if not (ROOT / "bench").is_dir():
-                raise click.UsageError(f"no bench {name!r} is here. {NOT_HERE}")
             return None
         try:
             command: click.Command = importlib.import_module(module).command

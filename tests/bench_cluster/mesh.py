@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -71,8 +72,24 @@ class Mesh:
                 run(*inside, "addr", "add", f"{self.address(number)}/32", "dev", link)  # UCX wants one on each
                 run(*inside, "link", "set", link, "up")
                 run(*inside, "route", "add", f"{self.address(target)}/32", "dev", link, "src", self.address(number))
-                shape = ["rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms"]
-                run("tc", "-n", self.space(number), "qdisc", "add", "dev", link, "root", "tbf", *shape)
+                self._shape(number, link, megabits)
+
+    def _shape(self, number: int, link: str, megabits: float) -> None:
+        shape = ["rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms"]
+        run("tc", "-n", self.space(number), "qdisc", "replace", "dev", link, "root", "tbf", *shape)
+
+    @contextmanager
+    def slower(self, one: int, other: int, factor: float) -> Iterator[None]:
+        """For a while the link between two carries only this part."""
+        megabits = self._others.get((one, other), self.megabits)
+        ends = (one, f"to{other}"), (other, f"to{one}")
+        for number, link in ends:
+            self._shape(number, link, factor * megabits)
+        try:
+            yield
+        finally:
+            for number, link in ends:
+                self._shape(number, link, megabits)
 
     def close(self) -> None:
         for number in range(self.count):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,18 +29,23 @@ def environment(**settings: str) -> dict[str, str]:
     return {**own, **settings}
 
 
-def test_a_peer_tells_the_true_rate_both_ways(mesh: Mesh) -> None:
+def peer(mesh: Mesh, *words: object) -> dict[str, Any]:
+    """What the second machine measures with the first; three rounds, whose medians count."""
     listen = [*mesh.prefix(0), *MX, "peer", "--listen", "--address", mesh.address(0), "--once"]
     names = environment(UCX_NET_DEVICES="to1")  # else UCX would go over the network of ssh as well
     with subprocess.Popen(listen, stderr=subprocess.PIPE, text=True, env=names) as listener:
         assert listener.stderr is not None
         assert "listening on" in listener.stderr.readline()
-        words = ("--mib", 32, "--rounds", 1, "--seconds", 1, "--json")
-        connect = ("peer", "--connect", mesh.address(0))
+        connect = ("peer", "--connect", mesh.address(0), "--rounds", 3, "--seconds", 1, "--json")
         ran = mx_bench(*connect, *words, prefix=mesh.prefix(1), UCX_NET_DEVICES="to0")
         listener.kill()
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
+    told: dict[str, Any] = json.loads(ran.stdout)
+    return told
+
+
+def test_a_peer_tells_the_true_rate_both_ways(mesh: Mesh) -> None:
+    told = peer(mesh, "--mib", 24)
     true = mesh.gbps(0, 1)
     for direction in ("take", "give"):
         for name in ("link_sockets_1", "link_sockets_2", "link_sockets_4", "link_nixl_tcp", "tcp_few", "tcp_many"):
@@ -50,6 +56,31 @@ def test_a_peer_tells_the_true_rate_both_ways(mesh: Mesh) -> None:
         f"here -> {mesh.address(0)}",
     ]
     assert all(" % of the link by tcp" in line for line in told["verdict"])
+
+
+def test_a_link_that_got_slower_by_a_fifth_is_named(mesh: Mesh, tmp_path: Path) -> None:
+    """By the link's own figures and by the product's; the same link again has not changed."""
+    words = ("--mib", 16, "--direction", "take", "--transport", "tcp", "--shape", "few")
+    files = [tmp_path / name for name in ("before", "again", "after")]
+    for file in files[:2]:
+        file.write_text(json.dumps(peer(mesh, *words)))
+    with mesh.slower(0, 1, 0.8):
+        files[2].write_text(json.dumps(peer(mesh, *words)))
+
+    def changed(after: Path) -> dict[str, str]:
+        ran = mx_bench("compare", files[0], after, "--json")
+        told = json.loads(ran.stdout)
+        assert ran.returncode == (1 if told["figures"]["slower_figures"] else 0), ran.stderr
+        return {row["name"]: row["verdict"] for row in told["changes"] if row["unit"] == "GB/s"}
+
+    rates = {
+        *(f"take_link_sockets_{count}_gbps" for count in (1, 2, 4)),
+        "take_tcp_few_gbps",
+        "take_tcp_few_whole_gbps",
+    }
+    assert changed(files[0]) == dict.fromkeys(rates, "no change")
+    assert changed(files[1]) == dict.fromkeys(rates, "no change")
+    assert changed(files[2]) == dict.fromkeys(rates, "slower")
 
 
 def test_a_cluster_over_ssh_names_the_slow_link(mesh: Mesh, ssh_config: Path, hosts_file: Path, tmp_path: Path) -> None:

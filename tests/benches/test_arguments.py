@@ -10,9 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from bench.chaos.soak import command as soak
-from bench.fleet.swarm_simulator import main as simulator
-from bench.gpu.fleet import command as gpu_fleet
+from mxbench.chaos.soak import command as soak
+from mxbench.fleet.swarm_simulator import main as simulator
+from mxbench.gpu.fleet import command as gpu_fleet
 from mxcore.cli.bench import bench_modules
 from mxcore.cli.main import mx
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from click.testing import CliRunner
 
+from mxbench.link.socket_end import Took, counted
 from mxbench.link.verbs_end import rate_of
 from mxbench.peer.command import _host_and_port, figures_of, verdict
 from mxbench.peer.measure import Asked, Found, _possible
@@ -46,6 +47,16 @@ def test_the_link_and_the_product(port: str) -> None:
     [line] = told["verdict"]
     assert line.startswith("127.0.0.1 -> here: ")
     assert " % of the link by tcp (" in line
+
+
+def test_what_a_late_reader_finds_in_its_buffer_is_no_rate() -> None:
+    """Two connections of 10 MB/s each: the first read of one of them comes 0.3 s late, and brings 3 MB."""
+    in_time = Took(total=10_000_100, first_bytes=100, first=5.0, last=6.0)
+    late = Took(total=10_000_000, first_bytes=3_000_000, first=5.3, last=6.0)
+    assert counted([in_time, late]) == (17_000_000, 1.0)
+    assert counted([late]) == (7_000_000, pytest.approx(0.7))
+    assert counted([Took(0, 0, 4.0, 4.0), in_time]) == (10_000_000, 1.0)
+    assert counted([]) == (0, 0.0)
 
 
 def test_what_both_machines_have_is_measured() -> None:

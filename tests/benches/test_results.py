@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
 import json
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ from click.testing import CliRunner, Result
 from mxbench.results import document, quantile
 from mxbench.results.machine import machine
 from mxbench.results.units import better, unit_of
+from mxcore.cli.bench import bench_modules
 from mxcore.cli.main import mx
+from tests.web.browser import Browser
 
 ROUNDS = {
     "take_tcp_gbps": [1.02, 1.0, 0.98, 1.01, 0.99],
@@ -57,6 +63,14 @@ def test_a_document_has_units_spread_and_machine() -> None:
     assert made["details"]["figures"]["runs"] == {"unit": "count", "rounds": 1, "median": 20, "p10": 20, "p90": 20}
     assert made["details"]["settings"] == {"rounds": 5}
     assert json.loads(json.dumps(made)) == made
+
+
+@pytest.mark.parametrize("name", sorted(bench_modules().keys() - {"compare", "report"}))
+def test_every_bench_tells_its_results_as_a_document(name: str) -> None:
+    """Its module calls `document`, whatever it measured."""
+    module = importlib.import_module(bench_modules()[name])
+    called = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+    assert any(isinstance(call.func, ast.Name) and call.func.id == "document" for call in called)
 
 
 def test_the_machine_is_told() -> None:
@@ -199,7 +213,11 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_has_everything_in_it(tmp_path: Path) -> None:
+VERDICT = "slowest link: b -> a <&>"
+
+
+def of_a_cluster(folder: Path) -> None:
+    """Four results of which every kind of picture is made."""
     progress = {"a <b>": [[0.0, 0], [1.0, 50], [2.0, 100]]}
     steps = [
         document(
@@ -213,9 +231,12 @@ def test_the_page_has_everything_in_it(tmp_path: Path) -> None:
         for strategy, count, seconds in (("swarm", 1, 2.0), ("swarm", 2, 2.1), ("star", 2, 4.0))
     ]
     pairs = [{"from": "a", "to": "b", "gbps": 1.0}, {"from": "b", "to": "a", "gbps": 0.1}]
-    verdict = ["slowest link: b -> a <&>"]
-    first = document("cluster", {"pairs": 2}, settings={}, pairs=pairs, verdict=verdict, hosts={"a": machine()})
-    written(tmp_path, pairs=first, one=steps[0], two=steps[1], three=steps[2])
+    first = document("cluster", {"pairs": 2}, settings={}, pairs=pairs, verdict=[VERDICT], hosts={"a": machine()})
+    written(folder, pairs=first, one=steps[0], two=steps[1], three=steps[2])
+
+
+def test_the_page_has_everything_in_it(tmp_path: Path) -> None:
+    of_a_cluster(tmp_path)
     ran = mx_bench("report", tmp_path)
     assert ran.exit_code == 0, ran.output
     page = Page((tmp_path / "report.html").read_text())
@@ -226,9 +247,25 @@ def test_the_page_has_everything_in_it(tmp_path: Path) -> None:
     ]
     assert len(page.fetched) == len(pictures)
     assert all(place.startswith("data:image/png;base64,") for place in page.fetched)
-    assert "slowest link: b -> a <&>" in page.text
+    assert VERDICT in page.text
     assert machine()["cpu"] in page.text
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+    of_a_cluster(tmp_path)
+    assert mx_bench("report", tmp_path).exit_code == 0
+    with closing(Browser(tmp_path / "profile")) as browser:
+        browser.size(1280, 900)
+        browser.open((tmp_path / "report.html").as_uri())
+        assert VERDICT in browser.text()
+        widths = browser.run("return [...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+        assert len(widths) == 6
+        assert min(widths) > 100
+        assert browser.run("return document.documentElement.scrollWidth") <= 1280
+        fetched = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name.slice(0, 5))")
+        assert set(fetched) <= {"data:"}
+        assert browser.console() == []
 
 
 def test_a_page_without_pictures(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench.demo.workers import PROMPTS
-from bench.update import command
-from bench.update.clients import PauseWatch, asking, update_engine
-from bench.update.command import Measured
+from mxbench.demo.workers import PROMPTS
+from mxbench.update import command
+from mxbench.update.clients import PauseWatch, asking, update_engine
+from mxbench.update.command import Measured
 
 
 class Engine(http.server.BaseHTTPRequestHandler):

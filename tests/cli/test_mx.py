@@ -147,12 +147,21 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[" not in printed("1")
 
 
-def test_bench_outside_a_checkout_says_where_benches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bench_names_those_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a checkout its root is where tests can be found; elsewhere nothing is added."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert bench_module.bench_modules() == COMMANDS_OF_MXBENCH
+    assert str(bench_module.ROOT) in sys.path
+    monkeypatch.setattr(sys, "path", before := list(sys.path))
     monkeypatch.setattr(bench_module, "ROOT", tmp_path)
-    printed = CliRunner().invoke(mx, ["bench", "load"])
-    assert printed.exit_code == 2
-    assert "source checkout" in printed.output
-    assert set(bench_module.bench_modules()) == set(COMMANDS_OF_MXBENCH)
+    assert bench_module.bench_modules() == COMMANDS_OF_MXBENCH
+    assert sys.path == before
+
+
+def test_every_command_of_the_package_is_a_bench() -> None:
+    folder = Path(sys.modules["mxbench"].__file__ or "").parent
+    named = {f"mxbench.{file.parent.name}.command" for file in folder.glob("*/command.py")}
+    assert named <= set(COMMANDS_OF_MXBENCH.values())
 
 
 @pytest.mark.parametrize(
@@ -183,12 +192,3 @@ def test_a_bench_that_lacks_a_package_is_listed_and_says_which(
         [line] = ran.output.strip().splitlines()
         assert said in line
         assert f"mx bench {name} " in line
-
-
-def test_bench_runs_what_the_checkout_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "bench_speed.py").write_text("command = None\n")
-    (tmp_path / "bench" / "plot.py").write_text("")
-    monkeypatch.setattr(bench_module, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert bench_module.bench_modules() == {"speed": "bench.bench_speed", **COMMANDS_OF_MXBENCH}

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from bench.fleet.free_ports import free_port
+from mxbench.fleet.free_ports import free_port
 from mxserver.limits import DEFAULT
 from mxserver.settings import FLAGS, ServerSettings
 from mxserver.wire import BY_NAME

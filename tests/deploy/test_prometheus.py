@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.fleet.free_ports import free_port
+from mxbench.fleet.free_ports import free_port
 from mxcore.metrics import EXPORTED, FAMILIES
 from mxserver.telemetry import DEFINITIONS, MODEL_DEFINITIONS
 from mxserver.wire.calls import ServerClient

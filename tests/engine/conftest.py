@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.demo.workers import Server
+from mxbench.demo.workers import Server
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.demo.processes import files_away
+from mxbench.demo.processes import files_away
 from mxcore.engine import Role, Running, forget, leave, load_running, running_of, update
 from mxcore.errors import FenceFailed, UpdateFailed
 from mxcore.transfer.receive.receiver import Receiver

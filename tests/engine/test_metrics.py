@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
-from bench.fleet.free_ports import free_port  # noqa: E402
+from mxbench.fleet.free_ports import free_port  # noqa: E402
 from tests.engine.plain_engine import LAYERS, SIZE, write_checkpoint  # noqa: E402
 from tests.metrics.test_metrics import end_exporters, exposition, metric  # noqa: E402
 from tests.web.conftest import wait_for  # noqa: E402

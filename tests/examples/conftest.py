@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fleet.fleet import Network
+from mxbench.fleet.fleet import Network
 
 ROOT = Path(__file__).parents[2]
 MEGABITS = 2000

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from bench.fleet.fleet import Network
+from mxbench.fleet.fleet import Network
 from tests.examples.conftest import ROOT, Example, Start, line_of, output_of
 from tests.object_store.conftest import make_checkpoint
 from tests.object_store.s3_server import S3Server, environment

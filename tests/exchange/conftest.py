@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.demo.workers import Server
+from mxbench.demo.workers import Server
 
 # Nobody stalls on a busy machine, and who leaves is not waited for long.
 PATIENT = {"MX_STALL_TIMEOUT_SECS": 20, "MX_SERVER_TIMEOUT_SECS": 60, "MX_DRAIN_TIMEOUT_SECS": 5}

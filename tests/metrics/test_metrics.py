@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.fleet.free_ports import free_port
+from mxbench.fleet.free_ports import free_port
 from mxcore.metrics import EXPORTED, FAMILIES, LEASES_NOW, STRAGGLERS
 from mxcore.metrics.recording import FILE_BYTES, Recorder, record
 from tests.web.conftest import wait_for

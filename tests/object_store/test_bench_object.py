@@ -6,7 +6,7 @@ import json
 
 from click.testing import CliRunner
 
-from bench.bench_object import command
+from mxbench.object_store.command import command
 
 
 def test_a_small_run() -> None:

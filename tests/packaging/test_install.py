@@ -244,7 +244,11 @@ def test_mx_bench_there_has_those_of_the_wheel(python: Path, tmp_path: Path) -> 
     (tmp_path / "a.json").write_text('{"bench": "x", "figures": {"a_seconds": 1}}')
     compared = run(python.parent / "mx", "bench", "compare", "a.json", "a.json", cwd=tmp_path)
     assert (compared.returncode, compared.stdout, compared.stderr) == (0, "no change in 1 figures\n", "")
-    refused = run(python.parent / "mx", "bench", "load", cwd=tmp_path)
+    assert "  storm" in shown.stdout
+    refused = run(python.parent / "mx", "bench", "load", "--size-mib", "1", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"numpy: {install_command('bench')}" in refused.stderr
+    refused = run(python.parent / "mx", "bench", "vllm", cwd=tmp_path)
     assert refused.returncode == 2
     assert "source checkout" in refused.stderr
 

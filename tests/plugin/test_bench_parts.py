@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import bench_vllm
-from bench.demo.workers import Worker
+from mxbench.demo.workers import Worker
+from mxbench.engine import loads as bench_vllm
 
 
 def report(**changes: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from bench.fleet.fleet import BY_NIXL, settings_of
+from mxbench.fleet.fleet import BY_NIXL, settings_of
 from mxcore.errors import NoChunkPort, NotEncrypted, PeerLost, SourceUnreachable, TransferStalled
 from mxcore.transfer.move import (
     GREETING,

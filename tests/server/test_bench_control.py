@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from bench.bench_control import CAPACITY_HEAD, capacity_row
+from mxbench.control.command import CAPACITY_HEAD, capacity_row
 from mxcore.cli.main import mx
 from tests.server.conftest import ROOT
 

@@ -9,8 +9,8 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from bench import bench_drain
-from bench.bench_kills import IDENTITY, READY, missing
+from mxbench.control import drain as bench_drain
+from mxbench.control.kills import IDENTITY, READY, missing
 from mxcore.cli.main import mx
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient

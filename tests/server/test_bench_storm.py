@@ -9,9 +9,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from bench.bench_storm import worse
-from bench.storm import core_shares, refusing, streams
-from bench.storm.http2_stream import WatchReader
+from mxbench.storm import core_shares, refusing, streams
+from mxbench.storm.command import worse
+from mxbench.storm.http2_stream import WatchReader
 from mxcore.cli.main import mx
 from mxserver.server import Server
 from mxserver.settings import load_settings

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.fleet import free_ports
-from bench.fleet.free_ports import free_port
+from mxbench.fleet import free_ports
+from mxbench.fleet.free_ports import free_port
 
 
 def test_nobody_else_is_given_it() -> None:

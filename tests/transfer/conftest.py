@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from bench.fleet.fleet import settings_of
+from mxbench.fleet.fleet import settings_of
 from mxcore.nixl.agent import live_agents, live_transfers
 from mxcore.transfer.move import Source
 from mxserver.server import Server
@@ -120,7 +120,7 @@ StartWorker = Callable[..., WorkerProcess]
 
 @pytest.fixture
 def start_worker() -> Iterator[StartWorker]:
-    """Starts workers; ended after the test. `transport` is that of the process, as bench.fleet.settings_of has them.
+    """Starts workers; ended after the test. `transport` is that of the process, as mxbench.fleet.settings_of has them.
 
     With RDMA ports, each is on a node of its own, at the first port.
     """

@@ -6,18 +6,17 @@ import random
 
 import pytest
 
-from bench import bench_fanout as fanout
-from bench.bench_chaos import choose
-from bench.bench_transfer import TRANSPORTS, Rates, figures_of
-from bench.chaos.faults import CUTS, FAULTS
-from bench.chaos.flips import CHUNKS, flip_bytes
-from bench.chaos.liars import receive_from_liars
-from bench.chaos.soak import Course, soak
-from bench.chaos.strangers import strangers_beside
-from bench.chaos.tally import STALLED, Tally
-from bench.transfer import limits, registration
-from bench.transfer.shapes import MANY, MIX, SHAPES, scaled
-from mxbench.fleet import total_bytes
+from mxbench.chaos.command import choose
+from mxbench.chaos.faults import CUTS, FAULTS
+from mxbench.chaos.flips import CHUNKS, flip_bytes
+from mxbench.chaos.soak import Course, soak
+from mxbench.chaos.tally import STALLED, Tally
+from mxbench.fleet import fanout, total_bytes
+from mxbench.hostile.liars import receive_from_liars
+from mxbench.hostile.strangers import strangers_beside
+from mxbench.transfer import limits, registration
+from mxbench.transfer.command import TRANSPORTS, Rates, figures_of
+from mxbench.transfer.shapes import MANY, MIX, SHAPES, scaled
 
 
 @pytest.mark.parametrize("seed", [1, 2])

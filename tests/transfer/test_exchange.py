@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.fleet.fleet import BY_NIXL, settings_of
+from mxbench.fleet.fleet import BY_NIXL, settings_of
 from mxcore.errors import (
     ChunksMissing,
     LayoutMismatch,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.fleet import swarm_simulator
-from bench.fleet.swarm_simulator import SEED, Setting, Swarm, table
+from mxbench.fleet import swarm_simulator
+from mxbench.fleet.swarm_simulator import SEED, Setting, Swarm, table
 from mxcore.transfer.layout import all_chunks
 
 SLOW = {"bytes_per_second": 1e9, "look_seconds": 0.1}

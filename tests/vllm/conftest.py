@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bench.demo import models
-from bench.demo.workers import Server
+from mxbench.demo import models
+from mxbench.demo.workers import Server
 from tests.vllm.engines import EngineHost
 
 LLAMA = {

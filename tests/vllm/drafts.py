@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.demo.models import WEIGHTS_STANDARD_DEVIATION
+from mxbench.demo.models import WEIGHTS_STANDARD_DEVIATION
 from tests.vllm import families
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

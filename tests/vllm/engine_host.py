@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from bench.demo.workers import PROMPTS
+from mxbench.demo.workers import PROMPTS
 
 TOKENS = 10
 

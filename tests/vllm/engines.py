@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
+from mxbench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 
 ANSWER_SECONDS = 300.0
 STACKS_SECONDS = 2.0

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.demo import models
+from mxbench.demo import models
 
 _DECODER = {
     "hidden_size": 128,

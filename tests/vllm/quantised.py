@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.demo import models
+from mxbench.demo import models
 from tests.vllm.conftest import LLAMA
 
 GROUP = 32  # weights of a row that share a scale

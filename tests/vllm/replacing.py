@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.demo.models import weight_files
+from mxbench.demo.models import weight_files
 
 
 def replace(model: Path, other: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.demo import models
+from mxbench.demo import models
 from mxserver.wire.calls import ServerClient
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import ANSWER_SECONDS, EngineHost

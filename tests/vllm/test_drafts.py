@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from mxserver.wire.files import ModelClient
 from tests.models.hub_stand_in import hub_stand_in
 from tests.object_store.s3_server import S3Server, environment

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo.workers import Server
-from bench.fleet.free_ports import free_port
+from mxbench.demo.workers import Server
+from mxbench.fleet.free_ports import free_port
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 

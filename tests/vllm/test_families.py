@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from tests.vllm import families, quantised
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost

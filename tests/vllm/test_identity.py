@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.demo.models import weight_files
+from mxbench.demo.models import weight_files
 from tests.vllm.conftest import References
 from tests.vllm.engines import EngineHost
 

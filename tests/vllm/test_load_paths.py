@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.demo import models
-from bench.demo.models import weight_files
+from mxbench.demo import models
+from mxbench.demo.models import weight_files
 from mxserver.wire.files import ModelClient
 from tests.models.hub_stand_in import hub_stand_in
 from tests.models.tcp_proxy import TcpProxy

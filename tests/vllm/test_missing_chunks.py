@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.demo import models
+from mxbench.demo import models
 from mxcore.settings import load_settings
 from mxcore.transfer.layout import Layout, Placement, all_chunks
 from mxcore.transfer.member import Membership

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from tests.vllm import families
 from tests.vllm.engines import EngineHost
 
@@ -100,6 +100,21 @@ def test_flags_of_context_parallelism_and_two_batches_stay_the_targets_own(
     assert second.report["path"] == "p2p"
     assert second.answers == expected
     assert expected[0][:2] == [[True], [True]]
+
+
+def test_experts_stay_ready_for_lora(source: EngineHost, target: EngineHost, folder: Path) -> None:
+    """Finding A1: a target with LoRA took the flag of a source without. Raw weights: the kernels are others."""
+    model = families.generate(folder / "options" / "qwen3_moe", "qwen3_moe")
+    asked: dict[str, Any] = {"worker_cls": "tests.vllm.flags_worker.ExpertsWorker", "ask": "lora_flags"}
+    expected = target.load(model, "auto", **asked, **LORA).answers
+    first = source.load(model, **asked)
+    with files_away(weight_files(model)):
+        second = target.load(model, **asked, **LORA)
+
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []
+    assert (second.report["path"], second.report["layout"]) == ("p2p", "raw")
+    assert second.answers == expected
+    assert (first.answers[0][0], expected[0][0]) == ([False], [True])
 
 
 def test_attention_layers_for_a_cache_in_fp8_are_no_reason(

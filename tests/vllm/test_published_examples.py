@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from bench.demo.processes import ENGINE_ENVIRONMENT, Child
-from bench.demo.workers import Worker
-from bench.fleet.free_ports import free_port
+from mxbench.demo.processes import ENGINE_ENVIRONMENT, Child
+from mxbench.demo.workers import Worker
+from mxbench.fleet.free_ports import free_port
 
 EXAMPLES = {
     example["name"]: example

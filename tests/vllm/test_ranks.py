@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from bench.demo import models
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
-from bench.fleet.free_ports import free_port
+from mxbench.demo import models
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
+from mxbench.fleet.free_ports import free_port
 from tests.metrics.test_metrics import metric
 from tests.vllm import drafts, families
 from tests.vllm.conftest import LLAMA

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bench.demo import models
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo import models
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from tests.vllm import families, quantised
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from bench.demo import models
-from bench.demo.workers import PROMPTS, Worker
+from mxbench.demo import models
+from mxbench.demo.workers import PROMPTS, Worker
 from tests.cli.mx_process import mx
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engine_host import TOKENS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo import processes
-from bench.demo.workers import Worker
+from mxbench.demo import processes
+from mxbench.demo.workers import Worker
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
 from tests.vllm.conftest import References

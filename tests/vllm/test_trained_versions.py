@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.demo import models
-from bench.demo.models import weight_files
-from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
+from mxbench.demo import models
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 from mxcore import publish
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost

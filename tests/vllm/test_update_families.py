@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.demo.models import weight_files
+from mxbench.demo.models import weight_files
 from tests.vllm import drafts
 from tests.vllm.engines import EngineHost
 from tests.vllm.test_families import AVX512_ALONE

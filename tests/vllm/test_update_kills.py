@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
-from bench.demo.workers import Server
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
+from mxbench.demo.workers import Server
 from tests.small_disk import SmallDisk
 from tests.vllm.engines import EngineHost
 from tests.vllm.updated import TRANSFER, Versions, as_loaded, now, update, versions_of

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.demo.models import weight_files
-from bench.demo.processes import files_away
+from mxbench.demo.models import weight_files
+from mxbench.demo.processes import files_away
 from tests.vllm.engines import EngineHost
 from tests.vllm.test_families import AVX512_ALONE, OPAQUE
 from tests.vllm.updated import OPTIONS, TRANSFER, addresses, as_loaded, now, report_of, update, versions_of

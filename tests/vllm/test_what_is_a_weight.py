@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.demo import models
+from mxbench.demo import models
 from tests.vllm import families
 from tests.vllm.engines import EngineHost
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.demo import models
+from mxbench.demo import models
 from tests.vllm import families, quantised
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded

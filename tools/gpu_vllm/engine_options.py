@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.demo.processes import ENGINE_ENVIRONMENT
+from mxbench.demo.processes import ENGINE_ENVIRONMENT
 
 COMMON: dict[str, Any] = {
     "enforce_eager": True,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.demo.workers import Server
+from mxbench.demo.workers import Server
 from tests.vllm.engines import EngineHost, Loaded
 from tools.gpu_vllm import engine_options
 from tools.gpu_vllm.machine import Machine

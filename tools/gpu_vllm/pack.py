@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.demo import models
+from mxbench.demo import models
 from tools.gpu_vllm import vllm_part
 from tools.gpu_vllm.wheels import KitError, download
 from tools.slim_nixl import slim

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.demo import models
-from bench.demo.processes import files_away
+from mxbench.demo import models
+from mxbench.demo.processes import files_away
 from tests.vllm.engines import Loaded
 from tools.gpu_vllm.engines import Engines
 from tools.gpu_vllm.machine import Machine
@@ -181,13 +181,13 @@ def _bench(run: Run, module: str, small: tuple[str, ...], seconds: float) -> dic
 
 def fleet(run: Run) -> Outcome:
     """Workers without an engine, kills in both roles."""
-    found = _bench(run, "bench.gpu.fleet", SMALL_FLEET, STEPS["fleet"].most_seconds)
+    found = _bench(run, "mxbench.gpu.fleet", SMALL_FLEET, STEPS["fleet"].most_seconds)
     return outcome(found, right=all(scene["right"] for scene in found["found"].values()))
 
 
 def bench(run: Run) -> Outcome:
     """`mx bench gpu`, other loaders beside it."""
-    found = _bench(run, "bench.bench_gpu", SMALL_BENCH, STEPS["bench"].most_seconds)
+    found = _bench(run, "mxbench.gpu.command", SMALL_BENCH, STEPS["bench"].most_seconds)
     return outcome(found, ran=bool(found["figures"] or found.get("ran")))
 
 

@@ -40,13 +40,13 @@ def _prove_core(site: Path, project: Path) -> None:
 
 
 def _loads(site: Path, folder: Path) -> bool:
-    ran = subprocess.run([sys.executable, "-c", PROOF], cwd=folder, env=environment(site), capture_output=True)
+    ran = subprocess.run([sys.executable, "-c", PROOF], cwd=folder, env=environment(site, folder), capture_output=True)
     return ran.returncode == 0
 
 
-def environment(site: Path) -> dict[str, str]:
-    """With the kit's packages before the machine's."""
-    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
+def environment(site: Path, project: Path) -> dict[str, str]:
+    """With the kit's packages before the machine's, and the project's benches, which nobody installs there."""
+    path = os.pathsep.join(filter(None, [str(site), str(project / "bench"), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
@@ -64,7 +64,9 @@ def run(kit: Path, folders: dict[str, Path], work: Path, out: Path, settings: di
     }
     work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tools.gpu_vllm.runner", json.dumps(everything)]
-    return subprocess.run(command, cwd=folders["project"], env=environment(folders["site"])).returncode
+    return subprocess.run(
+        command, cwd=folders["project"], env=environment(folders["site"], folders["project"])
+    ).returncode
 
 
 def _untar(archive: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fleet's processes that need nothing but the wheel: the server, and workers that hold or receive a made-up model."""
+"""Fleets of real processes on one machine or many: a server, workers with made-up models; a simulator of large ones."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
 _ACCEPT_SECONDS = 60.0
@@ -25,28 +25,49 @@ def say(**values: Any) -> None:
     sys.stdout.flush()
 
 
+class Took(NamedTuple):
+    """What came over one connection: bytes in all, those of the first read, when that and the last one returned."""
+
+    total: int
+    first_bytes: int
+    first: float
+    last: float
+
+
+def counted(took: Sequence[Took]) -> tuple[int, float]:
+    """Bytes, and the seconds in which they came.
+
+    The clock starts as the first read of all returns. What each connection's first read brought had come before, into
+    the system's buffer, and may be megabytes where the reader was late: it is not counted.
+    """
+    there = [each for each in took if each.total]
+    if not there:
+        return 0, 0.0
+    seconds = max(each.last for each in there) - min(each.first for each in there)
+    return sum(each.total - each.first_bytes for each in there), seconds
+
+
 def take(address: str, connections: int) -> None:
     """From the first byte to the last of all connections."""
     with socket.create_server((address, 0), backlog=connections) as server:
         server.settimeout(_ACCEPT_SECONDS)
         say(event="listening", port=server.getsockname()[1])
         accepted = [server.accept()[0] for _ in range(connections)]
-    took: list[tuple[int, float, float]] = []
+    took: list[Took] = []
 
     def drain(number: int) -> None:
         buffer = bytearray(_BLOCK_BYTES)
-        total, first, last = 0, 0.0, 0.0
         with accepted[number] as connection:
+            total = first_bytes = connection.recv_into(buffer)
+            first = last = time.monotonic()
             while count := connection.recv_into(buffer):
                 last = time.monotonic()
-                first = first or last
                 total += count
-        took.append((total, first, last))
+        took.append(Took(total, first_bytes, first, last))
 
     _in_threads(drain, connections)
-    begins = [first for _, first, _ in took if first]
-    seconds = max(last for _, _, last in took) - min(begins, default=0.0)
-    say(event="took", bytes=sum(total for total, _, _ in took), seconds=seconds, cpu_seconds=time.process_time())
+    count, seconds = counted(took)
+    say(event="took", bytes=count, seconds=seconds, cpu_seconds=time.process_time())
 
 
 def give(address: str, port: int, connections: int, seconds: float) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import peers, sections
+from mxbench.gpu import peers, sections
 from tests.cuda.stand_in import ROOT, StandIn
 from tests.installs import installed
 
@@ -79,12 +79,12 @@ def test_a_part_in_its_process(loaded: StandIn, tmp_path: Path, monkeypatch: pyt
 
 def test_prefetch_is_a_peer_where_safetensors_has_it() -> None:
     newer = installed("safetensors-0.9.0rc1", "safetensors==0.9.0rc1", dependencies=False)
-    code = "from bench.gpu import peers; print(peers._without_prefetch())"
+    code = "from mxbench.gpu import peers; print(peers._without_prefetch())"
     said = [
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(folder)},
+            env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT / 'bench'}"},
             capture_output=True,
             text=True,
             check=True,

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.fleet` on the stand-in: every scene of it runs, with NIXL between its processes."""
+"""`python -m mxbench.gpu.fleet` on the stand-in: every scene of it runs, with NIXL between its processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = ("--tensors", "8", "--tensor-mib", "4", "--chunk-mib", "0.25", "--slow",
 
 
 def test_every_receiver_ends_up_right_whoever_is_killed(loaded: StandIn) -> None:
-    command = [sys.executable, "-m", "bench.gpu.fleet", *SMALL, "--stand-in", str(loaded.path), "--json"]
+    command = [sys.executable, "-m", "mxbench.gpu.fleet", *SMALL, "--stand-in", str(loaded.path), "--json"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.gpu import measure, sections
+from mxbench.gpu import measure, sections
 from mxcore.cuda import DeviceBuffer, DeviceDigest, Stream, context_of, copy_on_device
 from mxcore.engine import lazy_weights
 from mxcore.engine.lazy_tensors import LazyTensor
@@ -403,7 +403,7 @@ def test_it_is_tried_in_a_process_of_its_own(
     file = str(checkpoint.files[0])
     opens = f"""
 import sys
-from bench.gpu import measure, sections
+from mxbench.gpu import measure, sections
 from mxcore.reading import cufile
 from mxcore.storage.load.cufile_trial import attempt
 cufile._load_stand_in({str(loaded_cufile.path)!r})

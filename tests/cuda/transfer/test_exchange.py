@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.demo.workers import Server
+from mxbench.demo.workers import Server
 from mxcore import fetch, publish
 from mxcore.cuda import DeviceBuffer, context_of
 from mxcore.errors import ChunksMissing, DestinationMismatch, LayoutMismatch, LayoutUnsupported

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
+from mxbench.demo.processes import ENGINE_ENVIRONMENT, clean_environment
 
 pytestmark = pytest.mark.vllm
 

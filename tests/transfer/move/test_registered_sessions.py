@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.fleet.fleet import BY_NIXL
+from mxbench.fleet.fleet import BY_NIXL
 from mxcore.errors import NixlError, SourceBusy
 from mxcore.nixl.agent import live_agents
 from mxcore.settings import load_settings

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from bench.fleet.free_ports import free_port
+from mxbench.fleet.free_ports import free_port
 from mxcore.errors import LeaseEnded, NoChunkPort, PeerLost, TransferStalled
 from mxcore.nixl.agent import live_agents
 from mxcore.transfer.layout import ChunkRequest, all_chunks, build_layout

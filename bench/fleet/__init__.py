@@ -1,1 +1,0 @@
-"""Fleets of real processes on one machine, and a simulator of large ones."""

@@ -1,1 +1,0 @@
-"""What `mx bench gpu` runs."""

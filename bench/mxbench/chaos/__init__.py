@@ -1,0 +1,1 @@
+"""`mx bench chaos` and its parts."""

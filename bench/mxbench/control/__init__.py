@@ -1,0 +1,1 @@
+"""What a server bears: `mx bench control`, `kills` and `drain`."""

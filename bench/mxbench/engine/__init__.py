@@ -1,0 +1,1 @@
+"""What a real vLLM takes to load: `mx bench vllm`."""

@@ -1,0 +1,1 @@
+"""`mx bench files` and its parts."""

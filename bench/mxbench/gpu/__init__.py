@@ -1,0 +1,1 @@
+"""`mx bench gpu` and its parts."""

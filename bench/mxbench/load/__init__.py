@@ -1,0 +1,1 @@
+"""`mx bench load` and its parts."""

@@ -1,0 +1,1 @@
+"""`mx bench object` and its parts."""

@@ -1,0 +1,1 @@
+"""`mx bench storm` and its parts."""

@@ -1,0 +1,1 @@
+"""`mx bench transfer` and its parts."""
