@@ -42,7 +42,8 @@ _log = logging.getLogger(__name__)
 class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-checked
     """A box of a checkpoint's tensor that is not read yet, with the shape, strides, dtype and device of the real one.
 
-    `materialized` keeps what it read. One thread at a time for all tensors of one iteration.
+    `materialized` keeps what it read. One thread at a time for all tensors of one iteration. `_whole` is what this was
+    cut out of: who writes to a part writes to the whole, which is read for that.
     """
 
     _source: _Source
@@ -50,15 +51,18 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
     _box: Box
     _kept: tuple[int, ...]
     _real: torch.Tensor | None
+    _whole: LazyTensor | None
 
     @staticmethod
-    def __new__(cls, source: _Source, info: TensorInfo, box: Box, kept: tuple[int, ...]) -> LazyTensor:
+    def __new__(
+        cls, source: _Source, info: TensorInfo, box: Box, kept: tuple[int, ...], whole: LazyTensor | None = None
+    ) -> LazyTensor:
         """`kept`: the dimensions of the checkpoint's tensor that this has; the others were indexed away."""
         shape = [box[dimension][1] - box[dimension][0] for dimension in kept]
         dtype = getattr(torch, DTYPES[info.dtype].torch_name or "uint8")
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
         made._source, made._info, made._box, made._kept = source, info, box, kept
-        made._real = None
+        made._real, made._whole = None, whole
         return made  # type: ignore[no-any-return]  # torch has no types for it
 
     @classmethod
@@ -68,16 +72,25 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
 
     @property
     def has_been_read(self) -> bool:
-        """Whether it became an ordinary tensor."""
-        return self._real is not None
+        """Whether it became an ordinary tensor, or what it was cut out of did."""
+        return self._real is not None or (self._whole is not None and self._whole._real is not None)
 
     def materialized(self) -> torch.Tensor:
-        """The ordinary tensor: reads the box once, into new memory."""
+        """The ordinary tensor: reads the box once, into new memory; a view of the whole where that was read."""
+        if self._whole is not None and self._whole._real is not None:
+            place = (slice(*ends) if index in self._kept else ends[0] for index, ends in enumerate(self._box))
+            return self._whole._real[tuple(place)]
         if self._real is None:
             real = torch.empty(tuple(self.shape), dtype=self.dtype, device="cpu")
             self.read_into(real, recorded=False)
             self._real = real
         return self._real
+
+    def writable(self) -> torch.Tensor:
+        """As `materialized`; what is written there is in the whole, and in all that is cut out of it from then on."""
+        if self._whole is not None:
+            self._whole.materialized()
+        return self.materialized()
 
     def read_into(self, to: torch.Tensor, *, recorded: bool = True) -> None:
         """Reads the box into a tensor of this shape: straight where that can be, else by way of host memory.
@@ -122,13 +135,13 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
         place = self._kept[dimension]
         begin = self._box[place][0]
         box = (*self._box[:place], (begin + first, begin + end), *self._box[place + 1 :])
-        return LazyTensor(self._source, self._info, box, self._kept)
+        return LazyTensor(self._source, self._info, box, self._kept, self if self._whole is None else self._whole)
 
     def indexed(self, dimension: int, index: int) -> LazyTensor:
         """This at an index of a dimension, which is gone then; nothing is read."""
         one = self.narrowed(dimension, index, index + 1)
         kept = (*self._kept[:dimension], *self._kept[dimension + 1 :])
-        return LazyTensor(one._source, one._info, one._box, kept)
+        return LazyTensor(one._source, one._info, one._box, kept, one._whole)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         state = "read" if self.has_been_read else "not read"
@@ -145,7 +158,7 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
@@ -153,6 +166,10 @@ class LazyTensor(torch.Tensor):  # type: ignore[misc]  # torch is not type-check
             result = rule(*args)
             if result is not None:
                 return result
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                torch.utils._pytree.tree_map_only(LazyTensor, LazyTensor.writable, given)
         args, kwargs = torch.utils._pytree.tree_map_only(LazyTensor, _ordinary, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -180,7 +197,8 @@ def _select(tensor: Any, dim: int, index: int) -> Any:
 def _alias(tensor: Any) -> Any:
     if not isinstance(tensor, LazyTensor) or tensor.has_been_read:
         return None
-    return LazyTensor(tensor._source, tensor._info, tensor._box, tensor._kept)
+    whole = tensor if tensor._whole is None else tensor._whole
+    return LazyTensor(tensor._source, tensor._info, tensor._box, tensor._kept, whole)
 
 
 def _copy(to: Any, tensor: Any, non_blocking: bool = False) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 from mxcore.errors import StorageError
 from mxcore.safetensors.errors import HeaderBeyondFile, RangeBeyondFile
-from mxcore.storage.checkpoint import checkpoint_digest, content_digest
+from mxcore.storage.checkpoint import checkpoint_digest, content_digest, known_digests
 from mxcore.storage.checkpoint.content_digest import BLOCK_BYTES
 from mxcore.storage.checkpoint.known_digests import SampledFile
 from tests.core.safetensors.headers import entry, file_of
@@ -174,6 +174,7 @@ def test_it_is_made_once_while_the_files_stay(
     checkpoint: tuple[list[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, index = checkpoint
+    monkeypatch.setattr(known_digests, "SETTLED_SECONDS", 0)
     digest = checkpoint_digest(files, index)
     with monkeypatch.context() as patched:
         patched.setattr("mxcore.storage.checkpoint.content_digest.read_header", None)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,25 @@ def test_files_that_changed_just_now_are_not_known(
     monkeypatch.setattr(known_digests, "SETTLED_SECONDS", 10_000)
     files, _ = make_checkpoint(tmp_path / "model")
     assert [reads.digest(files)[1] for _ in range(2)] == [2, 2]
+
+
+def test_a_second_change_within_one_tick_is_seen_by_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load looks before it reads and after it: what this process remembers must not answer for it."""
+    monkeypatch.setattr(known_digests, "SETTLED_SECONDS", 10**6)
+    as_it_is = known_digests.SampledFile.of
+
+    def by_the_day(name: str, path: Path) -> known_digests.SampledFile:
+        return as_it_is(name, path)._replace(mtime_ns=time.time_ns() // 10**14 * 10**14, ctime_ns=0)
+
+    monkeypatch.setattr(known_digests.SampledFile, "of", by_the_day)
+    files, _ = make_checkpoint(tmp_path / "model")
+    first = checkpoint_digest(files, None)
+    with files[0].open("r+b") as file:
+        file.seek(-DATA_BYTES, os.SEEK_END)
+        file.write(bytes(DATA_BYTES))
+    assert checkpoint_digest(files, None) != first
 
 
 def test_files_that_change_while_they_are_read_are_not_known(

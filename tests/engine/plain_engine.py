@@ -100,9 +100,11 @@ class PlainEngine:
             found = find_checkpoint(str(source.folder or self.model))
             if not found.weight_files:
                 raise FileNotFoundError(f"no weights in {found.folder}")
+            checkpoint = open_checkpoint(found.weight_files)
             tensors = lazy_weights(
-                open_checkpoint(found.weight_files),
+                checkpoint,
                 mode=settings.reader_mode,
+                told=lambda done_bytes: progress(done_bytes, checkpoint.total_bytes),
                 lazy_least_bytes=0,
                 needed=source.needed,
                 record=source.record,

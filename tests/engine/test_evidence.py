@@ -348,9 +348,14 @@ def test_the_pattern_is_seen_in_every_type_and_nearly_nothing(dtype: torch.dtype
 
 
 class Drafting(Layer):
-    """Its flag says what of it the checkpoint has, as flags of drafts do; an engine looks at it after loading."""
+    """Its flags say what of it the checkpoint has, as flags of drafts do; an engine looks at them after loading."""
 
     has_own_head = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.has_mask = False
 
 
 @pytest.mark.parametrize("kind", ["raw", "processed"])
@@ -359,7 +364,7 @@ def test_a_flag_that_loading_set_comes_with_the_weights(kind: Any) -> None:
 
     def load_with_head(model: Layer) -> None:
         load(model)
-        model.has_own_head = True
+        model.has_own_head = model.inner.has_mask = True
 
     with MarkUninitialised():
         source, target = Drafting(), Drafting()
@@ -372,11 +377,13 @@ def test_a_flag_that_loading_set_comes_with_the_weights(kind: Any) -> None:
     if kind == "raw":
         taken.loaded(target, built, receive)
         assert target.has_own_head  # before processing
+        assert target.inner.has_mask
     else:
         taken.loaded(target, built)
         process(target)
         taken.processed(target, receive)
     assert target.has_own_head
+    assert target.inner.has_mask
     assert taken.scalars == offered.scalars  # who passes on says so too
     assert not made().compiled
 

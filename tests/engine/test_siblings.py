@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,17 @@ torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxcore import agreement  # noqa: E402
 from mxcore.agreement import LEAST_STALL_SECONDS, MESSAGE_BYTES, Agreement  # noqa: E402
+from mxcore.engine.context import LoadContext  # noqa: E402
+from mxcore.engine.protocol import Source  # noqa: E402
+from mxcore.engine.report import Fallbacks  # noqa: E402
+from mxcore.engine.rungs.missing_chunks import fill_missing  # noqa: E402
+from mxcore.errors import TransferStalled  # noqa: E402
 from mxcore.settings import WorkerSettings  # noqa: E402
+from mxcore.storage.plan import Progress  # noqa: E402
 from mxcore.transfer.receive import receiver  # noqa: E402
-from tests.engine.plain_engine import write_checkpoint  # noqa: E402
+from tests.engine.plain_engine import LAYERS, SIZE, Layer, PlainEngine, write_checkpoint  # noqa: E402
+from tests.engine.plain_worker import ROLES  # noqa: E402
+from tests.transfer.conftest import wait_for  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,3 +196,61 @@ def test_who_raised_is_not_waited_for() -> None:
     assert stays.agree() == "process 1 of this engine has ended its load"
     for each in (stays, goes):
         each.leave()
+
+
+class Interrupted(PlainEngine):
+    """Another process of it fails when this one has filled its first tensor, and this one hears of that at once."""
+
+    sibling: Agreement | None = None
+    told = 0
+
+    def fill(self, model: torch.nn.Module, source: Source, settings: WorkerSettings, progress: Progress) -> int:
+        def tell(done_bytes: int, total_bytes: int) -> None:
+            self.told += 1
+            if self.sibling is not None:
+                self.sibling.agree("its memory is bad")
+                wait_for(self.agreement.is_given_up)
+            progress(done_bytes, total_bytes)
+
+        return super().fill(model, source, settings, tell)
+
+    def __init__(self, folder: Path, agreement: Agreement) -> None:
+        super().__init__(folder, {})
+        self.agreement = agreement
+
+
+def rest_read_by(engine: Interrupted) -> tuple[int, torch.nn.Module]:
+    """`fill_missing` of a model of which nothing came; bytes read, and the model."""
+    model = torch.nn.Sequential(*(Layer(SIZE) for _ in range(LAYERS)))
+    stretches = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in model.parameters())
+    size_bytes = sum(part.nbytes for part in model.parameters())
+    partial: Any = SimpleNamespace(
+        missing_bytes=size_bytes, total_bytes=size_bytes, missing_stretches=lambda: stretches, complete=lambda: None
+    )
+    for part in model.parameters():
+        part.zero_()
+    with ExitStack() as at_end:
+        context = LoadContext(engine, ROLES["both"], WorkerSettings(), Fallbacks(), at_end, agreement=engine.agreement)
+        try:
+            return fill_missing(partial, model, context), model
+        except TransferStalled:
+            return -1, model
+
+
+def test_what_is_missing_is_read_until_another_process_has_failed(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    read_bytes, model = rest_read_by(alone := Interrupted(folder, Agreement()))
+    assert (read_bytes, alone.told) == (LAYERS * SIZE * SIZE * 4, LAYERS)
+    assert all(part.any() for part in model.parameters())
+
+    group = Group(2)
+    ours, theirs = Agreement(group.of(0)), Agreement(group.of(1))
+    interrupted = Interrupted(folder, ours)
+    interrupted.sibling = theirs
+    read_bytes, model = rest_read_by(interrupted)
+    for each in (ours, theirs):
+        each.leave()
+    for each in (ours, theirs):
+        each.close()
+    assert (read_bytes, interrupted.told) == (-1, 1)
+    assert [bool(part.any()) for part in model.parameters()] == [True, False, False]

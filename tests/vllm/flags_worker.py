@@ -41,6 +41,16 @@ class FlagsWorker(ParallelWorker):
         return [sorted(returns), sorted(two), self.weights_digest()]
 
 
+class ExpertsWorker(ParallelWorker):
+    """Under the engine's own options; says whether its experts are to be used with LoRA."""
+
+    def lora_flags(self) -> list[Any]:
+        """Of experts whether LoRA is on, and the weights' digest."""
+        modules = self.model_runner.get_model().modules()
+        found = {module.moe_config.is_lora_enabled for module in modules if hasattr(module, "moe_config")}
+        return [sorted(found), self.weights_digest()]
+
+
 class CacheWorker(ParallelWorker):
     """Loads as for a KV cache in fp8. `caches` says what attention layers make of it; they are as without after it."""
 

@@ -102,6 +102,21 @@ def test_flags_of_context_parallelism_and_two_batches_stay_the_targets_own(
     assert expected[0][:2] == [[True], [True]]
 
 
+def test_experts_stay_ready_for_lora(source: EngineHost, target: EngineHost, folder: Path) -> None:
+    """Finding A1: a target with LoRA took the flag of a source without. Raw weights: the kernels are others."""
+    model = families.generate(folder / "options" / "qwen3_moe", "qwen3_moe")
+    asked: dict[str, Any] = {"worker_cls": "tests.vllm.flags_worker.ExpertsWorker", "ask": "lora_flags"}
+    expected = target.load(model, "auto", **asked, **LORA).answers
+    first = source.load(model, **asked)
+    with files_away(weight_files(model)):
+        second = target.load(model, **asked, **LORA)
+
+    assert first.report["fallbacks"] == second.report["fallbacks"] == []
+    assert (second.report["path"], second.report["layout"]) == ("p2p", "raw")
+    assert second.answers == expected
+    assert (first.answers[0][0], expected[0][0]) == ([False], [True])
+
+
 def test_attention_layers_for_a_cache_in_fp8_are_no_reason(
     source: EngineHost, target: EngineHost, model_paths: dict[str, Path]
 ) -> None:

@@ -3,8 +3,8 @@
 Weights hide: beside parameters and buffers there are tensors in plain attributes of modules, in helper objects that
 are no modules (quantisation methods, attention implementations), in lists and dictionaries of those, on the parameters
 themselves, and Python floats such as `_k_scale_float`. A copy that lacks one of them gives plausible, wrong text. So
-everything reachable by value is walked. What of it is a weight, `evidence` says; what cannot be looked at is named in
-`refused`, never left out in silence.
+everything reachable by value is walked. What of it is a weight, `evidence` says; what may be one and cannot be moved is
+named in `refused`. Left out are bytes and sets, which hold handles and names, and integers of helper objects: budgets.
 
 Nothing of torch is patched, and nothing is written until `Collected.set_scalars`.
 """
@@ -17,13 +17,16 @@ import operator
 import struct
 import types
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from mxcore.digest import xxh3_64
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 from mxcore.transfer.layout import LocalTensor
 
@@ -36,9 +39,13 @@ MACHINERY = ("torch", "transformers", "triton", "logging", "threading", "ctypes"
 MAXIMUM_DEPTH = 16  # below a module; what lies deeper is refused
 MAXIMUM_HOST_VALUES = 64  # elements of a host tensor beside an accelerator's weights that travel as scalars
 MAXIMUM_NAMES_SHOWN = 8
+MAXIMUM_NESTING = 4  # of containers in a module's attribute, for integers
+MAXIMUM_TEXT = 200  # characters of what was decided that are kept as they are
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 _Setter = Callable[[float], None]
+_BYTES = (bytes, bytearray, memoryview, array)  # handles, and the ring that an engine's ranks share: each process' own
+_BY_NAME = (type, types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 @dataclass
@@ -55,7 +62,10 @@ class Collected:
         default_factory=dict
     )  # bools, texts, enums, dtypes; integers of modules and tensors
     classes: dict[str, str] = field(default_factory=dict)  # of modules and helper objects
-    functions: dict[str, str] = field(default_factory=dict)  # where they are defined
+    functions: dict[str, str] = field(
+        default_factory=dict
+    )  # where they, and classes that are values, are defined; classes of what functions alone hold
+    modules: set[str] = field(default_factory=set)  # of the model's tree; the model itself is ""
     parameters: set[str] = field(default_factory=set)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     beside: dict[str, torch.Tensor] = field(default_factory=dict)  # of `refused`: tensors that have values
@@ -110,8 +120,6 @@ def _hanging_on(roots: Sequence[object]) -> set[int]:
         if isinstance(value, nn.Module | torch.Tensor) or not _may_hold(value, ()) or id(value) in found:
             continue
         found.add(id(value))
-        if isinstance(value, memoryview | bytearray | array):  # bytes: the ring that an engine's ranks share
-            continue
         if isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, Sequence | set | frozenset):
@@ -133,17 +141,24 @@ class _Walk:
         self.seen = seen
         self.alive: list[Any] = []  # temporaries must outlive the walk: their ids are in `seen`
         self.captured: list[tuple[str, str, int]] = []  # function, what it closes over, address of its storage
+        self.functions: deque[tuple[Any, str, int]] = deque()  # last: what has a name of its own goes by that
 
     def run(self) -> Collected:
         modules = list(self.model.named_modules())
         self.seen.update(id(module) for _, module in modules)
+        self.found.modules.update(name for name, _ in modules)
         for name, module in modules:
             self.module(module, f"{name}." if name else "")
+        self.run_functions()
         storages = {tensor.storage_address for tensor in self.found.tensors}
         for name, part, address in self.captured:
             if address not in storages:
                 self.found.refused[name] = f"a function that closes over {part}, which nothing else names"
         return self.found
+
+    def run_functions(self) -> None:
+        while self.functions:
+            self.function(*self.functions.popleft())
 
     def module(self, module: nn.Module, prefix: str, depth: int = 0) -> None:
         self.found.classes[prefix.rstrip(".")] = _class_of(module)
@@ -157,9 +172,12 @@ class _Walk:
         for name, value in _attributes(owner):
             if name in SCRATCH:
                 continue
-            if isinstance(value, int) and isinstance(owner, nn.Module | torch.Tensor):
-                self.found.decided[prefix + name] = repr(value)
-                continue
+            if isinstance(owner, nn.Module | torch.Tensor):
+                if isinstance(value, int):
+                    self.found.decided[prefix + name] = repr(value)
+                    continue
+                if id(value) not in self.seen and (integers := ", ".join(_integers(value))):
+                    self.found.decided[f"{prefix}{name}, integers"] = _short(integers)
             self.value(value, prefix + name, _setter(functools.partial(setattr, owner, name), prefix + name), depth)
 
     def value(self, value: Any, name: str, setter: _Setter, depth: int) -> None:
@@ -167,8 +185,14 @@ class _Walk:
             return self.tensor(value, name, depth)
         if isinstance(value, float):  # bool is no float
             return self.scalar(name, value, setter)
-        if isinstance(value, bool | str | enum.Enum | torch.dtype):
-            self.found.decided[name] = repr(value)
+        if isinstance(value, np.floating):
+            kind: Any = type(value)
+            return self.scalar(name, float(value), lambda number: setter(kind(number)))
+        if isinstance(value, bool | str | complex | enum.Enum | torch.dtype | np.generic):
+            self.found.decided[name] = _short(repr(value))
+            return None
+        if isinstance(value, _BY_NAME):
+            self.found.functions[name] = _place(value)
             return None
         if not _may_hold(value) or id(value) in self.seen:
             return None
@@ -183,6 +207,8 @@ class _Walk:
         if type(value).__name__ == "PyCapsule" or isinstance(value, torch.ScriptObject):
             self.found.refused[name] = f"an opaque {type(value).__name__}"
             self.found.opaque[name] = id(value)
+        elif isinstance(value, np.ndarray):
+            self.array(value, name, depth)
         elif isinstance(value, nn.Module):
             for path, module in value.named_modules():
                 self.seen.add(id(module))
@@ -193,10 +219,8 @@ class _Walk:
         elif isinstance(value, Sequence):
             for index in range(len(value)):
                 self.item(value, index, name, depth)
-        elif isinstance(value, types.MethodType):
-            self.value(value.__self__, f"{name}.__self__", _fixed(name), depth)
-        elif isinstance(value, functools.partial | types.FunctionType):
-            self.function(value, name, depth)
+        elif isinstance(value, types.MethodType | functools.partial | types.FunctionType):
+            self.functions.append((value, name, depth))
         elif hasattr(type(value), "__del__"):
             self.found.refused[name] = f"a {type(value).__name__}, which owns memory that cannot be seen"
             self.found.opaque[name] = id(value)
@@ -209,17 +233,42 @@ class _Walk:
         self.value(owner[key], place, _setter(functools.partial(operator.setitem, owner, key), place), depth)
 
     def function(self, value: Any, name: str, depth: int) -> None:
-        """What a function closes over may be weights in a form of its own: fine only where a name moves them too."""
-        if isinstance(value, types.FunctionType):
-            self.found.functions[name] = f"{value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}"
+        """What a function closes over may be weights in a form of its own: tensors are fine only where a name moves
+        them too, and numbers only where they are equal.
+        """
+        if not isinstance(value, functools.partial):
+            self.found.functions[name] = _place(value)
+        if isinstance(value, types.MethodType):
+            self.value(value.__self__, f"{name}.__self__", _fixed(name), depth)
+            return
         inner = _Walk(self.model, self.device, self.seen)
         inner.alive, inner.captured = self.alive, self.captured
         for part, captured in _captured(value):
-            inner.value(captured, f"{name}.{part}", _fixed(name), depth)
+            inner.value(captured, f"{name}.{part}", _fixed(f"{name}.{part}"), depth)
+        inner.run_functions()
+        self.found.functions |= inner.found.functions | inner.found.classes
+        self.found.decided |= inner.found.decided
+        self.found.scalars |= inner.found.scalars
+        self.found._setters |= inner.found._setters
         self.captured += [(name, tensor.name, tensor.storage_address) for tensor in inner.found.tensors]
         if inner.found.refused:
             self.found.refused[name] = f"a function that closes over {shown(inner.found.refused)}"
             self.found.opaque[name] = id(value)
+
+    def array(self, value: np.ndarray[Any, Any], name: str, depth: int) -> None:
+        """As the tensor that shares its memory; what torch cannot share is looked at, and moved by nobody."""
+        try:
+            tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
+        except (TypeError, ValueError):  # texts, records, objects; steps backwards
+            self.found.refused[name] = f"an array of {value.dtype} that cannot be moved"
+            self.found.opaque[name] = id(value)
+            return
+        if value.flags.writeable:
+            self.alive.append(tensor)
+            self.tensor(tensor, name, depth)
+        else:
+            self.found.refused[name] = "an array that cannot be written"
+            self.found.beside[name] = tensor
 
     def scalar(self, name: str, value: float, setter: _Setter) -> None:
         self.found.scalars[name] = value
@@ -253,6 +302,30 @@ def _class_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def _place(value: Any) -> str:
+    """Where a function, a method or a class is defined."""
+    code = getattr(value, "__code__", None)
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
+    return f"{getattr(value, '__module__', '')}.{name}" + (f":{code.co_firstlineno}" if code is not None else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAXIMUM_TEXT else f"{text[:MAXIMUM_TEXT]}… ({xxh3_64(text.encode()):x})"
+
+
+def _integers(value: Any, place: str = "", depth: int = 0) -> Iterator[str]:
+    """The integers in a list, a tuple or a dictionary, each with its place."""
+    if isinstance(value, int) and not isinstance(value, bool) and depth:
+        yield f"{place}: {value}"
+    elif isinstance(value, list | tuple) and depth < MAXIMUM_NESTING:
+        for index, one in enumerate(value):
+            yield from _integers(one, f"{place}[{index}]", depth + 1)
+    elif isinstance(value, dict) and depth < MAXIMUM_NESTING:
+        for key, one in value.items():
+            if isinstance(key, str | int):
+                yield from _integers(one, f"{place}[{key!r}]", depth + 1)
+
+
 def _unmovable(tensor: torch.Tensor, device: torch.device) -> str | None:
     if tensor.is_meta:
         return "on the meta device: it has no values yet"
@@ -280,9 +353,11 @@ def _local(name: str, tensor: torch.Tensor) -> LocalTensor:
 
 
 def _may_hold(value: Any, left_out: Sequence[str] = MACHINERY) -> bool:
-    if value is None or isinstance(value, int | str | bytes | complex | enum.Enum | type | torch.dtype | torch.device):
+    if value is None or isinstance(value, int | str | complex | enum.Enum | type | torch.dtype | torch.device):
         return False
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | range | set | frozenset):
+        return False
+    if isinstance(value, _BYTES):
         return False
     if isinstance(value, nn.Module | torch.ScriptObject | types.FunctionType | types.MethodType | functools.partial):
         return True

@@ -145,11 +145,13 @@ class Built:
         )
 
     def flags(self, found: Collected) -> dict[str, bool]:
-        """Bools of the model itself, of none of its parts, that were made or changed since."""
+        """Bools of the model and of modules in it that were made or changed since."""
         return {
             name: text == "True"
             for name, text in found.decided.items()
-            if name.isidentifier() and text in ("True", "False") and self._decided.get(name) != text
+            if name.rpartition(".")[0] in found.modules
+            and text in ("True", "False")
+            and self._decided.get(name) != text
         }
 
     def put_back(self, found: Collected, tensors: set[str], numbers: Mapping[str, float]) -> None:

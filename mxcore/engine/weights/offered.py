@@ -18,6 +18,7 @@ from mxcore.engine.weights.structure import (
     flags_of,
     numbers_of,
     require_same_structure,
+    set_flags,
     structure_of,
     structure_rows,
 )
@@ -172,8 +173,7 @@ class Weights:
         self.received = receive(fit)
         numbers = numbers_of(self.scalars)
         found.set_scalars(numbers)
-        for name, value in flags.items():
-            setattr(model, name, value)
+        set_flags(flags, model)
         built.put_back(found, set(self.found.kept), numbers)
         self._overwritten = []
 

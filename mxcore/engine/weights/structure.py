@@ -16,10 +16,19 @@ from mxcore.engine.weights.collect import Collected
 from mxcore.errors import LayoutMismatch
 from mxcore.transfer.layout import Scalars
 
-__all__ = ["FLAG_PREFIX", "flags_of", "numbers_of", "require_same_structure", "structure_of", "structure_rows"]
+__all__ = [
+    "FLAG_PREFIX",
+    "flags_of",
+    "numbers_of",
+    "require_same_structure",
+    "set_flags",
+    "structure_of",
+    "structure_rows",
+]
 
 FLAG_PREFIX = "loaded: "
-"""Of names in a manifest of flags that loading set on the model: what of it a checkpoint has (`has_own_lm_head`)."""
+"""Of names in a manifest of flags that loading set on the model or a module of it: what of it a checkpoint has
+(`has_own_lm_head`, `model.has_separate_mask_embedding`)."""
 
 _DIGEST_PREFIX = "sha256 "
 _NAMED = 4
@@ -54,12 +63,22 @@ def flags_of(manifest: Scalars, model: nn.Module) -> dict[str, bool]:
     flags = {
         name.removeprefix(FLAG_PREFIX): bool(value) for name, value in manifest.items() if name.startswith(FLAG_PREFIX)
     }
+    modules = dict(model.named_modules())
     for name in flags:
-        if not isinstance(getattr(model, name, None), bool):
+        owner, _, flag = name.rpartition(".")
+        if not isinstance(getattr(modules.get(owner), flag, None), bool):
             raise LayoutMismatch(
                 f"loading set the flag {name!r} at the holder, which this {type(model).__name__} lacks"
             )
     return flags
+
+
+def set_flags(flags: Mapping[str, bool], model: nn.Module) -> None:
+    """Puts what `flags_of` gave into the model."""
+    modules = dict(model.named_modules())
+    for name, value in flags.items():
+        owner, _, flag = name.rpartition(".")
+        setattr(modules[owner], flag, value)
 
 
 def require_same_structure(theirs: set[str], ours: set[str]) -> None:

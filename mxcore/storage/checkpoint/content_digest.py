@@ -17,7 +17,7 @@ from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
 from mxcore.reading import read_ranges
 from mxcore.safetensors import Header, read_header
-from mxcore.storage.checkpoint.known_digests import DIGEST_FORMAT, SampledFile, known_or_made
+from mxcore.storage.checkpoint.known_digests import DIGEST_FORMAT, SampledFile, is_settled, known_or_made
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -71,13 +71,17 @@ def checkpoint_digest(
     if len(set(names)) != len(names):
         raise ValueError(f"two weight files have the same name: {names}")
     others = [Path(file) for file in ([index_file] if index_file is not None else []) + list(settings_files)]
-    return _digest(
-        tuple(_as_it_is(name, path) for name, path in named), tuple(_as_it_is(path.name, path) for path in others)
-    )
+    weights = tuple(_as_it_is(name, path) for name, path in named)
+    beside = tuple(_as_it_is(path.name, path) for path in others)
+    return _digest(weights, beside) if is_settled(weights + beside) else _known(weights, beside)
 
 
 @lru_cache(maxsize=32)
 def _digest(weights: tuple[SampledFile, ...], others: tuple[SampledFile, ...]) -> str:
+    return _known(weights, others)
+
+
+def _known(weights: tuple[SampledFile, ...], others: tuple[SampledFile, ...]) -> str:
     return known_or_made(f"files {len(weights)}", weights + others, lambda: _made(weights, others))
 
 

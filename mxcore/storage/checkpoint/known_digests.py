@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mxserver.wire import remove_leftovers, unique_beside
 
-__all__ = ["DIGEST_FORMAT", "SampledFile", "known_by_versions", "known_or_made"]
+__all__ = ["DIGEST_FORMAT", "SampledFile", "is_settled", "known_by_versions", "known_or_made"]
 
 DIGEST_FORMAT = "checkpoint-digest-2"
 NODE_FOLDER = Path("/dev/shm")  # noqa: S108 - in a folder of this user's own; it ends with the machine or the container
@@ -64,9 +64,14 @@ def known_or_made(what: str, files: Sequence[SampledFile], make: Callable[[], st
     """
     hub = _hub_repository(files)
     named = [_of_hub(file) for file in files] if hub is not None else [tuple(map(str, file)) for file in files]
-    newest = max(max(file.mtime_ns, file.ctime_ns) for file in files)
-    settled = time.time_ns() - newest > SETTLED_SECONDS * 1e9
+    settled = is_settled(files)
     return _known_or_made([what, named], hub, make, lambda: settled and _are_as_they_were(files))
+
+
+def is_settled(files: Sequence[SampledFile]) -> bool:
+    """Whether the times of these files would tell a change that is made from now on."""
+    newest = max(max(file.mtime_ns, file.ctime_ns) for file in files)
+    return time.time_ns() - newest > SETTLED_SECONDS * 1e9
 
 
 def known_by_versions(what: str, files: Sequence[tuple[str, int, str]], make: Callable[[], str]) -> str:

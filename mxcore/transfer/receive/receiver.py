@@ -353,8 +353,8 @@ class Receiver:
         tried = self._tried
         with self._received.changed:
             for_good = tried.all_failed_for_good(self._candidates)
-            if not self._pulls and not self._may_find:
-                return for_good
+            if for_good and not self._pulls and not self._may_find:
+                return True
             if not self._pulls and self._candidates and self._listed_at > tried.failed_at:
                 waited = now - tried.failed_at > call_deadline_seconds(self._settings)
                 if for_good or (waited and tried.all_failed(self._candidates)):

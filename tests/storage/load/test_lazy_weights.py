@@ -83,6 +83,35 @@ def test_any_operation_gives_the_same(checkpoint: Checkpoint, written: Tensors, 
     assert same(there, expected)
 
 
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "whole": lambda t: t.mul_(2),
+    "part": lambda t: t[1:3].mul_(2),
+    "part of a part": lambda t: t[1:][0:2, 3:].add_(1),
+    "index": lambda t: t[1].zero_(),
+    "assigned": lambda t: t.__setitem__(slice(0, 2), t[2:4] * 2),
+    "assigned a part that is not read": lambda t: t.__setitem__(slice(0, 2), t[2:4]),
+    "data": lambda t: t.data.mul_(2),
+    "data's part": lambda t: t.detach()[2].fill_(3),
+    "result": lambda t: torch.add(t[:2], 1, out=t[2:4]),
+    "part that was looked at": lambda t: (part := t[1:3], part.sum(), part.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", ["w", "e"])
+def test_what_is_written_to_a_part_is_in_the_whole(
+    checkpoint: Checkpoint, written: Tensors, name: str, write: str
+) -> None:
+    lazy, ordinary = lazies(checkpoint)[name], written[name].clone()
+    part = lazy[1:3]
+    WRITES[write](lazy)
+    WRITES[write](ordinary)
+    assert same(part + 0, ordinary[1:3])  # cut out before
+    to = torch.zeros_like(ordinary)
+    to.copy_(lazy)
+    assert same(to, ordinary)
+
+
 def test_what_a_tensor_says_of_itself(checkpoint: Checkpoint, written: Tensors) -> None:
     for name, tensor in lazies(checkpoint).items():
         real = written[name]

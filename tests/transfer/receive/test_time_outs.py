@@ -284,8 +284,13 @@ def test_a_full_holder_is_waited_for_where_it_has_something(
     busy = SourceBusy("full")
     busy.again_seconds, busy.had_chunks = 1000.0, None if more is None else HERE + more
     received.news = 0.0
-    receiver._failed_holder(Source("source", "full", 0, "", receiving=receiving), busy, 0.0)
+    source = Source("source", "full", 0, "", receiving=receiving)
+    receiver._add([source])
+    receiver._failed_holder(source, busy, 0.0)
     assert bool(received.news) == waits
+    now = received.news + 2 * settings.stall_timeout_seconds
+    assert not receiver._nobody_left(now)
+    assert receiver._nobody_left(now + 1)  # also where nobody else can be asked for
 
 
 def test_a_holder_that_gets_more_is_waited_for(new_member: NewMember) -> None:
