@@ -178,6 +178,7 @@ class Server:
         self._operations.readiness.connect(own, self._clock.heard)
         self._operations.readiness.look()
         self._ticker.start()
+        self._pools.large_requests.start()
         self._looker.start()
         self._stalled.start()
         self._watches.start()

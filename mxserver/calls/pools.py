@@ -81,7 +81,8 @@ def pool_of(method: str) -> str:
 class PoolInterceptor(HandlerInterceptor):
     """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
 
-    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `close` after
+    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `large_requests`
+    is to be started when the server answers calls; `close` after
     the server has stopped.
     """
 
@@ -97,7 +98,6 @@ class PoolInterceptor(HandlerInterceptor):
         self._pools["heartbeats"].hands_over(update_waits, publishes)
         others = [receiving["heartbeats"], receiving["small"]]
         self.large_requests = LargeRequests(receiving["publishes"], others, lambda: publishes.held_bytes)
-        self.large_requests.start()
 
     def _wraps(self, method: str, handler: Handler) -> bool:
         return True

@@ -107,7 +107,7 @@ class Climb:
             outcome = outcomes.pop(0)
             if not isinstance(outcome, Exception):
                 return outcome
-            rung._attempt = peer._Attempt(Weights("raw", torch.device("cpu")))
+            rung._attempt = peer.Attempt(Weights("raw", torch.device("cpu")))
             if not isinstance(outcome, LayoutUnsupported):
                 rung._tried.failed.update(names)
                 rung._attempt.others_may_do = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -70,8 +71,8 @@ def exposition(port: int) -> str:
 
 
 def metric(port: int, series: str) -> float | None:
-    """One series' value; None while nobody answers."""
-    with contextlib.suppress(OSError):
+    """One series' value; None while nobody answers, or not to the end."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
         for line in exposition(port).splitlines():
             if line.startswith(series + " "):
                 return float(line.rpartition(" ")[2])
