@@ -155,6 +155,7 @@ class LargeRequests:
     def __init__(self, publishes: Receiving, others: Sequence[Receiving], held_bytes: Callable[[], int]) -> None:
         """`held_bytes`: of publishes that are there and not yet answered."""
         self._publishes, self._others, self._held_bytes = publishes, others, held_bytes
+        self._ending = threading.Event()
         self._looks = Periodic("large-requests", 3600.0, self._look)
         for each in (publishes, *others):
             each.begun = self._looks.wake
@@ -165,6 +166,7 @@ class LargeRequests:
 
     def stop(self) -> None:
         """Idempotent."""
+        self._ending.set()
         self._looks.stop()
 
     @property
@@ -173,7 +175,8 @@ class LargeRequests:
         return self._looks.problem
 
     def _look(self) -> None:
-        time.sleep(LOOK_SECONDS)
+        if self._ending.wait(LOOK_SECONDS):
+            return
         latest = time.monotonic() - LOOK_SECONDS
         slow = [(since, each, call) for each in self._others for since, call in each.under_way(latest)]
         slow.sort(key=lambda one: one[0])
