@@ -7,7 +7,7 @@ there as a whole. What a worker has is known to its readers `news_seconds` later
 The server and each holder answer calls one after the other, each of which takes its time (one core of Python). A
 worker is told of a few holders once the server has heard of them, takes a lease of each, registers its memory, and only
 then asks. A holder whose places are taken refuses, and says when to come back as the product does. A reader that dies
-keeps its place until its lease is over. Run as a module it prints the table of docs/explanation/swarm.md.
+keeps its place until its lease is over. Run as a module it prints the table of docs/notes/swarm.md.
 """
 
 from __future__ import annotations
