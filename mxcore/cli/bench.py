@@ -38,7 +38,12 @@ def what_is_missing(name: str, error: ModuleNotFoundError) -> str:
     if package == "tests":
         return f"mx bench {name} runs from a source checkout alone: what it measures against is among its tests."
     bringing = install_command("bench")
-    return f"mx bench {name} needs {package}: {bringing if package in bringing else 'it is not installed'}"
+    where = "it is not installed"
+    if package in bringing:
+        where = bringing
+    elif package in ("torch", "transformers", "vllm"):
+        where = "it comes with vLLM: run this where vLLM is installed"
+    return f"mx bench {name} needs {package}: {where}"
 
 
 def _unable(name: str, why: str) -> click.Command:

@@ -183,6 +183,17 @@ def test_a_target_tries_less_often_where_that_goes_on_failing(
     assert clocks[-1].pauses == 1 + 2 + 4 + 8 + 8
 
 
+@pytest.mark.parametrize("error", [SourceRefused("no"), RuntimeError("unheard of")])
+def test_a_target_gives_up_though_a_source_is_there(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, clocks: list[Clock]
+) -> None:
+    climb = Climb(monkeypatch, Workers(["a"]), [error] * 50, source_wait_seconds=20)
+    assert climb.tried == [["a"]] * 5  # after 0, 1, 3, 7 and 15 s
+    assert climb.reason == (
+        f"no source gave the weights within 20 s (MX_SOURCE_WAIT_SECS); the last transfer failed: {error}"
+    )
+
+
 def test_a_source_with_another_layout_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch, clocks: list[Clock]) -> None:
     climb = Climb(monkeypatch, Workers(["a"], ["a"], ["a", "b"]), [LayoutMismatch("names"), "model"])
     assert (climb.loaded, climb.tried) == ("model", [["a"], ["b"]])

@@ -247,17 +247,18 @@ def test_mx_bench_there_has_those_of_the_wheel(python: Path, tmp_path: Path) -> 
     assert "  storm" in shown.stdout
     refused = run(python.parent / "mx", "bench", "load", "--size-mib", "1", cwd=tmp_path)
     assert refused.returncode == 2
-    assert f"numpy: {install_command('bench')}" in refused.stderr
+    assert "needs torch: it comes with vLLM" in refused.stderr
     refused = run(python.parent / "mx", "bench", "vllm", cwd=tmp_path)
     assert refused.returncode == 2
     assert "source checkout" in refused.stderr
 
 
-def test_doctor_there_names_the_missing_nixl_once(python: Path, tmp_path: Path) -> None:
+def test_doctor_there_says_that_nixl_is_missing_and_not_needed(python: Path, tmp_path: Path) -> None:
     done = run(python.parent / "mx", "doctor", "--no-server", "--json", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "")
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
-    assert [finding["state"] for finding in findings.values()].count("fail") == 1
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fail" not in {finding["state"] for finding in findings.values()}
+    assert findings["nixl"]["state"] == "note"
     assert findings["nixl"]["fact"].startswith("no usable NIXL library")
     assert findings["nixl backends"]["fact"] == "none: there is no NIXL"
 

@@ -37,6 +37,8 @@ class TargetRung(PeerRung):
             return skip(reason)
         context = self._context
         wait = self._wait = self._wait or Wait(f"a source of {context.what}", self._limit_seconds)
+        if self._failures and wait.left_seconds <= 0:
+            return skip(self._too_late("no source gave the weights"))
         self._sources = self._found()
         while not self._sources:
             if context.agreement.is_given_up():
