@@ -1,4 +1,4 @@
-"""Writes the tables of metrics in docs/reference/operations.md out of mxserver/telemetry and mxcore/metrics."""
+"""Writes the tables of metrics in docs/reference/metrics.md out of mxserver/telemetry and mxcore/metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from mxcore.metrics import EXPORTED, FAMILIES, Family  # noqa: E402 - of this checkout
 from mxserver.telemetry import DEFINITIONS, MODEL_DEFINITIONS, Definition  # noqa: E402
 
-PAGE = ROOT / "docs" / "reference" / "operations.md"
+PAGE = ROOT / "docs" / "reference" / "metrics.md"
 END = "<!-- end -->"
 TABLES = {
     "<!-- metrics:": DEFINITIONS,

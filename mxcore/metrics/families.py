@@ -1,4 +1,4 @@
-"""The metrics of workers: one table. docs/reference/operations.md has it too, made by tools/make_metrics_table.py.
+"""The metrics of workers: one table. docs/reference/metrics.md has it too, made by tools/make_metrics_table.py.
 
 Labels have listed values, so that there is a bound to what is stored and shown.
 """

@@ -3,7 +3,7 @@
 Names follow Prometheus' conventions (a prefix, base units, `_total` on counters). No label takes a value that a client
 can choose: methods, codes, states, store operations and load paths are finite sets, everything else becomes "unknown".
 What names models is in `model_metrics`, which has a page of its own.
-docs/reference/operations.md has this table; a test holds the two together.
+docs/reference/metrics.md has this table; a test holds the two together.
 """
 
 from __future__ import annotations

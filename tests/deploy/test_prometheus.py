@@ -61,7 +61,7 @@ def test_rules_fire_when_they_should_and_only_then() -> None:
 
 def test_every_alert_has_a_test_and_is_explained() -> None:
     tested = (DEPLOY / "prometheus-rules-test.yaml").read_text()
-    page = (DEPLOY.parent / "docs" / "reference" / "operations.md").read_text()
+    page = (DEPLOY.parent / "docs" / "reference" / "alerts.md").read_text()
     for alert in alerts():
         assert f"alertname: {alert['alert']}" in tested
         assert f"`{alert['alert']}`" in page

@@ -15,6 +15,7 @@ WORD_FOR_WORD = {
     "tls-and-tokens.md": "tests/security/test_how_to.py",
     "signing.md": "tests/storage/signed/test_signing_page.py",
     "kubernetes.md": "tests/deploy/test_kubernetes_page.py",
+    "run-a-server.md": "tests/deploy/test_kubernetes_page.py",
     "migrate.md": "tests/deploy/test_kubernetes_page.py",
 }
 

@@ -31,7 +31,7 @@ def test_storm_and_heartbeats_without_an_error(store: str, replicas: int) -> Non
     row = capacity_row(result)
     assert row.startswith(f"| {store} | {replicas} | 40 |")
     assert row.count("|") == CAPACITY_HEAD[0].count("|") == CAPACITY_HEAD[1].count("|")
-    assert CAPACITY_HEAD[0] in (ROOT / "docs" / "reference" / "operations.md").read_text()
+    assert CAPACITY_HEAD[0] in (ROOT / "docs" / "how-to" / "run-a-server.md").read_text()
 
 
 def test_replicas_need_a_store_that_they_share() -> None:

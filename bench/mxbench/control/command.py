@@ -62,7 +62,7 @@ CALLS_PER_WORKER = 5
     help="Of each hostile client; 0: none.",
 )
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
-@click.option("--table", is_flag=True, help="A row of the capacity table in docs/reference/operations.md.")
+@click.option("--table", is_flag=True, help="A row of the capacity table in docs/how-to/run-a-server.md.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
     workers: int,
