@@ -88,7 +88,7 @@ def test_the_context_has_what_the_package_is_built_from_and_nothing_else(name: s
     files = set(context_files(ROOT, ignored))
     assert {"setup.py", "pyproject.toml", "mxcore/settings.py", "mxserver/web/assets/icon.svg"} - files == set()
     assert {f"deploy/images/{name}/requirements.lock", "deploy/images/build.lock"} <= files
-    places = ("tests/", ".venv/", ".git/", "build/", "docs/", "bench/fleet/", "deploy/helm/")
+    places = ("tests/", ".venv/", ".git/", "build/", "docs/", "bench/micro/", "deploy/helm/")
     assert [path for path in files if path.startswith(places) or path.endswith((".so", ".pyc"))] == []
 
 
