@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from google.protobuf.descriptor import Descriptor
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
@@ -62,27 +65,14 @@ def split_off(data: bytes, number: int) -> tuple[bytes, bytes | None]:
     """
     rest: list[bytes] = []
     found: list[bytes] = []
-    at, end = 0, len(data)
-    while at < end:
-        begin = at
-        tag, at = _varint(data, at, end)
-        wire = tag & 7
-        if wire == _LENGTH:
-            size, at = _varint(data, at, end)
-            if size > end - at:
-                return b"".join([*rest, data[begin:]]), None
-            if tag >> 3 == number:
-                found.append(data[at : at + size])
-                at += size
-                continue
-            at += size
-        elif wire == _VARINT:
-            _, at = _varint(data, at, end)
-        elif wire in (_FIXED64, _FIXED32):
-            at += 8 if wire == _FIXED64 else 4
+    behind = 0
+    for this, begin, content, behind in _fields(data):
+        if this == number and content is not None:
+            found.append(data[content:behind])
         else:
-            return b"".join([*rest, data[begin:]]), None
-        rest.append(data[begin:at])
+            rest.append(data[begin:behind])
+    if behind < len(data):
+        return b"".join([*rest, data[behind:]]), None
     return b"".join(rest), (found[0] if len(found) == 1 else b"".join(found)) if found else None
 
 
@@ -98,29 +88,35 @@ def without_large_fields(data: bytes, descriptor: Descriptor) -> bytes:
     """
     known = {one.number for one in descriptor.fields}
     kept: list[bytes] = []
-    begin = at = 0  # of what is kept next, and of the next field
-    end = len(data)
-    for _ in range(_LOOKED_AT):
-        if at >= end:
-            break
-        start = at
+    keep_from = 0
+    for number, begin, content, behind in itertools.islice(_fields(data), _LOOKED_AT):
+        if content is not None and behind - content >= _LARGE_BYTES and number not in known:
+            kept.append(data[keep_from:begin])
+            keep_from = behind
+    return b"".join((*kept, data[keep_from:])) if kept else data
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int | None, int]]:
+    """Of each field, as far as the message is well-formed: its number, where it begins, where its content does if that
+    is of bytes or a message, and what is behind it.
+    """
+    at, end = 0, len(data)
+    while at < end:
+        begin, content = at, None
         tag, at = _varint(data, at, end)
         wire = tag & 7
         if wire == _LENGTH:
-            size, at = _varint(data, at, end)
-            if size > end - at:
-                break
-            at += size
-            if size >= _LARGE_BYTES and tag >> 3 not in known:
-                kept.append(data[begin:start])
-                begin = at
+            size, content = _varint(data, at, end)
+            at = content + size
+            if at > end:
+                return
         elif wire == _VARINT:
             _, at = _varint(data, at, end)
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         else:
-            break
-    return b"".join((*kept, data[begin:])) if kept else data
+            return
+        yield tag >> 3, begin, content, at
 
 
 def length_delimited(number: int, size: int) -> bytes:
