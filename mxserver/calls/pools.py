@@ -81,9 +81,8 @@ def pool_of(method: str) -> str:
 class PoolInterceptor(HandlerInterceptor):
     """Has calls answered in the threads of their kind. A method that brings a pool of its own keeps that.
 
-    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. `large_requests`
-    is to be started when the server answers calls; `close` after
-    the server has stopped.
+    The last of the interceptors, so that the others' wrappers are around what it makes. Thread-safe. Start
+    `large_requests` when the server answers calls; `close` after it has stopped.
     """
 
     def __init__(self, update_waits: Callable[[bytes], bool], limits: ServerLimits = DEFAULT) -> None:
