@@ -138,7 +138,7 @@ class HeldVersion:
         )
 
     def close(self) -> None:
-        """Takes no new readers and waits for those that read; then the memory can go. Idempotent; never raises."""
+        """Takes no new readers and waits for those that read; then the memory can go. Idempotent."""
         self._at_exit.cancel()
         self._member.close()
 
