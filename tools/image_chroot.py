@@ -145,9 +145,12 @@ class Builder:
         self.files = sorted(context_files(context, Ignored(ignore.read_text() if ignore.exists() else "")))
         self.images: dict[str, Image] = {}
 
-    def build(self, bases: Mapping[str, Path], binds: Mapping[Path, str] | None = None) -> Image:
+    def build(
+        self, bases: Mapping[str, Path], binds: Mapping[Path, str] | None = None, kept: Path | None = None
+    ) -> Image:
         """The last stage's image. `bases` are file systems by the names that FROM has, and "" any other; `binds` are
-        folders of this machine that RUN sees at a path. Raises ImageError."""
+        folders of this machine that RUN sees at a path; `kept` is one that it sees as `build` in the WORKDIR where a
+        stage has one: what one image's lines compiled there the next one's find. Raises ImageError."""
         values = {**self.defaults, **{name: self.given[name] for name in self.defaults if name in self.given}}
         for number, stage in enumerate(self.stages):
             base = filled(stage.base, values)
@@ -157,10 +160,12 @@ class Builder:
             root = self.place / (stage.name or f"stage-{number}")
             subprocess.run(["cp", "-a", "--reflink=auto", str(source), str(root)], check=True)
             self.images[stage.name or str(number)] = image = Image(root)
-            self._fill(image, stage, values, binds or {})
+            self._fill(image, stage, values, binds or {}, kept)
         return image
 
-    def _fill(self, image: Image, stage: Stage, outer: Mapping[str, str], binds: Mapping[Path, str]) -> None:
+    def _fill(
+        self, image: Image, stage: Stage, outer: Mapping[str, str], binds: Mapping[Path, str], kept: Path | None
+    ) -> None:
         arguments: dict[str, str] = {}
         for name, rest in stage.instructions:
             values = {**arguments, **image.environ}
@@ -183,7 +188,8 @@ class Builder:
             elif name == "COPY":
                 self._copy(image, filled(rest, values))
             elif name == "RUN":
-                self._run(image, rest, values, binds)
+                below = {kept: f"{image.folder}/build"} if kept is not None and image.folder != "/" else {}
+                self._run(image, rest, values, {**binds, **below})
 
     def _run(self, image: Image, command: str, environ: Mapping[str, str], binds: Mapping[Path, str]) -> None:
         seen = {str(source): at for source, at in binds.items()}
@@ -248,8 +254,25 @@ def _copy_out(source: Path, place: Path) -> None:
     subprocess.run(words, check=True)
 
 
-def debian(folder: Path, suite: str = "bookworm") -> Path:
-    """A root file system of Debian by debootstrap, with this machine's package sources. Raises ImageError."""
+def debian(folder: Path, suite: str = "bookworm", kept: Path | None = None) -> Path:
+    """A root file system of Debian by debootstrap, with this machine's package sources.
+
+    It is packed into `kept` (a .tar), and comes from there the next time. Raises ImageError.
+    """
+    if kept is not None and kept.exists():
+        folder.mkdir()
+        subprocess.run(["tar", "-C", str(folder), "-xpf", str(kept)], check=True)
+        return folder
+    _debootstrap(folder, suite)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(".part")
+        subprocess.run(["tar", "-C", str(folder), "-cpf", str(part), "."], check=True)
+        part.replace(kept)
+    return folder
+
+
+def _debootstrap(folder: Path, suite: str) -> None:
     log = folder.with_suffix(".log")
     with log.open("w") as output:
         words = ["debootstrap", "--variant=minbase", suite, str(folder)]
@@ -260,7 +283,6 @@ def debian(folder: Path, suite: str = "bookworm") -> Path:
     if sources.exists() and f"VERSION_CODENAME={suite}\n" in Path("/etc/os-release").read_text():
         (folder / "etc/apt/sources.list").unlink(missing_ok=True)
         shutil.copy(sources, folder / "etc/apt/sources.list.d/debian.sources")
-    return folder
 
 
 def main(words: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.test_kubernetes import ROOT
 from tests.deploy.test_server_container import _may_unshare
 from tools.image_chroot import Builder, ImageError, debian
 
@@ -47,13 +48,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def base(place: Path) -> Path:
-    """TEST_DEBIAN names one that is there already."""
+    """TEST_DEBIAN names one that is there already; else the first run packs one for those that follow."""
     if given := os.environ.get("TEST_DEBIAN"):
         return Path(given)
     try:
-        return debian(place / "debian")
+        return debian(place / "debian", kept=ROOT / "build" / "images" / "bookworm.tar")
     except ImageError as error:
         pytest.skip(f"debootstrap had no Debian: {error}")
+
+
+@pytest.fixture(scope="session")
+def compiled(place: Path) -> Path:
+    """Both images build the package with the same Python and compiler: the second finds what the first compiled."""
+    folder = place / "compiled"
+    folder.mkdir()
+    return folder
 
 
 STAND_IN = f"""\
