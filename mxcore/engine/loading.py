@@ -29,7 +29,7 @@ from mxcore.engine.signed_model import signed_manifest
 from mxcore.engine.weights import Constructed, Weights
 from mxcore.errors import LayoutUnsupported, LoadPathsExhausted, NoSource
 from mxcore.load_ladder import Ladder, Rung
-from mxcore.metrics import LOAD_SECONDS, LOADS, RECEIVED_BYTES, STEP_SECONDS
+from mxcore.metrics import LOAD_SECONDS, LOADS, PHASE_SECONDS, RECEIVED_BYTES
 from mxcore.metrics import start as start_metrics
 from mxcore.settings import WorkerSettings, load_settings
 from mxcore.storage.signed import SignedManifest
@@ -93,6 +93,7 @@ def load_reported(
     try:
         loaded = ladder.climb()
     except BaseException as error:
+        LOAD_SECONDS.observe(time.monotonic() - started, "none", "error")
         if context.membership is not None:
             context.membership.close()
         if isinstance(error, LoadPathsExhausted) and not role.reads_storage:
@@ -136,9 +137,9 @@ def load_reported(
 def _count(report: LoadReport) -> None:
     """For the metrics. What came of other workers was counted when it came."""
     LOADS.add(report.path)
-    LOAD_SECONDS.observe(report.load_seconds, report.path)
-    for step, seconds in report.steps.items():
-        STEP_SECONDS.observe(seconds, step)
+    LOAD_SECONDS.observe(report.load_seconds, report.path, "success")
+    for phase, seconds in report.steps.items():
+        PHASE_SECONDS.observe(seconds, phase)
     if report.path != "p2p":
         RECEIVED_BYTES.add(report.path, "none", amount=report.bytes)
     elif report.bytes_from_storage:

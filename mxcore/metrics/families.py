@@ -1,6 +1,7 @@
 """The metrics of workers: one table. docs/reference/metrics.md has it too, made by tools/make_metrics_table.py.
 
-Labels have listed values, so that there is a bound to what is stored and shown.
+Labels have listed values, so that there is a bound to what is stored and shown. `mx_load_seconds` and
+`mx_load_phase_seconds` are names of NVIDIA's package, where they mean the same (tests/metrics/test_shared_names.py).
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from mxserver.wire.proto import load_pb2
 
 TRANSPORTS = ("same-host", "cuda-ipc", "tcp", "rdma")
 PATHS = ("p2p", "uri", "cache", "storage")
-STEPS = ("join", "build", "fill", "process", "keep", "offer")
+PHASES = ("join", "build", "fill", "process", "keep", "offer")
+OUTCOMES = ("success", "error")
 LEASE_EVENTS = ("granted", "busy", "draining", "released", "expired", "replaced", "cut")
-LOAD_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+# Those of NVIDIA's package, so that both packages' workers add up, and finer ones below.
+LOAD_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0)
+LOAD_BUCKETS += (1200.0, 1800.0, 2700.0, 3600.0)
 SIDES = ("offer", "receive")
 REASONS = tuple(
     name.removeprefix("REFUSAL_REASON_").lower() for name, number in load_pb2.RefusalReason.items() if number
@@ -22,15 +26,15 @@ LOADS = Family(
     "mxworker_loads_total", "counter", "loads that ended well, by where the weights came from", ("path",), (PATHS,)
 )
 LOAD_SECONDS = Family(
-    "mxworker_load_duration_seconds",
+    "mx_load_seconds",
     "histogram",
-    "their duration, joining and offering included",
-    ("path",),
-    (PATHS,),
+    "the duration of loads, joining and offering included; those that failed have the path none",
+    ("path", "outcome"),
+    ((*PATHS, "none"), OUTCOMES),
     LOAD_BUCKETS,
 )
-STEP_SECONDS = Family(
-    "mxworker_load_step_duration_seconds", "histogram", "the steps of these loads", ("step",), (STEPS,), LOAD_BUCKETS
+PHASE_SECONDS = Family(
+    "mx_load_phase_seconds", "histogram", "the phases of loads that ended well", ("phase",), (PHASES,), LOAD_BUCKETS
 )
 RECEIVED_BYTES = Family(
     "mxworker_received_bytes_total",
@@ -85,7 +89,7 @@ SELF_CHECK_SECONDS = Family(
 FAMILIES = (
     LOADS,
     LOAD_SECONDS,
-    STEP_SECONDS,
+    PHASE_SECONDS,
     RECEIVED_BYTES,
     GIVEN_BYTES,
     CHUNKS_VERIFIED,

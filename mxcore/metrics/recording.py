@@ -20,7 +20,7 @@ __all__ = ["FILE_BYTES", "Family", "Recorder", "record", "recorded"]
 
 Kind = Literal["counter", "gauge", "histogram"]
 UNKNOWN = "unknown"
-FILE_BYTES = 64 << 10
+FILE_BYTES = 128 << 10
 """Of each file, there before it is written to: a write that found no room on the disk would end the process."""
 _PREFIXES = {"counter": "counter", "histogram": "histogram", "gauge": "gauge_livesum"}
 

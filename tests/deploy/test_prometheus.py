@@ -99,7 +99,7 @@ def test_dashboard_has_no_fixed_data_source_and_no_overlap() -> None:
         cells |= mine
 
 
-NAME = re.compile(r"\bmx(?:server|worker)_\w+")
+NAME = re.compile(r"\bmx(?:server|worker)?_\w+")
 
 
 class Prometheus:

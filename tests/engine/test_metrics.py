@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
 from mxbench.fleet.free_ports import free_port  # noqa: E402
-from tests.engine.plain_engine import LAYERS, SIZE, write_checkpoint  # noqa: E402
+from mxcore.engine import load  # noqa: E402
+from tests.engine.plain_engine import LAYERS, SIZE, PlainEngine, write_checkpoint  # noqa: E402
+from tests.engine.plain_worker import ROLES  # noqa: E402
+from tests.metrics.test_counted_events import Counted, counted  # noqa: E402
 from tests.metrics.test_metrics import end_exporters, exposition, metric  # noqa: E402
 from tests.web.conftest import wait_for  # noqa: E402
 
+__all__ = ["counted"]  # a fixture
 ROOT = Path(__file__).parents[2]
 BYTES = LAYERS * SIZE * SIZE * 4
 
@@ -85,6 +90,17 @@ def test_what_moved_is_counted_on_both_sides(ports: tuple[int, int]) -> None:
     )
     for port in ports:
         assert metric(port, "mxworker_serving") == 1
-        assert 'mxworker_load_step_duration_seconds_count{step="process"} 1.0' in exposition(port)
+        text = exposition(port)
+        assert 'mx_load_phase_seconds_count{phase="process"} 1.0' in text
+        whole = sum(map(float, re.findall(r"^mx_load_seconds_sum\{.*\} (\S+)$", text, re.MULTILINE)))
+        phases = sum(map(float, re.findall(r"^mx_load_phase_seconds_sum\{.*\} (\S+)$", text, re.MULTILINE)))
+        assert 0 < phases <= whole + 0.001, "they are parts of it; the whole is rounded to milliseconds"
         wait_for(lambda port=port: (metric(port, "mxworker_self_checked_chunks_total") or 0) > 0)  # type: ignore[misc]
         assert metric(port, "mxworker_self_checked_wrong_chunks_total") == 0
+
+
+def test_a_load_that_fails_is_counted_as_one_that_failed(counted: Counted, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        load(PlainEngine(tmp_path / "nothing", {}), ROLES["both"])
+    assert counted("mx_load_seconds_count", path="none", outcome="error") == 1
+    assert counted("mx_load_seconds_count", path="storage", outcome="success") == 0

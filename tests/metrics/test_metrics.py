@@ -98,13 +98,13 @@ def test_one_endpoint_has_the_sums_of_all_ranks(ranks: list[Rank], port: int, tm
     wait_for(lambda: metric(port, "mxworker_ranks") == 2)
     for rank in ranks:
         rank.count("RECEIVED_BYTES", "p2p", "rdma", amount=1e9)
-        rank.count("LOAD_SECONDS", "p2p", amount=0.3)
+        rank.count("LOAD_SECONDS", "p2p", "success", amount=0.3)
         rank.count("SERVING")
     text = exposition(port)
     assert 'mxworker_received_bytes_total{path="p2p",transport="rdma"} 2e+09' in text
-    assert 'mxworker_load_duration_seconds_bucket{le="0.25",path="p2p"} 0.0' in text
-    assert 'mxworker_load_duration_seconds_bucket{le="0.5",path="p2p"} 2.0' in text
-    assert 'mxworker_load_duration_seconds_sum{path="p2p"} 0.6' in text
+    assert 'mx_load_seconds_bucket{le="0.25",outcome="success",path="p2p"} 0.0' in text
+    assert 'mx_load_seconds_bucket{le="0.5",outcome="success",path="p2p"} 2.0' in text
+    assert 'mx_load_seconds_sum{outcome="success",path="p2p"} 0.6' in text
     assert metric(port, "mxworker_serving") == 2
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert families.keys() == {family.name.removesuffix("_total") for family in (*FAMILIES, *EXPORTED)}

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from mxcore import metrics
 from mxcore.errors import MxError, NixlMissing
 from mxcore.nixl import NIXL_PACKAGES, load_library
 from mxcore.nixl.agent import live_agents
@@ -73,6 +74,9 @@ class Worker:
             transport=report.transport,
             equal=self.tensors.equal_bytes(expected),
             agents=live_agents(),
+            bytes_from=report.bytes_from,
+            bytes_again=report.bytes_again,
+            failures=list(report.failures),
         )
 
     def load(self, some_bytes: int, total_bytes: int) -> None:
@@ -127,6 +131,8 @@ def main() -> None:
         sys.modules.update(dict.fromkeys(NIXL_PACKAGES))  # as if not installed
     if task.get("without_self_check"):  # else it may be the first to notice a flipped byte, and withdraw
         end_self_checks()
+    if port := task.get("metrics_port"):
+        metrics.start(port, linger_seconds=0.0)
     worker = Worker(task)
     for line in sys.stdin:
         if not worker.run(json.loads(line)):
