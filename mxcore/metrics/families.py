@@ -15,8 +15,10 @@ PHASES = ("join", "build", "fill", "process", "keep", "offer")
 OUTCOMES = ("success", "error")
 LEASE_EVENTS = ("granted", "busy", "draining", "released", "expired", "replaced", "cut")
 # Those of NVIDIA's package, so that both packages' workers add up, and finer ones below.
-LOAD_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0)
-LOAD_BUCKETS += (1200.0, 1800.0, 2700.0, 3600.0)
+LOAD_BUCKETS = (
+    *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 30.0, 60.0, 120.0),
+    *(300.0, 600.0, 900.0, 1200.0, 1800.0, 2700.0, 3600.0),
+)
 SIDES = ("offer", "receive")
 REASONS = tuple(
     name.removeprefix("REFUSAL_REASON_").lower() for name, number in load_pb2.RefusalReason.items() if number

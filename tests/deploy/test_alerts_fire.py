@@ -16,16 +16,18 @@ from mxserver.wire.proto import load_pb2, mx_pb2
 from tests.cli.mx_process import mx
 from tests.deploy.test_prometheus import RULES, Prometheus, alerts, quick, ranks
 from tests.metrics.test_metrics import Rank
+from tests.security.authority import Authority
+from tests.security.conftest import StartServer, authority, start_server
+from tests.security.test_http_port import tls
 from tests.web.conftest import READY, WebServer, publish, start_web
 
-__all__ = ["ranks", "start_web"]  # fixtures
+__all__ = ["authority", "ranks", "start_server", "start_web"]  # fixtures
 
 OF_ENDS = {"MxserverDown", "MxworkerDown", "MxworkerMemoryDamaged"}  # test_prometheus.py
 BY_PROMTOOL_ALONE = {
     "MxserverCallsSlow": "needs a store that takes seconds for each call, for minutes",
     "MxserverHeartbeatsLate": "the same",
     "MxserverQueuesFull": "the same, and a hundred callers",
-    "MxserverCertificateExpires": "its metric is compared with real certificates in tests/security/test_tls.py",
 }
 _numbers = itertools.count()
 
@@ -83,10 +85,19 @@ OF_A_LOST_STORE = {"MxserverNotReady", "MxserverStoreErrors", "MxserverCallsFail
 OF_DOWNLOADS = {"MxserverDownloadsFailing"}
 OF_WORKERS = {"MxworkerWrongChunks": ("WRONG_CHUNKS", 5.0), "MxworkerSourcesSlow": ("STRAGGLERS", 20.0)}
 OF_A_KILL = {"MxworkerRankLost"}
+OF_A_CERTIFICATE = {"MxserverCertificateExpires"}
 
 
 def test_every_alert_is_fired_for_real_or_says_why_not() -> None:
-    fired = OF_ENDS | OF_THE_SERVER.keys() | OF_A_LOST_STORE | OF_WORKERS.keys() | OF_A_KILL | OF_DOWNLOADS
+    fired = (
+        OF_ENDS
+        | OF_THE_SERVER.keys()
+        | OF_A_LOST_STORE
+        | OF_WORKERS.keys()
+        | OF_A_KILL
+        | OF_DOWNLOADS
+        | OF_A_CERTIFICATE
+    )
     assert not fired & BY_PROMTOOL_ALONE.keys()
     assert fired | BY_PROMTOOL_ALONE.keys() == {alert["alert"] for alert in alerts()}
 
@@ -138,5 +149,19 @@ def test_alerts_fire_as_servers_and_workers_tell_what_is_wrong_and_clear(
         ranks[0].end(kill=True)
         until_fired("MxworkerRankLost", lambda: None)
         prometheus.wait_until(lambda: firing(prometheus) == set(), "all is well again")
+    finally:
+        prometheus.close()
+
+
+def test_a_certificate_that_ends_soon_is_told_until_it_is_renewed(
+    start_server: StartServer, authority: Authority, ranks: list[Rank], tmp_path: Path
+) -> None:
+    port = tls(start_server, authority).metrics_port  # for a day
+    worker = f"127.0.0.1:{ranks[0].port}"
+    prometheus = Prometheus(tmp_path, f"127.0.0.1:{port}", worker, quick(RULES, tmp_path), "https")
+    try:
+        prometheus.wait_until(lambda: firing(prometheus) == OF_A_CERTIFICATE, "the end is near")
+        authority.issue("server", "127.0.0.1", days=30)
+        prometheus.wait_until(lambda: firing(prometheus) == set(), "the new one is taken without a restart")
     finally:
         prometheus.close()

@@ -105,14 +105,21 @@ NAME = re.compile(r"\bmx(?:server|worker)?_\w+")
 class Prometheus:
     """A real one that scrapes a server and a worker twice a second as the chart's monitors do, with our rules."""
 
-    def __init__(self, folder: Path, server: str, worker: str, rules: Path = RULES) -> None:
+    def __init__(self, folder: Path, server: str, worker: str, rules: Path = RULES, scheme: str = "http") -> None:
+        """`scheme` is the server's; its certificate may be anybody's."""
         scraped = [("mxserver", "/metrics", server), ("mxserver-models", "/metrics/models", server)]
         scraped.append(("mxworker", "/metrics", worker))
         config = {
             "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
             "rule_files": [str(rules)],
             "scrape_configs": [
-                {"job_name": job, "metrics_path": path, "static_configs": [{"targets": [target]}]}
+                {
+                    "job_name": job,
+                    "metrics_path": path,
+                    "static_configs": [{"targets": [target]}],
+                    "scheme": "http" if job == "mxworker" else scheme,
+                    "tls_config": {"insecure_skip_verify": True},
+                }
                 for job, path, target in scraped
             ],
         }

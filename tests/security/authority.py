@@ -24,13 +24,13 @@ class Authority:
         self.ca_file = folder / f"{name}.pem"
         self.ca_file.write_bytes(certificate)
 
-    def issue(self, name: str, *hosts: str) -> tuple[Path, Path]:
+    def issue(self, name: str, *hosts: str, days: float = 1) -> tuple[Path, Path]:
         """Files with a certificate for these hosts and its key; files of the same name are replaced."""
         key = ec.generate_private_key(ec.SECP256R1())
         alternatives = [_general_name(host) for host in hosts]
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         extensions = [x509.SubjectAlternativeName(alternatives)] if alternatives else []
-        certificate = self._signed(subject, key, *extensions)
+        certificate = self._signed(subject, key, *extensions, days=days)
         text = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -42,7 +42,9 @@ class Authority:
         os.replace(fresh, path)  # noqa: PTH105
         return path
 
-    def _signed(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *extensions: x509.ExtensionType) -> bytes:
+    def _signed(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *extensions: x509.ExtensionType, days: float = 1
+    ) -> bytes:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
@@ -51,7 +53,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=days))
         )
         for extension in extensions:
             builder = builder.add_extension(extension, critical=False)
