@@ -134,11 +134,8 @@ class HolderPull:
         self._thread.start()
 
     def stop(self, error: TransferError | None = None, *, at_once: bool = False) -> None:
-        """Makes it end: at once with an `error` or when nothing is in flight, else when what is in flight has come.
-
-        The first error stays: the others may be done while a straggler still says goodbye by its slow link.
-        """
-        self._given_up = self._given_up or error
+        """Makes it end: at once with an `error` or when nothing is in flight, else when what is in flight has come."""
+        self._given_up = self._given_up or error  # all may be done while a straggler still says goodbye
         self._stopped.set()
         mover = self._mover
         if error is not None and mover is not None:
