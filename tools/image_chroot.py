@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,12 +145,9 @@ class Builder:
         self.files = sorted(context_files(context, Ignored(ignore.read_text() if ignore.exists() else "")))
         self.images: dict[str, Image] = {}
 
-    def build(
-        self, bases: Mapping[str, Path], binds: Mapping[Path, str] | None = None, kept: Path | None = None
-    ) -> Image:
+    def build(self, bases: Mapping[str, Path], binds: Mapping[Path, str] | None = None) -> Image:
         """The last stage's image. `bases` are file systems by the names that FROM has, and "" any other; `binds` are
-        folders of this machine that RUN sees at a path; `kept` is one that it sees as `build` in the WORKDIR where a
-        stage has one: what one image's lines compiled there the next one's find. Raises ImageError."""
+        folders of this machine that RUN sees at a path. Raises ImageError."""
         values = {**self.defaults, **{name: self.given[name] for name in self.defaults if name in self.given}}
         for number, stage in enumerate(self.stages):
             base = filled(stage.base, values)
@@ -161,14 +157,10 @@ class Builder:
             root = self.place / (stage.name or f"stage-{number}")
             subprocess.run(["cp", "-a", "--reflink=auto", str(source), str(root)], check=True)
             self.images[stage.name or str(number)] = image = Image(root)
-            self._fill(image, stage, values, binds or {}, kept)
-        if kept is not None:
-            _date_tomorrow(kept)
+            self._fill(image, stage, values, binds or {})
         return image
 
-    def _fill(
-        self, image: Image, stage: Stage, outer: Mapping[str, str], binds: Mapping[Path, str], kept: Path | None
-    ) -> None:
+    def _fill(self, image: Image, stage: Stage, outer: Mapping[str, str], binds: Mapping[Path, str]) -> None:
         arguments: dict[str, str] = {}
         for name, rest in stage.instructions:
             values = {**arguments, **image.environ}
@@ -191,8 +183,7 @@ class Builder:
             elif name == "COPY":
                 self._copy(image, filled(rest, values))
             elif name == "RUN":
-                below = {kept: f"{image.folder}/build"} if kept is not None and image.folder != "/" else {}
-                self._run(image, rest, values, {**binds, **below})
+                self._run(image, rest, values, binds)
 
     def _run(self, image: Image, command: str, environ: Mapping[str, str], binds: Mapping[Path, str]) -> None:
         seen = {str(source): at for source, at in binds.items()}
@@ -246,13 +237,6 @@ class Builder:
             copy = place / relative if into or path != wanted else place
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self.context / path, copy, follow_symlinks=False)
-
-
-def _date_tomorrow(folder: Path) -> None:
-    """The next image's compiler is installed after this one's: what was compiled must not look older than it."""
-    tomorrow = time.time() + 86400
-    for path in folder.rglob("*"):
-        os.utime(path, (tomorrow, tomorrow))
 
 
 def _copy_out(source: Path, place: Path) -> None:

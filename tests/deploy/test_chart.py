@@ -99,6 +99,13 @@ def refusal(*arguments: str) -> str:
     return str(caught.value.stderr)
 
 
+def assert_valid(text: str) -> None:
+    """By the schemas of three versions."""
+    for document in yaml.safe_load_all(text):
+        for version in VERSIONS if document["apiVersion"] not in OWN_KINDS else ():
+            kubernetes_validate.validate(document, version, strict=True)
+
+
 @pytest.mark.parametrize("setup", [None, *SETUPS])
 def test_lint_finds_nothing(setup: str | None) -> None:
     given = ["-f", str(VALUES / setup)] if setup else []
@@ -107,10 +114,7 @@ def test_lint_finds_nothing(setup: str | None) -> None:
 
 @pytest.mark.parametrize("setup", [None, *SETUPS])
 def test_setups_fit_the_schemas(setup: str | None) -> None:
-    given = ["-f", str(VALUES / setup)] if setup else []
-    for document in yaml.safe_load_all(rendered(*given)):
-        for version in VERSIONS if document["apiVersion"] not in OWN_KINDS else ():
-            kubernetes_validate.validate(document, version, strict=True)
+    assert_valid(rendered(*(["-f", str(VALUES / setup)] if setup else [])))
 
 
 @pytest.mark.parametrize(("path", "value"), LEAVES, ids=[path for path, _ in LEAVES])
@@ -119,7 +123,22 @@ def test_each_value_does_something(path: str, value: object) -> None:
     given = [part for one in beside for part in ("--set", one)]
     if any("redis" in one for one in beside):
         given += ["--set-json", 'redis.existingSecret="s"']  # else each rendering makes another password
-    assert rendered(*given) != rendered(*given, "--set-json", f"{path}={another(path, value)}")
+    changed = rendered(*given, "--set-json", f"{path}={another(path, value)}")
+    assert rendered(*given) != changed
+    assert_valid(changed)
+
+
+TEXTS = [path for path, value in LEAVES if isinstance(value, str) and path not in OTHER and not path.endswith(".size")]
+TEXTS.remove("name")  # of all objects: refused by the schema where it is none
+
+
+@pytest.mark.parametrize("path", TEXTS)
+@pytest.mark.parametrize("text", ["true", "0123"])
+def test_a_text_that_looks_like_something_else_stays_a_text(path: str, text: str) -> None:
+    """Without quotes YAML has a boolean and a number there, which Kubernetes refuses."""
+    beside = BESIDE.get(path, BESIDE.get(path.split(".")[0], []))
+    given = [part for one in beside for part in ("--set", one)]
+    assert_valid(rendered(*given, "--set-json", f'{path}="{text}"'))
 
 
 def test_further_settings_reach_the_server() -> None:
@@ -139,10 +158,17 @@ def test_further_settings_reach_the_server() -> None:
         ("store.kind=mysql", "must be one of"),
         ("store.knd=redis", "additional properties 'knd' not allowed"),
         ("cache.size=big", "does not match pattern"),
+        ("name=0x", "does not match pattern"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(given: str, said: str) -> None:
     assert said in refusal("--set", given)
+
+
+def test_a_name_that_yaml_takes_for_a_boolean_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        rendered("--set-json", 'name="true"')
+    assert "'name': 'not' failed" in str(caught.value.stderr) or "/name" in str(caught.value.stderr)
 
 
 def test_the_dashboard_and_the_rules_are_those_of_deploy() -> None:

@@ -57,14 +57,6 @@ def base(place: Path) -> Path:
         pytest.skip(f"debootstrap had no Debian: {error}")
 
 
-@pytest.fixture(scope="session")
-def compiled(place: Path) -> Path:
-    """Both images build the package with the same Python and compiler: the second finds what the first compiled."""
-    folder = place / "compiled"
-    folder.mkdir()
-    return folder
-
-
 STAND_IN = f"""\
 FROM {DEBIAN}
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libnuma1 python3-dev python3-venv \\

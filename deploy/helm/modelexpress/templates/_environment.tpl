@@ -8,12 +8,12 @@
 {{- if .Values.redis.bundled }}
 - name: REDIS_PASSWORD
   valueFrom:
-    secretKeyRef: {name: {{ include "mx.redisSecret" . }}, key: password}
+    secretKeyRef: {name: {{ include "mx.redisSecret" . | quote }}, key: password}
 - {name: REDIS_URL, value: "redis://:$(REDIS_PASSWORD)@{{ include "mx.name" . }}-redis:6379/0"}
 {{- else }}
 - name: REDIS_URL
   valueFrom:
-    secretKeyRef: {name: {{ include "mx.redisSecret" . }}, key: url}
+    secretKeyRef: {name: {{ include "mx.redisSecret" . | quote }}, key: url}
 {{- end }}
 {{- end }}
 - {name: MODEL_EXPRESS_CACHE_DIRECTORY, value: /var/cache/mxserver}
@@ -26,7 +26,7 @@
 {{- if .Values.cache.huggingFaceSecret }}
 - name: HF_TOKEN
   valueFrom:
-    secretKeyRef: {name: {{ .Values.cache.huggingFaceSecret }}, key: HF_TOKEN}
+    secretKeyRef: {name: {{ .Values.cache.huggingFaceSecret | quote }}, key: HF_TOKEN}
 {{- end }}
 {{- if $tls }}
 - {name: MX_TLS_CERT_FILE, value: /etc/mxserver/tls/tls.crt}
@@ -69,11 +69,11 @@
 {{- define "mx.volumes" -}}
 {{- if eq .Values.store.kind "sqlite" }}
 - name: state
-  persistentVolumeClaim: {claimName: {{ include "mx.stateClaim" . }}}
+  persistentVolumeClaim: {claimName: {{ include "mx.stateClaim" . | quote }}}
 {{- end }}
 - name: cache
 {{- if or .Values.cache.claim .Values.cache.existingClaim }}
-  persistentVolumeClaim: {claimName: {{ include "mx.cacheClaim" . }}}
+  persistentVolumeClaim: {claimName: {{ include "mx.cacheClaim" . | quote }}}
 {{- else }}
   emptyDir: {sizeLimit: {{ .Values.cache.size }}}
 {{- end }}
@@ -81,10 +81,10 @@
   emptyDir: {sizeLimit: 1Gi}
 {{- with include "mx.tlsSecret" . }}
 - name: tls
-  secret: {secretName: {{ . }}, defaultMode: 0440}
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440}
 {{- end }}
 {{- with .Values.auth.accessSecret }}
 - name: access
-  secret: {secretName: {{ . }}, defaultMode: 0440}
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440}
 {{- end }}
 {{- end -}}
