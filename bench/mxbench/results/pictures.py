@@ -83,6 +83,8 @@ def _progress(lines: dict[str, list[tuple[float, int]]], model_bytes: int) -> An
 
 
 def _fan_out(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
     def paint(axes: Axes) -> None:
         single = min((row["seconds"] for row in rows if row["receivers"] == 1), default=None)
         for strategy in _STRATEGIES:
@@ -91,7 +93,7 @@ def _fan_out(rows: list[dict[str, Any]]) -> Any:
                 counts, ratios = [count for count, _ in line], [seconds / single for _, seconds in line]
                 axes.plot(counts, ratios, marker="o", label=strategy)
         axes.axhline(1, linestyle="--", color="gray", label="the links' limit")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="receivers", ylabel="T(N) / T(1)", ylim=(0, None))
         axes.legend(fontsize="small")
 
