@@ -26,7 +26,7 @@ from mxbench.demo import far_storage
 from mxbench.demo.processes import DemoError
 from mxbench.demo.workers import PROMPTS
 from mxbench.fleet.fleet import FleetError
-from mxbench.results import document
+from mxbench.results import document, json_option, rounds_option
 from mxbench.update.clients import Client, PauseWatch, asking, roll_out, tokens_of, update_engine
 from mxbench.update.fleet import Fleet, started
 
@@ -41,8 +41,8 @@ Answers = dict[str, list[int]]
 @click.option(
     "--megabits", type=click.FloatRange(1), default=320.0, show_default=True, help="Each link's rate, both ways."
 )
-@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Of three updates each.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with `figures`.")
+@rounds_option(1, "Of three updates each.")
+@json_option
 def command(engines: int, layers: int, megabits: float, rounds: int, as_json: bool) -> None:
     """Other weights for running engines: pauses, fan-out, storage, answers."""
     if reason := far_storage.why_not():
