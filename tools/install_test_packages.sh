@@ -1,7 +1,7 @@
 #!/bin/sh
 # Programs that some tests run for real: a browser for the status page, Prometheus for rules and dashboard, Redis for
 # the store, libfaketime for the wall clock, and what the arguments name (PROGRAM:PACKAGE). `make test`, `test-adversary`,
-# `test-cluster` and `test-images` call this; without root, or without Debian's packages, those tests skip and say so.
+# `test-cluster`, `test-updates` and `test-images` call this; without root, or without Debian's packages, those tests skip and say so.
 # Ubuntu has no Chromium but as a snap, whose packages here are scripts that say so, and which sees no other's /tmp.
 set -eu
 missing=

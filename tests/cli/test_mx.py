@@ -186,7 +186,7 @@ def test_every_command_of_the_package_is_a_bench() -> None:
 @pytest.mark.parametrize(
     ("package", "said"),
     [
-        ("numpy", "pip install 'fastsafetensors"),
+        ("numpy", "pip install 'boto3"),
         ("no_such_engine", "no_such_engine: it is not installed"),
         ("tests.no_such_stand_in", "source checkout"),
     ],

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.server import Server
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials
 from tests.cli.mx_process import Ran, mx
-from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, WORKER, StartServer, access_file, authority, start_server
 
 __all__ = ["authority", "start_server"]  # fixtures

@@ -13,11 +13,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
+from mxbench.stand_ins.hub import hub_stand_in  # noqa: E402
 from mxcore.engine import leave, load  # noqa: E402
 from mxserver.wire.files import ModelClient  # noqa: E402
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
-from tests.models.hub_stand_in import hub_stand_in  # noqa: E402
 from tests.server.conftest import ServerProcess  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,13 +13,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is the engine's")
 
+from mxbench.stand_ins.s3_server import S3Server, environment  # noqa: E402
 from mxcore.engine import leave, load  # noqa: E402
 from mxcore.errors import SignatureError, SignatureInvalid, SignedFileMismatch  # noqa: E402
 from mxserver.wire.calls import ServerClient  # noqa: E402
 from tests.engine.plain_engine import PlainEngine, answer, write_checkpoint  # noqa: E402
 from tests.engine.plain_worker import ROLES  # noqa: E402
 from tests.engine.test_plain_engine import options, started  # noqa: E402
-from tests.object_store.s3_server import S3Server, environment  # noqa: E402
 from tests.storage.signed.keyless import OwnSigstore  # noqa: E402
 from tests.storage.signed.signing import Key  # noqa: E402
 

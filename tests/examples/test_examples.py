@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from mxbench.fleet.fleet import Network
+from mxbench.stand_ins.s3_server import S3Server, environment
 from tests.examples.conftest import ROOT, Example, Start, line_of, output_of
 from tests.object_store.conftest import make_checkpoint
-from tests.object_store.s3_server import S3Server, environment
 
 MODEL_BYTES = 8 * 512 * 1024 * 4
 MEANS = [f"layers.{number} (512, 1024) {float(number)}" for number in range(8)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxcore import fetch, publish
 from mxcore.errors import SourceUnreachable
 from mxserver.wire import ServerRefused, ServerUnreachable
 from tests.exchange.conftest import PATIENT
-from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file, authority, start_server  # noqa: F401 - fixtures
 
 SETTINGS = {"MX_WORKER_HOST": "127.0.0.1", "MX_TRANSPORT": "tcp", **PATIENT}

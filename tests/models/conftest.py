@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn, hub_stand_in
 from mxserver.wire.files import ModelClient
-from tests.models.hub_stand_in import HubStandIn, hub_stand_in
 from tests.server.conftest import ServerProcess
 from tests.small_disk import SmallDisk
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mxbench.stand_ins.hub import HubStandIn
 from mxcore.cli.connection import Connection
 from mxcore.cli.models import models
 from mxserver.wire import SettingError
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
-from tests.models.hub_stand_in import HubStandIn
 from tests.models.models_command import data, mx
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
-from tests.models.hub_stand_in import HubStandIn
 from tests.models.models_command import data, mx
 
 TOTAL = sum(map(len, FILES.values()))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn
 from mxserver.wire.files import ModelClient
 from tests.installs import installed
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, WEIGHTS, StartServer, files_below
-from tests.models.hub_stand_in import HubStandIn
 
 THEIR_CLIENT = """
 import sys

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.models.tcp_proxy import TcpProxy
-from tests.object_store.s3_server import S3Server, environment
+from mxbench.stand_ins.s3_server import S3Server, environment
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 
 PREFIX = "team/tiny"
 URI = f"s3://models/{PREFIX}"

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.s3_server import S3Server
 from mxcore import Want, load, load_file, open_checkpoint, stream
 from mxcore.errors import ObjectMissing, SignatureError
 from mxcore.storage.access import RemoteCheckpoint
 from tests.object_store.conftest import URI
-from tests.object_store.s3_server import S3Server
 
 Made = tuple[Path, dict[str, np.ndarray]]
 

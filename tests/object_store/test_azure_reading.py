@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectTruncated
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
@@ -20,7 +21,6 @@ from mxcore.storage.remote import (
     stream_remote,
 )
 from tests.models.sources.test_azure import ACCOUNT, AZURITE, Azurite, keys
-from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL
 from tests.object_store.test_object_folder import equal, load
 

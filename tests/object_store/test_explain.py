@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.s3_server import KEY_ID, SECRET, S3Server, environment
 from mxserver.wire.calls import ServerClient, source_id
 from mxserver.wire.proto import p2p_pb2
 from tests.cli.mx_process import ROOT, Ran, mx
 from tests.object_store.conftest import PREFIX, URI
-from tests.object_store.s3_server import KEY_ID, SECRET, S3Server, environment
 from tests.server.conftest import ServerProcess
 
 Made = tuple[Path, dict[str, np.ndarray]]

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.s3_server import KEY_ID, SECRET, S3Server
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxcore.errors import (
     CheckpointError,
     ObjectDenied,
@@ -36,9 +38,7 @@ from mxcore.storage.remote import (
     stream_remote,
 )
 from mxcore.storage.remote.object_store import ObjectOptions, Reader
-from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import PREFIX, SMALL, URI, make_checkpoint, use
-from tests.object_store.s3_server import KEY_ID, SECRET, S3Server
 
 Made = tuple[Path, dict[str, np.ndarray]]
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mxbench.stand_ins.s3_server import S3Server
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxcore.errors import ObjectDenied, ObjectMissing, ObjectStoreError, StoreTimeout, StoreUnreachable
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
@@ -23,10 +25,8 @@ from mxcore.storage.remote import (
     stream_remote,
 )
 from mxcore.storage.remote.object_store import ObjectOptions, Reader
-from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import SMALL, make_checkpoint
 from tests.object_store.google_store import BUCKET, GoogleStore
-from tests.object_store.s3_server import S3Server
 from tests.object_store.test_object_folder import answer
 from tests.storage.limited import in_child
 

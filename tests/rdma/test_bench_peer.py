@@ -19,20 +19,20 @@ from tests.transfer.conftest import OTHER_NODE, RDMA_PORTS
 pytestmark = pytest.mark.rdma
 PACKET_BYTES = 1024
 MIB = 4
-MX = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "bench", "peer"]
+MX_BENCH = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "bench"]
 
 
 def test_the_link_and_the_product_by_rdma() -> None:
     address = ENDS["mxa"][0]
     there = {**os.environ, "UCX_NET_DEVICES": f"{RDMA_PORTS[0]},lo"}
     here = {**os.environ, "UCX_NET_DEVICES": f"{RDMA_PORTS[-1]},lo"}
-    listen = [*OTHER_NODE, *MX, "--listen", "--address", address, "--once"]
+    listen = [*OTHER_NODE, *MX_BENCH, "peer", "--listen", "--address", address, "--once"]
     before = packets_sent(RDMA_PORTS[0])
     with subprocess.Popen(listen, stderr=subprocess.PIPE, text=True, env=there) as listener:
         assert listener.stderr is not None
         assert "listening on" in listener.stderr.readline()
         words = ["--transport", "rdma", "--direction", "take", "--shape", "few", "--rounds", "1", "--seconds", "0.5"]
-        connect = [*MX, "--connect", address, "--mib", str(MIB), *words, "--json"]
+        connect = [*MX_BENCH, "peer", "--connect", address, "--mib", str(MIB), *words, "--json"]
         ran = subprocess.run(connect, capture_output=True, text=True, env=here)
         listener.kill()
     assert ran.returncode == 0, ran.stderr

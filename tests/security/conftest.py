@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.server import Server
 from mxserver.settings import load_settings
 from mxserver.wire.calls import source_id
 from mxserver.wire.proto import p2p_pb2
-from tests.security.authority import Authority
 
 IDENTITY = p2p_pb2.SourceIdentity(mx_version="mx-1", model_name="m")
 SOURCE = source_id(IDENTITY)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.security.authority import Authority
+from mxbench.stand_ins.authority import Authority
 
 
 def jwt(name: str, **claims: object) -> str:

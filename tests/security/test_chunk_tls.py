@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from mxbench.fleet.fleet import BY_NIXL, settings_of
+from mxbench.stand_ins.authority import Authority
 from mxcore.errors import NoChunkPort, NotEncrypted, PeerLost, SourceUnreachable, TransferStalled
 from mxcore.transfer.move import (
     GREETING,
@@ -30,7 +31,6 @@ from mxcore.transfer.move import (
 from mxcore.transfer.receive import holder_pull
 from mxcore.transfer.serve import ChunkListener
 from mxserver.wire.credentials import ClientCredentials, ServerTls, worker_tls
-from tests.security.authority import Authority
 from tests.security.test_worker_tls import NAME, environ_of
 from tests.transfer.conftest import WorkerProcess, wait_for
 from tests.transfer.serve.test_chunk_port import allowed, calling, holder

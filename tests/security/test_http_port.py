@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 from starlette.testclient import TestClient
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.security import AccessUnknown, Role
 from mxserver.security.roles import Caller
 from mxserver.security.setup import warning
@@ -27,7 +28,6 @@ from mxserver.web.models_view import StatusQuery
 from mxserver.web.pages import is_own_name
 from mxserver.wire import SettingError
 from mxserver.wire.credentials import ClientCredentials, ServerTls, server_context
-from tests.security.authority import Authority
 from tests.security.conftest import StartServer, access_file
 from tests.web.browser import Browser
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.settings import ServerSettings, load_settings, load_with_origins
 from mxserver.wire import ServerRefused, SettingError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials, credentials
 from mxserver.wire.proto import p2p_pb2
-from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, WORKER, StartServer, access_file
 from tests.security.kubernetes_stand_in import ApiServer, jwt, service_account
 

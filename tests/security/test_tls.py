@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.server import Server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, server_credentials
 from mxserver.wire.credentials import ClientCredentials, ServerTls, certificate_not_after, is_loopback, worker_tls
-from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer
 
 

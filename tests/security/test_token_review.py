@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.security import AccessUnknown, Role, Unauthenticated, token_review
 from mxserver.security.access_file import AccessFile
 from mxserver.security.roles import Caller
@@ -18,7 +19,6 @@ from mxserver.security.token_review import TokenReviews, api_server
 from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.credentials import ClientCredentials
-from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 from tests.security.kubernetes_stand_in import ApiServer, jwt, service_account
 

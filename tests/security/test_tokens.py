@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.calls.handlers import wrapped
 from mxserver.security import Role, Unauthenticated
 from mxserver.security import access_file as access_file_module
@@ -22,7 +23,6 @@ from mxserver.wire import ServerRefused, ServerUnreachable, SettingError
 from mxserver.wire.calls import ServerClient, open_channel
 from mxserver.wire.credentials import LONGEST_TOKEN_BYTES, ClientCredentials
 from mxserver.wire.proto import api_pb2, cache_pb2, health_pb2, model_pb2, model_pb2_grpc, mx_pb2, p2p_pb2, watch_pb2
-from tests.security.authority import Authority
 from tests.security.conftest import IDENTITY, READY, SOURCE, WORKER, StartServer, access_file
 
 TOKENS = {"reader": "r" * 40, "worker": "w" * 40, "other": "o" * 40, "boss": "b" * 40}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxcore.errors import SourceUnreachable
 from mxcore.transfer.move import Source, SourceClient
 from mxcore.transfer.serve import WorkerServer
 from mxserver.wire import SettingError
-from tests.security.authority import Authority
 from tests.transfer.conftest import (
     StartWorker,
     start_worker,  # noqa: F401 - a fixture

@@ -19,12 +19,20 @@ STEPS: dict[str, tuple[Any, str]] = {
 }
 
 
-def kill_at(step: str, pid: int = 0) -> None:
-    """SIGKILL to a process, this one by default, before the step; it is gone when the step begins."""
+def kill_at(step: str, pid: int = 0, number: int = 1) -> None:
+    """SIGKILL to a process, this one by default, before the step's nth time; it is gone when that begins.
+
+    Where the step is never so often, nobody is killed.
+    """
+    left = number
     owner, name = STEPS[step]
     function = vars(owner)[name]
 
     def killing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left:
+            return function(self, *args, **kwargs)
         setattr(owner, name, function)
         os.kill(pid or os.getpid(), signal.SIGKILL)
         while _runs(pid):

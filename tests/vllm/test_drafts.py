@@ -16,9 +16,9 @@ import pytest
 
 from mxbench.demo.models import weight_files
 from mxbench.demo.processes import files_away
+from mxbench.stand_ins.hub import hub_stand_in
+from mxbench.stand_ins.s3_server import S3Server, environment
 from mxserver.wire.files import ModelClient
-from tests.models.hub_stand_in import hub_stand_in
-from tests.object_store.s3_server import S3Server, environment
 from tests.server.conftest import ServerProcess
 from tests.storage.signed.signing import Key
 from tests.vllm import drafts

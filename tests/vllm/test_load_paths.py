@@ -12,10 +12,10 @@ import pytest
 
 from mxbench.demo import models
 from mxbench.demo.models import weight_files
+from mxbench.stand_ins.hub import hub_stand_in
+from mxbench.stand_ins.s3_server import SECRET, S3Server, environment
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxserver.wire.files import ModelClient
-from tests.models.hub_stand_in import hub_stand_in
-from tests.models.tcp_proxy import TcpProxy
-from tests.object_store.s3_server import SECRET, S3Server, environment
 from tests.server.conftest import ServerProcess
 from tests.small_disk import SmallDisk
 from tests.vllm.conftest import LLAMA, References

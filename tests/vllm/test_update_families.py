@@ -1,4 +1,4 @@
-"""Each family of models takes another version and the old one again, on the stock CPU build, which packs weights away.
+"""Each family of models takes another version and the old one again, with weights that vLLM packs away and without.
 
 On the way the update is cut, once at each of some modules drawn by a seed: then the engine has the old version.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,20 @@ NAMES = (
     "qwen3",
     "qwen3_moe",
 )
-CUTS = 2
+CUTS = 4
 MODULES = 20  # fewer than each of them has
 
 
+@pytest.fixture(params=["packed", "plain"])
+def packing(request: pytest.FixtureRequest, target: EngineHost) -> Iterator[str]:
+    """What engines of the process do with linear layers: pack them away, as without a test, or leave them."""
+    target.ask("plain_linear", on=request.param == "plain")
+    yield request.param
+    target.ask("plain_linear", on=False)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_there_and_back(name: str, folder: Path, target: EngineHost) -> None:
+def test_there_and_back(name: str, packing: str, folder: Path, target: EngineHost) -> None:
     if name in AVX512_ALONE and "avx512f" not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"vLLM's CPU build has no kernel of {name} for this processor, which lacks AVX-512")
     versions, options = versions_of(folder, name), OPTIONS.get(name, {})
@@ -44,7 +53,7 @@ def test_there_and_back(name: str, folder: Path, target: EngineHost) -> None:
     target.load(versions.one, keep=True, **options, **TRANSFER)
     before = addresses(target)
     try:
-        for after in random.Random(name).sample(range(1, MODULES), CUTS):
+        for after in random.Random(name + packing).sample(range(1, MODULES), CUTS):
             target.ask("call", function="tests.vllm.cutting:cut", arguments={"after": after})
             told = target.ask("update", info={"path": str(versions.two)})
             assert f"{versions.one} is again: " in told["error"], after

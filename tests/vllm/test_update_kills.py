@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from tests.vllm.engines import EngineHost
 from tests.vllm.updated import TRANSFER, Versions, as_loaded, now, update, versions_of
 
 IMPATIENT = {"stall_timeout_seconds": 1, "transfer_timeout_seconds": 5, "server_timeout_seconds": 3}
+SEEDS = int(os.environ.get("UPDATE_SEEDS", "6"))
+MODULES = 12  # that a step's number is drawn from; the model has more
 STEPS = ("a holder is found", "its weights fit", "the first module is written", "the new version is offered")
 """Keys of `tests.vllm.killing.STEPS`."""
 PROCESSED: dict[str, Any] = {"layout": "processed", **IMPATIENT}
@@ -41,8 +45,9 @@ def other(folder: Path, server: str) -> Iterator[EngineHost]:
     host.close()
 
 
-def kill_at(host: EngineHost, step: str, pid: int = 0) -> None:
-    host.ask("call", function="tests.vllm.killing:kill_at", arguments={"step": step, "pid": pid})
+def kill_at(host: EngineHost, step: str, pid: int = 0, number: int = 1) -> None:
+    arguments = {"step": step, "pid": pid, "number": number}
+    host.ask("call", function="tests.vllm.killing:kill_at", arguments=arguments)
 
 
 @pytest.mark.parametrize("step", STEPS[:2])
@@ -77,7 +82,7 @@ def test_the_server_is_killed(
 ) -> None:
     """The holder still gives its weights, or storage does."""
     server = Server(tmp_path)
-    extra = {**PROCESSED, "server_address": server.start()}
+    extra: dict[str, Any] = {**PROCESSED, "server_address": server.start()}
     first = step == "the first module is written"  # which nobody does who takes processed weights
     try:
         if not first:
@@ -89,6 +94,50 @@ def test_the_server_is_killed(
     finally:
         source.ask("end")
         target.ask("end")
+        server.child.stop()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_kill_that_a_seed_draws(
+    seed: int,
+    tmp_path: Path,
+    other: EngineHost,
+    target: EngineHost,
+    versions: Versions,
+    expected: dict[Path, dict[str, Any]],
+) -> None:
+    """Holder, server or engine, at any step: whole weights of one version afterwards, and the next updates are right.
+
+    UPDATE_SEEDS says how many are drawn.
+    """
+    draw = random.Random(seed)
+    victim, step = draw.choice(("holder", "server", "engine")), draw.choice(STEPS)
+    number = draw.randint(1, MODULES) if step == "the first module is written" else 1
+    raw = number > 1 or step == "the first module is written"  # those who take processed weights write no module
+    server = Server(tmp_path)
+    extra: dict[str, Any] = {**(IMPATIENT if raw else PROCESSED), "server_address": server.start()}
+    try:
+        other.load(versions.two, extra=extra, keep=True)
+        target.load(versions.one, extra=extra, keep=True, **TRANSFER)
+        pid = {"holder": other.process.pid, "server": server.child.pid, "engine": 0}[victim]
+        kill_at(target, step, pid, number)
+        if victim == "engine":
+            with pytest.raises(AssertionError, match="gave no answer to update"):
+                target.ask("update", info={"path": str(versions.two)})
+            target.ask("plain_linear", on=True)  # it is another process by now
+            target.load(versions.one, extra=extra, keep=True, **TRANSFER)
+            assert now(target) == expected[versions.one]
+        else:
+            told = target.ask("update", info={"path": str(versions.two)})
+            model = told["states"][0]["models"][0]
+            assert model["ready"], told
+            assert model["version"] == str(versions.one if told["error"] else versions.two)
+            assert now(target) == expected[Path(model["version"])]
+        for version in (versions.two, versions.one):
+            update(target, path=str(version))
+            assert now(target) == expected[version]
+    finally:
+        target.renew()
         server.child.stop()
 
 

@@ -22,7 +22,7 @@ from mxbench.fleet.fleet import BY_NIXL, Fleet, Network
 from mxbench.hostile.liars import receive_from_liars
 from mxbench.hostile.readers import attack_all
 from mxbench.hostile.strangers import strangers_beside
-from mxbench.results import document
+from mxbench.results import document, json_option
 
 FAILOVER_REPEATS = 3
 SETTINGS = ("tcp", BY_NIXL, "same-host", "network")
@@ -65,6 +65,8 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
         attacked = attack_all()
         figures["bytes_written_by_readers"] = attacked.bytes_written
         figures["strangers_let_in_by_mtls"] = attacked.strangers_let_in
+        if attacked.left_out:
+            click.echo(f"left out: {attacked.left_out}", err=True)
     if stranger_seconds:
         beset = strangers_beside(stranger_seconds, seed)
         figures["stranger_calls"], figures["worker_rss_growth_mib"] = beset.calls, round(beset.growth_mib, 1)
@@ -117,7 +119,7 @@ def trust(liars: int, self_checks: int, hostile: bool, stranger_seconds: float, 
     show_default=True,
     help="Seconds of strangers' calls; 0: none.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(
     runs: int,
     seed: int | None,

@@ -24,7 +24,7 @@ from mxbench.fleet.certificates import certificates
 from mxbench.fleet.fleet import BY_NIXL, Fleet, FleetError, Process
 from mxbench.hostile.liars import receive, start
 from mxbench.hostile.strangers import rss_mib
-from mxbench.results import document
+from mxbench.results import document, json_option
 
 WAYS = {  # by name: the transport, whether both have certificates, and its share of the transfers
     "sockets": ("tcp", False, 0.3),
@@ -170,7 +170,7 @@ def _until_quiet(holder: Process) -> None:
 )
 @click.option("--seed", default=1, show_default=True, help="Of orders, and of the moments of kills.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="This one alone, with its share.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(transfers: int, seed: int, ways: tuple[str, ...], as_json: bool) -> None:
     """Many transfers between the same two processes, by each way; what came on top after warming up."""
     soaked = soak(transfers, seed, {name: WAYS[name] for name in ways} or None)

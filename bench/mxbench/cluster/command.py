@@ -27,7 +27,7 @@ from mxbench.cluster.steps import STRATEGIES, steps_of
 from mxbench.cluster.verdict import figures_of, verdict
 from mxbench.hosts import HostError
 from mxbench.peer import TRANSPORTS
-from mxbench.results import document
+from mxbench.results import document, json_option, mib_option
 
 MIB = 1 << 20
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -38,7 +38,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--hosts", "hosts_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The machines."
 )
 @click.option("--run", "run", type=click.Path(file_okay=False, path_type=Path), help="Folder (default: mx-bench-NOW).")
-@click.option("--mib", type=click.IntRange(1), default=1024, show_default=True, help="Size of the model.")
+@mib_option(1024, "Size of the model.")
 @click.option("--chunk-mib", type=_POSITIVE, default=16.0, show_default=True, help="Size of a chunk.")
 @click.option("--transport", type=click.Choice(["auto", *TRANSPORTS]), default="auto", show_default=True)
 @click.option("--connections", type=click.IntRange(1, 64), default=4, show_default=True, help="Between a pair.")
@@ -51,7 +51,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--manifest", "as_manifest", is_flag=True, help="Print a Kubernetes Job that does the same, and end.")
 @click.option("--image", default="mx-modelexpress:0.1.0", show_default=True, help="Of the manifest's pods.")
 @click.option("--count", type=click.IntRange(2), default=4, show_default=True, help="Pods of the manifest.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(
     hosts_file: Path | None,
     run: Path | None,

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["figures_of", "slow_links", "verdict"]
 
 SLOW = 0.5  # of the median
+MORE = 1.5  # times the fastest link: another way
 
 
 def figures_of(steps: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -56,6 +57,8 @@ def verdict(steps: Mapping[str, dict[str, Any]], failed: Sequence[str]) -> Itera
         ]
         beside = f" ({', '.join(others)})" if others else ""
         yield f"{most} receivers take {figures[f't{most}_over_t1']:.2f} times as long as one{beside}"
+    if "link_fastest_gbps" in figures and (passed := _past_the_links(steps, figures["link_fastest_gbps"])):
+        yield passed
     if "storage_readers" in figures:
         yield f"storage was read by {figures['storage_readers']:.0f} of all that started at once"
     if "killed_over_undisturbed" in figures:
@@ -64,6 +67,19 @@ def verdict(steps: Mapping[str, dict[str, Any]], failed: Sequence[str]) -> Itera
         yield f"failed: {', '.join(failed)}"
     if "pairs" in steps:
         yield _about_links(steps["pairs"]["pairs"])
+
+
+def _past_the_links(steps: Mapping[str, dict[str, Any]], fastest_gbps: float) -> str:
+    """What is said of receivers that took from one holder alone, faster than any link gives; empty where none did."""
+    rates = [
+        step["figures"]["slowest_receiver_gbps"]
+        for step in steps.values()
+        if "fan_out" in step and (step["fan_out"]["receivers"] == 1 or step["fan_out"]["strategy"] == "star")
+    ]
+    if not rates or max(rates) <= MORE * fastest_gbps:
+        return ""
+    told = f"receivers had {max(rates):.3g} GB/s, the fastest link {fastest_gbps:.3g}"
+    return f"{told}: they took another way than the links (one machine's memory, RDMA)"
 
 
 def _about_links(pairs: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mxbench.checkout import ROOT
+from mxbench.needs import ROOT
 
 
 class Attack(NamedTuple):

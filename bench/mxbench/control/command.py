@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 
 import click
 
+from mxbench.needs import why_no_tests
+from mxbench.results import document, json_option
+
 CALLS_PER_WORKER = 5
 
 
@@ -63,7 +66,7 @@ CALLS_PER_WORKER = 5
 )
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--table", is_flag=True, help="A row of the capacity table in docs/how-to/run-a-server.md.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(
     workers: int,
     at_once: int,
@@ -88,7 +91,10 @@ def command(
         result = _measure(
             stack, Path(place), store, replicas, processes, workers, shape, (idle_seconds, heartbeat_seconds)
         )
-    if attack_seconds:
+    if attack_seconds and (why := why_no_tests()):
+        result["left_out"] = {"hostile clients": why}
+        click.echo(f"left out: hostile clients: {why}", err=True)
+    elif attack_seconds:
         from mxbench.control.adversary import attacks_on
 
         with tempfile.TemporaryDirectory(prefix="mx-bench-", dir=folder) as place:
@@ -101,8 +107,6 @@ def command(
             "adversary_failures": sum(len(attack.failures) for attack in attacks),
         }
     if as_json:
-        from mxbench.results import document
-
         asked = {**click.get_current_context().params, "folder": str(folder or ""), "replicas": replicas}
         figures = result.pop("figures")
         click.echo(json.dumps(document(result.pop("bench"), figures, settings=asked, **result)))

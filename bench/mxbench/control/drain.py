@@ -21,7 +21,7 @@ import click
 import grpc
 
 from mxbench.control.processes import Server
-from mxbench.results import document
+from mxbench.results import document, json_option, rounds_option
 from mxserver.wire.calls import channel_options
 from mxserver.wire.proto import p2p_pb2, p2p_pb2_grpc
 
@@ -33,13 +33,11 @@ CLEAN = ("the server is draining", "Connection refused")
 
 @click.command("drain")
 @click.option("--calls", type=click.IntRange(1), default=12_000, show_default=True, help="Calls in all, at least.")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="How often the server gets SIGTERM."
-)
+@rounds_option(6, "How often the server gets SIGTERM.")
 @click.option(
     "--callers", type=click.IntRange(1), default=24, show_default=True, help="Connections that call at the same time."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(calls: int, rounds: int, callers: int, as_json: bool) -> None:
     """SIGTERM under load: which calls fail."""
     outcomes: Counter[str] = Counter()

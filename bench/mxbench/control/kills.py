@@ -22,7 +22,7 @@ import click
 
 from mxbench.control.processes import Redis, Server
 from mxbench.fleet.free_ports import free_port
-from mxbench.results import document
+from mxbench.results import document, json_option
 from mxserver.wire import ServerUnreachable, WireError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -48,7 +48,7 @@ BACK_SECONDS = 120.0
     help="Seconds between a start and its kill, at most.",
 )
 @click.option("--seed", default=7, show_default=True, help="Of the random moments.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(kills: int, store: str, victim: str, threads: int, longest: float, seed: int, as_json: bool) -> None:
     """Kills the server, or its store, and looks for what was acknowledged."""
     if victim == "store" and store != "redis":

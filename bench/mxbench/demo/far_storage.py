@@ -68,9 +68,9 @@ def run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _store(stack: ExitStack, root: Path, folder: Path, network: Network) -> dict[str, str]:
     """Starts a real S3 server in its namespace; returns the environment of its clients."""
-    from tests.object_store.s3_server import environment
+    from mxbench.stand_ins.s3_server import environment
 
-    command = ["-m", "tests.object_store.s3_server", str(root), network.address(STORE)]
+    command = ["-m", "mxbench.stand_ins.s3_server", str(root), network.address(STORE)]
     child = Child("S3 server", command, {}, folder / "logs" / "far-store.log", network.prefix(STORE))
     stack.callback(child.stop)
     child.wait_until(lambda: child.log.read_text().endswith("\n"), STORE_READY_SECONDS)

@@ -21,7 +21,7 @@ import click
 from mxbench.demo import models
 from mxbench.demo.processes import files_away
 from mxbench.demo.workers import Server
-from mxbench.results import document
+from mxbench.results import document, json_option, rounds_option
 
 STEPS = ("join", "build", "fill", "process", "keep", "offer")
 ENGINE_STEPS = ("build", "process")
@@ -117,8 +117,8 @@ def table(measured: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 @click.command()
-@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1, 20), help="Rounds that count.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with `figures`.")
+@rounds_option(2, "Rounds that count.", most=20)
+@json_option
 def command(rounds: int, as_json: bool) -> None:
     """Seconds of a load in vLLM by step: mx, the default loader, nothing but bytes."""
     measured = measure(rounds, lambda text: print(text, file=sys.stderr, flush=True))

@@ -28,7 +28,7 @@ import xxhash
 
 from mxbench.files.bare import bare_http, bare_tls, take_http, take_tls
 from mxbench.files.server import running_server
-from mxbench.results import document
+from mxbench.results import document, json_option, mib_option, rounds_option
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import FileInfo, FileSource, ModelClient, PortState, provider_of
 from mxserver.wire.proto import model_pb2
@@ -127,7 +127,7 @@ def resent_after_cut(client: ModelClient, name: str, folder: Path, total_bytes: 
     the network twice, including bytes in buffers at the cut. A proxy counts the latter; a fetch without a cut is
     subtracted, so that heads of answers do not count.
     """
-    from tests.models.tcp_proxy import TcpProxy
+    from mxbench.stand_ins.tcp_proxy import TcpProxy
 
     place = client.list_files(name).place
     port = place.port if place else 0
@@ -150,8 +150,8 @@ def many_files(address: str, small: Listed, few: Listed, scratch: Path) -> dict[
     """The ways that have no bare limit, once each: files a second by the remote reader; over gRPC and from the hub,
     which are slow, as many as `few` has.
     """
+    from mxbench.stand_ins.hub import hub_stand_in
     from mxcore.storage.remote import ServerFolder, pull_small_files
-    from tests.models.hub_stand_in import hub_stand_in
 
     figures = {}
 
@@ -189,7 +189,7 @@ class Bench:
     """All runs of one `mx bench files`, over a scratch folder in memory."""
 
     def __init__(self, scratch: Path, stack: ExitStack, total_bytes: int, small_files: int) -> None:
-        from tests.security.authority import Authority
+        from mxbench.stand_ins.authority import Authority
 
         self.scratch = scratch
         self.total_bytes = total_bytes
@@ -343,14 +343,12 @@ def peak_mib(pid: int) -> float:
 
 
 @click.command()
-@click.option(
-    "--mib", type=click.IntRange(64), default=1024, show_default=True, help="Size of the model of large files."
-)
-@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True, help="Rounds; medians count.")
+@mib_option(1024, "Size of the model of large files.", least=64)
+@rounds_option(8, "Rounds; medians count.")
 @click.option(
     "--small-files", type=click.IntRange(1), default=10_000, show_default=True, help="Files of the model of small ones."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(mib: int, rounds: int, small_files: int, as_json: bool) -> None:
     """Model files from the server by HTTP, plain and TLS, against bare servers in the same rounds."""
     measured, samples = measure(mib * MIB, rounds, small_files)

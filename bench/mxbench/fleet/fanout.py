@@ -15,7 +15,7 @@ import click
 from mxbench.control.processes import cpu_seconds
 from mxbench.fleet.fleet import Fleet, Network
 from mxbench.fleet.free_ports import free_port
-from mxbench.results import NewFile, document
+from mxbench.results import NewFile, document, json_option
 
 MIB = 1 << 20
 RECEIVERS = (8, 32)
@@ -114,7 +114,7 @@ def shaped(receivers: int, megabits: float) -> float:
 )
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(["star", "doubling", "swarm"]))
 @click.option("--plot", "plot_file", type=NewFile(), help="Draw progress here.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(
     counts: tuple[int, ...],
     megabytes: int,

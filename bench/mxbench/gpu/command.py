@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from mxbench.results import document, json_option, rounds_option
+
 MIB = 1024 * 1024
 ROOM = 1.25  # of the checkpoint's size, free where it is put
 
@@ -29,9 +31,7 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
     show_default=True,
     help="Size of the checkpoint, and of device buffers.",
 )
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of each measurement; the fastest counts."
-)
+@rounds_option(3, "Of each measurement; the fastest counts.")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="As CUDA counts.")
 @click.option(
     "--folder",
@@ -39,7 +39,7 @@ ROOM = 1.25  # of the checkpoint's size, free where it is put
     help="Default: /dev/shm if there is room.",
 )
 @click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(size_mib: int, rounds: int, device: int, folder: Path | None, stand_in: str | None, as_json: bool) -> None:
     """Storage to a CUDA device, digests there, and NIXL between two processes, against the machine's limits."""
     from mxcore.cuda import driver as cuda_driver
@@ -77,7 +77,6 @@ def _roomy(size_bytes: int) -> Path:
 def _measured(place: Path, size_bytes: int, rounds: int, index: int, stand_in: str | None) -> dict[str, Any]:
     from mxbench.gpu import peers, sections
     from mxbench.load import made
-    from mxbench.results import document
     from mxcore.cuda import driver as cuda_driver
 
     card = cuda_driver.Device(index)

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mxbench.fleet.fleet import Fleet, FleetError, Process
+from mxbench.results import json_option
 
 MIB = 1 << 20
 
@@ -87,7 +88,7 @@ def _measured(workers: Workers, slow: str, total_bytes: int) -> dict[str, Any]:
 )
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="As CUDA counts.")
 @click.option("--stand-in", type=click.Path(dir_okay=False), hidden=True, help="The tests' driver without a GPU.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(
     tensors: int, tensor_mib: float, chunk_mib: float, slow: str, device: int, stand_in: str | None, as_json: bool
 ) -> None:

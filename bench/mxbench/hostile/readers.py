@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxbench.checkout import ROOT
 from mxbench.fleet.certificates import certificates
 from mxbench.fleet.fleet import BY_NIXL, Fleet, FleetError
 from mxbench.hostile.liars import start
+from mxbench.needs import ROOT, why_no_tests
 
 SECONDS = 120.0
 BY_TCP, BY_ATTACHING = "tcp,self", "tcp,cma,self"
@@ -27,11 +27,12 @@ class Attacked:
 
     `bytes_written` through sockets, NIXL over TCP, both with the fleet's certificates, and through what a reader by
     cuda_ipc may map (CUDA has no read-only handles). `strangers_let_in`: without a certificate, where workers have
-    them.
+    them. `left_out`: which of them could not run here, and why.
     """
 
     bytes_written: int
     strangers_let_in: int
+    left_out: str = ""
 
 
 def attack_all() -> Attacked:
@@ -56,6 +57,8 @@ def attack_all() -> Attacked:
             holder.send("changed")
             written += holder.expect("changed")["bytes"]
             holder.end()
+    if left_out := why_no_tests():
+        return Attacked(written, let_in, f"its reader by cuda_ipc: {left_out}")
     return Attacked(written + attack_device_memory(), let_in)
 
 

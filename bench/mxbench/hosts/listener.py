@@ -47,7 +47,12 @@ def listen(
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # of a machine that vanished
             say(f"{host} is connected")
             finished = False
-            with connection, connection.makefile("rb") as requests, connection.makefile("wb") as answers:
+            with (
+                suppress(OSError),  # at the end answers are flushed, and whoever asked may be gone
+                connection,
+                connection.makefile("rb") as requests,
+                connection.makefile("wb") as answers,
+            ):
                 finished = serve(requests, answers)
             say(f"{host} has left")
             if finished and until_finished:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mxbench.results import NewFile, document
+from mxbench.results import NewFile, document, json_option, rounds_option
 
 if TYPE_CHECKING:
     from mxbench.load.measure import Measured
@@ -47,9 +47,7 @@ MOST_SECONDS = 420.0  # then no further round begins
 
 @click.command("load")
 @click.option("--size-mib", type=click.IntRange(1), default=2048, show_default=True, help="Size of the checkpoint.")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and state."
-)
+@rounds_option(3, "Loads of each candidate and state.")
 @click.option(
     "--odd-tensors",
     type=click.IntRange(0),
@@ -60,7 +58,7 @@ MOST_SECONDS = 420.0  # then no further round begins
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On the disk to measure.")
 @click.option("--only", multiple=True, help="Candidates (default: all that are installed).")
 @click.option("--chart", type=NewFile(), help="Draw bars into this PNG.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(
     size_mib: int,
     rounds: int,

@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from mxbench.results import document
+from mxbench.needs import need_packages, need_rclone
+from mxbench.results import document, json_option, rounds_option
 
 MIB = 1024 * 1024
 URI = "s3://models/bench"
@@ -31,17 +32,17 @@ TIMEOUTS = {"RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS": "60000", "RUNAI_STREAMER_S3_
 
 @click.command("object")
 @click.option("--size-mib", type=click.IntRange(1), default=512, show_default=True, help="Size of the checkpoint.")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Loads of each candidate and latency."
-)
+@rounds_option(3, "Loads of each candidate and latency.")
 @click.option(
     "--latency-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="Added to each request, beside 0."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> None:
     """S3 into memory, with and without latency, against Run:ai alone and boto3."""
+    need_packages("torch", "boto3", "obstore", "runai_model_streamer_s3")
+    need_rclone()
     from mxbench.load import made
-    from tests.object_store.s3_server import S3Server, environment
+    from mxbench.stand_ins.s3_server import S3Server, environment
 
     with tempfile.TemporaryDirectory(prefix="mx-bench-object-") as place:
         folder = Path(place) / "s3" / "models" / "bench"
@@ -71,7 +72,7 @@ def command(size_mib: int, rounds: int, latency_ms: float, as_json: bool) -> Non
 
 
 def _proxy(address: str) -> Any:
-    from tests.models.tcp_proxy import TcpProxy
+    from mxbench.stand_ins.tcp_proxy import TcpProxy
 
     return TcpProxy(address, ranges_are_partial=True)
 

@@ -20,7 +20,7 @@ from mxbench.fleet import SHAPES
 from mxbench.hosts import DEFAULT_PORT, Host, HostError, listen, over_socket, started_here
 from mxbench.peer.measure import DIRECTIONS, Asked, Found, measure
 from mxbench.peer.product import TRANSPORTS
-from mxbench.results import document
+from mxbench.results import document, json_option, mib_option, rounds_option
 
 MIB = 1 << 20
 
@@ -31,8 +31,8 @@ MIB = 1 << 20
 @click.option("--address", default="", help="With --listen: the address to listen at (default: all).")
 @click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True)
 @click.option("--once", is_flag=True, help="With --listen: for one connection.")
-@click.option("--mib", type=click.IntRange(1), default=1024, show_default=True, help="Size of the models.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of everything; medians count.")
+@mib_option(1024, "Size of the models.")
+@rounds_option(3, "Of everything; medians count.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
@@ -49,7 +49,7 @@ MIB = 1 << 20
 )
 @click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), help="Default: both.")
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(SHAPES), help="Tensors: few, many. Default: both.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(
     listening: bool,
     connect: str | None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mxbench.results.arguments import NewFile
+from mxbench.results.arguments import NewFile, json_option, mib_option, rounds_option
 from mxbench.results.document import document, quantile
 from mxbench.results.machine import machine
 
-__all__ = ["NewFile", "document", "machine", "quantile"]
+__all__ = ["NewFile", "document", "json_option", "machine", "mib_option", "quantile", "rounds_option"]

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
+from mxbench.results.arguments import json_option
 from mxbench.results.files import Documents, read_documents
 from mxbench.results.units import better, unit_of
 
@@ -111,7 +112,7 @@ def differences(before: Documents, after: Documents) -> Iterator[str]:
     type=click.FloatRange(0, 10),
     help="The least change that counts; 0.1: 10 %.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(before: Path, after: Path, threshold: float, as_json: bool) -> None:
     """What changed from the results BEFORE to AFTER (files or folders); exit code 1 when something got worse."""
     old, new = read_documents(before), read_documents(after)

@@ -59,10 +59,10 @@ def _wanted(documents: Documents) -> Iterator[tuple[str, str, Any, float]]:
         yield "fan-out", "Seconds of N receivers over seconds of one", _fan_out([step["fan_out"] for step in steps]), 6
     for name, found in documents.items():
         if found.get("progress"):
-            caption = f"{name or found['bench']}: what each worker has, % of the model"
+            caption = f"{name.rpartition('/')[2] or found['bench']}: what each worker has, % of the model"
             yield f"progress-{name}".rstrip("-"), caption, _progress(found["progress"], found["model_bytes"]), 7
     burnt = {
-        f"{name} {figure}".strip(): value
+        f"{name.rpartition('/')[2]} {figure}".strip(): value
         for name, found in documents.items()
         for figure, value in found["figures"].items()
         if unit_of(figure) == "s/GB"
@@ -83,6 +83,8 @@ def _progress(lines: dict[str, list[tuple[float, int]]], model_bytes: int) -> An
 
 
 def _fan_out(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
     def paint(axes: Axes) -> None:
         single = min((row["seconds"] for row in rows if row["receivers"] == 1), default=None)
         for strategy in _STRATEGIES:
@@ -91,6 +93,7 @@ def _fan_out(rows: list[dict[str, Any]]) -> Any:
                 counts, ratios = [count for count, _ in line], [seconds / single for _, seconds in line]
                 axes.plot(counts, ratios, marker="o", label=strategy)
         axes.axhline(1, linestyle="--", color="gray", label="the links' limit")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="receivers", ylabel="T(N) / T(1)", ylim=(0, None))
         axes.legend(fontsize="small")
 
@@ -112,7 +115,9 @@ def _pairs(pairs: list[dict[str, Any]]) -> Any:
                 for column, taker in enumerate(names):
                     if (giver, taker) in rates:
                         text = f"{rates[giver, taker]:.3g}"
-                        axes.text(column, row, text, ha="center", va="center", color="white", fontsize=8)
+                        dark = rates[giver, taker] < shown.norm.vmax / 2  # type: ignore[operator] # of viridis' colors
+                        color = "white" if dark else "black"
+                        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
 
     return paint
 

@@ -14,11 +14,13 @@ from mxbench.results.files import Documents, read_documents
 from mxbench.results.pictures import Picture, draw
 
 PAGE = "report.html"
+_LONG = 30  # characters
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #1f2937 }
 table { border-collapse: collapse; margin: 0 0 1.5em } td, th { padding: .2em .8em; text-align: left }
 th { border-bottom: 2px solid #cbd5e1 } td { border-bottom: 1px solid #e2e8f0 }
 td.n { text-align: right; font-variant-numeric: tabular-nums } figure { margin: 0 0 1.5em } img { max-width: 100% }
+.wide { overflow-x: auto } .wide td { min-width: 3em } td.long { min-width: 14em }
 .verdict { font-size: 1.15em; font-weight: 600 } h2 { margin-top: 2em }
 """
 
@@ -96,9 +98,15 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterable
     right = set(numbers)
     lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
     for row in rows:
-        cells = (f"<td{' class=n' if at in right else ''}>{escape(str(cell))}" for at, cell in enumerate(row))
+        cells = (f"<td{_class(cell, at in right)}>{escape(cell)}" for at, cell in enumerate(row))
         lines.append("".join(cells))
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return "<div class=wide><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _class(cell: str, is_number: bool) -> str:
+    if is_number:
+        return " class=n"
+    return " class=long" if len(cell) > _LONG else ""  # else a narrow page has a word a line
 
 
 def _figure(picture: Picture) -> str:

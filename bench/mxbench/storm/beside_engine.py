@@ -1,8 +1,9 @@
 """What readers cost an engine that serves: `python -m mxbench.storm.beside_engine`, JSON lines.
 
 A real `vllm serve`, pinned to one core, answers one request after the other; readers on the other core take its weights
-again and again, by this project's receiver. Windows with and without readers alternate; the ratio of tokens a second is
-that of the medians. Readers on this host read the engine's memory by themselves; over TCP its process sends.
+again and again, by this project's receiver, with pauses that hold it to READ_BYTES a second. Windows with and without
+readers alternate; `tokens_kept` is the median of the ratios of tokens a second. Readers on this host read the engine's
+memory by themselves; over TCP its process sends.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mxserver.wire.proto import p2p_pb2
 PAIRS = 3
 WINDOW_SECONDS = 12.0
 TOKENS = 32
+READ_BYTES = 320e6  # a second
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -44,7 +46,7 @@ SHAPE = {
 
 
 def read(address: str, transport: str) -> None:
-    """Takes the weights of the one worker that serves until stdin ends; a line of bytes and seconds each time."""
+    """Takes the weights of the one worker that serves until it is ended; a line of bytes and seconds each time."""
     with ServerClient(address) as client:
         [ref] = client.list_sources(status=p2p_pb2.SOURCE_STATUS_READY)
     source = Source(ref.mx_source_id, ref.worker_id, ref.worker_rank, ref.worker_grpc_endpoint)
@@ -65,6 +67,7 @@ def read(address: str, transport: str) -> None:
         )
         began = time.monotonic()
         report = receiver.receive([source])
+        time.sleep(max(0.0, began + report.bytes / READ_BYTES - time.monotonic()))
         sys.stdout.write(f"{report.bytes} {time.monotonic() - began}\n")
         sys.stdout.flush()
 
@@ -102,7 +105,7 @@ def measured(worker: Worker, address: str, transport: str, core: int) -> dict[st
         "transport": transport,
         "tokens_per_second_alone": round(median(alone), 2),
         "tokens_per_second_beside": round(median(beside), 2),
-        "tokens_kept": round(median(beside) / median(alone), 3),
+        "tokens_kept": round(median(b / a for a, b in zip(alone, beside, strict=True)), 3),
         "readers_mb_per_second": round(read_bytes / read_seconds / 1e6, 1) if read_seconds else 0.0,
     }
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+from mxbench.results import document, json_option
+
 SETTLE_SECONDS = 3.0
 LEAD_SECONDS = 5.0  # processes of ranks import and make their clients
 SLACK_SECONDS = 10.0
@@ -83,7 +85,7 @@ REFUSED = 192
     help="Processes of ranks, a divisor of the ranks per host.",
 )
 @click.option("--refusing/--no-refusing", default=True, show_default=True, help="Measure a holder that refuses, too.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
     """A fleet that starts at once: what waiting, turns and news cost the server, and when workers hear."""
     runs = {}
@@ -104,8 +106,6 @@ def command(store: str, as_json: bool, refusing: bool, **shape: Any) -> None:
         figures["errors"] += found.failed
     result: dict[str, Any] = {"shape": shape, "cores": len(os.sched_getaffinity(0)), "runs": runs}
     if as_json:
-        from mxbench.results import document
-
         click.echo(json.dumps(document("storm", figures, settings={"store": store, **shape}, **result)))
         return
     for name, value in figures.items():

@@ -19,7 +19,7 @@ import click
 from mxbench.fleet import Shape, total_bytes
 from mxbench.fleet.certificates import certificates
 from mxbench.fleet.fleet import Fleet, Process
-from mxbench.results import document
+from mxbench.results import document, json_option
 from mxbench.transfer import limits, registration
 from mxbench.transfer.shapes import SHAPES, scaled
 
@@ -240,7 +240,7 @@ def samples_of(rates: dict[tuple[str, str], Rates], linked: dict[str, Rates]) ->
     help="Of the models: 1 is about 1 GB each.",
 )
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds; the median counts.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(scale: float, repeats: int, as_json: bool) -> None:
     """Transfer between two processes of this host, against one NIXL descriptor, sockets and memcpy in the same run.
 

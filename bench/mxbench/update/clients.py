@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -14,7 +16,7 @@ from typing import Any
 
 from mxbench.demo.workers import PROMPTS
 
-__all__ = ["Client", "PauseWatch", "asking", "tokens_of", "update_engine"]
+__all__ = ["Client", "PauseWatch", "asking", "roll_out", "tokens_of", "update_engine"]
 
 TOKENS = 4
 REQUEST_SECONDS = 300.0
@@ -23,9 +25,9 @@ GAP_SECONDS = 1.0  # between two requests of a client: engines that share two co
 POLL_SECONDS = 0.05
 
 
-def tokens_of(url: str, prompt: str) -> list[int]:
+def tokens_of(url: str, prompt: str, count: int = TOKENS) -> list[int]:
     """The engine's greedy answer. Raises OSError, HTTPException, KeyError."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+    body = {"model": "demo", "prompt": prompt, "max_tokens": count, "temperature": 0, "return_token_ids": True}
     data, headers = json.dumps({**body, "ignore_eos": True}).encode(), {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", data, headers)  # noqa: S310 - the bench's own engine
     try:
@@ -51,13 +53,26 @@ def update_engine(url: str, uri: str) -> None:
         raise RuntimeError(f"{url} had {uri} already")
 
 
+def roll_out(urls: Sequence[str], uri: str) -> dict[str, Any]:
+    """`mx rollout`, engine by engine; what it says. Raises RuntimeError unless all have it."""
+    command = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "rollout", "demo"]
+    command += ["--to", uri, "--json", "--engines", *urls]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=UPDATE_SECONDS, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"mx rollout ended with {ran.returncode}: {ran.stdout}{ran.stderr[-2000:]}")
+    told: dict[str, Any] = json.loads(ran.stdout)
+    return told
+
+
 class Client:
     """Asks one engine, one request after the other. `answers` has prompts with tokens, `failures` what was none."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, gap_seconds: float = GAP_SECONDS, tokens: int = TOKENS) -> None:
         self.answers: list[tuple[str, list[int]]] = []
         self.failures: list[str] = []
         self._url = url
+        self._gap_seconds = gap_seconds
+        self._tokens = tokens
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -68,10 +83,10 @@ class Client:
             prompt = PROMPTS[asked % len(PROMPTS)]
             asked += 1
             try:
-                self.answers.append((prompt, tokens_of(self._url, prompt)))
+                self.answers.append((prompt, tokens_of(self._url, prompt, self._tokens)))
             except (OSError, http.client.HTTPException, KeyError, ValueError) as error:
                 self.failures.append(f"{self._url}: {error!r}")
-            self._over.wait(GAP_SECONDS)
+            self._over.wait(self._gap_seconds)
 
     def end(self) -> None:
         """After the answer to what was asked last."""
@@ -80,9 +95,11 @@ class Client:
 
 
 @contextmanager
-def asking(urls: Sequence[str]) -> Iterator[list[Client]]:
-    """One client for each engine; they have ended, with all their answers, when the block has."""
-    clients = [Client(url) for url in urls]
+def asking(
+    urls: Sequence[str], each: int = 1, gap_seconds: float = GAP_SECONDS, tokens: int = TOKENS
+) -> Iterator[list[Client]]:
+    """So many clients for each engine; they have ended, with all their answers, when the block has."""
+    clients = [Client(url, gap_seconds, tokens) for url in urls for _ in range(each)]
     try:
         yield clients
     finally:

@@ -11,7 +11,6 @@ same bytes over the same link; `t4_over_t1` the time until all have what the tra
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +26,10 @@ from mxbench.demo import far_storage
 from mxbench.demo.processes import DemoError
 from mxbench.demo.workers import PROMPTS
 from mxbench.fleet.fleet import FleetError
-from mxbench.results import document
-from mxbench.update.clients import Client, PauseWatch, asking, tokens_of, update_engine
+from mxbench.results import document, json_option, rounds_option
+from mxbench.update.clients import Client, PauseWatch, asking, roll_out, tokens_of, update_engine
 from mxbench.update.fleet import Fleet, started
 
-ROLLOUT_SECONDS = 600.0
 Answers = dict[str, list[int]]
 
 
@@ -43,8 +41,8 @@ Answers = dict[str, list[int]]
 @click.option(
     "--megabits", type=click.FloatRange(1), default=320.0, show_default=True, help="Each link's rate, both ways."
 )
-@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Of three updates each.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with `figures`.")
+@rounds_option(1, "Of three updates each.")
+@json_option
 def command(engines: int, layers: int, megabits: float, rounds: int, as_json: bool) -> None:
     """Other weights for running engines: pauses, fan-out, storage, answers."""
     if reason := far_storage.why_not():
@@ -96,7 +94,7 @@ class Measured:
         had, second, third = fleet.versions
         _say(f"round {number}: all engines take {second.name} from the store, one after the other")
         before = fleet.bytes_from_store()
-        pauses = self._answered([had, second], fleet.urls, lambda: self._rollout(second))
+        pauses = self._answered([had, second], fleet.urls, lambda: roll_out(fleet.urls, f"s3://models/{second.name}"))
         read = (fleet.bytes_from_store() - before) / fleet.model_bytes
         self._learn(second)
         uri = self._publish(third)
@@ -160,14 +158,6 @@ class Measured:
     def _publish(self, version: Path) -> str:
         self._published += 1
         return str(self._fleet.trainer.ask(publish=self._published, folder=str(version))["uri"])
-
-    def _rollout(self, version: Path) -> None:
-        """Raises RuntimeError unless all engines have it."""
-        command = [sys.executable, "-c", "from mxcore.cli.main import main; main()", "rollout", "demo"]
-        command += ["--to", f"s3://models/{version.name}", "--json", "--engines", *self._fleet.urls]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=ROLLOUT_SECONDS, check=False)
-        if ran.returncode:
-            raise RuntimeError(f"mx rollout ended with {ran.returncode}: {ran.stdout}{ran.stderr[-2000:]}")
 
     def _update(self, urls: list[str], uri: str) -> None:
         """At once. Raises RuntimeError unless all have it."""

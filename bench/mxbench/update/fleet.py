@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxbench.checkout import ROOT
 from mxbench.demo import models
 from mxbench.demo.processes import Child, clean_environment
 from mxbench.demo.workers import Server, Worker
@@ -46,7 +45,6 @@ class Script:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=ROOT,
                 env={**clean_environment(), **environment},
                 text=True,
                 bufsize=1,
@@ -148,9 +146,9 @@ def started(stack: ExitStack, folder: Path, count: int, layers: int, megabits: f
 
 def _store(stack: ExitStack, root: Path, folder: Path, network: Network) -> dict[str, str]:
     """Starts a real S3 server; returns the environment of its clients."""
-    from tests.object_store.s3_server import environment
+    from mxbench.stand_ins.s3_server import environment
 
-    command = ["-m", "tests.object_store.s3_server", str(root), network.address(STORE)]
+    command = ["-m", "mxbench.stand_ins.s3_server", str(root), network.address(STORE)]
     child = Child("S3 server", command, {}, folder / "logs" / "store.log", network.prefix(STORE))
     stack.callback(child.stop)
     child.wait_until(lambda: child.log.read_text().endswith("\n"), STORE_READY_SECONDS)

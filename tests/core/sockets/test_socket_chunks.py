@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxbench.stand_ins.authority import Authority
 from mxcore.digest import xxh3_64_segments
 from mxcore.sockets import ChunkSender, SocketReads
-from tests.security.authority import Authority
 from tests.transfer.conftest import wait_for
 
 PIECE_BYTES = 256 << 10

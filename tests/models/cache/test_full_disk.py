@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mxbench.stand_ins.hub import HubStandIn
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxcore.cli.models import models
 from mxserver.wire import DiskFull
 from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILE_DIGESTS, REPOSITORY, StartServer, digests_of, files_below, pattern
-from tests.models.hub_stand_in import HubStandIn
-from tests.models.tcp_proxy import TcpProxy
 from tests.small_disk import SmallDisk
 
 LARGE = "org/large"

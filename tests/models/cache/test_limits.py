@@ -10,12 +10,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxbench.stand_ins.hub import Fault, HubStandIn
 from mxserver.wire import ModelDownloadError, ModelNotFound, ServerRefused
 from mxserver.wire.calls import channel_options
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import StartServer, digest_of, digests_of, files_below, pattern
-from tests.models.hub_stand_in import Fault, HubStandIn
 from tests.small_disk import SmallDisk
 
 MB = 1_000_000

@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mxbench.stand_ins.hub import Fault, HubStandIn
 from mxserver.wire import WireError
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
@@ -28,7 +29,6 @@ from tests.models.conftest import (
     files_below,
     pattern,
 )
-from tests.models.hub_stand_in import Fault, HubStandIn
 from tests.server.redis_process import shared_redis
 
 LARGE = "model-00001-of-00002.safetensors"

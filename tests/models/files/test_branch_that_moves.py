@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn
 from mxcore.engine.rungs.server_cache import CacheRung
 from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILES, REPOSITORY, StartServer, digest_of, digests_of, files_below
-from tests.models.hub_stand_in import HubStandIn
 from vllm_plugin import config_and_tokenizer
 
 LATER = {path: data + b" " for path, data in FILES.items()}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.wire.files.file_connection import WAKE_BYTES, FileConnection, take_buffered
 from tests.models.conftest import pattern
-from tests.security.authority import Authority
 
 BODY = pattern(1_000_003)
 Answer = Callable[[socket.socket, threading.Event], None]

@@ -11,12 +11,12 @@ import grpc
 import pytest
 import xxhash
 
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxserver.wire import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
 from mxserver.wire.calls import Patience
 from mxserver.wire.files import FileReader, ModelClient
 from mxserver.wire.proto import model_pb2, model_pb2_grpc
 from tests.models.conftest import FILES, REPOSITORY, digest_of
-from tests.models.tcp_proxy import TcpProxy
 
 LARGE = "model-00001-of-00002.safetensors"
 MIB = 1024 * 1024

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from mxbench.stand_ins.authority import Authority
+from mxbench.stand_ins.hub import HubStandIn
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxserver.wire import ServerRefused
 from mxserver.wire.credentials import ClientCredentials
 from mxserver.wire.files import ModelClient
 from mxserver.wire.files.http_files import HttpFiles
 from mxserver.wire.files.pieces import CallFailed, FilesPlace
 from tests.models.conftest import FILE_DIGESTS, FILES, REPOSITORY, StartServer, digest_of, digests_of, files_below
-from tests.models.hub_stand_in import HubStandIn
-from tests.models.tcp_proxy import TcpProxy
-from tests.security.authority import Authority
 from tests.security.conftest import access_file
 
 LARGE = "model-00001-of-00002.safetensors"

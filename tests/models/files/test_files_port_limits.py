@@ -12,6 +12,7 @@ import grpc
 import pytest
 import xxhash
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.files_port import FilesPort
 from mxserver.models import CacheSettings, OpenCache
 from mxserver.wire.credentials import ClientCredentials, ServerTls
@@ -21,7 +22,6 @@ from mxserver.wire.files.model_client import ModelClient
 from mxserver.wire.files.pieces import CallFailed, FilesPlace
 from mxserver.wire.proto import model_pb2
 from tests.models.conftest import FILES, REPOSITORY, StartServer
-from tests.security.authority import Authority
 from tests.server.conftest import ServerProcess
 
 LARGE = "model-00001-of-00002.safetensors"

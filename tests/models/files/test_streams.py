@@ -11,6 +11,7 @@ import grpc
 import pytest
 import xxhash
 
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxserver.wire import FileRefused, ModelNotFound, ServerRefused, ServerUnreachable
 from mxserver.wire.calls import channel_options
 from mxserver.wire.files import ModelClient
@@ -25,7 +26,6 @@ from tests.models.conftest import (
     digests_of,
     files_below,
 )
-from tests.models.tcp_proxy import TcpProxy
 
 LARGE = "model-00001-of-00002.safetensors"
 MIB = 1024 * 1024

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 from mxcore.errors import StorageError
 from mxcore.storage.checkpoint import checkpoint_digest
 from mxcore.storage.remote import (
@@ -23,8 +25,6 @@ from mxcore.storage.remote import (
 )
 from mxserver.wire.files import ModelClient, ModelFiles
 from tests.models.conftest import StartServer
-from tests.models.hub_stand_in import HubStandIn
-from tests.models.tcp_proxy import TcpProxy
 from tests.object_store.conftest import make_checkpoint
 
 MODEL = "org/real"

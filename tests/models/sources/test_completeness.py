@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.hub import HubStandIn
 from mxserver.models.completeness import Missing, missing_files
 from mxserver.wire import ModelDownloadError
 from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILES, REPOSITORY, WEIGHTS, StartServer
-from tests.models.hub_stand_in import HubStandIn
 
 SECOND = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

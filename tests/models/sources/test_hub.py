@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mxbench.stand_ins.hub import LARGE_BYTES, Fault, HubStandIn, git_sha1
 from mxserver.wire import ModelDownloadError, ModelNotFound, ServerRefused
 from mxserver.wire.files import ModelClient
 from mxserver.wire.proto import model_pb2
@@ -25,7 +26,6 @@ from tests.models.conftest import (
     files_below,
     pattern,
 )
-from tests.models.hub_stand_in import LARGE_BYTES, Fault, HubStandIn, git_sha1
 
 LARGE = "model-00001-of-00002.safetensors"
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.config_file import as_toml, read_config
 from mxserver.settings import FLAGS, ServerSettings, as_config, config_of, load_settings, load_with_origins, shown
 from mxserver.wire import SettingError
 from mxserver.wire.calls import ServerClient
-from tests.security.authority import Authority
 from tests.security.conftest import access_file
 from tests.server.command.test_cli import mxserver
 from tests.server.conftest import ServerProcess

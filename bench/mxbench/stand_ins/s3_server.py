@@ -1,7 +1,7 @@
 """A real S3 server (rclone) over a folder: HTTP, signatures checked. Buckets are folders, objects files.
 
 rclone answers a range with 200 and Content-Range where S3 says 206: a proxy before it puts that right.
-`python -m tests.object_store.s3_server FOLDER HOST` prints its address and serves until it is killed.
+`python -m mxbench.stand_ins.s3_server FOLDER HOST` prints its address and serves until it is killed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.models.tcp_proxy import TcpProxy
+from mxbench.needs import need_rclone
+from mxbench.stand_ins.tcp_proxy import TcpProxy
 
 KEY_ID = "AKLADDERTESTKEYID"
 SECRET = "the-secret-of-the-ladder-tests"  # noqa: S105 - looked for in everything that is written
-RCLONE = Path(sys.executable).with_name("rclone")
 START_SECONDS = 60.0
 
 
@@ -41,7 +41,7 @@ class S3Server:
         self.start()
 
     def start(self) -> None:
-        command = [str(RCLONE), "serve", "s3", "--addr", self.own_address, "--auth-key", f"{KEY_ID},{SECRET}"]
+        command = [str(need_rclone()), "serve", "s3", "--addr", self.own_address, "--auth-key", f"{KEY_ID},{SECRET}"]
         command += ["--config", "", "--dir-cache-time", "0s" if self._changing else "1h"]
         self.process = subprocess.Popen(
             [*command, self.root], stderr=subprocess.DEVNULL, env={"HOME": str(self.root.parent), "PATH": ""}
@@ -84,5 +84,5 @@ def environment(address: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     with S3Server(Path(sys.argv[1]), changing=False, host=sys.argv[2]) as running:
-        print(running.address, flush=True)  # noqa: T201 - who started it reads it
+        print(running.address, flush=True)
         signal.pause()

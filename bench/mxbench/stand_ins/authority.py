@@ -1,4 +1,4 @@
-"""A certificate authority for tests, and certificates of it, made with the library `cryptography`."""
+"""A certificate authority, and certificates of it, made with the library `cryptography`."""
 
 from __future__ import annotations
 
