@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from mxbench.stand_ins.authority import Authority
 from mxserver.wire import MxError
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import load_pb2, mx_pb2
 from tests.cli.mx_process import mx
 from tests.deploy.test_prometheus import RULES, Prometheus, alerts, quick, ranks
 from tests.metrics.test_metrics import Rank
-from tests.security.authority import Authority
 from tests.security.conftest import StartServer, authority, start_server
 from tests.security.test_http_port import tls
 from tests.web.conftest import READY, WebServer, publish, start_web
