@@ -322,7 +322,7 @@ def test_ten_thousand_files_and_few_handles(start_server: StartServer, tmp_path:
     for file, data in files.items():
         (tmp_path / "sources" / file).write_bytes(data)
     process = start_server("--file-sources", str(tmp_path / "sources"))
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (256, 256))
+    resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE, (256, 256))
     name = f"file://{tmp_path / 'sources'}"
     subprocess.run(
         [sys.executable, "-c", FETCHED, process.address, name, str(tmp_path / "to"), str(len(files)), "http"],
