@@ -70,6 +70,7 @@ def main() -> None:
     """Runs `mx`. What goes wrong is one line on stderr, and with --json an object on stdout (`failures`); Ctrl-C is
     exit code 130."""
     as_json = "--json" in sys.argv[1:]
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # or its warnings stand before what --json prints
     try:
         sys.exit(mx.main(prog_name="mx", standalone_mode=False))
     except click.Abort:

@@ -49,6 +49,25 @@ def test_unknown_subcommand_is_a_usage_error() -> None:
     assert "nothing-of-the-kind" in printed.output
 
 
+def test_what_ucx_warns_of_stays_off_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX logs to stdout, where the object of --json is."""
+    code = (
+        "import sys, click, mxcore.cli.main as m\n"
+        "from mxcore.transfer.move import AgentSession\n"
+        "@click.command()\n"
+        "def agent():\n"
+        "    AgentSession('w', tls='tcp', progress_thread=False).fence()\n"
+        "    click.echo('{}')\n"
+        "m.mx.get_command = lambda context, name: agent\n"
+        "sys.argv[1:] = ['agent']\n"
+        "m.main()"
+    )
+    monkeypatch.setenv("UCX_NOTHING_OF_THE_KIND", "1")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "UCX_NOTHING_OF_THE_KIND" in done.stderr
+    assert json.loads(done.stdout) == {}
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, mxcore.cli.main as m\n"

@@ -76,8 +76,9 @@ def test_weights_that_are_packed_away_are_refused_by_name(
     loaded = source.load(model_paths["qwen3"], extra={"layout": "processed"})
 
     assert loaded.answers == references.of(model_paths["qwen3"])
-    if "Failed to create oneDNN linear" in source.log.read_text(errors="replace"):  # vLLM says so once a process
-        assert loaded.report["serving"]
+    if loaded.report["serving"]:
+        # vLLM says so once a process, of its first layer that oneDNN cannot make, whichever model that is of.
+        assert "Failed to create oneDNN linear" in source.log.read_text(errors="replace")
         pytest.skip("vLLM packs no weights away on this processor: its oneDNN makes no linear layer (no AVX-512)")
     assert (loaded.report["path"], loaded.report["serving"]) == ("storage", False)
     (fallback,) = loaded.report["fallbacks"]

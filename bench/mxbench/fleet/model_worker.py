@@ -68,13 +68,14 @@ class ModelWorker:
         if task["strategy"] == "star":  # others have no rule that sends a receiver to storage for a slow source
             ReceivedChunks.drips = lambda self: False  # type: ignore[method-assign]
         self._stretches = places_of(task)
-        self._folder = tempfile.TemporaryDirectory(prefix="mx-bench-", dir=task.get("folder") or None)
         size_bytes = self._stretches[-1][1]
         device = task.get("device")
         self.memory: ModelMemory = HostMemory(size_bytes) if device is None else DeviceMemory(size_bytes, device)
         self._forget()
         self._file: Path | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         if task.get("folder") is not None:
+            self._folder = tempfile.TemporaryDirectory(prefix="mx-bench-", dir=task["folder"])
             self._file = written_file(Path(self._folder.name), task["content"], size_bytes)
         self.layout, self.placement = build_layout("raw", tensors_of(self.memory, self._stretches))
         self.member = self._joined()
@@ -235,7 +236,8 @@ class ModelWorker:
         """Leaves the fleet, gives memory and files back."""
         self.member.close()
         self.memory.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def be(kind: type[ModelWorker]) -> None:

@@ -1,8 +1,8 @@
 """`mx bench load`: safetensors into existing tensors, our loader against others, with warm and cold page cache.
 
 A multi-shard bf16 checkpoint is made; every candidate loads it in a fresh process, in turns, several rounds; each
-tensor's content is checked. The ratios are of medians of one run. Peers come with `make bench-deps`; those that are
-not installed are left out.
+tensor's content is checked. A ratio is the median of those within each round, as a machine's memory and disk change
+their rate between rounds. Peers come with `make bench-deps`; those that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,8 @@ def command(
         state: {name: size_mib * MIB / seconds / 1e9 for name, seconds in group.items()}
         for state, group in medians.items()
     }
-    figures = _figures(medians) | odd
+    ratios = _ratios(results) | odd
+    figures = {name: statistics.median(values) for name, values in ratios.items()}
     if "ours" in extra:
         figures["extra_memory_bytes"] = extra["ours"]
     figures["header_us_per_tensor"] = measure.header_us(HEADER_TENSORS, 7)
@@ -107,7 +108,8 @@ def command(
             "load",
             {name: round(value, 4) for name, value in figures.items()},
             settings={"size_mib": size_mib, "rounds": rounds, "odd_tensors": odd_tensors, "only": list(only)},
-            samples={
+            samples=ratios
+            | {
                 f"{state}_{name}_gbps": [size_mib * MIB / run.seconds / 1e9 for run in runs]
                 for state, group in results.items()
                 for name, runs in group.items()
@@ -149,8 +151,8 @@ def _measure(
     return results, extra
 
 
-def _odd(place: Path, count: int, rounds: int, names: list[str], deadline: float) -> dict[str, float]:
-    """Ratios of others' medians to ours for a file of many small tensors, the first at an odd offset."""
+def _odd(place: Path, count: int, rounds: int, names: list[str], deadline: float) -> dict[str, list[float]]:
+    """Ratios of others' seconds to ours in each round, for a file of many small tensors, the first at an odd offset."""
     from mxbench.load import made, measure
 
     if not count or "ours" not in names:
@@ -160,24 +162,21 @@ def _odd(place: Path, count: int, rounds: int, names: list[str], deadline: float
     small, files = sorted((place / "small").iterdir()), sorted((place / "odd").iterdir())
     figures = {}
     for state in ("warm", "cold"):
-        runs = _rounds(
+        group = _rounds(
             state, names, rounds, deadline, lambda name, at: measure.measure(name, at, files, small, digests)
         )
-        medians = {name: statistics.median(run.seconds for run in group) for name, group in runs.items()}
-        if "ours" in medians:
-            figures[f"odd_{state}_us_per_tensor"] = medians["ours"] / count * 1e6
-            figures |= {
-                f"odd_{state}_vs_{name}": seconds / medians["ours"]
-                for name, seconds in medians.items()
-                if name != "ours"
-            }
-    return figures
+        figures[f"odd_{state}_us_per_tensor"] = [run.seconds / count * 1e6 for run in group.get("ours", [])]
+        figures |= {f"odd_{state}_vs_{name}": _against(group, name) for name in group if name != "ours"}
+    return {name: values for name, values in figures.items() if values}
 
 
 def _rounds(
     state: str, names: list[str], rounds: int, deadline: float, run: Callable[[str, str], Measured]
 ) -> dict[str, list[Measured]]:
-    """All candidates in turns, `rounds` times; then those that scatter, beside ours, until they do not."""
+    """All candidates in turns, `rounds` times; then those that scatter, beside ours and the limits, until they do not.
+
+    A candidate that fails is told and left out of further rounds, so that the nth of each list is of the nth round.
+    """
     from mxbench.load.candidates import CANDIDATES
 
     group: dict[str, list[Measured]] = {}
@@ -190,11 +189,12 @@ def _rounds(
                 group.setdefault(name, []).append(run(name, state))
             except RuntimeError as error:
                 click.echo(f"\n{error}", err=True)
+                left = [other for other in left if other != name]
         number += 1
         if number >= rounds:
             scatter = [name for name in left if _scatters(group.get(name, []))]
             more = scatter and number < min(MOST_ROUNDS, 3 * rounds) and time.monotonic() < deadline
-            left = [name for name in left if name in scatter or name == "ours"] if more else []
+            left = [name for name in left if name in (*scatter, "ours", *LIMITS)] if more else []
     click.echo(f"\r{'':40}\r", err=True, nl=False)
     return {name: runs for name, runs in group.items() if runs}
 
@@ -204,24 +204,29 @@ def _scatters(runs: list[Measured]) -> bool:
     return len(seconds) > 1 and statistics.median(seconds) > (1 + SCATTER) * min(seconds)
 
 
-def _figures(medians: dict[str, dict[str, float]]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for figure, (state, other) in RATIOS.items():
-        if "ours" in medians[state] and other in medians[state]:
-            figures[figure] = medians[state][other] / medians[state]["ours"]
-    for state, group in medians.items():
+def _against(group: dict[str, list[Measured]], other: str) -> list[float]:
+    """Another's seconds by ours, in each round that both ran."""
+    return [
+        theirs.seconds / ours.seconds for ours, theirs in zip(group.get("ours", []), group.get(other, []), strict=False)
+    ]
+
+
+def _ratios(results: dict[str, dict[str, list[Measured]]]) -> dict[str, list[float]]:
+    ratios = {figure: _against(results[state], other) for figure, (state, other) in RATIOS.items()}
+    for state, group in results.items():
         for figure, others in (
             (f"{state}_vs_best", PEERS),
             (f"{state}_vs_disk_limit", LIMITS),
             (f"{state}_auto_vs_best_forced", FORCED),
         ):
-            seconds = [group[name] for name in others if name in group]
-            if "ours" in group and seconds:
-                figures[figure] = min(seconds) / group["ours"]
-    both = [value for name, value in figures.items() if name.endswith("_auto_vs_best_forced")]
-    if both:
-        figures["auto_vs_best_forced"] = min(both)
-    return figures
+            ratios[figure] = _least(_against(group, name) for name in others)
+    ratios["auto_vs_best_forced"] = _least(ratios[f"{state}_auto_vs_best_forced"] for state in results)
+    return {figure: values for figure, values in ratios.items() if values}
+
+
+def _least(ratios: Iterable[list[float]]) -> list[float]:
+    """Those with the smallest median."""
+    return min(filter(None, ratios), key=statistics.median, default=[])
 
 
 def _print(speeds: dict[str, dict[str, float]], extra: dict[str, int], figures: dict[str, float]) -> None:

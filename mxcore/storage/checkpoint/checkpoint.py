@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mxcore.errors import CheckpointError, StorageError
+from mxcore.process import collection_paused
 from mxcore.safetensors import FileStamp, Header, read_header
 from mxserver.wire import WeightFiles, weight_files_in
 
@@ -125,8 +126,9 @@ def assembled(
     """
     tensors: dict[str, TensorInfo] = {}
     copies: list[str] = []
-    for file, header in enumerate(headers):
-        copies += _add(tensors, file, files, header, weight_map or {})
+    with collection_paused():
+        for file, header in enumerate(headers):
+            copies += _add(tensors, file, files, header, weight_map or {})
     if copies:
         _log.warning("%s: another file has these by the index, the copies are left out: %s", what, _some(copies))
     if weight_map is not None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from mxcore.errors import StorageError
 from mxcore.memory import HostBuffer
+from mxcore.process import collection_paused
 from mxcore.reading import DeviceRing, FileHandles, FileSet, JobList, Outcome, checkpoint_reader
 from mxcore.safetensors import FileStamp
 from mxcore.storage.checkpoint import Checkpoint
@@ -103,11 +104,13 @@ def load(
     reading: StorageError, TruncatedRead, FileChanged, what `progress` raises, KeyboardInterrupt; what the destinations
     hold is undefined then, and nothing writes to them.
     """
-    listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
-    rows = [part for want in listed for part in parts_of(checkpoint, want)]
+    with collection_paused():
+        listed = [Want(name, to) for name, to in wants.items()] if isinstance(wants, Mapping) else list(wants)
+        rows = [part for want in listed for part in parts_of(checkpoint, want)]
+        rows = rows if keep_order else merged(rows)
     return read_rows(
         checkpoint.files,
-        rows if keep_order else merged(rows),
+        rows,
         mode=mode,
         progress=progress,
         leave_cache_clean=leave_cache_clean,
@@ -153,7 +156,8 @@ def read_rows(
     place_of = {file: place for place, file in enumerate(used)}
     known = [stamps[file] for file in used] if stamps else []
     with Reader([files[file] for file in used], mode=mode, memory=memory, stamps=known) as reader:
-        moved = [(place_of[part[0]], *part[1:]) for part in rows]
+        with collection_paused():
+            moved = [(place_of[part[0]], *part[1:]) for part in rows]
         report = reader.read(moved, progress=progress, groups=groups)
         if leave_cache_clean:
             reader.drop_from_cache()

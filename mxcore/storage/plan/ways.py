@@ -44,7 +44,7 @@ NAMES = {BUFFERED: "buffered", MAPPED: "mapped", DIRECT: "direct", URING: "uring
 
 _WARM = 255  # of 255: all pages looked at are in the page cache
 _PROBE_JOBS = 192  # from so many on (1.5 GiB), trying two ways costs less than 2 %
-DIRECT_LANES = 12  # of 2 MiB: 16 MiB in flight reach a disk's limit; the rest covers what is being copied
+DIRECT_LANES = 12  # of 8 MiB: four reads reach a disk's limit; the rest covers what is being copied
 _READ_AHEAD_JOBS = 4
 _LOCAL = {0xEF53, 0x58465342, 0xF2F52010}  # ext4, xfs, f2fs: O_DIRECT goes straight to a block device
 _FUSE = 0x65735546
