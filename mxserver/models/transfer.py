@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mxserver.models.cache import Lease, ModelCache
 from mxserver.models.cache_layout import model_id
+from mxserver.models.completeness import missing_files, says_what_belongs, some
 from mxserver.models.digests import digest_fd, git_blob_sha1
 from mxserver.models.errors import CacheFull, DownloadFailed, DownloadInterrupted, ModelError
 from mxserver.models.record import FileRecord, ModelRecord, sync_folder
@@ -115,7 +116,11 @@ class Transfer:
             missing = self._reuse(wanted)
             self._total_bytes = sum(file.size or 0 for file in wanted)
             self._cache.make_room(self._lease, sum(file.size or 0 for file in missing))
-            self._fetch_all(missing, len(wanted))
+            lists = [file for file in missing if says_what_belongs(file.path)]
+            self._fetch_all(lists, len(wanted))
+            if has_weights and self._remote.key.model.provider != model_pb2.HUGGING_FACE:  # which lists whole commits
+                self._check_weights(wanted)
+            self._fetch_all([file for file in missing if file not in lists], len(wanted))
             record = self._publish(wanted, has_weights)
             shutil.rmtree(self._staging, ignore_errors=True)
         except (CacheFull, OSError) as error:
@@ -125,6 +130,14 @@ class Transfer:
             self._stopping.set()
             self._cache.give_back(self._lease)
         return record
+
+    def _check_weights(self, wanted: list[RemoteFile]) -> None:
+        """Raises DownloadFailed where a part of the weights is not among the files, before the others are fetched."""
+        names = {file.path for file in wanted}
+        if lack := missing_files(names, None, lambda name: self._done[name].staged.read_bytes()).weights:
+            raise DownloadFailed(
+                f"{self._remote.key} lacks {some(lack)}, by its index or its files' numbers: is the upload complete?"
+            )
 
     def _as_model_error(self, error: CacheFull | OSError) -> ModelError:
         if isinstance(error, CacheFull) or is_disk_full(error):

@@ -8,6 +8,16 @@ from pathlib import Path
 
 from mxserver.wire.unique_path import unique_beside
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def host_id() -> str:
+    """32 hex digits for this boot of this machine, in all of its containers: where locks of files hold for certain.
+
+    Whether they hold between hosts too, nobody can see from one of them. Raises OSError without /proc.
+    """
+    return _BOOT_ID.read_text("ascii").strip().replace("-", "")
+
 
 def locks_work(folder: Path) -> bool:
     """Whether a lock of a file in this folder is seen by another opening of it. Raises OSError: nothing can be made."""

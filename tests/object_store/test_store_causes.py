@@ -27,7 +27,8 @@ from tests.object_store.spelt_store import Refusal, SpeltStore, spelt_store
 
 URI = "s3://bucket/models/m"
 FILES = {"config.json": b"{}", "sub/tokenizer.json": b"[]", "empty.txt": b"", "x.safetensors": b"12345678"}
-ODD = {"": b"", "sub/": b"", "only/marker/": b"", "a//b.txt": b"x", "sub/../up.txt": b"x"}
+MARKERS = {"": b"", "sub/": b"", "only/marker/": b""}
+NO_PATHS = {"a//b.txt": b"x", "sub/../up.txt": b"x"}
 # refusal → the worker's error, what it says and what to do, and whether the server tries again
 CASES: dict[str, tuple[Refusal, type[ObjectStoreError], str, bool]] = {
     "redirect without a place": (Refusal(301, "PermanentRedirect"), WrongRegion, "set AWS_REGION", False),
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[Refusal, type[ObjectStoreError], str, bool]] = {
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[SpeltStore]:
-    with spelt_store({f"models/m/{name}": data for name, data in (FILES | ODD).items()}) as store:
+    with spelt_store({f"models/m/{name}": data for name, data in FILES.items()}) as store:
         yield store
 
 
@@ -68,19 +69,24 @@ def on_the_server(uri: str = URI) -> dict[str, int | None]:
     return {file.path: file.size for file in found.files}
 
 
+@pytest.mark.parametrize("odd", [MARKERS, NO_PATHS, MARKERS | NO_PATHS], ids=["markers", "no paths", "both"])
 def test_odd_keys_cost_themselves_and_not_the_prefix(
-    store: SpeltStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    odd: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """What consoles make for folders (findings, row 5), and keys that are no paths (row 6)."""
     sizes = {name: len(data) for name, data in FILES.items()}
-    assert on_the_server() == sizes
-    folder = on_the_worker()
-    try:
-        assert {file.path: file.size_bytes for file in folder.files} == sizes
-        assert pull_small_files(folder, tmp_path) == 3
-        assert (tmp_path / "sub" / "tokenizer.json").read_bytes() == b"[]"
-    finally:
-        folder.close()
-    assert "left out: " in caplog.text
+    with spelt_store({f"models/m/{name}": data for name, data in (FILES | odd).items()}) as store:
+        for name, value in store.environ().items():
+            monkeypatch.setenv(name, value)
+        assert on_the_server() == sizes
+        folder = on_the_worker()
+        try:
+            assert {file.path: file.size_bytes for file in folder.files} == sizes
+            assert pull_small_files(folder, tmp_path) == 3
+            assert (tmp_path / "sub" / "tokenizer.json").read_bytes() == b"[]"
+        finally:
+            folder.close()
+    assert ("left out: " in caplog.text) is (odd is not MARKERS)
 
 
 def test_an_odd_key_at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,7 +295,7 @@ def test_a_worker_whose_disk_is_full_or_read_only_streams_past_it_and_the_next_o
         try:
             without_room = stored.load("org/full-disk", extra=extra)
             left = [path for path in here.rglob("*") if path.is_file() and path.stat().st_size and "safe" in path.name]
-            partial = [path for path in (here / ".mx-partial").iterdir() if path.name != "lock"]
+            partial = [path for path in (here / ".mx-partial").glob("*/*") if path.name != "lock"]
             disk.read_only(True)
             unwritable = stored.load("org/full-disk", extra=extra)
             disk.read_only(False)

@@ -19,11 +19,12 @@ from mxserver.wire import remove_leftovers, unique_beside
 from mxserver.wire.proto import model_pb2
 
 ROOT = Path(__file__).parents[2]
+SOURCES = ("mxserver", "mxcore", "vllm_plugin", "bench", "tools")
 NAMED_BY_PROCESS = re.compile(r"(with_name|with_suffix|/) *\(?f[\"'][^\"']*getpid\(\)")
 
 
 def test_no_path_is_named_by_a_process_id() -> None:
-    sources = [path for package in ("mxserver", "mxcore", "vllm_plugin") for path in (ROOT / package).rglob("*.py")]
+    sources = [path for package in SOURCES for path in (ROOT / package).rglob("*.py")]
     assert len(sources) > 100
     assert [str(path) for path in sources if NAMED_BY_PROCESS.search(path.read_text())] == []
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mxserver.wire import unique_beside
 
 __all__ = ["RunFolder"]
 
@@ -56,6 +57,6 @@ class RunFolder:
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = unique_beside(file)
     beside.write_text(json.dumps(value, indent=1))
     beside.replace(file)

@@ -48,8 +48,11 @@ class FolderSource:
         try:
             source = open_regular_below(root, folder / file.path)
             try:
+                before = os.fstat(source)
                 _copy(source, beside, stopping)
-                if str(os.fstat(source).st_mtime_ns) != file.etag:
+                after = os.fstat(source)
+                # The time of the last write can be set back, the time of the last change cannot.
+                if str(after.st_mtime_ns) != file.etag or after.st_ctime_ns != before.st_ctime_ns:
                     raise DownloadFailed(f"{folder / file.path} changed while it was copied; ask again")
             finally:
                 os.close(source)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from mxserver.wire.errors import (
     ServerUnreachable,
     WireError,
 )
-from mxserver.wire.file_locks import locks_work
+from mxserver.wire.file_locks import host_id, locks_work
 from mxserver.wire.files.disk_room import check_room, full_disk_is_told
 from mxserver.wire.files.file_reader import FileReader
 from mxserver.wire.files.file_source import PortState
@@ -34,7 +34,7 @@ from mxserver.wire.files.partial_file import FileInfo, has_content, partial_path
 from mxserver.wire.files.pieces import FilesPlace
 from mxserver.wire.proto import cache_pb2, cache_pb2_grpc, model_pb2, model_pb2_grpc
 from mxserver.wire.relative_path import path_problem
-from mxserver.wire.unique_path import remove_leftovers, unique_beside
+from mxserver.wire.unique_path import BEGIN, remove_leftovers, unique_beside
 
 __all__ = ["FetchReport", "FileInfo", "FileReader", "ModelClient", "ModelFiles"]
 
@@ -196,7 +196,8 @@ class ModelClient(Closing):
         """Brings the model's files into a folder; files that are there with the right bytes stay.
 
         A file gets its name once it is complete, checked and on the disk. Incomplete files lie in `.mx-partial` for
-        the next attempt. One process at a time fetches into a folder; the next one waits.
+        the next attempt of this host. One process at a time fetches into a folder; the next one waits. Where locks
+        do not hold, or not between hosts, each fetches by itself.
 
         Raises:
             FileRefused: a name leads out of the folder, or bytes are wrong after three attempts.
@@ -248,7 +249,8 @@ class ModelClient(Closing):
                     whole.rename(snapshot)
                 except OSError:
                     if not snapshot.is_dir():
-                        raise  # else another process was first: possible where locks do not hold
+                        raise
+                    shutil.rmtree(whole, ignore_errors=True)  # another process was first, where locks do not hold
             place = repository / "refs" / named
             if named != commit:
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -367,10 +369,14 @@ def _remove(missing: list[FileInfo], folder: Path, beside: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """Where incomplete files lie: in `folder`, for one process at a time, by a lock that ends with the process. Where
-    locks do not hold, in a folder of this process alone, which goes at the end: others bring the same files beside it.
+    """Where incomplete files lie: in this host's folder in `folder`, for one process at a time, by a lock that ends
+    with the process. Where locks do not hold, in a folder of this process alone, which goes at the end: others bring
+    the same files beside it, as other hosts do, whose locks nobody may see here.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f"{BEGIN}{host_id()}"
+    with suppress(OSError):
+        os.utime(own)  # what other hosts left goes after a day, and not what this one goes on with
     remove_leftovers(folder)
     if not locks_work(folder):
         own = unique_beside(folder / "own")
@@ -380,9 +386,10 @@ def _locked(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(own, ignore_errors=True)
         return
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    own.mkdir(exist_ok=True)
+    handle = os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield folder
+        yield own
     finally:
         os.close(handle)

@@ -277,8 +277,9 @@ FETCHED = """
 import sys, pathlib
 from mxcore.storage.remote import ServerFolder, pull_small_files
 from mxserver.wire.files import ModelClient
-address, name, to, count = sys.argv[1:]
-for way, port in (("http", None), ("grpc", 0)):
+address, name, to, count, *ways = sys.argv[1:]
+for way in ways:
+    port = 0 if way == "grpc" else None
     with ModelClient(address, files_port=port) as client:
         client.ensure(name)
         assert client.fetch(name, pathlib.Path(to, way)).files == int(count)
@@ -306,11 +307,29 @@ def test_long_names_and_few_handles(source: str, start_server: StartServer, hub:
         name = f"file://{tmp_path / 'sources'}"
     process = start_server("--file-sources", str(tmp_path / "sources"))
     subprocess.run(
-        [sys.executable, "-c", FETCHED, process.address, name, str(tmp_path / "to"), str(len(files))],
+        [sys.executable, "-c", FETCHED, process.address, name, str(tmp_path / "to"), str(len(files)), "http", "grpc"],
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96)),
     )
     for way in ("http", "grpc", "http-reader", "grpc-reader"):
+        assert files_below(tmp_path / "to" / way) == digests_of(files)
+
+
+def test_ten_thousand_files_and_few_handles(start_server: StartServer, tmp_path: Path) -> None:
+    """Of client and server; files that come one by one, and all of them as a worker's small files."""
+    files = {f"{number:05}.json": b"%d" % number for number in range(10_000)}
+    (tmp_path / "sources").mkdir()
+    for file, data in files.items():
+        (tmp_path / "sources" / file).write_bytes(data)
+    process = start_server("--file-sources", str(tmp_path / "sources"))
+    resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+    name = f"file://{tmp_path / 'sources'}"
+    subprocess.run(
+        [sys.executable, "-c", FETCHED, process.address, name, str(tmp_path / "to"), str(len(files)), "http"],
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    for way in ("http", "http-reader"):
         assert files_below(tmp_path / "to" / way) == digests_of(files)
 
 

@@ -184,7 +184,7 @@ def test_fetch_that_was_given_up_on_is_resumed_by_the_next(ready: ModelClient, t
 
 def test_partial_file_with_wrong_bytes_is_noticed(ready: ModelClient, tmp_path: Path) -> None:
     given_up_after(ready, tmp_path / "to", MIB)
-    partial = max((tmp_path / "to" / ".mx-partial").iterdir(), key=lambda path: path.stat().st_size)
+    partial = max((tmp_path / "to" / ".mx-partial").glob("*/*"), key=lambda path: path.stat().st_size)
     data = bytearray(partial.read_bytes())
     data[1000] ^= 1
     partial.write_bytes(data)

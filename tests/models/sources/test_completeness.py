@@ -12,7 +12,7 @@ import pytest
 
 from mxbench.stand_ins.hub import HubStandIn
 from mxserver.models.completeness import Missing, missing_files
-from mxserver.wire import ModelDownloadError
+from mxserver.wire import ModelDownloadError, ModelNotFound
 from mxserver.wire.files import ModelClient
 from tests.models.conftest import FILES, REPOSITORY, WEIGHTS, StartServer
 
@@ -32,8 +32,8 @@ def by_the_hubs_library(hub: HubStandIn, cache: Path, *left_out: str) -> None:
     )
 
 
-def problems(client: ModelClient) -> dict[str, str]:
-    return {verdict.relative_path: verdict.problem for verdict in client.validate(REPOSITORY) if verdict.problem}
+def problems(client: ModelClient, name: str = REPOSITORY) -> dict[str, str]:
+    return {verdict.relative_path: verdict.problem for verdict in client.validate(name) if verdict.problem}
 
 
 def test_half_a_model_is_refused_offline_and_completed_online(
@@ -87,6 +87,37 @@ def test_what_is_no_weight_may_be_missing_and_is_named(
 
 def index_of(*files: str) -> bytes:
     return json.dumps({"weight_map": {str(number): file for number, file in enumerate(files)}}).encode()
+
+
+@pytest.mark.parametrize("how", ["index", "numbers", "dangling link"])
+def test_half_an_upload_is_refused_before_its_weights_are_copied(
+    start_server: StartServer, tmp_path: Path, how: str
+) -> None:
+    """A folder's list is what lies there; what belongs to the model its index says, or the numbers of its shards."""
+    source = tmp_path / "sources"
+    source.mkdir()
+    first, lacking = (
+        ("a.safetensors", "b.safetensors") if how == "index" else ("model-00001-of-00002.safetensors", SECOND)
+    )
+    files = {"config.json": b"{}", first: b"1"}
+    if how == "index":
+        files[INDEX] = index_of(first, lacking)
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    if how == "dangling link":
+        (source / lacking).symlink_to(source / "lost")
+    name = f"file://{source}"
+    with ModelClient(start_server(MX_FILE_SOURCES=str(source)).address) as client:
+        with pytest.raises(ModelDownloadError, match=f"{lacking}.*is the upload complete"):
+            client.ensure(name)
+        with pytest.raises(ModelNotFound):
+            client.list_files(name)
+        client.ensure(name, ignore_weights=True)
+        (source / "lost" if how == "dangling link" else source / lacking).write_bytes(b"2")
+        client.ensure(name)
+        there = {info.path for info in client.list_files(name).files}
+        assert {*files, lacking} <= there
+        assert not problems(client, name)
 
 
 @pytest.mark.parametrize(

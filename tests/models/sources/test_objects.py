@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from typing import ClassVar
 
 import pytest
 
+from mxserver.models.errors import DownloadFailed
+from mxserver.models.names import model_name
+from mxserver.models.sources import FolderSource
 from mxserver.wire import ModelDownloadError, ModelNotFound
 from mxserver.wire.files import ModelClient
+from mxserver.wire.proto import model_pb2
 from tests.models.conftest import FILE_DIGESTS, FILES, StartServer, digest_of, digests_of, files_below, pattern
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-id", "AWS_SECRET_ACCESS_KEY": "the-secret", "AWS_REGION": "us-east-1"}
@@ -181,6 +186,25 @@ def test_folder_of_the_server(start_server: StartServer, folder: Path, tmp_path:
         assert files_below(tmp_path / "to") == FILE_DIGESTS
         with pytest.raises(ModelNotFound):
             client.ensure(f"file://{folder}/none")
+
+
+def test_a_file_that_is_written_to_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its size and time are set back, as `touch -r` does."""
+    source = tmp_path / "m"
+    put(source, {"model.safetensors": bytes(1000)})
+    model = model_name(model_pb2.FILE, f"file://{source}")
+    folders = FolderSource((tmp_path,))
+    remote = folders.resolve(model, "")
+    copy = os.sendfile
+
+    def written_meanwhile(to: int, handle: int, offset: None, count: int) -> int:
+        (source / "model.safetensors").write_bytes(b"1" * 1000)
+        os.utime(source / "model.safetensors", ns=(0, int(remote.files[0].etag)))
+        return copy(to, handle, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", written_meanwhile)
+    with pytest.raises(DownloadFailed, match="changed while it was copied"):
+        folders.fetch(remote, remote.files[0], tmp_path, threading.Event())
 
 
 def test_folders_that_are_not_allowed(start_server: StartServer, folder: Path, tmp_path: Path) -> None:
