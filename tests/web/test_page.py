@@ -252,6 +252,7 @@ def test_sixteen_hundred_ranks_stay_usable(
     whole = web.status("?model=org/Large-405B&replicas=10000&bars=10000&ranks=*")["details"]["org/large-405b"]
     assert sum(len(one["ranks"]) for one in whole["replicas"]) == 1600
     assert (len(whole["bars"]), whole["left_out"]["replicas"], whole["left_out"]["bars"]) == (200, 0, 0)
+    assert browser.text(".replicas-part .more button") == "show 180 more"
     browser.run("document.querySelector('.replicas-part .more button').click()")
     browser.wait_until(lambda: browser.run(COUNT, ".replicas > li") == 200, "all replicas")
     browser.run("document.querySelector('.timeline-part .more button').click()")

@@ -172,11 +172,12 @@ function more(box, left, name, what) {
   line.hidden = left === 0;
   if (!left) return;
   if (!line.firstChild) {
-    const button = make("button", "", `show ${MORE} more`);
+    const button = make("button", "");
     button.addEventListener("click", () => { asked[what] += MORE; refresh(); });
     line.append(make("span", ""), " ", button);
   }
   setText(line.firstChild, `and ${count(left, `more ${name}`)}`);
+  setText(line.lastChild, `show ${Math.min(MORE, left)} more`);
 }
 
 function updateSource(row, one) {
