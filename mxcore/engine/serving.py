@@ -168,10 +168,11 @@ def _end_engine(what: str) -> None:
 
 
 def _of(engine: str) -> list[_Entry]:
-    """What an engine offers; of one that is not known, everything: rather too little is served than what is gone."""
+    """What an engine offers, and what is offered for an engine that is not known: rather too little is served than what
+    is gone. For "", an engine that is not known itself, that is everything. Never what another known engine offers."""
     with _lock:
         present = list(_offers) if os.getpid() in _owner else []
-    return [entry for entry in present if entry.engine == engine != ""] or present
+    return [entry for entry in present if engine == "" or entry.engine in (engine, "")]
 
 
 def _end(entry: _Entry) -> None:

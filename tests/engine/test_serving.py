@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from mxcore.engine import serving
 from mxcore.engine.departure import Record, say_goodbye
 from mxserver.wire.calls import ServerClient
 from mxserver.wire.proto import p2p_pb2
@@ -145,3 +147,56 @@ def wait_for_no_watchers(pid: int) -> None:
 
 def test_a_goodbye_for_nobody(server: str) -> None:
     assert not say_goodbye(Record(server, "0123456789abcdef", "nobody", 0))
+
+
+class Known:
+    """An offer that only says whether it was ended or paused."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def pause(self) -> bool:
+        self.calls.append("pause")
+        return True
+
+    def resume(self) -> bool:
+        self.calls.append("resume")
+        return True
+
+
+@pytest.fixture
+def offers(server: str) -> Iterator[dict[str, Known]]:
+    """Of two engines in this process, and of one that is not known."""
+    made = {engine: Known() for engine in ("first", "second", "")}
+    for engine, offer in made.items():
+        serving.stay(cast("serving.Offer", offer), Record(server, "0123456789abcdef", engine, 0), engine)
+    yield made
+    serving.leave("the test ends")
+
+
+def test_an_engine_that_offers_nothing_ends_nothing_of_another(offers: dict[str, Known]) -> None:
+    watch = serving.EngineWatch()
+    watch.changing("third", "its weights are updated")
+    watch.sleeping("third", 1)
+    watch.awake("third", None)
+    watch.ending("third")
+    assert offers["first"].calls == offers["second"].calls == []
+    assert offers[""].calls == ["close"], "it may have been the third one's"
+
+
+def test_of_two_engines_in_a_process_one_ends_its_own_offers(offers: dict[str, Known]) -> None:
+    watch = serving.EngineWatch()
+    watch.sleeping("first", 1)
+    watch.awake("first", None)
+    watch.ending("first")
+    watch.ending("first")  # it has none any more
+    assert offers["first"].calls == ["pause", "resume", "close"]
+    assert offers["second"].calls == []
+
+
+def test_an_engine_that_is_not_known_ends_every_offer(offers: dict[str, Known]) -> None:
+    serving.EngineWatch().ending("")
+    assert all(offer.calls == ["close"] for offer in offers.values())
