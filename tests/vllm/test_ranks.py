@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mxbench.demo import models
 from mxbench.demo.models import weight_files
 from mxbench.demo.processes import files_away
 from mxbench.fleet.free_ports import free_port
+from mxcore import publish
 from tests.metrics.test_metrics import metric
 from tests.vllm import drafts, families
 from tests.vllm.conftest import LLAMA
 from tests.vllm.engines import EngineHost, Loaded
-from tests.vllm.updated import TRANSFER, versions_of
+from tests.vllm.updated import TRANSFER, as_loaded, now, versions_of
 from tests.web.conftest import wait_for
 
 REPLICA = [f"VLLM_DP_{name}" for name in ("SIZE", "RANK", "RANK_LOCAL", "MASTER_IP", "MASTER_PORT")]
@@ -245,6 +247,28 @@ def test_all_ranks_take_another_version_or_none(ranked: tuple[EngineHost, Engine
         assert target.ask("answers")["answers"] == expected[versions.one]
     finally:
         source.ask("end")
+        target.ask("end")
+
+
+def test_all_ranks_take_what_a_trainer_publishes(
+    ranked: tuple[EngineHost, EngineHost], folder: Path, server: str
+) -> None:
+    """Each its own part of the whole tensors, as vLLM's default loader cuts them."""
+    target = ranked[1]
+    versions = versions_of(folder, "llama")
+    options = {"tensor_parallel_size": 2}
+    expected = {model: as_loaded(target, model, **options) for model in versions}
+    tensors = {name: tensor for file in weight_files(versions.two) for name, tensor in load_file(file).items()}
+    target.load(versions.one, keep=True, **options, **TRANSFER)
+    try:
+        with publish("ranked", tensors, 1, server=server, settings={"MX_WORKER_HOST": "127.0.0.1"}) as published:
+            told = target.ask("update", info={"uri": published.uri, "version": "step 1"})
+        states = [state["models"][0] for state in told["states"]]
+        assert (told["error"], [(state["version"], state["ready"]) for state in states]) == ("", [("step 1", True)] * 2)
+        assert now(target) == expected[versions.two]
+        target.ask("update", info={"path": str(versions.one)})
+        assert now(target) == expected[versions.one]
+    finally:
         target.ask("end")
 
 
