@@ -117,7 +117,8 @@ class Transfer:
             self._total_bytes = sum(file.size or 0 for file in wanted)
             self._cache.make_room(self._lease, sum(file.size or 0 for file in missing))
             lists = [file for file in missing if says_what_belongs(file.path)]
-            self._fetch_all(lists, len(wanted))
+            if lists:
+                self._fetch_all(lists, len(wanted))
             if has_weights and self._remote.key.model.provider != model_pb2.HUGGING_FACE:  # which lists whole commits
                 self._check_weights(wanted)
             self._fetch_all([file for file in missing if file not in lists], len(wanted))

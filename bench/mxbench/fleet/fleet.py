@@ -41,8 +41,11 @@ class Network:
     """
 
     def __init__(self, workers: int, megabits: float | Sequence[float]) -> None:
-        self.tag = f"mx{os.getpid() % 10000}{chr(ord('a') + next(_serial) % 26)}"  # names of links are short
-        self.host = "10.213.0.1"
+        number = next(_serial)
+        self.tag = f"mx{os.getpid() % 10000}{chr(ord('a') + number % 26)}"  # names of links are short
+        # Two at once, of one process or of several, have addresses of their own: the host has a route to each.
+        self._subnet = f"10.213.{(os.getpid() * 31 + number) % 255}"
+        self.host = f"{self._subnet}.1"
         self._workers = workers
         self._megabits = [megabits] * workers if isinstance(megabits, int | float) else list(megabits)
 
@@ -50,7 +53,7 @@ class Network:
         return ["ip", "netns", "exec", f"{self.tag}n{worker}"]
 
     def address(self, worker: int) -> str:
-        return f"10.213.0.{worker + 2}"
+        return f"{self._subnet}.{worker + 2}"
 
     def link(self, worker: int, up: bool) -> None:
         _run("ip", "link", "set", f"{self.tag}v{worker}", "up" if up else "down")
