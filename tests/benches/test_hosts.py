@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def test_what_an_agent_refuses(told: dict[str, Any], why: str) -> None:
     assert why in answer["refused"]
 
 
-def test_processes_end_with_the_connection_and_the_port_serves_on() -> None:
+@contextmanager
+def a_port_that_listens() -> Iterator[tuple[int, threading.Event]]:
+    """Its number, and what is set when somebody has left; it listens until the end, and has ended then."""
     said: list[str] = []
     listening, left = threading.Event(), threading.Event()
 
@@ -103,51 +106,41 @@ def test_processes_end_with_the_connection_and_the_port_serves_on() -> None:
     serving.start()
     assert listening.wait(30)
     port = int(said[0].rpartition(":")[2])
-    channel = over_socket("127.0.0.1", port)
-    host = Host("there", channel.there, channel)
-    host.spawn("sockets", TAKE).expect("listening")
-    before = set(children_of(os.getpid()))
-    assert before
-    channel.close()  # as a machine that vanishes: nothing is said before
-    assert left.wait(30)
-    assert not any(
-        Path(f"/proc/{child}/cmdline").read_bytes().count(b"socket_end") for child in children_of(os.getpid())
-    )
-    host.close()
-    again = over_socket("127.0.0.1", port)
-    with Host("there", again.there, again) as second:
-        assert second.machine()["cores"] >= 1
+    yield port, left
     finish("127.0.0.1", port)
     serving.join(30)
     assert not serving.is_alive()
+
+
+def test_processes_end_with_the_connection_and_the_port_serves_on() -> None:
+    with a_port_that_listens() as (port, left):
+        channel = over_socket("127.0.0.1", port)
+        host = Host("there", channel.there, channel)
+        host.spawn("sockets", TAKE).expect("listening")
+        before = set(children_of(os.getpid()))
+        assert before
+        channel.close()  # as a machine that vanishes: nothing is said before
+        assert left.wait(30)
+        assert not any(
+            Path(f"/proc/{child}/cmdline").read_bytes().count(b"socket_end") for child in children_of(os.getpid())
+        )
+        host.close()
+        again = over_socket("127.0.0.1", port)
+        with Host("there", again.there, again) as second:
+            assert second.machine()["cores"] >= 1
 
 
 def test_the_port_serves_on_after_one_who_left_while_it_was_answered() -> None:
     """A reset: answers that wait to be written cannot be."""
-    said: list[str] = []
-    listening, left = threading.Event(), threading.Event()
-
-    def say(line: str) -> None:
-        said.append(line)
-        listening.set()
-        if line.endswith("has left"):
-            left.set()
-
-    serving = threading.Thread(target=listen, args=("127.0.0.1", 0, say), kwargs={"until_finished": True})
-    serving.start()
-    assert listening.wait(30)
-    port = int(said[0].rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as leaving:
-        leaving.recv(100)
-        leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        leaving.sendall(b'{"do": "nothing"}\n' * 1000)
-    assert left.wait(30)
-    again = over_socket("127.0.0.1", port)
-    with Host("there", again.there, again) as second:
-        assert second.machine()["cores"] >= 1
-    finish("127.0.0.1", port)
-    serving.join(30)
-    assert not serving.is_alive()
+    with a_port_that_listens() as (port, left):
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.recv(100)
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b'{"do": "nothing"}\n' * 1000)
+        assert left.wait(30)
+        again = over_socket("127.0.0.1", port)
+        with Host("there", again.there, again) as second:
+            assert second.machine()["cores"] >= 1
 
 
 def test_who_cannot_be_reached_is_named() -> None:
