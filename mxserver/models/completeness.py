@@ -14,7 +14,6 @@ from mxserver.wire import weight_files
 
 _NUMBERED = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.[A-Za-z]+)")
 _MOST_SHARDS = 10_000
-_INDEX, _MODULES = ".safetensors.index.json", "modules.json"
 
 
 class Missing(NamedTuple):
@@ -33,11 +32,6 @@ def missing_files(found: Collection[str], listed: Collection[str] | None, read: 
     needed = {*chosen.files, *chosen.missing, *chosen.of_modules} or {name for name in known if is_weight(name)}
     weights = needed - there
     return Missing(tuple(sorted(weights)), tuple(sorted(set(listed or ()) - there - weights)))
-
-
-def says_what_belongs(name: str) -> bool:
-    """Whether `missing_files` may read this file."""
-    return name.endswith(_INDEX) or name == _MODULES
 
 
 def missing_of(record: ModelRecord, root: Path) -> Missing:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from mxserver.models.cache import Lease, ModelCache
 from mxserver.models.cache_layout import model_id
-from mxserver.models.completeness import missing_files, says_what_belongs, some
+from mxserver.models.completeness import missing_files, some
 from mxserver.models.digests import digest_fd, git_blob_sha1
 from mxserver.models.errors import CacheFull, DownloadFailed, DownloadInterrupted, ModelError
 from mxserver.models.record import FileRecord, ModelRecord, sync_folder
 from mxserver.models.sources import ModelSource, RemoteFile, RemoteModel, is_disk_full
+from mxserver.wire import says_what_belongs
 from mxserver.wire.proto import model_pb2
 
 _LOG = logging.getLogger(__name__)

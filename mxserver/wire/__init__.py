@@ -35,10 +35,11 @@ from mxserver.wire.relative_path import open_regular_below, path_problem
 from mxserver.wire.removed_names import REMOVED
 from mxserver.wire.unique_path import remove_leftovers, unique_beside
 from mxserver.wire.unused_names import UNUSED
-from mxserver.wire.weight_files import WeightFiles, weight_files, weight_files_in
+from mxserver.wire.weight_files import INDEX_SUFFIX, WeightFiles, says_what_belongs, weight_files, weight_files_in
 
 __all__ = [
     "BY_NAME",
+    "INDEX_SUFFIX",
     "REMOVED",
     "UNUSED",
     "VARIABLES",
@@ -66,6 +67,7 @@ __all__ = [
     "parse_server_address",
     "path_problem",
     "remove_leftovers",
+    "says_what_belongs",
     "setting",
     "split_scheme",
     "unique_beside",

@@ -12,12 +12,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["WeightFiles", "weight_files", "weight_files_in"]
+__all__ = ["INDEX_SUFFIX", "WeightFiles", "says_what_belongs", "weight_files", "weight_files_in"]
+
+INDEX_SUFFIX = ".safetensors.index.json"
 
 _CONSOLIDATED = "consolidated*.safetensors"
 _PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # the first one that finds something
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")  # of a training
 _MODULES = "modules.json"
+
+
+def says_what_belongs(path: str) -> bool:
+    """Whether a file is one of those that `weight_files` and who checks for completeness may read."""
+    return path.endswith(INDEX_SUFFIX) or path == _MODULES
 
 
 class WeightFiles(NamedTuple):
@@ -46,7 +53,7 @@ def weight_files(names: Collection[str], read: Callable[[str], bytes]) -> Weight
     top = sorted(name for name in there if "/" not in name and not name.startswith("."))
     of_modules, module_settings = _modules(there, read)
     consolidated = [name for name in top if fnmatchcase(name, _CONSOLIDATED)]
-    index = f"{'consolidated' if consolidated else 'model'}.safetensors.index.json"
+    index = f"{'consolidated' if consolidated else 'model'}{INDEX_SUFFIX}"
     listed = _listed(read(index)) if index in there else None
     for pattern in (_CONSOLIDATED, *_PATTERNS):
         found = [name for name in top if fnmatchcase(name, pattern)]

@@ -14,11 +14,10 @@ from typing import NamedTuple
 from mxcore.errors import CheckpointError, StorageError
 from mxcore.process import collection_paused
 from mxcore.safetensors import FileStamp, Header, read_header
-from mxserver.wire import WeightFiles, weight_files_in
+from mxserver.wire import INDEX_SUFFIX, WeightFiles, weight_files_in
 
 __all__ = ["INDEX_SUFFIX", "Checkpoint", "TensorInfo", "assembled", "open_checkpoint", "weight_map_of"]
 
-INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_THREADS = 8  # it is latency that is shared
 _log = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
