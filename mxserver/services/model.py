@@ -46,6 +46,7 @@ MAX_STREAMS = 64
 
 _UPDATE_SECONDS = 1.0  # a caller gets the download's progress at least this often, and at most four times as often
 _MIN_UPDATE_SECONDS = 0.25
+_READERS_SECONDS = 2.0  # a delete waits so long for those who read, all its revisions together
 
 _STATUSES: Statuses = {
     errors.BadModelName: grpc.StatusCode.INVALID_ARGUMENT,
@@ -184,9 +185,11 @@ class ModelService:
             # It is as the caller wants it: existing clients take anything but success for a failure.
             return model_pb2.DeleteModelResponse(success=True, message=f"{model.name} is not cached", not_cached=True)
         removed, problems = 0, []
+        until = time.monotonic() + _READERS_SECONDS
         for key in keys:
+            patience = until - time.monotonic()
             try:
-                removed += self._opened.cache.remove(key, force=request.force)
+                removed += self._opened.cache.remove(key, force=request.force, patience_seconds=patience)
             except errors.ModelError as error:
                 problems.append(str(error))
             except OSError as error:

@@ -273,7 +273,12 @@ VARIABLES: tuple[Variable, ...] = (
         "when a worker finds its own weights changed while it serves: withdraw (its engine goes on) or end the engine",
     ),
     Variable("MX_SOURCE_WAIT_SECS", "worker", "how long to wait for a worker that reads storage for all"),
-    Variable("MX_SOURCE_RATE_LIMIT", "worker", "bytes a second that a source gives away, such as 500MB; 0: no limit"),
+    Variable(
+        "MX_SOURCE_RATE_LIMIT",
+        "worker",
+        "bytes a second that a source sends, such as 500MB; 0: no limit. "
+        "Readers that take its memory by themselves (on its host, by RDMA) are not limited",
+    ),
     Variable(
         "MX_WORKER_CHUNK_PORT",
         "worker",

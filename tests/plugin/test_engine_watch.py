@@ -210,9 +210,15 @@ def test_what_one_engine_does_leaves_the_others_offers_alone(staying: Any) -> No
     assert other.calls == ["pause", "resume"]
 
 
-@pytest.mark.parametrize("unknown", ["", "e3"])
-def test_what_an_unknown_engine_does_ends_all_offers(staying: Any, unknown: str) -> None:
+def test_what_an_unknown_engine_does_ends_all_offers(staying: Any) -> None:
     """Better to serve too little than what may be gone."""
-    members = [staying(Member()), staying(Member(), "e2")]
-    serving.EngineWatch().ending(unknown)
-    assert [member.calls for member in members] == [["close"], ["close"]]
+    members = [staying(Member()), staying(Member(), "e2"), staying(Member(), "")]
+    serving.EngineWatch().ending("")
+    assert [member.calls for member in members] == [["close"]] * 3
+
+
+def test_an_engine_that_offers_nothing_ends_what_may_be_its_own_and_nobody_elses(staying: Any) -> None:
+    one, of_nobody = staying(Member()), staying(Member(), "")
+    serving.EngineWatch().ending("e3")
+    assert one.calls == []
+    assert of_nobody.calls == ["close"]

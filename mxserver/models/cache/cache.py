@@ -123,8 +123,10 @@ class ModelCache:
 
     # What goes.
 
-    def remove(self, key: ModelKey, *, force: bool = False) -> int:
+    def remove(self, key: ModelKey, *, force: bool = False, patience_seconds: float = 0) -> int:
         """Deletes a revision's files, and gives back the bytes of its record.
+
+        Readers have `patience_seconds` to finish: a client that has all bytes may be heard of as a reader for a moment.
 
         Raises:
             ModelInUse: it is pinned (and `force` is not set), being read, or being downloaded.
@@ -139,11 +141,17 @@ class ModelCache:
             record = self.record(key)
             if record is None:
                 raise ModelNotCached(f"{key} is not cached")
+            self._wait_for_readers(key, patience_seconds)
             with self.leases.acquired(model_id(key.model), self.stopping):
                 self._remove(record, lease)
             return record.size_bytes
         finally:
             self.leases.release(lease)
+
+    def _wait_for_readers(self, key: ModelKey, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.leases.is_used(key.id) and not self.stopping.wait(0.02):
+            pass
 
     def _remove(self, record: ModelRecord, lease: Lease) -> None:
         trash = self.staging(lease)

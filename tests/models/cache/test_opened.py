@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -202,6 +203,26 @@ def test_removal_while_it_is_read_changes_nothing(cache: ModelCache, source_fold
     assert not cache.layout.model_folder(model).exists()
     with pytest.raises(ModelNotCached):
         cache.remove(record.key)
+
+
+def test_a_removal_waits_for_readers_that_finish(
+    cache: ModelCache, source_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has the last byte before the server is done with the file: a delete may come in between."""
+    model, _ = ensure(cache, source_folder)
+    key, looked, is_used = cache.find(model, "").key, threading.Event(), cache.leases.is_used
+
+    def look(name: str) -> bool:
+        found = is_used(name)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(cache.leases, "is_used", look)
+    with ThreadPoolExecutor() as pool:
+        with cache.reading(model, ""):
+            removal = pool.submit(cache.remove, key, patience_seconds=60)
+            assert looked.wait(60)
+        assert removal.result(60) > 0
 
 
 def test_use_is_noted(cache: ModelCache, source_folder: Path) -> None:
