@@ -23,7 +23,7 @@ class Subcommand(NamedTuple):
 
 
 COMMANDS: dict[str, Subcommand] = {
-    "bench": Subcommand("mxcore.cli.bench:bench", "Measure, from a source checkout (JSON with --json)."),
+    "bench": Subcommand("mxcore.cli.bench:bench", "Measure links, transfers, loads, fleets (JSON with --json)."),
     "completion": Subcommand("mxcore.cli.completion:completion", "The script that completes mx in a shell."),
     "doctor": Subcommand("mxcore.cli.doctor.command:doctor", "What works on this machine, what does not, and why."),
     "explain": Subcommand("mxcore.cli.explain.command:explain", "Where a worker would take weights from, and why."),

@@ -102,3 +102,43 @@ def _changed(head: Path) -> None:
 
     (file,) = weight_files(head)
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("llama", "layers.1.self_attn.v_proj"),
+        ("awq", "layers.1.self_attn.v_proj"),
+        ("gptq", "layers.0.mlp.up_proj"),
+        ("compressed_tensors", "layers.1.self_attn.k_proj"),
+        ("qwen3_moe", "layers.1.mlp.experts.2.up_proj"),
+    ],
+)
+def test_a_version_that_lacks_a_part_of_a_fused_tensor_is_refused(
+    name: str, part: str, folder: Path, target: EngineHost
+) -> None:
+    """vLLM itself takes it: where the part belongs, a new engine has what lay in memory."""
+    versions = versions_of(folder, name)
+    lacking = shutil.copytree(versions.two, folder / "versions" / f"{name}-lacking", dirs_exist_ok=True)
+    _without(lacking, part)
+    target.load(versions.one, keep=True, **OPTIONS.get(name, {}), **TRANSFER)
+    try:
+        before = now(target)
+        told = target.ask("update", info={"path": str(lacking)})
+        assert "for parts of them" in told["error"]
+        assert f"{versions.one} still is" in told["error"]
+        assert now(target) == before
+    finally:
+        target.ask("end")
+
+
+def _without(checkpoint: Path, part: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    names = 0
+    for file in weight_files(checkpoint):
+        tensors = load_file(file)
+        kept = {name: tensor for name, tensor in tensors.items() if f"{part}." not in name}
+        names += len(tensors) - len(kept)
+        save_file(kept, file, metadata={"format": "pt"})
+    assert names

@@ -223,7 +223,11 @@ def test_codes_lead_to_what_they_mean(web: WebServer, client: ServerClient, brow
     assert browser.console() == []
 
 
-RANKS = Deployment("org/Large-405B", "large-405b", 200, 8, 50 * GB)
+RANKS = Deployment("org/Large-405B", "large-405b-instruct-fp8-decode-tensor-parallel", 200, 8, 50 * GB)
+ONE_LINE = (
+    "return Array.from(document.querySelectorAll('.rows summary .name'), (one) => "
+    "one.offsetHeight < 30 && (one.scrollWidth <= one.offsetWidth || one.title.startsWith(one.textContent)))"
+)
 
 
 def test_sixteen_hundred_ranks_stay_usable(
@@ -257,6 +261,9 @@ def test_sixteen_hundred_ranks_stay_usable(
     browser.wait_until(lambda: browser.run(COUNT, ".replicas > li") == 200, "all replicas")
     browser.run("document.querySelector('.timeline-part .more button').click()")
     browser.wait_until(lambda: browser.run(COUNT, ".chart g") == 200, "all bars")
+    for width, mobile in ((1280, False), (390, True)):
+        browser.size(width, 900, mobile=mobile, dark=False)
+        assert browser.run(ONE_LINE) == [True] * browser.run(COUNT, ".rows summary .name")
     pod = pods[77]
     search = (
         "const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new Event('input'))"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mxcore.engine.weights.evidence import Built
-from mxcore.engine.weights.uninitialised import still_marked
+from mxcore.engine.weights.uninitialised import Unwritten, still_marked, unwritten
 from mxcore.errors import LayoutMismatch, LayoutUnsupported
 
 __all__ = ["Constructed", "Staged"]
@@ -90,8 +90,7 @@ class Constructed:
             keeps_copies=True,
             copied=lambda tensor: values.get(_place(tensor)),
         )
-        self.unfilled: frozenset[str] | None = None
-        """Names of tensors without a value that filling left without one; None where that was not seen."""
+        self._unwritten: dict[str, Unwritten] | None = None
 
     def _seen(self, module: nn.Module) -> _Module:
         tensors: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
@@ -136,8 +135,16 @@ class Constructed:
         )
 
     def filled(self, model: nn.Module) -> None:
-        """After the first filling, from storage or with raw weights: what it left without a value."""
-        self.unfilled = frozenset(unfilled(model))
+        """After the first filling, from storage or with raw weights: what it leaves without a value, in whole or in part,
+        others may leave so too."""
+        self._unwritten = unwritten(_registered(model))
+
+    def missing(self, model: nn.Module) -> list[str]:
+        """Names of tensors that have no value, or a part that has none, where they had one after the first filling."""
+        if (before := self._unwritten) is None:
+            return []
+        now = unwritten(_registered(model))
+        return sorted(name for name, found in now.items() if found.is_more_than(before.get(name)))
 
     @contextmanager
     def names(self) -> Iterator[None]:
@@ -183,12 +190,11 @@ class Staged:
         return [module for module, _state in self._live]
 
     def require_filled(self, model: nn.Module) -> None:
-        """Raises LayoutMismatch where a tensor that the first filling wrote has no value now."""
-        before = self._constructed.unfilled
-        missing = sorted(unfilled(model) - before) if before is not None else []
-        if missing:
+        """Raises LayoutMismatch where a tensor that the first filling wrote has no value now, or not all of it."""
+        if missing := self._constructed.missing(model):
             raise LayoutMismatch(
-                f"the new version has no values for {len(missing)} tensors that the running one has: {missing[:_NAMED]}"
+                f"the new version has no values for {len(missing)} tensors that the running one has, or for parts of "
+                f"them: {missing[:_NAMED]}"
             )
 
     def require_ties(self) -> None:
@@ -256,10 +262,10 @@ class Staged:
             vars(module).update(state)
 
 
-def unfilled(model: nn.Module) -> set[str]:
-    """Names of parameters and buffers that nothing has written to since they were allocated."""
+def _registered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that have memory."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return still_marked(_plain(tensors))
+    return _plain(tensors)
 
 
 def _plain(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

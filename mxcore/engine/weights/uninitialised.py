@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["MarkUninitialised", "still_marked"]
+__all__ = ["MarkUninitialised", "Unwritten", "still_marked", "unwritten"]
 
 _log = logging.getLogger(__name__)
 
 PATTERN = bytes.fromhex("0100000100010100")
 _WORD = int.from_bytes(PATTERN, "little", signed=True)
 _COMPARED_AT_ONCE_BYTES = 64 * 2**20
+_SMALL_WORDS = 8192  # of a tensor with more, one word in so many is looked at:
+_STEP = 61  # a prime: a matrix has seldom rows of a multiple of it, of which some columns would never be met
 _aten = torch.ops.aten
 _EMPTY = frozenset(
     overload
@@ -67,6 +70,52 @@ def still_marked(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     spans = {name: span for name, tensor in tensors.items() if (span := _span(tensor)).numel()}
     suspects = _begin_marked(spans)
     return {name for name in suspects if _is_marked(spans[name], tensors[name])}
+
+
+class Unwritten(NamedTuple):
+    """Of the pieces of a tensor that were looked at, those that nothing has written to since they were allocated."""
+
+    pieces: int
+    looked_at: int
+
+    def is_more_than(self, before: Unwritten | None) -> bool:
+        """Whether a part of the tensor has no value that had one; below a thousandth it may be chance."""
+        return self.pieces - (before.pieces if before else 0) > self.looked_at // 1024
+
+
+def unwritten(tensors: Mapping[str, torch.Tensor]) -> dict[str, Unwritten]:
+    """Of tensors that nothing has written to, or only in part, how much of them that is.
+
+    A piece is an element, or eight bytes. Of large tensors a sample is looked at, the same one each time.
+    """
+    counts: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    looked: dict[torch.device, list[tuple[str, int]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        marked = _marked_pieces(tensor)
+        counts[tensor.device].append(marked.sum())
+        looked[tensor.device].append((name, marked.numel()))
+    return {
+        name: Unwritten(count, looked_at)
+        for device, named in looked.items()
+        for (name, looked_at), count in zip(named, torch.stack(counts[device]).tolist(), strict=True)
+        if count
+    }
+
+
+def _marked_pieces(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether each piece that is looked at holds the pattern. Elements of a byte are too easily what it has."""
+    span, size = _span(tensor), tensor.element_size()
+    if not span.numel():
+        return span.bool()
+    if size > 1 and span.numel() <= _SMALL_WORDS * len(PATTERN):
+        expected = torch.frombuffer(bytearray(_expected(tensor, span.numel())), dtype=torch.uint8)[: span.numel()]
+        return (span.view(-1, size) == expected.to(span.device).view(-1, size)).all(1)
+    start = -tensor.storage_offset() * size % len(PATTERN)  # where the pattern begins
+    length = max(0, span.numel() - start) // len(PATTERN) * len(PATTERN)
+    if not length:
+        return torch.tensor([_is_marked(span, tensor)], device=span.device)
+    words = span[start : start + length].view(torch.int64)
+    return words[:: _STEP if words.numel() > _SMALL_WORDS else 1] == _WORD
 
 
 def _fill(tensor: torch.Tensor) -> None:

@@ -25,6 +25,15 @@ function setMore(element, text) {
   setText(element, text);
 }
 
+// A name on one line: where it is too long for its place, its beginning is left out.
+function setName(element, text) {
+  if (element.textContent === text) return;
+  const name = make("bdi", "", text);
+  name.dir = "ltr";
+  element.classList.add("cut");
+  element.replaceChildren(name);
+}
+
 // Text in which "[MX_CODE]" leads to the code's place on the page of error codes.
 function setLinked(element, text) {
   if (element.dataset.text === text) return;

@@ -245,21 +245,24 @@ function nameOf(id, pod) {
   return id === "storage" ? "storage" : id === "" ? "workers that no report names" : pod || short(id);
 }
 
+// What a tooltip says, where a name may be cut.
+const wholeOf = (id, pod) => (pod ? `${pod} (${id})` : id);
+
 function drawFeeds(box, details) {
   box.hidden = details.feeds.length === 0;
   const most = Math.max(...details.feeds.map((one) => one.bytes), 1);
   keepList(box.querySelector(".rows"), details.feeds, (one) => `from ${one.from}`, createFeed, (row, one) => {
     const [name, meter, amount] = row.querySelector("summary").children;
-    setText(name, nameOf(one.from, one.pod));
-    name.title = one.from;
+    setName(name, nameOf(one.from, one.pod));
+    name.title = wholeOf(one.from, one.pod);
     meter.firstChild.className = one.from === "storage" ? "storage" : "p50";
     meter.firstChild.style.width = `${percent(one.bytes, most)}%`;
     drawParts(amount, [[bytes(one.bytes), true], [`to ${count(one.receivers_total, "replica")}`, false],
       [one.bytes_per_second === null ? "" : `${bytes(one.bytes_per_second)}/s now`, true]]);
     keepList(row.querySelector("ul"), one.receivers, (to) => to.replica,
       () => make("li", "", make("span", "name"), make("span", "number")), (line, to) => {
-        setText(line.firstChild, `→ ${nameOf(to.replica, to.pod)}`);
-        line.firstChild.title = to.replica;
+        setName(line.firstChild, `→ ${nameOf(to.replica, to.pod)}`);
+        line.firstChild.title = wholeOf(to.replica, to.pod);
         setText(line.lastChild, `${bytes(to.bytes)} · ${bytes(to.bytes_per_second)}/s${to.running ? " now" : ""}`);
       });
     setMore(row.querySelector(".more"), one.receivers_left_out ? `and ${count(one.receivers_left_out, "more replica")} with less` : "");
@@ -286,8 +289,8 @@ function updateReplica(row, one) {
   const [state, name, node, ranks, accelerator, heard] = row.querySelector("summary").children;
   state.className = `pill ${one.state}`;
   setText(state, STATES[one.state] || one.state);
-  setText(name, one.pod || short(one.replica));
-  name.title = one.replica;
+  setName(name, one.pod || short(one.replica));
+  name.title = wholeOf(one.replica, one.pod);
   setText(node, one.node);
   setText(ranks, one.ready === one.ranks_total || one.state === "stale" ? count(one.ranks_total, "rank") : `${one.ready} of ${count(one.ranks_total, "rank")}`);
   setText(accelerator, one.source_load ? `${one.accelerator}, ${count(one.source_load, "reader")}` : one.accelerator);
