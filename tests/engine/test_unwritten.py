@@ -49,7 +49,7 @@ def test_what_is_written_to_is_not_named() -> None:
     assert unwritten(tensors) == {}
 
 
-class Padded(nn.Module):
+class Padded(nn.Module):  # type: ignore[misc]  # torch's class is Any here
     """Of its rows a checkpoint has 60; the others stay as they are."""
 
     def __init__(self) -> None:

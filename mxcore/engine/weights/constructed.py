@@ -135,8 +135,8 @@ class Constructed:
         )
 
     def filled(self, model: nn.Module) -> None:
-        """After the first filling, from storage or with raw weights: what it leaves without a value, in whole or in part,
-        others may leave so too."""
+        """After the first filling, from storage or with raw weights: what that left without a value, in whole or in
+        part, others may leave so too."""
         self._unwritten = unwritten(_registered(model))
 
     def missing(self, model: nn.Module) -> list[str]:
