@@ -52,9 +52,9 @@ def _runs(pid: int) -> bool:
 class KillingExtension:
     """Methods for `worker_extension_cls`."""
 
-    def kill_rank_1(self, step: str) -> None:
-        """As `kill_at`, of rank 1."""
+    def kill_rank(self, rank: int, step: str, number: int) -> None:
+        """As `kill_at`, of that rank."""
         from vllm.distributed import get_tp_group
 
-        if get_tp_group().rank_in_group == 1:
-            kill_at(step)
+        if get_tp_group().rank_in_group == rank:
+            kill_at(step, number=number)

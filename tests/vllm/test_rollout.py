@@ -221,8 +221,11 @@ def preemptions(worker: Worker) -> float:
     return float(found[1])
 
 
-def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(worker: Worker, versions: tuple[Path, Path]) -> None:
-    """While the engine waits for a request that runs: that one gets its whole answer."""
+@pytest.mark.parametrize("phase", ["pausing", "updating"])
+def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(
+    phase: str, worker: Worker, versions: tuple[Path, Path]
+) -> None:
+    """While the engine waits for a request that runs, which gets its whole answer; or while it takes the weights."""
     had = version_of(worker)
     other = next(path for path in versions if str(path) != had)
     body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 240, "ignore_eos": True, "return_token_ids": True}
@@ -230,7 +233,7 @@ def test_a_rollout_that_is_killed_goes_on_when_it_is_called_again(worker: Worker
         long = pool.submit(asked, worker, "/v1/completions", body)
         command = ["rollout", "demo", "--to", str(other), "--engines", url(worker)]
         with subprocess.Popen([sys.executable, "-c", "from mxcore.cli.main import main; main()", *command]) as process:
-            while process.poll() is None and asked(worker, "/mx/update")["phase"] == "ready":
+            while process.poll() is None and asked(worker, "/mx/update")["phase"] != phase:
                 pass
             process.kill()
         code, told = rolled(other, worker)

@@ -172,18 +172,26 @@ def test_a_full_disk_keeps_no_version_from_an_engine(
     assert loaded.answers == expected[versions.one]["answers"]
 
 
-def test_a_rank_is_killed(folder: Path, server: str, versions: Versions) -> None:
-    """vLLM ends an engine that has lost a process: it answers nothing any more."""
+@pytest.mark.parametrize("seed", [0, 2])  # of either rank
+def test_a_rank_that_a_seed_draws_is_killed(seed: int, folder: Path, server: str, versions: Versions) -> None:
+    """vLLM ends an engine that has lost a process: it answers nothing any more. A new one has the old version."""
+    draw = random.Random(seed)
+    rank, number = draw.randrange(2), draw.randint(1, MODULES)
     host = EngineHost("killed-rank", folder, server)
     options = {"tensor_parallel_size": 2, "worker_extension_cls": "tests.vllm.killing.KillingExtension"}
     try:
         host.ask("fork_workers")
         host.load(versions.one, keep=True, **options, **TRANSFER)
-        host.ask("rpc", method="kill_rank_1", args=["the first module is written"])
+        before = now(host)
+        host.ask("rpc", method="kill_rank", args=[rank, "the first module is written", number])
         with pytest.raises(AssertionError, match="update: "):
             host.ask("update", info={"path": str(versions.two)})
         with pytest.raises(AssertionError, match="answers: "):
             host.ask("answers")
+        host.renew()
+        host.ask("fork_workers")
+        host.load(versions.one, keep=True, **options, **TRANSFER)
+        assert now(host) == before
     finally:
         host.renew()
         host.close()
