@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import uuid
 from pathlib import Path
 
 from mxserver.wire.unique_path import unique_beside
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_OWN_ID = uuid.uuid4().hex
 
 
 def host_id() -> str:
     """32 hex digits for this boot of this machine, in all of its containers: where locks of files hold for certain.
 
-    Whether they hold between hosts too, nobody can see from one of them. Raises OSError without /proc.
+    Whether they hold between hosts too, nobody can see from one of them. Where it cannot be read (no /proc), each
+    process has its own: it shares what is being made with nobody.
     """
-    return _BOOT_ID.read_text("ascii").strip().replace("-", "")
+    try:
+        return _BOOT_ID.read_text("ascii").strip().replace("-", "")
+    except OSError:
+        return _OWN_ID
 
 
 def locks_work(folder: Path) -> bool:

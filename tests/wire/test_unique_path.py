@@ -132,3 +132,17 @@ def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path) -> None:
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "none")
     assert {path.name for path in tmp_path.iterdir()} == {young.name, ".mx-partial", ".mx-uri"}
+
+
+def test_a_process_that_cannot_see_its_machine_is_a_host_of_its_own(tmp_path: Path) -> None:
+    """Without /proc it shares nothing that is being made, with other processes of the machine either."""
+    code = (
+        "import pathlib; from mxserver.wire import file_locks\n"
+        f"file_locks._BOOT_ID = pathlib.Path({str(tmp_path / 'none')!r})\n"
+        "print(file_locks.host_id(), file_locks.host_id())"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    (one, again), (other, _) = (run.stdout.split() for run in runs)
+    assert one == again
+    assert one != other
+    assert len(one) == 32

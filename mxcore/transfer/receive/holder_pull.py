@@ -215,9 +215,9 @@ class HolderPull:
                 self._under_lease(self.route, answer.transport)
                 return
             except (NoChunkPort, NotOneSided, NixlError, TransferStalled) as error:
-                without_rdma = without_rdma or self._may_be_unreachable()
+                without_rdma = without_rdma or self.may_be_unreachable
                 without_sockets = without_sockets or isinstance(error, NoChunkPort)
-                if not (isinstance(error, NoChunkPort | NotOneSided) or self._may_be_unreachable()):
+                if not (isinstance(error, NoChunkPort | NotOneSided) or self.may_be_unreachable):
                     raise
                 self.route = self._policy.fallback_route(
                     answer.transport,
@@ -255,7 +255,8 @@ class HolderPull:
         self.in_clear = True
         _tell_in_clear(route.transport)
 
-    def _may_be_unreachable(self) -> bool:
+    @property
+    def may_be_unreachable(self) -> bool:
         """Whether RDMA, rather than the holder, may have failed: nothing came, and other transports are allowed."""
         route = self.route
         over_rdma = route is not None and route.transport == "rdma" and not self._policy.rdma_only
@@ -285,7 +286,7 @@ class HolderPull:
                 try:
                     self._fetch(lease_id, lease, mover, verifying)
                 except (SourceUnreachable, TransferStalled, PeerLost) as error:
-                    if isinstance(error, SourceUnreachable) or not self._may_be_unreachable():
+                    if isinstance(error, SourceUnreachable) or not self.may_be_unreachable:
                         self._client.cancel()  # a call that waits for a holder that is gone holds up the fence
                     raise
             done = True
