@@ -17,7 +17,7 @@ def host_id() -> str:
     """32 hex digits for this boot of this machine, in all of its containers: where locks of files hold for certain.
 
     Whether they hold between hosts too, nobody can see from one of them. Where it cannot be read (no /proc), each
-    process has its own: it shares what is being made with nobody.
+    process has its own (and those that it forks have it): it shares what is being made with no other.
     """
     try:
         return _BOOT_ID.read_text("ascii").strip().replace("-", "")
