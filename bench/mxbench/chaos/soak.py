@@ -39,6 +39,7 @@ KILL_EVERY = 5  # blocks
 WARM_SHARE = 0.4  # of the blocks: until pools of threads and of memory are as large as they get
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}  # each thread's own would be filled over hundreds of transfers, without a leak
 QUIET_SECONDS = 60.0
+SETTLE_SECONDS = 1.0
 
 
 @dataclass
@@ -52,8 +53,8 @@ class Course:
     def look(self, pid: int) -> None:
         """Adds a sample."""
         self.rss_mib.append(rss_mib(pid))
-        self.threads.append(_entries(pid, "task"))
-        self.descriptors.append(_entries(pid, "fd"))
+        self.threads.append(_settled(pid, "task", self.threads))
+        self.descriptors.append(_settled(pid, "fd", self.descriptors))
 
     def grown(self) -> dict[str, float]:
         """What came on top after warming up: MiB by the slope of a line through all samples, and their noise about it.
@@ -75,6 +76,14 @@ class Course:
 def _more(counts: list[int]) -> int:
     warm, half = int(len(counts) * WARM_SHARE), (len(counts) + int(len(counts) * WARM_SHARE)) // 2
     return min(counts[half:]) - min(counts[warm:half] or counts)
+
+
+def _settled(pid: int, folder: str, before: list[int]) -> int:
+    """How many there are; what is about to end, such as the threads of a transfer that was cancelled, has its time."""
+    give_up = time.monotonic() + SETTLE_SECONDS
+    while (count := _entries(pid, folder)) > (before[-1] if before else count) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return count
 
 
 def _entries(pid: int, folder: str) -> int:
